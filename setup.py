@@ -1,0 +1,37 @@
+"""Package definition. `kernels/` is installed as `uvit_fast.kernels`; no top-level `kernels` is ever importable:
+Hugging Face ships a package of that name, which transformers probes for."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="uvit-fast",
+    version="0.1.0",
+    description="U-ViT for diffusion: the published model, fused kernels, DeepSpeed training, captured sampling",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    package_dir={"uvit_fast.kernels": "kernels"},
+    packages=[*find_packages(include=["uvit_fast", "uvit_fast.*"]), "uvit_fast.kernels"],
+    package_data={"uvit_fast.kernels": ["tuning/*.json", "contracts/*.json"]},
+    install_requires=[
+        "torch>=2.11",  # the model
+        "triton>=3.6,<3.10; platform_system == 'Linux'",  # the kernels
+        "deepspeed>=0.19",  # the training engine
+        "numpy",  # samples and datasets outside torch
+        "einops",  # shapes that can be read
+        "pydantic>=2.10",  # the config schema
+        "PyYAML",  # the config files
+        "pillow",  # images in and out
+        "safetensors",  # EMA weights
+        "tqdm",  # progress
+        "tensorboard",  # training curves
+    ],
+    extras_require={
+        "digits": ["scikit-learn"],  # the demo's dataset and its classifier
+        "diffusers": ["diffusers>=0.42", "transformers>=5", "accelerate"],  # VAE, CLIP, pipeline
+        "flash-attn": ["flash-attn>=2.8"],  # another attention backend
+        "xformers": ["xformers"],  # another attention backend
+        "plot": ["matplotlib"],  # benchmark pictures
+        "test": ["pytest", "pytest-benchmark", "ruff", "scikit-learn", "diffusers", "transformers", "accelerate", "matplotlib"],
+    },
+    entry_points={"console_scripts": ["uvit-fast=uvit_fast.cli:main"]},
+)
