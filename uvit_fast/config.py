@@ -1,0 +1,260 @@
+"""The configuration: these classes are the YAML schema. Every key is typed, documented with its unit, and read somewhere.
+
+A file may name one other file as `base:`; its own keys then override the base's. `--set train.batch_size=512` overrides both.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class UserError(ValueError):
+    """Something the user can mend. The commands print its message on one line, without a traceback, and exit with 2."""
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be used. The message names the file, the key, what was expected and what came."""
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, and a loaded config does not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelConfig(Section):
+    """The network (paper, Section 3 and Table 1)."""
+
+    img_size: int = Field(gt=0, description="Height and width of the network's input: pixels, or latent pixels.")
+    in_chans: int = Field(gt=0, description="Channels of the input: 3 for RGB, 4 for KL-f8 latents.")
+    patch_size: int = Field(gt=0, description="Side of a square patch, in (latent) pixels; divides img_size.")
+    embed_dim: int = Field(gt=0, description="Width D of a token.")
+    depth: int = Field(ge=2, description="Depth of the paper; there are 2 * (depth // 2) + 1 blocks.")
+    num_heads: int = Field(gt=0, description="Attention heads; divides embed_dim.")
+    mlp_ratio: float = Field(4.0, gt=0, description="Hidden width of the MLP over D.")
+    mlp_time_embed: bool = Field(False, description="Pass the sinusoidal time embedding through an MLP.")
+    num_classes: int = Field(0, ge=0, description="Rows of the label embedding, null label included; 0: no classes.")
+    context_dim: int = Field(0, ge=0, description="Width of a text token (CLIP ViT-L/14: 768); 0: no text.")
+    context_tokens: int = Field(77, gt=0, description="Text tokens an image, when context_dim > 0.")
+    conv: bool = Field(True, description="One 3x3 convolution after unpatchify (paper, Section 3.1).")
+    skip: Literal["concat", "add", "none"] = Field("concat", description="Long skip connections (paper, Figure 2a).")
+    attention: Literal["auto", "fused", "flash_attn", "cudnn", "sdpa", "xformers", "math"] = Field(
+        "auto", description="Attention backend; auto takes the fastest that can run."
+    )
+    kernels: Literal["auto", "fused", "reference"] = Field(
+        "auto", description="Fused Triton kernels or plain PyTorch for the rest of a block; auto: fused where they run."
+    )
+    activation_checkpointing: Literal["none", "block"] = Field(
+        "none", description="Keep everything for the backward, or only each block's input."
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> ModelConfig:
+        if self.img_size % self.patch_size:
+            raise ValueError(f"img_size {self.img_size} must be a multiple of patch_size {self.patch_size}")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim {self.embed_dim} must be a multiple of num_heads {self.num_heads}")
+        if self.num_classes and self.context_dim:
+            raise ValueError("num_classes and context_dim cannot both be set: condition on classes or on text")
+        return self
+
+
+class DiffusionConfig(Section):
+    """The noise process (paper, Appendix; FACTS: VP continuous, SD discrete)."""
+
+    schedule: Literal["vp", "sd"] = Field(description="vp: continuous variance preserving. sd: Stable Diffusion's 1000 steps.")
+
+
+class SampleConfig(Section):
+    """How samples are drawn, in training previews and by `uvit-fast sample`."""
+
+    sampler: Literal["dpm_fast", "dpmpp_fast", "dpmpp_2m", "euler_maruyama"] = Field(
+        description="DPM-Solver singlestep, DPM-Solver++ singlestep, DPM-Solver++ multistep 2M, or Euler-Maruyama."
+    )
+    steps: int = Field(50, ge=1, description="Network evaluations a sample (NFE).")
+    guidance_scale: float = Field(
+        0.0, ge=0, description="The paper's s in cond + s (cond - uncond); diffusers' guidance_scale is 1 + s. 0: no guidance."
+    )
+
+
+class LatentConfig(Section):
+    """The frozen autoencoder of latent models. Names are local folders or hub names; a third part is a subfolder."""
+
+    scale_factor: float = Field(0.18215, gt=0, description="Latents are multiplied by this before the network.")
+    encoder: str = Field("CompVis/stable-diffusion-v1-4/vae", description="Autoencoder that makes the training latents.")
+    decoder: str = Field("CompVis/stable-diffusion-v1-4/vae", description="Autoencoder that decodes samples.")
+
+
+class DataConfig(Section):
+    """The training data."""
+
+    name: Literal["digits", "synthetic", "cifar10", "images", "latents", "text_latents"] = Field(
+        description="digits: scikit-learn's. synthetic: random data of the model's shapes. The others read `path`."
+    )
+    path: str | None = Field(None, description="Folder of the dataset, for those that are read from one.")
+    crop: Literal["center", "celeba"] = Field(
+        "center", description="Crop of `images`: ADM's centre crop, or CelebA's 128 pixels about the face."
+    )
+    flip: bool = Field(False, description="Mirror each image with probability 1/2.")
+    num_workers: int = Field(2, ge=0, description="Loader processes a rank; 0 loads in the training process.")
+
+
+class TrainConfig(Section):
+    """The optimisation (paper, Appendix, Table 1)."""
+
+    iterations: int = Field(gt=0, description="Optimizer steps.")
+    batch_size: int = Field(gt=0, description="Images an optimizer step, over all GPUs.")
+    micro_batch_size: int | None = Field(
+        None, gt=0, description="Images a forward pass on one GPU. Default: batch_size / GPUs, no gradient accumulation."
+    )
+    lr: float = Field(2e-4, gt=0, description="Learning rate after warm-up.")
+    warmup_steps: int = Field(5000, ge=0, description="Steps of linear warm-up from 0; the rate then stays constant.")
+    weight_decay: float = Field(0.03, ge=0, description="AdamW's, on every parameter.")
+    betas: tuple[float, float] = Field((0.99, 0.99), description="AdamW's.")
+    grad_clip: float = Field(0.0, ge=0, description="Largest gradient norm; 0: no clipping.")
+    ema_decay: float = Field(0.9999, ge=0, lt=1, description="Decay a step of the weights' moving average.")
+    p_uncond: float = Field(0.0, ge=0, le=1, description="Probability of training a sample without its condition.")
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 on a GPU, fp32 on a CPU.")
+    zero_stage: Literal[1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage: shard the optimizer, gradients, parameters.")
+    seed: int = Field(0, ge=0, description="Seed of initialisation, data order, noise and timesteps.")
+    log_every: int = Field(50, gt=0, description="Steps between two rows of scalars.")
+    checkpoint_every: int = Field(10000, gt=0, description="Steps between two checkpoints; the last step always has one.")
+    keep_checkpoints: int = Field(3, gt=0, description="Newest checkpoints that are kept.")
+    sample_every: int = Field(0, ge=0, description="Steps between two sample grids; 0: none while training.")
+
+
+class Config(Section):
+    """One experiment."""
+
+    name: str = Field(description="Names the run's folder, runs/<name>.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a GPU.")
+    model: ModelConfig
+    diffusion: DiffusionConfig
+    train: TrainConfig
+    sample: SampleConfig
+    data: DataConfig
+    latent: LatentConfig | None = Field(None, description="Present when the network works on an autoencoder's latents.")
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Config:
+        conditional = bool(self.model.num_classes or self.model.context_dim)
+        if self.train.p_uncond > 0 and not conditional:
+            raise ValueError("train.p_uncond needs a condition: set model.num_classes or model.context_dim")
+        if self.sample.guidance_scale > 0 and self.train.p_uncond == 0:
+            raise ValueError("sample.guidance_scale needs a model trained with train.p_uncond > 0")
+        if self.sample.sampler == "euler_maruyama" and self.diffusion.schedule != "vp":
+            raise ValueError("sample.sampler euler_maruyama solves the VP-SDE: it needs diffusion.schedule vp")
+        return self
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that means "no class": the last one, in models trained with label dropping."""
+        return self.model.num_classes - 1 if self.model.num_classes and self.train.p_uncond > 0 else None
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML config.
+
+    Args:
+        path: the file.
+        overrides: `section.key=value` strings, as after `--set`; values are YAML.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, a key is unknown or has a wrong value, or `base` names a file with a base.
+    """
+    path = Path(path)
+    tree = _read(path)
+    if "base" in tree:
+        base_path = path.parent / str(tree.pop("base"))
+        base = _read(base_path)
+        if "base" in base:
+            raise ConfigError(f"{path}: base {base_path} has a base of its own; expected one level of base")
+        tree = _merge(base, tree)
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(path, item) for item in error.errors())) from None
+
+
+def dump_config(config: Config) -> str:
+    """The whole configuration as YAML, defaults included; `load_config` reads it back unchanged."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(f"{path}: no such config file{hint}")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections, got {type(tree).__name__}")
+    return tree
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merge(base[key], value) if both else value
+    return merged
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"--set {override}: expected section.key=value, such as train.batch_size=512")
+    *sections, leaf = key.strip().split(".")
+    for name in sections:
+        if tree.get(name) is None:
+            tree[name] = {}
+        tree = tree[name]
+        if not isinstance(tree, dict):
+            raise ConfigError(f"--set {override}: {name} is a value, not a section")
+    try:
+        tree[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override}: {text!r} is not a YAML value") from None
+
+
+def _explain(path: Path, error: Any) -> str:
+    """One pydantic error as one line: file, key, what was expected, what came, the nearest key."""
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        valid = _fields_at(error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), valid, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else "expected one of " + ", ".join(valid)
+        return f"{path}: {key}: unknown key; {hint}"
+    if error["type"] == "missing":
+        return f"{path}: {key}: missing; expected {_description(error['loc'])}"
+    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    got = "" if error["type"] == "value_error" else f", got {error['input']!r}"
+    return f"{path}: {key + ': ' if key else ''}{message}{got}"
+
+
+def _section_at(loc: tuple) -> type[Section]:
+    section: type[Section] = Config
+    for part in loc:
+        annotation = section.model_fields[part].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        section = next(o for o in options if isinstance(o, type) and issubclass(o, Section))
+    return section
+
+
+def _fields_at(loc: tuple) -> list[str]:
+    return list(_section_at(loc).model_fields)
+
+
+def _description(loc: tuple) -> str:
+    field = _section_at(loc[:-1]).model_fields[loc[-1]]
+    return (field.description or f"a section with {', '.join(_fields_at(loc))}").rstrip(".")
