@@ -1,0 +1,61 @@
+"""The one door to the kernels: each op of a block, fused where that can run and plain PyTorch elsewhere.
+
+`kernels="auto"` takes the fused op where it can take the tensors; "fused" insists and says why it cannot; "reference" is plain
+PyTorch. The parameters are the same ones in every case, so a checkpoint never knows which of them ran.
+"""
+
+from torch import Tensor
+
+from uvit_fast.kernels import linear_residual as _linear_residual
+from uvit_fast.kernels import ln_linear as _ln_linear
+from uvit_fast.kernels import ln_mlp as _ln_mlp
+from uvit_fast.kernels import skip_linear as _skip_linear
+
+
+def ln_linear(x: Tensor, gamma: Tensor, beta: Tensor, w: Tensor, b: Tensor | None, *, kernels: str = "auto") -> Tensor:
+    """Linear(LayerNorm(x)): x (..., D), w (N, D) -> (..., N)."""
+    return _run(_ln_linear, _ln_linear.ln_linear, kernels, x, gamma, beta, w, b)
+
+
+def ln_mlp(
+    x: Tensor, gamma: Tensor, beta: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *, kernels: str = "auto"
+) -> Tensor:
+    """x + fc2(GELU(fc1(LayerNorm(x)))): x (..., D), w1 (4D, D), w2 (D, 4D) -> (..., D)."""
+    return _run(_ln_mlp, _ln_mlp.ln_mlp, kernels, x, gamma, beta, w1, b1, w2, b2)
+
+
+def skip_linear(x: Tensor, skip: Tensor, w: Tensor, b: Tensor, *, kernels: str = "auto") -> Tensor:
+    """Linear(Concat(x, skip)): x, skip (..., D), w (D, 2D) -> (..., D)."""
+    return _run(_skip_linear, _skip_linear.skip_linear, kernels, x, skip, w, b)
+
+
+def linear_residual(a: Tensor, w: Tensor, b: Tensor, x: Tensor, *, kernels: str = "auto") -> Tensor:
+    """x + Linear(a): a (..., K), w (D, K), x (..., D) -> (..., D)."""
+    return _run(_linear_residual, _linear_residual.linear_residual, kernels, a, w, b, x)
+
+
+def why_not(x: Tensor) -> dict[str, str | None]:
+    """For each op, why its fused kernel cannot run on tensors of x's device and dtype; None where it can.
+
+    Args:
+        x: (tokens, D), any values.
+    """
+    D = x.shape[-1]
+    v, w, wide, hidden = x.new_empty(D), x.new_empty(D, D), x.new_empty(D, 2 * D), x.new_empty(4 * D, D)
+    return {
+        "ln_linear": _ln_linear.why_not(x, v, v, x.new_empty(3 * D, D), None),
+        "ln_mlp": _ln_mlp.why_not(x, v, v, hidden, x.new_empty(4 * D), x.new_empty(D, 4 * D), v),
+        "skip_linear": _skip_linear.why_not(x, x, wide, v),
+        "linear_residual": _linear_residual.why_not(x, w, v, x),
+    }
+
+
+def _run(op, fused, kernels: str, *tensors: Tensor | None) -> Tensor:
+    if kernels == "reference":
+        return op.reference(*tensors)
+    reason = op.why_not(*tensors)
+    if reason is None:
+        return fused(*tensors)
+    if kernels == "fused":
+        raise ValueError(f"model.kernels=fused: {fused.__name__} cannot run: {reason}")
+    return op.reference(*tensors)
