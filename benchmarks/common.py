@@ -1,0 +1,127 @@
+"""What every benchmark shares: the CSV schema, event timing, and the machine's own ceilings, measured in the same run."""
+
+import csv
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import torch
+
+COLUMNS = "date,commit,device,torch,triton,question,case,provider,dtype,batch,metric,unit,p20,p50,p80".split(",")
+RESULTS = Path(__file__).parent / "results"
+
+
+class Rows:
+    """The rows of one question, one a case, provider and metric, printed as they come and written as results/<question>.csv.
+
+    Args:
+        question: the file's name; what the benchmark asks.
+        folder: where the file goes.
+    """
+
+    def __init__(self, question: str, folder: str | Path = RESULTS):
+        self.question, self.path, self.rows = question, Path(folder) / f"{question}.csv", []
+        import triton
+
+        self.common = {
+            "date": date.today().isoformat(),
+            "commit": _commit(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "question": question,
+        }
+
+    def add(
+        self, case: str, provider: str, values: list[float], *, metric: str, unit: str, dtype: str, batch: int
+    ) -> float:
+        """Add one row from repeated measurements; returns their median.
+
+        Args:
+            provider: ours, ours-fp8, eager, compiled, or the name of another package.
+        """
+        p20, p50, p80 = quantiles(values)
+        row = {"case": case, "provider": provider, "dtype": dtype, "batch": batch, "metric": metric, "unit": unit}
+        self.rows.append({**self.common, **row, "p20": f"{p20:.6g}", "p50": f"{p50:.6g}", "p80": f"{p80:.6g}"})
+        print(f"{case:32s} {provider:12s} {p50:12.5g} {unit}", flush=True)
+        return p50
+
+    def write(self) -> Path:
+        """Write the file whole, under a temporary name first."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        with open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        return temporary.rename(self.path)
+
+    def ceilings(self) -> None:
+        """The rates of this card, for every file: a bf16 matrix product of 8192 (TFLOP/s) and a copy (TB/s)."""
+        a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        times = measure(lambda: a @ b)
+        self.add(
+            "ceiling:matmul",
+            "cublas",
+            [2 * 8192**3 / t / 1e9 for t in times],
+            metric="rate",
+            unit="TFLOP/s",
+            dtype="bf16",
+            batch=1,
+        )
+        source = torch.randn(2**30, device="cuda")
+        target = torch.empty_like(source)
+        times = measure(lambda: target.copy_(source))
+        self.add(
+            "ceiling:copy",
+            "torch",
+            [2 * 4 * 2**30 / t / 1e9 for t in times],
+            metric="rate",
+            unit="TB/s",
+            dtype="fp32",
+            batch=1,
+        )
+
+
+def measure(f: Callable[[], object], repeats: int = 25, warmup: int = 5) -> list[float]:
+    """Milliseconds of `repeats` calls: CUDA events where there is a GPU, the wall clock elsewhere."""
+    for _ in range(warmup):
+        f()
+    if not torch.cuda.is_available():
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            f()
+            times.append((time.perf_counter() - start) * 1e3)
+        return times
+    torch.cuda.synchronize()
+    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for start, end in pairs:
+        start.record()
+        f()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in pairs]
+
+
+def quantiles(values: list[float]) -> tuple[float, float, float]:
+    """The 20th, 50th and 80th percentile; a single value is all three."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return fifths[0], statistics.median(values), fifths[3]
+
+
+def _commit() -> str:
+    """The commit that was measured; a plus where files differ from it, unknown outside a git checkout."""
+    here = Path(__file__).parent
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+    if done.returncode == 0:
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True
+        ).stdout
+        return done.stdout.strip() + ("+" if dirty.strip() else "")
+    return "unknown"

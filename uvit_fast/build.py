@@ -1,0 +1,73 @@
+"""From a config to objects: the only place where a name in a YAML file becomes a constructor."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from uvit_fast.config import Config
+from uvit_fast.data import datasets, latents
+from uvit_fast.diffusion import samplers, schedules
+from uvit_fast.model.uvit import UViT
+
+SCHEDULES: dict[str, Callable[[], Any]] = {
+    "vp": schedules.VPSchedule,
+    "sd": schedules.SDSchedule,
+}
+
+SAMPLERS: dict[str, Callable[..., Any]] = {
+    "dpm_fast": samplers.DPMSolverSinglestep,
+    "dpmpp_fast": samplers.DPMSolverPPSinglestep,
+    "dpmpp_2m": samplers.DPMSolverPPMultistep,
+    "euler_maruyama": samplers.EulerMaruyama,
+}
+
+DATASETS: dict[str, Callable[[Config], Any]] = {
+    "digits": lambda cfg: datasets.digits(),
+    "synthetic": lambda cfg: datasets.Synthetic(
+        shape=(cfg.model.in_chans, cfg.model.img_size, cfg.model.img_size),
+        num_classes=cfg.model.num_classes,
+        text_shape=(cfg.model.context_tokens, cfg.model.context_dim) if cfg.model.context_dim else None,
+    ),
+    "cifar10": lambda cfg: datasets.cifar10(cfg.data.path, cfg.data.flip),
+    "images": lambda cfg: datasets.ImageFolder(
+        cfg.data.path, cfg.model.img_size, cfg.data.crop, cfg.data.flip, labelled=cfg.model.num_classes > 0
+    ),
+    "latents": lambda cfg: latents.Latents(cfg.data.path, cfg.latent.scale_factor),
+    "text_latents": lambda cfg: latents.TextLatents(cfg.data.path, cfg.latent.scale_factor),
+}
+
+
+def build_model(cfg: Config) -> UViT:
+    """The network of `cfg.model`, initialised from `cfg.train.seed`; `model(x, t, y=None, context=None)` -> eps.
+
+    t is what the network receives: 999 t for VP, n for SD. Under `torch.device("meta")` nothing is allocated.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.train.seed)
+        return UViT(**cfg.model.model_dump())
+
+
+def build_schedule(cfg: Config) -> Any:
+    """The noise schedule of `cfg.diffusion`."""
+    return SCHEDULES[cfg.diffusion.schedule]()
+
+
+def build_sampler(cfg: Config, steps: int | None = None) -> Any:
+    """The sampler of `cfg.sample`: `sampler(eps_fn, x_T)` -> x_0, with `eps_fn(x, t_network)`.
+
+    Args:
+        steps: network evaluations (NFE); default `cfg.sample.steps`.
+    """
+    return SAMPLERS[cfg.sample.sampler](build_schedule(cfg), cfg.sample.steps if steps is None else steps)
+
+
+def build_dataset(cfg: Config) -> Any:
+    """The training data of `cfg.data`, checked against the model's shapes.
+
+    Raises:
+        UserError: the folder is missing, empty, or holds something else than the config says.
+    """
+    dataset = DATASETS[cfg.data.name](cfg)
+    datasets.check_fits(dataset, cfg)
+    return dataset
