@@ -31,7 +31,16 @@ setup(
         "flash-attn": ["flash-attn>=2.8"],  # another attention backend
         "xformers": ["xformers"],  # another attention backend
         "plot": ["matplotlib"],  # benchmark pictures
-        "test": ["pytest", "pytest-benchmark", "ruff", "scikit-learn", "diffusers", "transformers", "accelerate", "matplotlib"],
+        "test": [
+            "pytest",
+            "pytest-benchmark",
+            "ruff",
+            "scikit-learn",
+            "diffusers",
+            "transformers",
+            "accelerate",
+            "matplotlib",
+        ],
     },
     entry_points={"console_scripts": ["uvit-fast=uvit_fast.cli:main"]},
 )

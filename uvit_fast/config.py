@@ -67,7 +67,9 @@ class ModelConfig(Section):
 class DiffusionConfig(Section):
     """The noise process (paper, Appendix; FACTS: VP continuous, SD discrete)."""
 
-    schedule: Literal["vp", "sd"] = Field(description="vp: continuous variance preserving. sd: Stable Diffusion's 1000 steps.")
+    schedule: Literal["vp", "sd"] = Field(
+        description="vp: continuous variance preserving. sd: Stable Diffusion's 1000 steps."
+    )
 
 
 class SampleConfig(Section):
@@ -78,7 +80,9 @@ class SampleConfig(Section):
     )
     steps: int = Field(50, ge=1, description="Network evaluations a sample (NFE).")
     guidance_scale: float = Field(
-        0.0, ge=0, description="The paper's s in cond + s (cond - uncond); diffusers' guidance_scale is 1 + s. 0: no guidance."
+        0.0,
+        ge=0,
+        description="The paper's s in cond + s (cond - uncond); diffusers' guidance_scale is 1 + s. 0: no guidance.",
     )
 
 
@@ -86,7 +90,9 @@ class LatentConfig(Section):
     """The frozen autoencoder of latent models. Names are local folders or hub names; a third part is a subfolder."""
 
     scale_factor: float = Field(0.18215, gt=0, description="Latents are multiplied by this before the network.")
-    encoder: str = Field("CompVis/stable-diffusion-v1-4/vae", description="Autoencoder that makes the training latents.")
+    encoder: str = Field(
+        "CompVis/stable-diffusion-v1-4/vae", description="Autoencoder that makes the training latents."
+    )
     decoder: str = Field("CompVis/stable-diffusion-v1-4/vae", description="Autoencoder that decodes samples.")
 
 
@@ -110,7 +116,9 @@ class TrainConfig(Section):
     iterations: int = Field(gt=0, description="Optimizer steps.")
     batch_size: int = Field(gt=0, description="Images an optimizer step, over all GPUs.")
     micro_batch_size: int | None = Field(
-        None, gt=0, description="Images a forward pass on one GPU. Default: batch_size / GPUs, no gradient accumulation."
+        None,
+        gt=0,
+        description="Images a forward pass on one GPU. Default: batch_size / GPUs, no gradient accumulation.",
     )
     lr: float = Field(2e-4, gt=0, description="Learning rate after warm-up.")
     warmup_steps: int = Field(5000, ge=0, description="Steps of linear warm-up from 0; the rate then stays constant.")
@@ -120,10 +128,14 @@ class TrainConfig(Section):
     ema_decay: float = Field(0.9999, ge=0, lt=1, description="Decay a step of the weights' moving average.")
     p_uncond: float = Field(0.0, ge=0, le=1, description="Probability of training a sample without its condition.")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 on a GPU, fp32 on a CPU.")
-    zero_stage: Literal[1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage: shard the optimizer, gradients, parameters.")
+    zero_stage: Literal[1, 2, 3] = Field(
+        2, description="DeepSpeed ZeRO stage: shard the optimizer, gradients, parameters."
+    )
     seed: int = Field(0, ge=0, description="Seed of initialisation, data order, noise and timesteps.")
     log_every: int = Field(50, gt=0, description="Steps between two rows of scalars.")
-    checkpoint_every: int = Field(10000, gt=0, description="Steps between two checkpoints; the last step always has one.")
+    checkpoint_every: int = Field(
+        10000, gt=0, description="Steps between two checkpoints; the last step always has one."
+    )
     keep_checkpoints: int = Field(3, gt=0, description="Newest checkpoints that are kept.")
     sample_every: int = Field(0, ge=0, description="Steps between two sample grids; 0: none while training.")
 

@@ -28,7 +28,9 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
         (B, dim), fp32.
     """
     half = dim // 2
-    freqs = torch.exp(-math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half)  # (dim/2,)
+    freqs = torch.exp(
+        -math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half
+    )  # (dim/2,)
     angles = t.float()[:, None] * freqs  # (B, dim/2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, dim)
 

@@ -1,0 +1,44 @@
+# Two commands for a newcomer: `make demo` and `make test`. Each sets up its own .venv.
+# Without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves several GB of CUDA packages.
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint format install clean
+
+demo: .venv/demo.done  ## train on real digits, sample, and measure the samples
+	$(BIN)/uvit-fast demo --config configs/digits.yaml
+
+test: .venv/test.done  ## the whole CPU suite
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: .venv/test.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/test.done
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+install: .venv/demo.done
+
+.venv/torch.done: constraints.txt tools/make_venv.sh
+	sh tools/make_venv.sh $(PYTHON) .venv
+	$(PIP) setuptools wheel ninja
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch numpy
+	touch $@
+
+# DeepSpeed comes as source: its build needs the torch that is already there, and builds none of its CUDA ops.
+.venv/demo.done: .venv/torch.done setup.py
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
+	$(PIP) --no-build-isolation -e ".[digits]"
+	touch $@
+
+.venv/test.done: .venv/demo.done
+	$(PIP) --no-build-isolation -e ".[digits,test]"
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,140 @@
+"""The configs are the paper's, and a mistake in one is named."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from uvit_fast.build import build_model
+from uvit_fast.config import Config, ConfigError, dump_config, load_config
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+# Exact parameter counts of the published models (paper, Table 1 and Appendix).
+PARAMETERS = {
+    "s2_cifar10": 44_255_328,
+    "s4_celeba64": 44_292_228,
+    "m4_64": 130_940_292,
+    "l4_64": 286_827_652,
+    "l2_256": 286_763_172,
+    "h2_256": 500_832_016,
+    "l4_512": 286_861_524,
+    "h4_512": 500_942_656,
+    "s2_coco": 44_692_644,
+    "s2deep_coco": 58_345_636,
+}
+
+# batch, iterations, warm-up, betas, lr, schedule, p_uncond, guidance, conv, decoder is the fine-tuned one, sampler, steps, checkpointing
+TRAINING = {
+    "s2_cifar10": (128, 500_000, 2500, (0.99, 0.999), 2e-4, "vp", 0, 0, True, None, "euler_maruyama", 1000, "none"),
+    "s4_celeba64": (128, 500_000, 5000, (0.99, 0.99), 2e-4, "vp", 0, 0, True, None, "euler_maruyama", 1000, "none"),
+    "m4_64": (1024, 300_000, 5000, (0.99, 0.99), 3e-4, "vp", 0, 0, True, None, "dpm_fast", 50, "block"),
+    "l4_64": (1024, 300_000, 5000, (0.99, 0.99), 3e-4, "vp", 0, 0, True, None, "dpm_fast", 50, "block"),
+    "l2_256": (1024, 300_000, 5000, (0.99, 0.99), 2e-4, "vp", 0.15, 0.4, True, False, "dpm_fast", 50, "block"),
+    "h2_256": (1024, 500_000, 5000, (0.99, 0.99), 2e-4, "sd", 0.1, 0.4, False, True, "dpmpp_fast", 50, "block"),
+    "l4_512": (1024, 500_000, 5000, (0.99, 0.99), 2e-4, "vp", 0.15, 0.7, True, False, "dpm_fast", 50, "block"),
+    "h4_512": (1024, 500_000, 5000, (0.99, 0.99), 2e-4, "sd", 0.1, 0.7, False, True, "dpmpp_fast", 50, "block"),
+    "s2_coco": (256, 1_000_000, 5000, (0.9, 0.9), 2e-4, "sd", 0.1, 1.0, True, False, "dpmpp_fast", 50, "none"),
+    "s2deep_coco": (256, 1_000_000, 5000, (0.9, 0.9), 2e-4, "sd", 0.1, 1.0, True, False, "dpmpp_fast", 50, "none"),
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_published_models_have_the_published_parameter_counts(name):
+    with torch.device("meta"):
+        model = build_model(load_config(CONFIGS / f"{name}.yaml"))
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_published_training_settings(name):
+    cfg = load_config(CONFIGS / f"{name}.yaml")
+    decoder = cfg.latent and cfg.latent.decoder == "stabilityai/sd-vae-ft-ema"
+    train = cfg.train
+    assert TRAINING[name] == (
+        *(train.batch_size, train.iterations, train.warmup_steps, train.betas, train.lr, cfg.diffusion.schedule),
+        *(train.p_uncond, cfg.sample.guidance_scale, cfg.model.conv, decoder, cfg.sample.sampler, cfg.sample.steps),
+        cfg.model.activation_checkpointing,
+    )
+    assert (train.weight_decay, train.ema_decay, train.grad_clip) == (0.03, 0.9999, 0)
+    assert cfg.name == name
+
+
+def test_latent_scale_factors_and_null_labels():
+    """COCO's latents have their own factor; only models trained with label dropping have a null label, the last."""
+    configs = {name: load_config(CONFIGS / f"{name}.yaml") for name in PARAMETERS}
+    factors = {name: cfg.latent.scale_factor for name, cfg in configs.items() if cfg.latent}
+    latent = dict.fromkeys(("l2_256", "h2_256", "l4_512", "h4_512"), 0.18215)
+    assert factors == {**latent, "s2_coco": 0.23010, "s2deep_coco": 0.23010}
+    assert configs["h2_256"].null_label == 1000
+    assert configs["l4_64"].null_label is None
+
+
+def test_the_eleven_configs_are_there():
+    assert {*PARAMETERS, "digits"} <= {path.stem for path in CONFIGS.glob("*.yaml")}
+
+
+def test_dumped_config_loads_unchanged(tmp_path):
+    cfg = load_config(CONFIGS / "h4_512.yaml")  # one with a base
+    (tmp_path / "config.yaml").write_text(dump_config(cfg))
+    assert load_config(tmp_path / "config.yaml") == cfg
+
+
+def test_overrides_win_over_the_file_and_its_base():
+    cfg = load_config(CONFIGS / "h4_512.yaml", ["train.batch_size=512", "train.betas=[0.9, 0.95]", "model.attention=math"])
+    assert (cfg.train.batch_size, cfg.train.betas, cfg.model.attention) == (512, (0.9, 0.95), "math")
+    assert cfg.train.iterations == 500_000
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.batchsize=4", ["digits.yaml", "train.batchsize", "unknown", "'batch_size'"]),  # a mistyped key
+        ("trian.lr=1", ["trian", "'train'"]),  # a mistyped section
+        ("train.batch_size=many", ["train.batch_size", "expected a valid integer", "'many'"]),  # a wrong type
+        ("model.skip=residual", ["model.skip", "'concat'", "'residual'"]),  # a name that is not there
+        ("model.patch_size=3", ["model", "img_size 8", "patch_size 3"]),  # two keys that do not fit
+        ("train.p_uncond=0", ["guidance_scale", "p_uncond"]),  # two sections that do not fit
+        ("train.lr", ["--set train.lr", "expected section.key=value"]),  # no value
+        ("name.x=1", ["name", "not a section"]),  # a key below a value
+    ],
+)
+def test_a_wrong_key_or_value_is_named_with_what_was_expected(override, words):
+    with pytest.raises(ConfigError) as error:
+        load_config(CONFIGS / "digits.yaml", [override])
+    for word in words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file_names_the_nearest():
+    with pytest.raises(ConfigError, match=r"h2_265.yaml: no such config file; did you mean .*h2_256.yaml"):
+        load_config(CONFIGS / "h2_265.yaml")
+
+
+def test_base_has_one_level(tmp_path):
+    for name, base in (("a", "b"), ("b", "c")):
+        (tmp_path / f"{name}.yaml").write_text(f"base: {base}.yaml\n")
+    with pytest.raises(ConfigError, match="one level of base"):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_missing_section_says_what_belongs_there(tmp_path):
+    (tmp_path / "x.yaml").write_text("name: x\nmodel: {}\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(tmp_path / "x.yaml")
+    assert "model.img_size: missing; expected Height and width" in str(error.value)
+    assert "diffusion: missing" in str(error.value)
+
+
+def test_every_key_is_read_somewhere():
+    """A key that nothing reads would be a setting that is silently not honoured."""
+    code = "".join(p.read_text() for p in (CONFIGS.parent / "uvit_fast").rglob("*.py") if p.name != "config.py")
+    code += (CONFIGS.parent / "train.py").read_text()
+    sections = {name: field.annotation for name, field in Config.model_fields.items()}
+    for name, section in sections.items():
+        if name == "model":  # passed whole to the constructor
+            continue
+        section = next((o for o in [section, *getattr(section, "__args__", ())] if hasattr(o, "model_fields")), None)
+        for key in section.model_fields if section else []:
+            assert f".{key}" in code, f"{name}.{key} is read nowhere"

@@ -1,0 +1,81 @@
+"""The shape of the house: who may import whom, and what an import may do."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+LEVELS = {
+    "kernels": 0,
+    "config": 0,
+    "model": 1,
+    "diffusion": 1,
+    "evaluation": 1,
+    "images": 1,
+    "data": 2,
+    "build": 2,
+    "training": 2,
+    "sampling": 3,
+    "pipeline": 3,
+    "cli": 3,
+    "demo": 3,
+}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Rooms of uvit_fast that a file imports, wherever in the file."""
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        rooms |= {name.split(".")[1] for name in names if name.startswith("uvit_fast.")}
+    return rooms & LEVELS.keys()
+
+
+def files() -> list[tuple[str, Path]]:
+    found = [("kernels", p) for p in (ROOT / "kernels").rglob("*.py")]
+    for path in (ROOT / "uvit_fast").rglob("*.py"):
+        room = path.relative_to(ROOT / "uvit_fast").parts[0].removesuffix(".py")
+        if room != "__init__":
+            assert room in LEVELS, f"{path}: {room} has no level; add it to the table"
+            found.append((room, path))
+    return found
+
+
+def test_imports_go_downward_only():
+    for room, path in files():
+        for other in imports_of(path) - {room}:
+            assert LEVELS[other] <= LEVELS[room], f"{path}: {room} may not import {other}"
+            same_level_rooms = LEVELS[other] == LEVELS[room] and LEVELS[room] < 2
+            assert not same_level_rooms, f"{path}: {room} and {other} may not know each other"
+
+
+def test_only_the_two_doors_import_kernels():
+    doors = {"model/ops.py", "model/attention.py", "diffusion/samplers.py"}
+    for room, path in files():
+        if room != "kernels" and LEVELS[room] < 3 and "kernels" in imports_of(path):
+            assert path.relative_to(ROOT / "uvit_fast").as_posix() in doors
+
+
+def test_nothing_is_importable_as_plain_kernels():
+    """Hugging Face has a package of that name, which transformers probes for: from the root its imports must work."""
+    code = (
+        "import sys; sys.path.insert(0, '.'); import transformers, diffusers; "
+        "from transformers import CLIPTextModel; from diffusers import AutoencoderKL, DiffusionPipeline; print('fine')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "fine", done.stderr
+
+
+def test_import_asks_cuda_nothing():
+    code = (
+        "import torch; torch.cuda.is_available = torch.cuda._lazy_init = None; "
+        "import uvit_fast, uvit_fast.build, uvit_fast.training.trainer, uvit_fast.model.ops; print('fine')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "fine", done.stderr

@@ -1,0 +1,129 @@
+"""Samples from a trained model: conditions in, images out. Used by the commands, the demo and the training previews."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from uvit_fast.build import build_model, build_sampler
+from uvit_fast.config import Config, UserError
+from uvit_fast.diffusion.guidance import class_guidance, text_guidance
+from uvit_fast.diffusion.noise import sample_noise
+from uvit_fast.images import save_grid, to_uint8
+from uvit_fast.model.uvit import UViT
+from uvit_fast.model.weights import load_weights, read_weights
+
+
+def pick_device(name: str) -> torch.device:
+    """`cpu`, `cuda`, or `auto`: a GPU where there is one.
+
+    Raises:
+        UserError: a GPU was asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda: no CUDA device was found; expected a GPU, or device cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def load_for_sampling(cfg: Config, checkpoint: str | Path, device: torch.device) -> UViT:
+    """The network of `cfg` with the weights of a file, ready to sample: bf16 on a GPU, fp32 on a CPU, no gradients.
+
+    Args:
+        checkpoint: a `.pth` or `.safetensors` file, or a run folder, whose newest EMA weights are taken.
+
+    Raises:
+        UserError: no such checkpoint, or one of another architecture.
+    """
+    path = Path(checkpoint)
+    if path.is_dir():
+        path = newest_ema(path)
+    model = load_weights(build_model(cfg), read_weights(path), source=str(path))
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return model.to(device, dtype).eval().requires_grad_(False)
+
+
+def newest_ema(run: Path) -> Path:
+    """The EMA weights of a run folder's newest complete checkpoint."""
+    found = sorted(run.glob("checkpoints/step_*/ema.safetensors"))
+    if not found:
+        raise UserError(f"{run}: no EMA weights; expected checkpoints/step_*/ema.safetensors, which train.py writes")
+    return found[-1]
+
+
+def check_labels(labels: list[int], cfg: Config) -> list[int]:
+    """Refuse labels that the model does not have; the null label is not a class."""
+    classes = cfg.model.num_classes - (cfg.null_label is not None)
+    if not cfg.model.num_classes:
+        raise UserError(f"classes {labels}: the model of {cfg.name} is not class-conditional")
+    wrong = [label for label in labels if not 0 <= label < classes]
+    if wrong:
+        raise UserError(f"classes: expected labels from 0 to {classes - 1}, got {', '.join(map(str, wrong))}")
+    return labels
+
+
+@torch.inference_mode()
+def sample(
+    model: UViT,
+    cfg: Config,
+    num: int,
+    *,
+    labels: Tensor | None = None,
+    context: Tensor | None = None,
+    null_context: Tensor | None = None,
+    seed: int = 0,
+    batch: int = 50,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    first: int = 0,
+) -> Iterator[Tensor]:
+    """Draw `num` samples, in batches: sample i depends on (seed, i) only, not on the batch size.
+
+    Args:
+        labels: (num,) classes; context: (num, T, C) text features with null_context (T, C); neither for an unconditional model.
+        steps: network evaluations; default `cfg.sample.steps`.
+        guidance_scale: the paper's s; default `cfg.sample.guidance_scale`.
+        first: the index of the first sample, to continue an interrupted job.
+
+    Yields:
+        (B, C, H, W) fp32 on the model's device: pixels in about [-1, 1], or latents times the scale factor.
+    """
+    device = model.pos_embed.device
+    sampler = build_sampler(cfg, steps)
+    scale = cfg.sample.guidance_scale if guidance_scale is None else guidance_scale
+    if scale > 0 and cfg.train.p_uncond == 0:
+        raise UserError(f"guidance: {cfg.name} was trained without dropping its condition; expected a scale of 0, got {scale}")
+    shape = (cfg.model.in_chans, cfg.model.img_size, cfg.model.img_size)
+    for start in range(first, num, batch):
+        indices = range(start, min(start + batch, num))
+        x_T = sample_noise(seed, indices, shape).to(device)  # (B, C, H, W)
+        rows = slice(start, start + len(indices))
+        if labels is not None:
+            eps_fn = class_guidance(model, labels[rows].to(device), cfg.null_label, scale)
+        elif context is not None:
+            eps_fn = text_guidance(model, context[rows].to(device), null_context, scale)
+        else:
+            eps_fn = model
+        generator = torch.Generator(device).manual_seed(seed + start)
+        yield sampler(eps_fn, x_T, generator=generator)
+
+
+def spread_labels(num: int, classes: list[int]) -> Tensor:
+    """(num,) labels that go through `classes` in equal shares, sorted as a grid shows them."""
+    return torch.tensor([classes[i * len(classes) // num] for i in range(num)])
+
+
+def preview(model: UViT, cfg: Config, path: Path, decode=None) -> None:
+    """A grid of 64 samples, eight a row: the training preview. Latents need `decode` (B, C, H, W) -> pixels."""
+    labels = spread_labels(64, list(range(cfg.model.num_classes - (cfg.null_label is not None)))) if cfg.model.num_classes else None
+    x = torch.cat(list(sample(model, cfg, 64, labels=labels, batch=64)))
+    save_grid(to_uint8(x if decode is None else decode(x)), path, columns=8)
+
+
+def save_npz(path: Path, images: np.ndarray, labels: np.ndarray | None) -> None:
+    """ADM's sample file: arr_0 uint8 (N, H, W, C), arr_1 int64 labels where there are some."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp.npz")
+    np.savez(temporary, images, *([labels] if labels is not None else []))
+    temporary.rename(path)
