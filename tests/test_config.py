@@ -81,7 +81,9 @@ def test_dumped_config_loads_unchanged(tmp_path):
 
 
 def test_overrides_win_over_the_file_and_its_base():
-    cfg = load_config(CONFIGS / "h4_512.yaml", ["train.batch_size=512", "train.betas=[0.9, 0.95]", "model.attention=math"])
+    cfg = load_config(
+        CONFIGS / "h4_512.yaml", ["train.batch_size=512", "train.betas=[0.9, 0.95]", "model.attention=math"]
+    )
     assert (cfg.train.batch_size, cfg.train.betas, cfg.model.attention) == (512, (0.9, 0.95), "math")
     assert cfg.train.iterations == 500_000
 

@@ -1,16 +1,17 @@
 """Samples from a trained model: conditions in, images out. Used by the commands, the demo and the training previews."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from uvit_fast.build import build_model, build_sampler
 from uvit_fast.config import Config, UserError
 from uvit_fast.diffusion.guidance import class_guidance, text_guidance
-from uvit_fast.diffusion.noise import sample_noise
+from uvit_fast.diffusion.noise import sample_generators, sample_noise
 from uvit_fast.images import save_grid, to_uint8
 from uvit_fast.model.uvit import UViT
 from uvit_fast.model.weights import load_weights, read_weights
@@ -93,7 +94,9 @@ def sample(
     sampler = build_sampler(cfg, steps)
     scale = cfg.sample.guidance_scale if guidance_scale is None else guidance_scale
     if scale > 0 and cfg.train.p_uncond == 0:
-        raise UserError(f"guidance: {cfg.name} was trained without dropping its condition; expected a scale of 0, got {scale}")
+        raise UserError(
+            f"guidance: {cfg.name} was trained without dropping its condition; expected a scale of 0, got {scale}"
+        )
     shape = (cfg.model.in_chans, cfg.model.img_size, cfg.model.img_size)
     for start in range(first, num, batch):
         indices = range(start, min(start + batch, num))
@@ -105,8 +108,7 @@ def sample(
             eps_fn = text_guidance(model, context[rows].to(device), null_context, scale)
         else:
             eps_fn = model
-        generator = torch.Generator(device).manual_seed(seed + start)
-        yield sampler(eps_fn, x_T, generator=generator)
+        yield sampler(eps_fn, x_T, generator=sample_generators(seed, indices, device))
 
 
 def spread_labels(num: int, classes: list[int]) -> Tensor:
@@ -116,9 +118,47 @@ def spread_labels(num: int, classes: list[int]) -> Tensor:
 
 def preview(model: UViT, cfg: Config, path: Path, decode=None) -> None:
     """A grid of 64 samples, eight a row: the training preview. Latents need `decode` (B, C, H, W) -> pixels."""
-    labels = spread_labels(64, list(range(cfg.model.num_classes - (cfg.null_label is not None)))) if cfg.model.num_classes else None
+    labels = (
+        spread_labels(64, list(range(cfg.model.num_classes - (cfg.null_label is not None))))
+        if cfg.model.num_classes
+        else None
+    )
     x = torch.cat(list(sample(model, cfg, 64, labels=labels, batch=64)))
     save_grid(to_uint8(x if decode is None else decode(x)), path, columns=8)
+
+
+def load_decoder(cfg: Config, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The frozen autoencoder of `cfg.latent`: a function from latents (B, C, h, w) to pixels (B, 3, 8h, 8w) in about [-1, 1].
+
+    Raises:
+        ImportError: diffusers is not installed; the message names the extra.
+        UserError: the autoencoder is neither a local folder nor to be had from the hub.
+    """
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError:
+        raise ImportError("decoding latents needs diffusers: pip install uvit-fast[diffusers]") from None
+    name = cfg.latent.decoder
+    parts = name.split("/")
+    where = {"pretrained_model_name_or_path": name}
+    if not Path(name).is_dir() and len(parts) > 2:  # owner/repository/subfolder
+        where = {"pretrained_model_name_or_path": "/".join(parts[:2]), "subfolder": "/".join(parts[2:])}
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    try:
+        vae = AutoencoderKL.from_pretrained(**where, torch_dtype=dtype)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"latent.decoder {name}: neither a local folder nor found on the hub ({reason})") from None
+    vae = vae.to(device).eval().requires_grad_(False)
+    return lambda z: vae.decode(z.to(dtype) / cfg.latent.scale_factor).sample.float()
+
+
+def save_pngs(folder: Path, images: np.ndarray, labels: np.ndarray | None) -> None:
+    """One PNG an image, (N, H, W, C) uint8: 000000.png, or 000000_class207.png where there are labels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        name = f"{i:06d}" + ("" if labels is None else f"_class{labels[i]}")
+        Image.fromarray(image if image.shape[-1] == 3 else image[..., 0]).save(folder / f"{name}.png")
 
 
 def save_npz(path: Path, images: np.ndarray, labels: np.ndarray | None) -> None:

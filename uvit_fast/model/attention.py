@@ -53,7 +53,7 @@ def choose(qkv: Tensor, backend: str = "auto") -> tuple[str, str]:
 
 def _why_not(backend: str, qkv: Tensor) -> str | None:
     if backend == "fused":
-        return fused_attention.why_not(qkv)
+        return fused_attention.why_not(qkv) if hasattr(fused_attention, "why_not") else "not there"
     if backend == "flash_attn" or backend == "xformers":
         if qkv.device.type != "cuda" or qkv.dtype not in HALF:
             return f"needs fp16 or bf16 on a GPU, got {_name(qkv)}"

@@ -14,24 +14,24 @@ from uvit_fast.kernels import skip_linear as _skip_linear
 
 def ln_linear(x: Tensor, gamma: Tensor, beta: Tensor, w: Tensor, b: Tensor | None, *, kernels: str = "auto") -> Tensor:
     """Linear(LayerNorm(x)): x (..., D), w (N, D) -> (..., N)."""
-    return _run(_ln_linear, _ln_linear.ln_linear, kernels, x, gamma, beta, w, b)
+    return _run(_ln_linear, kernels, x, gamma, beta, w, b)
 
 
 def ln_mlp(
     x: Tensor, gamma: Tensor, beta: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *, kernels: str = "auto"
 ) -> Tensor:
     """x + fc2(GELU(fc1(LayerNorm(x)))): x (..., D), w1 (4D, D), w2 (D, 4D) -> (..., D)."""
-    return _run(_ln_mlp, _ln_mlp.ln_mlp, kernels, x, gamma, beta, w1, b1, w2, b2)
+    return _run(_ln_mlp, kernels, x, gamma, beta, w1, b1, w2, b2)
 
 
 def skip_linear(x: Tensor, skip: Tensor, w: Tensor, b: Tensor, *, kernels: str = "auto") -> Tensor:
     """Linear(Concat(x, skip)): x, skip (..., D), w (D, 2D) -> (..., D)."""
-    return _run(_skip_linear, _skip_linear.skip_linear, kernels, x, skip, w, b)
+    return _run(_skip_linear, kernels, x, skip, w, b)
 
 
 def linear_residual(a: Tensor, w: Tensor, b: Tensor, x: Tensor, *, kernels: str = "auto") -> Tensor:
     """x + Linear(a): a (..., K), w (D, K), x (..., D) -> (..., D)."""
-    return _run(_linear_residual, _linear_residual.linear_residual, kernels, a, w, b, x)
+    return _run(_linear_residual, kernels, a, w, b, x)
 
 
 def why_not(x: Tensor) -> dict[str, str | None]:
@@ -50,12 +50,12 @@ def why_not(x: Tensor) -> dict[str, str | None]:
     }
 
 
-def _run(op, fused, kernels: str, *tensors: Tensor | None) -> Tensor:
-    if kernels == "reference":
+def _run(op, kernels: str, *tensors: Tensor | None) -> Tensor:
+    if kernels == "reference" or not hasattr(op, "why_not"):
         return op.reference(*tensors)
     reason = op.why_not(*tensors)
     if reason is None:
-        return fused(*tensors)
+        return getattr(op, op.__name__.rpartition(".")[2])(*tensors)
     if kernels == "fused":
-        raise ValueError(f"model.kernels=fused: {fused.__name__} cannot run: {reason}")
+        raise ValueError(f"model.kernels=fused: {op.__name__} cannot run: {reason}")
     return op.reference(*tensors)

@@ -1,0 +1,136 @@
+"""Datasets give what the trainer expects, and refuse what does not fit."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from uvit_fast.build import build_dataset
+from uvit_fast.config import UserError, load_config
+from uvit_fast.data.datasets import center_crop, random_flip
+
+DIGITS, CIFAR, CELEBA, IMAGENET = (f"configs/{n}.yaml" for n in ("digits", "s2_cifar10", "s4_celeba64", "l4_64"))
+
+
+@pytest.fixture(autouse=True)
+def _from_the_root(monkeypatch, pytestconfig):
+    monkeypatch.chdir(pytestconfig.rootpath)
+
+
+def finished(dataset, items):
+    return dataset.finish(dataset.__getitems__(items), torch.Generator().manual_seed(0))
+
+
+def test_digits_are_all_of_scikit_learns_in_the_networks_range():
+    dataset = build_dataset(load_config(DIGITS))
+    batch = finished(dataset, [(i, 0) for i in range(len(dataset))])
+    assert len(dataset) == 1797 and batch["x"].shape == (1797, 1, 8, 8)
+    assert batch["x"].min() == -1 and batch["x"].max() == 1
+    assert batch["y"].unique().tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("name", ["h2_256", "s2_coco", "s2_cifar10", "m4_64", "digits"])
+def test_synthetic_data_fits_every_kind_of_config(name):
+    cfg = load_config(f"configs/{name}.yaml", ["data.name=synthetic"])
+    dataset = build_dataset(cfg)
+    batch = finished(dataset, [(0, 0), (1_000_000, 3)])
+    assert dataset.synthetic and batch["x"].shape == (2, cfg.model.in_chans, cfg.model.img_size, cfg.model.img_size)
+    assert ("y" in batch, "context" in batch) == (bool(cfg.model.num_classes), bool(cfg.model.context_dim))
+
+
+def test_cifar10_reads_the_python_batches(tmp_path):
+    pixels = np.arange(5 * 2 * 3072).reshape(5, 2, 3072).astype(np.uint8)
+    for i in range(5):
+        (tmp_path / f"data_batch_{i + 1}").write_bytes(pickle.dumps({b"data": pixels[i], b"labels": [0, 1]}))
+    dataset = build_dataset(load_config(CIFAR, [f"data.path={tmp_path}", "data.flip=false"]))
+    batch = finished(dataset, [(3, 0)])
+    expected = torch.from_numpy(pixels[1, 1]).float().view(1, 3, 32, 32) / 127.5 - 1
+    torch.testing.assert_close(batch["x"], expected)
+    assert "y" not in batch  # the paper's CIFAR-10 model is unconditional
+
+
+def test_image_folder_takes_class_folders_and_crops_to_size(tmp_path):
+    for name, colour in (("cat", (255, 0, 0)), ("dog", (0, 0, 255))):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (200, 130), colour).save(tmp_path / name / "a.png")
+    Image.new("L", (70, 90), 255).save(tmp_path / "dog" / "grey.png")
+    dataset = build_dataset(load_config(IMAGENET, [f"data.path={tmp_path}"]))
+    batch = finished(dataset, [(0, 0), (1, 0), (2, 0)])
+    assert batch["x"].shape == (3, 3, 64, 64) and batch["y"].tolist() == [0, 1, 1]
+    assert batch["x"][:, :, 32, 32].tolist() == [[1, -1, -1], [-1, -1, 1], [1, 1, 1]]
+
+
+def test_centre_crop_keeps_the_centre_and_the_aspect():
+    """A white square in the middle of a wide black image stays square and central."""
+    image = Image.new("L", (400, 200))
+    image.paste(255, (150, 50, 250, 150))
+    crop = np.asarray(center_crop(image, 64)).astype(int)
+    assert crop.shape == (64, 64)
+    assert crop[32, 32] == 255 and crop[2, 2] == 0
+    assert abs((crop > 127).sum() - 32 * 32) <= 64
+
+
+def test_flips_mirror_half_of_the_images_and_repeat_with_the_seed():
+    x = torch.arange(1000.0 * 4).view(1000, 1, 1, 4)
+    a, b = (random_flip(x, torch.Generator().manual_seed(3)) for _ in range(2))
+    flipped = (a != x).flatten(1).any(1)
+    assert torch.equal(a, b) and 430 < flipped.sum() < 570
+    assert torch.equal(a[flipped], x[flipped].flip(-1))
+
+
+def test_moments_become_scaled_posterior_samples(tmp_path):
+    """z = scale (mean + std eps), drawn afresh each step, with the log variance clamped."""
+    moments = np.zeros((4, 8, 32, 32), np.float16)
+    moments[:, :4] = 2.0
+    moments[:, 4:] = np.log(0.25)
+    moments[3, 4:] = -60_000  # clamped to -30: practically the mean
+    np.save(tmp_path / "moments.npy", moments)
+    np.save(tmp_path / "labels.npy", np.array([5, 999, 0, 1]))
+    dataset = build_dataset(load_config("configs/h2_256.yaml", [f"data.path={tmp_path}"]))
+    batch = finished(dataset, [(i, 0) for i in (1, 2, 3)])
+    z = batch["x"] / 0.18215
+    assert batch["y"].tolist() == [999, 0, 1]
+    assert abs(z[:2].mean() - 2) < 0.03 and abs(z[:2].std() - 0.5) < 0.02
+    torch.testing.assert_close(z[2], torch.full((4, 32, 32), 2.0), rtol=1e-5, atol=1e-5)
+
+
+def test_text_latents_draw_one_caption_an_epoch(tmp_path):
+    np.save(tmp_path / "moments.npy", np.zeros((2, 8, 32, 32), np.float16))
+    np.save(tmp_path / "text.npy", np.arange(5, dtype=np.float16)[:, None, None] + np.zeros((5, 77, 768), np.float16))
+    np.save(tmp_path / "captions.npy", np.array([0, 3, 5]))
+    np.save(tmp_path / "null_text.npy", np.full((77, 768), -1, np.float16))
+    dataset = build_dataset(load_config("configs/s2_coco.yaml", [f"data.path={tmp_path}"]))
+    drawn = {i: {int(finished(dataset, [(i, epoch)])["context"][0, 0, 0]) for epoch in range(40)} for i in (0, 1)}
+    assert drawn == {0: {0, 1, 2}, 1: {3, 4}}
+    assert finished(dataset, [(0, 7)])["context"].equal(finished(dataset, [(0, 7)])["context"])
+    assert dataset.null_context.shape == (77, 768)
+
+
+def test_missing_empty_and_unfitting_data_are_named(tmp_path):
+    def refused(config, *overrides):
+        with pytest.raises(UserError) as error:
+            build_dataset(load_config(config, list(overrides)))
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "no such folder; expected the CIFAR-10" in refused(CIFAR, f"data.path={tmp_path / 'nothing'}")
+    assert "the folder is empty; expected images" in refused(CELEBA, f"data.path={tmp_path}")
+    (tmp_path / "readme.txt").write_text("")
+    assert "no images; expected files ending in .bmp" in refused(CELEBA, f"data.path={tmp_path}")
+    assert "no data_batch_1" in refused(CIFAR, f"data.path={tmp_path}")
+    assert "not set" in refused(CIFAR, "data.path=null")
+    assert "expect items of (1, 16, 16), got (1, 8, 8)" in refused(DIGITS, "model.img_size=16")
+    assert "expected labels of 1 to 9 classes, got 10" in refused(DIGITS, "model.num_classes=10")
+    np.save(tmp_path / "moments.npy", np.zeros((2, 8, 32, 32), np.float16))
+    assert "expected labels" in refused("configs/h2_256.yaml", f"data.path={tmp_path}")
+    (tmp_path / "moments.npy").write_bytes((tmp_path / "moments.npy").read_bytes()[:1000])
+    assert "truncated" in refused("configs/h2_256.yaml", f"data.path={tmp_path}")
+
+
+def test_an_unreadable_image_is_named(tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 not a jpeg")
+    dataset = build_dataset(load_config(CELEBA, [f"data.path={tmp_path}"]))
+    with pytest.raises(UserError, match="broken.jpg: not a readable image"):
+        dataset.__getitems__([(0, 0)])

@@ -1,0 +1,237 @@
+"""The samplers solve what they claim to solve, on the published grids, at their orders."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler
+
+from uvit_fast.diffusion.noise import sample_generators, sample_noise
+from uvit_fast.diffusion.samplers import (
+    DPMSolverPPMultistep,
+    DPMSolverPPSinglestep,
+    DPMSolverSinglestep,
+    EulerMaruyama,
+    fast_orders,
+)
+from uvit_fast.diffusion.schedules import SDSchedule, VPSchedule
+
+ODE = [DPMSolverSinglestep, DPMSolverPPSinglestep, DPMSolverPPMultistep]
+MEAN, SPREAD = 1.5, 0.5  # of the Gaussian data whose score is known
+
+
+def gaussian_eps(schedule, mean=MEAN, spread=SPREAD):
+    """The exact noise prediction for data ~ N(mean, spread^2): eps = sigma_t (x - alpha_t mean) / var_t."""
+
+    def eps_fn(x, time):
+        t = (time[0].double() / schedule.network_time(1.0)).item()
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        return sigma * (x.double() - alpha * mean) / (alpha**2 * spread**2 + sigma**2)
+
+    return eps_fn
+
+
+def gaussian_solution(schedule, x_T, mean=MEAN, spread=SPREAD):
+    """The probability-flow ODE maps quantiles to quantiles: standardise at t_max, unstandardise at t_min."""
+    a, s = (f(np.array([schedule.t_max, schedule.t_min])) for f in (schedule.alpha, schedule.sigma))
+    deviation = np.sqrt(a**2 * spread**2 + s**2)
+    return a[1] * mean + deviation[1] * (x_T.double() - a[0] * mean) / deviation[0]
+
+
+class Recorder:
+    """An eps_fn that keeps the times it was asked for."""
+
+    def __init__(self):
+        self.times = []
+
+    def __call__(self, x, time):
+        assert time.shape == (len(x),) and time.dtype == torch.float32
+        self.times.append(time[0].item())
+        return torch.zeros_like(x)
+
+
+def times_of(sampler):
+    recorder = Recorder()
+    sampler(recorder, torch.randn(2, 1, 2, 2))
+    return np.array(recorder.times)
+
+
+@pytest.mark.parametrize("schedule", [VPSchedule(), SDSchedule()])
+@pytest.mark.parametrize("solver", ODE)
+@pytest.mark.parametrize(
+    "steps", [1, 2, 3, 4, 5, 6, 20, 49, 50, 51]
+)  # each remainder, and those with nothing but a tail
+def test_steps_are_network_evaluations_and_the_result_is_finite(solver, schedule, steps):
+    sampler = solver(schedule, steps)
+    times = times_of(sampler)
+    assert len(times) == steps and times[0] == pytest.approx(schedule.network_time(1.0))
+    assert (np.diff(times) < 0).all() and times[-1] > schedule.network_time(schedule.t_min)
+    assert torch.isfinite(sampler(gaussian_eps(schedule), torch.randn(2, 1, 2, 2))).all()
+
+
+def test_fast_spends_fifty_as_sixteen_threes_and_a_two():
+    assert fast_orders(50) == [3] * 16 + [2]
+    assert fast_orders(51) == [3] * 16 + [2, 1]
+    assert fast_orders(52) == [3] * 17 + [1]
+    assert [fast_orders(n) for n in (1, 2, 3)] == [[1], [2], [2, 1]]
+
+
+def test_vp_grid_has_seventeen_intervals_uniform_in_lambda():
+    vp = VPSchedule()
+    lam = vp.lambda_(times_of(DPMSolverSinglestep(vp, 50)) / 999)
+    ends = np.linspace(vp.lambda_(1.0), vp.lambda_(1e-4), 18)
+    np.testing.assert_allclose(lam[0:48:3], ends[:16], rtol=1e-4, atol=1e-4)
+    third = (ends[1] - ends[0]) / 3
+    np.testing.assert_allclose(lam[1:48:3] - lam[0:48:3], third, rtol=1e-3)  # r1 = 1/3
+    np.testing.assert_allclose(lam[2:48:3] - lam[0:48:3], 2 * third, rtol=1e-3)  # r2 = 2/3
+    np.testing.assert_allclose(lam[49] - lam[48], (ends[1] - ends[0]) / 2, rtol=1e-3)  # the order-2 tail
+
+
+def test_sd_grid_is_uniform_in_time_and_fractional_for_the_network():
+    times = times_of(DPMSolverPPSinglestep(SDSchedule(), 50))
+    np.testing.assert_allclose(times, np.linspace(1000, 1, 51)[:-1], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("solver", "schedule", "order"),
+    [
+        (DPMSolverSinglestep, VPSchedule(), 3),
+        (DPMSolverPPSinglestep, VPSchedule(), 3),
+        (DPMSolverPPMultistep, VPSchedule(), 2),
+    ],
+)
+def test_error_falls_at_the_solvers_order(solver, schedule, order):
+    """Doubling the intervals divides the error by 2^order, once they are fine enough for the leading term to lead.
+
+    In fp64: the coefficients are, and so is the state here, so that rounding does not hide the order.
+    """
+    x_T = torch.linspace(-2, 2, 9, dtype=torch.float64).view(9, 1, 1, 1)
+    exact = gaussian_solution(schedule, x_T)
+    errors = []
+    counts = (191, 383, 767) if order == 3 else (160, 320, 640)
+    for steps in counts:
+        sampler = solver(schedule, steps)
+        x = run_in_float64(sampler, gaussian_eps_exact_times(schedule, sampler), x_T)
+        errors.append((x - exact).abs().max().item())
+    slopes = np.log2(np.array(errors[:-1]) / np.array(errors[1:]))
+    assert (slopes > order - 0.2).all(), (errors, slopes)
+
+
+def gaussian_eps_exact_times(schedule, sampler):
+    """As gaussian_eps, with the stages' own float64 times in place of what fp32 leaves of them."""
+    eps_at = gaussian_eps(schedule)
+    times = iter([stage.time for stage in sampler.stages])
+    return lambda x, _: eps_at(x, torch.tensor([next(times)], dtype=torch.float64))
+
+
+def run_in_float64(sampler, eps_fn, x_T):
+    """The sampler's loop, unchanged, on a state that stays float64."""
+
+    class Double(torch.Tensor):
+        def float(self):
+            return self
+
+    return sampler(eps_fn, x_T.as_subclass(Double)).as_subclass(torch.Tensor)
+
+
+@pytest.mark.parametrize("solver", ODE)
+@pytest.mark.parametrize("schedule", [VPSchedule(), SDSchedule()])
+def test_samples_converge_to_the_exact_solution_of_a_gaussian(solver, schedule):
+    """In fp32, as users run it, also on the SD schedule, whose grid in time is coarse near the data."""
+    x_T = torch.linspace(-2, 2, 9).view(9, 1, 1, 1)
+    exact = gaussian_solution(schedule, x_T)
+    coarse, fine, finest = (
+        (solver(schedule, n)(gaussian_eps(schedule), x_T) - exact).abs().max() for n in (50, 200, 1000)
+    )
+    assert coarse < SPREAD / 10 and fine < coarse / 4 and finest < 1e-3 * SPREAD
+
+
+def test_euler_maruyama_samples_the_gaussian():
+    """A thousand steps from noise give the data's mean and spread within the sampling error of 20,000 samples."""
+    vp = VPSchedule()
+    x_T = torch.randn(20_000, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    sampler = EulerMaruyama(vp, 1000)
+    x = sampler(gaussian_eps(vp), x_T, generator=torch.Generator().manual_seed(1))
+    assert abs(x.mean() - MEAN) < 0.02 and abs(x.std() - SPREAD) < 0.02
+    assert sampler.stages[-1].noise == 0 and sampler.stages[-2].noise > 0
+    times = times_of(sampler) / 999
+    np.testing.assert_allclose(times, np.linspace(1e-3, 1, 1000)[::-1], rtol=1e-5)
+
+
+def nonlinear_eps(schedule):
+    """A network that is nonlinear in x and t, so that agreement is not an accident of linear problems."""
+
+    def eps_fn(x, time):
+        t = time.double().view(-1, 1, 1, 1) / schedule.network_time(1.0)
+        return torch.tanh(x.double() * (1 + t)) + 0.1 * t
+
+    return eps_fn
+
+
+def diffusers_sample(scheduler, eps_fn, x, times):
+    for t in times:
+        x = scheduler.step(eps_fn(x, t.expand(len(x))), t, x).prev_sample
+    return x
+
+
+SD_KEYWORDS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.0120, "beta_schedule": "scaled_linear"}
+FINAL = {
+    "lower_order_final": False,
+    "final_sigmas_type": "sigma_min",
+}  # no special last step, as in the published sampler
+
+
+@pytest.mark.parametrize("steps", [5, 10])
+def test_multistep_agrees_with_diffusers_where_the_grids_coincide(steps):
+    """diffusers' grid is of integer times that end in alpha = 1; given our times and sigmas, its update must be ours."""
+    schedule = SDSchedule()
+    scheduler = DPMSolverMultistepScheduler(**SD_KEYWORDS, **FINAL)
+    check_against_diffusers(scheduler, DPMSolverPPMultistep(schedule, steps), schedule, np.linspace(1, 1e-3, steps + 1))
+
+
+@pytest.mark.parametrize("kind", [("dpmsolver++", DPMSolverPPSinglestep), ("dpmsolver", DPMSolverSinglestep)])
+def test_singlestep_of_order_two_agrees_with_diffusers(kind):
+    """Two evaluations are one interval of order 2, which diffusers computes by the same formula for any r1."""
+    schedule = SDSchedule()
+    scheduler = DPMSolverSinglestepScheduler(**SD_KEYWORDS, algorithm_type=kind[0], solver_order=2, **FINAL)
+    check_against_diffusers(scheduler, kind[1](schedule, 2), schedule, np.linspace(1, 1e-3, 3))
+
+
+def check_against_diffusers(scheduler, sampler, schedule, times):
+    x_T = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scheduler.set_timesteps(len(times) - 1)
+    scheduler.timesteps = torch.from_numpy(1000 * times[:-1])
+    scheduler.sigmas = torch.from_numpy(schedule.sigma(times) / schedule.alpha(times))
+    eps_fn = nonlinear_eps(schedule)
+    theirs = diffusers_sample(scheduler, eps_fn, x_T, scheduler.timesteps)
+    ours = sampler(eps_fn, x_T)
+    torch.testing.assert_close(ours.double(), theirs.double(), rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("solver", [*ODE, EulerMaruyama])
+def test_the_loop_never_asks_the_device_for_a_value(solver):
+    """On the meta device any .item() or comparison of values raises."""
+    sampler = solver(VPSchedule(), 12)
+    x = sampler(lambda x, t: x * t.view(-1, 1, 1, 1), torch.empty(2, 1, 4, 4, device="meta"))
+    assert x.shape == (2, 1, 4, 4) and x.device.type == "meta"
+
+
+def test_steps_below_one_are_refused():
+    for solver in (*ODE, EulerMaruyama):
+        with pytest.raises(ValueError, match="steps: expected at least 1 network evaluation, got 0"):
+            solver(VPSchedule(), 0)
+
+
+def test_a_samples_noise_depends_on_its_index_only():
+    together = sample_noise(3, range(6), (1, 4, 4))
+    apart = torch.cat([sample_noise(3, [i], (1, 4, 4)) for i in range(6)])
+    assert torch.equal(together, apart)
+    assert not torch.equal(together, sample_noise(4, range(6), (1, 4, 4)))
+    vp, eps = VPSchedule(), gaussian_eps(VPSchedule())
+    runs = [EulerMaruyama(vp, 20)(eps, together[rows], sample_generators(5, rows)) for rows in (range(6), range(2, 4))]
+    torch.testing.assert_close(runs[0][2:4], runs[1])
+
+
+def test_progress_is_reported_once_an_evaluation():
+    seen = []
+    DPMSolverSinglestep(VPSchedule(), 7)(Recorder(), torch.randn(1, 1, 2, 2), callback=lambda *a: seen.append(a))
+    assert seen == [(i, 7) for i in range(1, 8)]

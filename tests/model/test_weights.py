@@ -1,0 +1,67 @@
+"""Published checkpoints load unchanged, and what does not fit is named."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.model.test_uvit import tiny
+from uvit_fast.config import UserError
+from uvit_fast.model.weights import load_weights, read_weights
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_round_trip(tmp_path, suffix):
+    state, path = tiny(num_classes=3).state_dict(), tmp_path / f"model{suffix}"
+    torch.save(state, path) if suffix == ".pth" else save_file(state, path)
+    model = tiny(num_classes=3)
+    torch.nn.init.zeros_(model.pos_embed)
+    load_weights(model, read_weights(path))
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key])
+
+
+def test_missing_extra_and_misshapen_keys_are_all_named():
+    state = tiny(num_classes=3).state_dict()
+    del state["norm.weight"]
+    state["surplus"] = torch.zeros(1)
+    state["mid_block.mlp.fc1.weight"] = torch.zeros(2, 2)
+    with pytest.raises(UserError) as error:
+        load_weights(tiny(num_classes=3), state, source="x.pth")
+    for words in (
+        "x.pth",
+        "1 missing (norm.weight)",
+        "1 extra (surplus)",
+        "fc1.weight: expected (128, 32), got (2, 2)",
+    ):
+        assert words in str(error.value)
+
+
+def test_another_image_size_interpolates_the_patches_and_says_so():
+    """A plane in the position embedding stays a plane; the extra tokens stay as they are."""
+    old, new = tiny(img_size=16, num_classes=3), tiny(img_size=32, num_classes=3)
+    state = old.state_dict()
+    ramp = torch.arange(8.0).repeat(8, 1).reshape(1, 64, 1).expand(1, 64, 32)
+    state["pos_embed"] = torch.cat([torch.full((1, 2, 32), 7.0), ramp], 1)
+    with pytest.warns(UserWarning, match="interpolated from 8x8 to 16x16"):
+        load_weights(new, state)
+    assert torch.equal(new.pos_embed[:, :2], torch.full((1, 2, 32), 7.0))
+    row = new.pos_embed[0, 2:, 0].view(16, 16)
+    torch.testing.assert_close(row, row[:1].expand(16, 16))  # still constant down a column
+    torch.testing.assert_close(row[0, 7:9], torch.tensor([3.25, 3.75]))  # and linear in the middle
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04truncated"])
+def test_unreadable_files_are_one_line(tmp_path, content):
+    for name in ("x.pth", "x.safetensors"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match="not a readable checkpoint") as error:
+            read_weights(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
+def test_missing_file_and_foreign_content_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no such checkpoint"):
+        read_weights(tmp_path / "nothing.pth")
+    torch.save({"step": 3}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="expected a state dict of tensors"):
+        read_weights(tmp_path / "x.pth")

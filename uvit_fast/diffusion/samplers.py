@@ -1,0 +1,227 @@
+"""Samplers: from noise x_T to x_0 with a given number of network evaluations.
+
+Every sampler here is a list of stages. A stage evaluates the network once at the current state and then forms the next state as
+a linear combination of the interval's first state and the outputs seen since. All coefficients depend on the schedule
+alone: they are float64 numbers before the loop starts, so the loop is tensor algebra without a host sync.
+
+Equations: DPM-Solver (Lu et al. 2022, Algorithms 1 and 2), DPM-Solver++ (Lu et al. 2022b), score SDE (Song et al. 2021).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from uvit_fast.diffusion.schedules import Schedule
+
+EpsFn = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One network evaluation and the state that follows it."""
+
+    time: float  # what the network receives
+    output: tuple[float, float]  # m = output[0] x + output[1] eps: the noise itself, or the data it predicts
+    start: float  # next state = start * (first state of the interval)
+    outputs: tuple[float, ...]  # + sum of outputs[j] * m_j, oldest first
+    noise: float = 0.0  # + noise * z with z ~ N(0, I)
+    last: bool = True  # the next state begins a new interval
+
+
+class Sampler:
+    """Runs stages: `sampler(eps_fn, x_T)` -> x_0.
+
+    Attributes:
+        stages: one a network evaluation, in order.
+        keep: outputs that a new interval still uses (1 for the multistep solver).
+    """
+
+    keep = 0
+
+    def __init__(self, schedule: Schedule, steps: int):
+        if steps < 1:
+            raise ValueError(f"steps: expected at least 1 network evaluation, got {steps}")
+        self.stages = self._plan(schedule, steps)
+        assert len(self.stages) == steps, "a sampler spends exactly the evaluations it was given"
+        self._times: dict[torch.device, Tensor] = {}
+
+    def _plan(self, schedule: Schedule, steps: int) -> list[Stage]:
+        raise TypeError("a sampler defines its stages")
+
+    def times(self, device: torch.device) -> Tensor:
+        """(steps,) fp32: what the network receives, stage by stage; made once a device."""
+        if device not in self._times:
+            self._times[device] = torch.tensor(
+                [stage.time for stage in self.stages], dtype=torch.float32, device=device
+            )
+        return self._times[device]
+
+    def __call__(
+        self,
+        eps_fn: EpsFn,
+        x_T: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        callback: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Solve from x_T ~ N(0, I) to x_0.
+
+        Args:
+            eps_fn: eps_fn(x, t) -> eps; x (B, C, H, W) fp32, t (B,) fp32, what the network receives as time.
+            x_T: (B, C, H, W).
+            generator: of the noise, where the sampler draws some: one for the batch, or a list with one a sample.
+            callback: called as callback(done, steps) after each network evaluation.
+
+        Returns:
+            (B, C, H, W) fp32.
+        """
+        x = start = x_T.float()
+        times = self.times(x.device)
+        outputs: list[Tensor] = []
+        for i, stage in enumerate(self.stages):
+            eps = eps_fn(x, times[i].expand(len(x))).float()
+            on_x, on_eps = stage.output
+            outputs.append(eps if stage.output == (0.0, 1.0) else on_x * x + on_eps * eps)
+            x = stage.start * start
+            for coefficient, m in zip(stage.outputs, outputs, strict=True):
+                x = x + coefficient * m
+            if stage.noise:
+                x = x + stage.noise * _normal(x, generator)
+            if stage.last:
+                start, outputs = x, outputs[len(outputs) - self.keep :]
+            if callback is not None:
+                callback(i + 1, len(self.stages))
+        return x
+
+
+class DPMSolverSinglestep(Sampler):
+    """DPM-Solver "fast", noise prediction: intervals of order 3, the last ones lower so that the evaluations add up.
+
+    50 evaluations are 16 intervals of order 3 and one of order 2. The published sampler of the VP models.
+    """
+
+    data_prediction = False
+
+    def _plan(self, schedule: Schedule, steps: int) -> list[Stage]:
+        orders = fast_orders(steps)
+        knots = np.cumsum([0, *orders])
+        if schedule.uniform_in == "time":  # one grid of `steps` intervals, grouped; inner times are grid points
+            grid = np.linspace(schedule.t_max, schedule.t_min, steps + 1)
+            intervals = [grid[a : b + 1] for a, b in zip(knots[:-1], knots[1:])]
+        else:  # the groups are uniform in lambda, and so are the times inside
+            ends = np.linspace(schedule.lambda_(schedule.t_max), schedule.lambda_(schedule.t_min), len(orders) + 1)
+            intervals = [
+                schedule.time_of_lambda(np.linspace(a, b, order + 1))
+                for a, b, order in zip(ends[:-1], ends[1:], orders)
+            ]
+        return [stage for times in intervals for stage in self._interval(schedule, times)]
+
+    def _interval(self, schedule: Schedule, times: np.ndarray) -> list[Stage]:
+        """The stages from times[0] to times[-1]: order len(times) - 1, with inner evaluations at the times between."""
+        carry, gain, sign = self._frame(schedule, times)
+        lam = schedule.lambda_(times)
+        h = lam - lam[0]  # from the interval's start to each of its times
+        phi = np.expm1(sign * h)  # e^h - 1 for noise prediction, e^-h - 1 for data prediction
+        stages = []
+        for i in range(1, len(times)):
+            weights = np.zeros(i)
+            weights[0] = phi[i]
+            if i > 1:  # a difference of outputs, D = m_{i-1} - m_0, stands in for the derivative
+                slope = phi[i] / 2 if len(times) == 3 else sign * phi[i] / h[i] - 1  # order 2, order 3
+                weights[[0, i - 1]] += slope * h[i] / h[i - 1] * np.array([-1, 1])
+            stages.append(
+                Stage(
+                    time=float(schedule.network_time(times[i - 1])),
+                    output=self._output(schedule, times[i - 1]),
+                    start=float(carry[i]),
+                    outputs=tuple(map(float, -gain[i] * weights)),
+                    last=i == len(times) - 1,
+                )
+            )
+        return stages
+
+    def _frame(self, schedule: Schedule, times: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+        """What the first state is multiplied with, what the outputs are, and the sign of h in the exponential."""
+        alpha, sigma = schedule.alpha(times), schedule.sigma(times)
+        return (sigma / sigma[0], alpha, -1) if self.data_prediction else (alpha / alpha[0], sigma, 1)
+
+    def _output(self, schedule: Schedule, t: float) -> tuple[float, float]:
+        """m as a combination of x and eps: eps, or the data x_0 = (x - sigma eps) / alpha."""
+        if not self.data_prediction:
+            return 0.0, 1.0
+        return float(1 / schedule.alpha(t)), float(-schedule.sigma(t) / schedule.alpha(t))
+
+
+class DPMSolverPPSinglestep(DPMSolverSinglestep):
+    """DPM-Solver++ "fast", data prediction without thresholding. The published sampler of the SD-schedule models."""
+
+    data_prediction = True
+
+
+class DPMSolverPPMultistep(DPMSolverPPSinglestep):
+    """DPM-Solver++ 2M: one evaluation an interval, second order through the previous output; good from 10 to 25 steps."""
+
+    keep = 1
+
+    def _plan(self, schedule: Schedule, steps: int) -> list[Stage]:
+        if schedule.uniform_in == "time":
+            times = np.linspace(schedule.t_max, schedule.t_min, steps + 1)
+        else:
+            ends = schedule.lambda_(np.array([schedule.t_max, schedule.t_min]))
+            times = schedule.time_of_lambda(np.linspace(*ends, steps + 1))
+        lam = schedule.lambda_(times)
+        stages = []
+        for i in range(steps):
+            carry, gain, sign = self._frame(schedule, times[i : i + 2])
+            h = lam[i + 1] - lam[i]
+            weights = np.array([1.0])
+            if i > 0:  # D = (1 + 1 / 2r) m_i - m_{i-1} / 2r, with r the last interval over this one
+                half = 0.5 * h / (lam[i] - lam[i - 1])
+                weights = np.array([-half, 1 + half])
+            stages.append(
+                Stage(
+                    time=float(schedule.network_time(times[i])),
+                    output=self._output(schedule, times[i]),
+                    start=float(carry[1]),
+                    outputs=tuple(map(float, -gain[1] * np.expm1(sign * h) * weights)),
+                )
+            )
+        return stages
+
+
+class EulerMaruyama(Sampler):
+    """The reverse VP-SDE on the times {0} and linspace(1e-3, 1, steps); the last step draws no noise.
+
+    x_s = x + (beta x / 2 + beta score) d + sqrt(beta d) z, with d = t - s and score = -eps / sigma_t.
+    """
+
+    def _plan(self, schedule: Schedule, steps: int) -> list[Stage]:
+        times = np.concatenate([[0.0], np.linspace(1e-3, 1, steps)]) if steps > 1 else np.array([0.0, 1.0])
+        stages = []
+        for t, s in zip(times[:0:-1], times[-2::-1]):
+            rate = schedule.beta(t) * (t - s)
+            stages.append(
+                Stage(
+                    time=float(schedule.network_time(t)),
+                    output=(0.0, 1.0),
+                    start=float(1 + rate / 2),
+                    outputs=(float(-rate / schedule.sigma(t)),),
+                    noise=float(np.sqrt(rate)) if s > 0 else 0.0,
+                )
+            )
+        return stages
+
+
+def fast_orders(steps: int) -> list[int]:
+    """The orders of DPM-Solver "fast", which add up to `steps`: 3, ..., 3 and then 2, 1 or 1 or 2."""
+    threes = steps // 3
+    tail = {0: [2, 1], 1: [1], 2: [2]}[steps % 3]
+    return [3] * (threes - (steps % 3 == 0)) + tail
+
+
+def _normal(x: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
+    if isinstance(generator, list):
+        return torch.stack([torch.randn(x.shape[1:], device=x.device, generator=g) for g in generator])
+    return torch.randn(x.shape, device=x.device, generator=generator)
