@@ -1,0 +1,118 @@
+"""Compile kernels ahead of time, without a GPU, and read what they take: the throughput guard that needs no device.
+
+`target(90)` puts a driver in place that knows the architecture and nothing else; `kernel.warmup(...)` then compiles for it.
+`resources` reads registers, spills, shared memory and the instructions that matter out of the result, with the `ptxas` and
+`cuobjdump` that ship inside triton. Never use it in a process that also launches kernels on a GPU.
+"""
+
+import contextlib
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory a block may take, by architecture
+_MULTIPROCESSORS = {80: 108, 90: 132}
+_INSTRUCTIONS = {  # field of the report -> what its instructions look like in the disassembly
+    "wgmma": r"\bHGMMA\b",
+    "wgmma_waits": r"WARPGROUP\.DEPBAR",
+    "mma": r"\bHMMA\b",
+    "tma_loads": r"UTMALDG",
+    "tma_stores": r"UTMASTG",
+    "cp_async": r"LDGSTS",
+    "local_accesses": r"\b(?:LDL|STL)\b",
+}
+
+
+class _Driver:
+    """What triton's compiler asks a driver for, and nothing that needs a device."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+        properties = {
+            "max_shared_mem": SHARED_LIMIT[arch],
+            "multiprocessor_count": _MULTIPROCESSORS[arch],
+            "warpSize": 32,
+            "max_num_regs": 65536,
+        }
+        self.utils = SimpleNamespace(get_device_properties=lambda device: properties)
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # a jit function caches by device: each architecture is one
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_interface(self):
+        return torch.cuda
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def target(arch: int) -> Iterator[None]:
+    """Compile for compute capability `arch` (80 or 90) inside the context, whatever this machine has."""
+    config = triton.runtime.driver
+    before = config._active
+    config.set_active(_Driver(arch))
+    try:
+        yield
+    finally:
+        config._active = before
+
+
+def compile(kernel: Any, *args: Any, arch: int, **options: Any) -> dict[str, int]:
+    """Compile one kernel for `arch` and report what it takes (see `resources`).
+
+    Args:
+        kernel: a `triton.jit` or `gluon.jit` function.
+        args: its arguments; meta tensors do, their dtype and alignment are all that counts.
+        options: keyword arguments of the kernel and of its launch (`num_warps`, ...).
+    """
+    with target(arch):
+        return resources(kernel.warmup(*args, grid=(1,), **options), arch)
+
+
+def resources(compiled: Any, arch: int) -> dict[str, int]:
+    """What a compiled kernel takes.
+
+    Returns:
+        registers a thread; spilled bytes (stores + loads); shared memory in bytes; how often each instruction of
+        `_INSTRUCTIONS` stands in the code; `serialized_wgmma`: 1 where ptxas says that it had to serialise them.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = os.path.join(folder, "kernel.ptx"), os.path.join(folder, "kernel.cubin")
+        with open(ptx, "w") as file:
+            file.write(compiled.asm["ptx"])
+        with open(cubin, "wb") as file:
+            file.write(compiled.asm["cubin"])
+        suffix = "a" if arch >= 90 else ""
+        report = _tool("ptxas", "-v", f"-arch=sm_{arch}{suffix}", ptx, "-o", os.path.join(folder, "again.cubin"))
+        code = _tool("cuobjdump", "-sass", cubin)
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", report)]
+    found = {
+        "registers": max(int(n) for n in re.findall(r"Used (\d+) registers", report)),
+        "spilled": sum(spills),
+        "shared": compiled.metadata.shared,
+        "serialized_wgmma": int("C7510" in report or "C7514" in report or "serialized" in report),
+    }
+    return found | {name: len(re.findall(pattern, code)) for name, pattern in _INSTRUCTIONS.items()}
+
+
+def _tool(name: str, *args: str) -> str:
+    path = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", name)
+    done = subprocess.run([path, *args], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{name} failed: {done.stderr[-2000:]}")
+    return done.stdout + done.stderr
