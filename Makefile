@@ -9,7 +9,8 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraint
 .PHONY: demo test lint format install clean
 
 demo: .venv/demo.done  ## train on real digits, sample, and measure the samples
-	$(BIN)/uvit-fast demo --config configs/digits.yaml
+	$(BIN)/python train.py --config configs/digits.yaml
+	$(BIN)/uvit-fast demo
 
 test: .venv/test.done  ## the whole CPU suite
 	$(BIN)/python -m pytest -m "not gpu"

@@ -31,8 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     command.add_argument("--batch", type=_positive, default=50, help="images at a time (default 50)")
 
-    command = _add(commands, "demo", demo, "train on scikit-learn's digits, sample, and measure the samples")
-    _config_arguments(command)
+    command = _add(commands, "demo", demo, "sample the digits run, and measure whether the samples are good")
+    command.add_argument("--run-dir", default="runs/digits", help="the run's folder (default runs/digits)")
 
     args = parser.parse_args(argv)
     try:
@@ -112,6 +112,9 @@ def sample(args: argparse.Namespace) -> None:
     cfg = load_config(args.config, args.set)
     if cfg.model.context_dim:
         raise UserError(f"sample: {cfg.name} takes text features, which this command cannot make; use the Python API")
+    scale = None if args.cfg_scale is None else args.cfg_scale - 1  # the paper's s
+    if scale is not None and scale < 0:
+        raise UserError(f"--cfg-scale: expected at least 1 (no guidance), got {args.cfg_scale}")
     device = sampling.pick_device(cfg.device)
     labels = None
     if cfg.model.num_classes:
@@ -122,9 +125,6 @@ def sample(args: argparse.Namespace) -> None:
         sampling.check_labels(_numbers(args.classes), cfg)
     model = sampling.load_for_sampling(cfg, args.checkpoint, device)
     decode = sampling.load_decoder(cfg, device) if cfg.latent else None
-    scale = None if args.cfg_scale is None else args.cfg_scale - 1
-    if scale is not None and scale < 0:
-        raise UserError(f"--cfg-scale: expected at least 1 (no guidance), got {args.cfg_scale}")
 
     images, start = [], time.perf_counter()
     batches = sampling.sample(
@@ -147,10 +147,10 @@ def sample(args: argparse.Namespace) -> None:
 
 
 def demo(args: argparse.Namespace) -> int:
-    """Train, sample and measure; see uvit_fast/demo.py."""
+    """Sample and measure the digits; see uvit_fast/demo.py."""
     from uvit_fast.demo import run
 
-    return run(load_config(args.config, args.set))
+    return run(Path(args.run_dir))
 
 
 def _numbers(text: str) -> list[int]:

@@ -22,6 +22,10 @@ class SavedNumbers(torch.autograd.graph.saved_tensors_hooks):
         self.count = 0
         super().__init__(self._keep, lambda s: s)
 
+    def __enter__(self):
+        super().__enter__()
+        return self
+
     def _keep(self, tensor: Tensor) -> Tensor:
         self.count += tensor.numel()
         return tensor
