@@ -1,9 +1,79 @@
 """A linear layer with the residual added in its epilogue: attention's output projection."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from . import launch, layernorm
 
 
 def reference(a: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
     """x + Linear(a): a (..., K), weight (D, K), x (..., D) -> (..., D)."""
     return x + F.linear(a, weight, bias)
+
+
+def why_not(a: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> str | None:
+    """Why the fused op cannot take these tensors; None where it can."""
+    D, K = weight.shape[0], a.shape[-1]
+    weights = {"weight": (weight, (D, K)), "bias": (bias, (D,)), "x": (x, (*a.shape[:-1], D))}
+    reason = launch.why_not(a, weights)
+    if reason is None and D % 8:
+        return f"the output's width {D} is no multiple of 8"
+    return reason
+
+
+def linear_residual(a: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    """The fused op: `reference` in one GEMM.
+
+    Args:
+        a: (..., K), bf16 or fp16; every other tensor has its dtype.
+        weight: (D, K), bias: (D,).
+        x: (..., D), the residual.
+
+    Returns:
+        (..., D).
+
+    Raises:
+        ValueError: with the sentence of `why_not`.
+    """
+    reason = why_not(a, weight, bias, x)
+    if reason:
+        raise ValueError(f"linear_residual: {reason}")
+    return _forward(a, weight, bias, x)
+
+
+@torch.library.custom_op("uvit_fast::linear_residual", mutates_args=())
+def _forward(a: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    y = launch.core(a.device).linear(launch.rows(a), launch.rows(weight), bias, residual=launch.rows(x))  # (M, D)
+    return y.view(x.shape)
+
+
+@_forward.register_fake
+def _(a, weight, bias, x):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("uvit_fast::linear_residual_backward", mutates_args=())
+def _backward(dy: Tensor, a: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dy, flat = launch.rows(dy), launch.rows(a)
+    da, dweight = dy @ weight, dy.t() @ flat  # (M, K), (D, K)
+    return da.view(a.shape), dweight, layernorm.column_sums(dy).to(a.dtype)
+
+
+@_backward.register_fake
+def _(dy, a, weight):
+    def new(t):
+        return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+    return new(a), new(weight), a.new_empty(weight.shape[0])
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _autograd(ctx, dy):
+    return *_backward(dy, *ctx.saved_tensors), dy
+
+
+_forward.register_autograd(_autograd, setup_context=_setup)

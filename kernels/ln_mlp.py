@@ -1,7 +1,10 @@
 """x + MLP(LayerNorm(x)), the second half of a transformer block."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from . import launch, layernorm
 
 
 def reference(
@@ -10,3 +13,102 @@ def reference(
     """x + fc2(GELU(fc1(LayerNorm(x)))) with the exact (erf) GELU: x (..., D), w1 (4D, D), w2 (D, 4D) -> (..., D)."""
     h = F.gelu(F.linear(F.layer_norm(x, x.shape[-1:], gamma, beta, eps), w1, b1))  # (..., 4D)
     return x + F.linear(h, w2, b2)
+
+
+def why_not(
+    x: Tensor, gamma: Tensor, beta: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, eps: float = 1e-5
+) -> str | None:
+    """Why the fused op cannot take these tensors; None where it can."""
+    D, H = x.shape[-1], w1.shape[0]
+    weights = {"gamma": (gamma, (D,)), "beta": (beta, (D,)), "w1": (w1, (H, D)), "b1": (b1, (H,))}
+    reason = launch.why_not(x, weights | {"w2": (w2, (D, H)), "b2": (b2, (D,))})
+    if reason is None and H % 64:
+        return f"the hidden width {H} is no multiple of 64"
+    return reason
+
+
+def ln_mlp(
+    x: Tensor, gamma: Tensor, beta: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, eps: float = 1e-5
+) -> Tensor:
+    """The fused op, `reference` in two GEMMs: LayerNorm, bias and GELU in the first, bias and residual in the second.
+
+    A tensor of shape (tokens, 4D) is written once, twice where a gradient is wanted: the GELU's argument is kept for the
+    backward, its value is computed again there. Saves x, the fp32 statistics and the GELU's argument: 5 D a token.
+
+    Args:
+        x: (..., D), bf16 or fp16; every other tensor has its dtype.
+        gamma, beta, b2: (D,).
+        w1: (H, D), b1: (H,), w2: (D, H).
+
+    Returns:
+        (..., D).
+
+    Raises:
+        ValueError: with the sentence of `why_not`.
+    """
+    reason = why_not(x, gamma, beta, w1, b1, w2, b2, eps)
+    if reason:
+        raise ValueError(f"ln_mlp: {reason}")
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gamma, beta, w1, b1, w2, b2))
+    return _forward(x, gamma, beta, w1, b1, w2, b2, eps, save)[0]
+
+
+@torch.library.custom_op("uvit_fast::ln_mlp", mutates_args=())
+def _forward(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    eps: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    core, flat = launch.core(x.device), launch.rows(x)
+    stats, folded, sums, offset = layernorm.prepare(flat, gamma, beta, launch.rows(w1), b1, eps)
+    act, h = core.linear_gelu(flat, folded, offset, fold=(stats, sums), save=save)  # (M, H)
+    y = core.linear(act, launch.rows(w2), b2, residual=flat)  # (M, D)
+    return y.view(x.shape), stats, x.new_empty(0) if h is None else h
+
+
+@_forward.register_fake
+def _(x, gamma, beta, w1, b1, w2, b2, eps, save):
+    M = x.numel() // x.shape[-1]
+    stats = x.new_empty(2, M, dtype=launch.ACCUMULATE)
+    return x.new_empty(x.shape), stats, x.new_empty(M, w1.shape[0]) if save else x.new_empty(0)
+
+
+@torch.library.custom_op("uvit_fast::ln_mlp_backward", mutates_args=())
+def _backward(
+    dy: Tensor, x: Tensor, stats: Tensor, h: Tensor, gamma: Tensor, beta: Tensor, w1: Tensor, w2: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    flat, dy = launch.rows(x), launch.rows(dy)
+    dh, act, db1 = launch.core(x.device).linear_gelu_backward(dy, launch.rows(w2), h)  # (M, H), (M, H), (H,)
+    dw2 = dy.t() @ act  # (D, H)
+    del act
+    g = dh @ w1  # (M, D)
+    dx, normed, sums = layernorm.backward(g, flat, stats, gamma, beta, dy)
+    dw1 = dh.t() @ normed  # (H, D)
+    dgamma, dbeta, db2 = (s.to(x.dtype, copy=True) for s in sums)
+    return dx.view(x.shape), dgamma, dbeta, dw1, db1.to(x.dtype), dw2, db2
+
+
+@_backward.register_fake
+def _(dy, x, stats, h, gamma, beta, w1, w2):
+    def new(t):
+        return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+    return new(x), new(gamma), new(beta), new(w1), x.new_empty(w1.shape[0]), new(w2), x.new_empty(w2.shape[0])
+
+
+def _setup(ctx, inputs, output):
+    x, gamma, beta, w1, _, w2 = inputs[:6]
+    ctx.save_for_backward(x, output[1], output[2], gamma, beta, w1, w2)
+
+
+def _autograd(ctx, dy, *_):
+    return *_backward(dy, *ctx.saved_tensors), None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup)

@@ -4,7 +4,78 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import launch, layernorm
+
 
 def reference(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Linear(Concat(x, skip)): x, skip (..., D), weight (N, 2D) -> (..., N)."""
     return F.linear(torch.cat([x, skip], dim=-1), weight, bias)
+
+
+def why_not(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> str | None:
+    """Why the fused op cannot take these tensors; None where it can."""
+    N, D = weight.shape[0], x.shape[-1]
+    weights = {"skip": (skip, tuple(x.shape)), "weight": (weight, (N, 2 * D)), "bias": (bias, (N,))}
+    reason = launch.why_not(x, weights)
+    if reason is None and N % 8:
+        return f"the output's width {N} is no multiple of 8"
+    return reason
+
+
+def skip_linear(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The fused op: one accumulator over two ranges of K, and gradients that go straight into their tensors.
+
+    Args:
+        x, skip: (..., D), bf16 or fp16; every other tensor has their dtype.
+        weight: (N, 2D), bias: (N,).
+
+    Returns:
+        (..., N).
+
+    Raises:
+        ValueError: with the sentence of `why_not`.
+    """
+    reason = why_not(x, skip, weight, bias)
+    if reason:
+        raise ValueError(f"skip_linear: {reason}")
+    return _forward(x, skip, weight, bias)
+
+
+@torch.library.custom_op("uvit_fast::skip_linear", mutates_args=())
+def _forward(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    y = launch.core(x.device).linear(launch.rows(x), launch.rows(weight), bias, x2=launch.rows(skip))  # (M, N)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+@_forward.register_fake
+def _(x, skip, weight, bias):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.custom_op("uvit_fast::skip_linear_backward", mutates_args=())
+def _backward(dy: Tensor, x: Tensor, skip: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dy, sources, D = launch.rows(dy), (launch.rows(x), launch.rows(skip)), x.shape[-1]
+    dx, dskip = (dy @ weight[:, i * D : (i + 1) * D] for i in range(2))  # (M, D)
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    for i, source in enumerate(sources):
+        torch.mm(dy.t(), source, out=dweight[:, i * D : (i + 1) * D])  # each into its half of the rows
+    return dx.view(x.shape), dskip.view(x.shape), dweight, layernorm.column_sums(dy).to(x.dtype)
+
+
+@_backward.register_fake
+def _(dy, x, skip, weight):
+    def new(t):
+        return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+    return new(x), new(skip), new(weight), x.new_empty(weight.shape[0])
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _autograd(ctx, dy):
+    return _backward(dy, *ctx.saved_tensors)
+
+
+_forward.register_autograd(_autograd, setup_context=_setup)

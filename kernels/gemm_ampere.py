@@ -1,0 +1,214 @@
+"""The GEMM core in plain Triton: sm_80, any later architecture without a core of its own, and the interpreter on the CPU.
+
+One kernel, out = epilogue(x @ w.T): the prologue picks the sources of K, the epilogue is composed of LayerNorm's fold, the bias,
+GELU, its derivative and the residual. `gemm_hopper` has the same public functions.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+
+# GELU(x) = x (1 + tanh(x (A0 + A1 u + A2 u^2))) / 2, u = min(x^2, 50): within 2.6e-5 of the erf form everywhere, its derivative
+# within 1.1e-4.
+A0 = tl.constexpr(0.7975078698098526)
+A1 = tl.constexpr(0.037005658189945986)
+A2 = tl.constexpr(-0.00035151862450346087)
+
+PLAIN, RESIDUAL, GELU, GELU_SAVE, GELU_BACKWARD = 0, 1, 2, 3, 4
+
+
+@triton.jit
+def _sigmoid2(x):
+    """(1 + tanh(v)) / 2 with GELU's v, and u."""
+    u = tl.minimum(x * x, 50.0)
+    v = x * (A0 + u * (A1 + u * A2))
+    return 1.0 / (1.0 + tl.exp(-2.0 * v)), u
+
+
+@triton.jit
+def _accumulate(acc, x, w, row, col, M, N, K, stride_x, stride_wn, stride_wk, BK: tl.constexpr):
+    """acc += x[row, :K] @ w[col, :K].T; K is a multiple of BK."""
+    k = tl.arange(0, BK)
+    xs = x + row.to(tl.int64)[:, None] * stride_x + k[None, :]
+    ws = w + col[None, :] * stride_wn + k[:, None] * stride_wk
+    for _ in range(0, K, BK):
+        a = tl.load(xs, mask=(row < M)[:, None], other=0.0)
+        b = tl.load(ws, mask=(col < N)[None, :], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+        xs += BK
+        ws += BK * stride_wk
+    return acc
+
+
+@triton.jit
+def gemm_kernel(
+    x,  # (M, K)
+    x2,  # (M, K2): the second source of the contraction, unread without DUAL
+    w,  # (N, K + K2), by strides
+    bias,  # (N,)
+    stats,  # (2, M) fp32: mean, rstd
+    sums,  # (N,) fp32
+    side,  # (M, N): the residual, or GELU's argument
+    out,  # (M, N)
+    out2,  # (M, N): GELU's argument (GELU_SAVE), GELU's value (GELU_BACKWARD)
+    partial,  # (ceil(M / BM), N) fp32: column sums of out (GELU_BACKWARD)
+    M,
+    N,
+    K,
+    K2,
+    stride_wn,
+    stride_wk,
+    FOLD: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    DUAL: tl.constexpr,
+    MODE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    # Tiles in groups of GROUP rows: the weight's columns stay in L2 while the group's rows pass.
+    tiles_n = tl.cdiv(N, BN)
+    group = tl.program_id(0) // (GROUP * tiles_n)
+    height = tl.minimum(tl.cdiv(M, BM) - group * GROUP, GROUP)
+    inner = tl.program_id(0) % (GROUP * tiles_n)
+    tile_m = group * GROUP + inner % height
+    tile_n = inner // height
+    row = tile_m * BM + tl.arange(0, BM)
+    col = tile_n * BN + tl.arange(0, BN)
+
+    acc = tl.zeros([BM, BN], tl.float32)
+    acc = _accumulate(acc, x, w, row, col, M, N, K, K, stride_wn, stride_wk, BK)
+    if DUAL:
+        acc = _accumulate(acc, x2, w + K * stride_wk, row, col, M, N, K2, K2, stride_wn, stride_wk, BK)
+
+    inside = (row < M)[:, None] & (col < N)[None, :]
+    at = row.to(tl.int64)[:, None] * N + col[None, :]
+    if FOLD:
+        mean = tl.load(stats + row, mask=row < M, other=0.0)
+        rstd = tl.load(stats + M + row, mask=row < M, other=0.0)
+        s = tl.load(sums + col, mask=col < N, other=0.0)
+        acc = (acc - mean[:, None] * s[None, :]) * rstd[:, None]
+    if HAS_BIAS:
+        acc += tl.load(bias + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
+    if MODE == 1:
+        acc += tl.load(side + at, mask=inside, other=0.0).to(tl.float32)
+    elif MODE == 2 or MODE == 3:
+        if MODE == 3:
+            # The backward sees the rounded argument: round before the GELU.
+            kept = acc.to(out2.dtype.element_ty)
+            tl.store(out2 + at, kept, mask=inside)
+            acc = kept.to(tl.float32)
+        phi, _ = _sigmoid2(acc)
+        acc = acc * phi
+    elif MODE == 4:
+        h = tl.load(side + at, mask=inside, other=0.0).to(tl.float32)
+        phi, u = _sigmoid2(h)
+        tl.store(out2 + at, (h * phi).to(out2.dtype.element_ty), mask=inside)
+        slope = A0 + u * (3.0 * A1 + u * (5.0 * A2))
+        acc = acc * (phi + 2.0 * h * phi * (1.0 - phi) * slope)
+        total = tl.sum(tl.where(inside, acc, 0.0), axis=0)
+        tl.store(partial + tile_m * N + col, total, mask=col < N)
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
+
+
+def _run(
+    mode: int,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None = None,
+    x2: Tensor | None = None,
+    fold: tuple[Tensor, Tensor] | None = None,
+    side: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernel on x (M, K), w (N, K), which may be a transposed view."""
+    (M, K), N = x.shape, w.shape[0]
+    tuned = launch.choice(x.device, "gemm", N)
+    BM, BN, BK = tuned["tile"]
+    if M < BM and launch.interpreting():
+        BM = 16 * triton.cdiv(M, 16)
+    out = x.new_empty(M, N)
+    out2 = torch.empty_like(out) if mode in (GELU_SAVE, GELU_BACKWARD) else out
+    partial = x.new_empty(triton.cdiv(M, BM), N, dtype=launch.ACCUMULATE) if mode == GELU_BACKWARD else out
+    stats, sums = fold or (x, x)
+    with launch.guard(x.device):
+        gemm_kernel[(triton.cdiv(M, BM) * triton.cdiv(N, BN),)](
+            x,
+            x if x2 is None else x2,
+            w,
+            x if bias is None else bias,
+            stats,
+            sums,
+            x if side is None else side,
+            out,
+            out2,
+            partial,
+            M,
+            N,
+            K,
+            0 if x2 is None else x2.shape[1],
+            w.stride(0),
+            w.stride(1),
+            FOLD=fold is not None,
+            HAS_BIAS=bias is not None,
+            DUAL=x2 is not None,
+            MODE=mode,
+            BM=BM,
+            BN=BN,
+            BK=BK,
+            GROUP=tuned["group"],
+            num_warps=tuned["warps"],
+            num_stages=tuned["stages"],
+        )
+    return out, out2, partial
+
+
+def linear(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None = None,
+    *,
+    x2: Tensor | None = None,
+    fold: tuple[Tensor, Tensor] | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """x @ w.T + bias, with the sources and the epilogue that are given.
+
+    Args:
+        x: (M, K), contiguous.
+        w: (N, K), or (N, K + K2) with x2; may be a transposed view.
+        bias: (N,), any float dtype.
+        x2: (M, K2): contracted with the last K2 columns of w.
+        fold: stats (2, M) and sums (N,), fp32, of `layernorm.prepare`: the LayerNorm of x goes into the epilogue.
+        residual: (M, N), added last.
+
+    Returns:
+        (M, N) in x's dtype, accumulated in fp32.
+    """
+    return _run(PLAIN if residual is None else RESIDUAL, x, w, bias, x2, fold, residual)[0]
+
+
+def linear_gelu(
+    x: Tensor, w: Tensor, bias: Tensor, *, fold: tuple[Tensor, Tensor], save: bool
+) -> tuple[Tensor, Tensor | None]:
+    """GELU(LN(x) @ w.T + bias), with the LayerNorm folded in; its argument too where `save` asks for it. Both (M, N)."""
+    act, pre, _ = _run(GELU_SAVE if save else GELU, x, w, bias, fold=fold)
+    return act, pre if save else None
+
+
+def linear_gelu_backward(dy: Tensor, w: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Back through the linear layer after a GELU, and through the GELU.
+
+    Args:
+        dy: (M, K), the gradient of GELU(h) @ w.T.
+        w: (K, N), that layer's weight.
+        h: (M, N), the GELU's argument.
+
+    Returns:
+        dh = (dy @ w) * GELU'(h), (M, N); GELU(h), (M, N), which the weight gradient needs; the column sums of dh, (N,) fp32.
+    """
+    dh, act, partial = _run(GELU_BACKWARD, dy, w.t(), side=h)
+    return dh, act, partial.sum(0)
