@@ -1,0 +1,143 @@
+"""Checkpoints that a crash, a full disk or a truncated file cannot take with them.
+
+`checkpoints/step_00001000/` holds one safetensors file a part, each with whole fp32 tensors under the model's names, so that it is
+independent of ranks and ZeRO stage: `model` (master weights), `exp_avg`, `exp_avg_sq`, `ema`. `manifest.json` lists sizes and
+SHA-256 of the files and is written last, into a folder with a temporary name that is then renamed: a folder with the final name is
+complete. Reading verifies all the same, since disks and copies fail too.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from uvit_fast.config import UserError
+
+Tensors = dict[str, Tensor]
+
+
+def write(folder: Path, step: int, parts: Iterable[tuple[str, Tensors]], state: dict[str, Any], keep: int) -> Path:
+    """Write the checkpoint of `step` below `folder` and remove all but the newest `keep`.
+
+    Args:
+        parts: (name of the file without suffix, its tensors); taken one at a time, so that one is in memory.
+        state: what else belongs to the checkpoint, as JSON values.
+
+    Raises:
+        OSError: it could not be written; the older checkpoints are all still there.
+    """
+    final = folder / f"step_{step:08d}"
+    partial = folder / f".step_{step:08d}.partial"
+    try:
+        _remove(partial)
+        partial.mkdir(parents=True)
+        for name, tensors in parts:
+            save_file(tensors, partial / f"{name}.safetensors")
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(partial.iterdir())
+        }
+        (partial / "manifest.json").write_text(json.dumps({"step": step, **state, "files": files}, indent=1))
+        for path in partial.iterdir():
+            _sync(path)
+        _remove(final)  # of a run that was here before and fell back behind it
+        partial.rename(final)
+        _sync(folder)
+    finally:
+        _remove(partial)
+    for old in steps(folder)[:-keep]:
+        _remove(old)
+    return final
+
+
+def steps(folder: Path) -> list[Path]:
+    """The checkpoints below `folder`, oldest first."""
+    return sorted(folder.glob("step_*"))
+
+
+def newest_intact(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint whose files are all as its manifest says, with the manifest; None where there is no checkpoint.
+
+    Args:
+        say: gets one line for each damaged checkpoint that is passed over.
+
+    Raises:
+        UserError: there are checkpoints, but none is intact.
+    """
+    found = steps(folder)
+    for path in reversed(found):
+        damage, manifest = _verify(path)
+        if damage is None:
+            return path, manifest
+        say(f"checkpoint {path} is damaged ({damage}); trying the one before")
+    if found:
+        raise UserError(f"{folder}: none of the {len(found)} checkpoints is intact; --fresh starts the run anew")
+    return None
+
+
+def read(path: Path, name: str) -> Tensors:
+    """A part of a checkpoint, on the CPU."""
+    return load_file(path / f"{name}.safetensors")
+
+
+def check_architecture(path: Path, shapes: dict[str, tuple[int, ...]], config: dict, manifest: dict[str, Any]) -> None:
+    """Refuse a checkpoint of another network.
+
+    Raises:
+        UserError: names or shapes of parameters differ; the message names them and the config keys that differ.
+    """
+    with safe_open(path / "model.safetensors", framework="pt") as file:
+        theirs = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, no mapping
+    differing = [name for name in sorted(shapes.keys() | theirs.keys()) if shapes.get(name) != theirs.get(name)]
+    if not differing:
+        return
+    then, now = manifest["config"]["model"], config["model"]
+    keys = [f"model.{k} {then.get(k)} there, {now[k]} in the config" for k in now if then.get(k) != now[k]]
+    name = differing[0]
+    example = f"{name} is {theirs.get(name, 'missing')} there, expected {shapes.get(name, 'no such parameter')}"
+    raise UserError(
+        f"{path}: a checkpoint of another architecture: {'; '.join(keys) or 'same model section'}; "
+        f"{len(differing)} parameters differ ({example}); --fresh starts the run anew"
+    )
+
+
+def _verify(path: Path) -> tuple[str | None, dict[str, Any]]:
+    """(what is wrong or None, the manifest)."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        files = manifest["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"manifest.json: {type(error).__name__}", {}
+    for name, expected in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name}: missing", manifest
+        if file.stat().st_size != expected["bytes"]:
+            return f"{name}: expected {expected['bytes']} bytes, got {file.stat().st_size}", manifest
+        if _sha256(file) != expected["sha256"]:
+            return f"{name}: its SHA-256 is not the manifest's", manifest
+    return None, manifest
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.exists():
+        shutil.rmtree(path)

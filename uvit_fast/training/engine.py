@@ -1,0 +1,259 @@
+"""A process of a training run and its DeepSpeed engine: device, process group, ZeRO, optimizer.
+
+Whatever the ZeRO stage, a rank owns one flat fp32 partition of the weights (N / ranks values, plus padding) and AdamW updates it in place. EMA and
+checkpoints work on that partition and never need to know the stage: `gather` and `scatter` turn anything laid out like it into
+named tensors and back.
+"""
+
+import logging
+import os
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
+
+from uvit_fast.config import Config, TrainConfig, UserError
+
+
+class World(NamedTuple):
+    """Where this process stands: rank of `size` processes, `local_rank` on its host, and its device."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+
+def start(config: Config) -> World:
+    """Choose the device and join the process group; alone, without a launcher, this process makes its own.
+
+    Raises:
+        UserError: a GPU was asked for and there is none, or fewer than processes.
+    """
+    cuda = config.device != "cpu" and torch.cuda.is_available()
+    if config.device == "cuda" and not cuda:
+        raise UserError("device: expected a GPU (device: cuda), but PyTorch sees no CUDA device; use cpu or auto")
+    rank, size, local_rank = (
+        int(os.environ.setdefault(name, default))
+        for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+    )
+    if cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"launcher: expected a GPU for local rank {local_rank}, got {torch.cuda.device_count()} GPUs"
+            )
+        torch.cuda.set_device(local_rank)
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is first imported
+    if not dist.is_initialized():
+        backend = "nccl" if cuda else "gloo"
+        if size == 1:  # needs no port
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend)
+    return World(rank, size, local_rank, torch.device("cuda", local_rank) if cuda else torch.device("cpu"))
+
+
+def batch_plan(train: TrainConfig, ranks: int) -> tuple[int, int]:
+    """(images a forward pass on one rank, forward passes a step): batch_size = micro_batch_size x ranks x accumulation.
+
+    Raises:
+        UserError: no whole numbers satisfy that.
+    """
+    micro = train.micro_batch_size or train.batch_size // ranks
+    if micro == 0 or train.batch_size % (micro * ranks):
+        which = "micro_batch_size" if train.micro_batch_size else "micro_batch_size (unset, so batch_size / GPUs)"
+        raise UserError(
+            f"train: expected batch_size = {which} x GPUs x a whole number of accumulation steps, "
+            f"got batch_size {train.batch_size}, micro_batch_size {micro or train.batch_size / ranks:g}, GPUs {ranks}"
+        )
+    return micro, train.batch_size // (micro * ranks)
+
+
+class GuardedAdamW(torch.optim.AdamW):
+    """AdamW on this rank's partition. Gradient norm, clipping and the refusal of non-finite gradients stay on the device.
+
+    After `step`: `grad_norm`, the norm over all ranks before clipping; `refused`, 1. where it was not finite and so nothing
+    changed, else 0.; both 0-d fp32 tensors.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], train: TrainConfig):
+        super().__init__(parameters, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=True)
+        self.clip = train.grad_clip
+        device = parameters[0].device
+        self.grad_norm = torch.zeros((), device=device)
+        self.refused = torch.zeros((), device=device)
+
+    def step(self, closure: None = None) -> None:
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        square = torch.stack([torch.linalg.vector_norm(g) for g in gradients]).square().sum()
+        if dist.get_world_size() > 1:
+            dist.all_reduce(square)
+        self.grad_norm = square.sqrt()
+        self.refused = (~self.grad_norm.isfinite()).float()
+        self.found_inf = self.refused  # the fused kernels' own switch, meant for loss scaling
+        if self.clip > 0:
+            self.grad_scale = (self.grad_norm / self.clip).clamp(min=1)
+        super().step()
+
+
+class Engine:
+    """DeepSpeed around one model.
+
+    Args:
+        model: fp32, on the CPU or the device. Its class may name `block_class`, the module that ZeRO-3 gathers as a whole.
+        config: train.zero_stage, precision, batch and optimizer settings.
+        world: from `start`.
+    """
+
+    def __init__(self, model: nn.Module, config: Config, world: World):
+        deepspeed = _import_deepspeed(world)
+        train = config.train
+        self.world, self.stage = world, train.zero_stage
+        self.micro_batch, self.accumulation = batch_plan(train, world.size)
+        self.bf16 = train.precision == "bf16" or (train.precision == "auto" and world.device.type == "cuda")
+        assert not list(model.buffers()), "buffers are neither averaged nor saved"
+        if self.stage == 3 and hasattr(model, "block_class"):
+            deepspeed.utils.set_z3_leaf_modules(model, [model.block_class])
+        model.to(world.device)
+        self.adamw = GuardedAdamW(list(model.parameters()), train)
+        settings = _settings(self, train, sum(p.numel() for p in model.parameters()))
+        self.deepspeed, self.zero, _, _ = deepspeed.initialize(model=model, optimizer=self.adamw, config=settings)
+        flat = self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
+        assert len(flat) == 1, "one parameter group, one flat partition"
+        self.partition: Tensor = flat[0]
+        self._parameters = list(self.deepspeed.module.named_parameters())
+        self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._parameters}  # whole
+
+    def __call__(self, *inputs: Tensor, **conditions: Tensor) -> Tensor:
+        return self.deepspeed(*inputs, **conditions)
+
+    def backward(self, loss: Tensor) -> None:
+        self.deepspeed.backward(loss)
+
+    def step(self, lr: float) -> None:
+        """End a micro-step; the last one of a step reduces, updates and clears the gradients."""
+        for group in self.zero.param_groups:
+            group["lr"] = lr
+        self.deepspeed.step()
+        if self.stage == 3 and self.zero.overflow:  # DeepSpeed looked at the norm itself and did not call AdamW
+            self.adamw.grad_norm = torch.full_like(self.adamw.grad_norm, torch.inf)
+            self.adamw.refused = torch.ones_like(self.adamw.refused)
+
+    @torch.no_grad()
+    def gather(self, flat: Tensor) -> dict[str, Tensor]:
+        """Whole fp32 tensors on the CPU of rank 0 by parameter name, from each rank's `flat`, laid out like `partition`.
+
+        All ranks must call it; ranks other than 0 get an empty dict.
+        """
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        full = {}
+        _swap(self.partition, flat)
+        for name, parameter in self._parameters:
+            value = safe_get_full_fp32_param(parameter)
+            if self.world.rank == 0:
+                full[name] = value.detach().to("cpu", copy=True)
+        _swap(self.partition, flat)
+        return full
+
+    @torch.no_grad()
+    def scatter(self, full: dict[str, Tensor], flat: Tensor) -> None:
+        """The inverse of `gather`: rank 0's whole tensors into each rank's `flat`. All ranks must call it."""
+        from deepspeed.utils import safe_get_local_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        _swap(self.partition, flat)
+        for name, parameter in self._parameters:
+            value = torch.empty(self.shapes[name], device=self.world.device)
+            if self.world.rank == 0:
+                value.copy_(full[name])
+            dist.broadcast(value, src=0)
+            if self.stage < 3:
+                safe_set_full_fp32_param(parameter, value)
+            else:  # the last rank's share of a parameter is padded
+                share = safe_get_local_fp32_param(parameter).numel()
+                padded = nn.functional.pad(value.flatten(), (0, share * self.world.size - value.numel()))
+                safe_set_local_fp32_param(parameter, padded.narrow(0, share * self.world.rank, share))
+        _swap(self.partition, flat)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Make the weights that the model computes with those of the fp32 partition, after it was written to."""
+        if self.stage < 3:
+            self.zero.update_lp_params()
+        else:
+            self.zero.checkpoint_event_prologue()  # partitions what is gathered
+            self.zero._reassign_or_swap_out_partitioned_parameters(0)
+            self.zero.checkpoint_event_epilogue()  # gathers what stays gathered
+
+    def moments(self) -> dict[str, Tensor]:
+        """AdamW's flat `exp_avg` and `exp_avg_sq`, laid out like `partition`; made on first use."""
+        state = self.adamw.state[self.partition]
+        if not state:
+            state["step"] = torch.zeros((), device=self.partition.device)
+            state["exp_avg"] = torch.zeros_like(self.partition, requires_grad=False)
+            state["exp_avg_sq"] = torch.zeros_like(self.partition, requires_grad=False)
+        return {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
+
+    @property
+    def adam_step(self) -> int:
+        """AdamW's own count of updates, without the refused ones. Reading it waits for the device."""
+        self.moments()
+        return int(self.adamw.state[self.partition]["step"])
+
+    @adam_step.setter
+    def adam_step(self, value: int) -> None:
+        self.moments()
+        self.adamw.state[self.partition]["step"].fill_(value)
+
+
+def _import_deepspeed(world: World) -> Any:
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    if world.device.type == "cpu":
+        # Its shared-memory collectives are compiled on first use, for minutes; gloo does the same.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # adopts the group that exists
+    return deepspeed
+
+
+def _settings(engine: Engine, train: TrainConfig, parameters: int) -> dict[str, Any]:
+    """DeepSpeed's configuration. What it would wait for the host for, and can be told not to, is off."""
+    overlap = engine.world.device.type == "cuda" and engine.world.size > 1
+    settings = {
+        "train_batch_size": train.batch_size,
+        "train_micro_batch_size_per_gpu": engine.micro_batch,
+        "gradient_accumulation_steps": engine.accumulation,
+        "zero_allow_untested_optimizer": True,  # GuardedAdamW is AdamW
+        "gradient_clipping": 0.0,  # GuardedAdamW clips
+        "timers": {"throughput": {"enabled": False}},  # it synchronises every step
+        "zero_optimization": {
+            "stage": engine.stage,
+            "overlap_comm": overlap,
+            "contiguous_gradients": engine.world.size > 1,
+            # no bucket is larger than the model: it would only be memory
+            "reduce_bucket_size": min(parameters, 100_000_000),
+            "allgather_bucket_size": min(parameters, 500_000_000),
+            "sub_group_size": 10**12,
+            "compute_grad_norm": engine.stage == 3,  # by AdamW, in one pass over the flat gradient
+        },
+    }
+    if engine.bf16:
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": False}  # GuardedAdamW refuses them on the device
+        if engine.accumulation > 1 and engine.stage > 1:
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
+
+
+def _swap(a: Tensor, b: Tensor, chunk: int = 1 << 24) -> None:
+    """Exchange the values of two flat tensors, in pieces so that no third one is needed."""
+    if a is b:
+        return
+    for x, y in zip(a.detach().split(chunk), b.detach().split(chunk)):
+        held = x.clone()
+        x.copy_(y)
+        y.copy_(held)

@@ -1,0 +1,101 @@
+"""Batches in an order that a seed and a position determine, so that a run continues in the middle of an epoch.
+
+The data is one endless stream of samples: epoch after epoch, each a permutation drawn from (seed, epoch). Position p is item
+p mod N of epoch p // N. Step s takes the next `batch_size` positions; a batch may straddle two epochs, so that no sample is dropped and each
+epoch shows each sample once. Within a step, micro-batch m = k * ranks + rank (k counts a rank's forward passes) takes the m-th run of
+`micro_batch` positions: with the same micro-batch size, another number of ranks sees the same micro-batches.
+"""
+
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from uvit_fast.config import UserError
+
+
+class Order:
+    """The (index, epoch) pairs of this rank's micro-batches.
+
+    Args:
+        length: N, samples in the dataset. seed: of the permutations.
+        micro_batch, accumulation: samples a forward pass and passes a step, on each of `ranks` ranks.
+        position: samples that the run has taken so far, over all ranks. steps: how many steps to give.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        seed: int,
+        micro_batch: int,
+        accumulation: int,
+        rank: int,
+        ranks: int,
+        position: int,
+        steps: int,
+    ):
+        self.length, self.seed, self.micro_batch, self.accumulation = length, seed, micro_batch, accumulation
+        self.rank, self.ranks, self.position, self.steps = rank, ranks, position, steps
+        self._permutation: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def __len__(self) -> int:
+        return self.steps * self.accumulation
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.steps):
+            for k in range(self.accumulation):
+                passes = (step * self.accumulation + k) * self.ranks + self.rank
+                yield self.pairs(self.position + passes * self.micro_batch)
+
+    def pairs(self, start: int) -> list[tuple[int, int]]:
+        """`micro_batch` pairs from position `start`."""
+        found: list[tuple[int, int]] = []
+        while len(found) < self.micro_batch:
+            epoch, offset = divmod(start + len(found), self.length)
+            indices = self._of(epoch)[offset : offset + self.micro_batch - len(found)].tolist()
+            found += [(i, epoch) for i in indices]
+        return found
+
+    def _of(self, epoch: int) -> Tensor:
+        if self._permutation[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._permutation = (epoch, torch.randperm(self.length, generator=generator))
+        return self._permutation[1]
+
+
+def batches(dataset: Any, order: Order, num_workers: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """The raw batches of `order` on `device`; copies to a GPU overlap with it.
+
+    Raises:
+        UserError: what the dataset raised, also from a loader process.
+    """
+    loader = iter(
+        DataLoader(
+            dataset,
+            batch_sampler=order,
+            num_workers=num_workers,
+            collate_fn=_as_it_is,
+            pin_memory=device.type == "cuda",
+            prefetch_factor=4 if num_workers else None,
+            worker_init_fn=_ignore_signals,
+        )
+    )
+    for _ in range(len(order)):
+        try:
+            raw = next(loader)
+        except UserError as error:  # a loader process sends its traceback as the message
+            raise UserError(str(error).strip().split("\n")[-1].split("UserError: ")[-1]) from None
+        yield {name: value.to(device, non_blocking=True) for name, value in raw.items()}
+
+
+def _as_it_is(raw: dict[str, Tensor]) -> dict[str, Tensor]:
+    return raw
+
+
+def _ignore_signals(worker: int) -> None:
+    """A cluster signals every process of a job: the loaders go on, so that the trainer can finish its step and save."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,212 @@
+"""What a run shows and leaves behind: progress bar, metrics.jsonl, TensorBoard, speed and MFU."""
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from uvit_fast.config import Config, dump_config
+
+# Dense bf16 FLOP/s of the data sheets, by what the device's name holds.
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12}
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Monitor:
+    """Rank 0's screen and files.
+
+    Args:
+        run_dir: gets metrics.jsonl and TensorBoard's events.
+        step, total: where the run starts and where it ends, in optimizer steps. Older rows beyond `step` are dropped: they
+            belong to a continuation that was lost.
+    """
+
+    def __init__(self, run_dir: Path, step: int, total: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.total, self.start, self.step = total, step, step
+        self.began = self.last_line = time.perf_counter()
+        self.text = ""
+        path = run_dir / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        path.write_text("".join(kept))
+        self.rows = open(path, "a", buffering=1)
+        self.board = SummaryWriter(run_dir, purge_step=step + 1)
+        self.bar = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True)
+
+    def advance(self, step: int) -> None:
+        """A step was given to the device."""
+        self.step = step
+        if self.bar is not None:
+            self.bar.update(1)
+        elif time.perf_counter() - self.last_line > SECONDS_BETWEEN_LINES:
+            self._line()
+
+    def row(self, row: dict[str, float]) -> None:
+        """Scalars of a step: "step", "loss", "images_per_second" and whatever else."""
+        self.rows.write(json.dumps(row) + "\n")
+        for name, value in row.items():
+            if name != "step":
+                self.board.add_scalar(name, value, row["step"])
+        first = not self.text
+        self.text = f"loss {row['loss']:.4f}  {row['images_per_second']:.0f} images/s"
+        if self.bar is not None:
+            self.bar.set_postfix_str(self.text, refresh=False)
+        elif first:
+            self._line()
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stderr)
+        else:
+            say(text)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        elif self.text:
+            self._line()
+        self.rows.close()
+        self.board.close()
+
+    def _line(self) -> None:
+        self.last_line = time.perf_counter()
+        done = max(1, self.step - self.start)
+        left = (self.last_line - self.began) / done * (self.total - self.step)
+        clock = f"{int(left // 3600)}:{int(left // 60) % 60:02d}:{int(left) % 60:02d}"
+        say(f"step {self.step}/{self.total}  {self.text}  {clock} left")
+
+
+def say(text: str) -> None:
+    """A line for the user. Progress goes to stderr, as progress bars do."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class Reading:
+    """Device scalars on their way to the host: nobody waits for them.
+
+    Args:
+        values: (n,) fp32 on the device.
+    """
+
+    def __init__(self, values: Tensor):
+        self.time = Mark(values.device)
+        if values.device.type == "cuda":
+            self.host = torch.empty(values.shape, pin_memory=True)
+            self.host.copy_(values, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+        else:
+            self.host, self.arrived = values.clone(), None
+
+    def ready(self) -> bool:
+        return self.arrived is None or self.arrived.query()
+
+    def read(self) -> list[float]:
+        """The values; waits for them if need be."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.host.tolist()
+
+
+class Mark:
+    """A moment in the device's work."""
+
+    def __init__(self, device: torch.device):
+        self.event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        if self.event is not None:
+            self.event.record()
+        self.time = time.perf_counter()
+
+    def seconds_since(self, earlier: "Mark") -> float:
+        """Both moments must have passed."""
+        if self.event is None:
+            return self.time - earlier.time
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event) / 1e3
+
+
+def forward_flops(model: nn.Module, config: Config) -> float | None:
+    """FLOPs (2 a multiply-add) of the matrix products of one image's forward pass; None where they cannot be counted.
+
+    Counted on the meta device, where every op is the PyTorch reference.
+    """
+    m = config.model
+    meta = {name: p.detach().to("meta") for name, p in model.named_parameters()}
+    conditions = {}
+    if m.num_classes:
+        conditions["y"] = torch.zeros(1, dtype=torch.long, device="meta")
+    if m.context_dim:
+        conditions["context"] = torch.zeros(1, m.context_tokens, m.context_dim, device="meta")
+    x, t = torch.zeros(1, m.in_chans, m.img_size, m.img_size, device="meta"), torch.zeros(1, device="meta")
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            torch.func.functional_call(model, meta, (x, t), conditions)
+    except (RuntimeError, ValueError, NotImplementedError):  # an op that insists on a GPU
+        return None
+    return float(counter.get_total_flops())
+
+
+def mfu(images_per_second: float, flops: float | None, device: torch.device, ranks: int) -> float | None:
+    """Model FLOPs utilisation: 3 x forward FLOPs an image x images/s / (ranks x the device's dense bf16 peak).
+
+    3: the backward of a matrix product is two of them. Recomputed activations do not count as work.
+    """
+    if flops is None or device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return None if peak is None else 3 * flops * images_per_second / (ranks * peak)
+
+
+def describe_run(run_dir: Path, config: Config, world: Any) -> None:
+    """Write config.yaml, resolved, and environment.json: versions, device, ranks, command, git commit."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(dump_config(config))
+    versions = {}
+    for package in ("uvit-fast", "torch", "triton", "deepspeed", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    cuda = world.device.type == "cuda"
+    environment = {
+        "python": platform.python_version(),
+        **versions,
+        "cuda": torch.version.cuda,
+        "device": torch.cuda.get_device_name(world.device) if cuda else platform.processor() or platform.machine(),
+        "ranks": world.size,
+        "threads": torch.get_num_threads(),
+        "command": sys.argv,
+        "commit": _commit(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    (run_dir / "environment.json").write_text(json.dumps(environment, indent=1))
+
+
+def _commit() -> str | None:
+    """The git commit of the source tree that runs, with "+" where files were changed since; None outside a checkout."""
+
+    def git(*args: str) -> str:
+        folder = Path(__file__).parent
+        return subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

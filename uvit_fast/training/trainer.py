@@ -1,0 +1,252 @@
+"""The training loop (paper, Section 2 and Appendix): predict the noise, AdamW, warm-up, EMA.
+
+A step draws everything random from one generator on the device, seeded by (seed, step, micro-batch of the global batch): there is no
+random state to save, and a run that continues is the run that was never interrupted. Nothing in a step makes the host wait for the
+device (ZeRO-3 excepted: DeepSpeed looks at the gradient norm there).
+"""
+
+import copy
+import hashlib
+import itertools
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
+
+from uvit_fast.config import Config
+from uvit_fast.training import checkpoint
+from uvit_fast.training.ema import EMA
+from uvit_fast.training.engine import Engine, World, start
+from uvit_fast.training.loader import Order, batches
+from uvit_fast.training.monitor import Mark, Monitor, Reading, describe_run, forward_flops, mfu, say
+
+Preview = Callable[[nn.Module, int, Path], None]
+
+
+class Trainer:
+    """A run, from the newest intact checkpoint in its folder to `config.train.iterations`.
+
+    Args:
+        config: everything that decides the result.
+        model: fp32 `model(x, t, y=None, context=None)` -> eps; taken over by the engine.
+        schedule: `add_noise(x_0, noise, u)` -> (x_t, t of the network, fp32).
+        dataset: as in `uvit_fast.data.datasets`.
+        run_dir: the run's folder.
+        preview: `preview(model with EMA weights, step, folder)` every `sample_every` steps, on rank 0.
+
+    Raises:
+        UserError: a GPU that is not there, a batch that does not divide, a checkpoint of another architecture or none intact.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        schedule: Any,
+        dataset: Any,
+        run_dir: Path,
+        preview: Preview | None = None,
+    ):
+        self.config, self.schedule, self.dataset, self.run_dir = config, schedule, dataset, Path(run_dir)
+        self.world = start(config)
+        self.main = self.world.rank == 0
+        self.flops = forward_flops(model, config) if self.world.device.type == "cuda" else None
+        self.preview = preview if config.train.sample_every else None
+        self.preview_model = copy.deepcopy(model).eval() if self.preview and self.main else None
+        self.engine = Engine(model, config, self.world)
+        self.ema = EMA(self.engine.partition, config.train.ema_decay)
+        self.generator = torch.Generator(self.world.device)
+        null_context = getattr(dataset, "null_context", None)
+        self.null_context = None if null_context is None else null_context.to(self.world.device)
+        self.step = self.samples = 0
+        self._resume()
+        if self.main:
+            describe_run(self.run_dir, config, self.world)
+
+    def train(self) -> dict[str, float]:
+        """Train to the end.
+
+        Returns:
+            "step", "seconds" and "images_per_second" of this call, and on a GPU "peak_memory_gb" of this rank.
+        """
+        train, engine = self.config.train, self.engine
+        if self.step >= train.iterations:
+            self._say(f"{self.run_dir}: finished, {self.step} of {train.iterations} steps; --fresh starts it anew")
+            return {"step": self.step, "seconds": 0.0, "images_per_second": 0.0}
+        if getattr(self.dataset, "synthetic", False):
+            self._say("synthetic data: measures speed and memory, learns nothing")
+        monitor = self.monitor = Monitor(self.run_dir, self.step, train.iterations) if self.main else None
+        order = Order(
+            len(self.dataset), train.seed, engine.micro_batch, engine.accumulation,
+            self.world.rank, self.world.size, self.samples, train.iterations - self.step,
+        )  # fmt: skip
+        stream = batches(self.dataset, order, self.config.data.num_workers, self.world.device)
+        first_step = self.step
+        begin = self.row_began = Mark(self.world.device)
+        self.row_step, self.loss_sum, self.pending = self.step, torch.zeros((), device=self.world.device), None
+        while self.step < train.iterations:
+            for k in range(engine.accumulation):
+                loss = self.loss(next(stream), self.step, k)
+                engine.backward(loss)
+                engine.step(self.learning_rate(self.step))
+                self.loss_sum += loss.detach() / engine.accumulation
+            self.ema.update(engine.partition, engine.adamw.refused)
+            self.step += 1
+            self.samples += train.batch_size
+            if monitor:
+                monitor.advance(self.step)
+
+            last = self.step == train.iterations
+            save = last or self.step % train.checkpoint_every == 0
+            if save or self.step % train.log_every == 0:
+                self._start_row()
+            self._finish_row(wait=save)
+            if save:
+                self._save()
+            if self.preview and (last or self.step % train.sample_every == 0):
+                self._show_preview()
+
+        seconds = Mark(self.world.device).seconds_since(begin)
+        result = {"step": self.step, "seconds": seconds}
+        result["images_per_second"] = (self.step - first_step) * train.batch_size / seconds
+        if self.world.device.type == "cuda":
+            result["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        if monitor:
+            monitor.close()
+        memory = f", peak memory {result['peak_memory_gb']:.2f} GB a GPU" if "peak_memory_gb" in result else ""
+        self._say(
+            f"{self.step} steps, {seconds:.0f} s, {result['images_per_second']:.0f} images/s{memory}: {self.run_dir}"
+        )
+        return result
+
+    def learning_rate(self, step: int) -> float:
+        """lr * min(step / warmup, 1): the first step's rate is 0."""
+        train = self.config.train
+        return train.lr * min(step / train.warmup_steps, 1.0) if train.warmup_steps else train.lr
+
+    def loss(self, raw: dict[str, Tensor], step: int, k: int) -> Tensor:
+        """Mean of (eps - eps_pred)^2 over this rank's k-th micro-batch of a step, 0-d fp32."""
+        p_uncond = self.config.train.p_uncond
+        g = self.generator.manual_seed(mix(self.config.train.seed, step, k * self.world.size + self.world.rank))
+        batch = self.dataset.finish(raw, g)
+        x_0 = batch["x"]  # (B, C, H, W)
+        u = torch.rand(len(x_0), device=x_0.device, generator=g)  # (B,)
+        noise = torch.randn(x_0.shape, device=x_0.device, generator=g)  # (B, C, H, W)
+        x_t, t = self.schedule.add_noise(x_0, noise, u)
+        drop = torch.rand(len(x_0), device=x_0.device, generator=g) < p_uncond  # (B,)
+        conditions = {}
+        if self.config.model.num_classes:
+            conditions["y"] = batch["y"].masked_fill(drop, self.config.null_label) if p_uncond else batch["y"]
+        if self.config.model.context_dim:
+            text = batch["context"]  # (B, T, C)
+            conditions["context"] = torch.where(drop[:, None, None], self.null_context, text) if p_uncond else text
+        eps = self.engine(x_t, t, **conditions)  # (B, C, H, W)
+        return (eps.float() - noise).square().mean(dim=(1, 2, 3)).mean()
+
+    def _start_row(self) -> None:
+        """Send the scalars since the last row on their way to the host."""
+        self._finish_row(wait=True)
+        steps = self.step - self.row_step
+        loss = self.loss_sum / steps
+        if self.world.size > 1:
+            dist.all_reduce(loss, op=dist.ReduceOp.AVG if loss.is_cuda else dist.ReduceOp.SUM)
+            loss = loss if loss.is_cuda else loss / self.world.size
+        reading = Reading(torch.stack([loss, self.engine.adamw.grad_norm]))
+        self.pending = (reading, self.row_began, steps, self.step, self.learning_rate(self.step - 1))
+        self.row_began, self.row_step = reading.time, self.step
+        self.loss_sum.zero_()
+
+    def _finish_row(self, wait: bool) -> None:
+        """Write the row that is under way, once its scalars have arrived."""
+        if self.pending is None or not (wait or self.pending[0].ready()):
+            return
+        reading, began, steps, step, lr = self.pending
+        self.pending = None
+        loss, grad_norm = reading.read()
+        if self.main:
+            speed = steps * self.config.train.batch_size / reading.time.seconds_since(began)
+            row = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm, "images_per_second": speed}
+            used = mfu(speed, self.flops, self.world.device, self.world.size)
+            self.monitor.row(row if used is None else {**row, "mfu": used})
+
+    def _parts(self) -> dict[str, Tensor]:
+        return {"model": self.engine.partition, **self.engine.moments(), "ema": self.ema.values}
+
+    def _save(self) -> None:
+        """Write a checkpoint. All ranks gather, rank 0 writes."""
+        parts = ((name, self.engine.gather(flat)) for name, flat in self._parts().items())
+        state = {
+            "samples": self.samples,
+            "adam_step": self.engine.adam_step,
+            "world_size": self.world.size,
+            "zero_stage": self.engine.stage,
+            "config": self.config.model_dump(mode="json"),
+        }
+        if self.main:
+            checkpoint.write(self.run_dir / "checkpoints", self.step, parts, state, self.config.train.keep_checkpoints)
+        else:
+            for _ in parts:
+                pass
+        self.row_began = Mark(self.world.device)
+
+    def _resume(self) -> None:
+        """Continue from the newest intact checkpoint, if there is one. Rank 0 reads, all ranks get their share."""
+        found: list[Any] = [None]
+        if self.main:
+            try:
+                found[0] = checkpoint.newest_intact(self.run_dir / "checkpoints", say)
+                if found[0]:
+                    checkpoint.check_architecture(
+                        found[0][0], self.engine.shapes, self.config.model_dump(mode="json"), found[0][1]
+                    )
+            except ValueError as error:  # a UserError, which every rank must raise
+                found[0] = error
+        if self.world.size > 1:
+            dist.broadcast_object_list(found, src=0)
+        if isinstance(found[0], ValueError):
+            raise found[0]
+        if found[0] is None:
+            return
+        path, manifest = found[0]
+        for name, flat in self._parts().items():
+            self.engine.scatter(checkpoint.read(path, name) if self.main else {}, flat)
+        self.engine.adam_step = manifest["adam_step"]
+        self.engine.refresh()
+        self.step, self.samples = manifest["step"], manifest["samples"]
+        self._say(f"continuing from {path}")
+
+    def _show_preview(self) -> None:
+        """Hand the EMA weights to `preview`, in a copy of the model that is on the device for that time only."""
+        weights = self.engine.gather(self.ema.values)
+        if self.main:
+            self.preview_model.load_state_dict(weights)
+            self.preview_model.to(self.world.device, torch.bfloat16 if self.engine.bf16 else torch.float32)
+            folder = self.run_dir / "samples"
+            folder.mkdir(exist_ok=True)
+            self.preview(self.preview_model, self.step, folder)
+            self.preview_model.to("cpu", torch.float32)
+        self.row_began = Mark(self.world.device)
+
+    def _say(self, text: str) -> None:
+        if self.main:
+            say(text)
+
+
+def set_aside(run_dir: Path, world: World) -> None:
+    """Rename an existing run folder to `<run_dir>.1`, or the first number that is free. All ranks must call it."""
+    if world.rank == 0 and run_dir.exists():
+        number = next(n for n in itertools.count(1) if not run_dir.with_name(f"{run_dir.name}.{n}").exists())
+        aside = run_dir.rename(run_dir.with_name(f"{run_dir.name}.{number}"))
+        say(f"{run_dir}: the older run is now {aside}")
+    dist.barrier()
+
+
+def mix(*numbers: int) -> int:
+    """A 63-bit seed from several numbers, such that near numbers give unrelated seeds."""
+    packed = struct.pack(f"<{len(numbers)}q", *numbers)
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
