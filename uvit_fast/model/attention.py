@@ -53,7 +53,7 @@ def choose(qkv: Tensor, backend: str = "auto") -> tuple[str, str]:
 
 def _why_not(backend: str, qkv: Tensor) -> str | None:
     if backend == "fused":
-        return fused_attention.why_not(qkv) if hasattr(fused_attention, "why_not") else "not there"
+        return fused_attention.why_not(qkv)
     if backend == "flash_attn" or backend == "xformers":
         if qkv.device.type != "cuda" or qkv.dtype not in HALF:
             return f"needs fp16 or bf16 on a GPU, got {_name(qkv)}"
@@ -95,7 +95,7 @@ def _xformers(qkv: Tensor) -> Tensor:
 
 
 BACKENDS: dict[str, Callable[[Tensor], Tensor]] = {
-    "fused": fused_attention.attention if hasattr(fused_attention, "attention") else fused_attention.reference,
+    "fused": fused_attention.attention,
     "flash_attn": _flash_attn,
     "cudnn": _cudnn,
     "sdpa": _sdpa,

@@ -4,6 +4,8 @@
 PyTorch. The parameters are the same ones in every case, so a checkpoint never knows which of them ran.
 """
 
+from types import ModuleType
+
 from torch import Tensor
 
 from uvit_fast.kernels import linear_residual as _linear_residual
@@ -50,12 +52,14 @@ def why_not(x: Tensor) -> dict[str, str | None]:
     }
 
 
-def _run(op, kernels: str, *tensors: Tensor | None) -> Tensor:
-    if kernels == "reference" or not hasattr(op, "why_not"):
+def _run(op: ModuleType, kernels: str, *tensors: Tensor | None) -> Tensor:
+    """op.<name>, the fused op of module `op`, or op.reference."""
+    name = op.__name__.rpartition(".")[2]
+    if kernels == "reference":
         return op.reference(*tensors)
     reason = op.why_not(*tensors)
     if reason is None:
-        return getattr(op, op.__name__.rpartition(".")[2])(*tensors)
+        return getattr(op, name)(*tensors)
     if kernels == "fused":
-        raise ValueError(f"model.kernels=fused: {op.__name__} cannot run: {reason}")
+        raise ValueError(f"model.kernels=fused: {name} cannot run: {reason}")
     return op.reference(*tensors)
