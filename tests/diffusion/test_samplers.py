@@ -152,7 +152,7 @@ def test_euler_maruyama_samples_the_gaussian():
     sampler = EulerMaruyama(vp, 1000)
     x = sampler(gaussian_eps(vp), x_T, generator=torch.Generator().manual_seed(1))
     assert abs(x.mean() - MEAN) < 0.02 and abs(x.std() - SPREAD) < 0.02
-    assert sampler.stages[-1].noise == 0 and sampler.stages[-2].noise > 0
+    assert sampler.stages[-1].update.noise == 0 and sampler.stages[-2].update.noise > 0
     times = times_of(sampler) / 999
     np.testing.assert_allclose(times, np.linspace(1e-3, 1, 1000)[::-1], rtol=1e-5)
 

@@ -3,28 +3,97 @@
 s is the paper's: s = 0.4 is a guidance scale of 1.4 in the convention of DiT and diffusers; s = 0 runs one branch.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from uvit_fast.diffusion.samplers import EpsFn
+EpsFn = Callable[[Tensor, Tensor], Tensor]  # (x (B, C, H, W), network time (B,)) -> eps (B, C, H, W)
+ALWAYS = (0.0, 1.0)
 
 
-def class_guidance(model, y: Tensor, null_label: int | None, scale: float) -> EpsFn:
+class Guidance:
+    """A guided eps_fn(x, t). The samplers take its two branches as they are and combine them inside their update.
+
+    Args:
+        model: model(x, t, **condition) -> eps.
+        condition: name -> (B, ...), such as {"y": labels} or {"context": text features}.
+        null: name -> the condition that means none: a number, or a tensor without the batch dimension.
+        scale: the paper's s; a () fp32 tensor may change between two calls.
+        interval: guide where the schedule's time t in [0, 1] (0: data) lies inside, run one branch elsewhere (Kynkaanniemi
+            et al. 2024). The samplers keep to it; calling the object itself always guides.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Tensor],
+        condition: dict[str, Tensor],
+        null: dict[str, Tensor | int],
+        scale: float | Tensor,
+        interval: tuple[float, float] = ALWAYS,
+    ):
+        if missing := condition.keys() - {name for name, value in null.items() if value is not None}:
+            raise ValueError(f"guidance: expected a null value for {', '.join(sorted(missing))}, got none")
+        if not 0 <= interval[0] <= interval[1] <= 1:
+            raise ValueError(f"guidance interval: expected 0 <= first <= last <= 1, got {interval}")
+        self.model, self.condition, self.interval = model, condition, interval
+        self.both = {name: _with_null(value, null[name]) for name, value in condition.items()}  # (2B, ...) each
+        self.scale = torch.as_tensor(scale, dtype=torch.float32, device=next(iter(condition.values())).device)
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """x (B, C, H, W), t (B,), the network's time -> the guided eps (B, C, H, W) fp32."""
+        cond, uncond = self.branches(x, t).float().chunk(2)  # (B, C, H, W) each
+        return cond + self.scale * (cond - uncond)
+
+    def branches(self, x: Tensor, t: Tensor) -> Tensor:
+        """Both branches in one call of the network: (2B, C, H, W), conditional first."""
+        return self.model(torch.cat([x, x]), torch.cat([t, t]), **self.both)
+
+    def conditional(self, x: Tensor, t: Tensor) -> Tensor:
+        """The conditional branch alone: (B, C, H, W)."""
+        return self.model(x, t, **self.condition)
+
+
+def class_guidance(
+    model: Callable[..., Tensor],
+    y: Tensor,
+    null_label: int | None,
+    scale: float,
+    interval: tuple[float, float] = ALWAYS,
+) -> EpsFn:
     """eps_fn(x, t) of a class-conditional `model(x, t, y=...)`, for labels y (B,) and the paper's scale."""
     if scale == 0:
         return lambda x, t: model(x, t, y=y)
-    both = torch.cat([y, torch.full_like(y, null_label)])  # (2B,)
-    return lambda x, t: _combine(model(torch.cat([x, x]), torch.cat([t, t]), y=both), scale)
+    return Guidance(model, {"y": y}, {"y": null_label}, scale, interval)
 
 
-def text_guidance(model, context: Tensor, null_context: Tensor | None, scale: float) -> EpsFn:
+def text_guidance(
+    model: Callable[..., Tensor],
+    context: Tensor,
+    null_context: Tensor | None,
+    scale: float,
+    interval: tuple[float, float] = ALWAYS,
+) -> EpsFn:
     """eps_fn(x, t) of a text-conditional `model(x, t, context=...)`: context (B, T, C), null_context (T, C) of ""."""
     if scale == 0:
         return lambda x, t: model(x, t, context=context)
-    both = torch.cat([context, null_context.to(context).expand_as(context)])  # (2B, T, C)
-    return lambda x, t: _combine(model(torch.cat([x, x]), torch.cat([t, t]), context=both), scale)
+    return Guidance(model, {"context": context}, {"context": null_context}, scale, interval)
 
 
-def _combine(eps: Tensor, scale: float) -> Tensor:
-    cond, uncond = eps.chunk(2)  # (B, C, H, W) each
-    return cond + scale * (cond - uncond)
+def evaluate(eps_fn: EpsFn, x: Tensor, time: Tensor, t: float) -> tuple[Tensor, Tensor | None]:
+    """One evaluation at the network's `time` (B,), which is the schedule's t, as the solver's update takes it.
+
+    Returns:
+        eps (B, ...) and None, or both branches (2B, ...) and their scale.
+    """
+    if not isinstance(eps_fn, Guidance):
+        return eps_fn(x, time), None
+    first, last = eps_fn.interval
+    return (eps_fn.branches(x, time), eps_fn.scale) if first <= t <= last else (eps_fn.conditional(x, time), None)
+
+
+def _with_null(value: Tensor, null: Tensor | int) -> Tensor:
+    """(B, ...) -> (2B, ...): the condition, then the null condition as often."""
+    if isinstance(null, Tensor):
+        return torch.cat([value, null.to(value).expand_as(value)])
+    return torch.cat([value, torch.full_like(value, null)])

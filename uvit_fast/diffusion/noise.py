@@ -16,7 +16,10 @@ def sample_noise(seed: int, indices: Iterable[int], shape: tuple[int, ...]) -> T
     return torch.from_numpy(np.stack(draws))
 
 
-def sample_generators(seed: int, indices: Iterable[int], device: torch.device | str = "cpu") -> list[torch.Generator]:
-    """A generator for each sample, for samplers that draw noise on their way."""
-    seeds = [int(np.random.SeedSequence((seed, i)).generate_state(1, np.uint64)[0] >> 1) for i in indices]
-    return [torch.Generator(device).manual_seed(s) for s in seeds]
+def sample_generators(seed: int, indices: Iterable[int], device: torch.device | str = "cpu") -> Tensor:
+    """A counter-based generator for each sample, for samplers that draw noise on their way.
+
+    Such a generator has no state but its key, so a captured graph can use it: (len(indices),) int64 keys on `device`.
+    """
+    keys = [np.random.SeedSequence((seed, i)).generate_state(1, np.uint64)[0] for i in indices]
+    return torch.from_numpy(np.array(keys, np.uint64).view(np.int64)).to(device)

@@ -2,7 +2,8 @@
 
 Every sampler here is a list of stages. A stage evaluates the network once at the current state and then forms the next state as
 a linear combination of the interval's first state and the outputs seen since. All coefficients depend on the schedule
-alone: they are float64 numbers before the loop starts, so the loop is tensor algebra without a host sync.
+alone: they are float64 numbers before the loop starts, so the loop is tensor algebra without a host sync, one fused kernel
+a stage on a GPU.
 
 Equations: DPM-Solver (Lu et al. 2022, Algorithms 1 and 2), DPM-Solver++ (Lu et al. 2022b), score SDE (Song et al. 2021).
 """
@@ -14,20 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from uvit_fast.diffusion.guidance import EpsFn, evaluate
 from uvit_fast.diffusion.schedules import Schedule
+from uvit_fast.kernels.solver_step import Update, reference, solver_step, why_not
 
-EpsFn = Callable[[Tensor, Tensor], Tensor]
+Generator = torch.Generator | Tensor  # one for the batch, or the (B,) int64 keys of counter-based ones, one a sample
+NOISE = (0.0, 1.0)  # the prediction that is eps itself
 
 
 @dataclass(frozen=True)
 class Stage:
     """One network evaluation and the state that follows it."""
 
-    time: float  # what the network receives
-    output: tuple[float, float]  # m = output[0] x + output[1] eps: the noise itself, or the data it predicts
-    start: float  # next state = start * (first state of the interval)
-    outputs: tuple[float, ...]  # + sum of outputs[j] * m_j, oldest first
-    noise: float = 0.0  # + noise * z with z ~ N(0, I)
+    t: float  # the schedule's time
+    time: float  # what the network receives there
+    update: Update  # from its output to the next state
     last: bool = True  # the next state begins a new interval
 
 
@@ -36,6 +38,7 @@ class Sampler:
 
     Attributes:
         stages: one a network evaluation, in order.
+        draws_noise: whether a generator is used.
         keep: outputs that a new interval still uses (1 for the multistep solver).
     """
 
@@ -46,49 +49,60 @@ class Sampler:
             raise ValueError(f"steps: expected at least 1 network evaluation, got {steps}")
         self.stages = self._plan(schedule, steps)
         assert len(self.stages) == steps, "a sampler spends exactly the evaluations it was given"
-        self._times: dict[torch.device, Tensor] = {}
+        self.draws_noise = any(stage.update.noise for stage in self.stages)
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def _plan(self, schedule: Schedule, steps: int) -> list[Stage]:
         raise TypeError("a sampler defines its stages")
 
-    def times(self, device: torch.device) -> Tensor:
-        """(steps,) fp32: what the network receives, stage by stage; made once a device."""
-        if device not in self._times:
-            self._times[device] = torch.tensor(
-                [stage.time for stage in self.stages], dtype=torch.float32, device=device
-            )
-        return self._times[device]
+    def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """What the network receives, (steps,), and the updates, (steps, 7), both fp32; made once a device."""
+        if device not in self._tables:
+            columns = [stage.time for stage in self.stages], [stage.update.row() for stage in self.stages]
+            with torch.inference_mode(False):  # kept, so also fit for a later call with gradients
+                self._tables[device] = tuple(torch.tensor(c, dtype=torch.float32, device=device) for c in columns)
+        return self._tables[device]
 
     def __call__(
         self,
         eps_fn: EpsFn,
         x_T: Tensor,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generator | None = None,
         callback: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """Solve from x_T ~ N(0, I) to x_0.
 
         Args:
-            eps_fn: eps_fn(x, t) -> eps; x (B, C, H, W) fp32, t (B,) fp32, what the network receives as time.
+            eps_fn: eps_fn(x, t) -> eps; x (B, C, H, W) fp32, t (B,) fp32, what the network receives as time. A `Guidance`
+                is combined inside the update.
             x_T: (B, C, H, W).
-            generator: of the noise, where the sampler draws some: one for the batch, or a list with one a sample.
+            generator: of the noise, where the sampler draws some: a torch.Generator of the batch, or the (B,) int64 keys that
+                `sample_generators` makes, one a sample.
             callback: called as callback(done, steps) after each network evaluation.
 
         Returns:
             (B, C, H, W) fp32.
+
+        Raises:
+            ValueError: keys of another shape or dtype.
         """
         x = start = x_T.float()
-        times = self.times(x.device)
+        times, rows = self.tables(x.device)
+        keys = generator if isinstance(generator, Tensor) else None
+        if keys is not None and (keys.dtype, keys.shape) != (torch.int64, x.shape[:1]):
+            raise ValueError(f"generator: expected ({len(x)},) int64 keys, got {tuple(keys.shape)} {keys.dtype}")
+        fused = why_not(x) is None
         outputs: list[Tensor] = []
         for i, stage in enumerate(self.stages):
-            eps = eps_fn(x, times[i].expand(len(x))).float()
-            on_x, on_eps = stage.output
-            outputs.append(eps if stage.output == (0.0, 1.0) else on_x * x + on_eps * eps)
-            x = stage.start * start
-            for coefficient, m in zip(stage.outputs, outputs, strict=True):
-                x = x + coefficient * m
-            if stage.noise:
-                x = x + stage.noise * _normal(x, generator)
+            eps, scale = evaluate(eps_fn, x, times[i].expand(len(x)), stage.t)
+            if fused and not (eps.requires_grad or x.requires_grad):
+                keep = self.keep > 0 or not stage.last
+                x, m = solver_step(stage.update, rows[i], eps, x, start, outputs, scale, keys, i, keep)
+            else:
+                x, m = reference(stage.update, eps, x, start, outputs, scale, keys, i)
+            if stage.update.noise and keys is None:
+                x = x + stage.update.noise * torch.randn(x.shape, device=x.device, generator=generator)
+            outputs.append(m)
             if stage.last:
                 start, outputs = x, outputs[len(outputs) - self.keep :]
             if callback is not None:
@@ -132,11 +146,12 @@ class DPMSolverSinglestep(Sampler):
                 slope = phi[i] / 2 if len(times) == 3 else sign * phi[i] / h[i] - 1  # order 2, order 3
                 weights[[0, i - 1]] += slope * h[i] / h[i - 1] * np.array([-1, 1])
             stages.append(
-                Stage(
-                    time=float(schedule.network_time(times[i - 1])),
-                    output=self._output(schedule, times[i - 1]),
-                    start=float(carry[i]),
-                    outputs=tuple(map(float, -gain[i] * weights)),
+                _stage(
+                    schedule,
+                    times[i - 1],
+                    prediction=self._prediction(schedule, times[i - 1]),
+                    start=carry[i],
+                    outputs=-gain[i] * weights,
                     last=i == len(times) - 1,
                 )
             )
@@ -147,11 +162,11 @@ class DPMSolverSinglestep(Sampler):
         alpha, sigma = schedule.alpha(times), schedule.sigma(times)
         return (sigma / sigma[0], alpha, -1) if self.data_prediction else (alpha / alpha[0], sigma, 1)
 
-    def _output(self, schedule: Schedule, t: float) -> tuple[float, float]:
+    def _prediction(self, schedule: Schedule, t: float) -> tuple[float, float]:
         """m as a combination of x and eps: eps, or the data x_0 = (x - sigma eps) / alpha."""
         if not self.data_prediction:
-            return 0.0, 1.0
-        return float(1 / schedule.alpha(t)), float(-schedule.sigma(t) / schedule.alpha(t))
+            return NOISE
+        return 1 / schedule.alpha(t), -schedule.sigma(t) / schedule.alpha(t)
 
 
 class DPMSolverPPSinglestep(DPMSolverSinglestep):
@@ -181,11 +196,12 @@ class DPMSolverPPMultistep(DPMSolverPPSinglestep):
                 half = 0.5 * h / (lam[i] - lam[i - 1])
                 weights = np.array([-half, 1 + half])
             stages.append(
-                Stage(
-                    time=float(schedule.network_time(times[i])),
-                    output=self._output(schedule, times[i]),
-                    start=float(carry[1]),
-                    outputs=tuple(map(float, -gain[1] * np.expm1(sign * h) * weights)),
+                _stage(
+                    schedule,
+                    times[i],
+                    prediction=self._prediction(schedule, times[i]),
+                    start=carry[1],
+                    outputs=-gain[1] * np.expm1(sign * h) * weights,
                 )
             )
         return stages
@@ -203,12 +219,13 @@ class EulerMaruyama(Sampler):
         for t, s in zip(times[:0:-1], times[-2::-1]):
             rate = schedule.beta(t) * (t - s)
             stages.append(
-                Stage(
-                    time=float(schedule.network_time(t)),
-                    output=(0.0, 1.0),
-                    start=float(1 + rate / 2),
-                    outputs=(float(-rate / schedule.sigma(t)),),
-                    noise=float(np.sqrt(rate)) if s > 0 else 0.0,
+                _stage(
+                    schedule,
+                    t,
+                    prediction=NOISE,
+                    start=1 + rate / 2,
+                    outputs=[-rate / schedule.sigma(t)],
+                    noise=np.sqrt(rate) if s > 0 else 0.0,
                 )
             )
         return stages
@@ -221,7 +238,7 @@ def fast_orders(steps: int) -> list[int]:
     return [3] * (threes - (steps % 3 == 0)) + tail
 
 
-def _normal(x: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
-    if isinstance(generator, list):
-        return torch.stack([torch.randn(x.shape[1:], device=x.device, generator=g) for g in generator])
-    return torch.randn(x.shape, device=x.device, generator=generator)
+def _stage(schedule: Schedule, t, prediction, start, outputs, noise=0.0, last=True) -> Stage:
+    """A stage at time t, from NumPy's numbers to Python's."""
+    update = Update(*map(float, prediction), float(start), float(noise), tuple(map(float, outputs)))
+    return Stage(float(t), float(schedule.network_time(t)), update, last)

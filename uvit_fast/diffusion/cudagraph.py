@@ -1,0 +1,251 @@
+"""The whole sampling loop as one CUDA graph: every network evaluation, guidance, the solver's updates, the decoder.
+
+A graph replays kernels on fixed addresses. So what changes between two calls (noise, labels or text, null condition, scale, keys)
+is copied into the capture's own buffers; what shapes the loop (plan, image shape, guided or not, interval) is its key.
+"""
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from uvit_fast.diffusion.guidance import ALWAYS, Guidance
+from uvit_fast.diffusion.samplers import Sampler
+
+Inputs = dict[str, Tensor]  # x_T, keys, scale, and "condition.<name>", "null.<name>"
+
+
+class Graphs(Protocol):
+    """What can record a function once and replay it."""
+
+    def why_not(self, device: torch.device) -> str | None:
+        """Why nothing can be captured on a device; None where it can."""
+
+    def budget(self, device: torch.device) -> int:
+        """Bytes that captures may hold on a device where the caller names no bound."""
+
+    def warm_up(self, run: Callable[[], Tensor]) -> None:
+        """Run once where capturing will happen, so that everything lazy is done."""
+
+    def capture(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor, int]:
+        """Record run(): a replay, the tensor that a replay fills, the bytes that it holds.
+
+        Raises:
+            RuntimeError: run() does something that cannot be recorded.
+        """
+
+
+class CudaGraphs:
+    """CUDA graphs with a memory pool of their own each."""
+
+    def why_not(self, device: torch.device) -> str | None:
+        return None if device.type == "cuda" else f"CUDA graphs need a CUDA device, not {device.type}"
+
+    def budget(self, device: torch.device) -> int:
+        return torch.cuda.get_device_properties(device).total_memory // 2
+
+    def warm_up(self, run: Callable[[], Tensor]) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def capture(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor, int]:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: a loader's thread that pins memory meanwhile does not break the capture
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            output = run()
+        return graph.replay, output, max(0, torch.cuda.memory_reserved() - before)
+
+
+@dataclass
+class _Capture:
+    """One recorded loop and all that it reads."""
+
+    capacity: int  # samples
+    inputs: Inputs
+    replay: Callable[[], None]
+    output: Tensor
+    bytes: int
+    weights: tuple  # where the weights were
+    holds: Any  # keeps alive the tables whose addresses were recorded
+
+
+class GraphSampler:
+    """Samples through captured loops, as `sampler(eps_fn, x_T)` would, bit for bit.
+
+    The first call of a kind captures, later ones replay: with another batch of at most the captured size, other labels or
+    text, another scale. The least recently used captures are dropped to stay within `max_bytes`. What cannot be captured
+    runs uncaptured, after one warning that says why. For batches much smaller than one captured before, take another
+    GraphSampler: padding costs what the full batch costs.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Tensor],
+        decode: Callable[[Tensor], Tensor] | None = None,
+        max_bytes: int | None = None,
+        graphs: Graphs | None = None,
+    ):
+        """
+        Args:
+            model: model(x, t, **condition) -> eps, such as a UViT. Its weights may change in place; where they move, its
+                loops are captured anew.
+            decode: x_0 (B, C, H, W) -> images, captured at the end of the loop.
+            max_bytes: bound on the memory of all captures together; default: half of the device's.
+            graphs: what records and replays; default: CUDA graphs.
+        """
+        self.model, self.decode, self.max_bytes = model, decode, max_bytes
+        self.graphs: Graphs = CudaGraphs() if graphs is None else graphs
+        self._captures: OrderedDict[tuple, _Capture] = OrderedDict()  # least recently used first
+        self._refused: set[tuple] = set()
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the captures hold: their pools and their input buffers."""
+        return sum(capture.bytes for capture in self._captures.values())
+
+    def __len__(self) -> int:
+        return len(self._captures)
+
+    def clear(self) -> None:
+        """Drop all captures."""
+        self._captures.clear()
+        self._refused.clear()
+
+    def __call__(
+        self,
+        sampler: Sampler,
+        x_T: Tensor,
+        condition: dict[str, Tensor] | None = None,
+        null: dict[str, Tensor | int] | None = None,
+        scale: float = 0.0,
+        interval: tuple[float, float] = ALWAYS,
+        keys: Tensor | None = None,
+    ) -> Tensor:
+        """Solve from x_T to x_0, and decode.
+
+        Args:
+            x_T: (B, C, H, W).
+            condition, null, interval: as `Guidance` takes them; null and interval count where there is guidance.
+            scale: the paper's s; 0 runs one branch.
+            keys: (B,) int64 from `sample_generators`, for samplers that draw noise; default: drawn from torch's CPU generator.
+
+        Returns:
+            (B, C, H, W) fp32, or what `decode` makes of it: the caller's own, no later call overwrites it.
+
+        Raises:
+            ValueError: a batch of no sample, or guidance without a condition or its null.
+        """
+        if len(x_T) == 0:
+            raise ValueError(f"x_T: expected at least one sample, got {tuple(x_T.shape)}")
+        if scale != 0 and not condition:
+            raise ValueError(f"scale {scale}: guidance needs a condition")
+        with torch.inference_mode():
+            inputs = self._inputs(sampler, x_T, condition or {}, null or {}, scale, keys)
+            with torch.cuda.device(x_T.device if x_T.is_cuda else -1):
+                output = self._replay(sampler, inputs, tuple(interval) if scale else ALWAYS)
+            if output is None:
+                output = self._run(sampler, inputs, interval)
+        return output.clone()  # outside inference mode, and outside the graph's memory
+
+    def _inputs(self, sampler: Sampler, x_T: Tensor, condition, null, scale: float, keys: Tensor | None) -> Inputs:
+        inputs = {"x_T": x_T} | {f"condition.{name}": value for name, value in condition.items()}
+        if sampler.draws_noise:
+            inputs["keys"] = torch.randint(-(2**63), 2**63 - 1, x_T.shape[:1]) if keys is None else keys
+        if scale != 0:
+            inputs["scale"] = torch.tensor(scale, dtype=torch.float32)
+            for name, value in condition.items():
+                if null.get(name) is None:
+                    raise ValueError(f"guidance: expected a null value for {name}, got none")
+                inputs[f"null.{name}"] = torch.as_tensor(null[name], dtype=value.dtype).expand(value.shape[1:])
+        for name, value in inputs.items():
+            if _batched(name) and len(value) != len(x_T):
+                raise ValueError(f"{name}: expected {len(x_T)} rows, one a sample, got {tuple(value.shape)}")
+        return {name: value.to(x_T.device, non_blocking=True) for name, value in inputs.items()}
+
+    def _replay(self, sampler: Sampler, inputs: Inputs, interval: tuple[float, float]) -> Tensor | None:
+        """The captured loop's output for `inputs`, in the graph's memory; None where it must run uncaptured."""
+        device, batch = inputs["x_T"].device, len(inputs["x_T"])
+        shapes = tuple((name, v.shape[1:] if _batched(name) else v.shape, v.dtype) for name, v in inputs.items())
+        autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+        kind = (tuple(sampler.stages), sampler.keep, shapes, interval, device, autocast)
+        weights = tuple(p.data_ptr() for p in self.model.parameters()) if hasattr(self.model, "parameters") else ()
+        for key in [k for k, c in self._captures.items() if c.weights != weights]:
+            del self._captures[key]
+        fitting = [k for k in self._captures if k[:-1] == kind and k[-1] >= batch]
+        key = min(fitting, key=lambda k: k[-1], default=(*kind, batch))
+        if {key, kind} & self._refused or (not fitting and not self._capture(key, sampler, inputs, interval, weights)):
+            return None
+        self._captures.move_to_end(key)
+        capture = self._captures[key]
+        for name, value in inputs.items():
+            buffer = capture.inputs[name]
+            (buffer[:batch] if _batched(name) else buffer).copy_(value)  # padding keeps what an earlier call left
+        capture.replay()
+        return capture.output[:batch]
+
+    def _capture(self, key: tuple, sampler: Sampler, inputs: Inputs, interval, weights: tuple) -> bool:
+        """Record the loop for a batch of the size of `inputs`, and keep it; False, once with a warning, where that fails."""
+        device, refused = inputs["x_T"].device, key[:-1]
+        why = self.graphs.why_not(device)
+        if why is None:
+            buffers = {name: value.clone(memory_format=torch.contiguous_format) for name, value in inputs.items()}
+            bound = self.graphs.budget(device) if self.max_bytes is None else self.max_bytes
+
+            def run() -> Tensor:
+                # autocast's cache would hand the capture weights that it casts, keeps, and frees
+                dtype, enabled = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
+                with torch.autocast(device.type, dtype, enabled, cache_enabled=False):
+                    return self._run(sampler, buffers, interval)
+
+            self.graphs.warm_up(run)
+            try:
+                replay, output, held = self.graphs.capture(run)
+            except RuntimeError as error:
+                first = error.__context__ or error  # ending a broken capture raises once more
+                why = str(first).strip().split("\n")[0]
+                if isinstance(first, torch.OutOfMemoryError):
+                    refused = key  # a smaller batch may fit
+            else:
+                held += sum(value.nbytes for value in buffers.values())
+                if held <= bound:
+                    while self._captures and self.bytes + held > bound:
+                        self._captures.popitem(last=False)
+                    self._captures[key] = _Capture(
+                        key[-1], buffers, replay, output, held, weights, (run, sampler.tables(device))
+                    )
+                    return True
+                why, refused = f"its {held:,} bytes are over the bound of {bound:,}", key
+        self._refused.add(refused)
+        warnings.warn(f"sampling runs uncaptured: {why}", RuntimeWarning, stacklevel=4)
+        return False
+
+    def _run(self, sampler: Sampler, inputs: Inputs, interval: tuple[float, float]) -> Tensor:
+        """The loop itself, the same whether it is being captured or not."""
+        condition, null = (
+            {name.removeprefix(kind): v for name, v in inputs.items() if name.startswith(kind)}
+            for kind in ("condition.", "null.")
+        )
+        if "scale" in inputs:
+            eps_fn = Guidance(self.model, condition, null, inputs["scale"], interval)
+        else:
+
+            def eps_fn(x: Tensor, t: Tensor) -> Tensor:
+                return self.model(x, t, **condition)
+
+        x_0 = sampler(eps_fn, inputs["x_T"], generator=inputs.get("keys"))
+        return x_0 if self.decode is None else self.decode(x_0)
+
+
+def _batched(name: str) -> bool:
+    """Whether an input has one row a sample."""
+    return name in ("x_T", "keys") or name.startswith("condition.")
