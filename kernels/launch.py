@@ -47,6 +47,11 @@ def choice(device: torch.device, case: str, width: int) -> dict:
     return found["default"] | found.get(case, {}) | found.get(f"{case}:{width}", {})
 
 
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at once where one takes a whole multiprocessor."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def guard(device: torch.device):
     """Launch on the device that holds the tensors, whichever is current."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -1,0 +1,381 @@
+"""The GEMM core for sm_90 in Gluon: persistent, two consumer warpgroups and a TMA producer. Public functions as in `gemm_ampere`.
+
+A tile is transposed, 128 features x 256 tokens: each consumer holds 64 weight rows x 256 tokens in one accumulator (wgmma n = 256),
+and both read the same stages. A consumer frees the stages it has read by itself, so the two drift apart and the epilogue of one hides
+behind the main loop of the other. The epilogue goes through the accumulator in parts of SN tokens; each leaves, and what it needs
+beside (residual, GELU's argument) arrives, by TMA through staging buffers of the consumer's own.
+
+Shared memory: 4 stages x (2 x 64 + 256) x 64 values + 2 x 16 KB of staging = 224 KB, and the barriers.
+"""
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from . import launch
+from .gemm_ampere import A0 as _A0
+from .gemm_ampere import A1 as _A1
+from .gemm_ampere import A2 as _A2
+from .gemm_ampere import GELU, GELU_BACKWARD, GELU_SAVE, PLAIN, RESIDUAL
+
+A0: gl.constexpr = gl.constexpr(_A0.value)
+A1: gl.constexpr = gl.constexpr(_A1.value)
+A2: gl.constexpr = gl.constexpr(_A2.value)
+M_PLAIN: gl.constexpr = gl.constexpr(PLAIN)
+M_RESIDUAL: gl.constexpr = gl.constexpr(RESIDUAL)
+M_GELU: gl.constexpr = gl.constexpr(GELU)
+M_GELU_SAVE: gl.constexpr = gl.constexpr(GELU_SAVE)
+M_GELU_BACKWARD: gl.constexpr = gl.constexpr(GELU_BACKWARD)
+
+ROWS, TOKENS, BK, STAGES = 64, 256, 64, 4  # features a consumer, tokens a tile, K a stage, stages
+STAGING = 128  # tokens that a consumer's staging buffers hold together
+
+
+@gluon.jit
+def _tanh(x):
+    return gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _gelu_terms(x):
+    """tanh of GELU's argument, and u (see gemm_ampere)."""
+    u = gl.minimum(x * x, 50.0)
+    return _tanh(x * (u * (u * A2 + A1) + A0)), u
+
+
+@gluon.jit
+def _layout(n: gl.constexpr):
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, n, 16])
+
+
+@gluon.jit
+def _halves(x, rows: gl.constexpr, cols: gl.constexpr):
+    """[rows, cols] -> its left and right half; no data moves between threads."""
+    a, b = x.reshape([rows, 2, cols // 2]).permute([0, 2, 1]).split()
+    lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, cols // 2, 16])
+    return gl.convert_layout(a, lay, assert_trivial=True), gl.convert_layout(b, lay, assert_trivial=True)
+
+
+@gluon.jit
+def _parts(acc, rows: gl.constexpr, part: gl.constexpr):
+    """[rows, 256] -> a tuple of [rows, part], part 64 or 32."""
+    a, b = _halves(acc, rows, 256)
+    c, d = _halves(a, rows, 128)
+    e, f = _halves(b, rows, 128)
+    if part == 64:
+        found = (c, d, e, f)
+    else:
+        c0, c1 = _halves(c, rows, 64)
+        d0, d1 = _halves(d, rows, 64)
+        e0, e1 = _halves(e, rows, 64)
+        f0, f1 = _halves(f, rows, 64)
+        found = (c0, c1, d0, d1, e0, e1, f0, f1)
+    return found
+
+
+@gluon.jit
+def _producer(w_desc, x_desc, x2_desc, w_bufs, x_bufs, full, empty, tiles_n, tiles_m, KT, KT1, DUAL: gl.constexpr, WT: gl.constexpr, S: gl.constexpr):  # fmt: skip
+    ROWS: gl.constexpr = w_desc.block_type.shape[1 if WT else 0]
+    BK: gl.constexpr = x_desc.block_type.shape[1]
+    TOKENS: gl.constexpr = x_desc.block_type.shape[0]
+    step = 0
+    for tile in range(gl.program_id(0), tiles_n * tiles_m, gl.num_programs(0)):
+        feature = (tile % tiles_n) * 2 * ROWS
+        token = (tile // tiles_n) * TOKENS
+        for k in range(KT):
+            s = step % S
+            mbarrier.wait(empty.index(s), ((step // S) & 1) ^ 1)
+            bar = full.index(s)
+            mbarrier.expect(bar, 2 * w_desc.block_type.nbytes + x_desc.block_type.nbytes)
+            if DUAL:
+                tma.async_copy_global_to_shared(x_desc, [token, k * BK], bar, x_bufs.index(s), pred=k < KT1)
+                tma.async_copy_global_to_shared(x2_desc, [token, (k - KT1) * BK], bar, x_bufs.index(s), pred=k >= KT1)
+            else:
+                tma.async_copy_global_to_shared(x_desc, [token, k * BK], bar, x_bufs.index(s))
+            for c in gl.static_range(2):
+                if WT:
+                    tma.async_copy_global_to_shared(w_desc, [k * BK, feature + c * ROWS], bar, w_bufs.index(s * 2 + c))
+                else:
+                    tma.async_copy_global_to_shared(w_desc, [feature + c * ROWS, k * BK], bar, w_bufs.index(s * 2 + c))
+            step += 1
+
+
+@gluon.jit
+def _weights(w_bufs, i, WT: gl.constexpr):
+    if WT:
+        buf = w_bufs.index(i).permute([1, 0])
+    else:
+        buf = w_bufs.index(i)
+    return buf
+
+
+@gluon.jit
+def _main_loop(w_bufs, x_bufs, full, empty, step, KT, WHO: gl.constexpr, ROWS: gl.constexpr, TOKENS: gl.constexpr, WT: gl.constexpr, S: gl.constexpr):  # fmt: skip
+    """One tile's product [ROWS, TOKENS]; one wgmma stays in flight, its predecessor's stage is freed."""
+    acc = gl.zeros([ROWS, TOKENS], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16]))
+    s = step % S
+    mbarrier.wait(full.index(s), (step // S) & 1)
+    w = _weights(w_bufs, s * 2 + WHO, WT)
+    acc = warpgroup_mma(w, x_bufs.index(s).permute([1, 0]), acc, use_acc=False, is_async=True)
+    for i in range(step + 1, step + KT):
+        t = i % S
+        mbarrier.wait(full.index(t), (i // S) & 1)
+        w = _weights(w_bufs, t * 2 + WHO, WT)
+        acc = warpgroup_mma(w, x_bufs.index(t).permute([1, 0]), acc, is_async=True)
+        acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))
+        mbarrier.arrive(empty.index((i - 1) % S), count=1)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(empty.index((step + KT - 1) % S), count=1)
+    return acc
+
+
+@gluon.jit
+def _tokens(stats, token, M, SN: gl.constexpr):
+    """mean and rstd of SN tokens, in the layout of a part's columns."""
+    lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SN, 16])
+    at = token + gl.arange(0, SN, layout=gl.SliceLayout(0, lay))
+    return gl.load(stats + at, mask=at < M, other=0.0), gl.load(stats + M + at, mask=at < M, other=0.0)
+
+
+@gluon.jit
+def _fetch(side_desc, token, feature, bar, buf):
+    mbarrier.expect(bar, side_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(side_desc, [token, feature], bar, buf)
+
+
+@gluon.jit
+def _send(x, out_desc, token, feature, buf):
+    """A part [ROWS, SN] through its staging buffer [SN, ROWS] to out[token:, feature:]."""
+    buf.permute([1, 0]).store(x.to(out_desc.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out_desc, [token, feature], buf)
+
+
+@gluon.jit
+def _consumer(out_desc, out2_desc, side_desc, bias, stats, sums, partial, w_bufs, x_bufs, bufs, full, empty, side_bars, M, N, tiles_n, tiles_m, KT, WHO: gl.constexpr, ROWS: gl.constexpr, TOKENS: gl.constexpr, S: gl.constexpr, NB: gl.constexpr, MODE: gl.constexpr, FOLD: gl.constexpr, HAS_BIAS: gl.constexpr, WT: gl.constexpr):  # fmt: skip
+    SN: gl.constexpr = TOKENS // ((TOKENS // 128) * NB)  # NB buffers hold 128 tokens
+    NP: gl.constexpr = TOKENS // SN
+    SIDE: gl.constexpr = MODE == M_RESIDUAL or MODE == M_GELU_BACKWARD
+    NL: gl.constexpr = NB // 2 if MODE == M_GELU_BACKWARD else NB  # buffers that the side input arrives in
+    lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SN, 16])
+    step = 0
+    done = 0  # tiles
+    for tile in range(gl.program_id(0), tiles_n * tiles_m, gl.num_programs(0)):
+        feature = ((tile % tiles_n) * 2 + WHO) * ROWS
+        token = (tile // tiles_n) * TOKENS
+        row = feature + gl.arange(0, ROWS, layout=gl.SliceLayout(1, lay))
+        # What the epilogue reads from global memory is on its way during the main loop.
+        if SIDE:
+            tma.store_wait(0)
+            for b in gl.static_range(NL):
+                _fetch(side_desc, token + b * SN, feature, side_bars.index(WHO * NB + b), bufs.index(WHO * NB + b))
+        if HAS_BIAS:
+            shift = gl.load(bias + row, mask=row < N, other=0.0).to(gl.float32)
+        if FOLD:
+            s = gl.load(sums + row, mask=row < N, other=0.0)
+            mean, rstd = _tokens(stats, token, M, SN)
+        acc = _main_loop(w_bufs, x_bufs, full, empty, step, KT, WHO, ROWS, TOKENS, WT, S)
+        xs = _parts(acc, ROWS, SN)
+        if MODE == M_GELU_BACKWARD:
+            total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, lay))
+        for j in gl.static_range(NP):
+            x = xs[j]
+            at = token + j * SN
+            if FOLD:
+                x = (x - gl.expand_dims(s, 1) * gl.expand_dims(mean, 0)) * gl.expand_dims(rstd, 0)
+                if j + 1 < NP:
+                    mean, rstd = _tokens(stats, at + SN, M, SN)
+            if HAS_BIAS:
+                x = x + gl.expand_dims(shift, 1)
+            if MODE == M_GELU_SAVE:
+                tma.store_wait(NB - 1)
+                _send(x, out2_desc, at, feature, bufs.index(WHO * NB + (2 * j) % NB))
+                # The backward sees the rounded argument: round before the GELU.
+                x = x.to(out_desc.dtype).to(gl.float32)
+                t, u = _gelu_terms(x)
+                x = 0.5 * x * t + 0.5 * x
+                tma.store_wait(NB - 1)
+                _send(x, out_desc, at, feature, bufs.index(WHO * NB + (2 * j + 1) % NB))
+            elif SIDE:
+                buf = bufs.index(WHO * NB + j % NL)
+                bar = side_bars.index(WHO * NB + j % NL)
+                mbarrier.wait(bar, (done * (NP // NL) + j // NL) & 1)
+                h = buf.permute([1, 0]).load(lay).to(gl.float32)
+                if MODE == M_RESIDUAL:
+                    _send(x + h, out_desc, at, feature, buf)
+                    if j >= 1:
+                        if j - 1 + NL < NP:  # the buffer sent before this one is free soonest
+                            tma.store_wait(1)
+                            before = WHO * NB + (j - 1) % NL
+                            _fetch(side_desc, at + (NL - 1) * SN, feature, side_bars.index(before), bufs.index(before))
+                else:
+                    t, u = _gelu_terms(h)
+                    slope = u * (u * (5.0 * A2) + 3.0 * A1) + A0
+                    x = x * ((0.5 * t + 0.5) + (0.5 * h - 0.5 * h * t * t) * slope)
+                    total += gl.sum(x, axis=1)
+                    _send(x, out_desc, at, feature, buf)
+                    _send(0.5 * h * t + 0.5 * h, out2_desc, at, feature, bufs.index(WHO * NB + NL + j % NL))
+                    tma.store_wait(1)
+                    if j + NL < NP:
+                        _fetch(side_desc, at + NL * SN, feature, bar, buf)
+            else:
+                if MODE == M_GELU:
+                    t, u = _gelu_terms(x)
+                    x = 0.5 * x * t + 0.5 * x
+                tma.store_wait(NB - 1)
+                _send(x, out_desc, at, feature, bufs.index(WHO * NB + j % NB))
+        if MODE == M_GELU_BACKWARD:
+            gl.store(partial + (tile // tiles_n) * N + row, total, mask=row < N)
+        step += KT
+        done += 1
+    tma.store_wait(0)
+
+
+@gluon.jit
+def gemm_kernel(
+    w_desc,  # (N, K), tiles [ROWS, BK]; with WT (K, N), tiles [BK, ROWS]
+    x_desc,  # (M, K1), tiles [TOKENS, BK]
+    x2_desc,  # (M, K - K1), read with DUAL
+    out_desc,  # (M, N), tiles [SN, ROWS]
+    out2_desc,  # (M, N): GELU's argument (GELU_SAVE), GELU's value (GELU_BACKWARD)
+    side_desc,  # (M, N): the residual, or GELU's argument
+    bias,  # (N,)
+    stats,  # (2, M) fp32: mean, rstd
+    sums,  # (N,) fp32
+    partial,  # (ceil(M / TOKENS), N) fp32: column sums of out (GELU_BACKWARD)
+    M,
+    N,
+    tiles_n,
+    tiles_m,
+    KT,  # steps of K
+    KT1,  # steps from the first source
+    S: gl.constexpr,
+    MODE: gl.constexpr,
+    FOLD: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    DUAL: gl.constexpr,
+    WT: gl.constexpr,
+):
+    TOKENS: gl.constexpr = x_desc.block_type.shape[0]
+    ROWS: gl.constexpr = out_desc.block_type.shape[1]
+    NB: gl.constexpr = 128 // out_desc.block_type.shape[0]
+    w_bufs = gl.allocate_shared_memory(w_desc.dtype, [2 * S] + w_desc.block_type.shape, w_desc.layout)
+    x_bufs = gl.allocate_shared_memory(x_desc.dtype, [S] + x_desc.block_type.shape, x_desc.layout)
+    bufs = gl.allocate_shared_memory(out_desc.dtype, [2 * NB] + out_desc.block_type.shape, out_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
+    side_bars = gl.allocate_shared_memory(gl.int64, [2 * NB, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(S):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    for i in gl.static_range(2 * NB):
+        mbarrier.init(side_bars.index(i), count=1)
+    gl.warp_specialize(
+        [
+            (_consumer, (out_desc, out2_desc, side_desc, bias, stats, sums, partial, w_bufs, x_bufs, bufs, full, empty, side_bars, M, N, tiles_n, tiles_m, KT, 0, ROWS, TOKENS, S, NB, MODE, FOLD, HAS_BIAS, WT)),
+            (_consumer, (out_desc, out2_desc, side_desc, bias, stats, sums, partial, w_bufs, x_bufs, bufs, full, empty, side_bars, M, N, tiles_n, tiles_m, KT, 1, ROWS, TOKENS, S, NB, MODE, FOLD, HAS_BIAS, WT)),
+            (_producer, (w_desc, x_desc, x2_desc, w_bufs, x_bufs, full, empty, tiles_n, tiles_m, KT, KT1, DUAL, WT, S)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+def _descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(t, block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16))
+
+
+def arguments(
+    mode: int,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None = None,
+    x2: Tensor | None = None,
+    fold: tuple[Tensor, Tensor] | None = None,
+    side: Tensor | None = None,
+    *,
+    transposed: bool = False,
+    part: int = 64,
+) -> tuple[tuple, dict, int, tuple[Tensor, Tensor, Tensor]]:
+    """The kernel's arguments, its launch options, the number of tiles, and the outputs (out, out2, partial)."""
+    assert mode != GELU_BACKWARD or part == 32, "two staging buffers for each of its outputs"
+    (M, K), N = x.shape, w.shape[1 if transposed else 0]
+    tiles_n, tiles_m = triton.cdiv(N, 2 * ROWS), triton.cdiv(M, TOKENS)
+    out = x.new_empty(M, N)
+    out2 = torch.empty_like(out) if mode in (GELU_SAVE, GELU_BACKWARD) else out
+    partial = x.new_empty(tiles_m, N, dtype=launch.ACCUMULATE) if mode == GELU_BACKWARD else out
+    stats, sums = fold or (out, out)
+    out_desc = _descriptor(out, [part, ROWS])
+    args = (
+        _descriptor(w, [BK, ROWS] if transposed else [ROWS, BK]),
+        x_desc := _descriptor(x, [TOKENS, BK]),
+        x_desc if x2 is None else _descriptor(x2, [TOKENS, BK]),
+        out_desc,
+        out_desc if out2 is out else _descriptor(out2, [part, ROWS]),
+        out_desc if side is None else _descriptor(side, [part, ROWS]),
+        out if bias is None else bias,
+        stats,
+        sums,
+        partial,
+        M,
+        N,
+        tiles_n,
+        tiles_m,
+        (K + (0 if x2 is None else x2.shape[1])) // BK,
+        K // BK,
+        STAGES,
+        mode,
+        fold is not None,
+        bias is not None,
+        x2 is not None,
+        transposed,
+    )
+    return args, {"num_warps": 4, "maxnreg": 168}, tiles_n * tiles_m, (out, out2, partial)
+
+
+def _run(mode: int, case: str, x: Tensor, w: Tensor, **sources) -> tuple[Tensor, Tensor, Tensor]:
+    tuned = launch.choice(x.device, case, x.shape[1])
+    args, options, tiles, outputs = arguments(mode, x, w, part=tuned["part"], **sources)
+    with launch.guard(x.device):
+        gemm_kernel[(min(tiles, launch.multiprocessors(x.device)),)](*args, **options)
+    return outputs
+
+
+def linear(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None = None,
+    *,
+    x2: Tensor | None = None,
+    fold: tuple[Tensor, Tensor] | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """x @ w.T + bias, with the sources and the epilogue that are given: see `gemm_ampere.linear`."""
+    mode, case = (PLAIN, "gemm") if residual is None else (RESIDUAL, "gemm_residual")
+    return _run(mode, case, x, w, bias=bias, x2=x2, fold=fold, side=residual)[0]
+
+
+def linear_gelu(
+    x: Tensor, w: Tensor, bias: Tensor, *, fold: tuple[Tensor, Tensor], save: bool
+) -> tuple[Tensor, Tensor | None]:
+    """GELU(LN(x) @ w.T + bias), and its argument where `save` asks for it: see `gemm_ampere.linear_gelu`."""
+    mode, case = (GELU_SAVE, "gemm_gelu_save") if save else (GELU, "gemm_gelu")
+    act, pre, _ = _run(mode, case, x, w, bias=bias, fold=fold)
+    return act, pre if save else None
+
+
+def linear_gelu_backward(dy: Tensor, w: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dh, GELU(h) and the column sums of dh: see `gemm_ampere.linear_gelu_backward`."""
+    dh, act, partial = _run(GELU_BACKWARD, "gemm_gelu_backward", dy, w, side=h, transposed=True)
+    return dh, act, partial.sum(0)
