@@ -1,0 +1,109 @@
+"""How fast are the fused ops? Each against its reference, eager and compiled, and against the bare GEMMs of cuBLAS.
+
+    python -m benchmarks.bench_ops --dims 512 768 1024 1152 --out benchmarks/results
+
+Milliseconds of one forward (as in inference) or one backward, 33024 tokens (128 images of 258), bf16. The GPU is kept busy while
+the calls are queued, so that a launch from Python costs no op anything: in a captured sampler or a training step it does not either.
+"""
+
+import argparse
+import functools
+import itertools
+
+import torch
+from torch import Tensor
+from uvit_fast.kernels import linear_residual, ln_linear, ln_mlp, skip_linear
+
+from benchmarks.common import RESULTS, Rows
+
+TOKENS, BATCH = 33024, 128
+QUEUE_CYCLES = 60_000_000  # how long the GPU sleeps while Python queues the calls: about 30 ms
+
+
+def times(f, repeats: int = 25, warmup: int = 3) -> list[float]:
+    """Milliseconds of `repeats` calls on the GPU, back to back."""
+    for _ in range(warmup):
+        f()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(QUEUE_CYCLES)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for event in events[1:]:
+        f()
+        event.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+def cases(D: int) -> dict:
+    """op -> (fused, reference, arguments, the GEMMs of its forward and its backward as (M, N, K))."""
+    x, skip, gamma, beta = random(TOKENS, D), random(TOKENS, D), 1 + 0.1 * random(D), 0.1 * random(D)
+    b, hidden_b, scale = random(D), random(4 * D), D**-0.5
+
+    def gemms(N: int, K: int):
+        return [(TOKENS, N, K)], [(TOKENS, K, N), (N, K, TOKENS)]
+
+    up, down = gemms(4 * D, D), gemms(D, 4 * D)
+    return {
+        "ln_linear": (ln_linear, (x, gamma, beta, random(3 * D, D) * scale), gemms(3 * D, D)),
+        "ln_mlp": (
+            ln_mlp,
+            (x, gamma, beta, random(4 * D, D) * scale, hidden_b, random(D, 4 * D) * scale, b),
+            (up[0] + down[0], up[1] + down[1]),
+        ),
+        "skip_linear": (skip_linear, (x, skip, random(D, 2 * D) * scale, b), gemms(D, 2 * D)),
+        "linear_residual": (linear_residual, (x, random(D, D) * scale, b, skip), gemms(D, D)),
+    }
+
+
+def cublas(shapes: list[tuple[int, int, int]]):
+    """The bare products, operands laid out as the op's own: weights (N, K) in the forward, tokens contracted in the backward."""
+    pairs = [
+        (random(K, M).t(), random(K, N)) if K == TOKENS else (random(M, K), random(N, K).t()) for M, N, K in shapes
+    ]
+    return lambda: [a @ b for a, b in pairs]
+
+
+def bench(rows: Rows, D: int, names: list[str]) -> None:
+    for name, (module, args, (forward, backward)) in cases(D).items():
+        if name not in names:
+            continue
+        kw = {"metric": "time", "unit": "ms", "dtype": "bf16", "batch": BATCH}
+        compiled = torch.compile(module.reference, dynamic=False)
+        providers = {"ours": getattr(module, name), "eager": module.reference, "compiled": compiled}
+        for provider, f in providers.items():
+            with torch.no_grad():
+                rows.add(f"{name}:fwd:{D}", provider, times(functools.partial(f, *args)), **kw)
+        rows.add(f"{name}:fwd:{D}", "cublas", times(cublas(forward)), **kw)
+        leaves = [t.detach().requires_grad_() for t in args]
+        for provider, f in providers.items():
+            y = f(*leaves)
+            dy = torch.randn_like(y)
+            backward_of = functools.partial(torch.autograd.grad, y, leaves, dy, retain_graph=True)
+            rows.add(f"{name}:bwd:{D}", provider, times(backward_of), **kw)
+            del y, backward_of
+        rows.add(f"{name}:bwd:{D}", "cublas", times(cublas(backward)), **kw)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dims", type=int, nargs="+", default=[512, 768, 1024, 1152], help="widths D of the model")
+    parser.add_argument("--ops", nargs="+", default=["ln_linear", "ln_mlp", "skip_linear", "linear_residual"])
+    parser.add_argument("--out", default=RESULTS, help="folder of ops.csv")
+    given = parser.parse_args()
+    torch.manual_seed(0)
+    torch._functorch.config.donated_buffer = False  # a compiled backward is run again and again on one forward
+    rows = Rows("ops", given.out)
+    rows.ceilings()
+    for D in given.dims:
+        torch._dynamo.reset()
+        bench(rows, D, given.ops)
+    print(rows.write())
+
+
+if __name__ == "__main__":
+    main()

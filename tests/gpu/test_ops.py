@@ -1,0 +1,156 @@
+"""The fused ops on a GPU, in bf16 and fp16, against fp32: no worse than twice PyTorch's own error, forward and every gradient."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from uvit_fast.kernels import linear_residual, ln_linear, ln_mlp, skip_linear
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _unwritten_memory_is_nan():
+    """Every `empty` is filled with NaN, so that an element nobody wrote cannot pass."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda")
+
+
+def tensors(name: str, shape: tuple[int, ...], dtype: torch.dtype, mean: float = 0.3) -> list[Tensor | None]:
+    """The op's arguments: activations of this mean and deviation 1, weights that keep the deviation."""
+    D = shape[-1]
+    x, gamma, beta = random(*shape) + mean, 1 + 0.1 * random(D), 0.1 * random(D)
+    made = {
+        "ln_linear": lambda: (x, gamma, beta, random(3 * D, D) * D**-0.5, None),
+        "ln_linear_bias": lambda: (x, gamma, beta, random(D, D) * D**-0.5, random(D)),
+        "ln_mlp": lambda: (
+            *(x, gamma, beta, random(4 * D, D) * D**-0.5, random(4 * D)),
+            *(random(D, 4 * D) * D**-0.5, random(D)),
+        ),
+        "skip_linear": lambda: (x, random(*shape), random(D, 2 * D) * D**-0.5, random(D)),
+        "linear_residual": lambda: (x, random(D, D) * D**-0.5, random(D), random(*shape)),
+    }[name]()
+    return [None if t is None else t.to(dtype).requires_grad_() for t in made]
+
+
+OPS = {
+    "ln_linear": (ln_linear.ln_linear, ln_linear.reference),
+    "ln_linear_bias": (ln_linear.ln_linear, ln_linear.reference),
+    "ln_mlp": (ln_mlp.ln_mlp, ln_mlp.reference),
+    "skip_linear": (skip_linear.skip_linear, skip_linear.reference),
+    "linear_residual": (linear_residual.linear_residual, linear_residual.reference),
+}
+
+
+def run(op, arguments: list[Tensor | None], dy: Tensor) -> list[Tensor]:
+    """The output and the gradient of every argument."""
+    y = op(*arguments)
+    return [y.detach(), *torch.autograd.grad(y, [t for t in arguments if t is not None], dy.to(y.dtype))]
+
+
+def check(name: str, arguments: list[Tensor | None], op=None) -> None:
+    fused, reference = OPS[name]
+    exact = [None if t is None else t.detach().float().requires_grad_() for t in arguments]
+    with torch.no_grad():
+        dy = torch.randn_like(reference(*arguments))
+    torch.backends.cuda.matmul.allow_tf32 = False
+    ref = run(reference, exact, dy)
+    eager = run(reference, arguments, dy)
+    ours = run(op or fused, arguments, dy)
+    ulp = torch.finfo(dy.dtype).eps
+    for i, (out, peer, r) in enumerate(zip(ours, eager, ref)):
+        assert out.shape == r.shape and out.dtype == dy.dtype
+        error, allowed = (out.float() - r).norm(), 2 * (peer.float() - r).norm() + 1e-4 * r.norm()
+        assert error <= allowed, (
+            f"{name}: result {i} is off by {error / r.norm():.2e}, allowed {allowed / r.norm():.2e}"
+        )
+        error, allowed = (out.float() - r).abs().max(), 2 * (peer.float() - r).abs().max() + ulp * r.abs().max()
+        assert error <= allowed, f"{name}: an element of result {i} is off by {error:.2e}, allowed {allowed:.2e}"
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (128, 258, 1152),  # H/2 at its batch: every tile full
+        (5, 334, 512),  # S/2 with text, an odd batch: tiles cut off in tokens
+        (3, 257, 768),  # an odd number of tokens in all, no multiple of any tile
+        (1, 258, 1024),  # one image: fewer tiles than multiprocessors
+        (1, 1, 64),  # one token of the narrowest width
+    ],
+    ids=str,
+)
+def test_bf16_error_is_at_most_twice_pytorchs(name, shape):
+    check(name, tensors(name, shape, torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_fp16_error_is_at_most_twice_pytorchs(name):
+    check(name, tensors(name, (3, 257, 768), torch.float16))
+
+
+@pytest.mark.parametrize("name", ["ln_linear", "ln_mlp"])
+def test_a_mean_of_eight_deviations_costs_the_fold_nothing(name):
+    check(name, tensors(name, (3, 258, 1152), torch.bfloat16, mean=8.0))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_strided_and_misaligned_inputs_are_taken(name):
+    args = tensors(name, (3, 257, 512), torch.bfloat16)
+    wide = torch.randn(257, 3, 513, device="cuda", dtype=torch.bfloat16)
+    args[0] = wide.transpose(0, 1)[..., 1:].detach().requires_grad_()
+    check(name, args)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_two_runs_are_bit_identical(name):
+    args = tensors(name, (16, 258, 1152), torch.bfloat16)
+    dy = torch.randn_like(OPS[name][1](*args))
+    for a, b in zip(run(OPS[name][0], args, dy), run(OPS[name][0], args, dy)):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_compiled_in_one_graph(name):
+    check(name, tensors(name, (3, 257, 512), torch.bfloat16), torch.compile(OPS[name][0], fullgraph=True))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_under_activation_checkpointing(name):
+    check(
+        name,
+        tensors(name, (3, 257, 512), torch.bfloat16),
+        lambda *args: checkpoint(OPS[name][0], *args, use_reentrant=False),
+    )
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_captured_in_a_cuda_graph(name):
+    args = [None if t is None else t.detach() for t in tensors(name, (3, 257, 512), torch.bfloat16)]
+    fused = OPS[name][0]
+    expected = fused(*args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = fused(*args)
+    y.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("name, most", [("ln_linear", 1), ("ln_mlp", 5), ("linear_residual", 1), ("skip_linear", 2)])
+def test_the_backward_keeps_few_values_a_token(name, most):
+    """In units of D values a token; the parameters, which live anyway, are not counted."""
+    args = tensors(name, (4, 258, 512), torch.bfloat16)
+    tokens, kept = 4 * 258, []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        OPS[name][0](*args)
+    parameters = {t.data_ptr() for t in args if t is not None and t.dim() < 3}
+    values = sum(t.numel() for t in kept if t.data_ptr() not in parameters and t.dtype == torch.bfloat16)
+    assert values <= most * tokens * 512
