@@ -14,6 +14,7 @@ from pathlib import Path  # noqa: E402
 
 from uvit_fast.build import build_dataset, build_model, build_schedule  # noqa: E402
 from uvit_fast.config import UserError, load_config  # noqa: E402
+from uvit_fast.sampling import training_preview  # noqa: E402
 from uvit_fast.training.engine import start  # noqa: E402
 from uvit_fast.training.trainer import Trainer, set_aside  # noqa: E402
 
@@ -33,9 +34,10 @@ def main(argv: list[str] | None = None) -> int:
         world = start(cfg)
         if args.fresh:
             set_aside(run_dir, world)
-        trainer = Trainer(cfg, build_model(cfg), build_schedule(cfg), build_dataset(cfg), run_dir)
+        preview = training_preview(cfg) if world.rank == 0 else None
+        trainer = Trainer(cfg, build_model(cfg), build_schedule(cfg), build_dataset(cfg), run_dir, preview)
         trainer.train()
-    except UserError as error:
+    except (UserError, ImportError) as error:
         if trainer or os.environ.get("RANK", "0") == "0":  # before training, every rank meets the same error
             print(f"train.py: {error}", file=sys.stderr)
         return 2

@@ -116,15 +116,25 @@ def spread_labels(num: int, classes: list[int]) -> Tensor:
     return torch.tensor([classes[i * len(classes) // num] for i in range(num)])
 
 
-def preview(model: UViT, cfg: Config, path: Path, decode=None) -> None:
-    """A grid of 64 samples, eight a row: the training preview. Latents need `decode` (B, C, H, W) -> pixels."""
-    labels = (
-        spread_labels(64, list(range(cfg.model.num_classes - (cfg.null_label is not None))))
-        if cfg.model.num_classes
-        else None
-    )
-    x = torch.cat(list(sample(model, cfg, 64, labels=labels, batch=64)))
-    save_grid(to_uint8(x if decode is None else decode(x)), path, columns=8)
+def training_preview(cfg: Config) -> Callable[[UViT, int, Path], None] | None:
+    """What the trainer calls every `train.sample_every` steps: a grid of 64 samples, eight a row; None where it is 0.
+
+    Raises:
+        UserError, ImportError: latents cannot be decoded here, or the model takes text. Before training, not after hours.
+    """
+    if not cfg.train.sample_every:
+        return None
+    if cfg.model.context_dim:
+        raise UserError("train.sample_every: previews need classes or no condition; expected 0 for a model of text")
+    decode = load_decoder(cfg, pick_device(cfg.device)) if cfg.latent else lambda x: x
+    classes = cfg.model.num_classes - (cfg.null_label is not None)
+    labels = spread_labels(64, list(range(classes))) if cfg.model.num_classes else None
+
+    def preview(model: UViT, step: int, folder: Path) -> None:
+        batches = sample(model, cfg, 64, labels=labels, batch=64)
+        save_grid(to_uint8(torch.cat([decode(x) for x in batches])), folder / f"step_{step:08d}.png", columns=8)
+
+    return preview
 
 
 def load_decoder(cfg: Config, device: torch.device) -> Callable[[Tensor], Tensor]:
