@@ -107,6 +107,7 @@ def sample(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from uvit_fast import sampling
+    from uvit_fast.diffusion.cudagraph import GraphSampler
     from uvit_fast.images import save_grid, to_uint8
 
     cfg = load_config(args.config, args.set)
@@ -127,12 +128,12 @@ def sample(args: argparse.Namespace) -> None:
     decode = sampling.load_decoder(cfg, device) if cfg.latent else None
 
     images, start = [], time.perf_counter()
-    batches = sampling.sample(
-        model, cfg, args.num, labels=labels, seed=args.seed, batch=args.batch, steps=args.steps, guidance_scale=scale
-    )
+    graphs = GraphSampler(model, decode) if device.type == "cuda" else None
+    options = {"batch": args.batch, "steps": args.steps, "guidance_scale": scale, "graphs": graphs}
+    batches = sampling.sample(model, cfg, args.num, labels=labels, seed=args.seed, **options)
     with tqdm(total=args.num, unit="image", desc="sample") as bar:
         for x in batches:
-            images.append(to_uint8(decode(x) if decode else x))
+            images.append(to_uint8(decode(x) if decode and not graphs else x))
             bar.update(len(x))
     images = np.concatenate(images)
     print(f"{args.num} images in {time.perf_counter() - start:.1f} s on {device}")

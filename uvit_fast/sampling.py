@@ -1,6 +1,7 @@
 """Samples from a trained model: conditions in, images out. Used by the commands, the demo and the training previews."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from uvit_fast.build import build_model, build_sampler
 from uvit_fast.config import Config, UserError
-from uvit_fast.diffusion.guidance import class_guidance, text_guidance
+from uvit_fast.diffusion.cudagraph import GraphSampler
+from uvit_fast.diffusion.guidance import Guidance
 from uvit_fast.diffusion.noise import sample_generators, sample_noise
 from uvit_fast.images import save_grid, to_uint8
 from uvit_fast.model.uvit import UViT
@@ -78,6 +80,7 @@ def sample(
     steps: int | None = None,
     guidance_scale: float | None = None,
     first: int = 0,
+    graphs: GraphSampler | None = None,
 ) -> Iterator[Tensor]:
     """Draw `num` samples, in batches: sample i depends on (seed, i) only, not on the batch size.
 
@@ -86,6 +89,7 @@ def sample(
         steps: network evaluations; default `cfg.sample.steps`.
         guidance_scale: the paper's s; default `cfg.sample.guidance_scale`.
         first: the index of the first sample, to continue an interrupted job.
+        graphs: of the same model; replays the loop as a CUDA graph, and decodes where it was told how.
 
     Yields:
         (B, C, H, W) fp32 on the model's device: pixels in about [-1, 1], or latents times the scale factor.
@@ -102,13 +106,17 @@ def sample(
         indices = range(start, min(start + batch, num))
         x_T = sample_noise(seed, indices, shape).to(device)  # (B, C, H, W)
         rows = slice(start, start + len(indices))
+        condition, null = {}, {}
         if labels is not None:
-            eps_fn = class_guidance(model, labels[rows].to(device), cfg.null_label, scale)
+            condition, null = {"y": labels[rows].to(device)}, {"y": cfg.null_label}
         elif context is not None:
-            eps_fn = text_guidance(model, context[rows].to(device), null_context, scale)
+            condition, null = {"context": context[rows].to(device)}, {"context": null_context}
+        keys = sample_generators(seed, indices, device)
+        if graphs is not None:
+            yield graphs(sampler, x_T, condition, null, scale, keys=keys)
         else:
-            eps_fn = model
-        yield sampler(eps_fn, x_T, generator=sample_generators(seed, indices, device))
+            eps_fn = Guidance(model, condition, null, scale) if scale else partial(model, **condition)
+            yield sampler(eps_fn, x_T, generator=keys)
 
 
 def spread_labels(num: int, classes: list[int]) -> Tensor:
