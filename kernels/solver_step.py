@@ -13,8 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from . import launch
+from uvit_fast.kernels import launch
 
 HISTORY = 2  # older outputs that an update may use
 _MASK = 0xFFFFFFFF
@@ -33,8 +32,8 @@ class Update(NamedTuple):
     outputs: tuple[float, ...]
 
     def row(self) -> list[float]:
-        """The seven numbers as the kernel reads them."""
-        return [*self[:4], *self.outputs, *[0.0] * (HISTORY + 1 - len(self.outputs))]
+        """The seven numbers as the kernel reads them, and one more that keeps the rows of a table aligned."""
+        return [*self[:4], *self.outputs, *[0.0] * (HISTORY + 2 - len(self.outputs))]
 
 
 def reference(
@@ -103,7 +102,7 @@ def _kernel(
     start,  # (B, N) fp32
     older,  # (B, N) fp32, read with PAST = 2
     old,  # (B, N) fp32, read with PAST >= 1
-    row,  # (7,) fp32: Update.row()
+    row,  # (8,) fp32: Update.row()
     scale,  # () fp32, read with GUIDED
     keys,  # (B,) int64, read with NOISE
     step,
@@ -167,7 +166,7 @@ def solver_step(
 
     Args:
         update: says which terms there are; their values are read from `row`.
-        row: (7,) fp32 on x's device, `update.row()` or other values of the same form.
+        row: (8,) fp32 on x's device, `update.row()` or other values of the same form.
         keep: whether m is wanted; None is returned otherwise.
     """
     count = x.numel()

@@ -167,6 +167,58 @@ def nonlinear_eps(schedule):
     return eps_fn
 
 
+def dpm_solver(x, eps, a, s, lam):
+    """One interval of DPM-Solver (Lu et al. 2022, Algorithms 1 and 2): eps(x, i), alpha, sigma and lambda at its times."""
+    h, r1, e0 = lam[-1] - lam[0], (lam[1] - lam[0]) / (lam[-1] - lam[0]), eps(x, 0)
+    u1 = a[1] / a[0] * x - s[1] * np.expm1(r1 * h) * e0
+    if len(lam) == 3:
+        return a[2] / a[0] * x - s[2] * np.expm1(h) * e0 - s[2] / (2 * r1) * np.expm1(h) * (eps(u1, 1) - e0)
+    r2, d1 = (lam[2] - lam[0]) / h, eps(u1, 1) - e0
+    u2 = a[2] / a[0] * x - s[2] * np.expm1(r2 * h) * e0 - s[2] * r2 / r1 * (np.expm1(r2 * h) / (r2 * h) - 1) * d1
+    d2 = eps(u2, 2) - e0
+    return a[3] / a[0] * x - s[3] * np.expm1(h) * e0 - s[3] / r2 * (np.expm1(h) / h - 1) * d2
+
+
+def dpm_solver_pp(x, eps, a, s, lam):
+    """One interval of DPM-Solver++ (Lu et al. 2022b, singlestep, orders 2 and 3), in terms of the predicted data."""
+
+    def data(x, i):
+        return (x - s[i] * eps(x, i)) / a[i]
+
+    h, r1, x0 = lam[-1] - lam[0], (lam[1] - lam[0]) / (lam[-1] - lam[0]), data(x, 0)
+    u1 = s[1] / s[0] * x - a[1] * np.expm1(-r1 * h) * x0
+    if len(lam) == 3:
+        return s[2] / s[0] * x - a[2] * np.expm1(-h) * x0 - a[2] / (2 * r1) * np.expm1(-h) * (data(u1, 1) - x0)
+    r2, d1 = (lam[2] - lam[0]) / h, data(u1, 1) - x0
+    u2 = s[2] / s[0] * x - a[2] * np.expm1(-r2 * h) * x0 + a[2] * r2 / r1 * (np.expm1(-r2 * h) / (r2 * h) + 1) * d1
+    d2 = data(u2, 2) - x0
+    return s[3] / s[0] * x - a[3] * np.expm1(-h) * x0 + a[3] / r2 * (np.expm1(-h) / h + 1) * d2
+
+
+@pytest.mark.parametrize(
+    ("solver", "interval", "schedule"),
+    [
+        (DPMSolverSinglestep, dpm_solver, VPSchedule()),  # the published pairs: uniform in lambda, r = 1/3, 2/3
+        (DPMSolverPPSinglestep, dpm_solver_pp, SDSchedule()),  # uniform in time, so every interval has its own r1, r2
+    ],
+)
+def test_fifty_published_steps_are_the_papers_formulas(solver, interval, schedule):
+    """The whole 50-NFE loop in fp64 against the papers' algorithms, written out, on a nonlinear network."""
+    sampler, eps_at = solver(schedule, 50), nonlinear_eps(schedule)
+    times = [stage.t for stage in sampler.stages] + [schedule.t_min]
+    x = x_T = torch.randn(2, 1, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for first in range(0, 50, 3):
+        t = np.array(times[first : first + 4])
+        network_time = [torch.tensor([schedule.network_time(v)], dtype=torch.float64) for v in t]
+        x = interval(
+            x, lambda x, i, n=network_time: eps_at(x, n[i]), schedule.alpha(t), schedule.sigma(t), schedule.lambda_(t)
+        )
+    exact_times = iter([torch.tensor([stage.time], dtype=torch.float64) for stage in sampler.stages])
+    got = run_in_float64(sampler, lambda x, _: eps_at(x, next(exact_times)), x_T)
+    torch.testing.assert_close(got, x, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(sampler(eps_at, x_T).double(), x, rtol=1e-4, atol=1e-4)  # in fp32, as users run it
+
+
 def diffusers_sample(scheduler, eps_fn, x, times):
     for t in times:
         x = scheduler.step(eps_fn(x, t.expand(len(x))), t, x).prev_sample

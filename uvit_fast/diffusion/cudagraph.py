@@ -4,11 +4,14 @@ A graph replays kernels on fixed addresses. So what changes between two calls (n
 is copied into the capture's own buffers; what shapes the loop (plan, image shape, guided or not, interval) is its key.
 """
 
+import contextlib
+import functools
+import gc
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -49,34 +52,58 @@ class CudaGraphs:
         return torch.cuda.get_device_properties(device).total_memory // 2
 
     def warm_up(self, run: Callable[[], Tensor]) -> None:
-        stream = torch.cuda.Stream()
+        stream = _side_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             run()
         torch.cuda.current_stream().wait_stream(stream)
 
     def capture(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor, int]:
+        gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: a loader's thread that pins memory meanwhile does not break the capture
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            output = run()
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        with torch.cuda.stream(_side_stream(torch.cuda.current_device())):
+            # thread_local: a loader's thread that pins memory meanwhile does not break the capture
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                output = run()
+                graph.capture_end()
+            except BaseException:
+                _abandon(graph, pool)
+                raise
         return graph.replay, output, max(0, torch.cuda.memory_reserved() - before)
+
+
+@functools.cache
+def _side_stream(index: int) -> torch.cuda.Stream:
+    """Where all warm-ups and captures of a device run: cuBLAS keeps a workspace for each stream that it has seen."""
+    return torch.cuda.Stream(index)
+
+
+def _abandon(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
+    """End a capture that failed. Where CUDA has invalidated it, torch's allocator and generator are left capturing: mend both."""
+    try:
+        graph.capture_end()
+    except RuntimeError:
+        index = torch.cuda.current_device()
+        with contextlib.suppress(RuntimeError):  # it had come that far
+            torch._C._cuda_endAllocateToPool(index, pool)
+        generator = torch.cuda.default_generators[index]
+        generator.graphsafe_set_state(generator.clone_state())
 
 
 @dataclass
 class _Capture:
     """One recorded loop and all that it reads."""
 
-    capacity: int  # samples
     inputs: Inputs
     replay: Callable[[], None]
     output: Tensor
     bytes: int
     weights: tuple  # where the weights were
-    holds: Any  # keeps alive the tables whose addresses were recorded
+    tables: tuple[Tensor, Tensor]  # held because their addresses were recorded
 
 
 class GraphSampler:
@@ -211,18 +238,15 @@ class GraphSampler:
             try:
                 replay, output, held = self.graphs.capture(run)
             except RuntimeError as error:
-                first = error.__context__ or error  # ending a broken capture raises once more
-                why = str(first).strip().split("\n")[0]
-                if isinstance(first, torch.OutOfMemoryError):
+                why = str(error).strip().split("\n")[0]
+                if isinstance(error, torch.OutOfMemoryError):
                     refused = key  # a smaller batch may fit
             else:
                 held += sum(value.nbytes for value in buffers.values())
                 if held <= bound:
                     while self._captures and self.bytes + held > bound:
                         self._captures.popitem(last=False)
-                    self._captures[key] = _Capture(
-                        key[-1], buffers, replay, output, held, weights, (run, sampler.tables(device))
-                    )
+                    self._captures[key] = _Capture(buffers, replay, output, held, weights, sampler.tables(device))
                     return True
                 why, refused = f"its {held:,} bytes are over the bound of {bound:,}", key
         self._refused.add(refused)

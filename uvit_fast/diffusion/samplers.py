@@ -56,7 +56,7 @@ class Sampler:
         raise TypeError("a sampler defines its stages")
 
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """What the network receives, (steps,), and the updates, (steps, 7), both fp32; made once a device."""
+        """What the network receives, (steps,), and the updates, (steps, 8), both fp32; made once a device."""
         if device not in self._tables:
             columns = [stage.time for stage in self.stages], [stage.update.row() for stage in self.stages]
             with torch.inference_mode(False):  # kept, so also fit for a later call with gradients
