@@ -58,7 +58,9 @@ def test_a_sampler_combines_as_the_guidance_does():
     torch.testing.assert_close(sampler(guided, X), sampler(lambda x, t: guided(x, t), X))
 
 
-def test_guidance_without_a_null_condition_is_refused():
+def test_guidance_without_a_condition_or_its_null_is_refused():
+    with pytest.raises(ValueError, match="expected a condition"):
+        Guidance(Network(), {}, {}, 0.4)
     with pytest.raises(ValueError, match="expected a null value for y, got none"):
         class_guidance(Network(), torch.tensor([0]), None, 0.4)
     with pytest.raises(ValueError, match=r"expected 0 <= first <= last <= 1, got \(0.2, 1.5\)"):

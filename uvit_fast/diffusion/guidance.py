@@ -32,6 +32,8 @@ class Guidance:
         scale: float | Tensor,
         interval: tuple[float, float] = ALWAYS,
     ):
+        if not condition:
+            raise ValueError("guidance: expected a condition (labels or text features), got none")
         if missing := condition.keys() - {name for name, value in null.items() if value is not None}:
             raise ValueError(f"guidance: expected a null value for {', '.join(sorted(missing))}, got none")
         if not 0 <= interval[0] <= interval[1] <= 1:
