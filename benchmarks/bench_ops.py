@@ -11,6 +11,7 @@ import functools
 import itertools
 
 import torch
+import torch._functorch.config as functorch_config
 from torch import Tensor
 from uvit_fast.kernels import linear_residual, ln_linear, ln_mlp, skip_linear
 
@@ -96,7 +97,7 @@ def main() -> None:
     parser.add_argument("--out", default=RESULTS, help="folder of ops.csv")
     given = parser.parse_args()
     torch.manual_seed(0)
-    torch._functorch.config.donated_buffer = False  # a compiled backward is run again and again on one forward
+    functorch_config.donated_buffer = False  # a compiled backward is run again and again on one forward
     rows = Rows("ops", given.out)
     rows.ceilings()
     for D in given.dims:
