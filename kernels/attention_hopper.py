@@ -263,13 +263,16 @@ def _step(
 ):  # fmt: skip
     """A block of 64 streamed rows (x, y) against N resident rows (k, v), whose products are left in flight.
 
-    Phase A: x = q, y = dout, and a (dq) grows by ds k. Phase B (COLUMNS: lse and delta belong to the resident rows): x = k,
-    y = v, k = q, v = dout; a (dk) grows by ds q and c (dv) by p dout. NEW: a and c begin here.
+    Phase A: x = q, y = dout, and a (dq) grows by ds k. Phase B (COLUMNS: lse and delta belong to the resident rows, and are in
+    shared memory): x = k, y = v, k = q, v = dout; a (dk) grows by ds q and c (dv) by p dout. NEW: a and c begin here.
     """
     axis: gl.constexpr = 0 if COLUMNS else 1
     s = _rows_by_rows(x, x_w, k, k_w, N, WIDE)
     dp = _rows_by_rows(y, y_w, v, v_w, N, WIDE)
     behind: gl.constexpr = 2 if WIDE else 1  # products that dp may still be behind by
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    if COLUMNS:
+        lse = lse.load(gl.SliceLayout(0, mma))
     if NEW:
         s = warpgroup_mma_wait(behind, deps=(s,))
     elif COLUMNS:
@@ -285,13 +288,14 @@ def _step(
     p = gl.exp2(s * scale - gl.expand_dims(lse, axis))
     if MASKED:
         # a padded key scores 0, and exp2(0 - lse) is infinite when every real score is very negative
-        keys = first + gl.arange(0, N, layout=gl.SliceLayout(0, p.type.layout))
+        keys = first + gl.arange(0, N, layout=gl.SliceLayout(0, mma))
         p = gl.where(gl.expand_dims(keys < L, 0), p, 0.0)
     if COLUMNS:
         if NEW:
             c, c_w = _start(_left(p, k.dtype), v, v_w, WIDE)
         else:
             c, c_w = _accumulate(_left(p, k.dtype), v, v_w, c, c_w, WIDE)
+        delta = delta.load(gl.SliceLayout(0, mma))
         dp = warpgroup_mma_wait(behind, deps=(dp,))
     else:
         dp = warpgroup_mma_wait(0, deps=(dp,))
@@ -336,30 +340,29 @@ def _tail_accumulate(p, y, y_w, a, a_w, WIDE: gl.constexpr):
 
 @gluon.jit
 def _tail_step(
-    x, x_w, y, y_w, k, k_w, v, v_w, lses, deltas, own, first, L, scale, a, a_w, c, c_w,
+    x, x_w, y, y_w, k, k_w, v, v_w, lse, delta, first, L, scale, a, a_w, c, c_w,
     N: gl.constexpr, COLUMNS: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
-    """`_step` for the 16 rows of the tail, from row `own` on; lse and delta are read here."""
+    """`_step` for the 16 rows of the tail."""
     axis: gl.constexpr = 0 if COLUMNS else 1
-    if COLUMNS:
-        lse, delta = _statistics(lses, deltas, first, L, N, gl.SliceLayout(0, SMALL))
-    else:
-        lse, delta = _statistics(lses, deltas, own, L, 16, gl.SliceLayout(1, SMALL))
     s = _tail_rows_by_rows(x, x_w, k, k_w, N, WIDE)
     dp = _tail_rows_by_rows(y, y_w, v, v_w, N, WIDE)
+    if COLUMNS:
+        lse = lse.load(gl.SliceLayout(0, SMALL))
+        delta = delta.load(gl.SliceLayout(0, SMALL))
     p = gl.exp2(s * scale - gl.expand_dims(lse, axis))
-    if not COLUMNS:
+    if COLUMNS:
+        c, c_w = _tail_accumulate(p, v, v_w, c, c_w, WIDE)
+    else:
         keys = first + gl.arange(0, N, layout=gl.SliceLayout(0, SMALL))
         p = gl.where(gl.expand_dims(keys < L, 0), p, 0.0)
-    else:
-        c, c_w = _tail_accumulate(p, v, v_w, c, c_w, WIDE)
     a, a_w = _tail_accumulate(p * (dp - gl.expand_dims(delta, axis)), k, k_w, a, a_w, WIDE)
     return a, a_w, c, c_w
 
 
 @gluon.jit
 def _tail_round(
-    x, x_w, y, y_w, k, k_w, v, v_w, k_t, k_tw, v_t, v_tw, lses, deltas, L, scale,
+    x, x_w, y, y_w, k, k_w, v, v_w, k_t, k_tw, v_t, v_tw, lse, delta, lse_t, delta_t, L, scale,
     BLOCKS: gl.constexpr, COLUMNS: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     """A whole round for the 16 rows of the tail (x, y): dq in phase A, dk and dv in phase B, each (16, D)."""
@@ -369,13 +372,13 @@ def _tail_round(
     c_w = a_w
     for j in range(BLOCKS):
         a, a_w, c, c_w = _tail_step(
-            x, x_w, y, y_w, k.index(j), k_w.index(j), v.index(j), v_w.index(j), lses, deltas, BLOCKS * 64, j * 64, L, scale,
+            x, x_w, y, y_w, k.index(j), k_w.index(j), v.index(j), v_w.index(j),
+            lse.index(j) if COLUMNS else lse, delta.index(j) if COLUMNS else delta, j * 64, L, scale,
             a, a_w, c, c_w, 64, COLUMNS, WIDE,
         )  # fmt: skip
     return _tail_step(
-        x, x_w, y, y_w, k_t, k_tw, v_t, v_tw, lses, deltas, BLOCKS * 64, BLOCKS * 64, L, scale, a, a_w, c, c_w, 16, COLUMNS,
-        WIDE,
-    )  # fmt: skip
+        x, x_w, y, y_w, k_t, k_tw, v_t, v_tw, lse_t, delta_t, BLOCKS * 64, L, scale, a, a_w, c, c_w, 16, COLUMNS, WIDE
+    )
 
 
 @gluon.jit
@@ -402,10 +405,20 @@ def _zeros(WIDE: gl.constexpr):
 
 
 @gluon.jit
-def _statistics(lses, deltas, first, L, N: gl.constexpr, layout: gl.constexpr):
-    """lse and delta of N rows; infinite and 0 past row L: a padded query weighs nothing."""
+def _statistic(pointer, first, L, other, N: gl.constexpr, layout: gl.constexpr):
+    """lse or delta of N rows; past row L infinite and 0: a padded query weighs nothing."""
     at = first + gl.arange(0, N, layout=layout)
-    return gl.load(lses + at, mask=at < L, other=float("inf")), gl.load(deltas + at, mask=at < L, other=0.0)
+    return gl.load(pointer + at, mask=at < L, other=other)
+
+
+@gluon.jit
+def _keep(pointer, L, other, keep, keep_t, BLOCKS: gl.constexpr, TAIL: gl.constexpr):
+    """lse or delta of a head into shared memory, in blocks of 64 rows and the tail."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    for n in gl.static_range(BLOCKS):
+        keep.index(n).store(_statistic(pointer, n * 64, L, other, 64, layout))
+    if TAIL:
+        keep_t.store(_statistic(pointer, BLOCKS * 64, L, other, 16, layout))
 
 
 @gluon.jit
@@ -450,30 +463,36 @@ def _dot_pairs(x, y, dtype: gl.constexpr, layout: gl.constexpr):
 @gluon.jit
 def _delta(o, o_w, dout, dout_w, ROWS: gl.constexpr, layout: gl.constexpr, WIDE: gl.constexpr):
     """delta (ROWS,) = sum over d of dout * out: dout in shared memory, out as `_out_rows` gave it."""
-    pairs = dout._reinterpret(gl.int32, [64 // ROWS, ROWS, 32], gl.NVMMASharedLayout(128, 32, 2)).index(0).load(o.type.layout)
+    pairs = (
+        dout._reinterpret(gl.int32, [64 // ROWS, ROWS, 32], gl.NVMMASharedLayout(128, 32, 2))
+        .index(0)
+        .load(o.type.layout)
+    )
     delta = _dot_pairs(o, pairs, dout.dtype, layout)
     if WIDE:
-        pairs = dout_w._reinterpret(gl.int32, [64 // ROWS, ROWS, 8], gl.NVMMASharedLayout(32, 32, 2)).index(0).load(o_w.type.layout)
+        pairs = (
+            dout_w._reinterpret(gl.int32, [64 // ROWS, ROWS, 8], gl.NVMMASharedLayout(32, 32, 2))
+            .index(0)
+            .load(o_w.type.layout)
+        )
         delta += _dot_pairs(o_w, pairs, dout.dtype, layout)
     return delta
 
 
 @gluon.jit
-def attention_backward_kernel(
+def attention_dq_kernel(
     box,  # qkv as (B, L, 3H, D) in boxes of 64 rows and 64 columns
     box_w,  # the same, 16 columns
     tail,  # 16 rows, 64 columns
     tail_w,  # 16 rows, 16 columns
-    dbox,  # dout as (B, L, H, D) in the same four boxes
-    dbox_w,
-    dtail,
-    dtail_w,
-    grad,  # dqkv as (B, L, 3H, D) in boxes of 64 rows, 64 columns
-    grad_w,  # the same, 16 columns
+    dbox,  # dout as (B, L, H, D) in boxes of 64 rows, 64 columns
+    dbox_w,  # the same, 16 columns
+    grad,  # dqkv as (B, L, 3H, D), likewise; its q part is written
+    grad_w,
     out,  # (B, L, H, D / 2) pairs of values as int32
     dqkv,  # (B, L, 3, H, D)
     lse,  # (B, H, L) fp32, base 2
-    delta,  # (B, H, L) fp32, written and read again
+    delta,  # (B, H, L) fp32, written
     L,
     scale,  # D**-0.5 * log2(e)
     factor,  # D**-0.5
@@ -484,18 +503,17 @@ def attention_backward_kernel(
     RAGGED: gl.constexpr,
     WIDE: gl.constexpr,
 ):
+    """Phase A: dq and delta."""
     dtype: gl.constexpr = box.dtype
     ROW: gl.constexpr = 160 if WIDE else 128  # bytes
     HEAD: gl.constexpr = (BLOCKS * 64 + (16 if TAIL else 0)) * ROW
     row: gl.constexpr = gl.SliceLayout(1, MMA_64)
     row_16: gl.constexpr = gl.SliceLayout(1, MMA_16)
-    column: gl.constexpr = gl.SliceLayout(0, MMA_64)
-    column_16: gl.constexpr = gl.SliceLayout(0, MMA_16)
 
-    x = gl.allocate_shared_memory(dtype, [BLOCKS, 64, 64], SWIZZLE_128)  # k, then q
-    y = gl.allocate_shared_memory(dtype, [BLOCKS, 64, 64], SWIZZLE_128)  # v, then dout
-    u = gl.allocate_shared_memory(dtype, [64, 64], SWIZZLE_128)  # a block of q, then of k
-    w = gl.allocate_shared_memory(dtype, [64, 64], SWIZZLE_128)  # a block of dout, then of v
+    x = gl.allocate_shared_memory(dtype, [BLOCKS, 64, 64], SWIZZLE_128)  # k
+    y = gl.allocate_shared_memory(dtype, [BLOCKS, 64, 64], SWIZZLE_128)  # v
+    u = gl.allocate_shared_memory(dtype, [64, 64], SWIZZLE_128)  # a block of q
+    w = gl.allocate_shared_memory(dtype, [64, 64], SWIZZLE_128)  # a block of dout
     x_w, y_w, u_w, w_w, x_t, y_t, x_tw, y_tw = x, y, u, w, x, y, x, y
     if WIDE:
         x_w = gl.allocate_shared_memory(dtype, [BLOCKS, 64, 16], SWIZZLE_32)
@@ -522,7 +540,7 @@ def attention_backward_kernel(
     lses = lse + head * L
     deltas = delta + head * L
     grads = dqkv + b.to(gl.int64) * L * (3 * H * D) + h * D
-    TAIL_ROW: gl.constexpr = BLOCKS * 64
+    START: gl.constexpr = BLOCKS * 64 if TAIL else 0  # the tail goes first
     PAIRS: gl.constexpr = H * D // 2  # of a row of out
     ROUNDS: gl.constexpr = BLOCKS + (1 if TAIL else 0)
     FIRST: gl.constexpr = 0 if TAIL else 1  # the first resident block of a round's loop
@@ -534,29 +552,47 @@ def attention_backward_kernel(
         u_tw = u_w._reinterpret(dtype, [4, 16, 16], SWIZZLE_32).index(0)
         w_tw = w_w._reinterpret(dtype, [4, 16, 16], SWIZZLE_32).index(0)
 
-    # phase A: k and v stay, blocks of q and dout stream past
     mbarrier.expect(streams, 128 * ROW)
-    _load(box, box_w, b, 0, h, streams, u, u_w, WIDE)
-    _load(dbox, dbox_w, b, 0, h, streams, w, w_w, WIDE)
+    _load(box, box_w, b, START, h, streams, u, u_w, WIDE)
+    _load(dbox, dbox_w, b, START, h, streams, w, w_w, WIDE)
     mbarrier.expect(stays, 2 * HEAD)
     _load_head(box, box_w, tail, tail_w, b, H + h, stays, x, x_w, x_t, x_tw, BLOCKS, TAIL, WIDE)
     _load_head(box, box_w, tail, tail_w, b, 2 * H + h, stays, y, y_w, y_t, y_tw, BLOCKS, TAIL, WIDE)
+    if TAIL:
+        o_t, o_tw = _out_rows(outs, START, L, PAIRS, 16, D)
+        mbarrier.wait(streams, 0)
+        at = START + gl.arange(0, 16, layout=row_small)
+        dl_t = _delta(o_t, o_tw, w, w_w, 16, row_small, WIDE)
+        gl.store(deltas + at, dl_t, mask=at < L)
+        ls_t = _statistic(lses, START, L, float("inf"), 16, row_small)
+        q_t, q_tw = _to_registers(u_t, u_tw, LEFT_SMALL, WIDE)
+        g_t, g_tw = _to_registers(w_t, w_tw, LEFT_SMALL, WIDE)
+        barrier()
+        mbarrier.expect(streams, 128 * ROW)
+        _load(box, box_w, b, 0, h, streams, u, u_w, WIDE)
+        _load(dbox, dbox_w, b, 0, h, streams, w, w_w, WIDE)
+        mbarrier.wait(stays, 0)
+        t, t_w, _t, _t_w = _tail_round(
+            q_t, q_tw, g_t, g_tw, x, x_w, y, y_w, x_t, x_tw, y_t, y_tw, ls_t, dl_t, ls_t, dl_t, L, scale, BLOCKS, False,
+            WIDE,
+        )
+        _tail_store(grads, t * factor, t_w * factor, START, L, 3 * H * D, D)
     o, o_w = _out_rows(outs, 0, L, PAIRS, 64, D)
     a, a_w = _zeros(WIDE)
     mbarrier.wait(stays, 0)
     for i in range(BLOCKS):
-        mbarrier.wait(streams, i & 1)
+        mbarrier.wait(streams, (i + ROUNDS - BLOCKS) & 1)
         rows = i * 64 + gl.arange(0, 64, layout=row)
         dl = _delta(o, o_w, w, w_w, 64, row, WIDE)
         gl.store(deltas + rows, dl, mask=rows < L)
-        ls = gl.load(lses + rows, mask=rows < L, other=float("inf"))  # infinite: a padded query weighs nothing
+        ls = _statistic(lses, i * 64, L, float("inf"), 64, row)
         q, q_w = _to_registers(u, u_w, LEFT, WIDE)
         g, g_w = _to_registers(w, w_w, LEFT, WIDE)
         if i > 0:
             _store(grad, grad_w, b, (i - 1) * 64, h, a, a_w, u, u_w, WIDE)
         if TAIL:
             f, f_w, _c, _c_w = _step(
-                q, q_w, g, g_w, x_t, x_tw, y_t, y_tw, gl.convert_layout(ls, row_16), gl.convert_layout(dl, row_16), TAIL_ROW,
+                q, q_w, g, g_w, x_t, x_tw, y_t, y_tw, gl.convert_layout(ls, row_16), gl.convert_layout(dl, row_16), START,
                 L, scale, q, q, q, q, 16, True, False, True, WIDE,
             )  # fmt: skip
         else:
@@ -567,7 +603,7 @@ def attention_backward_kernel(
         # the block has moved to registers and the one before it out: its buffers take the next one
         tma.store_wait(0)
         barrier()
-        more = i + 1 < ROUNDS
+        more = i + 1 < BLOCKS
         mbarrier.expect(streams, 128 * ROW, pred=more)
         _load(box, box_w, b, (i + 1) * 64, h, streams, u, u_w, WIDE, more)
         _load(dbox, dbox_w, b, (i + 1) * 64, h, streams, w, w_w, WIDE, more)
@@ -578,76 +614,141 @@ def attention_backward_kernel(
             )  # fmt: skip
         o, o_w = _out_rows(outs, (i + 1) * 64, L, PAIRS, 64, D)
         a, a_w = _settle(f, f_w, factor, WIDE)
-    if TAIL:
-        mbarrier.wait(streams, BLOCKS & 1)
-        o, o_w = _out_rows(outs, TAIL_ROW, L, PAIRS, 16, D)
-        at = TAIL_ROW + gl.arange(0, 16, layout=row_small)
-        dl = _delta(o, o_w, w, w_w, 16, row_small, WIDE)
-        gl.store(deltas + at, dl, mask=at < L)
-        q, q_w = _to_registers(u_t, u_tw, LEFT_SMALL, WIDE)
-        g, g_w = _to_registers(w_t, w_tw, LEFT_SMALL, WIDE)
     _store(grad, grad_w, b, (BLOCKS - 1) * 64, h, a, a_w, u, u_w, WIDE)
-    if TAIL:
-        t, t_w, _c, _c_w = _tail_round(
-            q, q_w, g, g_w, x, x_w, y, y_w, x_t, x_tw, y_t, y_tw, lses, deltas, L, scale, BLOCKS, False, WIDE
-        )
-        _tail_store(grads, t * factor, t_w * factor, TAIL_ROW, L, 3 * H * D, D)
+    tma.store_wait(0)
 
-    # phase B: q and dout stay, blocks of k and v stream past
-    barrier()
+
+@gluon.jit
+def attention_dkv_kernel(
+    box,  # qkv as (B, L, 3H, D) in boxes of 64 rows and 64 columns
+    box_w,  # the same, 16 columns
+    tail,  # 16 rows, 64 columns
+    tail_w,  # 16 rows, 16 columns
+    dbox,  # dout as (B, L, H, D) in the same four boxes
+    dbox_w,
+    dtail,
+    dtail_w,
+    grad,  # dqkv as (B, L, 3H, D) in boxes of 64 rows, 64 columns; its k and v parts are written
+    grad_w,  # the same, 16 columns
+    dqkv,  # (B, L, 3, H, D)
+    lse,  # (B, H, L) fp32, base 2
+    delta,  # (B, H, L) fp32, from phase A
+    L,
+    scale,  # D**-0.5 * log2(e)
+    factor,  # D**-0.5
+    D: gl.constexpr,
+    H: gl.constexpr,
+    BLOCKS: gl.constexpr,
+    TAIL: gl.constexpr,
+    RAGGED: gl.constexpr,
+    WIDE: gl.constexpr,
+):
+    """Phase B: dk and dv."""
+    dtype: gl.constexpr = box.dtype
+    ROW: gl.constexpr = 160 if WIDE else 128  # bytes
+    HEAD: gl.constexpr = (BLOCKS * 64 + (16 if TAIL else 0)) * ROW
+    column: gl.constexpr = gl.SliceLayout(0, MMA_64)
+    column_16: gl.constexpr = gl.SliceLayout(0, MMA_16)
+
+    x = gl.allocate_shared_memory(dtype, [BLOCKS, 64, 64], SWIZZLE_128)  # q
+    y = gl.allocate_shared_memory(dtype, [BLOCKS, 64, 64], SWIZZLE_128)  # dout
+    u = gl.allocate_shared_memory(dtype, [64, 64], SWIZZLE_128)  # a block of k
+    w = gl.allocate_shared_memory(dtype, [64, 64], SWIZZLE_128)  # a block of v
+    x_w, y_w, u_w, w_w, x_t, y_t, x_tw, y_tw = x, y, u, w, x, y, x, y
+    if WIDE:
+        x_w = gl.allocate_shared_memory(dtype, [BLOCKS, 64, 16], SWIZZLE_32)
+        y_w = gl.allocate_shared_memory(dtype, [BLOCKS, 64, 16], SWIZZLE_32)
+        u_w = gl.allocate_shared_memory(dtype, [64, 16], SWIZZLE_32)
+        w_w = gl.allocate_shared_memory(dtype, [64, 16], SWIZZLE_32)
+    if TAIL:
+        x_t = gl.allocate_shared_memory(dtype, [16, 64], SWIZZLE_128)
+        y_t = gl.allocate_shared_memory(dtype, [16, 64], SWIZZLE_128)
+        x_tw, y_tw = x_t, y_t
+        if WIDE:
+            x_tw = gl.allocate_shared_memory(dtype, [16, 16], SWIZZLE_32)
+            y_tw = gl.allocate_shared_memory(dtype, [16, 16], SWIZZLE_32)
+    ls = gl.allocate_shared_memory(gl.float32, [BLOCKS, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    dl = gl.allocate_shared_memory(gl.float32, [BLOCKS, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    ls_t = gl.allocate_shared_memory(gl.float32, [16], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    dl_t = gl.allocate_shared_memory(gl.float32, [16], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    stays = bars.index(0)
+    streams = bars.index(1)
+    mbarrier.init(stays, count=1)
+    mbarrier.init(streams, count=1)
+
+    head = gl.program_id(0)
+    b = head // H
+    h = head % H
+    lses = lse + head * L
+    deltas = delta + head * L
+    grads = dqkv + b.to(gl.int64) * L * (3 * H * D) + h * D
+    START: gl.constexpr = BLOCKS * 64 if TAIL else 0  # the tail goes first
+    ROUNDS: gl.constexpr = BLOCKS + (1 if TAIL else 0)
+    FIRST: gl.constexpr = 0 if TAIL else 1  # the first resident block of a round's loop
+    u_t = u._reinterpret(dtype, [4, 16, 64], SWIZZLE_128).index(0)  # where the tail's rows arrive
+    w_t = w._reinterpret(dtype, [4, 16, 64], SWIZZLE_128).index(0)
+    u_tw, w_tw = u_t, w_t
+    if WIDE:
+        u_tw = u_w._reinterpret(dtype, [4, 16, 16], SWIZZLE_32).index(0)
+        w_tw = w_w._reinterpret(dtype, [4, 16, 16], SWIZZLE_32).index(0)
+
+    mbarrier.expect(streams, 128 * ROW)
+    _load(box, box_w, b, START, H + h, streams, u, u_w, WIDE)
+    _load(box, box_w, b, START, 2 * H + h, streams, w, w_w, WIDE)
     mbarrier.expect(stays, 2 * HEAD)
     _load_head(box, box_w, tail, tail_w, b, h, stays, x, x_w, x_t, x_tw, BLOCKS, TAIL, WIDE)
     _load_head(dbox, dbox_w, dtail, dtail_w, b, h, stays, y, y_w, y_t, y_tw, BLOCKS, TAIL, WIDE)
-    tma.store_wait(0)
-    mbarrier.expect(streams, 128 * ROW)
-    _load(box, box_w, b, 0, H + h, streams, u, u_w, WIDE)
-    _load(box, box_w, b, 0, 2 * H + h, streams, w, w_w, WIDE)
+    _keep(lses, L, float("inf"), ls, ls_t, BLOCKS, TAIL)
+    _keep(deltas, L, 0.0, dl, dl_t, BLOCKS, TAIL)
+    if TAIL:
+        mbarrier.wait(streams, 0)
+        k_t, k_tw = _to_registers(u_t, u_tw, LEFT_SMALL, WIDE)
+        v_t, v_tw = _to_registers(w_t, w_tw, LEFT_SMALL, WIDE)
+        barrier()
+        mbarrier.expect(streams, 128 * ROW)
+        _load(box, box_w, b, 0, H + h, streams, u, u_w, WIDE)
+        _load(box, box_w, b, 0, 2 * H + h, streams, w, w_w, WIDE)
+        mbarrier.wait(stays, 0)
+        t, t_w, r, r_w = _tail_round(
+            k_t, k_tw, v_t, v_tw, x, x_w, y, y_w, x_t, x_tw, y_t, y_tw, ls, dl, ls_t, dl_t, L, scale, BLOCKS, True, WIDE
+        )
+        _tail_store(grads + H * D, t * factor, t_w * factor, START, L, 3 * H * D, D)
+        _tail_store(grads + 2 * H * D, r, r_w, START, L, 3 * H * D, D)
+    a, a_w = _zeros(WIDE)
     c, c_w = _zeros(WIDE)
-    mbarrier.wait(stays, 1)
+    mbarrier.wait(stays, 0)
     for i in range(BLOCKS):
-        mbarrier.wait(streams, (ROUNDS + i) & 1)
+        mbarrier.wait(streams, (i + ROUNDS - BLOCKS) & 1)
         k, k_w = _to_registers(u, u_w, LEFT, WIDE)
         v, v_w = _to_registers(w, w_w, LEFT, WIDE)
         if i > 0:
             _store(grad, grad_w, b, (i - 1) * 64, H + h, a, a_w, u, u_w, WIDE)
             _store(grad, grad_w, b, (i - 1) * 64, 2 * H + h, c, c_w, w, w_w, WIDE)
         if TAIL:
-            ls_t, dl_t = _statistics(lses, deltas, TAIL_ROW, L, 16, column_16)
             f, f_w, d, d_w = _step(
                 k, k_w, v, v_w, x_t, x_tw, y_t, y_tw, ls_t, dl_t, 0, L, scale, k, k, k, k, 16, True, True, False, WIDE
             )
         else:
-            ls_c, dl_c = _statistics(lses, deltas, 0, L, 64, column)
             f, f_w, d, d_w = _step(
-                k, k_w, v, v_w, x.index(0), x_w.index(0), y.index(0), y_w.index(0), ls_c, dl_c, 0, L, scale, k, k, k, k,
+                k, k_w, v, v_w, x.index(0), x_w.index(0), y.index(0), y_w.index(0), ls.index(0), dl.index(0), 0, L, scale, k, k, k, k,
                 64, True, True, False, WIDE,
             )  # fmt: skip
         tma.store_wait(0)
         barrier()
-        more = i + 1 < ROUNDS
+        more = i + 1 < BLOCKS
         mbarrier.expect(streams, 128 * ROW, pred=more)
         _load(box, box_w, b, (i + 1) * 64, H + h, streams, u, u_w, WIDE, more)
         _load(box, box_w, b, (i + 1) * 64, 2 * H + h, streams, w, w_w, WIDE, more)
         for j in range(FIRST, BLOCKS):
-            ls_j, dl_j = _statistics(lses, deltas, j * 64, L, 64, column)
             f, f_w, d, d_w = _step(
-                k, k_w, v, v_w, x.index(j), x_w.index(j), y.index(j), y_w.index(j), ls_j, dl_j, 0, L, scale, f, f_w, d, d_w,
+                k, k_w, v, v_w, x.index(j), x_w.index(j), y.index(j), y_w.index(j), ls.index(j), dl.index(j), 0, L, scale, f, f_w, d, d_w,
                 64, False, True, False, WIDE,
             )  # fmt: skip
         a, a_w = _settle(f, f_w, factor, WIDE)
         c, c_w = _settle(d, d_w, 1.0, WIDE)
-    if TAIL:
-        mbarrier.wait(streams, (ROUNDS + BLOCKS) & 1)
-        k, k_w = _to_registers(u_t, u_tw, LEFT_SMALL, WIDE)
-        v, v_w = _to_registers(w_t, w_tw, LEFT_SMALL, WIDE)
     _store(grad, grad_w, b, (BLOCKS - 1) * 64, H + h, a, a_w, u, u_w, WIDE)
     _store(grad, grad_w, b, (BLOCKS - 1) * 64, 2 * H + h, c, c_w, w, w_w, WIDE)
-    if TAIL:
-        t, t_w, r, r_w = _tail_round(
-            k, k_w, v, v_w, x, x_w, y, y_w, x_t, x_tw, y_t, y_tw, lses, deltas, L, scale, BLOCKS, True, WIDE
-        )
-        _tail_store(grads + H * D, t * factor, t_w * factor, TAIL_ROW, L, 3 * H * D, D)
-        _tail_store(grads + 2 * H * D, r, r_w, TAIL_ROW, L, 3 * H * D, D)
     tma.store_wait(0)
 
 
@@ -695,21 +796,24 @@ def forward(qkv: Tensor) -> tuple[Tensor, Tensor]:
 
 def backward_arguments(
     qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, delta: Tensor, dqkv: Tensor
-) -> tuple[tuple, dict]:
-    """What the backward kernel is launched with."""
+) -> tuple[tuple, tuple, dict]:
+    """What the two backward kernels are launched with: positional arguments of each, and their options."""
     B, L, _, H, D = qkv.shape
     c = shape_constants(L, H, D)
-    boxes = []
-    for t, groups in ((qkv, 3 * H), (dout, H)):
-        boxes += _boxes(t, groups, D, (64, 16)) if c["TAIL"] else [*_boxes(t, groups, D, (64,)), None, None]
-    boxes += _boxes(dqkv, 3 * H, D, (64,))
-    return (*boxes, out.view(torch.int32), dqkv, lse, delta, L, D**-0.5 * LOG2E, D**-0.5, D), {**c, "num_warps": 4}
+    none = [None, None]
+    q = _boxes(qkv, 3 * H, D, (64, 16)) if c["TAIL"] else _boxes(qkv, 3 * H, D, (64,)) + none
+    do = _boxes(dout, H, D, (64, 16)) if c["TAIL"] else _boxes(dout, H, D, (64,)) + none
+    grad = _boxes(dqkv, 3 * H, D, (64,))
+    scalars = (L, D**-0.5 * LOG2E, D**-0.5, D)
+    first = (*q, *do[:2], *grad, out.view(torch.int32), dqkv, lse, delta, *scalars)
+    return first, (*q, *do, *grad, dqkv, lse, delta, *scalars), {**c, "num_warps": 4}
 
 
 def backward(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor) -> Tensor:
     """The gradient of qkv, packed as qkv is; every argument contiguous."""
     B, L, _, H, D = qkv.shape
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
-    args, options = backward_arguments(qkv, out, lse, dout, delta, dqkv)
-    attention_backward_kernel[(B * H,)](*args, **options)
+    first, second, options = backward_arguments(qkv, out, lse, dout, delta, dqkv)
+    attention_dq_kernel[(B * H,)](*first, **options)
+    attention_dkv_kernel[(B * H,)](*second, **options)
     return dqkv
