@@ -1,0 +1,235 @@
+"""The figures of generative models as pure functions of features; float64 throughout, on any device.
+
+N samples, M references, D feature dimensions, K classes. Definitions follow ADM's evaluator (Dhariwal and Nichol, 2021), which
+the paper's appendix reports: FID (Heusel et al., 2017), sFID (Nash et al., 2021: the same distance of spatial features),
+Inception score (Salimans et al., 2016), improved precision and recall (Kynkäänniemi et al., 2019); KID (Bińkowski et al., 2018).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NEGATIVE = 1e-6  # of the largest eigenvalue: rounding stays far below it; a covariance has nothing beyond it
+
+
+class Moments(NamedTuple):
+    """Mean (D,) and unbiased covariance (D, D), float64."""
+
+    mu: Tensor
+    sigma: Tensor
+
+
+class RunningMoments:
+    """Mean and covariance of features that come in batches, by Chan's update: no sum of squares that cancels.
+
+    Args:
+        dim: D.
+        device: where the D x D sums live; batches come from there.
+    """
+
+    def __init__(self, dim: int, device: torch.device | str = "cpu"):
+        self.count = 0
+        self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+
+    def update(self, features: Tensor) -> None:
+        """Add (B, D) features of any floating dtype.
+
+        Raises:
+            ValueError: another D, or features that are not finite.
+        """
+        x = _matrix(features, "features").to(self.mean.device)  # (B, D)
+        if x.shape[1] != len(self.mean):
+            raise ValueError(f"features: expected {len(self.mean)} dimensions, got {x.shape[1]}")
+        B = len(x)
+        if B == 0:
+            return
+        batch_mean = x.mean(0)  # (D,)
+        centred = x - batch_mean  # (B, D)
+        delta, total = batch_mean - self.mean, self.count + B
+        self.scatter += centred.T @ centred + torch.outer(delta, delta) * (self.count * B / total)  # (D, D)
+        self.mean += delta * (B / total)
+        self.count = total
+
+    def moments(self) -> Moments:
+        """Mean and unbiased covariance so far.
+
+        Raises:
+            ValueError: fewer than two samples.
+        """
+        if self.count < 2:
+            raise ValueError(f"covariance: expected at least 2 samples, got {self.count}")
+        return Moments(self.mean.clone(), self.scatter / (self.count - 1))
+
+
+def moments(features: Tensor) -> Moments:
+    """Mean and unbiased covariance of (N, D) features."""
+    running = RunningMoments(features.shape[1], features.device)
+    running.update(features)
+    return running.moments()
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """Fréchet distance of two Gaussians: |mu_a - mu_b|² + tr(A + B - 2 (A B)^1/2). With pool3 features this is FID.
+
+    The trace of (A B)^1/2 is that of (A^1/2 B A^1/2)^1/2, whose argument is symmetric and positive semi-definite: two symmetric
+    eigendecompositions, real and without an added epsilon, also for singular covariances.
+
+    Raises:
+        ValueError: different dimensions, values that are not finite, or a matrix that is no covariance.
+    """
+    mu_a, mu_b = (torch.as_tensor(m.mu, dtype=torch.float64) for m in (a, b))
+    sigma_a, sigma_b = (torch.as_tensor(m.sigma, dtype=torch.float64) for m in (a, b))
+    D = len(mu_a)
+    if mu_b.shape != (D,) or sigma_a.shape != (D, D) or sigma_b.shape != (D, D):
+        raise ValueError(
+            "Fréchet distance: expected two means (D,) and two covariances (D, D) of one D, got "
+            f"{tuple(mu_a.shape)}, {tuple(sigma_a.shape)} and {tuple(mu_b.shape)}, {tuple(sigma_b.shape)}"
+        )
+    for name, value in {"mean": mu_a + mu_b, "covariance": sigma_a + sigma_b}.items():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"Fréchet distance: expected finite moments, got NaN or infinity in a {name}")
+    sigma_a, sigma_b = ((s + s.T) / 2 for s in (sigma_a, sigma_b))
+    values, vectors = torch.linalg.eigh(sigma_a)  # (D,), (D, D)
+    _check_covariance(values)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # (D, D)
+    product = root @ sigma_b @ root  # (D, D)
+    values = torch.linalg.eigvalsh((product + product.T) / 2)
+    _check_covariance(values)
+    distance = (mu_a - mu_b).square().sum() + sigma_a.trace() + sigma_b.trace() - 2 * values.clamp(min=0).sqrt().sum()
+    return distance.item()
+
+
+def inception_score(probabilities: Tensor, split_size: int = 5000) -> float:
+    """exp of the mean KL(p(y|x) || p(y)), averaged over splits of consecutive samples.
+
+    Args:
+        probabilities: (N, K), rows summing to 1.
+        split_size: samples a split; ADM's 5000 gives the usual 10 splits at 50K. Fewer samples lower the score.
+
+    Raises:
+        ValueError: no samples, or rows that are no probabilities.
+    """
+    p = _matrix(probabilities, "probabilities")  # (N, K)
+    if len(p) == 0:
+        raise ValueError("Inception score: expected at least one sample, got none")
+    if p.min() < 0 or (p.sum(1) - 1).abs().max() > 1e-3:
+        raise ValueError("Inception score: expected rows of probabilities that sum to 1")
+    scores = []
+    for part in p.split(split_size):  # (S, K)
+        divergence = torch.xlogy(part, part) - torch.xlogy(part, part.mean(0))  # 0 log 0 = 0
+        scores.append(divergence.sum(1).mean().exp())
+    return torch.stack(scores).mean().item()
+
+
+class PrecisionRecall(NamedTuple):
+    """Share of samples within the references' manifold, and of references within the samples'."""
+
+    precision: float
+    recall: float
+
+
+def precision_recall(samples: Tensor, reference: Tensor, k: int = 3, block: int = 1024) -> PrecisionRecall:
+    """Improved precision and recall (Kynkäänniemi et al., 2019, Equations 1 and 2).
+
+    A set's manifold is the union of balls about its points, each as large as the distance to the k-th nearest neighbour in that set.
+
+    Args:
+        samples: (N, D); reference: (M, D). ADM takes 50K and 10K.
+        k: neighbours; the point itself does not count.
+        block: rows at a time; memory is block * max(N, M) float64.
+
+    Raises:
+        ValueError: different D, or sets of no more than k points.
+    """
+    samples, reference = _matrix(samples, "samples"), _matrix(reference, "reference")
+    if samples.shape[1] != reference.shape[1]:
+        raise ValueError(f"precision/recall: expected one dimension, got {samples.shape[1]} and {reference.shape[1]}")
+    if min(len(samples), len(reference)) <= k:
+        raise ValueError(
+            f"precision/recall: expected more than k = {k} points in each set, got {len(samples)} and {len(reference)}"
+        )
+    centre = reference.mean(0)  # distances do not change, and their squares lose fewer digits
+    samples, reference = samples - centre, reference - centre
+    sample_radii, reference_radii = _squared_radii(samples, k, block), _squared_radii(reference, k, block)
+    precise, recalled = [], torch.zeros(len(reference), dtype=torch.bool, device=samples.device)
+    for rows, radii in zip(samples.split(block), sample_radii.split(block)):
+        d = _squared_distances(rows, reference)  # (B, M)
+        precise.append((d <= reference_radii).any(1))
+        recalled |= (d <= radii[:, None]).any(0)
+    return PrecisionRecall(torch.cat(precise).double().mean().item(), recalled.double().mean().item())
+
+
+class KID(NamedTuple):
+    """Mean and standard deviation over subsets."""
+
+    mean: float
+    std: float
+
+
+def kernel_distance(samples: Tensor, reference: Tensor, subsets: int = 100, size: int = 1000, seed: int = 0) -> KID:
+    """KID: the unbiased squared MMD under the kernel (x·y / D + 1)³, over random subsets without replacement.
+
+    Args:
+        samples: (N, D); reference: (M, D).
+        size: points of each set a subset; at most N and M are taken.
+
+    Raises:
+        ValueError: different D, or fewer than two points in a set.
+    """
+    samples, reference = _matrix(samples, "samples"), _matrix(reference, "reference")
+    if samples.shape[1] != reference.shape[1]:
+        raise ValueError(f"KID: expected one dimension, got {samples.shape[1]} and {reference.shape[1]}")
+    S, D = min(size, len(samples), len(reference)), samples.shape[1]
+    if S < 2:
+        raise ValueError(f"KID: expected at least 2 points in each set, got {len(samples)} and {len(reference)}")
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(x: Tensor) -> Tensor:
+        return x[torch.randperm(len(x), generator=generator)[:S].to(x.device)]
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.T / D + 1) ** 3  # (S, S)
+
+    values = []
+    for _ in range(subsets):
+        x, y = draw(samples), draw(reference)
+        xx, yy = kernel(x, x), kernel(y, y)
+        within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (S * (S - 1))
+        values.append(within - 2 * kernel(x, y).mean())
+    values = torch.stack(values)
+    return KID(values.mean().item(), values.std(correction=0).item())
+
+
+def _squared_radii(x: Tensor, k: int, block: int) -> Tensor:
+    """(N,) squared distance of each point to its k-th nearest neighbour."""
+    radii = []
+    for start in range(0, len(x), block):
+        d = _squared_distances(x[start : start + block], x)  # (B, N)
+        d[torch.arange(len(d)), torch.arange(start, start + len(d))] = torch.inf  # itself
+        radii.append(d.kthvalue(k, dim=1).values)
+    return torch.cat(radii)
+
+
+def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """(A, D), (B, D) -> (A, B)."""
+    squares = a.square().sum(1)[:, None] + b.square().sum(1)
+    return torch.addmm(squares, a, b.T, alpha=-2).clamp_(min=0)
+
+
+def _matrix(x: Tensor, name: str) -> Tensor:
+    x = torch.as_tensor(x)
+    if x.ndim != 2:
+        raise ValueError(f"{name}: expected two dimensions, got shape {tuple(x.shape)}")
+    if not torch.isfinite(x).all():
+        raise ValueError(f"{name}: expected finite values, got NaN or infinity")
+    return x.double()
+
+
+def _check_covariance(values: Tensor) -> None:
+    smallest, largest = values.min().item(), values.max().item()
+    if smallest < -NEGATIVE * max(largest, 0) - 1e-12:
+        raise ValueError(
+            f"Fréchet distance: expected a covariance, got eigenvalues from {smallest:.3g} to {largest:.3g}"
+        )
