@@ -5,7 +5,8 @@ and both read the same stages. A consumer frees the stages it has read by itself
 behind the main loop of the other. The epilogue goes through the accumulator in parts of SN tokens; each leaves, and what it needs
 beside (residual, GELU's argument) arrives, by TMA through staging buffers of the consumer's own.
 
-Shared memory: 4 stages x (2 x 64 + 256) x 64 values + 2 x 16 KB of staging = 224 KB, and the barriers.
+Shared memory: 4 stages x (2 x 64 + 256) x 64 values + 2 x 16 KB of staging = 224 KB, and the barriers; or 3 stages + 2 x 40 KB,
+where the whole side input of a tile then arrives during the main loop.
 """
 
 import torch
@@ -23,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from . import launch
+from . import gemm_ampere, launch, wgrad_hopper
 from .gemm_ampere import A0 as _A0
 from .gemm_ampere import A1 as _A1
 from .gemm_ampere import A2 as _A2
@@ -38,8 +39,8 @@ M_GELU: gl.constexpr = gl.constexpr(GELU)
 M_GELU_SAVE: gl.constexpr = gl.constexpr(GELU_SAVE)
 M_GELU_BACKWARD: gl.constexpr = gl.constexpr(GELU_BACKWARD)
 
-ROWS, TOKENS, BK, STAGES = 64, 256, 64, 4  # features a consumer, tokens a tile, K a stage, stages
-STAGING = 128  # tokens that a consumer's staging buffers hold together
+ROWS, TOKENS, BK = 64, 256, 64  # features a consumer, tokens a tile, K a stage
+STAGING = {4: 128, 3: 320}  # stages -> tokens that a consumer's staging buffers hold together
 
 
 @gluon.jit
@@ -163,11 +164,12 @@ def _send(x, out_desc, token, feature, buf):
 
 
 @gluon.jit
-def _consumer(out_desc, out2_desc, side_desc, bias, stats, sums, partial, w_bufs, x_bufs, bufs, full, empty, side_bars, M, N, tiles_n, tiles_m, KT, WHO: gl.constexpr, ROWS: gl.constexpr, TOKENS: gl.constexpr, S: gl.constexpr, NB: gl.constexpr, MODE: gl.constexpr, FOLD: gl.constexpr, HAS_BIAS: gl.constexpr, WT: gl.constexpr):  # fmt: skip
-    SN: gl.constexpr = TOKENS // ((TOKENS // 128) * NB)  # NB buffers hold 128 tokens
+def _consumer(out_desc, out2_desc, side_desc, bias, stats, sums, partial, w_bufs, x_bufs, bufs, full, empty, side_bars, M, N, tiles_n, tiles_m, KT, WHO: gl.constexpr, ROWS: gl.constexpr, TOKENS: gl.constexpr, SN: gl.constexpr, S: gl.constexpr, NL: gl.constexpr, NO: gl.constexpr, MODE: gl.constexpr, FOLD: gl.constexpr, HAS_BIAS: gl.constexpr, WT: gl.constexpr):  # fmt: skip
     NP: gl.constexpr = TOKENS // SN
     SIDE: gl.constexpr = MODE == M_RESIDUAL or MODE == M_GELU_BACKWARD
-    NL: gl.constexpr = NB // 2 if MODE == M_GELU_BACKWARD else NB  # buffers that the side input arrives in
+    FIRST: gl.constexpr = WHO * (
+        NL + NO
+    )  # the consumer's buffers: NL that the side input arrives in, NO that only leave
     lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SN, 16])
     step = 0
     done = 0  # tiles
@@ -179,7 +181,7 @@ def _consumer(out_desc, out2_desc, side_desc, bias, stats, sums, partial, w_bufs
         if SIDE:
             tma.store_wait(0)
             for b in gl.static_range(NL):
-                _fetch(side_desc, token + b * SN, feature, side_bars.index(WHO * NB + b), bufs.index(WHO * NB + b))
+                _fetch(side_desc, token + b * SN, feature, side_bars.index(FIRST + b), bufs.index(FIRST + b))
         if HAS_BIAS:
             shift = gl.load(bias + row, mask=row < N, other=0.0).to(gl.float32)
         if FOLD:
@@ -199,17 +201,17 @@ def _consumer(out_desc, out2_desc, side_desc, bias, stats, sums, partial, w_bufs
             if HAS_BIAS:
                 x = x + gl.expand_dims(shift, 1)
             if MODE == M_GELU_SAVE:
-                tma.store_wait(NB - 1)
-                _send(x, out2_desc, at, feature, bufs.index(WHO * NB + (2 * j) % NB))
+                tma.store_wait(NO - 1)
+                _send(x, out2_desc, at, feature, bufs.index(FIRST + (2 * j) % NO))
                 # The backward sees the rounded argument: round before the GELU.
                 x = x.to(out_desc.dtype).to(gl.float32)
                 t, u = _gelu_terms(x)
                 x = 0.5 * x * t + 0.5 * x
-                tma.store_wait(NB - 1)
-                _send(x, out_desc, at, feature, bufs.index(WHO * NB + (2 * j + 1) % NB))
+                tma.store_wait(NO - 1)
+                _send(x, out_desc, at, feature, bufs.index(FIRST + (2 * j + 1) % NO))
             elif SIDE:
-                buf = bufs.index(WHO * NB + j % NL)
-                bar = side_bars.index(WHO * NB + j % NL)
+                buf = bufs.index(FIRST + j % NL)
+                bar = side_bars.index(FIRST + j % NL)
                 mbarrier.wait(bar, (done * (NP // NL) + j // NL) & 1)
                 h = buf.permute([1, 0]).load(lay).to(gl.float32)
                 if MODE == M_RESIDUAL:
@@ -217,7 +219,7 @@ def _consumer(out_desc, out2_desc, side_desc, bias, stats, sums, partial, w_bufs
                     if j >= 1:
                         if j - 1 + NL < NP:  # the buffer sent before this one is free soonest
                             tma.store_wait(1)
-                            before = WHO * NB + (j - 1) % NL
+                            before = FIRST + (j - 1) % NL
                             _fetch(side_desc, at + (NL - 1) * SN, feature, side_bars.index(before), bufs.index(before))
                 else:
                     t, u = _gelu_terms(h)
@@ -225,16 +227,17 @@ def _consumer(out_desc, out2_desc, side_desc, bias, stats, sums, partial, w_bufs
                     x = x * ((0.5 * t + 0.5) + (0.5 * h - 0.5 * h * t * t) * slope)
                     total += gl.sum(x, axis=1)
                     _send(x, out_desc, at, feature, buf)
-                    _send(0.5 * h * t + 0.5 * h, out2_desc, at, feature, bufs.index(WHO * NB + NL + j % NL))
-                    tma.store_wait(1)
+                    tma.store_wait(2 * NO - 1)  # the value sent from the next buffer, NO parts ago, has left
+                    _send(0.5 * h * t + 0.5 * h, out2_desc, at, feature, bufs.index(FIRST + NL + j % NO))
                     if j + NL < NP:
+                        tma.store_wait(1)
                         _fetch(side_desc, at + NL * SN, feature, bar, buf)
             else:
                 if MODE == M_GELU:
                     t, u = _gelu_terms(x)
                     x = 0.5 * x * t + 0.5 * x
-                tma.store_wait(NB - 1)
-                _send(x, out_desc, at, feature, bufs.index(WHO * NB + j % NB))
+                tma.store_wait(NO - 1)
+                _send(x, out_desc, at, feature, bufs.index(FIRST + j % NO))
         if MODE == M_GELU_BACKWARD:
             gl.store(partial + (tile // tiles_n) * N + row, total, mask=row < N)
         step += KT
@@ -261,6 +264,8 @@ def gemm_kernel(
     KT,  # steps of K
     KT1,  # steps from the first source
     S: gl.constexpr,
+    NL: gl.constexpr,
+    NO: gl.constexpr,
     MODE: gl.constexpr,
     FOLD: gl.constexpr,
     HAS_BIAS: gl.constexpr,
@@ -269,22 +274,22 @@ def gemm_kernel(
 ):
     TOKENS: gl.constexpr = x_desc.block_type.shape[0]
     ROWS: gl.constexpr = out_desc.block_type.shape[1]
-    NB: gl.constexpr = 128 // out_desc.block_type.shape[0]
+    SN: gl.constexpr = out_desc.block_type.shape[0]
     w_bufs = gl.allocate_shared_memory(w_desc.dtype, [2 * S] + w_desc.block_type.shape, w_desc.layout)
     x_bufs = gl.allocate_shared_memory(x_desc.dtype, [S] + x_desc.block_type.shape, x_desc.layout)
-    bufs = gl.allocate_shared_memory(out_desc.dtype, [2 * NB] + out_desc.block_type.shape, out_desc.layout)
+    bufs = gl.allocate_shared_memory(out_desc.dtype, [2 * (NL + NO)] + out_desc.block_type.shape, out_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
-    side_bars = gl.allocate_shared_memory(gl.int64, [2 * NB, 1], mbarrier.MBarrierLayout())
+    side_bars = gl.allocate_shared_memory(gl.int64, [2 * (NL + NO), 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(S):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
-    for i in gl.static_range(2 * NB):
+    for i in gl.static_range(2 * (NL + NO)):
         mbarrier.init(side_bars.index(i), count=1)
     gl.warp_specialize(
         [
-            (_consumer, (out_desc, out2_desc, side_desc, bias, stats, sums, partial, w_bufs, x_bufs, bufs, full, empty, side_bars, M, N, tiles_n, tiles_m, KT, 0, ROWS, TOKENS, S, NB, MODE, FOLD, HAS_BIAS, WT)),
-            (_consumer, (out_desc, out2_desc, side_desc, bias, stats, sums, partial, w_bufs, x_bufs, bufs, full, empty, side_bars, M, N, tiles_n, tiles_m, KT, 1, ROWS, TOKENS, S, NB, MODE, FOLD, HAS_BIAS, WT)),
+            (_consumer, (out_desc, out2_desc, side_desc, bias, stats, sums, partial, w_bufs, x_bufs, bufs, full, empty, side_bars, M, N, tiles_n, tiles_m, KT, 0, ROWS, TOKENS, SN, S, NL, NO, MODE, FOLD, HAS_BIAS, WT)),
+            (_consumer, (out_desc, out2_desc, side_desc, bias, stats, sums, partial, w_bufs, x_bufs, bufs, full, empty, side_bars, M, N, tiles_n, tiles_m, KT, 1, ROWS, TOKENS, SN, S, NL, NO, MODE, FOLD, HAS_BIAS, WT)),
             (_producer, (w_desc, x_desc, x2_desc, w_bufs, x_bufs, full, empty, tiles_n, tiles_m, KT, KT1, DUAL, WT, S)),
         ],
         [4, 1],
@@ -307,9 +312,15 @@ def arguments(
     *,
     transposed: bool = False,
     part: int = 64,
+    stages: int = 4,
 ) -> tuple[tuple, dict, int, tuple[Tensor, Tensor, Tensor]]:
     """The kernel's arguments, its launch options, the number of tiles, and the outputs (out, out2, partial)."""
-    assert mode != GELU_BACKWARD or part == 32, "two staging buffers for each of its outputs"
+    buffers = STAGING[stages] // part
+    out_buffers = 0 if mode == RESIDUAL else 2 if mode == GELU_BACKWARD else min(TOKENS // part, buffers)
+    side_buffers = 0
+    if mode in (RESIDUAL, GELU_BACKWARD):  # a power of two: each is filled equally often in a tile
+        side_buffers = 1 << (min(TOKENS // part, buffers - out_buffers).bit_length() - 1)
+    assert mode != GELU_BACKWARD or side_buffers >= 2, "the side input's buffers are filled again two parts later"
     (M, K), N = x.shape, w.shape[1 if transposed else 0]
     tiles_n, tiles_m = triton.cdiv(N, 2 * ROWS), triton.cdiv(M, TOKENS)
     out = x.new_empty(M, N)
@@ -332,9 +343,11 @@ def arguments(
         N,
         tiles_n,
         tiles_m,
-        (K + (0 if x2 is None else x2.shape[1])) // BK,
+        triton.cdiv(K + (0 if x2 is None else x2.shape[1]), BK),
         K // BK,
-        STAGES,
+        stages,
+        side_buffers,
+        out_buffers,
         mode,
         fold is not None,
         bias is not None,
@@ -346,7 +359,7 @@ def arguments(
 
 def _run(mode: int, case: str, x: Tensor, w: Tensor, **sources) -> tuple[Tensor, Tensor, Tensor]:
     tuned = launch.choice(x.device, case, x.shape[1])
-    args, options, tiles, outputs = arguments(mode, x, w, part=tuned["part"], **sources)
+    args, options, tiles, outputs = arguments(mode, x, w, part=tuned["part"], stages=tuned["stages"], **sources)
     with launch.guard(x.device):
         gemm_kernel[(min(tiles, launch.multiprocessors(x.device)),)](*args, **options)
     return outputs
@@ -379,3 +392,18 @@ def linear_gelu_backward(dy: Tensor, w: Tensor, h: Tensor) -> tuple[Tensor, Tens
     """dh, GELU(h) and the column sums of dh: see `gemm_ampere.linear_gelu_backward`."""
     dh, act, partial = _run(GELU_BACKWARD, "gemm_gelu_backward", dy, w, side=h, transposed=True)
     return dh, act, partial.sum(0)
+
+
+def input_gradient(dy: Tensor, w: Tensor) -> Tensor:
+    """dy @ w: (M, N), (N, K) -> (M, K); w's rows may be any distance apart."""
+    if launch.choice(dy.device, "input_gradient", f"{w.shape[0]}x{w.shape[1]}")["ours"]:
+        return _run(PLAIN, "gemm", dy, w, transposed=True)[0]
+    return gemm_ampere.input_gradient(dy, w)
+
+
+def weight_gradient(dy: Tensor, x: Tensor, *, bias: bool, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """dy.T @ x and the column sums of dy: see `gemm_ampere.weight_gradient`. The table says whose kernel."""
+    if not launch.choice(dy.device, "weight_gradient", f"{dy.shape[1]}x{x.shape[1]}")["ours"]:
+        return gemm_ampere.weight_gradient(dy, x, bias=bias, out=out)
+    out = dy.new_empty(dy.shape[1], x.shape[1]) if out is None else out
+    return out, wgrad_hopper.weight_gradient(dy, x, out, bias)

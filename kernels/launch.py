@@ -41,8 +41,8 @@ def table(arch: int) -> dict:
     return json.loads((_FOLDER / f"sm_{nearest}.json").read_text())
 
 
-def choice(device: torch.device, case: str, width: int) -> dict:
-    """The tuned choices of one case: those of this width where it has its own, over the case's, over the defaults."""
+def choice(device: torch.device, case: str, width: int | str) -> dict:
+    """The tuned choices of one case: those of this width (or NxK) where it has its own, over the case's, over the defaults."""
     found = table(architecture(device))
     return found["default"] | found.get(case, {}) | found.get(f"{case}:{width}", {})
 

@@ -11,6 +11,25 @@ from torch import Tensor
 from . import launch
 
 
+def _split(D: int) -> tuple[int, int]:
+    """D as a power of two and what covers the rest: 1152 = 1024 + 128 leaves no lane idle, 2048 would leave 44%."""
+    low = 1 << (D.bit_length() - 1)
+    return low, triton.next_power_of_2(D - low) if D > low else 0
+
+
+@triton.jit
+def _fold(weight, gamma, beta, folded, first, inside, col, D: tl.constexpr):
+    """Columns `col` of some rows of gamma * weight; returns their sums as rounded, and weight @ beta's share of them."""
+    mask = inside[:, None] & (col < D)[None, :]
+    at = first[:, None] + col[None, :]
+    w = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(gamma + col, mask=col < D, other=0.0).to(tl.float32)
+    b = tl.load(beta + col, mask=col < D, other=0.0).to(tl.float32)
+    rounded = (w * g[None, :]).to(folded.dtype.element_ty)
+    tl.store(folded + at, rounded, mask=mask)
+    return tl.sum(rounded.to(tl.float32), axis=1), tl.sum(w * b[None, :], axis=1)
+
+
 @triton.jit
 def _prepare_kernel(
     x,  # (M, D)
@@ -26,37 +45,44 @@ def _prepare_kernel(
     N,
     eps,
     D: tl.constexpr,
+    LO: tl.constexpr,
+    HI: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     pid = tl.program_id(0)
     weight_programs = tl.cdiv(N, ROWS)
-    col = tl.arange(0, BLOCK)
-    inside = (col < D)[None, :]
+    lo = tl.arange(0, LO)
+    hi = LO + tl.arange(0, HI if HI else 1)
     if pid < weight_programs:
         row = pid * ROWS + tl.arange(0, ROWS)
-        mask = (row < N)[:, None] & inside
-        at = row.to(tl.int64)[:, None] * D + col[None, :]
-        w = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
-        g = tl.load(gamma + col, mask=col < D, other=0.0).to(tl.float32)
-        b = tl.load(beta + col, mask=col < D, other=0.0).to(tl.float32)
-        rounded = (w * g[None, :]).to(folded.dtype.element_ty)
-        tl.store(folded + at, rounded, mask=mask)
-        tl.store(sums + row, tl.sum(rounded.to(tl.float32), axis=1), mask=row < N)
-        shift = tl.sum(w * b[None, :], axis=1)
+        first = row.to(tl.int64) * D
+        total, shift = _fold(weight, gamma, beta, folded, first, row < N, lo, D)
+        if HI:
+            more, more_shift = _fold(weight, gamma, beta, folded, first, row < N, hi, D)
+            total += more
+            shift += more_shift
         if HAS_BIAS:
             shift += tl.load(bias + row, mask=row < N, other=0.0).to(tl.float32)
+        tl.store(sums + row, total, mask=row < N)
         tl.store(offset + row, shift, mask=row < N)
     else:
         row = (pid - weight_programs) * ROWS + tl.arange(0, ROWS)
-        mask = (row < M)[:, None] & inside
-        v = tl.load(x + row.to(tl.int64)[:, None] * D + col[None, :], mask=mask, other=0.0).to(tl.float32)
-        mean = tl.sum(v, axis=1) / D
-        centred = tl.where(inside, v - mean[:, None], 0.0)
-        variance = tl.sum(centred * centred, axis=1) / D  # of the centred values: exact for any mean
+        at = row.to(tl.int64)[:, None] * D
+        inside = (row < M)[:, None]
+        a = tl.load(x + at + lo[None, :], mask=inside, other=0.0).to(tl.float32)
+        mean = tl.sum(a, axis=1)
+        if HI:
+            b = tl.load(x + at + hi[None, :], mask=inside & (hi < D)[None, :], other=0.0).to(tl.float32)
+            mean += tl.sum(b, axis=1)
+        mean = mean / D
+        a -= mean[:, None]
+        variance = tl.sum(a * a, axis=1)  # of the centred values: exact for any mean
+        if HI:
+            b = tl.where((hi < D)[None, :], b - mean[:, None], 0.0)
+            variance += tl.sum(b * b, axis=1)
         tl.store(stats + row, mean, mask=row < M)
-        tl.store(stats + M + row, 1.0 / tl.sqrt(variance + eps), mask=row < M)
+        tl.store(stats + M + row, 1.0 / tl.sqrt(variance / D + eps), mask=row < M)
 
 
 def prepare(
@@ -74,6 +100,7 @@ def prepare(
     folded = torch.empty_like(weight, memory_format=torch.contiguous_format)
     sums, offset = (x.new_empty(N, dtype=launch.ACCUMULATE) for _ in range(2))
     tuned = launch.choice(x.device, "prepare", D)
+    low, high = _split(D)
     grid = (triton.cdiv(N, tuned["rows"]) + triton.cdiv(M, tuned["rows"]),)
     with launch.guard(x.device):
         _prepare_kernel[grid](
@@ -90,12 +117,49 @@ def prepare(
             N,
             eps,
             D=D,
+            LO=low,
+            HI=high,
             HAS_BIAS=bias is not None,
-            BLOCK=triton.next_power_of_2(D),
             ROWS=tuned["rows"],
             num_warps=tuned["warps"],
         )
     return stats, folded, sums, offset
+
+
+@triton.jit
+def _columns(gamma, beta, col, D: tl.constexpr):
+    """gamma and beta of these columns, and three sums at zero."""
+    zero = tl.zeros(col.shape, tl.float32)
+    scale = tl.load(gamma + col, mask=col < D, other=0.0).to(tl.float32)
+    shift = tl.load(beta + col, mask=col < D, other=0.0).to(tl.float32)
+    return scale, shift, zero, zero, zero
+
+
+@triton.jit
+def _fetch(g, x, dy, row, col, M, D: tl.constexpr, RESIDUAL: tl.constexpr):
+    at = tl.cast(row, tl.int64) * D + col
+    mask = (col < D) & (row < M)
+    gv = tl.load(g + at, mask=mask, other=0.0)
+    return gv, tl.load(x + at, mask=mask, other=0.0), tl.load(dy + at, mask=mask, other=0.0) if RESIDUAL else gv
+
+
+@triton.jit
+def _store(dx, normed, gv, hat, dyv, scale, shift, rstd, c1, c2, row, col, D: tl.constexpr, RESIDUAL: tl.constexpr):
+    at = tl.cast(row, tl.int64) * D + col
+    d = rstd * (gv * scale - c1 - hat * c2)
+    if RESIDUAL:
+        d += dyv
+    tl.store(dx + at, d.to(dx.dtype.element_ty), mask=col < D)
+    tl.store(normed + at, (hat * scale + shift).to(normed.dtype.element_ty), mask=col < D)
+
+
+@triton.jit
+def _keep(partial, dgamma, dbeta, passed, col, D: tl.constexpr, RESIDUAL: tl.constexpr):
+    out = partial + tl.program_id(0) * 3 * D + col
+    tl.store(out, dgamma, mask=col < D)
+    tl.store(out + D, dbeta, mask=col < D)
+    if RESIDUAL:
+        tl.store(out + 2 * D, passed, mask=col < D)
 
 
 @triton.jit
@@ -111,53 +175,44 @@ def _backward_kernel(
     partial,  # (programs, 3, D) fp32: sums of g * x_hat, of g, and of dy
     M,
     D: tl.constexpr,
+    LO: tl.constexpr,
+    HI: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
-    col = tl.arange(0, BLOCK)
-    inside = col < D
-    scale = tl.load(gamma + col, mask=inside, other=0.0).to(tl.float32)
-    shift = tl.load(beta + col, mask=inside, other=0.0).to(tl.float32)
-    dgamma = tl.zeros([BLOCK], tl.float32)
-    dbeta = tl.zeros([BLOCK], tl.float32)
-    passed = tl.zeros([BLOCK], tl.float32)
-    first = tl.program_id(0)
-    # The next row is on its way while this one is worked on.
-    at = first.to(tl.int64) * D + col
-    g_next = tl.load(g + at, mask=inside & (first < M), other=0.0)
-    x_next = tl.load(x + at, mask=inside & (first < M), other=0.0)
-    if RESIDUAL:
-        dy_next = tl.load(dy + at, mask=inside & (first < M), other=0.0)
-    for row in range(first, M, tl.num_programs(0)):
-        at = tl.cast(row, tl.int64) * D + col
-        gv = g_next.to(tl.float32)
-        xv = x_next.to(tl.float32)
-        if RESIDUAL:
-            dyv = dy_next.to(tl.float32)
-        ahead = row + tl.num_programs(0)
-        at_next = tl.cast(ahead, tl.int64) * D + col
-        g_next = tl.load(g + at_next, mask=inside & (ahead < M), other=0.0)
-        x_next = tl.load(x + at_next, mask=inside & (ahead < M), other=0.0)
-        if RESIDUAL:
-            dy_next = tl.load(dy + at_next, mask=inside & (ahead < M), other=0.0)
+    pid = tl.program_id(0)
+    lo = tl.arange(0, LO)
+    hi = LO + tl.arange(0, HI if HI else 1)
+    scale, shift, dgamma, dbeta, passed = _columns(gamma, beta, lo, D)
+    g_next, x_next, dy_next = _fetch(g, x, dy, pid, lo, M, D, RESIDUAL)  # a row ahead of the one that is worked on
+    if HI:
+        scale2, shift2, dgamma2, dbeta2, passed2 = _columns(gamma, beta, hi, D)
+        g_next2, x_next2, dy_next2 = _fetch(g, x, dy, pid, hi, M, D, RESIDUAL)
+    for row in range(pid, M, tl.num_programs(0)):
         mean = tl.load(stats + row)
         rstd = tl.load(stats + M + row)
-        hat = tl.where(inside, (xv - mean) * rstd, 0.0)
-        gs = gv * scale
-        c1 = tl.sum(gs, axis=0) / D
-        c2 = tl.sum(gs * hat, axis=0) / D
-        d = rstd * (gs - c1 - hat * c2)
-        if RESIDUAL:
-            d += dyv
-            passed += dyv
+        gv, hat, dyv = g_next.to(tl.float32), (x_next.to(tl.float32) - mean) * rstd, dy_next.to(tl.float32)
+        g_next, x_next, dy_next = _fetch(g, x, dy, row + tl.num_programs(0), lo, M, D, RESIDUAL)
+        c1 = tl.sum(gv * scale, axis=0)
+        c2 = tl.sum(gv * scale * hat, axis=0)
+        if HI:
+            gv2, hat2, dyv2 = g_next2.to(tl.float32), (x_next2.to(tl.float32) - mean) * rstd, dy_next2.to(tl.float32)
+            g_next2, x_next2, dy_next2 = _fetch(g, x, dy, row + tl.num_programs(0), hi, M, D, RESIDUAL)
+            c1 += tl.sum(gv2 * scale2, axis=0)  # g is 0 outside
+            c2 += tl.sum(gv2 * scale2 * hat2, axis=0)
+        c1 /= D
+        c2 /= D
+        _store(dx, normed, gv, hat, dyv, scale, shift, rstd, c1, c2, row, lo, D, RESIDUAL)
         dgamma += gv * hat
         dbeta += gv
-        tl.store(dx + at, d.to(dx.dtype.element_ty), mask=inside)
-        tl.store(normed + at, (hat * scale + shift).to(normed.dtype.element_ty), mask=inside)
-    out = partial + first * 3 * D + col
-    tl.store(out, dgamma, mask=inside)
-    tl.store(out + D, dbeta, mask=inside)
-    tl.store(out + 2 * D, passed, mask=inside)
+        passed += dyv
+        if HI:
+            _store(dx, normed, gv2, hat2, dyv2, scale2, shift2, rstd, c1, c2, row, hi, D, RESIDUAL)
+            dgamma2 += gv2 * hat2
+            dbeta2 += gv2
+            passed2 += dyv2
+    _keep(partial, dgamma, dbeta, passed, lo, D, RESIDUAL)
+    if HI:
+        _keep(partial, dgamma2, dbeta2, passed2, hi, D, RESIDUAL)
 
 
 def backward(
@@ -172,12 +227,12 @@ def backward(
 
     Returns:
         dx (M, D); LayerNorm(x) (M, D), which the weight gradient needs and nobody kept; sums (3, D) fp32: the gradients of
-        gamma and beta, and the column sums of dy.
+        gamma and beta, and with dy its column sums.
     """
     M, D = x.shape
     dx, normed = torch.empty_like(x), torch.empty_like(x)
     tuned = launch.choice(x.device, "ln_backward", D)
-    programs = min(M, tuned["programs"])
+    programs, (low, high) = min(M, tuned["programs"]), _split(D)
     partial = x.new_empty(programs, 3, D, dtype=launch.ACCUMULATE)
     with launch.guard(x.device):
         _backward_kernel[(programs,)](
@@ -192,11 +247,12 @@ def backward(
             partial,
             M,
             D=D,
+            LO=low,
+            HI=high,
             RESIDUAL=dy is not None,
-            BLOCK=triton.next_power_of_2(D),
             num_warps=tuned["warps"],
         )
-    return dx, normed, partial.sum(0)
+    return dx, normed, partial[:, : 2 if dy is None else 3].sum(0)
 
 
 @triton.jit

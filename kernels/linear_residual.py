@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import launch, layernorm
+from . import launch
 
 
 def reference(a: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
@@ -55,9 +55,10 @@ def _(a, weight, bias, x):
 
 @torch.library.custom_op("uvit_fast::linear_residual_backward", mutates_args=())
 def _backward(dy: Tensor, a: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dy, flat = launch.rows(dy), launch.rows(a)
-    da, dweight = dy @ weight, dy.t() @ flat  # (M, K), (D, K)
-    return da.view(a.shape), dweight, layernorm.column_sums(dy).to(a.dtype)
+    core, dy = launch.core(a.device), launch.rows(dy)
+    da = core.input_gradient(dy, launch.rows(weight))  # (M, K)
+    dweight, dbias = core.weight_gradient(dy, launch.rows(a), bias=True)  # (D, K), (D,)
+    return da.view(a.shape), dweight, dbias.to(a.dtype, copy=True)
 
 
 @_backward.register_fake

@@ -20,7 +20,10 @@ def why_not(
     """Why the fused op cannot take these tensors; None where it can."""
     N, D = weight.shape[0], x.shape[-1]
     weights = {"gamma": (gamma, (D,)), "beta": (beta, (D,)), "weight": (weight, (N, D)), "bias": (bias, (N,))}
-    return launch.why_not(x, weights)
+    reason = launch.why_not(x, weights)
+    if reason is None and N % 8:
+        return f"the output's width {N} is no multiple of 8"
+    return reason
 
 
 def ln_linear(
@@ -67,13 +70,13 @@ def _(x, gamma, beta, weight, bias, eps):
 def _backward(
     dy: Tensor, x: Tensor, stats: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    flat, dy = launch.rows(x), launch.rows(dy)
-    g = dy @ weight  # (M, D)
+    core, flat, dy = launch.core(x.device), launch.rows(x), launch.rows(dy)
+    g = core.input_gradient(dy, launch.rows(weight))  # (M, D)
     dx, normed, sums = layernorm.backward(g, flat, stats, gamma, beta)
-    dweight = dy.t() @ normed  # (N, D)
-    dbias = layernorm.column_sums(dy) if has_bias else dy.new_empty(0)
-    dgamma, dbeta = (s.to(x.dtype, copy=True) for s in sums[:2])
-    return dx.view(x.shape), dgamma, dbeta, dweight, dbias.to(x.dtype)
+    dweight, dbias = core.weight_gradient(dy, normed, bias=has_bias)  # (N, D), (N,)
+    dbias = dy.new_empty(0) if dbias is None else dbias.to(x.dtype)
+    dgamma, dbeta = (s.to(x.dtype, copy=True) for s in sums)
+    return dx.view(x.shape), dgamma, dbeta, dweight, dbias
 
 
 @_backward.register_fake

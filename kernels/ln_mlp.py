@@ -83,13 +83,13 @@ def _(x, gamma, beta, w1, b1, w2, b2, eps, save):
 def _backward(
     dy: Tensor, x: Tensor, stats: Tensor, h: Tensor, gamma: Tensor, beta: Tensor, w1: Tensor, w2: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    flat, dy = launch.rows(x), launch.rows(dy)
-    dh, act, db1 = launch.core(x.device).linear_gelu_backward(dy, launch.rows(w2), h)  # (M, H), (M, H), (H,)
-    dw2 = dy.t() @ act  # (D, H)
+    core, flat, dy = launch.core(x.device), launch.rows(x), launch.rows(dy)
+    dh, act, db1 = core.linear_gelu_backward(dy, launch.rows(w2), h)  # (M, H), (M, H), (H,)
+    dw2, _ = core.weight_gradient(dy, act, bias=False)  # (D, H)
     del act
-    g = dh @ w1  # (M, D)
+    g = core.input_gradient(dh, launch.rows(w1))  # (M, D)
     dx, normed, sums = layernorm.backward(g, flat, stats, gamma, beta, dy)
-    dw1 = dh.t() @ normed  # (H, D)
+    dw1, _ = core.weight_gradient(dh, normed, bias=False)  # (H, D); fc1's bias came with dh, fc2's with dx
     dgamma, dbeta, db2 = (s.to(x.dtype, copy=True) for s in sums)
     return dx.view(x.shape), dgamma, dbeta, dw1, db1.to(x.dtype), dw2, db2
 

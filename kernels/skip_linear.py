@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import launch, layernorm
+from . import launch
 
 
 def reference(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -54,12 +54,14 @@ def _(x, skip, weight, bias):
 
 @torch.library.custom_op("uvit_fast::skip_linear_backward", mutates_args=())
 def _backward(dy: Tensor, x: Tensor, skip: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dy, sources, D = launch.rows(dy), (launch.rows(x), launch.rows(skip)), x.shape[-1]
-    dx, dskip = (dy @ weight[:, i * D : (i + 1) * D] for i in range(2))  # (M, D)
-    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    for i, source in enumerate(sources):
-        torch.mm(dy.t(), source, out=dweight[:, i * D : (i + 1) * D])  # each into its half of the rows
-    return dx.view(x.shape), dskip.view(x.shape), dweight, layernorm.column_sums(dy).to(x.dtype)
+    core, dy, D = launch.core(x.device), launch.rows(dy), x.shape[-1]
+    halves = [slice(i * D, (i + 1) * D) for i in range(2)]
+    wide = launch.rows(weight)
+    dx, dskip = (core.input_gradient(dy, wide[:, half]) for half in halves)  # (M, D)
+    dweight = torch.empty_like(wide)  # (N, 2D), each half written where it belongs
+    _, dbias = core.weight_gradient(dy, launch.rows(x), bias=True, out=dweight[:, halves[0]])
+    core.weight_gradient(dy, launch.rows(skip), bias=False, out=dweight[:, halves[1]])
+    return dx.view(x.shape), dskip.view(x.shape), dweight, dbias.to(x.dtype, copy=True)
 
 
 @_backward.register_fake
