@@ -39,7 +39,7 @@ def test_fused_kernels_give_the_loss_curve_of_plain_pytorch(pytestconfig, tmp_pa
 
 def test_the_demo_reaches_its_figures_on_a_gpu(pytestconfig, tmp_path, monkeypatch):
     monkeypatch.chdir(pytestconfig.rootpath)
-    train(pytestconfig.rootpath, tmp_path / "run", "train.iterations=4000")
+    train(pytestconfig.rootpath, tmp_path / "run", "train.iterations=1500")
     assert cli.main(["demo", "--run-dir", str(tmp_path / "run")]) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["class_accuracy"] >= 0.95 and metrics["nearest_train_ratio"] >= 0.5
