@@ -12,6 +12,8 @@ sys.path[:] = [p for p in sys.path if os.path.realpath(p or ".") != os.path.dirn
 import argparse  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+import torch.distributed as dist  # noqa: E402
+
 from uvit_fast.build import build_dataset, build_model, build_schedule  # noqa: E402
 from uvit_fast.config import UserError, load_config  # noqa: E402
 from uvit_fast.sampling import training_preview  # noqa: E402
@@ -37,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         preview = training_preview(cfg) if world.rank == 0 else None
         trainer = Trainer(cfg, build_model(cfg), build_schedule(cfg), build_dataset(cfg), run_dir, preview)
         trainer.train()
+        dist.destroy_process_group()
     except (UserError, ImportError) as error:
         if trainer or os.environ.get("RANK", "0") == "0":  # before training, every rank meets the same error
             print(f"train.py: {error}", file=sys.stderr)

@@ -10,35 +10,71 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from uvit_fast.config import UserError
 
 Tensors = dict[str, Tensor]
+HOW_NOT_WHAT = {"attention", "kernels", "activation_checkpointing"}  # of the model section: same weights, other ways
 
 
-def write(folder: Path, step: int, parts: Iterable[tuple[str, Tensors]], state: dict[str, Any], keep: int) -> Path:
+class Writer:
+    """Writes checkpoints in a thread, beside the training, one at a time.
+
+    A checkpoint that cannot be written (a full disk) is reported by `finish` or the next `submit`, and the training goes on.
+    """
+
+    def __init__(self, folder: Path, keep: int, say: Callable[[str], None]):
+        self.folder, self.keep, self.say = folder, keep, say
+        self._thread: threading.Thread | None = None
+        self._error: tuple[int, OSError] | None = None
+
+    def submit(self, step: int, parts: dict[str, Tensors], state: dict[str, Any]) -> None:
+        """Start to write; waits for the one before. `parts` must not change any more."""
+        self.finish()
+        self._thread = threading.Thread(target=self._write, args=(step, parts, state), name="checkpoint writer")
+        self._thread.start()
+
+    def finish(self) -> bool:
+        """Wait for the checkpoint under way; whether it was written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error:
+            self.say(f"checkpoint of step {error[0]} was not written: {error[1]}; the older ones are unharmed")
+        return error is None
+
+    def _write(self, step: int, parts: dict[str, Tensors], state: dict[str, Any]) -> None:
+        try:
+            write(self.folder, step, parts, state, self.keep)
+        except (OSError, SafetensorError) as error:
+            self._error = (step, error)
+
+
+def write(folder: Path, step: int, parts: dict[str, Tensors], state: dict[str, Any], keep: int) -> Path:
     """Write the checkpoint of `step` below `folder` and remove all but the newest `keep`.
 
     Args:
-        parts: (name of the file without suffix, its tensors); taken one at a time, so that one is in memory.
+        parts: the tensors of each file, by its name without suffix.
         state: what else belongs to the checkpoint, as JSON values.
 
     Raises:
-        OSError: it could not be written; the older checkpoints are all still there.
+        OSError, SafetensorError: it could not be written; the older checkpoints are all still there.
     """
     final = folder / f"step_{step:08d}"
     partial = folder / f".step_{step:08d}.partial"
     try:
         _remove(partial)
         partial.mkdir(parents=True)
-        for name, tensors in parts:
+        for name, tensors in parts.items():
             save_file(tensors, partial / f"{name}.safetensors")
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(partial.iterdir())
@@ -98,7 +134,11 @@ def check_architecture(path: Path, shapes: dict[str, tuple[int, ...]], config: d
     if not differing:
         return
     then, now = manifest["config"]["model"], config["model"]
-    keys = [f"model.{k} {then.get(k)} there, {now[k]} in the config" for k in now if then.get(k) != now[k]]
+    keys = [
+        f"model.{k} {then.get(k)} there, {now[k]} in the config"
+        for k in now
+        if then.get(k) != now[k] and k not in HOW_NOT_WHAT
+    ]
     name = differing[0]
     example = f"{name} is {theirs.get(name, 'missing')} there, expected {shapes.get(name, 'no such parameter')}"
     raise UserError(

@@ -7,6 +7,7 @@ named tensors and back.
 
 import logging
 import os
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -49,10 +50,11 @@ def start(config: Config) -> World:
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is first imported
     if not dist.is_initialized():
         backend = "nccl" if cuda else "gloo"
+        device_id = torch.device("cuda", local_rank) if cuda else None
         if size == 1:  # needs no port
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id)
         else:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, device_id=device_id)
     return World(rank, size, local_rank, torch.device("cuda", local_rank) if cuda else torch.device("cpu"))
 
 
@@ -214,6 +216,8 @@ def _import_deepspeed(world: World) -> Any:
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    # DeepSpeed calls collectives by names that newer versions of PyTorch deprecate, at each step.
+    warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)
     if world.device.type == "cpu":
         # Its shared-memory collectives are compiled on first use, for minutes; gloo does the same.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

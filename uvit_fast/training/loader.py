@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from uvit_fast.config import UserError
+from uvit_fast.training.interrupt import SIGNALS
 
 
 class Order:
@@ -97,5 +98,5 @@ def _as_it_is(raw: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _ignore_signals(worker: int) -> None:
     """A cluster signals every process of a job: the loaders go on, so that the trainer can finish its step and save."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in (*SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

@@ -1,15 +1,15 @@
 """The training loop (paper, Section 2 and Appendix): predict the noise, AdamW, warm-up, EMA.
 
 A step draws everything random from one generator on the device, seeded by (seed, step, micro-batch of the global batch): there is no
-random state to save, and a run that continues is the run that was never interrupted. Nothing in a step makes the host wait for the
-device (ZeRO-3 excepted: DeepSpeed looks at the gradient norm there).
+random state to save, and a run that continues is the run that was never interrupted. Nothing of ours makes the host wait for the
+device in a step; DeepSpeed does so once under ZeRO-3 (it looks at the gradient norm) and once a backward with several GPUs.
 """
 
 import copy
 import hashlib
 import itertools
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,15 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 
-from uvit_fast.config import Config
+from uvit_fast.config import Config, UserError
 from uvit_fast.training import checkpoint
 from uvit_fast.training.ema import EMA
 from uvit_fast.training.engine import Engine, World, start
+from uvit_fast.training.interrupt import Interrupt
 from uvit_fast.training.loader import Order, batches
 from uvit_fast.training.monitor import Mark, Monitor, Reading, describe_run, forward_flops, mfu, say
 
+MAX_REFUSED = 20  # steps in a row without a finite gradient, after which a run ends
 Preview = Callable[[nn.Module, int, Path], None]
 
 
@@ -56,14 +58,18 @@ class Trainer:
         self.world = start(config)
         self.main = self.world.rank == 0
         self.flops = forward_flops(model, config) if self.world.device.type == "cuda" else None
-        self.preview = preview if config.train.sample_every else None
-        self.preview_model = copy.deepcopy(model).eval() if self.preview and self.main else None
+        self.preview = preview if config.train.sample_every and self.main else None
+        self.preview_model = copy.deepcopy(model).eval() if self.preview else None
         self.engine = Engine(model, config, self.world)
         self.ema = EMA(self.engine.partition, config.train.ema_decay)
         self.generator = torch.Generator(self.world.device)
         null_context = getattr(dataset, "null_context", None)
         self.null_context = None if null_context is None else null_context.to(self.world.device)
-        self.step = self.samples = 0
+        self.writer = checkpoint.Writer(self.run_dir / "checkpoints", config.train.keep_checkpoints, self._say)
+        self.monitor: Monitor | None = None
+        self.pending: tuple[Reading, Row, int] | None = None
+        self.refused_in_a_row = torch.zeros((), device=self.world.device)
+        self.step = self.samples = self.saved = 0
         self._resume()
         if self.main:
             describe_run(self.run_dir, config, self.world)
@@ -80,49 +86,73 @@ class Trainer:
             return {"step": self.step, "seconds": 0.0, "images_per_second": 0.0}
         if getattr(self.dataset, "synthetic", False):
             self._say("synthetic data: measures speed and memory, learns nothing")
-        monitor = self.monitor = Monitor(self.run_dir, self.step, train.iterations) if self.main else None
+        self.monitor = Monitor(self.run_dir, self.step, train.iterations) if self.main else None
+        interrupt = Interrupt(self.world.size)
         order = Order(
             len(self.dataset), train.seed, engine.micro_batch, engine.accumulation,
             self.world.rank, self.world.size, self.samples, train.iterations - self.step,
         )  # fmt: skip
         stream = batches(self.dataset, order, self.config.data.num_workers, self.world.device)
-        first_step = self.step
-        begin = self.row_began = Mark(self.world.device)
-        self.row_step, self.loss_sum, self.pending = self.step, torch.zeros((), device=self.world.device), None
-        while self.step < train.iterations:
-            for k in range(engine.accumulation):
-                loss = self.loss(next(stream), self.step, k)
-                engine.backward(loss)
-                engine.step(self.learning_rate(self.step))
-                self.loss_sum += loss.detach() / engine.accumulation
-            self.ema.update(engine.partition, engine.adamw.refused)
-            self.step += 1
-            self.samples += train.batch_size
-            if monitor:
-                monitor.advance(self.step)
-
-            last = self.step == train.iterations
-            save = last or self.step % train.checkpoint_every == 0
-            if save or self.step % train.log_every == 0:
+        first_step, begin = self.step, Mark(self.world.device)
+        self.row = Row(self.step, self.world.device)
+        try:
+            while self.step < train.iterations and not interrupt.asked():
+                self._step(stream)
+                done = self.step == train.iterations
+                save = self.step % train.checkpoint_every == 0 and not done
+                show = train.sample_every > 0 and (done or self.step % train.sample_every == 0)
+                # a row ends where other work begins, so that images/s is the training's
+                if save or show or done or self.step % train.log_every == 0:
+                    self._start_row()
+                self._finish_row(wait=save or done)
+                if save:
+                    self._save()
+                if show:
+                    self._show_preview()
+            stopped = self.step < train.iterations
+            if self.row.first_step < self.step:
                 self._start_row()
-            self._finish_row(wait=save)
-            if save:
+                self._finish_row(wait=True)
+            seconds = Mark(self.world.device).seconds_since(begin)
+            if self.step > self.saved:
                 self._save()
-            if self.preview and (last or self.step % train.sample_every == 0):
-                self._show_preview()
+            if self.main and not self.writer.finish():
+                raise UserError(f"{self.run_dir}: the last checkpoint could not be written")
+        finally:
+            interrupt.close()
+            if self.main:
+                self.writer.finish()
+                self.monitor.close()
 
-        seconds = Mark(self.world.device).seconds_since(begin)
         result = {"step": self.step, "seconds": seconds}
         result["images_per_second"] = (self.step - first_step) * train.batch_size / seconds
+        memory = ""
         if self.world.device.type == "cuda":
             result["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        if monitor:
-            monitor.close()
-        memory = f", peak memory {result['peak_memory_gb']:.2f} GB a GPU" if "peak_memory_gb" in result else ""
-        self._say(
-            f"{self.step} steps, {seconds:.0f} s, {result['images_per_second']:.0f} images/s{memory}: {self.run_dir}"
-        )
+            memory = f", peak memory {result['peak_memory_gb']:.2f} GB a GPU"
+        if stopped:
+            signal = interrupt.name or "a signal to another rank"
+            self._say(f"stopped by {signal} at step {self.step}; the same command continues")
+        speed = result["images_per_second"]
+        self._say(f"{self.step} steps, {seconds:.0f} s, {speed:.0f} images/s{memory}: {self.run_dir}")
         return result
+
+    def _step(self, stream: Iterator[dict[str, Tensor]]) -> None:
+        """One optimizer step. The host waits for nothing but data."""
+        engine, row = self.engine, self.row
+        for k in range(engine.accumulation):
+            loss = self.loss(next(stream), self.step, k)
+            engine.backward(loss)
+            engine.step(self.learning_rate(self.step))
+            row.add_loss(loss.detach())
+        refused = engine.adamw.refused
+        self.ema.update(engine.partition, refused)
+        row.refused += refused
+        self.refused_in_a_row = (self.refused_in_a_row + refused) * refused
+        self.step += 1
+        self.samples += self.config.train.batch_size
+        if self.main:
+            self.monitor.advance(self.step)
 
     def learning_rate(self, step: int) -> float:
         """lr * min(step / warmup, 1): the first step's rate is 0."""
@@ -151,35 +181,51 @@ class Trainer:
     def _start_row(self) -> None:
         """Send the scalars since the last row on their way to the host."""
         self._finish_row(wait=True)
-        steps = self.step - self.row_step
-        loss = self.loss_sum / steps
+        row, losses = self.row, self.row.losses.clone()
         if self.world.size > 1:
-            dist.all_reduce(loss, op=dist.ReduceOp.AVG if loss.is_cuda else dist.ReduceOp.SUM)
-            loss = loss if loss.is_cuda else loss / self.world.size
-        reading = Reading(torch.stack([loss, self.engine.adamw.grad_norm]))
-        self.pending = (reading, self.row_began, steps, self.step, self.learning_rate(self.step - 1))
-        self.row_began, self.row_step = reading.time, self.step
-        self.loss_sum.zero_()
+            dist.all_reduce(losses)
+        scalars = [losses[0] / losses[1], self.engine.adamw.grad_norm, row.refused, self.refused_in_a_row]
+        reading = Reading(torch.stack(scalars))
+        self.pending = (reading, row, self.step)
+        self.row = Row(self.step, self.world.device, reading.time)
 
     def _finish_row(self, wait: bool) -> None:
-        """Write the row that is under way, once its scalars have arrived."""
+        """Write the row that is under way, once its scalars have arrived.
+
+        Raises:
+            UserError: too many steps in a row had no finite gradient.
+        """
         if self.pending is None or not (wait or self.pending[0].ready()):
             return
-        reading, began, steps, step, lr = self.pending
+        reading, row, step = self.pending
         self.pending = None
-        loss, grad_norm = reading.read()
+        loss, grad_norm, refused, in_a_row = reading.read()
         if self.main:
-            speed = steps * self.config.train.batch_size / reading.time.seconds_since(began)
-            row = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm, "images_per_second": speed}
+            images = (step - row.first_step) * self.config.train.batch_size
+            speed = images / reading.time.seconds_since(row.began)
+            scalars = {"step": step, "loss": loss, "lr": self.learning_rate(step - 1), "grad_norm": grad_norm}
+            scalars["images_per_second"] = speed
             used = mfu(speed, self.flops, self.world.device, self.world.size)
-            self.monitor.row(row if used is None else {**row, "mfu": used})
+            if used is not None:
+                scalars["mfu"] = used
+            if refused:
+                scalars["refused"] = refused
+                self.monitor.say(
+                    f"step {step}: {refused:.0f} of {step - row.first_step} steps skipped, gradient not finite"
+                )
+            self.monitor.row(scalars)
+        if in_a_row >= MAX_REFUSED:
+            raise UserError(
+                f"step {step}: loss or gradient not finite for {in_a_row:.0f} steps in a row, stopped; the newest "
+                f"checkpoint in {self.run_dir} is unharmed; a lower train.lr or train.grad_clip=1 may help"
+            )
 
     def _parts(self) -> dict[str, Tensor]:
         return {"model": self.engine.partition, **self.engine.moments(), "ema": self.ema.values}
 
     def _save(self) -> None:
-        """Write a checkpoint. All ranks gather, rank 0 writes."""
-        parts = ((name, self.engine.gather(flat)) for name, flat in self._parts().items())
+        """Start a checkpoint. All ranks gather, rank 0 writes, beside the training."""
+        parts = {name: self.engine.gather(flat) for name, flat in self._parts().items()}
         state = {
             "samples": self.samples,
             "adam_step": self.engine.adam_step,
@@ -188,11 +234,9 @@ class Trainer:
             "config": self.config.model_dump(mode="json"),
         }
         if self.main:
-            checkpoint.write(self.run_dir / "checkpoints", self.step, parts, state, self.config.train.keep_checkpoints)
-        else:
-            for _ in parts:
-                pass
-        self.row_began = Mark(self.world.device)
+            self.writer.submit(self.step, parts, state)
+        self.saved = self.step
+        self.row.began = Mark(self.world.device)
 
     def _resume(self) -> None:
         """Continue from the newest intact checkpoint, if there is one. Rank 0 reads, all ranks get their share."""
@@ -217,24 +261,38 @@ class Trainer:
             self.engine.scatter(checkpoint.read(path, name) if self.main else {}, flat)
         self.engine.adam_step = manifest["adam_step"]
         self.engine.refresh()
-        self.step, self.samples = manifest["step"], manifest["samples"]
-        self._say(f"continuing from {path}")
+        self.step, self.samples, self.saved = manifest["step"], manifest["samples"], manifest["step"]
+        if self.step < self.config.train.iterations:
+            self._say(f"continuing from {path}")
 
     def _show_preview(self) -> None:
         """Hand the EMA weights to `preview`, in a copy of the model that is on the device for that time only."""
-        weights = self.engine.gather(self.ema.values)
-        if self.main:
+        weights = self.engine.gather(self.ema.values)  # by all ranks
+        if self.preview:
             self.preview_model.load_state_dict(weights)
             self.preview_model.to(self.world.device, torch.bfloat16 if self.engine.bf16 else torch.float32)
             folder = self.run_dir / "samples"
             folder.mkdir(exist_ok=True)
             self.preview(self.preview_model, self.step, folder)
             self.preview_model.to("cpu", torch.float32)
-        self.row_began = Mark(self.world.device)
+        self.row.began = Mark(self.world.device)
 
     def _say(self, text: str) -> None:
         if self.main:
-            say(text)
+            (self.monitor.say if self.monitor else say)(text)
+
+
+class Row:
+    """What one row of metrics.jsonl sums up on the device, from `first_step` on."""
+
+    def __init__(self, first_step: int, device: torch.device, began: Mark | None = None):
+        self.first_step, self.began = first_step, began or Mark(device)
+        self.losses = torch.zeros(2, device=device)  # sum and number of the finite ones
+        self.refused = torch.zeros((), device=device)
+
+    def add_loss(self, loss: Tensor) -> None:
+        finite = loss.isfinite()
+        self.losses += torch.stack([loss.where(finite, 0.0), finite.float()])
 
 
 def set_aside(run_dir: Path, world: World) -> None:

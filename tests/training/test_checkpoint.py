@@ -1,0 +1,101 @@
+"""Checkpoints: complete or not there, verified when read, the newest intact one found."""
+
+import pytest
+import torch
+
+from uvit_fast.config import UserError
+from uvit_fast.training import checkpoint
+
+PARTS = {"model": {"w": torch.arange(6.0).view(2, 3)}, "ema": {"w": torch.ones(2, 3)}}
+STATE = {"config": {"model": {"embed_dim": 3}}}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for step in (10, 20, 30):
+        checkpoint.write(tmp_path, step, PARTS, STATE, keep=2)
+    return tmp_path
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_keeps_the_newest_and_reads_back(folder):
+    assert names(folder) == ["step_00000020", "step_00000030"]
+    path, manifest = checkpoint.newest_intact(folder, pytest.fail)
+    assert (path.name, manifest["step"]) == ("step_00000030", 30)
+    assert torch.equal(checkpoint.read(path, "model")["w"], PARTS["model"]["w"])
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, lambda path: path.unlink()])
+@pytest.mark.parametrize("file", ["model.safetensors", "manifest.json"])
+def test_a_damaged_checkpoint_is_named_and_passed_over(folder, damage, file):
+    if file == "manifest.json" and damage is flip_a_bit:
+        damage = lambda path: path.write_text("{")  # noqa: E731, any bit may be white space
+    damage(folder / "step_00000030" / file)
+    said = []
+    assert checkpoint.newest_intact(folder, said.append)[0].name == "step_00000020"
+    assert len(said) == 1 and "step_00000030" in said[0] and file in said[0]
+
+
+def test_none_intact_is_an_error(folder):
+    for path in folder.iterdir():
+        truncate(path / "ema.safetensors")
+    with pytest.raises(UserError, match="none of the 2 checkpoints is intact"):
+        checkpoint.newest_intact(folder, lambda text: None)
+
+
+def test_no_checkpoints_is_no_error(tmp_path):
+    assert checkpoint.newest_intact(tmp_path / "checkpoints", pytest.fail) is None
+
+
+def test_a_full_disk_leaves_the_older_ones(folder, monkeypatch):
+    """The disk fills up at the second file of the next checkpoint; the one after it is written again."""
+    real, calls = checkpoint.save_file, []
+
+    def full(tensors, path):
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    said = []
+    writer = checkpoint.Writer(folder, 2, said.append)
+    writer.submit(40, PARTS, STATE)
+    assert not writer.finish()
+    assert len(said) == 1 and "step 40" in said[0] and "No space left" in said[0]
+    assert names(folder) == ["step_00000020", "step_00000030"]
+    writer.submit(50, PARTS, STATE)
+    assert writer.finish()
+    assert names(folder) == ["step_00000030", "step_00000050"]
+
+
+def test_a_killed_writer_leaves_no_checkpoint(folder, monkeypatch):
+    """Killed before the rename, so not even the clean-up ran; the next write of that step clears the rest away."""
+    partial = folder / ".step_00000040.partial"
+    partial.mkdir()
+    (partial / "model.safetensors").write_bytes(b"half")
+    assert checkpoint.newest_intact(folder, pytest.fail)[0].name == "step_00000030"
+    checkpoint.write(folder, 40, PARTS, STATE, keep=2)
+    assert names(folder) == ["step_00000030", "step_00000040"]
+
+
+def test_another_architecture_names_the_keys(folder):
+    path, manifest = checkpoint.newest_intact(folder, pytest.fail)
+    checkpoint.check_architecture(path, {"w": (2, 3)}, STATE["config"], manifest)
+    with pytest.raises(
+        UserError, match=r"model.embed_dim 3 there, 4 in the config.*w is \(2, 3\) there, expected \(2, 4\)"
+    ):
+        checkpoint.check_architecture(path, {"w": (2, 4)}, {"model": {"embed_dim": 4}}, manifest)

@@ -1,0 +1,57 @@
+"""The order of the data: decided by seed and position alone."""
+
+import pytest
+import torch
+
+from tests.training.tiny import Points
+from uvit_fast.config import UserError
+from uvit_fast.training.loader import Order, batches
+
+CPU = torch.device("cpu")
+
+
+def order(ranks: int = 1, rank: int = 0, position: int = 0, steps: int = 10, micro: int = 8, accumulation: int = 1):
+    return Order(50, 3, micro, accumulation, rank, ranks, position, steps)
+
+
+def flat(batches_of_pairs):
+    return [pair for batch in batches_of_pairs for pair in batch]
+
+
+def test_each_epoch_shows_each_sample_once():
+    """80 positions of 50 samples: batches straddle the epochs, nothing is dropped."""
+    pairs = flat(order())
+    assert sorted(i for i, epoch in pairs if epoch == 0) == list(range(50))
+    assert len({i for i, epoch in pairs if epoch == 1}) == 30
+    assert [i for i, epoch in pairs if epoch == 0][:30] != [i for i, epoch in pairs if epoch == 1]
+
+
+def test_continues_from_any_position():
+    assert flat(order(position=32, steps=6)) == flat(order())[32:]
+
+
+@pytest.mark.parametrize("ranks, accumulation", [(2, 1), (1, 2), (4, 1), (2, 2)])
+def test_ranks_and_accumulation_share_the_same_stream(ranks, accumulation):
+    """A step's batch is the same set of micro-batches, whoever takes them."""
+    micro = 8 // (ranks * accumulation)
+    shares = [list(order(ranks, rank, micro=micro, accumulation=accumulation)) for rank in range(ranks)]
+    merged = [shares[rank][pass_] for pass_ in range(10 * accumulation) for rank in range(ranks)]
+    assert flat(merged) == flat(order())
+
+
+class Broken(Points):
+    def __getitems__(self, items):
+        raise UserError("photo.png: not a readable image")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_of_the_data_is_one_line(workers):
+    with pytest.raises(UserError) as error:
+        next(batches(Broken(), order(), workers, CPU))
+    assert str(error.value) == "photo.png: not a readable image"
+
+
+def test_loader_processes_change_nothing():
+    one, two = (list(batches(Points(), order(), workers, CPU)) for workers in (0, 2))
+    assert len(one) == len(two) == 10
+    assert all(torch.equal(a["x"], b["x"]) for a, b in zip(one, two))
