@@ -68,7 +68,7 @@ def info(args: argparse.Namespace) -> None:
     import torch
 
     import uvit_fast
-    from uvit_fast.model import attention, ops
+    from uvit_fast.model import ops
 
     print(f"uvit-fast {uvit_fast.__version__}, Python {sys.version.split()[0]}")
     for package in ("torch", "triton", "deepspeed", "diffusers", "transformers", "flash-attn", "xformers"):
@@ -82,23 +82,16 @@ def info(args: argparse.Namespace) -> None:
     if not gpus:
         print(f"  cpu           {torch.get_num_threads()} threads; no CUDA device")
 
-    device, dtype = ("cuda", torch.bfloat16) if gpus else ("cpu", torch.float32)
+    device = "cuda" if gpus else "cpu"
     names = [args.config] if args.config else sorted(map(str, Path("configs").glob("*.yaml")))
-    shapes = {}  # (heads, head dim) -> the configs that have it
+    shapes = {}  # (D, heads) -> the configs that have it
     for name in names:
         model = load_config(name).model
         shapes.setdefault((model.embed_dim, model.num_heads), []).append(Path(name).stem)
     for (dim, heads), configs in sorted(shapes.items()):
-        print(
-            f"\nD = {dim}, {heads} heads of {dim // heads} ({', '.join(configs)}), {dtype} on {device}".replace(
-                "torch.", ""
-            )
-        )
-        qkv = torch.empty(2, 258, 3, heads, dim // heads, device=device, dtype=dtype)
-        chosen, reason = attention.choose(qkv)
-        print(f"  {'attention':16s}{chosen}: {reason}")
-        for op, why in ops.why_not(torch.empty(516, dim, device=device, dtype=dtype)).items():
-            print(f"  {op:16s}{'fused' if why is None else 'reference: ' + why}")
+        print(f"\nD = {dim}, {heads} heads of {dim // heads} ({', '.join(configs)}) on {device}")
+        for op, choice in ops.describe(dim, heads, "auto", "auto", device).items():
+            print(f"  {op:16s}{choice}")
 
 
 def sample(args: argparse.Namespace) -> None:

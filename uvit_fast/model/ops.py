@@ -6,12 +6,14 @@ PyTorch. The parameters are the same ones in every case, so a checkpoint never k
 
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from uvit_fast.kernels import linear_residual as _linear_residual
 from uvit_fast.kernels import ln_linear as _ln_linear
 from uvit_fast.kernels import ln_mlp as _ln_mlp
 from uvit_fast.kernels import skip_linear as _skip_linear
+from uvit_fast.model.attention import choose
 
 
 def ln_linear(x: Tensor, gamma: Tensor, beta: Tensor, w: Tensor, b: Tensor | None, *, kernels: str = "auto") -> Tensor:
@@ -36,20 +38,33 @@ def linear_residual(a: Tensor, w: Tensor, b: Tensor, x: Tensor, *, kernels: str 
     return _run(_linear_residual, kernels, a, w, b, x)
 
 
-def why_not(x: Tensor) -> dict[str, str | None]:
-    """For each op, why its fused kernel cannot run on tensors of x's device and dtype; None where it can.
+def describe(
+    embed_dim: int, num_heads: int, attention: str, kernels: str, device: torch.device | str
+) -> dict[str, str]:
+    """What would run for each op of a block on `device`, and why: op -> "backend: reason". bf16 on a GPU, fp32 elsewhere.
 
-    Args:
-        x: (tokens, D), any values.
+    Raises:
+        ValueError: the attention backend was asked for by name and cannot run there.
     """
-    D = x.shape[-1]
-    v, w, wide, hidden = x.new_empty(D), x.new_empty(D, D), x.new_empty(D, 2 * D), x.new_empty(4 * D, D)
-    return {
-        "ln_linear": _ln_linear.why_not(x, v, v, x.new_empty(3 * D, D), None),
-        "ln_mlp": _ln_mlp.why_not(x, v, v, hidden, x.new_empty(4 * D), x.new_empty(D, 4 * D), v),
-        "skip_linear": _skip_linear.why_not(x, x, wide, v),
-        "linear_residual": _linear_residual.why_not(x, w, v, x),
+    D, dtype = embed_dim, torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+
+    def new(*shape: int) -> Tensor:
+        return torch.empty(shape, device=device, dtype=dtype)
+
+    x, v, hidden = new(258, D), new(D), new(4 * D, D)
+    reasons = {
+        "ln_linear": _ln_linear.why_not(x, v, v, new(3 * D, D), None),
+        "ln_mlp": _ln_mlp.why_not(x, v, v, hidden, new(4 * D), new(D, 4 * D), v),
+        "skip_linear": _skip_linear.why_not(x, x, new(D, 2 * D), v),
+        "linear_residual": _linear_residual.why_not(x, new(D, D), v, x),
     }
+    chosen = {"attention": ": ".join(choose(new(1, 258, 3, num_heads, D // num_heads), attention))}
+    for op, reason in reasons.items():
+        if kernels == "reference":
+            chosen[op] = "reference: asked for"
+        else:
+            chosen[op] = "fused" if reason is None else f"reference: {reason}"
+    return chosen
 
 
 def _run(op: ModuleType, kernels: str, *tensors: Tensor | None) -> Tensor:
