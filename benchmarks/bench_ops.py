@@ -13,9 +13,9 @@ import itertools
 import torch
 import torch._functorch.config as functorch_config
 from torch import Tensor
-from uvit_fast.kernels import linear_residual, ln_linear, ln_mlp, skip_linear
 
 from benchmarks.common import RESULTS, Rows
+from uvit_fast.kernels import linear_residual, ln_linear, ln_mlp, skip_linear
 
 TOKENS, BATCH = 33024, 128
 QUEUE_CYCLES = 60_000_000  # how long the GPU sleeps while Python queues the calls: about 30 ms

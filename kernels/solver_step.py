@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
 from uvit_fast.kernels import launch
 
 HISTORY = 2  # older outputs that an update may use

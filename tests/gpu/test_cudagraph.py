@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from uvit_fast.kernels.solver_step import Update, normal, reference, solver_step, why_not
 
 from uvit_fast.diffusion.cudagraph import GraphSampler
 from uvit_fast.diffusion.guidance import class_guidance
@@ -18,6 +17,7 @@ from uvit_fast.diffusion.samplers import (
     EulerMaruyama,
 )
 from uvit_fast.diffusion.schedules import SDSchedule, VPSchedule
+from uvit_fast.kernels.solver_step import Update, normal, reference, solver_step, why_not
 
 pytestmark = pytest.mark.gpu
 NULL, SHAPE = 10, (4, 8, 8)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
 from uvit_fast.kernels import linear_residual, ln_linear, ln_mlp, skip_linear
 
 pytestmark = pytest.mark.gpu

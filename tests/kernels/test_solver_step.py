@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+
 from uvit_fast.kernels import launch
 from uvit_fast.kernels.solver_step import Update, normal, reference, solver_step, why_not
 
