@@ -1,7 +1,13 @@
 """Attention of short sequences on packed qkv: every key of a head is on the chip at once."""
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
+
+from . import launch
+
+LONGEST = 512  # tokens; past it the chip no longer holds a head
 
 
 def reference(qkv: Tensor) -> Tensor:
@@ -20,9 +26,89 @@ def reference(qkv: Tensor) -> Tensor:
 
 def why_not(qkv: Tensor) -> str | None:
     """Why the fused op cannot take qkv; None where it can."""
-    return "no fused attention is built in yet"
+    if qkv.ndim != 5 or qkv.shape[2] != 3:
+        return f"qkv is (B, L, 3, H, D), got {tuple(qkv.shape)}"
+    interpreted = launch.interpreting()
+    if qkv.device.type != "cuda" and not interpreted:
+        return f"it runs on CUDA, got a tensor on {qkv.device.type}"
+    if qkv.dtype not in (torch.bfloat16, torch.float16) and not (interpreted and qkv.dtype == torch.float32):
+        return f"it takes bfloat16 and float16, got {qkv.dtype}"
+    L, D = qkv.shape[1], qkv.shape[-1]
+    if D % 8 or D > 128:
+        return f"the head dim must be a multiple of 8 up to 128, got {D}"
+    if L > LONGEST:
+        return f"it takes at most {LONGEST} tokens, got {L}"
+    if qkv.numel() == 0:
+        return f"qkv is empty: {tuple(qkv.shape)}"
+    if qkv.device.type == "cuda" and torch.cuda.get_device_properties(qkv.device).major not in (8, 9):
+        return "its kernels are for compute capability 8 and 9"
+    return None
 
 
 def attention(qkv: Tensor) -> Tensor:
-    """The fused op: the same function as `reference`, where `why_not` has no objection."""
-    raise ValueError(f"attention: {why_not(qkv)}")
+    """The fused op, `reference` in one kernel; its backward is two. Saves qkv, the output and a fp32 log-sum-exp a row.
+
+    Args:
+        qkv: (B, L, 3, H, D), bf16 or fp16, L <= 512, D a multiple of 8 up to 128.
+
+    Returns:
+        (B, L, H*D).
+
+    Raises:
+        ValueError: with the sentence of `why_not`.
+    """
+    reason = why_not(qkv)
+    if reason:
+        raise ValueError(f"attention: {reason}")
+    return _forward(qkv)[0]
+
+
+def core(device: torch.device, D: int) -> ModuleType:
+    """The kernels that run: Hopper's for its head dims there, plain Triton everywhere else."""
+    if launch.architecture(device) == 90 and D in (64, 72, 80):
+        from . import attention_hopper
+
+        return attention_hopper
+    from . import attention_ampere
+
+    return attention_ampere
+
+
+@torch.library.custom_op("uvit_fast::attention", mutates_args=())
+def _forward(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    with launch.guard(qkv.device):
+        return core(qkv.device, qkv.shape[-1]).forward(_packed(qkv))
+
+
+@_forward.register_fake
+def _(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    B, L, _, H, D = qkv.shape
+    return qkv.new_empty(B, L, H * D), qkv.new_empty(B, H, L, dtype=launch.ACCUMULATE)
+
+
+@torch.library.custom_op("uvit_fast::attention_backward", mutates_args=())
+def _backward(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor) -> Tensor:
+    with launch.guard(qkv.device):
+        return core(qkv.device, qkv.shape[-1]).backward(_packed(qkv), out, lse, _packed(dout))
+
+
+@_backward.register_fake
+def _(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+def _packed(x: Tensor) -> Tensor:
+    """x contiguous and, as TMA asks, on a 16-byte boundary; copies only where it is neither."""
+    x = x.contiguous()
+    return x.clone() if x.device.type == "cuda" and x.data_ptr() % 16 else x
+
+
+def _setup(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _gradient(ctx, dout: Tensor, dlse: Tensor | None) -> Tensor:
+    return _backward(*ctx.saved_tensors, dout)
+
+
+_forward.register_autograd(_gradient, setup_context=_setup)

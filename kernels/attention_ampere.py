@@ -237,6 +237,17 @@ def constants(D: int, streamed: str | None = None) -> dict[str, int]:
     return c | {streamed: 32, "num_stages": 3} if streamed else c
 
 
+def launches(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, delta: Tensor, dqkv: Tensor) -> list[tuple]:
+    """The kernels in the order in which they run: (name, arguments, options)."""
+    _, L, _, H, D = qkv.shape
+    scalars = (L, H, D**-0.5 * LOG2E)
+    return [
+        ("attention_forward_kernel", (qkv, out, lse, *scalars), constants(D)),
+        ("attention_dq_kernel", (qkv, out, dout, lse, delta, dqkv, *scalars), constants(D, "BN")),
+        ("attention_dkv_kernel", (qkv, dout, lse, delta, dqkv, *scalars), constants(D, "BM")),
+    ]
+
+
 def forward(qkv: Tensor) -> tuple[Tensor, Tensor]:
     """qkv (B, L, 3, H, D), contiguous -> out (B, L, H*D), lse (B, H, L) fp32 in base 2."""
     B, L, _, H, D = qkv.shape

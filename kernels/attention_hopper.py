@@ -22,13 +22,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mma_v2,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 LOG2E = 1.4426950408889634
-SHARED_MEMORY = 227 * 1024
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # triton 3.6 has the second name
 
 SWIZZLE_128 = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))  # 64 columns
@@ -271,8 +269,6 @@ def _step(
     dp = _rows_by_rows(y, y_w, v, v_w, N, WIDE)
     behind: gl.constexpr = 2 if WIDE else 1  # products that dp may still be behind by
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    if COLUMNS:
-        lse = lse.load(gl.SliceLayout(0, mma))
     if NEW:
         s = warpgroup_mma_wait(behind, deps=(s,))
     elif COLUMNS:
@@ -285,6 +281,8 @@ def _step(
             s, a, a_w = warpgroup_mma_wait(behind, deps=(s, a, a_w))
         else:
             s, a = warpgroup_mma_wait(behind, deps=(s, a))
+    if COLUMNS:
+        lse = lse.load(gl.SliceLayout(0, mma))  # not before: it would take the registers that the products need
     p = gl.exp2(s * scale - gl.expand_dims(lse, axis))
     if MASKED:
         # a padded key scores 0, and exp2(0 - lse) is infinite when every real score is very negative
@@ -573,7 +571,26 @@ def attention_dq_kernel(
         _load(dbox, dbox_w, b, 0, h, streams, w, w_w, WIDE)
         mbarrier.wait(stays, 0)
         t, t_w, _t, _t_w = _tail_round(
-            q_t, q_tw, g_t, g_tw, x, x_w, y, y_w, x_t, x_tw, y_t, y_tw, ls_t, dl_t, ls_t, dl_t, L, scale, BLOCKS, False,
+            q_t,
+            q_tw,
+            g_t,
+            g_tw,
+            x,
+            x_w,
+            y,
+            y_w,
+            x_t,
+            x_tw,
+            y_t,
+            y_tw,
+            ls_t,
+            dl_t,
+            ls_t,
+            dl_t,
+            L,
+            scale,
+            BLOCKS,
+            False,
             WIDE,
         )
         _tail_store(grads, t * factor, t_w * factor, START, L, 3 * H * D, D)
@@ -647,8 +664,6 @@ def attention_dkv_kernel(
     dtype: gl.constexpr = box.dtype
     ROW: gl.constexpr = 160 if WIDE else 128  # bytes
     HEAD: gl.constexpr = (BLOCKS * 64 + (16 if TAIL else 0)) * ROW
-    column: gl.constexpr = gl.SliceLayout(0, MMA_64)
-    column_16: gl.constexpr = gl.SliceLayout(0, MMA_16)
 
     x = gl.allocate_shared_memory(dtype, [BLOCKS, 64, 64], SWIZZLE_128)  # q
     y = gl.allocate_shared_memory(dtype, [BLOCKS, 64, 64], SWIZZLE_128)  # dout
@@ -775,13 +790,40 @@ def _boxes(t: Tensor, groups: int, D: int, rows: tuple[int, ...]) -> list[Tensor
     return found
 
 
-def forward_arguments(qkv: Tensor, out: Tensor, lse: Tensor) -> tuple[tuple, dict]:
-    """What the forward kernel is launched with."""
-    B, L, _, H, D = qkv.shape
+def _all_boxes(t: Tensor, groups: int, D: int, tail: bool) -> list[TensorDescriptor | None]:
+    return _boxes(t, groups, D, (64, 16)) if tail else [*_boxes(t, groups, D, (64,)), None, None]
+
+
+def forward_launch(qkv: Tensor, out: Tensor, lse: Tensor) -> tuple[tuple, dict]:
+    """Arguments and options of the forward kernel."""
+    _, L, _, H, D = qkv.shape
     c = shape_constants(L, H, D)
-    boxes = _boxes(qkv, 3 * H, D, (64, 16)) if c["TAIL"] else [*_boxes(qkv, 3 * H, D, (64,)), None, None]
     c["BN"] = 256 if c["BLOCKS"] % 4 == 0 else 128 if c["BLOCKS"] % 2 == 0 else 64
-    return (*boxes, *_boxes(out, H, D, (64,)), lse, L, D**-0.5 * LOG2E), {**c, "num_warps": 4}
+    boxes = _all_boxes(qkv, 3 * H, D, c["TAIL"]) + _boxes(out, H, D, (64,))
+    return (*boxes, lse, L, D**-0.5 * LOG2E), {**c, "num_warps": 4}
+
+
+def backward_launches(
+    qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, delta: Tensor, dqkv: Tensor
+) -> tuple[tuple, tuple, dict]:
+    """Arguments of the two backward kernels, and their options."""
+    _, L, _, H, D = qkv.shape
+    c = shape_constants(L, H, D)
+    q, do = _all_boxes(qkv, 3 * H, D, c["TAIL"]), _all_boxes(dout, H, D, c["TAIL"])
+    grad = _boxes(dqkv, 3 * H, D, (64,))
+    scalars = (L, D**-0.5 * LOG2E, D**-0.5, D)
+    first = (*q, *do[:2], *grad, out.view(torch.int32), dqkv, lse, delta, *scalars)
+    return first, (*q, *do, *grad, dqkv, lse, delta, *scalars), {**c, "num_warps": 4}
+
+
+def launches(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, delta: Tensor, dqkv: Tensor) -> list[tuple]:
+    """The kernels in the order in which they run: (name, arguments, options)."""
+    first, second, options = backward_launches(qkv, out, lse, dout, delta, dqkv)
+    return [
+        ("attention_forward_kernel", *forward_launch(qkv, out, lse)),
+        ("attention_dq_kernel", first, options),
+        ("attention_dkv_kernel", second, options),
+    ]
 
 
 def forward(qkv: Tensor) -> tuple[Tensor, Tensor]:
@@ -789,31 +831,16 @@ def forward(qkv: Tensor) -> tuple[Tensor, Tensor]:
     B, L, _, H, D = qkv.shape
     out = qkv.new_empty(B, L, H * D)
     lse = qkv.new_empty(B, H, L, dtype=torch.float32)
-    args, options = forward_arguments(qkv, out, lse)
-    attention_forward_kernel[(B * H,)](*args, **options)
+    arguments, options = forward_launch(qkv, out, lse)
+    attention_forward_kernel[(B * H,)](*arguments, **options)
     return out, lse
-
-
-def backward_arguments(
-    qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, delta: Tensor, dqkv: Tensor
-) -> tuple[tuple, tuple, dict]:
-    """What the two backward kernels are launched with: positional arguments of each, and their options."""
-    B, L, _, H, D = qkv.shape
-    c = shape_constants(L, H, D)
-    none = [None, None]
-    q = _boxes(qkv, 3 * H, D, (64, 16)) if c["TAIL"] else _boxes(qkv, 3 * H, D, (64,)) + none
-    do = _boxes(dout, H, D, (64, 16)) if c["TAIL"] else _boxes(dout, H, D, (64,)) + none
-    grad = _boxes(dqkv, 3 * H, D, (64,))
-    scalars = (L, D**-0.5 * LOG2E, D**-0.5, D)
-    first = (*q, *do[:2], *grad, out.view(torch.int32), dqkv, lse, delta, *scalars)
-    return first, (*q, *do, *grad, dqkv, lse, delta, *scalars), {**c, "num_warps": 4}
 
 
 def backward(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor) -> Tensor:
     """The gradient of qkv, packed as qkv is; every argument contiguous."""
-    B, L, _, H, D = qkv.shape
+    B, _, _, H, _ = qkv.shape
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
-    first, second, options = backward_arguments(qkv, out, lse, dout, delta, dqkv)
+    first, second, options = backward_launches(qkv, out, lse, dout, delta, dqkv)
     attention_dq_kernel[(B * H,)](*first, **options)
     attention_dkv_kernel[(B * H,)](*second, **options)
     return dqkv
