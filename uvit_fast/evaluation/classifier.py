@@ -5,6 +5,8 @@ under one classifier, and are no FID.
 """
 
 import hashlib
+import os
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -38,13 +40,22 @@ class Classifier(nn.Module):
         h, w = (-(-side // 4) for side in size)
         self.pool = nn.Linear(2 * width * h * w, dim)
         self.head = nn.Linear(dim, num_classes)
+        self.register_buffer("unit", torch.ones(()))
 
     def forward(self, images: Tensor) -> Features:
         """(B, H, W, 1 or 3) uint8, grey or averaged to grey -> pool (B, dim), spatial (B, h * w * 7)."""
         x = images.float().mean(3, keepdim=True).permute(0, 3, 1, 2) / 127.5 - 1  # (B, 1, H, W)
         x = self.shallow(x)  # (B, width, H / 2, W / 2)
         spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # (B, H / 2 * W / 2 * 7)
-        return Features(F.relu(self.pool(self.deep(x).flatten(1))), spatial)
+        return Features(F.relu(self.pool(self.deep(x).flatten(1))) / self.unit, spatial)
+
+    @torch.no_grad()
+    def normalise(self, images: Tensor) -> None:
+        """Scale the pool features to a mean square of 1 on (N, H, W, C) images, and the head so that its scores stay."""
+        squares = [self(rows).pool.square().mean(1) for rows in images.split(1024)]
+        unit = torch.cat(squares).mean().sqrt()
+        self.unit.mul_(unit)
+        self.head.weight.mul_(unit)
 
 
 class ClassifierFeatures:
@@ -104,6 +115,7 @@ def train_classifier(images: np.ndarray, labels: np.ndarray, device: torch.devic
         optimizer.step()
         schedule.step()
     model.eval().requires_grad_(False)
+    model.normalise(x)
     held = torch.from_numpy(held).to(device)
     guesses = torch.cat([model.head(model(x[rows]).pool).argmax(1) for rows in held.split(1024)])
     accuracy = (guesses == y[held]).double().mean().item()
@@ -113,3 +125,25 @@ def train_classifier(images: np.ndarray, labels: np.ndarray, device: torch.devic
             "its features would say nothing about this dataset"
         )
     return model, accuracy
+
+
+def cached_classifier(
+    images: np.ndarray, labels: np.ndarray, identity: str, cache: Path, device: torch.device
+) -> Classifier:
+    """`train_classifier`, once for each dataset: figures compare only under the very same classifier.
+
+    Args:
+        identity: of the dataset. cache: the folder that keeps the classifier.
+    """
+    file = cache / f"classifier-{identity[:32]}.pt"
+    if file.is_file():
+        model = Classifier(images.shape[1:3], int(labels.max()) + 1)
+        model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        return model.eval().requires_grad_(False)
+    model, accuracy = train_classifier(images, labels, device)
+    print(f"digits-fid: trained a classifier on {len(images):,} images, held-out accuracy {accuracy:.3f}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    torch.save({name: value.cpu() for name, value in model.state_dict().items()}, temporary)
+    temporary.rename(file)
+    return model

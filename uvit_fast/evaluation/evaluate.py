@@ -99,7 +99,7 @@ def table(result: dict) -> str:
     against = "" if result["num_reference"] is None else f" ({result['num_reference']:,} images)"
     lines = [f"{result['num_samples']:,} samples of {result['samples']} against {result['reference']}{against}"]
     for name, value in result["metrics"].items():
-        lines.append(f"  {name:18s}{value:.6f}" if "kid" in name else f"  {name:18s}{value:.4f}")
+        lines.append(f"  {name:18s}{value:.6g}")
     return "\n".join(lines)
 
 
