@@ -1,9 +1,20 @@
 """The training loop: what is computed, and that neither interruption nor sharding changes it."""
 
+import json
+import os
+import signal
+from types import SimpleNamespace
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.training import tiny
+from uvit_fast.config import UserError, load_config
+from uvit_fast.training import checkpoint
+from uvit_fast.training.engine import batch_plan
+from uvit_fast.training.loader import Order, batches
+from uvit_fast.training.trainer import Trainer
 
 STEPS = 20
 
@@ -48,3 +59,161 @@ def test_resume_on_other_ranks_and_stage(whole, tmp_path):
     continued = tiny.launch(tiny.train, tmp_path, config(zero_stage=3), ranks=2)
     assert continued["first_step"] == 2 * third
     assert continued["losses"] == pytest.approx(whole["losses"], rel=1e-4)
+
+
+def averaged_by_hand(run_dir, cfg):
+    """Train, and beside it average the whole weights after each step in fp64; (the trainer's averages, those)."""
+    trainer = tiny.trainer(run_dir, cfg)
+    plain = {name: w.double() for name, w in trainer.engine.gather(trainer.engine.partition).items()}
+    update = trainer.ema.update
+
+    def both(weights, refused):
+        update(weights, refused)
+        for name, w in trainer.engine.gather(trainer.engine.partition).items():
+            plain[name].mul_(cfg.train.ema_decay).add_(w.double(), alpha=1 - cfg.train.ema_decay)
+
+    trainer.ema.update = both
+    trainer.train()
+    return trainer.engine.gather(trainer.ema.values), plain
+
+
+@pytest.mark.parametrize("stage, ranks", [(1, 2), (2, 2), (3, 2), (3, 1)])
+def test_ema_is_exact(stage, ranks, tmp_path):
+    """The average of partitions is the average of the weights: 50 steps, against a plain one in fp64."""
+    cfg = config(iterations=50, zero_stage=stage, micro_batch_size=None, checkpoint_every=100, log_every=50)
+    ours, plain = tiny.launch(averaged_by_hand, tmp_path, cfg, ranks=ranks)
+    assert ours.keys() == tiny.TinyModel().state_dict().keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(ours[name].double(), value, rtol=1e-6, atol=1e-6)
+
+
+def test_checkpoint_holds_the_ema_under_the_models_names(tmp_path):
+    result = tiny.launch(tiny.train, tmp_path, config(iterations=3, zero_stage=3), ranks=2)
+    saved = load_file(tmp_path / "checkpoints" / "step_00000003" / "ema.safetensors")
+    tiny.TinyModel().load_state_dict(saved)
+    assert all(torch.equal(saved[name], value) for name, value in result["ema"].items())
+
+
+def test_the_step_is_plain_adamw(whole):
+    """A loop in plain PyTorch over the same batches: loss, warm-up from 0, accumulation, weight decay on all parameters."""
+    cfg, dataset, model = config(), tiny.Points(), tiny.TinyModel()
+    optimizer = torch.optim.AdamW(model.parameters(), betas=cfg.train.betas, weight_decay=cfg.train.weight_decay)
+    world = SimpleNamespace(rank=0, size=1)
+    plain = SimpleNamespace(
+        config=cfg, world=world, dataset=dataset, schedule=tiny.Schedule(), engine=model, generator=torch.Generator()
+    )
+    raws = batches(dataset, Order(len(dataset), 0, 4, 2, 0, 1, 0, STEPS), 0, torch.device("cpu"))
+    losses = []
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = 0.01 * min(step / 3, 1)
+        optimizer.zero_grad()
+        pair = [Trainer.loss(plain, next(raws), step, k) for k in range(2)]
+        sum(pair).div(2).backward()
+        optimizer.step()
+        losses.append(sum(loss.item() for loss in pair) / 2)
+    assert whole["losses"] == pytest.approx(losses, rel=1e-5)
+    assert whole["rows"][0]["lr"] == 0 and whole["rows"][1]["lr"] == pytest.approx(0.01 / 3)
+
+
+def test_clipping_is_by_the_global_norm(whole, tmp_path):
+    """lr 0 in the first step, so the first two gradients are those of the run without clipping; then it differs."""
+    clipped = tiny.launch(tiny.train, tmp_path, config(iterations=4, grad_clip=0.05), ranks=2)
+    norms = [row["grad_norm"] for row in clipped["rows"]]
+    assert norms[:2] == pytest.approx([row["grad_norm"] for row in whole["rows"]][:2], rel=1e-5)
+    assert all(norm > 0.05 for norm in norms)
+
+
+def poisoned(run_dir, cfg, bad_steps):
+    """Train with a loss that is not a number in some steps; the weights before and after the first of them, and the rows."""
+    trainer = tiny.trainer(run_dir, cfg)
+    loss, step, seen = trainer.loss, trainer._step, []
+
+    def bad_loss(raw, number, k):
+        return loss(raw, number, k) * (float("nan") if number in bad_steps else 1.0)
+
+    def watched(stream):
+        step(stream)
+        parts = [trainer.engine.partition, *trainer.engine.moments().values(), trainer.ema.values]
+        seen.append([part.detach().clone() for part in parts])
+
+    trainer.loss, trainer._step = bad_loss, watched
+    try:
+        trainer.train()
+    except UserError as error:
+        return str(error)
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return seen, rows
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_step_without_a_finite_gradient_changes_nothing(stage, tmp_path):
+    """Neither weights nor moments nor averages; the run goes on and says what it did."""
+    seen, rows = tiny.launch(poisoned, tmp_path, config(iterations=6, zero_stage=stage), {3})
+    assert all(torch.equal(a, b) for a, b in zip(seen[2], seen[3]))
+    assert not any(torch.equal(a, b) for a, b in zip(seen[3], seen[4]))
+    assert [row.get("refused", 0) for row in rows] == [0, 0, 0, 1, 0, 0]
+    assert all(row["loss"] == row["loss"] for i, row in enumerate(rows) if i != 3)
+
+
+def test_a_run_without_finite_gradients_ends(tmp_path):
+    message = tiny.launch(poisoned, tmp_path, config(iterations=60, checkpoint_every=5), set(range(10, 60)))
+    assert "not finite for 20 steps in a row" in message
+    newest, _ = checkpoint.newest_intact(tmp_path / "checkpoints", pytest.fail)
+    assert all(value.isfinite().all() for value in checkpoint.read(newest, "model").values())
+
+
+def signalled(run_dir, cfg, rank, number):
+    """Train, and at step 5 send one rank a signal; the step where the run ended."""
+    trainer = tiny.trainer(run_dir, cfg)
+    step = trainer._step
+
+    def with_signal(stream):
+        step(stream)
+        if trainer.step == 5 and trainer.world.rank == rank:
+            os.kill(os.getpid(), number)
+
+    trainer._step = with_signal
+    return trainer.train()["step"]
+
+
+@pytest.mark.parametrize("ranks, rank, number", [(1, 0, signal.SIGTERM), (2, 1, signal.SIGUSR1)])
+def test_a_signal_saves_and_ends_the_run(ranks, rank, number, whole, tmp_path):
+    """Exit code 0 within a step or two, and the same command gives the run that was never stopped."""
+    stopped = tiny.launch(signalled, tmp_path, config(), rank, number, ranks=ranks)
+    assert 5 <= stopped <= 7
+    continued = tiny.launch(tiny.train, tmp_path, config(), ranks=ranks)
+    assert continued["first_step"] == stopped
+    assert continued["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+
+
+def test_previews_show_the_ema_weights(tmp_path):
+    shown = tiny.launch(previewed, tmp_path, config(iterations=5, sample_every=2, zero_stage=3), ranks=2)
+    assert [step for step, _ in shown] == [2, 4, 5]
+    ema = checkpoint.read(tmp_path / "checkpoints" / "step_00000005", "ema")
+    assert all(torch.equal(ema[name], value) for name, value in shown[-1][1].items())
+
+
+def previewed(run_dir, cfg):
+    shown = []
+
+    def preview(model, step, folder):
+        assert folder.is_dir() and not model.training
+        shown.append((step, {name: w.clone() for name, w in model.state_dict().items()}))
+
+    tiny.trainer(run_dir, cfg, preview).train()
+    return shown
+
+
+def test_the_run_folder_says_what_ran(whole, tmp_path):
+    tiny.launch(tiny.train, tmp_path, config(iterations=3))
+    assert load_config(tmp_path / "config.yaml") == config(iterations=3)
+    assert json.loads((tmp_path / "environment.json").read_text())["torch"] == torch.__version__
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+    assert tiny.launch(tiny.train, tmp_path, config(iterations=3))["first_step"] == 3  # finished: trains no more
+
+
+@pytest.mark.parametrize("batch, micro, ranks", [(10, 4, 1), (9, None, 2), (8, 4, 4), (2, None, 4)])
+def test_impossible_batches_name_the_three_numbers(batch, micro, ranks):
+    train = tiny.config(batch_size=batch, micro_batch_size=micro).train
+    with pytest.raises(UserError, match=rf"batch_size {batch}, micro_batch_size .*, GPUs {ranks}"):
+        batch_plan(train, ranks)

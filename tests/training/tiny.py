@@ -139,17 +139,16 @@ def _rank(sender: Any, function: Callable[..., Any], args: tuple, rank: int, ran
         sender.send_bytes(file.getvalue())
 
 
-def train(run_dir: Path, cfg: Config, model_args: dict[str, Any] | None = None) -> dict[str, Any]:
+def trainer(run_dir: Path, cfg: Config, preview: Callable[..., None] | None = None) -> Trainer:
+    return Trainer(cfg, TinyModel(), Schedule(), Points(), run_dir, preview)
+
+
+def train(run_dir: Path, cfg: Config) -> dict[str, Any]:
     """Train or continue a run in this process; its rows and its final weights and averages by name."""
-    trainer = Trainer(cfg, TinyModel(**(model_args or {})), Schedule(), Points(), run_dir)
-    first_step = trainer.step
-    trainer.train()
-    weights, ema = trainer.engine.gather(trainer.engine.partition), trainer.engine.gather(trainer.ema.values)
+    run = trainer(run_dir, cfg)
+    first_step = run.step
+    run.train()
+    weights, ema = run.engine.gather(run.engine.partition), run.engine.gather(run.ema.values)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return {
-        "first_step": first_step,
-        "rows": rows,
-        "losses": [row["loss"] for row in rows],
-        "weights": weights,
-        "ema": ema,
-    }
+    losses = [row["loss"] for row in rows]
+    return {"first_step": first_step, "rows": rows, "losses": losses, "weights": weights, "ema": ema}

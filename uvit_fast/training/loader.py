@@ -8,6 +8,7 @@ epoch shows each sample once. Within a step, micro-batch m = k * ranks + rank (k
 
 import signal
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ def batches(dataset: Any, order: Order, num_workers: int, device: torch.device) 
             collate_fn=_as_it_is,
             pin_memory=device.type == "cuda",
             prefetch_factor=4 if num_workers else None,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_outlive_signals,
         )
     )
     for _ in range(len(order)):
@@ -96,7 +97,13 @@ def _as_it_is(raw: dict[str, Tensor]) -> dict[str, Tensor]:
     return raw
 
 
-def _ignore_signals(worker: int) -> None:
-    """A cluster signals every process of a job: the loaders go on, so that the trainer can finish its step and save."""
-    for number in (*SIGNALS, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def _outlive_signals(worker: int) -> None:
+    """A cluster signals every process of a job: the loaders live on, so that the trainer can finish its step and save."""
+    for number in SIGNALS:
+        signal.signal(number, _not_yet)
+
+
+def _not_yet(number: int, frame: FrameType | None) -> None:
+    """Ignore the first signal. The second, which may be the trainer's own, or a minute later the alarm, end the process."""
+    signal.signal(number, signal.SIG_DFL)
+    signal.alarm(60)
