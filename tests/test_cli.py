@@ -1,12 +1,16 @@
 """The commands: what they write, and one clear line for each mistake."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from uvit_fast import build_model, cli, load_config
+from uvit_fast import build_model, cli, load_config, sampling
 
 DIGITS = "configs/digits.yaml"
 SMALL = ["--set", "model.embed_dim=32", "--set", "model.depth=2"]
@@ -45,6 +49,51 @@ def test_a_sample_depends_on_seed_and_index_only(checkpoint, tmp_path):
     assert a["arr_0"].shape == (5, 8, 8, 1) and a["arr_0"].dtype == np.uint8 and a["arr_1"].tolist() == [1] * 5
     assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1  # batched matrix products may round differently
     assert (a["arr_0"] != c["arr_0"]).any(axis=(1, 2, 3)).all()
+
+
+def test_an_interrupted_job_continues_without_repeating_or_losing_a_sample(checkpoint, tmp_path, monkeypatch, capsys):
+    whole, resumed, common = (
+        tmp_path / "whole.npz",
+        tmp_path / "resumed.npz",
+        ("--num", "10", "--batch", "3", "--steps", "2"),
+    )
+    assert sample(checkpoint, whole, *common) == 0
+    draw, drawn = sampling.sample, []
+
+    def dies_at_the_third(*args, **options):
+        drawn.append(options["first"])
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        return draw(*args, **options)
+
+    monkeypatch.setattr(sampling, "sample", dies_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        sample(checkpoint, resumed, *common)
+    assert not resumed.exists()
+    assert sample(checkpoint, resumed, *common) == 2  # what is there is not thrown away unasked
+    assert "continue it with --resume" in capsys.readouterr().err
+    assert sample(checkpoint, resumed, *common, "--seed", "1", "--resume") == 2
+    assert "--resume expected seed 0, got 1" in capsys.readouterr().err
+    assert sample(checkpoint, resumed, *common, "--resume") == 0
+    assert drawn == [0, 3, 6, 6, 9]  # the part that was under way is drawn again, the finished ones are not
+    assert np.array_equal(np.load(whole)["arr_0"], np.load(resumed)["arr_0"])
+    assert not (tmp_path / "resumed.npz.parts").exists()
+
+
+def test_two_processes_share_a_job(checkpoint, tmp_path):
+    alone, together, common = (
+        tmp_path / "alone.npz",
+        tmp_path / "together.npz",
+        ("--num", "7", "--batch", "2", "--steps", "2"),
+    )
+    assert sample(checkpoint, alone, *common) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
+    command = ["-m", "--", "uvit_fast.cli", "sample", "--config", DIGITS, *SMALL, "--checkpoint", str(checkpoint)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [*launch, *command, "--out", str(together), *common], env=environment, check=True, capture_output=True
+    )
+    assert np.abs(np.load(alone)["arr_0"].astype(int) - np.load(together)["arr_0"]).max() <= 1
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ LEVELS = {
     "build": 2,
     "training": 2,
     "sampling": 3,
+    "jobs": 3,
     "pipeline": 3,
     "cli": 3,
     "demo": 3,

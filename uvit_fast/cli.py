@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         "--cfg-scale", type=float, help="guidance in diffusers' convention, 1 + s; 1: none; default: the config's"
     )
     command.add_argument("--batch", type=_positive, default=50, help="images at a time (default 50)")
+    command.add_argument("--resume", action="store_true", help="continue an interrupted job with the same settings")
 
     command = _add(commands, "demo", demo, "sample the digits run, and measure whether the samples are good")
     command.add_argument("--run-dir", default="runs/digits", help="the run's folder (default runs/digits)")
@@ -97,9 +97,8 @@ def info(args: argparse.Namespace) -> None:
 def sample(args: argparse.Namespace) -> None:
     """Draw images; write PNGs and a grid into a folder, or an .npz."""
     import numpy as np
-    from tqdm import tqdm
 
-    from uvit_fast import sampling
+    from uvit_fast import jobs, sampling
     from uvit_fast.diffusion.cudagraph import GraphSampler
     from uvit_fast.images import save_grid, to_uint8
 
@@ -120,24 +119,31 @@ def sample(args: argparse.Namespace) -> None:
     model = sampling.load_for_sampling(cfg, args.checkpoint, device)
     decode = sampling.load_decoder(cfg, device) if cfg.latent else None
 
-    images, start = [], time.perf_counter()
+    options = {"steps": args.steps, "guidance_scale": scale, "seed": args.seed, "labels": labels}
     graphs = GraphSampler(model, decode) if device.type == "cuda" else None
-    options = {"batch": args.batch, "steps": args.steps, "guidance_scale": scale, "graphs": graphs}
-    batches = sampling.sample(model, cfg, args.num, labels=labels, seed=args.seed, **options)
-    with tqdm(total=args.num, unit="image", desc="sample") as bar:
-        for x in batches:
-            images.append(to_uint8(decode(x) if decode and not graphs else x))
-            bar.update(len(x))
-    images = np.concatenate(images)
-    print(f"{args.num} images in {time.perf_counter() - start:.1f} s on {device}")
+    decode = decode if decode and not graphs else lambda x: x
 
-    out, names = Path(args.out), None if labels is None else labels.numpy()
+    def draw(first: int, last: int) -> np.ndarray:
+        batches = sampling.sample(model, cfg, last, first=first, batch=args.batch, graphs=graphs, **options)
+        return np.concatenate([to_uint8(decode(x)) for x in batches])
+
+    out = Path(args.out)
+    settings = {
+        name: getattr(args, name)
+        for name in ("config", "set", "checkpoint", "num", "classes", "seed", "steps", "cfg_scale")
+    }
+    job = jobs.Job(out.with_name(out.name + ".parts"), settings, args.num, args.batch, resume=args.resume)
+    images = job.run(draw)
+    if images is None:  # another rank writes
+        return
+    names = None if labels is None else labels.numpy()
     if out.suffix == ".npz":
         sampling.save_npz(out, images, names)
     else:
         sampling.save_pngs(out, images, names)
         save_grid(images[:100], out / "grid.png", columns=min(10, args.num))
-    print(f"wrote {out}")
+    job.close()
+    print(f"wrote {args.num} images to {out}")
 
 
 def demo(args: argparse.Namespace) -> int:

@@ -1,5 +1,6 @@
 """Samples from a trained model: conditions in, images out. Used by the commands, the demo and the training previews."""
 
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,11 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda: no CUDA device was found; expected a GPU, or device cpu or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # the launchers': one GPU a process
+    torch.cuda.set_device(device)
+    return device
 
 
 def load_for_sampling(cfg: Config, checkpoint: str | Path, device: torch.device) -> UViT:

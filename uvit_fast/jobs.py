@@ -1,0 +1,95 @@
+"""A sampling job that can be interrupted and spread over processes: parts on disk, one a batch, until all are there.
+
+Sample i depends on the seed and i only, so who draws a part, and when, makes no difference.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+from tqdm import tqdm
+
+from uvit_fast.config import UserError
+
+
+class Job:
+    """`num` samples in parts of `batch`, in a folder that is removed at the end.
+
+    Processes started by torchrun or deepspeed (RANK, WORLD_SIZE) share the parts; rank 0 collects them.
+
+    Args:
+        folder: of the parts.
+        settings: JSON values that decide what is drawn; a job goes on with the same ones only.
+        resume: go on with the parts of an interrupted job.
+
+    Raises:
+        UserError: there are parts of an interrupted job and `resume` is off, or they have other settings.
+    """
+
+    def __init__(self, folder: Path, settings: dict, num: int, batch: int, resume: bool):
+        self.folder, self.num, self.batch = folder, num, batch
+        self.rank, self.ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.parts = [(first, min(first + batch, num)) for first in range(0, num, batch)]
+        refusal = [None]
+        if self.rank == 0:
+            refusal[0] = self._prepare({**settings, "batch": batch}, resume)
+        if self.ranks > 1:
+            dist.init_process_group("gloo", timeout=timedelta(days=1))  # ranks finish far apart
+            dist.broadcast_object_list(refusal, src=0)
+        if refusal[0] is not None:
+            raise UserError(refusal[0])
+
+    def run(self, draw: Callable[[int, int], np.ndarray]) -> np.ndarray | None:
+        """Draw what is missing; rank 0 gets all samples in order, (num, H, W, C) uint8, the others None.
+
+        Args:
+            draw: draw(first, last) -> samples first ... last - 1, (last - first, H, W, C) uint8.
+        """
+        mine = self.parts[self.rank :: self.ranks]
+        missing = [part for part in mine if not self._file(part).is_file()]
+        done = sum(last - first for first, last in mine) - sum(last - first for first, last in missing)
+        total = sum(last - first for first, last in mine)
+        with tqdm(total=total, initial=done, unit="image", desc="sample", disable=self.rank > 0) as bar:
+            for part in missing:
+                images = draw(*part)
+                _write(self._file(part), lambda file, images=images: np.save(file, images))
+                bar.update(part[1] - part[0])
+        if self.ranks > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+        if self.rank > 0:
+            return None
+        return np.concatenate([np.load(self._file(part)) for part in self.parts])
+
+    def close(self) -> None:
+        """The samples are where they belong: remove the parts."""
+        shutil.rmtree(self.folder)
+
+    def _prepare(self, settings: dict, resume: bool) -> str | None:
+        """Make the folder, or say why the one that is there cannot be used."""
+        note = self.folder / "job.json"
+        if note.is_file():
+            if not resume:
+                return f"{self.folder}: an interrupted job; continue it with --resume, or remove the folder"
+            before = json.loads(note.read_text())
+            for name, value in settings.items():
+                if before.get(name) != value:
+                    return f"{self.folder}: --resume expected {name} {before.get(name)!r}, got {value!r}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write(note, lambda file: file.write_text(json.dumps(settings)))
+        return None
+
+    def _file(self, part: tuple[int, int]) -> Path:
+        return self.folder / f"{part[0]:07d}_{part[1]:07d}.npy"
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Under a temporary name first, so that what has its own name is whole."""
+    temporary = path.with_name(f".{os.getpid()}_{path.name}")
+    write(temporary)
+    temporary.rename(path)
