@@ -238,13 +238,13 @@ def constants(D: int, streamed: str | None = None) -> dict[str, int]:
 
 
 def launches(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, delta: Tensor, dqkv: Tensor) -> list[tuple]:
-    """The kernels in the order in which they run: (name, arguments, options)."""
+    """The kernels in the order in which they run: (kernel, arguments, options)."""
     _, L, _, H, D = qkv.shape
     scalars = (L, H, D**-0.5 * LOG2E)
     return [
-        ("attention_forward_kernel", (qkv, out, lse, *scalars), constants(D)),
-        ("attention_dq_kernel", (qkv, out, dout, lse, delta, dqkv, *scalars), constants(D, "BN")),
-        ("attention_dkv_kernel", (qkv, dout, lse, delta, dqkv, *scalars), constants(D, "BM")),
+        (attention_forward_kernel, (qkv, out, lse, *scalars), constants(D)),
+        (attention_dq_kernel, (qkv, out, dout, lse, delta, dqkv, *scalars), constants(D, "BN")),
+        (attention_dkv_kernel, (qkv, dout, lse, delta, dqkv, *scalars), constants(D, "BM")),
     ]
 
 
