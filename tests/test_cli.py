@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from uvit_fast import build_model, cli, load_config, sampling
 
@@ -126,6 +126,17 @@ def test_a_users_mistake_is_one_line_and_exit_code_two(arguments, words, capsys,
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err
     assert words in error and error.startswith("uvit-fast: ") and error.count("\n") == 1
+
+
+def test_convert_to_a_pipeline_and_back_keeps_every_weight(checkpoint, tmp_path, capsys):
+    common = ["convert", "--config", DIGITS, *SMALL]
+    assert cli.main([*common, "--checkpoint", str(checkpoint), "--out", str(tmp_path / "pipe")]) == 0
+    assert cli.main([*common, "--checkpoint", str(tmp_path / "pipe"), "--out", str(tmp_path / "back.pth")]) == 0
+    before, after = load_file(checkpoint), torch.load(tmp_path / "back.pth", weights_only=True)
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    assert sample(tmp_path / "pipe", tmp_path / "out.npz", "--num", "1", "--steps", "1") == 0
+    assert cli.main([*common, "--checkpoint", str(checkpoint), "--out", str(tmp_path / "pipe")]) == 2
+    assert "there already" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_architecture_names_the_keys(checkpoint, tmp_path, capsys):

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,24 +40,31 @@ def load_for_sampling(cfg: Config, checkpoint: str | Path, device: torch.device)
     """The network of `cfg` with the weights of a file, ready to sample: bf16 on a GPU, fp32 on a CPU, no gradients.
 
     Args:
-        checkpoint: a `.pth` or `.safetensors` file, or a run folder, whose newest EMA weights are taken.
+        checkpoint: as `find_weights` takes it.
 
     Raises:
         UserError: no such checkpoint, or one of another architecture.
     """
-    path = Path(checkpoint)
-    if path.is_dir():
-        path = newest_ema(path)
+    path = find_weights(checkpoint)
     model = load_weights(build_model(cfg), read_weights(path), source=str(path))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return model.to(device, dtype).eval().requires_grad_(False)
 
 
-def newest_ema(run: Path) -> Path:
-    """The EMA weights of a run folder's newest complete checkpoint."""
-    found = sorted(run.glob("checkpoints/step_*/ema.safetensors"))
+def find_weights(checkpoint: str | Path) -> Path:
+    """The weight file that a name means: itself, a run folder's newest EMA weights, or a pipeline folder's network.
+
+    Raises:
+        UserError: a folder that is neither.
+    """
+    path = Path(checkpoint)
+    if not path.is_dir():
+        return path
+    if (path / "model_index.json").is_file():
+        return path / "model" / "diffusion_pytorch_model.safetensors"
+    found = sorted(path.glob("checkpoints/step_*/ema.safetensors"))
     if not found:
-        raise UserError(f"{run}: no EMA weights; expected checkpoints/step_*/ema.safetensors, which train.py writes")
+        raise UserError(f"{path}: no EMA weights; expected checkpoints/step_*/ema.safetensors, which train.py writes")
     return found[-1]
 
 
@@ -157,23 +165,28 @@ def load_decoder(cfg: Config, device: torch.device) -> Callable[[Tensor], Tensor
         ImportError: diffusers is not installed; the message names the extra.
         UserError: the autoencoder is neither a local folder nor to be had from the hub.
     """
+    vae = load_autoencoder(cfg.latent.decoder).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return lambda z: vae.decode(z.to(vae.dtype) / cfg.latent.scale_factor).sample.float()
+
+
+def load_autoencoder(name: str) -> Any:
+    """diffusers' `AutoencoderKL` by a local folder, or owner/repository[/subfolder] on the hub; fp32, frozen, on the CPU.
+
+    Raises:
+        ImportError, UserError: as `load_decoder`.
+    """
     try:
         from diffusers import AutoencoderKL
     except ImportError:
-        raise ImportError("decoding latents needs diffusers: pip install uvit-fast[diffusers]") from None
-    name = cfg.latent.decoder
-    parts = name.split("/")
-    where = {"pretrained_model_name_or_path": name}
-    if not Path(name).is_dir() and len(parts) > 2:  # owner/repository/subfolder
+        raise ImportError("latents need diffusers: pip install uvit-fast[diffusers]") from None
+    where, parts = {"pretrained_model_name_or_path": name}, name.split("/")
+    if not Path(name).is_dir() and len(parts) > 2:
         where = {"pretrained_model_name_or_path": "/".join(parts[:2]), "subfolder": "/".join(parts[2:])}
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
-        vae = AutoencoderKL.from_pretrained(**where, torch_dtype=dtype)
+        return AutoencoderKL.from_pretrained(**where).eval().requires_grad_(False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"latent.decoder {name}: neither a local folder nor found on the hub ({reason})") from None
-    vae = vae.to(device).eval().requires_grad_(False)
-    return lambda z: vae.decode(z.to(dtype) / cfg.latent.scale_factor).sample.float()
+        raise UserError(f"autoencoder {name}: neither a local folder nor found on the hub ({reason})") from None
 
 
 def save_pngs(folder: Path, images: np.ndarray, labels: np.ndarray | None) -> None:
