@@ -162,16 +162,18 @@ def forward_flops(model: nn.Module, config: Config) -> float | None:
     return float(counter.get_total_flops())
 
 
-def mfu(images_per_second: float, flops: float | None, device: torch.device, ranks: int) -> float | None:
-    """Model FLOPs utilisation: 3 x forward FLOPs an image x images/s / (ranks x the device's dense bf16 peak).
+def utilisation(images_per_second: float, flops: float | None, device: torch.device, ranks: int) -> dict[str, float]:
+    """What a GPU does of what it could: "tflops_per_gpu", and "mfu" where its peak is known; nothing on a CPU.
 
-    3: the backward of a matrix product is two of them. Recomputed activations do not count as work.
+    FLOP/s of a GPU = 3 x forward FLOPs an image x images/s / ranks. 3: the backward of a matrix product is two of them; recomputed
+    activations are no work. MFU is that over the device's dense bf16 peak.
     """
     if flops is None or device.type != "cuda":
-        return None
+        return {}
+    per_gpu = 3 * flops * images_per_second / ranks
     name = torch.cuda.get_device_name(device)
     peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
-    return None if peak is None else 3 * flops * images_per_second / (ranks * peak)
+    return {"tflops_per_gpu": per_gpu / 1e12, **({"mfu": per_gpu / peak} if peak else {})}
 
 
 def describe_run(run_dir: Path, config: Config, world: Any) -> None:

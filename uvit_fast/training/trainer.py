@@ -9,6 +9,7 @@ import copy
 import hashlib
 import itertools
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ from uvit_fast.training.ema import EMA
 from uvit_fast.training.engine import Engine, World, start
 from uvit_fast.training.interrupt import Interrupt
 from uvit_fast.training.loader import Order, batches
-from uvit_fast.training.monitor import Mark, Monitor, Reading, describe_run, forward_flops, mfu, say
+from uvit_fast.training.monitor import Mark, Monitor, Reading, describe_run, forward_flops, say, utilisation
 
 MAX_REFUSED = 20  # steps in a row without a finite gradient, after which a run ends
+SLOW_DATA = 0.5  # share of the time that the host waits for data, above which the loader is named as the slow part
 Preview = Callable[[nn.Module, int, Path], None]
 
 
@@ -141,7 +143,10 @@ class Trainer:
         """One optimizer step. The host waits for nothing but data."""
         engine, row = self.engine, self.row
         for k in range(engine.accumulation):
-            loss = self.loss(next(stream), self.step, k)
+            waits_since = time.perf_counter()
+            raw = next(stream)
+            row.waited += time.perf_counter() - waits_since
+            loss = self.loss(raw, self.step, k)
             engine.backward(loss)
             engine.step(self.learning_rate(self.step))
             row.add_loss(loss.detach())
@@ -201,13 +206,15 @@ class Trainer:
         self.pending = None
         loss, grad_norm, refused, in_a_row = reading.read()
         if self.main:
-            images = (step - row.first_step) * self.config.train.batch_size
-            speed = images / reading.time.seconds_since(row.began)
+            seconds = reading.time.seconds_since(row.began)
+            speed = (step - row.first_step) * self.config.train.batch_size / seconds
             scalars = {"step": step, "loss": loss, "lr": self.learning_rate(step - 1), "grad_norm": grad_norm}
             scalars["images_per_second"] = speed
-            used = mfu(speed, self.flops, self.world.device, self.world.size)
-            if used is not None:
-                scalars["mfu"] = used
+            scalars |= utilisation(speed, self.flops, self.world.device, self.world.size)
+            scalars["data_wait"] = row.waited / seconds
+            if scalars["data_wait"] > SLOW_DATA:
+                share = f"{scalars['data_wait']:.0%}"
+                self.monitor.say(f"step {step}: {share} of the time went into waiting for data; see data.num_workers")
             if refused:
                 scalars["refused"] = refused
                 self.monitor.say(
@@ -289,6 +296,7 @@ class Row:
         self.first_step, self.began = first_step, began or Mark(device)
         self.losses = torch.zeros(2, device=device)  # sum and number of the finite ones
         self.refused = torch.zeros((), device=device)
+        self.waited = 0.0  # seconds of this rank's host for data
 
     def add_loss(self, loss: Tensor) -> None:
         finite = loss.isfinite()

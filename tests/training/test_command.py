@@ -1,0 +1,89 @@
+"""train.py as users call it."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.training import tiny
+
+ROOT = Path(__file__).parent.parent.parent
+SMALL = ["train.iterations=4", "train.batch_size=8", "train.checkpoint_every=2", "train.log_every=1", "model.depth=2"]
+SMALL += ["model.embed_dim=16", "model.num_heads=2"]
+
+
+def arguments(run_dir: Path, *settings: str) -> list[str]:
+    config = ["--config", str(ROOT / "configs" / "digits.yaml"), "--run-dir", str(run_dir)]
+    return [*config, *(part for setting in [*SMALL, *settings] for part in ("--set", setting))]
+
+
+def call(argv: list[str]) -> tuple[int, list[str]]:
+    """main() of train.py; its exit code and the lines it wrote to stderr."""
+    spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        code = module.main(argv)
+    return code, err.getvalue().strip().splitlines()
+
+
+def test_a_run_is_continued_finished_and_put_aside(tmp_path):
+    """The same command three times, and --fresh."""
+    run = tmp_path / "run"
+    assert tiny.launch(call, arguments(run, "train.iterations=2"))[0] == 0
+    assert "continuing from" in " ".join(tiny.launch(call, arguments(run))[1])
+    code, lines = tiny.launch(call, arguments(run))
+    assert (code, len(lines)) == (0, 1) and "finished, 4 of 4 steps" in lines[0]
+    assert tiny.launch(call, [*arguments(run), "--fresh"])[0] == 0
+    assert (tmp_path / "run.1" / "config.yaml").exists() and (run / "checkpoints" / "step_00000004").exists()
+
+    (run / "checkpoints" / "step_00000004" / "model.safetensors").write_bytes(b"short")
+    code, lines = tiny.launch(call, arguments(run))
+    assert code == 0 and "step_00000004 is damaged (model.safetensors: expected" in lines[0]
+    assert "continuing from" in lines[1] and "step_00000002" in lines[1]
+
+    code, lines = tiny.launch(call, arguments(run, "model.embed_dim=32"))
+    assert (code, len(lines)) == (2, 1) and "model.embed_dim 16 there, 32 in the config" in lines[0]
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("device=cuda", "expected a GPU"),
+        ("train.micro_batch_size=3", "batch_size 8, micro_batch_size 3, GPUs 1"),
+        ("train.itrations=3", "did you mean 'iterations'"),
+        ("data.name=cifar10", "expected a folder"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(setting, message, tmp_path):
+    code, lines = tiny.launch(call, arguments(tmp_path / "run", setting))
+    assert (code, len(lines)) == (2, 1) and message in lines[0]
+
+
+def test_synthetic_data_says_so(tmp_path):
+    code, lines = tiny.launch(call, arguments(tmp_path / "run", "data.name=synthetic"))
+    assert code == 0 and lines[0] == "synthetic data: measures speed and memory, learns nothing"
+
+
+def test_the_deepspeed_launcher_trains_on_two_ranks(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    deepspeed = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--master_port", port]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        [*deepspeed, "train.py", *arguments(tmp_path)], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and "deprecated" not in done.stderr
+    manifest = json.loads((tmp_path / "checkpoints" / "step_00000004" / "manifest.json").read_text())
+    assert manifest["world_size"] == 2
+    assert done.stderr.count("step 4/4") == 1  # one rank speaks
