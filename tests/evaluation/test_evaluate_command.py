@@ -1,0 +1,115 @@
+"""`uvit-fast evaluate`: figures from files and from checkpoints, printed and written; one line for each mistake."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from tests.evaluation.test_inception import random_state
+from uvit_fast import build_model, cli, load_config
+from uvit_fast.evaluation import inception
+
+DIGITS = "configs/digits.yaml"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A file of random weights under the published names; the published weights are not here."""
+    folder = tmp_path_factory.mktemp("inception")
+    torch.save(random_state(), folder / "x.pth")
+    sha = hashlib.sha256((folder / "x.pth").read_bytes()).hexdigest()
+    return (folder / "x.pth").rename(folder / f"random-{sha[:8]}.pth")
+
+
+@pytest.fixture
+def run(tmp_path):
+    def run(*arguments):
+        return cli.main(["evaluate", "--cache", str(tmp_path / "cache"), "--device", "cpu", *map(str, arguments)])
+
+    return run
+
+
+def images(path, count, seed):
+    array = np.random.default_rng(seed).integers(0, 256, (count, 8, 8, 3)).astype(np.uint8)
+    np.savez(path, arr_0=array)
+    return path
+
+
+def test_inceptions_figures_of_two_files(run, weights, tmp_path, capsys, monkeypatch):
+    """All of Table 3; against itself the distances vanish. Few images: a warning with its consequence."""
+    samples, real = images(tmp_path / "fake.npz", 5, 0), images(tmp_path / "real.npz", 6, 1)
+    assert run("--samples", samples, "--reference", real, "--inception", weights, "--batch", 3) == 0
+    printed = capsys.readouterr()
+    assert "5 images, fewer than the 2048 feature dimensions" in printed.err
+    result = json.loads((tmp_path / "fake.npz.evaluation.json").read_text())
+    assert set(result["metrics"]) == {"fid", "sfid", "is", "precision", "recall", "kid", "kid_std"}
+    assert all(name in printed.out for name in result["metrics"])
+    assert result["num_samples"] == 5 and result["num_reference"] == 6
+    assert result["features"].endswith("-tensorflow") and np.isfinite(list(result["metrics"].values())).all()
+
+    monkeypatch.setattr(inception, "find_weights", lambda download: weights)  # now as torch.hub would keep it
+    out = tmp_path / "folder" / "same.json"
+    assert run("--samples", real, "--reference", real, "--out", out) == 0
+    same = json.loads(out.read_text())["metrics"]
+    assert same["precision"] == same["recall"] == 1
+    assert abs(same["fid"]) < 1e-4 * result["metrics"]["fid"]
+    assert abs(same["sfid"]) < 1e-4 * result["metrics"]["sfid"]
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    small = ["model.embed_dim=32", "model.depth=2", "sample.steps=2"]
+    cfg = load_config(DIGITS, small)
+    path = tmp_path / "ema.safetensors"
+    save_file(build_model(cfg).state_dict(), path)
+    return ["--config", DIGITS, "--checkpoint", path, *[a for s in small for a in ("--set", s)]]
+
+
+def test_digits_fid_of_a_checkpoint_and_of_its_saved_samples(run, checkpoint, tmp_path, monkeypatch, capsys):
+    """Samples that are measured while they are drawn have the same figures as their files; the names say that it is no FID."""
+    monkeypatch.setattr("uvit_fast.evaluation.classifier.STEPS", 150)
+    common = ["--reference", DIGITS, "--features", "digits-fid"]
+    folder = tmp_path / "pictures"
+    assert run(*common, *checkpoint, "--num", 70, "--save-images", folder, "--out", tmp_path / "drawn.json") == 0
+    assert "trained a classifier on 1,797 images" in capsys.readouterr().out
+    assert Image.open(folder / "000069.png").size == (8, 8)
+    assert run(*common, "--samples", folder) == 0  # with the kept classifier and statistics
+    assert "trained" not in capsys.readouterr().out
+    drawn, read = (json.loads(p.read_text()) for p in (tmp_path / "drawn.json", tmp_path / "pictures.evaluation.json"))
+    assert drawn["features"] == read["features"] and drawn["num_reference"] == 1797
+    assert all(name.startswith("digits-") for name in drawn["metrics"]) and "digits-fid" in drawn["metrics"]
+    for name in drawn["metrics"].keys() - {"digits-is"}:  # a folder's order is not the drawn one
+        assert read["metrics"][name] == pytest.approx(drawn["metrics"][name], rel=1e-3, abs=1e-6)
+
+
+def test_samples_that_are_nan_are_refused(run, checkpoint, capsys):
+    path = checkpoint[3]
+    state = build_model(load_config(DIGITS, checkpoint[5::2])).state_dict()
+    save_file({name: torch.full_like(value, torch.nan) for name, value in state.items()}, path)
+    capsys.readouterr()
+    assert run("--reference", DIGITS, "--features", "digits-fid", *checkpoint, "--num", 4) == 2
+    assert "samples 0 to 3 hold NaN or infinity" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--reference", "x.npz"], "either --samples, or --config and --checkpoint"),
+        (["--reference", "x.npz", "--samples", "a", "--config", DIGITS, "--checkpoint", "b"], "either --samples"),
+        (["--reference", "x.npz", "--config", DIGITS], "either --samples, or --config and --checkpoint"),
+        (["--reference", "x.npz", "--samples", "nowhere"], "nowhere: no such images"),
+        (["--reference", "x.npz", "--samples", "FILE", "--inception", "WEIGHTS"], "x.npz: no such reference"),
+        (["--reference", "x.npz", "--samples", "FILE", "--inception", "x.pth"], "x.pth: no such Inception weight file"),
+        (["--reference", "FILE", "--samples", "FILE", "--features", "digits-fid"], "a YAML whose data have labels"),
+        (["--reference", "configs/h2_256.yaml", "--samples", "FILE"], "expected data of images, got latents"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_two(run, arguments, words, weights, tmp_path, capsys):
+    places = {"FILE": images(tmp_path / "fake.npz", 5, 0), "WEIGHTS": weights}
+    assert run(*[places.get(a, a) for a in arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.startswith("uvit-fast: ") and error.count("\n") == 1
