@@ -16,21 +16,27 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .attention_hopper_backward import attention_dkv_kernel, attention_dq_kernel
 from .attention_hopper_pieces import (
+    LEFT_SMALL,
     MMA_16,
     MMA_64,
+    SMALL,
     SWIZZLE_32,
     SWIZZLE_128,
     accumulate,
+    barrier,
     left,
     load_head,
     load_rows,
     rows_by_rows,
     store_rows,
+    tail_attend,
+    tail_store,
+    to_registers,
 )
 
 LOG2E = 1.4426950408889634
@@ -44,9 +50,11 @@ def attention_forward_kernel(
     tail_w,  # 16 rows, 16 columns
     out,  # (B, L, H, D) in boxes of 64 rows, 64 columns
     out_w,  # the same, 16 columns
+    whole,  # (B, L, H, D), what `out` is a view of
     lse,  # (B, H, L) fp32, base 2
     L,
     scale,  # D**-0.5 * log2(e)
+    D: gl.constexpr,
     H: gl.constexpr,
     BLOCKS: gl.constexpr,
     TAIL: gl.constexpr,
@@ -58,11 +66,13 @@ def attention_forward_kernel(
     ROW: gl.constexpr = 160 if WIDE else 128  # bytes
     HEAD: gl.constexpr = (BLOCKS * 64 + (16 if TAIL else 0)) * ROW
     NK: gl.constexpr = BLOCKS * 64 // BN
-    QUERIES: gl.constexpr = BLOCKS + (1 if TAIL else 0)
+    START: gl.constexpr = BLOCKS * 64 if TAIL else 0  # the tail goes first
+    BEFORE: gl.constexpr = 1 if TAIL else 0  # what has been through the buffers of q before block 0
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     row: gl.constexpr = gl.SliceLayout(1, mma)
     row_64: gl.constexpr = gl.SliceLayout(1, MMA_64)
     row_16: gl.constexpr = gl.SliceLayout(1, MMA_16)
+    row_small: gl.constexpr = gl.SliceLayout(1, SMALL)
 
     k = gl.allocate_shared_memory(dtype, [BLOCKS, 64, 64], SWIZZLE_128)
     v = gl.allocate_shared_memory(dtype, [BLOCKS, 64, 64], SWIZZLE_128)
@@ -87,14 +97,14 @@ def attention_forward_kernel(
     b = head // H
     h = head % H
     mbarrier.expect(bars.index(0), 64 * ROW)
-    load_rows(box, box_w, b, 0, h, bars.index(0), q.index(0), q_w.index(0), WIDE)
+    load_rows(box, box_w, b, START, h, bars.index(0), q.index(0), q_w.index(0), WIDE)
     mbarrier.expect(bars.index(2), HEAD)
     load_head(box, box_w, tail, tail_w, b, H + h, bars.index(2), k, k_w, k_t, k_tw, BLOCKS, TAIL, WIDE)
     mbarrier.expect(bars.index(3), HEAD)
     load_head(box, box_w, tail, tail_w, b, 2 * H + h, bars.index(3), v, v_w, v_t, v_tw, BLOCKS, TAIL, WIDE)
-    if QUERIES > 1:
+    if BLOCKS + BEFORE > 1:
         mbarrier.expect(bars.index(1), 64 * ROW)
-        load_rows(box, box_w, b, 64, h, bars.index(1), q.index(1), q_w.index(1), WIDE)
+        load_rows(box, box_w, b, 64 * (1 - BEFORE), h, bars.index(1), q.index(1), q_w.index(1), WIDE)
 
     ks = k._reinterpret(dtype, [NK, BN, 64], SWIZZLE_128)
     vs = v._reinterpret(dtype, [NK, BN, 64], SWIZZLE_128)
@@ -102,10 +112,40 @@ def attention_forward_kernel(
     if WIDE:
         ks_w = k_w._reinterpret(dtype, [NK, BN, 16], SWIZZLE_32)
         vs_w = v_w._reinterpret(dtype, [NK, BN, 16], SWIZZLE_32)
-    keys_t = BLOCKS * 64 + gl.arange(0, 16, layout=gl.SliceLayout(0, MMA_16))
-    for i in range(QUERIES):
-        u = i & 1
-        mbarrier.wait(bars.index(u), (i // 2) & 1)
+    if TAIL:
+        mbarrier.wait(bars.index(0), 0)
+        x, x_w = to_registers(
+            q._reinterpret(dtype, [8, 16, 64], SWIZZLE_128).index(0),
+            q_w._reinterpret(dtype, [8, 16, 16], SWIZZLE_32).index(0) if WIDE else q,
+            LEFT_SMALL,
+            WIDE,
+        )
+        barrier()
+        m_t = gl.full([16], float("-inf"), gl.float32, row_small)
+        total_t = gl.zeros([16], gl.float32, row_small)
+        o_t = gl.zeros([16, 64], gl.float32, SMALL)
+        o_tw = gl.zeros([16, 16], gl.float32, SMALL)
+        via = q.index(0)._reinterpret(dtype, [64 * 64 // (16 * BN), 16, BN], SWIZZLE_128).index(0)
+        via_t = q.index(0)._reinterpret(dtype, [16, 16, 16], SWIZZLE_32).index(0)
+        mbarrier.wait(bars.index(2), 0)
+        mbarrier.wait(bars.index(3), 0)
+        for n in gl.static_range(NK):
+            m_t, total_t, o_t, o_tw = tail_attend(
+                x, x_w, ks.index(n), ks_w.index(n), vs.index(n), vs_w.index(n), via, 0, L, scale, m_t, total_t, o_t, o_tw,
+                BN, False, WIDE,
+            )  # fmt: skip
+        m_t, total_t, o_t, o_tw = tail_attend(
+            x, x_w, k_t, k_tw, v_t, v_tw, via_t, START, L, scale, m_t, total_t, o_t, o_tw, 16, True, WIDE
+        )
+        rows_t = START + gl.arange(0, 16, layout=row_small)
+        gl.store(lse + head * L + rows_t, m_t + gl.log2(total_t), mask=rows_t < L)
+        total_t = gl.expand_dims(1.0 / total_t, 1)
+        tail_store(whole + b.to(gl.int64) * L * (H * D) + h * D, o_t * total_t, o_tw * total_t, START, L, H * D, D)
+        fence_async_shared()  # TMA is next to write where the scores were
+    keys_t = START + gl.arange(0, 16, layout=gl.SliceLayout(0, MMA_16))
+    for i in range(BLOCKS):
+        u = (i + BEFORE) & 1
+        mbarrier.wait(bars.index(u), ((i + BEFORE) // 2) & 1)
         mbarrier.wait(bars.index(2), 0)
         m = gl.full([64], float("-inf"), gl.float32, row)
         total = gl.zeros([64], gl.float32, row)
@@ -119,10 +159,10 @@ def attention_forward_kernel(
                 t = gl.where(gl.expand_dims(keys_t < L, 0), t, float("-inf"))
             else:
                 s = warpgroup_mma_wait(0, deps=(s,))
-            if j == 0 and i > 0:
+            if j == 0 and i + BEFORE > 0:
                 # the other buffer has held the output of the block before this one: by now that has left
                 tma.store_wait(0)
-                if i + 1 < QUERIES:
+                if i + 1 < BLOCKS:
                     mbarrier.expect(bars.index(1 - u), 64 * ROW)
                     load_rows(box, box_w, b, (i + 1) * 64, h, bars.index(1 - u), q.index(1 - u), q_w.index(1 - u), WIDE)
             if RAGGED:
@@ -199,7 +239,7 @@ def forward_launch(qkv: Tensor, out: Tensor, lse: Tensor) -> tuple[tuple, dict]:
     c = shape_constants(L, H, D)
     c["BN"] = 256 if c["BLOCKS"] % 4 == 0 else 128 if c["BLOCKS"] % 2 == 0 else 64
     boxes = _all_boxes(qkv, 3 * H, D, c["TAIL"]) + _boxes(out, H, D, (64,))
-    return (*boxes, lse, L, D**-0.5 * LOG2E), {**c, "num_warps": 4}
+    return (*boxes, out, lse, L, D**-0.5 * LOG2E, D), {**c, "num_warps": 4}
 
 
 def backward_launches(

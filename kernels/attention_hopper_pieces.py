@@ -182,6 +182,29 @@ def tail_round(
 
 
 @gluon.jit
+def tail_attend(
+    x, x_w, k, k_w, v, v_w, via, first, L, scale, m, total, o, o_w,
+    N: gl.constexpr, MASKED: gl.constexpr, WIDE: gl.constexpr,
+):  # fmt: skip
+    """The 16 rows of the tail (queries x) take in N keys: running maximum, sum and output. `via` holds (16, N) scores."""
+    s = _tail_rows_by_rows(x, x_w, k, k_w, N, WIDE) * scale
+    if MASKED:
+        keys = first + gl.arange(0, N, layout=gl.SliceLayout(0, SMALL))
+        s = gl.where(gl.expand_dims(keys < L, 0), s, float("-inf"))
+    new = gl.maximum(m, gl.max(s, 1))
+    p = gl.exp2(s - gl.expand_dims(new, 1))
+    shrink = gl.exp2(m - new)
+    via.store(p.to(v.dtype))
+    barrier()
+    p_left = via.load(LEFT_SMALL)
+    o = mma_v2(p_left, v.load(RIGHT_SMALL), o * gl.expand_dims(shrink, 1))
+    if WIDE:
+        o_w = mma_v2(p_left, v_w.load(RIGHT_SMALL), o_w * gl.expand_dims(shrink, 1))
+    barrier()  # all of p is read: `via` may be written
+    return new, total * shrink + gl.sum(p, 1), o, o_w
+
+
+@gluon.jit
 def tail_store(pointer, value, value_w, first, L, stride, D: gl.constexpr):
     """The tail's gradient (16, D) straight to global memory: at most 16 rows."""
     rows = first + gl.arange(0, 16, layout=gl.SliceLayout(1, SMALL))
