@@ -22,6 +22,7 @@ from uvit_fast.config import Config
 from uvit_fast.training.trainer import Trainer
 
 IMAGE = (1, 4, 4)
+PRELOAD = ["tests.training.tiny", "torch.utils.tensorboard", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"]
 
 
 class Block(nn.Module):
@@ -106,7 +107,7 @@ def launch(function: Callable[..., Any], *args: Any, ranks: int = 1) -> Any:
     """Call `function(*args)` in `ranks` processes that form a process group; what rank 0 returns, or an AssertionError."""
     os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")  # before the server starts, for all its children
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.training.tiny", "deepspeed", "torch.utils.tensorboard"])
+    context.set_forkserver_preload(PRELOAD)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
