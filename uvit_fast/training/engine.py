@@ -17,6 +17,8 @@ from torch import Tensor
 
 from uvit_fast.config import Config, TrainConfig, UserError
 
+KEEP_WHOLE = 100_000  # ZeRO-3 leaves parameters of fewer values whole on every rank: biases, norms
+
 
 class World(NamedTuple):
     """Where this process stands: rank of `size` processes, `local_rank` on its host, and its device."""
@@ -242,7 +244,8 @@ def _settings(engine: Engine, train: TrainConfig, parameters: int) -> dict[str, 
             # no bucket is larger than the model: it would only be memory
             "reduce_bucket_size": min(parameters, 100_000_000),
             "allgather_bucket_size": min(parameters, 500_000_000),
-            "sub_group_size": 10**12,
+            "sub_group_size": 10**12,  # one flat partition
+            "stage3_param_persistence_threshold": KEEP_WHOLE,
             "compute_grad_norm": engine.stage == 3,  # by AdamW, in one pass over the flat gradient
         },
     }
