@@ -1,6 +1,7 @@
 """What every benchmark shares: the CSV schema, event timing, and the machine's own ceilings, measured in the same run."""
 
 import csv
+import os
 import statistics
 import subprocess
 import time
@@ -116,7 +117,7 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def _commit() -> str:
-    """The commit that was measured; a plus where files differ from it, unknown outside a git checkout."""
+    """The commit that was measured, with a plus where files differ from it; outside a git checkout what COMMIT says."""
     here = Path(__file__).parent
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
     if done.returncode == 0:
@@ -124,4 +125,4 @@ def _commit() -> str:
             ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True
         ).stdout
         return done.stdout.strip() + ("+" if dirty.strip() else "")
-    return "unknown"
+    return os.environ.get("COMMIT", "unknown")
