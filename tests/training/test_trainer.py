@@ -217,3 +217,16 @@ def test_impossible_batches_name_the_three_numbers(batch, micro, ranks):
     train = tiny.config(batch_size=batch, micro_batch_size=micro).train
     with pytest.raises(UserError, match=rf"batch_size {batch}, micro_batch_size .*, GPUs {ranks}"):
         batch_plan(train, ranks)
+
+
+@pytest.mark.parametrize("stage, ranks", [(1, 2), (2, 1), (2, 2), (3, 2)])
+def test_bf16_resumes_exactly_and_keeps_fp32_weights(stage, ranks, tmp_path):
+    """Mixed precision as on a GPU, with accumulated gradients: the masters are saved, not what the model computes with."""
+    settings = dict(precision="bf16", zero_stage=stage, micro_batch_size=4, batch_size=16)
+    straight = tiny.launch(tiny.train, tmp_path / "straight", config(iterations=8, **settings), ranks=ranks)
+    tiny.launch(tiny.train, tmp_path / "halves", config(iterations=4, **settings), ranks=ranks)
+    halves = tiny.launch(tiny.train, tmp_path / "halves", config(iterations=8, **settings), ranks=ranks)
+    assert halves["losses"] == straight["losses"]
+    weight = straight["weights"]["first.weight"]
+    assert torch.equal(halves["weights"]["first.weight"], weight)
+    assert not torch.equal(weight, weight.bfloat16().float())

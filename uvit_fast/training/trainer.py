@@ -86,6 +86,8 @@ class Trainer:
         if self.step >= train.iterations:
             self._say(f"{self.run_dir}: finished, {self.step} of {train.iterations} steps; --fresh starts it anew")
             return {"step": self.step, "seconds": 0.0, "images_per_second": 0.0}
+        if engine.bf16 and engine.accumulation > 1 and engine.stage == 1:
+            self._say("train.zero_stage 1 accumulates gradients in bf16; 2 and 3 do it in fp32")
         if getattr(self.dataset, "synthetic", False):
             self._say("synthetic data: measures speed and memory, learns nothing")
         self.monitor = Monitor(self.run_dir, self.step, train.iterations) if self.main else None
