@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from . import gemm_ampere, launch, wgrad_hopper
+from . import gemm_ampere, launch, layernorm, wgrad_hopper
 from .gemm_ampere import A0 as _A0
 from .gemm_ampere import A1 as _A1
 from .gemm_ampere import A2 as _A2
@@ -403,7 +403,11 @@ def input_gradient(dy: Tensor, w: Tensor) -> Tensor:
 
 def weight_gradient(dy: Tensor, x: Tensor, *, bias: bool, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """dy.T @ x and the column sums of dy: see `gemm_ampere.weight_gradient`. The table says whose kernel."""
-    if not launch.choice(dy.device, "weight_gradient", f"{dy.shape[1]}x{x.shape[1]}")["ours"]:
+    tuned = launch.choice(dy.device, "weight_gradient", f"{dy.shape[1]}x{x.shape[1]}")
+    if not tuned["ours"]:
         return gemm_ampere.weight_gradient(dy, x, bias=bias, out=out)
     out = dy.new_empty(dy.shape[1], x.shape[1]) if out is None else out
-    return out, wgrad_hopper.weight_gradient(dy, x, out, bias)
+    if tuned.get("bias_pass", True):
+        return out, wgrad_hopper.weight_gradient(dy, x, out, bias)
+    wgrad_hopper.weight_gradient(dy, x, out, False)
+    return out, layernorm.column_sums(dy) if bias else None

@@ -12,7 +12,6 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -63,42 +62,35 @@ def _producer(dy_rows, dy_cols, x_rows, x_cols, a_bufs, b_bufs, full, empty, who
 
 
 @gluon.jit
-def _main_loop(a_bufs, b_bufs, ones, full, empty, step, count, WHO: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, S: gl.constexpr, BIAS: gl.constexpr):  # fmt: skip
-    """The product [ROWS, COLS] over `count` stages; with BIAS the sums of A's rows as well, as a product with ones."""
+def _main_loop(a_bufs, b_bufs, full, empty, step, count, WHO: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, BK: gl.constexpr, S: gl.constexpr, BIAS: gl.constexpr):  # fmt: skip
+    """The product [ROWS, COLS] over `count` stages; with BIAS also A summed over them, [BK, ROWS], beside the tensor cores."""
     acc = gl.zeros([ROWS, COLS], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16]))
-    sums = gl.zeros([ROWS, 16], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16]))
+    flat: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    sums = gl.zeros([BK, ROWS], gl.float32, flat)
     s = step % S
     mbarrier.wait(full.index(s), (step // S) & 1)
-    a = a_bufs.index(2 * s + WHO).permute([1, 0])
+    a = a_bufs.index(2 * s + WHO)
+    acc = warpgroup_mma(a.permute([1, 0]), b_bufs.index(s), acc, use_acc=False, is_async=True)
     if BIAS:
-        sums = warpgroup_mma(a, ones, sums, use_acc=False, is_async=True)
-    acc = warpgroup_mma(a, b_bufs.index(s), acc, use_acc=False, is_async=True)
+        sums += a.load(flat).to(gl.float32)
     for i in range(step + 1, step + count):
         t = i % S
         mbarrier.wait(full.index(t), (i // S) & 1)
-        a = a_bufs.index(2 * t + WHO).permute([1, 0])
+        a = a_bufs.index(2 * t + WHO)
+        acc = warpgroup_mma(a.permute([1, 0]), b_bufs.index(t), acc, is_async=True)
         if BIAS:
-            sums = warpgroup_mma(a, ones, sums, is_async=True)
-            acc = warpgroup_mma(a, b_bufs.index(t), acc, is_async=True)
-            acc, sums = warpgroup_mma_wait(2, deps=(acc, sums))
-            acc = warpgroup_mma_init(acc)
-            sums = warpgroup_mma_init(sums)
-        else:
-            acc = warpgroup_mma(a, b_bufs.index(t), acc, is_async=True)
-            acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))
+            sums += a.load(flat).to(gl.float32)
+        acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))
         mbarrier.arrive(empty.index((i - 1) % S), count=1)
-    if BIAS:
-        acc, sums = warpgroup_mma_wait(0, deps=(acc, sums))
-    else:
-        acc = warpgroup_mma_wait(0, deps=(acc,))
+    acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(empty.index((step + count - 1) % S), count=1)
     return acc, sums
 
 
 @gluon.jit
-def _consumer(out, parts, bias_parts, a_bufs, b_bufs, ones, full, empty, N, K, stride, whole, ragged, splits, units, KT, tiles_n, plain, WHO: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, S: gl.constexpr, BIAS: gl.constexpr):  # fmt: skip
+def _consumer(out, parts, bias_parts, a_bufs, b_bufs, full, empty, N, K, stride, whole, ragged, splits, units, KT, tiles_n, plain, WHO: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, BK: gl.constexpr, S: gl.constexpr, BIAS: gl.constexpr):  # fmt: skip
     lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
-    thin: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16])
+    flat: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     step = 0
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
         tile, split, first, last = _unit(unit, whole, ragged, splits, KT)
@@ -107,14 +99,13 @@ def _consumer(out, parts, bias_parts, a_bufs, b_bufs, ones, full, empty, N, K, s
         ) * 2 * ROWS + WHO * ROWS  # the consumer's first feature of dy, where the roles are not swapped
         if BIAS:
             if tile < tiles_n:  # one tile a row of tiles sums it
-                acc, sums = _main_loop(a_bufs, b_bufs, ones, full, empty, step, last - first, WHO, ROWS, COLS, S, True)
-                total = gl.max(sums, axis=1)  # every column holds the same sum
-                row = at + gl.arange(0, ROWS, layout=gl.SliceLayout(1, thin))
-                gl.store(bias_parts + split * N + row, total, mask=row < N)
+                acc, sums = _main_loop(a_bufs, b_bufs, full, empty, step, last - first, WHO, ROWS, COLS, BK, S, True)
+                row = at + gl.arange(0, ROWS, layout=gl.SliceLayout(0, flat))
+                gl.store(bias_parts + split * N + row, gl.sum(sums, axis=0), mask=row < N)
             else:
-                acc, sums = _main_loop(a_bufs, b_bufs, ones, full, empty, step, last - first, WHO, ROWS, COLS, S, False)
+                acc, sums = _main_loop(a_bufs, b_bufs, full, empty, step, last - first, WHO, ROWS, COLS, BK, S, False)
         else:
-            acc, sums = _main_loop(a_bufs, b_bufs, ones, full, empty, step, last - first, WHO, ROWS, COLS, S, False)
+            acc, sums = _main_loop(a_bufs, b_bufs, full, empty, step, last - first, WHO, ROWS, COLS, BK, S, False)
         i = gl.arange(0, ROWS, layout=gl.SliceLayout(1, lay))
         j = gl.arange(0, COLS, layout=gl.SliceLayout(0, lay))
         if unit < whole:
@@ -157,10 +148,6 @@ def wgrad_kernel(
     BK: gl.constexpr = dy_rows.block_type.shape[0]
     a_bufs = gl.allocate_shared_memory(dy_rows.dtype, [2 * S] + dy_rows.block_type.shape, dy_rows.layout)
     b_bufs = gl.allocate_shared_memory(dy_cols.dtype, [S] + dy_cols.block_type.shape, dy_cols.layout)
-    thin: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=2)
-    ones = gl.allocate_shared_memory(dy_rows.dtype, [BK, 16], thin)
-    ones.store(gl.full([BK, 16], 1.0, dy_rows.dtype, gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0])))
-    fence_async_shared()
     full = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(S):
@@ -168,8 +155,8 @@ def wgrad_kernel(
         mbarrier.init(empty.index(i), count=2)
     gl.warp_specialize(
         [
-            (_consumer, (out, parts, bias_parts, a_bufs, b_bufs, ones, full, empty, N, K, stride, whole, ragged, splits, units, KT, tiles_n, plain, 0, ROWS, COLS, S, BIAS)),
-            (_consumer, (out, parts, bias_parts, a_bufs, b_bufs, ones, full, empty, N, K, stride, whole, ragged, splits, units, KT, tiles_n, plain, 1, ROWS, COLS, S, BIAS)),
+            (_consumer, (out, parts, bias_parts, a_bufs, b_bufs, full, empty, N, K, stride, whole, ragged, splits, units, KT, tiles_n, plain, 0, ROWS, COLS, BK, S, BIAS)),
+            (_consumer, (out, parts, bias_parts, a_bufs, b_bufs, full, empty, N, K, stride, whole, ragged, splits, units, KT, tiles_n, plain, 1, ROWS, COLS, BK, S, BIAS)),
             (_producer, (dy_rows, dy_cols, x_rows, x_cols, a_bufs, b_bufs, full, empty, whole, ragged, splits, units, KT, tiles_n, plain, strip_at, S)),
         ],
         [4, 1],
@@ -201,13 +188,15 @@ def sum_kernel(
     for _ in range(splits):
         total += tl.load(at)
         at += ragged * 128 * 256
+    value = total.to(out.dtype.element_ty)
     if tile < plain:
-        row = ((tile % tiles_n) * 128 + i)[:, None]
-        col = ((tile // tiles_n) * 256 + j)[None, :]
+        n = (tile % tiles_n) * 128 + i
+        k = (tile // tiles_n) * 256 + j
+        tl.store(out + n[:, None] * stride + k[None, :], value, mask=(n < N)[:, None] & (k < K)[None, :])
     else:
-        row = ((tile - plain) * 256 + j)[None, :]
-        col = (strip_at + i)[:, None]
-    tl.store(out + row * stride + col, total.to(out.dtype.element_ty), mask=(row < N) & (col < K))
+        n2 = (tile - plain) * 256 + j
+        k2 = strip_at + i
+        tl.store(out + n2[None, :] * stride + k2[:, None], value, mask=(n2 < N)[None, :] & (k2 < K)[:, None])
 
 
 def plan(M: int, N: int, K: int, programs: int) -> dict[str, int]:
