@@ -40,7 +40,7 @@ def evaluate(
             f"{reference.name}: expected statistics of {D} dimensions, got {len(reference.pool_moments.mu)}: "
             "other features than the samples'"
         )
-    warnings = [*reference.warnings, *found.warnings, *_count_warnings(images, reference, D)]
+    warnings = [*reference.warnings, *found.warnings, *_count_warnings(images, reference, extractor)]
     device = extractor.device
     pool = found.pool.to(device)
 
@@ -79,15 +79,15 @@ def evaluate(
     }
 
 
-def _count_warnings(images: Images, reference: Reference, D: int) -> list[str]:
-    warnings = []
+def _count_warnings(images: Images, reference: Reference, extractor: Extractor) -> list[str]:
+    warnings, D = [], extractor.pool_dim
     for name, count in ((images.name, images.count), (reference.name, reference.count)):
         if count is not None and count < D:
             warnings.append(
                 f"{name}: {count} images, fewer than the {D} feature dimensions: "
                 "the covariance is singular, the distances are biased upwards and no published figure compares"
             )
-    if D <= images.count < USUAL:
+    if not extractor.prefix and D <= images.count < USUAL:
         warnings.append(
             f"{images.name}: {images.count} images; published figures are of {USUAL:,}, and FID is larger with fewer"
         )

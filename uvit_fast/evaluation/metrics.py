@@ -48,7 +48,8 @@ class RunningMoments:
         batch_mean = x.mean(0)  # (D,)
         centred = x - batch_mean  # (B, D)
         delta, total = batch_mean - self.mean, self.count + B
-        self.scatter += centred.T @ centred + torch.outer(delta, delta) * (self.count * B / total)  # (D, D)
+        rows = torch.cat([centred, delta[None] * (self.count * B / total) ** 0.5])  # (B + 1, D)
+        self.scatter.addmm_(rows.T, rows)  # (D, D)
         self.mean += delta * (B / total)
         self.count = total
 

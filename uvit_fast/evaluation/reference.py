@@ -75,6 +75,11 @@ def load_reference(
             )
         return reference_from_images(open_images(path), extractor("tensorflow"), cache, batch, progress)
     reference = _read_statistics(path)
+    if reference.like == "pytorch-fid":
+        reference.warnings.append(
+            f"{path}: mu and sigma alone, as pytorch-fid writes them: the samples are resized its way too, and the FID "
+            "compares with pytorch-fid's figures, not with those of ADM's evaluator"
+        )
     if reference.pool is None and "arr_0" in keys:
         images = reference_from_images(open_images(path), extractor(reference.like), cache, batch, progress)
         reference.pool, reference.size = images.pool, images.size

@@ -1,0 +1,95 @@
+"""How long does an evaluation take? Features a second, the Fréchet distance, precision and recall.
+
+    python -m benchmarks.bench_evaluation --out benchmarks/results
+    python -m benchmarks.bench_evaluation --samples 5000 --reference 1000 --images 32   # a CPU in minutes; cases carry the sizes
+
+Random features and random Inception weights: speed does not depend on the values. 2048 dimensions, float64.
+"""
+
+import argparse
+import time
+
+import numpy as np
+import torch
+
+from benchmarks.common import RESULTS, Rows, measure
+from uvit_fast.evaluation.features import InceptionFeatures
+from uvit_fast.evaluation.inception import Inception
+from uvit_fast.evaluation.metrics import RunningMoments, frechet_distance, precision_recall
+
+DIM = 2048
+
+
+def seconds(f, repeats: int) -> list[float]:
+    """Wall-clock seconds of calls that return numbers, and so end with the device's work."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        f()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def features(rows: Rows, device: torch.device, sizes: list[int], batch: int, repeats: int) -> None:
+    """Images a second from uint8 on the device to pool3 and spatial features, resizing included."""
+    extractor = InceptionFeatures(Inception().eval().requires_grad_(False), "0" * 16, device)
+    for size in sizes:
+        images = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device=device)
+        times = measure(lambda images=images: extractor(images), repeats=repeats, warmup=1)
+        speed = [batch / t * 1e3 for t in times]
+        rows.add(f"features:{size}px", "ours", speed, metric="speed", unit="images/s", dtype="fp32", batch=batch)
+
+
+def distances(rows: Rows, device: torch.device, samples: int, reference: int, repeats: int, scipy_too: bool) -> None:
+    """Moments of N features, their distance, precision and recall of N samples and M references."""
+    generator = torch.Generator().manual_seed(0)
+    fake = torch.randn(samples, DIM, generator=generator).to(device)
+    real = torch.randn(reference, DIM, generator=generator).mul_(1.1).to(device)
+
+    def accumulate(x: torch.Tensor):
+        running = RunningMoments(DIM, device)
+        for part in x.split(50):
+            running.update(part)
+        mu, sigma = running.moments()
+        mu.sum().item()
+        return running.moments()
+
+    def add(case: str, provider: str, times: list[float]) -> None:
+        rows.add(case, provider, times, metric="time", unit="s", dtype="fp64", batch=samples)
+
+    add(f"moments:{samples}x{DIM}", "ours", seconds(lambda: accumulate(fake), repeats))
+    a, b = accumulate(fake), accumulate(real)
+    add(f"frechet:{DIM}", "ours", seconds(lambda: frechet_distance(a, b), repeats))
+    if scipy_too:
+        import scipy.linalg
+
+        product = (a.sigma @ b.sigma).cpu().numpy()
+        add(f"frechet:{DIM}", "scipy-sqrtm", seconds(lambda: np.trace(scipy.linalg.sqrtm(product).real), 1))
+    add(
+        f"precision-recall:{reference}x{samples}",
+        "ours",
+        seconds(lambda: precision_recall(fake, real), min(repeats, 3)),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=50_000)
+    parser.add_argument("--reference", type=int, default=10_000)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 256], help="sides of the images, in pixels")
+    parser.add_argument("--images", type=int, default=256, help="images a batch of Inception")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--scipy", action="store_true", help="also the general matrix square root of scipy, on the CPU")
+    parser.add_argument("--out", default=RESULTS)
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = Rows("evaluation", args.out)
+    if device.type == "cuda":
+        rows.ceilings()
+    features(rows, device, args.sizes, args.images, args.repeats)
+    distances(rows, device, args.samples, args.reference, args.repeats, args.scipy)
+    print(f"wrote {rows.write()}")
+
+
+if __name__ == "__main__":
+    main()
