@@ -33,7 +33,7 @@ def test_fused_kernels_give_the_loss_curve_of_plain_pytorch(pytestconfig, tmp_pa
         overrides = (f"model.kernels={kernels}", f"model.attention={attention}", "train.iterations=300")
         overrides += (f"model.activation_checkpointing={checkpointing}",)
         curves.append(train(pytestconfig.rootpath, tmp_path / kernels, *overrides).view(-1, 25).mean(1))
-    assert curves[0][-1] < curves[0][0] / 3  # it learns
+    assert curves[0][-1] < curves[0][0] / 2  # it learns
     torch.testing.assert_close(curves[0], curves[1], rtol=0.01, atol=0)
 
 
