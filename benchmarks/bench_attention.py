@@ -46,6 +46,7 @@ def flash_attn(qkv: Tensor) -> Tensor:
 
 
 def providers() -> dict[str, Callable[[Tensor], Tensor]]:
+    torch._dynamo.reset()  # or the shapes together pass the limit of recompilations, and the rest runs eagerly
     found = {
         "ours": attention,
         "cudnn": partial(sdpa, SDPBackend.CUDNN_ATTENTION),

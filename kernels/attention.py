@@ -8,6 +8,7 @@ from torch import Tensor
 from . import launch
 
 LONGEST = 512  # tokens; past it the chip no longer holds a head
+INTERPRETED = launch.interpreting()  # as it was when the kernels were defined; torch.compile cannot ask
 
 
 def reference(qkv: Tensor) -> Tensor:
@@ -28,10 +29,9 @@ def why_not(qkv: Tensor) -> str | None:
     """Why the fused op cannot take qkv; None where it can."""
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         return f"qkv is (B, L, 3, H, D), got {tuple(qkv.shape)}"
-    interpreted = launch.interpreting()
-    if qkv.device.type != "cuda" and not interpreted:
+    if qkv.device.type != "cuda" and not INTERPRETED:
         return f"it runs on CUDA, got a tensor on {qkv.device.type}"
-    if qkv.dtype not in (torch.bfloat16, torch.float16) and not (interpreted and qkv.dtype == torch.float32):
+    if qkv.dtype not in (torch.bfloat16, torch.float16) and not (INTERPRETED and qkv.dtype == torch.float32):
         return f"it takes bfloat16 and float16, got {qkv.dtype}"
     L, D = qkv.shape[1], qkv.shape[-1]
     if D % 8 or D > 128:
@@ -40,9 +40,14 @@ def why_not(qkv: Tensor) -> str | None:
         return f"it takes at most {LONGEST} tokens, got {L}"
     if qkv.numel() == 0:
         return f"qkv is empty: {tuple(qkv.shape)}"
-    if qkv.device.type == "cuda" and torch.cuda.get_device_properties(qkv.device).major not in (8, 9):
+    if qkv.device.type == "cuda" and not _has_kernels(qkv.device.index):
         return "its kernels are for compute capability 8 and 9"
     return None
+
+
+@torch.compiler.assume_constant_result
+def _has_kernels(device: int) -> bool:
+    return torch.cuda.get_device_properties(device).major in (8, 9)
 
 
 def attention(qkv: Tensor) -> Tensor:

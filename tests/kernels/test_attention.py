@@ -71,6 +71,14 @@ def test_the_op_is_registered_as_torch_expects():
 
 
 @in_the_interpreter
+def test_torch_compile_takes_it_whole():
+    qkv, dout = torch.randn(1, 20, 3, 1, 16), torch.randn(1, 20, 16)
+    compiled = torch.compile(attention.attention, fullgraph=True, backend="aot_eager")
+    for ours, eager in zip(gradients(compiled, qkv, dout), gradients(attention.attention, qkv, dout)):
+        assert torch.equal(ours, eager)
+
+
+@in_the_interpreter
 def test_a_strided_input_is_taken():
     qkv = torch.randn(20, 2, 3, 1, 16).transpose(0, 1)
     torch.testing.assert_close(attention.attention(qkv), attention.reference(qkv), rtol=1e-4, atol=1e-5)
@@ -99,8 +107,8 @@ def test_the_kernels_in_the_interpreter():
 def test_what_it_cannot_take_is_refused_in_a_sentence(shape, dtype, words, monkeypatch):
     qkv = torch.empty(shape, dtype=dtype)
     if not INTERPRETED:
-        assert "CUDA" in attention.why_not(torch.empty(1, 8, 3, 1, 64))
-        monkeypatch.setattr(launch, "interpreting", lambda: True)
+        assert attention.why_not(torch.empty(1, 8, 3, 1, 64)) == "it runs on CUDA, got a tensor on cpu"
+        monkeypatch.setattr(attention, "INTERPRETED", True)
     with pytest.raises(ValueError, match=words):
         attention.attention(qkv)
 
