@@ -4,10 +4,10 @@ Legend: B batch, L tokens, H heads, D head dim (64, or 72 and 80 as 64 + 16 colu
 `BLOCKS` blocks of 64 rows and, where at most 16 are left over (258 = 4 * 64 + 2), a `TAIL` of 16 rows; else the last block is
 `RAGGED`. TMA reads q, k and v straight from packed qkv and fills what lies past row L or column D with zeros.
 
-The backward has two phases and no atomics. Phase A: k and v stay, query blocks stream past, each leaves its dq and delta.
+The backward is two kernels without atomics. Phase A: k and v stay, query blocks stream past, each leaves its dq and delta.
 Phase B: q and dout stay, key blocks stream past, each leaves dk and dv. A streamed block moves to registers at once, so that
-its buffers can take the block before it out and the block after it in while the products run. The tail never streams: its
-gradients (16 rows) grow beside each phase from 16-column products that are needed anyway.
+its buffers can take the block before it out and the block after it in while the products run. The rows of a tail go before
+the blocks, on 16-row products; as resident rows they are one more, narrow product of every block.
 Scores are held in base 2: p = exp2(s * scale * log2(e) - lse).
 """
 
