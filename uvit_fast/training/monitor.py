@@ -1,6 +1,7 @@
 """What a run shows and leaves behind: progress bar, metrics.jsonl, TensorBoard, speed and MFU."""
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -46,7 +47,9 @@ class Monitor:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True)
+            wide = os.get_terminal_size(sys.stderr.fileno()).columns  # 0 on some pseudo-terminals
+            width = {"dynamic_ncols": True} if wide else {"ncols": 100}
+            self.bar = tqdm(total=total, initial=step, unit="step", file=sys.stderr, **width)
 
     def advance(self, step: int) -> None:
         """A step was given to the device."""
