@@ -48,8 +48,8 @@ class Monitor:
             from tqdm import tqdm
 
             wide = os.get_terminal_size(sys.stderr.fileno()).columns  # 0 on some pseudo-terminals
-            width = {"dynamic_ncols": True} if wide else {"ncols": 100}
-            self.bar = tqdm(total=total, initial=step, unit="step", file=sys.stderr, **width)
+            size = {"dynamic_ncols": True} if wide else {"ncols": 100, "nrows": 24}
+            self.bar = tqdm(total=total, initial=step, unit="step", file=sys.stderr, **size)
 
     def advance(self, step: int) -> None:
         """A step was given to the device."""
