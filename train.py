@@ -18,6 +18,7 @@ from uvit_fast.build import build_dataset, build_model, build_schedule  # noqa: 
 from uvit_fast.config import UserError, load_config  # noqa: E402
 from uvit_fast.sampling import training_preview  # noqa: E402
 from uvit_fast.training.engine import start  # noqa: E402
+from uvit_fast.training.loader import DataError  # noqa: E402
 from uvit_fast.training.trainer import Trainer, set_aside  # noqa: E402
 
 
@@ -29,7 +30,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fresh", action="store_true", help="move an older run in that folder aside and start anew")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     args = parser.parse_args(argv)
-    trainer = None
     try:
         cfg = load_config(args.config, args.set)
         run_dir = args.run_dir or Path("runs") / cfg.name
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         trainer.train()
         dist.destroy_process_group()
     except (UserError, ImportError) as error:
-        if trainer or os.environ.get("RANK", "0") == "0":  # before training, every rank meets the same error
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, DataError):  # others meet every rank
             print(f"train.py: {error}", file=sys.stderr)
         return 2
     return 0

@@ -5,7 +5,7 @@ import torch
 
 from tests.training.tiny import Points
 from uvit_fast.config import UserError
-from uvit_fast.training.loader import Order, batches
+from uvit_fast.training.loader import DataError, Order, batches
 
 CPU = torch.device("cpu")
 
@@ -46,7 +46,7 @@ class Broken(Points):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_error_of_the_data_is_one_line(workers):
-    with pytest.raises(UserError) as error:
+    with pytest.raises(DataError) as error:
         next(batches(Broken(), order(), workers, CPU))
     assert str(error.value) == "photo.png: not a readable image"
 

@@ -52,11 +52,11 @@ def start(config: Config) -> World:
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is first imported
     if not dist.is_initialized():
         backend = "nccl" if cuda else "gloo"
-        device_id = torch.device("cuda", local_rank) if cuda else None
-        if size == 1:  # needs no port
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id)
+        if size == 1:  # on a port that is free
+            store = dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True)
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
         else:
-            dist.init_process_group(backend, device_id=device_id)
+            dist.init_process_group(backend)
     return World(rank, size, local_rank, torch.device("cuda", local_rank) if cuda else torch.device("cpu"))
 
 

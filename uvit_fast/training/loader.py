@@ -19,6 +19,10 @@ from uvit_fast.config import UserError
 from uvit_fast.training.interrupt import SIGNALS
 
 
+class DataError(UserError):
+    """Data that cannot be read: unlike other mistakes, one that a single rank may meet."""
+
+
 class Order:
     """The (index, epoch) pairs of this rank's micro-batches.
 
@@ -72,7 +76,7 @@ def batches(dataset: Any, order: Order, num_workers: int, device: torch.device) 
     """The raw batches of `order` on `device`; copies to a GPU overlap with it.
 
     Raises:
-        UserError: what the dataset raised, also from a loader process.
+        DataError: in place of a UserError of the dataset, also from a loader process.
     """
     loader = iter(
         DataLoader(
@@ -89,7 +93,7 @@ def batches(dataset: Any, order: Order, num_workers: int, device: torch.device) 
         try:
             raw = next(loader)
         except UserError as error:  # a loader process sends its traceback as the message
-            raise UserError(str(error).strip().split("\n")[-1].split("UserError: ")[-1]) from None
+            raise DataError(str(error).strip().split("\n")[-1].split("UserError: ")[-1]) from None
         yield {name: value.to(device, non_blocking=True) for name, value in raw.items()}
 
 

@@ -311,7 +311,7 @@ def set_aside(run_dir: Path, world: World) -> None:
         number = next(n for n in itertools.count(1) if not run_dir.with_name(f"{run_dir.name}.{n}").exists())
         aside = run_dir.rename(run_dir.with_name(f"{run_dir.name}.{number}"))
         say(f"{run_dir}: the older run is now {aside}")
-    dist.barrier()
+    dist.barrier(device_ids=[world.local_rank] if world.device.type == "cuda" else None)
 
 
 def mix(*numbers: int) -> int:
