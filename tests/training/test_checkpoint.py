@@ -82,9 +82,9 @@ def test_a_full_disk_leaves_the_older_ones(folder, monkeypatch):
     assert names(folder) == ["step_00000030", "step_00000050"]
 
 
-def test_a_killed_writer_leaves_no_checkpoint(folder, monkeypatch):
-    """Killed before the rename, so not even the clean-up ran; the next write of that step clears the rest away."""
-    partial = folder / ".step_00000040.partial"
+def test_a_killed_writer_leaves_no_checkpoint(folder):
+    """Killed before the rename, so not even the clean-up ran; the next write clears the rest away."""
+    partial = folder / ".step_00000035.partial"
     partial.mkdir()
     (partial / "model.safetensors").write_bytes(b"half")
     assert checkpoint.newest_intact(folder, pytest.fail)[0].name == "step_00000030"

@@ -72,7 +72,8 @@ def write(folder: Path, step: int, parts: dict[str, Tensors], state: dict[str, A
     final = folder / f"step_{step:08d}"
     partial = folder / f".step_{step:08d}.partial"
     try:
-        _remove(partial)
+        for left_over in folder.glob(".step_*.partial"):  # of a writer that was killed
+            _remove(left_over)
         partial.mkdir(parents=True)
         for name, tensors in parts.items():
             save_file(tensors, partial / f"{name}.safetensors")
