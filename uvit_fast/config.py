@@ -87,13 +87,16 @@ class SampleConfig(Section):
 
 
 class LatentConfig(Section):
-    """The frozen autoencoder of latent models. Names are local folders or hub names; a third part is a subfolder."""
+    """The frozen autoencoder of latent models; the training latents were made with Stable Diffusion's first."""
 
     scale_factor: float = Field(0.18215, gt=0, description="Latents are multiplied by this before the network.")
     encoder: str = Field(
         "CompVis/stable-diffusion-v1-4/vae", description="Autoencoder that makes the training latents."
     )
-    decoder: str = Field("CompVis/stable-diffusion-v1-4/vae", description="Autoencoder that decodes samples.")
+    decoder: str = Field(
+        "CompVis/stable-diffusion-v1-4/vae",
+        description="Autoencoder that decodes samples: a local folder, or owner/repository[/subfolder] on the hub.",
+    )
 
 
 class DataConfig(Section):
