@@ -90,9 +90,6 @@ class LatentConfig(Section):
     """The frozen autoencoder of latent models; the training latents were made with Stable Diffusion's first."""
 
     scale_factor: float = Field(0.18215, gt=0, description="Latents are multiplied by this before the network.")
-    encoder: str = Field(
-        "CompVis/stable-diffusion-v1-4/vae", description="Autoencoder that makes the training latents."
-    )
     decoder: str = Field(
         "CompVis/stable-diffusion-v1-4/vae",
         description="Autoencoder that decodes samples: a local folder, or owner/repository[/subfolder] on the hub.",
