@@ -66,7 +66,7 @@ class Monitor:
             if name != "step":
                 self.board.add_scalar(name, value, row["step"])
         first = not self.text
-        self.text = f"loss {row['loss']:.4f}  {row['images_per_second']:.0f} images/s"
+        self.text = f"loss {row['loss']:.4f}  {rate(row['images_per_second'])}"
         if self.bar is not None:
             self.bar.set_postfix_str(self.text, refresh=False)
         elif first:
@@ -98,6 +98,11 @@ class Monitor:
 def say(text: str) -> None:
     """A line for the user. Progress goes to stderr, as progress bars do."""
     print(text, file=sys.stderr, flush=True)
+
+
+def rate(images_per_second: float) -> str:
+    """Images a second, in three digits or more."""
+    return f"{images_per_second:.{0 if images_per_second >= 100 else 1 if images_per_second >= 10 else 2}f} images/s"
 
 
 class Reading:

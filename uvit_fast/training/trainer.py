@@ -25,7 +25,7 @@ from uvit_fast.training.ema import EMA
 from uvit_fast.training.engine import Engine, World, start
 from uvit_fast.training.interrupt import Interrupt
 from uvit_fast.training.loader import Order, batches
-from uvit_fast.training.monitor import Mark, Monitor, Reading, describe_run, forward_flops, say, utilisation
+from uvit_fast.training.monitor import Mark, Monitor, Reading, describe_run, forward_flops, rate, say, utilisation
 
 MAX_REFUSED = 20  # steps in a row without a finite gradient, after which a run ends
 SLOW_DATA = 0.5  # share of the time that the host waits for data, above which the loader is named as the slow part
@@ -137,8 +137,8 @@ class Trainer:
         if stopped:
             signal = interrupt.name or "a signal to another rank"
             self._say(f"stopped by {signal} at step {self.step}; the same command continues")
-        speed = result["images_per_second"]
-        self._say(f"{self.step} steps, {seconds:.0f} s, {speed:.0f} images/s{memory}: {self.run_dir}")
+        speed = rate(result["images_per_second"])
+        self._say(f"{self.step} steps, {seconds:.0f} s, {speed}{memory}: {self.run_dir}")
         return result
 
     def _step(self, stream: Iterator[dict[str, Tensor]]) -> None:
