@@ -16,9 +16,11 @@ import torch.distributed as dist  # noqa: E402
 
 from uvit_fast.build import build_dataset, build_model, build_schedule  # noqa: E402
 from uvit_fast.config import UserError, load_config  # noqa: E402
+from uvit_fast.model.ops import describe  # noqa: E402
 from uvit_fast.sampling import training_preview  # noqa: E402
 from uvit_fast.training.engine import start  # noqa: E402
 from uvit_fast.training.loader import DataError  # noqa: E402
+from uvit_fast.training.monitor import say  # noqa: E402
 from uvit_fast.training.trainer import Trainer, set_aside  # noqa: E402
 
 
@@ -38,6 +40,10 @@ def main(argv: list[str] | None = None) -> int:
             set_aside(run_dir, world)
         preview = training_preview(cfg) if world.rank == 0 else None
         trainer = Trainer(cfg, build_model(cfg), build_schedule(cfg), build_dataset(cfg), run_dir, preview)
+        if world.rank == 0 and trainer.step < cfg.train.iterations:
+            how = (cfg.model.attention, cfg.model.kernels, world.device)
+            chosen = describe(cfg.model.embed_dim, cfg.model.num_heads, *how)
+            say("\n".join(f"{op:16s}{choice}" for op, choice in chosen.items()))
         trainer.train()
         dist.destroy_process_group()
     except (UserError, ImportError) as error:

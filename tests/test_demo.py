@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from uvit_fast import cli
 
@@ -24,6 +25,10 @@ def run(pytestconfig, tmp_path_factory):
 
 
 def test_the_run_shows_a_preview_of_its_ema_samples(run):
+    """As a file and in TensorBoard, beside the scalars."""
+    board = EventAccumulator(str(run)).Reload()
+    assert board.Tags()["images"] == ["samples"] and [e.step for e in board.Images("samples")] == [30]
+    assert {"loss", "lr", "grad_norm", "images_per_second"} <= set(board.Tags()["scalars"])
     assert Image.open(run / "samples" / "step_00000030.png").width > 8 * 40
 
 

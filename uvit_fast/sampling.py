@@ -137,7 +137,7 @@ def spread_labels(num: int, classes: list[int]) -> Tensor:
     return torch.tensor([classes[i * len(classes) // num] for i in range(num)])
 
 
-def training_preview(cfg: Config) -> Callable[[UViT, int, Path], None] | None:
+def training_preview(cfg: Config) -> Callable[[UViT, int, Path], Path] | None:
     """What the trainer calls every `train.sample_every` steps: a grid of 64 samples, eight a row; None where it is 0.
 
     Raises:
@@ -151,9 +151,11 @@ def training_preview(cfg: Config) -> Callable[[UViT, int, Path], None] | None:
     classes = cfg.model.num_classes - (cfg.null_label is not None)
     labels = spread_labels(64, list(range(classes))) if cfg.model.num_classes else None
 
-    def preview(model: UViT, step: int, folder: Path) -> None:
+    def preview(model: UViT, step: int, folder: Path) -> Path:
         batches = sample(model, cfg, 64, labels=labels, batch=64)
-        save_grid(to_uint8(torch.cat([decode(x) for x in batches])), folder / f"step_{step:08d}.png", columns=8)
+        path = folder / f"step_{step:08d}.png"
+        save_grid(to_uint8(torch.cat([decode(x) for x in batches])), path, columns=8)
+        return path
 
     return preview
 

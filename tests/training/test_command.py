@@ -69,7 +69,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(setting, message, tmp_path)
 
 def test_synthetic_data_says_so(tmp_path):
     code, lines = tiny.launch(call, arguments(tmp_path / "run", "data.name=synthetic"))
-    assert code == 0 and lines[0] == "synthetic data: measures speed and memory, learns nothing"
+    assert code == 0 and "synthetic data: measures speed and memory, learns nothing" in lines
 
 
 def test_the_deepspeed_launcher_trains_on_two_ranks(tmp_path):

@@ -10,8 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn as nn
+from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -78,6 +80,11 @@ class Monitor:
             self.bar.write(text, file=sys.stderr)
         else:
             say(text)
+
+    def picture(self, path: Path, step: int) -> None:
+        """An image file, for TensorBoard."""
+        with Image.open(path) as image:
+            self.board.add_image("samples", np.array(image.convert("RGB")), step, dataformats="HWC")
 
     def close(self) -> None:
         if self.bar is not None:

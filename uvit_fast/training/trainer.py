@@ -29,7 +29,7 @@ from uvit_fast.training.monitor import Mark, Monitor, Reading, describe_run, for
 
 MAX_REFUSED = 20  # steps in a row without a finite gradient, after which a run ends
 SLOW_DATA = 0.5  # share of the time that the host waits for data, above which the loader is named as the slow part
-Preview = Callable[[nn.Module, int, Path], None]
+Preview = Callable[[nn.Module, int, Path], Path | None]
 
 
 class Trainer:
@@ -41,7 +41,8 @@ class Trainer:
         schedule: `add_noise(x_0, noise, u)` -> (x_t, t of the network, fp32).
         dataset: as in `uvit_fast.data.datasets`.
         run_dir: the run's folder.
-        preview: `preview(model with EMA weights, step, folder)` every `sample_every` steps, on rank 0.
+        preview: `preview(model with EMA weights, step, folder)` every `sample_every` steps, on rank 0; the image file that it
+            returns is shown in TensorBoard too.
 
     Raises:
         UserError: a GPU that is not there, a batch that does not divide, a checkpoint of another architecture or none intact.
@@ -282,7 +283,9 @@ class Trainer:
             self.preview_model.to(self.world.device, torch.bfloat16 if self.engine.bf16 else torch.float32)
             folder = self.run_dir / "samples"
             folder.mkdir(exist_ok=True)
-            self.preview(self.preview_model, self.step, folder)
+            picture = self.preview(self.preview_model, self.step, folder)
+            if picture:
+                self.monitor.picture(picture, self.step)
             self.preview_model.to("cpu", torch.float32)
         self.row.began = Mark(self.world.device)
 
