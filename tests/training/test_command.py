@@ -60,6 +60,8 @@ def test_a_run_is_continued_finished_and_put_aside(tmp_path):
         ("train.micro_batch_size=3", "batch_size 8, micro_batch_size 3, GPUs 1"),
         ("train.itrations=3", "did you mean 'iterations'"),
         ("data.name=cifar10", "expected a folder"),
+        ("model.attention=cudnn", "model.attention=cudnn cannot run"),
+        ("model.kernels=fused", "model.kernels=fused: ln_linear cannot run"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(setting, message, tmp_path):

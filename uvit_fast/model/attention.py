@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from uvit_fast.config import UserError
 from uvit_fast.kernels import attention as fused_attention
 
 HALF = (torch.float16, torch.bfloat16)
@@ -27,7 +28,7 @@ def attend(qkv: Tensor, backend: str = "auto") -> Tensor:
         (B, L, H * D), in qkv's dtype.
 
     Raises:
-        ValueError: the backend was asked for by name and cannot run on qkv.
+        UserError: the backend was asked for by name and cannot run on qkv.
         ImportError: its package is not installed; the message names the extra.
     """
     return BACKENDS[choose(qkv, backend)[0]](qkv)
@@ -37,10 +38,10 @@ def choose(qkv: Tensor, backend: str = "auto") -> tuple[str, str]:
     """The backend that `attend` would run on qkv, and why: (name, reason)."""
     if backend != "auto":
         if backend not in BACKENDS:
-            raise ValueError(f"model.attention: expected auto or one of {', '.join(BACKENDS)}, got {backend!r}")
+            raise UserError(f"model.attention: expected auto or one of {', '.join(BACKENDS)}, got {backend!r}")
         reason = _why_not(backend, qkv)
         if reason:
-            raise ValueError(f"model.attention={backend} cannot run: {reason}")
+            raise UserError(f"model.attention={backend} cannot run: {reason}")
         return backend, "asked for"
     passed_over = []
     for name in ("fused", "cudnn", "flash_attn"):

@@ -9,6 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from uvit_fast.config import UserError
 from uvit_fast.kernels import linear_residual as _linear_residual
 from uvit_fast.kernels import ln_linear as _ln_linear
 from uvit_fast.kernels import ln_mlp as _ln_mlp
@@ -44,7 +45,7 @@ def describe(
     """What would run for each op of a block on `device`, and why: op -> "backend: reason". bf16 on a GPU, fp32 elsewhere.
 
     Raises:
-        ValueError: the attention backend was asked for by name and cannot run there.
+        UserError: the backend or the fused kernels were asked for and cannot run there.
     """
     D, dtype = embed_dim, torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
@@ -63,6 +64,8 @@ def describe(
         if kernels == "reference":
             chosen[op] = "reference: asked for"
         else:
+            if reason and kernels == "fused":
+                raise UserError(f"model.kernels=fused: {op} cannot run: {reason}")
             chosen[op] = "fused" if reason is None else f"reference: {reason}"
     return chosen
 
@@ -76,5 +79,5 @@ def _run(op: ModuleType, kernels: str, *tensors: Tensor | None) -> Tensor:
     if reason is None:
         return getattr(op, name)(*tensors)
     if kernels == "fused":
-        raise ValueError(f"model.kernels=fused: {name} cannot run: {reason}")
+        raise UserError(f"model.kernels=fused: {name} cannot run: {reason}")
     return op.reference(*tensors)
