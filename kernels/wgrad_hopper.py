@@ -201,7 +201,7 @@ def sum_kernel(
 
 def plan(M: int, N: int, K: int, programs: int) -> dict[str, int]:
     """How the tiles of an (N, K) gradient over M tokens are laid out and split over this many programs."""
-    tiles_n, strip = triton.cdiv(N, 2 * ROWS), 0 < K % COLS <= 2 * ROWS
+    tiles_n, strip = triton.cdiv(N, 2 * ROWS), K > COLS and 0 < K % COLS <= 2 * ROWS
     plain = tiles_n * (K // COLS if strip else triton.cdiv(K, COLS))
     tiles, steps = plain + (triton.cdiv(N, COLS) if strip else 0), triton.cdiv(M, BK)
     whole = min(tiles, plain) // programs * programs  # the swapped tiles are stored by the sum
