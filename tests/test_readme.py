@@ -1,0 +1,15 @@
+"""README's figures are those of the committed results, and its files exist."""
+
+import re
+
+from benchmarks import table
+
+
+def test_the_table_is_what_the_results_say():
+    assert table.README.read_text() == table.readme(), "run `python -m benchmarks.table`"
+
+
+def test_every_linked_file_exists():
+    text = table.README.read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (table.README.parent / target).exists(), target
