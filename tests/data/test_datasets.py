@@ -10,6 +10,7 @@ from PIL import Image
 from uvit_fast.build import build_dataset
 from uvit_fast.config import UserError, load_config
 from uvit_fast.data.datasets import center_crop, random_flip
+from uvit_fast.data.shards import pack
 
 DIGITS, CIFAR, CELEBA, IMAGENET = (f"configs/{n}.yaml" for n in ("digits", "s2_cifar10", "s4_celeba64", "l4_64"))
 
@@ -86,8 +87,7 @@ def test_moments_become_scaled_posterior_samples(tmp_path):
     moments[:, :4] = 2.0
     moments[:, 4:] = np.log(0.25)
     moments[3, 4:] = -60_000  # clamped to -30: practically the mean
-    np.save(tmp_path / "moments.npy", moments)
-    np.save(tmp_path / "labels.npy", np.array([5, 999, 0, 1]))
+    pack(tmp_path, {"moments": moments, "labels": np.array([5, 999, 0, 1])}, shard_items=2)
     dataset = build_dataset(load_config("configs/h2_256.yaml", [f"data.path={tmp_path}"]))
     batch = finished(dataset, [(i, 0) for i in (1, 2, 3)])
     z = batch["x"] / 0.18215
@@ -97,10 +97,10 @@ def test_moments_become_scaled_posterior_samples(tmp_path):
 
 
 def test_text_latents_draw_one_caption_an_epoch(tmp_path):
-    np.save(tmp_path / "moments.npy", np.zeros((2, 8, 32, 32), np.float16))
-    np.save(tmp_path / "text.npy", np.arange(5, dtype=np.float16)[:, None, None] + np.zeros((5, 77, 768), np.float16))
-    np.save(tmp_path / "captions.npy", np.array([0, 3, 5]))
-    np.save(tmp_path / "null_text.npy", np.full((77, 768), -1, np.float16))
+    text = np.arange(5, dtype=np.float16)[:, None, None] + np.zeros((5, 77, 768), np.float16)
+    null = np.full((1, 77, 768), -1, np.float16)
+    moments = np.zeros((2, 8, 32, 32), np.float16)
+    pack(tmp_path, {"moments": moments, "text": text, "captions": np.array([0, 3, 5]), "null_text": null})
     dataset = build_dataset(load_config("configs/s2_coco.yaml", [f"data.path={tmp_path}"]))
     drawn = {i: {int(finished(dataset, [(i, epoch)])["context"][0, 0, 0]) for epoch in range(40)} for i in (0, 1)}
     assert drawn == {0: {0, 1, 2}, 1: {3, 4}}
@@ -123,10 +123,9 @@ def test_missing_empty_and_unfitting_data_are_named(tmp_path):
     assert "not set" in refused(CIFAR, "data.path=null")
     assert "expect items of (1, 16, 16), got (1, 8, 8)" in refused(DIGITS, "model.img_size=16")
     assert "expected labels of 1 to 9 classes, got 10" in refused(DIGITS, "model.num_classes=10")
-    np.save(tmp_path / "moments.npy", np.zeros((2, 8, 32, 32), np.float16))
+    assert "no manifest.json" in refused("configs/h2_256.yaml", f"data.path={tmp_path}")
+    pack(tmp_path, {"moments": np.zeros((2, 8, 32, 32), np.float16)})
     assert "expected labels" in refused("configs/h2_256.yaml", f"data.path={tmp_path}")
-    (tmp_path / "moments.npy").write_bytes((tmp_path / "moments.npy").read_bytes()[:1000])
-    assert "truncated" in refused("configs/h2_256.yaml", f"data.path={tmp_path}")
 
 
 def test_an_unreadable_image_is_named(tmp_path):

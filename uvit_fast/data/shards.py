@@ -1,0 +1,170 @@
+"""Arrays too long for one file: packed .npy shards, memory-mapped, described by a manifest.
+
+A folder holds `manifest.json` and its shards. The manifest's "arrays" say of each array, by name: `dtype`, `shape` of an item, `count`,
+and `shards`, a list of {file, count, sha256} in order. Each shard is a plain .npy of (count, *shape), which NumPy alone can read.
+Its other keys describe where the data came from.
+
+A file has its name only when it is whole: it is written under a temporary one, flushed to the disk, and renamed.
+"""
+
+import errno
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from uvit_fast.config import UserError
+
+FORMAT = "uvit-fast shards 1"
+
+
+class Packed:
+    """One array of a folder, read at random.
+
+    Args:
+        folder: with a manifest. manifest: as `read_manifest` gives it. name: of the array.
+
+    Raises:
+        UserError: the manifest has no such array, or a shard is missing, truncated or of another shape than the manifest says.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], name: str):
+        if name not in manifest["arrays"]:
+            raise UserError(
+                f"{folder}: no array {name}; expected it beside {', '.join(manifest['arrays']) or 'nothing'}"
+            )
+        entry = manifest["arrays"][name]
+        self._source = folder, manifest, name
+        self.dtype, self.shape = np.dtype(entry["dtype"]), tuple(entry["shape"])
+        self._shards = [_map(folder, shard, self.dtype, self.shape) for shard in entry["shards"]]
+        self._ends = np.cumsum([len(shard) for shard in self._shards], dtype=np.int64)
+        if len(self) != entry["count"]:
+            raise UserError(f"{folder}: the shards of {name} hold {len(self)} items, expected {entry['count']}")
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __reduce__(self) -> tuple:
+        return Packed, self._source  # another process maps the files itself, instead of receiving their content
+
+    def take(self, indices: list[int]) -> np.ndarray:
+        """The items at `indices`, copied: (len(indices), *shape)."""
+        taken = np.empty((len(indices), *self.shape), self.dtype)
+        shards = np.searchsorted(self._ends, indices, side="right").tolist()
+        for row, (index, shard) in enumerate(zip(indices, shards)):
+            taken[row] = self._shards[shard][index - int(self._ends[shard])]
+        return taken
+
+    def all(self) -> np.ndarray:
+        """The whole array in memory, for small ones."""
+        return self.take(list(range(len(self))))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished folder.
+
+    Raises:
+        UserError: there is none, or it is damaged or of another format.
+    """
+    file = folder / "manifest.json"
+    if not file.is_file():
+        raise UserError(f"{folder}: no manifest.json; expected a folder that `uvit-fast extract` has finished")
+    try:
+        manifest = json.loads(file.read_text())
+        found = manifest["format"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file}: damaged; expected a manifest of format {FORMAT!r}") from None
+    if found != FORMAT:
+        raise UserError(f"{file}: expected format {FORMAT!r}, got {found!r}")
+    return manifest
+
+
+def write_manifest(folder: Path, arrays: dict[str, Any], **about: Any) -> None:
+    """Write manifest.json: `arrays` of `describe`, and JSON values that say where the data came from."""
+    write_json(folder / "manifest.json", {"format": FORMAT, **about, "arrays": arrays})
+
+
+def describe(array_shards: list[dict[str, Any]], dtype: np.dtype | str, shape: tuple[int, ...]) -> dict[str, Any]:
+    """The manifest's entry of an array whose shards `write_shard` returned."""
+    count = sum(shard["count"] for shard in array_shards)
+    return {"dtype": str(np.dtype(dtype)), "shape": list(shape), "count": count, "shards": array_shards}
+
+
+def write_shard(folder: Path, file: str, items: np.ndarray) -> dict[str, Any]:
+    """Write `items` (count, *shape) as a shard; what the manifest says of it.
+
+    Raises:
+        OSError: as the file system does; no file of that name is left.
+    """
+    content = io.BytesIO()
+    np.save(content, items, allow_pickle=False)
+    write_bytes(folder / file, content.getbuffer())
+    return {"file": file, "count": len(items), "sha256": hashlib.sha256(content.getbuffer()).hexdigest()}
+
+
+def pack(folder: Path, arrays: dict[str, np.ndarray], shard_items: int = 8192, **about: Any) -> None:
+    """Write arrays that fit in memory as a finished folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = {}
+    for name, array in arrays.items():
+        parts = [array[first : first + shard_items] for first in range(0, len(array), shard_items)]
+        written = [write_shard(folder, f"{name}-{i:05d}.npy", part) for i, part in enumerate(parts)]
+        entries[name] = describe(written, array.dtype, array.shape[1:])
+    write_manifest(folder, entries, **about)
+
+
+def faults(folder: Path) -> list[str]:
+    """Read every shard of a finished folder: one line for each that is missing, truncated or has another checksum."""
+    entries = read_manifest(folder)["arrays"].values()
+    found = [shard_fault(folder, shard) for entry in entries for shard in entry["shards"]]
+    return [fault for fault in found if fault]
+
+
+def shard_fault(folder: Path, shard: dict[str, Any]) -> str | None:
+    """What is wrong with the file of a shard; None: its checksum is right."""
+    file = folder / shard["file"]
+    if not file.is_file():
+        return f"{file}: missing"
+    with open(file, "rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    return None if digest == shard["sha256"] else f"{file}: wrong checksum (truncated or changed since it was written)"
+
+
+def write_json(file: Path, value: Any) -> None:
+    write_bytes(file, json.dumps(value, indent=1).encode())
+
+
+def write_bytes(file: Path, content: bytes | memoryview) -> None:
+    """The file, whole or not at all. Two processes may write the same content under one name."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as opened:
+            opened.write(content)
+            opened.flush()
+            os.fsync(opened.fileno())
+        temporary.rename(file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def is_full(error: OSError) -> bool:
+    """Whether the disk, or the user's share of it, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _map(folder: Path, shard: dict[str, Any], dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    file = folder / shard["file"]
+    if not file.is_file():
+        raise UserError(f"{file}: missing, though the manifest names it")
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"{file}: truncated or not an .npy file ({' '.join(str(error).split())})") from None
+    if array.shape != (shard["count"], *shape) or array.dtype != dtype:
+        raise UserError(f"{file}: expected {dtype} of {(shard['count'], *shape)}, got {array.dtype} of {array.shape}")
+    return array.view(np.ndarray)  # indexing a memmap costs ten times as much
