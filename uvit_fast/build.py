@@ -30,8 +30,14 @@ DATASETS: dict[str, Callable[[Config], Any]] = {
         text_shape=(cfg.model.context_tokens, cfg.model.context_dim) if cfg.model.context_dim else None,
     ),
     "cifar10": lambda cfg: datasets.cifar10(cfg.data.path, cfg.data.flip),
+    "fashion_mnist": lambda cfg: datasets.fashion_mnist(cfg.data.path, cfg.data.flip),
     "images": lambda cfg: datasets.ImageFolder(
-        cfg.data.path, cfg.model.img_size, cfg.data.crop, cfg.data.flip, labelled=cfg.model.num_classes > 0
+        cfg.data.path,
+        cfg.model.img_size,
+        cfg.data.crop,
+        cfg.data.flip,
+        labelled=cfg.model.num_classes > 0,
+        skip_unreadable=cfg.data.unreadable == "skip",
     ),
     "latents": lambda cfg: latents.Latents(cfg.data.path, cfg.latent.scale_factor),
     "text_latents": lambda cfg: latents.TextLatents(cfg.data.path, cfg.latent.scale_factor),

@@ -99,14 +99,17 @@ class LatentConfig(Section):
 class DataConfig(Section):
     """The training data."""
 
-    name: Literal["digits", "synthetic", "cifar10", "images", "latents", "text_latents"] = Field(
+    name: Literal["digits", "synthetic", "cifar10", "fashion_mnist", "images", "latents", "text_latents"] = Field(
         description="digits: scikit-learn's. synthetic: random data of the model's shapes. The others read `path`."
     )
     path: str | None = Field(None, description="Folder of the dataset, for those that are read from one.")
-    crop: Literal["center", "celeba"] = Field(
-        "center", description="Crop of `images`: ADM's centre crop, or CelebA's 128 pixels about the face."
+    crop: Literal["center", "celeba", "square"] = Field(
+        "center", description="Of `images` and extraction: ADM's centre crop, CelebA's face, or COCO's centre square."
     )
     flip: bool = Field(False, description="Mirror each image with probability 1/2.")
+    unreadable: Literal["refuse", "skip"] = Field(
+        "refuse", description="Of `images`: end at an unreadable file, or warn and take the next one in its place."
+    )
     num_workers: int = Field(2, ge=0, description="Loader processes a rank; 0 loads in the training process.")
 
 

@@ -1,5 +1,6 @@
 """Datasets give what the trainer expects, and refuse what does not fit."""
 
+import gzip
 import pickle
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 
 from uvit_fast.build import build_dataset
 from uvit_fast.config import UserError, load_config
-from uvit_fast.data.datasets import center_crop, random_flip
+from uvit_fast.data.datasets import center_crop, random_flip, square_crop
 from uvit_fast.data.shards import pack
 
 DIGITS, CIFAR, CELEBA, IMAGENET = (f"configs/{n}.yaml" for n in ("digits", "s2_cifar10", "s4_celeba64", "l4_64"))
@@ -133,3 +134,32 @@ def test_an_unreadable_image_is_named(tmp_path):
     dataset = build_dataset(load_config(CELEBA, [f"data.path={tmp_path}"]))
     with pytest.raises(UserError, match="broken.jpg: not a readable image"):
         dataset.__getitems__([(0, 0)])
+
+
+def test_an_unreadable_image_is_replaced_by_the_next_and_named_where_the_config_says_skip(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"")
+    Image.new("RGB", (64, 64), (255, 0, 0)).save(tmp_path / "b.png")
+    dataset = build_dataset(load_config("configs/custom.yaml", [f"data.path={tmp_path}"]))
+    with pytest.warns(UserWarning, match="a.jpg: not a readable image \\(zero bytes\\)"):
+        raw = dataset.__getitems__([(0, 0), (1, 0)])
+    assert torch.equal(raw["x"][0], raw["x"][1])
+
+
+def test_fashion_mnist_reads_idx_files_and_names_a_truncated_one(tmp_path):
+    pixels, labels = np.arange(3 * 28 * 28).reshape(3, 28, 28).astype(np.uint8), np.array([9, 0, 4], np.uint8)
+    images = bytes([0, 0, 8, 3, *b"\0\0\0\3", *b"\0\0\0\x1c", *b"\0\0\0\x1c"]) + pixels.tobytes()
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 3]) + labels.tobytes())
+    cfg = load_config("configs/s2_fashion.yaml", [f"data.path={tmp_path}"])
+    batch = finished(build_dataset(cfg), [(0, 0), (2, 0)])
+    assert batch["y"].tolist() == [9, 4] and batch["x"].shape == (2, 1, 28, 28)
+    assert torch.equal(batch["x"][1, 0], torch.from_numpy(pixels[2]).float() * (2 / 255) - 1)
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(images[:-1]))
+    with pytest.raises(UserError, match="truncated: expected 2352 values, got 2351"):
+        build_dataset(cfg)
+
+
+def test_square_crop_is_the_centre():
+    image = Image.new("L", (300, 100))
+    image.paste(255, (100, 0, 200, 100))
+    assert np.asarray(square_crop(image, 50)).min() >= 250

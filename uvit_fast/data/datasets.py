@@ -8,7 +8,11 @@ A dataset has a length and three more things:
 - `shape`, the (C, H, W) of x; `num_classes`, labels it can give (0: none); `synthetic`, whether the data is random.
 """
 
+import gzip
+import math
 import pickle
+import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from uvit_fast.config import Config, UserError
+from uvit_fast.data.reading import BadImage, list_images, read_image
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 Batch = dict[str, Tensor]
 
 
@@ -83,46 +87,89 @@ def cifar10(path: str | None, flip: bool) -> TensorImages:
     return TensorImages(torch.cat(images), None, 255.0, flip)
 
 
+def fashion_mnist(path: str | None, flip: bool) -> TensorImages:
+    """Fashion-MNIST's training set from its idx files in `path`, gzipped or not: 60,000 of (1, 28, 28), labels 0-9.
+
+    Debian's package dataset-fashion-mnist puts them into /usr/share/datasets/fashion-mnist.
+    """
+    folder = require_folder(path, "train-images-idx3-ubyte.gz and train-labels-idx1-ubyte.gz")
+    images, labels = _idx(folder, "train-images-idx3-ubyte", 3), _idx(folder, "train-labels-idx1-ubyte", 1)
+    if len(images) != len(labels):
+        raise UserError(f"data.path {folder}: expected a label for each of {len(images)} images, got {len(labels)}")
+    return TensorImages(images[:, None], labels.long(), 255.0, flip)
+
+
+def _idx(folder: Path, name: str, dims: int) -> Tensor:
+    """An idx file of bytes: two zeros, the type (8: uint8), the number of dimensions, their big-endian lengths, the values."""
+    file = next((f for f in (folder / f"{name}.gz", folder / name) if f.is_file()), None)
+    if file is None:
+        raise UserError(f"data.path {folder}: no {name} or {name}.gz")
+    try:
+        data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{file}: truncated or not gzip ({error})") from None
+    header = 4 + 4 * dims
+    if data[:4] != bytes([0, 0, 8, dims]) or len(data) < header:
+        raise UserError(f"{file}: expected an idx file of bytes in {dims} dimensions")
+    lengths = [int.from_bytes(data[i : i + 4], "big") for i in range(4, header, 4)]
+    if len(data) - header != math.prod(lengths):
+        raise UserError(f"{file}: truncated: expected {math.prod(lengths)} values, got {len(data) - header}")
+    return torch.frombuffer(bytearray(data[header:]), dtype=torch.uint8).view(lengths)
+
+
 class ImageFolder:
-    """Images below a folder: one folder a class where `labelled`, any depth otherwise. Decoded and cropped by Pillow."""
+    """Images below a folder: one folder a class where `labelled`, any depth otherwise. Decoded and cropped by Pillow.
+
+    An unreadable image ends the run with its name, or, where `skip_unreadable`, the next readable one takes its place with a warning.
+    """
 
     synthetic = False
 
-    def __init__(self, path: str | None, size: int, crop: str, flip: bool, labelled: bool):
+    def __init__(
+        self, path: str | None, size: int, crop: str, flip: bool, labelled: bool, skip_unreadable: bool = False
+    ):
         folder = require_folder(path, "images" + (", one folder a class" if labelled else ""))
-        self.files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        if not self.files:
-            raise UserError(
-                f"data.path {folder}: no images; expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}"
-            )
-        classes = sorted({p.relative_to(folder).parts[0] for p in self.files if len(p.relative_to(folder).parts) > 1})
-        number = {name: i for i, name in enumerate(classes)}
-        if labelled and not all(len(p.relative_to(folder).parts) > 1 for p in self.files):
-            raise UserError(f"data.path {folder}: expected one folder a class, got images that lie in none")
-        self.labels = [number[p.relative_to(folder).parts[0]] for p in self.files] if labelled else None
-        self.num_classes = len(classes) if labelled else 0
+        try:
+            listing = list_images(folder, labelled)
+        except UserError as error:
+            raise UserError(f"data.path {error}") from None
+        self.files = [folder / name for name in listing.files]
+        self.labels = listing.labels
+        self.num_classes = len(listing.classes)
         self.shape = (3, size, size)
-        self.size, self.crop, self.flip = size, CROPS[crop], flip
+        self.size, self.crop, self.flip, self.skip_unreadable = size, CROPS[crop], flip, skip_unreadable
+        self._warned: set[Path] = set()
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitems__(self, items: list[tuple[int, int]]) -> Batch:
-        raw = {"x": torch.stack([self._read(self.files[i]) for i, _ in items])}
+        found = [self._read(index) for index, _ in items]
+        raw = {"x": torch.stack([x for x, _ in found])}
         if self.labels is not None:
-            raw["y"] = torch.tensor([self.labels[i] for i, _ in items])
+            raw["y"] = torch.tensor([self.labels[i] for _, i in found])
         return raw
 
     def finish(self, raw: Batch, generator: torch.Generator) -> Batch:
         x = raw["x"].float() / 127.5 - 1
         return {**raw, "x": random_flip(x, generator) if self.flip else x}
 
-    def _read(self, file: Path) -> Tensor:
-        try:
-            with Image.open(file) as image:
-                return torch.from_numpy(np.array(self.crop(image.convert("RGB"), self.size))).permute(2, 0, 1)
-        except OSError as error:
-            raise UserError(f"{file}: not a readable image ({error})") from None
+    def _read(self, index: int) -> tuple[Tensor, int]:
+        """The image at `index`, (3, size, size) uint8, and its index; another one's where it cannot be read."""
+        for other in range(index, index + len(self)):
+            file = self.files[other % len(self)]
+            try:
+                image, _ = read_image(file)
+            except BadImage as error:
+                message = f"{file}: not a readable image ({error})"
+                if not self.skip_unreadable:
+                    raise UserError(f"{message}; data.unreadable=skip would leave it out") from None
+                if file not in self._warned:
+                    self._warned.add(file)
+                    warnings.warn(f"{message}; the next one takes its place", stacklevel=3)
+            else:
+                return torch.from_numpy(np.array(self.crop(image, self.size))).permute(2, 0, 1), other % len(self)
+        raise UserError(f"{self.files[0].parent}: not one readable image among {len(self)}")
 
 
 class Synthetic:
@@ -177,7 +224,15 @@ def celeba_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((column - 64, row - 64, column + 64, row + 64)).resize((size, size), Image.Resampling.BILINEAR)
 
 
-CROPS = {"center": center_crop, "celeba": celeba_crop}
+def square_crop(image: Image.Image, size: int) -> Image.Image:
+    """The centre square, resized with Lanczos: the crop of MS-COCO."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    return square.resize((size, size), Image.Resampling.LANCZOS)
+
+
+CROPS = {"center": center_crop, "celeba": celeba_crop, "square": square_crop}
 
 
 def require_folder(path: str | None, holding: str) -> Path:
