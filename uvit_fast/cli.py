@@ -65,6 +65,40 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--cache", help="folder for statistics of real images (default ~/.cache/uvit-fast)")
     command.add_argument("--out", help="JSON of the figures; default: beside the samples, <samples>.evaluation.json")
 
+    command = _add(commands, "extract", extract, "images (and captions) as latents that training reads")
+    _config_arguments(command)
+    command.add_argument(
+        "--images", required=True, metavar="DIR", help="one folder a class where the model has classes"
+    )
+    command.add_argument("--out", required=True, metavar="DIR", help="of the shards; continues what is there")
+    command.add_argument(
+        "--vae", help="AutoencoderKL: a folder, or owner/repository on the hub; default: the decoder's"
+    )
+    command.add_argument("--captions", metavar="JSON", help="of the images, in COCO's format, for models of text")
+    command.add_argument(
+        "--clip", default="openai/clip-vit-large-patch14", help="text encoder: a folder, or a hub name"
+    )
+    command.add_argument("--no-mirror", action="store_true", help="leave out the mirror images")
+    command.add_argument("--unreadable", choices=["skip", "refuse"], default="skip", help="files that are no images")
+    command.add_argument(
+        "--unusual",
+        choices=["convert", "skip", "refuse"],
+        default="convert",
+        help="greyscale, CMYK, 16-bit and EXIF-rotated images (default: converted to upright RGB)",
+    )
+    command.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="stored (default float16)")
+    command.add_argument("--shard", type=_positive, default=4096, help="images a shard (default 4096)")
+    command.add_argument("--batch", type=_positive, default=32, help="images at a time (default 32)")
+    command.add_argument("--workers", type=_positive, default=4, help="threads that decode images (default 4)")
+
+    command = _add(commands, "data", data, "fetch a dataset, or check one before a long run")
+    actions = command.add_subparsers(dest="action", required=True, metavar="action")
+    action = actions.add_parser("cifar10", help="CIFAR-10's python batches")
+    action.add_argument("--download", action="store_true", required=True, help="fetch 170 MB from its authors' site")
+    action.add_argument("--out", default="data", metavar="DIR", help="gets cifar-10-batches-py (default data)")
+    action = actions.add_parser("check", help="read everything; name each damaged shard, unreadable or unusual image")
+    action.add_argument("folder", help="of latents, or of images")
+
     command = _add(commands, "demo", demo, "sample the digits run, and measure whether the samples are good")
     command.add_argument("--run-dir", default="runs/digits", help="the run's folder (default runs/digits)")
 
@@ -319,6 +353,58 @@ def _drawn_images(args: argparse.Namespace, device):
             yield images
 
     return Images(f"{args.checkpoint}, seed {args.seed}", args.num, batches)
+
+
+def extract(args: argparse.Namespace) -> None:
+    """Write the shards; the report on the way to them is in their folder. `torchrun -m uvit_fast.cli extract ...` uses all GPUs."""
+    from uvit_fast import sampling
+    from uvit_fast.data import encoders
+    from uvit_fast.data.datasets import CROPS, require_folder
+    from uvit_fast.data.extract import Extraction, Policy, Text, list_captioned, summary
+    from uvit_fast.data.reading import list_images
+
+    cfg = load_config(args.config, args.set)
+    if cfg.latent is None:
+        raise UserError(f"extract: {cfg.name} works on pixels; expected a config with a latent section")
+    if bool(args.captions) != bool(cfg.model.context_dim):
+        raise UserError(f"extract: {cfg.name} {'needs' if cfg.model.context_dim else 'takes no'} --captions")
+    folder = require_folder(args.images, "images", key="--images")
+    device = sampling.pick_device(cfg.device)
+    name = args.vae or cfg.latent.decoder
+    vae, text = sampling.load_autoencoder(name).to(device), None
+    if args.captions:
+        listing, captions = list_captioned(folder, Path(args.captions))
+        text = Text(captions, *encoders.load_text_encoder(args.clip, device))
+    else:
+        listing = list_images(folder, labelled=cfg.model.num_classes > 0)
+    extraction = Extraction(
+        listing,
+        Path(args.out),
+        encoders.vae_encoder(vae),
+        crop=CROPS[cfg.data.crop],
+        size=cfg.model.img_size * 2 ** (len(vae.config.block_out_channels) - 1),
+        scale_factor=cfg.latent.scale_factor,
+        vae=encoders.vae_identity(vae, name),
+        mirror=not (args.no_mirror or args.captions),
+        text=text,
+        policy=Policy(args.unreadable, args.unusual),
+        dtype=args.dtype,
+        shard_images=args.shard,
+        batch=args.batch,
+        workers=args.workers,
+    )
+    report = extraction.run()
+    print(summary(extraction.out, report) if report else f"{args.out}: this process is done; others are not")
+
+
+def data(args: argparse.Namespace) -> int:
+    """Fetch CIFAR-10, or read a whole folder and name what is wrong: exit code 1 then."""
+    from uvit_fast.data import check, download
+
+    if args.action == "cifar10":
+        print(f"data.path={download.download_cifar10(Path(args.out))}")
+        return 0
+    return 1 if check.check_folder(args.folder) else 0
 
 
 def demo(args: argparse.Namespace) -> int:

@@ -235,15 +235,15 @@ def square_crop(image: Image.Image, size: int) -> Image.Image:
 CROPS = {"center": center_crop, "celeba": celeba_crop, "square": square_crop}
 
 
-def require_folder(path: str | None, holding: str) -> Path:
-    """`path` as an existing, non-empty folder, or a UserError that says what it should hold."""
+def require_folder(path: str | None, holding: str, key: str = "data.path") -> Path:
+    """`path` as an existing, non-empty folder, or a UserError that names the `key` and says what it should hold."""
     if path is None:
-        raise UserError(f"data.path: not set; expected a folder with {holding}")
+        raise UserError(f"{key}: not set; expected a folder with {holding}")
     folder = Path(path)
     if not folder.is_dir():
-        raise UserError(f"data.path {folder}: no such folder; expected {holding}")
+        raise UserError(f"{key} {folder}: no such folder; expected {holding}")
     if not any(folder.iterdir()):
-        raise UserError(f"data.path {folder}: the folder is empty; expected {holding}")
+        raise UserError(f"{key} {folder}: the folder is empty; expected {holding}")
     return folder
 
 

@@ -1,0 +1,340 @@
+"""From images to latents and text features: packed shards that training reads.
+
+Shard s covers a fixed range of the images, so what it holds does not depend on who makes it, or when: processes started by torchrun (RANK,
+WORLD_SIZE) share the shards without talking to each other, and an interrupted extraction continues with those that are missing.
+Each finished shard has a note, `notes/00000.json`, written after its data; whoever finds all notes there writes the manifest.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from uvit_fast.config import UserError
+from uvit_fast.data import shards
+from uvit_fast.data.reading import BadImage, Listing, read_image
+
+Pixels = Tensor  # (B, 3, H, W) uint8
+NO_CAPTION = "no caption"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What to do with images that are not as they should be.
+
+    Attributes:
+        unreadable: skip (rejected, in the report) or refuse (end).
+        unusual: convert (accepted, in the report), skip or refuse those that read_image has to convert.
+    """
+
+    unreadable: str = "skip"
+    unusual: str = "convert"
+
+
+@dataclass(frozen=True)
+class Text:
+    """Captions to be encoded with the images.
+
+    Attributes:
+        captions: of each image of the listing, in order. encode: captions -> (len, T, C) features.
+        identity: of the text encoder, for the manifest.
+    """
+
+    captions: list[list[str]]
+    encode: Callable[[list[str]], Tensor]
+    identity: dict[str, str]
+
+
+class Extraction:
+    """One extraction into the folder `out`.
+
+    Args:
+        listing: the images. crop: (image, size) -> image of size x size pixels.
+        encode: pixels (B, 3, size, size) uint8 -> moments (B, 2C, h, w).
+        vae: the autoencoder's identity. scale_factor: what the latents will be multiplied by; recorded, not applied.
+        mirror: store each image's mirror image, too. dtype: of the stored moments and features.
+        shard_images, batch, workers: images a shard, images at a time, threads that decode.
+    """
+
+    def __init__(
+        self,
+        listing: Listing,
+        out: Path,
+        encode: Callable[[Pixels], Tensor],
+        *,
+        crop: Callable[[Image.Image, int], Image.Image],
+        size: int,
+        scale_factor: float,
+        vae: dict[str, str],
+        mirror: bool,
+        text: Text | None = None,
+        policy: Policy = Policy(),  # noqa: B008 (frozen)
+        dtype: str = "float16",
+        shard_images: int = 4096,
+        batch: int = 32,
+        workers: int = 2,
+    ):
+        assert not (mirror and text), "captions do not describe mirror images"
+        self.listing, self.out, self.encode, self.crop, self.size = listing, out, encode, crop, size
+        self.mirror, self.text, self.policy, self.dtype = mirror, text, policy, np.dtype(dtype)
+        self.shard_images, self.batch, self.workers = shard_images, batch, workers
+        self.rank, self.ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.about = {
+            "scale_factor": scale_factor,
+            "vae": vae,
+            "text_encoder": text.identity if text else None,
+            "image_size": size,
+            "crop": crop.__name__,
+            "mirror_images": mirror,
+            "classes": listing.classes,
+        }
+        self.parts = [
+            range(i, min(i + shard_images, len(listing.files))) for i in range(0, len(listing.files), shard_images)
+        ]
+
+    def run(self) -> dict[str, Any] | None:
+        """Make the missing shards of this rank. The one that completes the folder gets the report, others None.
+
+        Raises:
+            UserError: `out` holds an extraction of other images or with other settings; the disk is full; or an image is not as
+                the policy asks. What is complete stays.
+        """
+        mine = range(self.rank, len(self.parts), self.ranks)
+        try:
+            self._agree()
+            missing = [shard for shard in mine if not self._is_intact(shard)]
+            total = sum(len(self.parts[shard]) for shard in mine)
+            left = sum(len(self.parts[shard]) for shard in missing)
+            with (
+                ThreadPoolExecutor(max(1, self.workers)) as pool,
+                tqdm(total=total, initial=total - left, unit="image", desc="extract", disable=self.rank > 0) as bar,
+            ):
+                for shard in missing:
+                    self._make(shard, pool, bar)
+            if all(self._note(shard).is_file() for shard in range(len(self.parts))):
+                return self._finish()
+            return None
+        except OSError as error:
+            if not shards.is_full(error):
+                raise
+            done = sum(len(self.parts[s]) for s in mine if self._note(s).is_file())
+            raise UserError(
+                f"{self.out}: the disk is full; the shards of {done} of {total} images are complete and stay: "
+                "free some space and run the same command again"
+            ) from None
+
+    def _agree(self) -> None:
+        """Make the folder, or check that the one that is there belongs to this extraction."""
+        names = "".join(
+            f"{name}\0{(self.listing.folder / name).stat().st_size}\n" for name in self.listing.files
+        )  # sizes tell most changes of an image, at no cost
+        settings = {
+            "images": len(self.listing.files),
+            "images_digest": hashlib.sha256(names.encode()).hexdigest(),
+            "captions_digest": _digest(self.text.captions) if self.text else None,
+            "vae_encoder": self.about["vae"]["encoder_sha256"],
+            "text_encoder": self.text.identity["sha256"] if self.text else None,
+            **{name: self.about[name] for name in ("image_size", "crop", "mirror_images", "scale_factor")},
+            "dtype": str(self.dtype),
+            "shard_images": self.shard_images,
+        }
+        file = self.out / "notes" / "settings.json"
+        if file.is_file():
+            before = json.loads(file.read_text())
+            for name, value in settings.items():
+                if before.get(name) != value:
+                    raise UserError(
+                        f"{self.out}: holds an extraction with {name} {before.get(name)!r}, got {value!r}; "
+                        "expected the same settings, or a new folder"
+                    )
+            return
+        if self.out.is_dir() and any(self.out.iterdir()) and not (self.out / "notes").is_dir():
+            raise UserError(f"{self.out}: expected a new or empty folder, or one of an interrupted extraction")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shards.write_json(file, settings)
+
+    def _note(self, shard: int) -> Path:
+        return self.out / "notes" / f"{shard:05d}.json"
+
+    def _is_intact(self, shard: int) -> bool:
+        """Whether a shard is there with the right checksum; what is damaged is named, and will be made again."""
+        if not self._note(shard).is_file():
+            return False
+        written = json.loads(self._note(shard).read_text())["arrays"].values()
+        damaged = [fault for entry in written if (fault := shards.shard_fault(self.out, entry))]
+        for fault in damaged:
+            tqdm.write(f"{fault}; extracted again")
+        if damaged:
+            self._note(shard).unlink()
+        return not damaged
+
+    def _make(self, shard: int, pool: ThreadPoolExecutor, bar: tqdm) -> None:
+        moments, text, labels, captions = [], [], [], []
+        rejected: list[list[str]] = []
+        unusual: list[list[str]] = []
+        for batch in self._batches(self.parts[shard], pool):
+            bar.update(len(batch))
+            kept = []
+            for index, (pixels, oddities, reason) in batch:
+                name = self.listing.files[index]
+                if oddities:
+                    unusual.append([name, ", ".join(oddities)])
+                if pixels is None:
+                    rejected.append([name, reason])
+                else:
+                    kept.append((index, pixels))
+            if not kept:
+                continue
+            moments.append(self._encode(torch.stack([pixels for _, pixels in kept])))
+            for index, _ in kept:
+                if self.listing.labels is not None:
+                    labels += [self.listing.labels[index]] * (2 if self.mirror else 1)
+                if self.text:
+                    captions.append(len(self.text.captions[index]))
+                    text.append(self.text.encode(self.text.captions[index]).cpu().numpy().astype(self.dtype))
+        arrays = {"moments": moments, "text": text}
+        written = {
+            name: {
+                **shards.write_shard(self.out, f"{name}-{shard:05d}.npy", np.concatenate(parts)),
+                "item": parts[0].shape[1:],
+            }
+            for name, parts in arrays.items()
+            if parts
+        }
+        note = {
+            "read": len(self.parts[shard]),
+            "written": len(self.parts[shard]) - len(rejected),
+            "rejected": rejected,
+            "unusual": unusual,
+            "labels": labels,
+            "captions": captions,
+            "arrays": written,
+        }
+        shards.write_json(self._note(shard), note)
+
+    def _batches(self, part: range, pool: ThreadPoolExecutor) -> Iterator[list[tuple[int, tuple]]]:
+        """Decoded images, a batch at a time; the next three are decoded while one is encoded."""
+        ahead: deque[list[tuple[int, Future]]] = deque()
+        for first in range(part.start, part.stop, self.batch):
+            ahead.append([(i, pool.submit(self._read, i)) for i in range(first, min(first + self.batch, part.stop))])
+            if len(ahead) > 3:
+                yield [(i, job.result()) for i, job in ahead.popleft()]
+        for batch in ahead:
+            yield [(i, job.result()) for i, job in batch]
+
+    def _read(self, index: int) -> tuple[Tensor | None, list[str], str]:
+        """An image's pixels, (3, size, size) uint8, or None; what is unusual about it; why there are none."""
+        if self.text and not self.text.captions[index]:
+            return None, [], NO_CAPTION
+        file = self.listing.folder / self.listing.files[index]
+        try:
+            image, oddities = read_image(file)
+            pixels = np.array(self.crop(image, self.size))
+        except BadImage as error:
+            if self.policy.unreadable == "refuse":
+                raise UserError(f"{file}: {error}") from None
+            return None, [], str(error)
+        if oddities and self.policy.unusual == "refuse":
+            raise UserError(f"{file}: {', '.join(oddities)}")
+        if oddities and self.policy.unusual == "skip":
+            return None, oddities, ", ".join(oddities)
+        return torch.from_numpy(pixels).permute(2, 0, 1), oddities, ""
+
+    def _encode(self, pixels: Pixels) -> np.ndarray:
+        """(B, 3, H, W) -> (B or 2B, 2C, h, w): each image, then its mirror image."""
+        views = torch.stack([pixels, pixels.flip(-1)], dim=1).flatten(0, 1) if self.mirror else pixels
+        moments = self.encode(views).cpu()
+        if not torch.isfinite(moments.to(getattr(torch, self.dtype.name))).all():
+            raise UserError(f"{self.out}: moments that {self.dtype} cannot hold; expected --dtype float32")
+        return moments.numpy().astype(self.dtype)
+
+    def _finish(self) -> dict[str, Any]:
+        """Write the small arrays, the report and, last, the manifest."""
+        notes = [json.loads(self._note(shard).read_text()) for shard in range(len(self.parts))]
+        arrays = {}
+        for name in ("moments", "text"):
+            entries = [note["arrays"][name] for note in notes if name in note["arrays"]]
+            if entries:
+                item = tuple(entries[0]["item"])
+                arrays[name] = shards.describe([{k: e[k] for k in ("file", "count", "sha256")} for e in entries], self.dtype, item)  # fmt: skip
+        small = {}
+        if self.listing.labels is not None:
+            small["labels"] = np.array([label for note in notes for label in note["labels"]], np.int64)
+        if self.text:
+            counts = [count for note in notes for count in note["captions"]]
+            small["captions"] = np.cumsum([0, *counts], dtype=np.int64)
+            small["null_text"] = self.text.encode([""]).cpu().numpy().astype(self.dtype)
+        for name, array in small.items():
+            entry = shards.write_shard(self.out, f"{name}.npy", array)
+            arrays[name] = shards.describe([entry], array.dtype, array.shape[1:])
+        report = self._report(notes)
+        shards.write_json(self.out / "report.json", report)
+        if not report["written"]:
+            raise UserError(f"{self.out}: not one of {report['read']} images could be used; see report.json there")
+        counts = {name: report[name] for name in ("read", "written", "rejected")}
+        shards.write_manifest(self.out, arrays, **self.about, images=counts)
+        return report
+
+    def _report(self, notes: list[dict]) -> dict[str, Any]:
+        rejected = [entry for note in notes for entry in note["rejected"]]
+        unusual = [entry for note in notes for entry in note["unusual"]]
+        report = {
+            "read": sum(note["read"] for note in notes),
+            "written": sum(note["written"] for note in notes),
+            "rejected": len(rejected),
+            "unusual": dict(Counter(kind for _, kinds in unusual for kind in kinds.split(", "))),
+            "rejected_images": dict(rejected),
+            "unusual_images": dict(unusual),
+            "ignored_files": self.listing.ignored,
+        }
+        assert report["read"] == report["written"] + report["rejected"] == len(self.listing.files)
+        return report
+
+
+def summary(out: Path, report: dict[str, Any]) -> str:
+    """A report in a few lines; the files of more than 20 rejected images are in report.json only."""
+    lines = ["{}: read {read} = written {written} + rejected {rejected}".format(out, **report)]
+    lines += [f"  {count} {kind}" for kind, count in report["unusual"].items()]
+    lines += [f"  rejected {file}: {reason}" for file, reason in list(report["rejected_images"].items())[:20]]
+    if report["ignored_files"]:
+        lines.append(f"  {len(report['ignored_files'])} files that are no images, ignored")
+    return "\n".join([*lines, f"  all names: {out / 'report.json'}"])
+
+
+def list_captioned(folder: Path, captions: Path) -> tuple[Listing, list[list[str]]]:
+    """The images of a COCO-format caption file, in the order of their ids, and the captions of each.
+
+    Raises:
+        UserError: not such a file, or a captioned image that is not below `folder`.
+    """
+    try:
+        tree = json.loads(captions.read_text())
+        names = {int(image["id"]): str(image["file_name"]) for image in tree["images"]}
+        texts: dict[int, list[str]] = {number: [] for number in names}
+        for note in sorted(tree["annotations"], key=lambda note: note["id"]):
+            texts[int(note["image_id"])].append(str(note["caption"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{captions}: expected COCO captions, with images and annotations ({type(error).__name__}: {error})"
+        ) from None
+    missing = [name for name in names.values() if not (folder / name).is_file()]
+    if missing or not names:
+        example = f", such as {missing[0]}" if missing else ""
+        raise UserError(f"{folder}: lacks {len(missing)} of {len(names)} images that {captions} names{example}")
+    order = sorted(names)
+    return Listing(folder, [names[i] for i in order], None, [], []), [texts[i] for i in order]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
