@@ -36,7 +36,8 @@ def seconds(f, repeats: int = 7) -> list[float]:
 
 
 def moments(rows: Rows, folder: Path, count: int, size: int) -> None:
-    """`count` items of 4-channel latents of size x size: opening, reading all at random in batches, and bytes an item on the disk."""
+    """`count` items of 4-channel latents of size x size: opening (of single files: listing the folder), reading all at
+    random in batches, and bytes an item on the disk."""
     items = np.random.default_rng(0).standard_normal((count, 8, size, size)).astype(np.float16)
     packed, single = folder / "packed", folder / "single"
     shards.pack(packed, {"moments": items, "labels": np.arange(count) % 1000})

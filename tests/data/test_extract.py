@@ -177,6 +177,7 @@ def test_an_interrupted_extraction_continues_with_nothing_doubled(photos, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         broken.run()
     assert not (tmp_path / "broken" / "manifest.json").exists()
+    (tmp_path / "broken" / ".moments-00001.npy.77.tmp").write_bytes(b"half")  # as a killed process leaves it
     again, seen = make(photos, tmp_path / "broken")
     again.run()
     assert seen.images == 14  # the seven images of two shards, mirrored; the first shard was kept
