@@ -18,6 +18,7 @@ A1 = tl.constexpr(0.037005658189945986)
 A2 = tl.constexpr(-0.00035151862450346087)
 
 PLAIN, RESIDUAL, GELU, GELU_SAVE, GELU_BACKWARD = 0, 1, 2, 3, 4
+CASES = ("gemm", "gemm_residual", "gemm_gelu", "gemm_gelu_save", "gemm_gelu_backward")  # mode -> its name in the tables
 
 
 @triton.jit
@@ -126,7 +127,7 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel on x (M, K), w (N, K), which may be a transposed view."""
     (M, K), N = x.shape, w.shape[0]
-    tuned = launch.choice(x.device, "gemm", N)
+    tuned = launch.choice(x.device, CASES[mode], K)
     BM, BN, BK = tuned["tile"]
     out = x.new_empty(M, N)
     out2 = torch.empty_like(out) if mode in (GELU_SAVE, GELU_BACKWARD) else out

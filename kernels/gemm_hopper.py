@@ -24,11 +24,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from . import gemm_ampere, launch, layernorm, wgrad_hopper
+from . import gemm_ampere, launch, wgrad_hopper
 from .gemm_ampere import A0 as _A0
 from .gemm_ampere import A1 as _A1
 from .gemm_ampere import A2 as _A2
-from .gemm_ampere import GELU, GELU_BACKWARD, GELU_SAVE, PLAIN, RESIDUAL
+from .gemm_ampere import CASES, GELU, GELU_BACKWARD, GELU_SAVE, PLAIN, RESIDUAL
 
 A0: gl.constexpr = gl.constexpr(_A0.value)
 A1: gl.constexpr = gl.constexpr(_A1.value)
@@ -357,8 +357,8 @@ def arguments(
     return args, {"num_warps": 4, "maxnreg": 168}, tiles_n * tiles_m, (out, out2, partial)
 
 
-def _run(mode: int, case: str, x: Tensor, w: Tensor, **sources) -> tuple[Tensor, Tensor, Tensor]:
-    tuned = launch.choice(x.device, case, x.shape[1])
+def _run(mode: int, x: Tensor, w: Tensor, **sources) -> tuple[Tensor, Tensor, Tensor]:
+    tuned = launch.choice(x.device, CASES[mode], x.shape[1])
     args, options, tiles, outputs = arguments(mode, x, w, part=tuned["part"], stages=tuned["stages"], **sources)
     with launch.guard(x.device):
         gemm_kernel[(min(tiles, launch.multiprocessors(x.device)),)](*args, **options)
@@ -375,39 +375,34 @@ def linear(
     residual: Tensor | None = None,
 ) -> Tensor:
     """x @ w.T + bias, with the sources and the epilogue that are given: see `gemm_ampere.linear`."""
-    mode, case = (PLAIN, "gemm") if residual is None else (RESIDUAL, "gemm_residual")
-    return _run(mode, case, x, w, bias=bias, x2=x2, fold=fold, side=residual)[0]
+    mode = PLAIN if residual is None else RESIDUAL
+    return _run(mode, x, w, bias=bias, x2=x2, fold=fold, side=residual)[0]
 
 
 def linear_gelu(
     x: Tensor, w: Tensor, bias: Tensor, *, fold: tuple[Tensor, Tensor], save: bool
 ) -> tuple[Tensor, Tensor | None]:
     """GELU(LN(x) @ w.T + bias), and its argument where `save` asks for it: see `gemm_ampere.linear_gelu`."""
-    mode, case = (GELU_SAVE, "gemm_gelu_save") if save else (GELU, "gemm_gelu")
-    act, pre, _ = _run(mode, case, x, w, bias=bias, fold=fold)
+    act, pre, _ = _run(GELU_SAVE if save else GELU, x, w, bias=bias, fold=fold)
     return act, pre if save else None
 
 
 def linear_gelu_backward(dy: Tensor, w: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dh, GELU(h) and the column sums of dh: see `gemm_ampere.linear_gelu_backward`."""
-    dh, act, partial = _run(GELU_BACKWARD, "gemm_gelu_backward", dy, w, side=h, transposed=True)
+    dh, act, partial = _run(GELU_BACKWARD, dy, w, side=h, transposed=True)
     return dh, act, partial.sum(0)
 
 
 def input_gradient(dy: Tensor, w: Tensor) -> Tensor:
     """dy @ w: (M, N), (N, K) -> (M, K); w's rows may be any distance apart."""
     if launch.choice(dy.device, "input_gradient", f"{w.shape[0]}x{w.shape[1]}")["ours"]:
-        return _run(PLAIN, "gemm", dy, w, transposed=True)[0]
+        return _run(PLAIN, dy, w, transposed=True)[0]
     return gemm_ampere.input_gradient(dy, w)
 
 
 def weight_gradient(dy: Tensor, x: Tensor, *, bias: bool, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """dy.T @ x and the column sums of dy: see `gemm_ampere.weight_gradient`. The table says whose kernel."""
-    tuned = launch.choice(dy.device, "weight_gradient", f"{dy.shape[1]}x{x.shape[1]}")
-    if not tuned["ours"]:
+    if not launch.choice(dy.device, "weight_gradient", f"{dy.shape[1]}x{x.shape[1]}")["ours"]:
         return gemm_ampere.weight_gradient(dy, x, bias=bias, out=out)
     out = dy.new_empty(dy.shape[1], x.shape[1]) if out is None else out
-    if tuned.get("bias_pass", True):
-        return out, wgrad_hopper.weight_gradient(dy, x, out, bias)
-    wgrad_hopper.weight_gradient(dy, x, out, False)
-    return out, layernorm.column_sums(dy) if bias else None
+    return out, wgrad_hopper.weight_gradient(dy, x, out, bias)
