@@ -1,0 +1,40 @@
+"""`uvit-fast convert`: a checkpoint as a diffusers pipeline folder, or back as a .pth."""
+
+import argparse
+from pathlib import Path
+
+from uvit_fast.commands.arguments import config_arguments
+from uvit_fast.config import UserError, load_config
+
+HELP = "a checkpoint as a diffusers pipeline folder, or back as a .pth"
+
+
+def arguments(command: argparse.ArgumentParser) -> None:
+    config_arguments(command)
+    command.add_argument("--checkpoint", required=True, help=".pth, .safetensors, a run folder, or a pipeline folder")
+    command.add_argument("--out", required=True, help="a new folder for the pipeline, or a .pth file")
+    command.add_argument("--vae", help="the pipeline's autoencoder, or none; default: the config's decoder")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write weights as a pipeline folder (safetensors), or as a .pth with the published names."""
+    import torch
+
+    from uvit_fast import build_model, sampling
+    from uvit_fast.model.weights import load_weights, read_weights
+
+    cfg, out = load_config(args.config, args.set), Path(args.out)
+    if out.exists():
+        raise UserError(f"{out}: there already; expected a new name")
+    source = sampling.find_weights(args.checkpoint)
+    state = read_weights(source)
+    if out.suffix == ".pth":
+        load_weights(build_model(cfg), state, source=str(source))  # refuses what does not fit
+        torch.save(state, out)
+    else:
+        from uvit_fast.pipeline import make_pipeline
+
+        vae = args.vae or (cfg.latent.decoder if cfg.latent else "none")
+        components = {} if vae == "none" else {"vae": sampling.load_autoencoder(vae)}
+        make_pipeline(cfg, state, **components).save_pretrained(out)
+    print(f"wrote {out}")

@@ -1,0 +1,25 @@
+"""`uvit-fast data`: fetch a dataset, or check one before a long run."""
+
+import argparse
+from pathlib import Path
+
+HELP = "fetch a dataset, or check one before a long run"
+
+
+def arguments(command: argparse.ArgumentParser) -> None:
+    actions = command.add_subparsers(dest="action", required=True, metavar="action")
+    action = actions.add_parser("cifar10", help="CIFAR-10's python batches")
+    action.add_argument("--download", action="store_true", required=True, help="fetch 170 MB from its authors' site")
+    action.add_argument("--out", default="data", metavar="DIR", help="gets cifar-10-batches-py (default data)")
+    action = actions.add_parser("check", help="read everything; name each damaged shard, unreadable or unusual image")
+    action.add_argument("folder", help="of latents, or of images")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fetch CIFAR-10, or read a whole folder and name what is wrong: exit code 1 then."""
+    from uvit_fast.data import check, download
+
+    if args.action == "cifar10":
+        print(f"data.path={download.download_cifar10(Path(args.out))}")
+        return 0
+    return 1 if check.check_folder(args.folder) else 0

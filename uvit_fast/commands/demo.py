@@ -1,0 +1,17 @@
+"""`uvit-fast demo`: sample the digits run, and measure whether the samples are good."""
+
+import argparse
+from pathlib import Path
+
+HELP = "sample the digits run, and measure whether the samples are good"
+
+
+def arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--run-dir", default="runs/digits", help="the run's folder (default runs/digits)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Sample and measure the digits; see uvit_fast/demo.py."""
+    from uvit_fast import demo
+
+    return demo.run(Path(args.run_dir))

@@ -1,0 +1,78 @@
+"""`uvit-fast extract`: images (and captions) as latents that training reads."""
+
+import argparse
+from pathlib import Path
+
+from uvit_fast.commands.arguments import config_arguments, positive
+from uvit_fast.config import UserError, load_config
+
+HELP = "images (and captions) as latents that training reads"
+
+
+def arguments(command: argparse.ArgumentParser) -> None:
+    config_arguments(command)
+    command.add_argument(
+        "--images", required=True, metavar="DIR", help="one folder a class where the model has classes"
+    )
+    command.add_argument("--out", required=True, metavar="DIR", help="of the shards; continues what is there")
+    command.add_argument(
+        "--vae", help="AutoencoderKL: a folder, or owner/repository on the hub; default: the decoder's"
+    )
+    command.add_argument("--captions", metavar="JSON", help="of the images, in COCO's format, for models of text")
+    command.add_argument(
+        "--clip", default="openai/clip-vit-large-patch14", help="text encoder: a folder, or a hub name"
+    )
+    command.add_argument("--no-mirror", action="store_true", help="leave out the mirror images")
+    command.add_argument("--unreadable", choices=["skip", "refuse"], default="skip", help="files that are no images")
+    command.add_argument(
+        "--unusual",
+        choices=["convert", "skip", "refuse"],
+        default="convert",
+        help="greyscale, CMYK, 16-bit and EXIF-rotated images (default: converted to upright RGB)",
+    )
+    command.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="stored (default float16)")
+    command.add_argument("--shard", type=positive, default=4096, help="images a shard (default 4096)")
+    command.add_argument("--batch", type=positive, default=32, help="images at a time (default 32)")
+    command.add_argument("--workers", type=positive, default=4, help="threads that decode images (default 4)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the shards; the report on the way to them is in their folder. `torchrun -m uvit_fast.cli extract ...` uses all GPUs."""
+    from uvit_fast import sampling
+    from uvit_fast.data import encoders
+    from uvit_fast.data.datasets import CROPS, require_folder
+    from uvit_fast.data.extract import Extraction, Policy, Text, list_captioned, summary
+    from uvit_fast.data.reading import list_images
+
+    cfg = load_config(args.config, args.set)
+    if cfg.latent is None:
+        raise UserError(f"extract: {cfg.name} works on pixels; expected a config with a latent section")
+    if bool(args.captions) != bool(cfg.model.context_dim):
+        raise UserError(f"extract: {cfg.name} {'needs' if cfg.model.context_dim else 'takes no'} --captions")
+    folder = require_folder(args.images, "images", key="--images")
+    device = sampling.pick_device(cfg.device)
+    name = args.vae or cfg.latent.decoder
+    vae, text = sampling.load_autoencoder(name).to(device), None
+    if args.captions:
+        listing, captions = list_captioned(folder, Path(args.captions))
+        text = Text(captions, *encoders.load_text_encoder(args.clip, device))
+    else:
+        listing = list_images(folder, labelled=cfg.model.num_classes > 0)
+    extraction = Extraction(
+        listing,
+        Path(args.out),
+        encoders.vae_encoder(vae),
+        crop=CROPS[cfg.data.crop],
+        size=cfg.model.img_size * 2 ** (len(vae.config.block_out_channels) - 1),
+        scale_factor=cfg.latent.scale_factor,
+        vae=encoders.vae_identity(vae, name),
+        mirror=not (args.no_mirror or args.captions),
+        text=text,
+        policy=Policy(args.unreadable, args.unusual),
+        dtype=args.dtype,
+        shard_images=args.shard,
+        batch=args.batch,
+        workers=args.workers,
+    )
+    report = extraction.run()
+    print(summary(extraction.out, report) if report else f"{args.out}: this process is done; others are not")

@@ -1,0 +1,46 @@
+"""`uvit-fast info`: versions, devices, and which kernels and attention would run, and why."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from uvit_fast.config import load_config
+
+HELP = "versions, devices, and which kernels and attention would run, and why"
+
+
+def arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--config", help="report for this config's model only")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print what is installed and what would run."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    import uvit_fast
+    from uvit_fast.model import ops
+
+    print(f"uvit-fast {uvit_fast.__version__}, Python {sys.version.split()[0]}")
+    for package in ("torch", "triton", "deepspeed", "diffusers", "transformers", "flash-attn", "xformers"):
+        try:
+            print(f"  {package:14s}{version(package)}")
+        except PackageNotFoundError:
+            print(f"  {package:14s}not installed")
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    for i, gpu in enumerate(gpus):
+        print(f"  cuda:{i}        {gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")
+    if not gpus:
+        print(f"  cpu           {torch.get_num_threads()} threads; no CUDA device")
+
+    device = "cuda" if gpus else "cpu"
+    names = [args.config] if args.config else sorted(map(str, Path("configs").glob("*.yaml")))
+    shapes = {}  # (D, heads) -> the configs that have it
+    for name in names:
+        model = load_config(name).model
+        shapes.setdefault((model.embed_dim, model.num_heads), []).append(Path(name).stem)
+    for (dim, heads), configs in sorted(shapes.items()):
+        print(f"\nD = {dim}, {heads} heads of {dim // heads} ({', '.join(configs)}) on {device}")
+        for op, choice in ops.describe(dim, heads, "auto", "auto", device).items():
+            print(f"  {op:16s}{choice}")
