@@ -33,12 +33,17 @@ def core(device: torch.device) -> ModuleType:
     return import_module(f".{name}", __package__)
 
 
+def path(arch: int) -> Path:
+    """The file of an architecture's tuning table."""
+    return _FOLDER / f"sm_{arch}.json"
+
+
 @functools.cache
 def table(arch: int) -> dict:
     """The tuning table of the nearest architecture that has one: case -> choices, and "default"."""
-    known = sorted(int(path.stem.removeprefix("sm_")) for path in _FOLDER.glob("sm_*.json"))
+    known = sorted(int(file.stem.removeprefix("sm_")) for file in _FOLDER.glob("sm_*.json"))
     nearest = min(known, key=lambda a: abs(a - arch))
-    return json.loads((_FOLDER / f"sm_{nearest}.json").read_text())
+    return json.loads(path(nearest).read_text())
 
 
 def choice(device: torch.device, case: str, width: int | str) -> dict:

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from uvit_fast.commands import convert, data, demo, evaluate, extract, info, sample
+from uvit_fast.commands import convert, data, demo, evaluate, extract, info, sample, tune
 from uvit_fast.config import UserError
 
 COMMANDS = {
@@ -14,6 +14,7 @@ COMMANDS = {
     "extract": extract,
     "data": data,
     "demo": demo,
+    "tune": tune,
 }
 
 

@@ -1,0 +1,141 @@
+"""Measure the choices of the tuning tables on the GPU at hand and write its table: `uvit-fast tune`.
+
+Each case is run as the ops run it, with every candidate that compiles. What the table says now stays where nothing beats it by
+more than the noise.
+"""
+
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import launch, layernorm
+
+TOKENS = 33024  # 128 images of 258 tokens
+NOISE = 0.015  # a candidate must win by this share
+_QUEUE_CYCLES = 20_000_000  # the GPU sleeps about 10 ms while Python queues the calls
+_GEMMS = ("gemm", "gemm_residual", "gemm_gelu", "gemm_gelu_save", "gemm_gelu_backward")
+_OURS = [{"ours": True}, {"ours": False}]
+
+
+def _grid(**values: list) -> list[dict]:
+    return [dict(zip(values, choice)) for choice in itertools.product(*values.values())]
+
+
+def candidates(arch: int) -> dict[str, list[dict]]:
+    """case -> the choices that are tried on an architecture."""
+    if arch == 90:
+        gemm = _grid(part=[32, 64], stages=[3, 4])
+        gelu_backward = [c for c in gemm if c != {"part": 64, "stages": 4}]  # two side buffers do not fit
+        products = {"input_gradient": _OURS, "weight_gradient": _OURS}
+    else:
+        gemm = _grid(tile=[[128, 128, 32], [128, 64, 64], [128, 256, 32]], group=[8], warps=[4, 8], stages=[3, 4])
+        gelu_backward, products = gemm, {}
+    return {
+        "prepare": _grid(rows=[1, 2, 4], warps=[1, 2, 4]),
+        "ln_backward": _grid(programs=[264, 396, 528, 792, 1056], warps=[1, 2, 4]),
+        "column_sums": _grid(programs=[66, 132], rows=[8, 32], block=[64, 512], warps=[4]),
+        **{case: gelu_backward if case == "gemm_gelu_backward" else gemm for case in _GEMMS},
+        **products,
+    }
+
+
+def cases(D: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[str, str, Callable]]:
+    """The cases of a block of width D, as (case, width, a call that runs it once)."""
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype)
+
+    core = launch.core(device)
+    x, dy, wide, h = random(TOKENS, D), random(TOKENS, D), random(TOKENS, 3 * D), random(TOKENS, 4 * D)
+    gamma, beta, b, hidden_b = random(D), random(D), random(D), random(4 * D)
+    qkv, proj, up, down = (random(n, k) * k**-0.5 for n, k in ((3 * D, D), (D, D), (4 * D, D), (D, 4 * D)))
+    stats, folded, sums, offset = layernorm.prepare(x, gamma, beta, up, hidden_b, 1e-5)
+    narrow = layernorm.prepare(x, gamma, beta, qkv, None, 1e-5)
+
+    yield "prepare", str(D), lambda: layernorm.prepare(x, gamma, beta, up, hidden_b, 1e-5)
+    yield "ln_backward", str(D), lambda: layernorm.backward(dy, x, stats, gamma, beta, dy)
+    yield "column_sums", str(D), lambda: layernorm.column_sums(dy)
+    yield "gemm", str(D), lambda: core.linear(x, narrow[1], narrow[3], fold=(narrow[0], narrow[2]))
+    yield "gemm_residual", str(D), lambda: core.linear(x, proj, b, residual=dy)
+    yield "gemm_residual", str(4 * D), lambda: core.linear(h, down, b, residual=dy)
+    yield "gemm_gelu", str(D), lambda: core.linear_gelu(x, folded, offset, fold=(stats, sums), save=False)
+    yield "gemm_gelu_save", str(D), lambda: core.linear_gelu(x, folded, offset, fold=(stats, sums), save=True)
+    yield "gemm_gelu_backward", str(D), lambda: core.linear_gelu_backward(dy, down, h)
+    for gradient, weight in ((wide, qkv), (h, up), (dy, proj)):
+        size = f"{weight.shape[0]}x{weight.shape[1]}"
+        yield "input_gradient", size, lambda g=gradient, w=weight: core.input_gradient(g, w)
+    for gradient, source, bias in ((wide, x, False), (h, x, False), (dy, h, False), (dy, x, True)):
+        size = f"{gradient.shape[1]}x{source.shape[1]}"
+        yield "weight_gradient", size, lambda g=gradient, s=source, b=bias: core.weight_gradient(g, s, bias=b)
+
+
+def milliseconds(f: Callable, repeats: int = 9) -> float:
+    """The median of calls back to back; Python queues them while the GPU sleeps."""
+    f()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(_QUEUE_CYCLES)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for event in events[1:]:
+        f()
+        event.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
+
+
+def tune(dims: list[int], device: torch.device, report: Callable[[str], None] = print) -> dict[str, dict]:
+    """The table of the GPU's architecture, measured.
+
+    Args:
+        dims: widths D.
+        report: gets a line for each case: its choice, and the milliseconds before and after.
+
+    Returns:
+        What `launch.choice` reads: "default"; case -> its commonest choice; case:width -> where a width's differs.
+    """
+    arch = launch.architecture(device)
+    table, tried, found = launch.table(arch), candidates(arch), {}
+    for D in dims:
+        for case, width, f in cases(D, device):
+            if case not in tried:
+                continue
+            before = launch.choice(device, case, width)
+            before = {name: before[name] for name in tried[case][0]}
+            times = []
+            for choice in (before, *tried[case]):
+                table[f"{case}:{width}"] = choice
+                try:
+                    times.append(milliseconds(f))
+                except Exception as error:  # what this compiler or GPU does not take is no candidate
+                    times.append(math.inf)
+                    report(f"{case}:{width}: {choice} cannot run: {str(error).splitlines()[0][:80]}")
+            best = min(times)
+            choice = before if best > (1 - NOISE) * times[0] else tried[case][times[1:].index(best)]
+            table[f"{case}:{width}"] = choice
+            found.setdefault(case, {})[width] = choice
+            report(f"{f'{case}:{width}':32s} {times[0]:8.4f} -> {best:8.4f} ms  {json.dumps(choice)}")
+    return compact(table["default"], found)
+
+
+def compact(default: dict, found: dict[str, dict[str, dict]]) -> dict[str, dict]:
+    """case -> width -> choice as a table in which each case's commonest choice is its own."""
+    table = {"default": default}
+    for case, widths in found.items():
+        common = max(widths.values(), key=lambda choice: sum(other == choice for other in widths.values()))
+        table[case] = common
+        table |= {f"{case}:{width}": choice for width, choice in widths.items() if choice != common}
+    return table
+
+
+def write(table: dict[str, dict], path: Path) -> None:
+    """A table as JSON, a case a line: "default" first, then by name."""
+    names = ["default", *sorted(table.keys() - {"default"})]
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(table[name])}" for name in names)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{\n" + lines + "\n}\n")

@@ -1,0 +1,84 @@
+"""Tuning: what is written is what is read, and the best of what was measured."""
+
+import json
+
+import pytest
+import torch
+
+from uvit_fast import cli
+from uvit_fast.kernels import launch, layernorm, tune
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def small_gpu(monkeypatch):
+    """Cases that run nothing, timed by a clock that likes four warps, and more rows at D = 64; one candidate cannot run."""
+    table = {"default": {"rows": 1, "warps": 1}, "prepare": {"rows": 1, "warps": 2}}
+    monkeypatch.setattr(launch, "table", lambda arch: table)
+    monkeypatch.setattr(tune, "candidates", lambda arch: {"prepare": tune._grid(rows=[1, 2], warps=[2, 4, 8])})
+    monkeypatch.setattr(tune, "cases", lambda D, device: [("prepare", str(D), lambda: D), ("unknown", "1", None)])
+
+    def clock(f):
+        choice = launch.choice(CPU, "prepare", f())
+        if choice["warps"] == 8:
+            raise RuntimeError("too many warps")
+        return 1.0 - 0.1 * (choice["warps"] == 4) - 0.1 * (choice["rows"] == 2 and f() == 64)
+
+    monkeypatch.setattr(tune, "milliseconds", clock)
+
+
+def test_the_fastest_that_runs_is_chosen_for_each_width(small_gpu):
+    lines = []
+    table = tune.tune([64, 128, 192], CPU, lines.append)
+    assert table["prepare"] == {"rows": 1, "warps": 4} and table["prepare:64"] == {"rows": 2, "warps": 4}
+    assert "prepare:128" not in table and "prepare:192" not in table
+    assert any("cannot run: too many warps" in line for line in lines)
+
+
+def test_a_gain_within_the_noise_changes_nothing(small_gpu, monkeypatch):
+    monkeypatch.setattr(tune, "milliseconds", lambda f: 1.0 - 0.01 * (launch.choice(CPU, "prepare", 64)["warps"] == 4))
+    assert tune.tune([64], CPU, lambda line: None)["prepare"] == {"rows": 1, "warps": 2}
+
+
+def test_the_committed_tables_are_as_written_by_tune(tmp_path):
+    for arch in (80, 90):
+        table = json.loads(launch.path(arch).read_text())
+        tune.write(table, tmp_path / "table.json")
+        assert (tmp_path / "table.json").read_text() == launch.path(arch).read_text()
+        names = {key.partition(":")[0] for key in table} - {"default"}
+        assert names <= tune.candidates(arch).keys()
+
+
+def test_every_case_calls_what_the_ops_call(monkeypatch):
+    """On the CPU's core with a stand-in for its kernels, every case of a block runs and asks the table for its own entry."""
+    asked = set()
+    choice = launch.choice
+    monkeypatch.setattr(
+        launch, "choice", lambda device, case, width: asked.add(f"{case}:{width}") or choice(device, case, width)
+    )
+    monkeypatch.setattr(tune, "TOKENS", 4)
+    for module, kernel in (
+        (layernorm, "_prepare_kernel"),
+        (layernorm, "_backward_kernel"),
+        (layernorm, "_column_sums_kernel"),
+        (launch.core(CPU), "gemm_kernel"),
+    ):
+        monkeypatch.setattr(module, kernel, Stand())
+    for case, width, f in tune.cases(64, CPU):
+        if case in tune.candidates(80):
+            f()
+            assert f"{case}:{width}" in asked, case
+
+
+class Stand:
+    """A kernel that does nothing, however it is launched."""
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: None
+
+
+def test_tuning_without_a_gpu_or_of_a_width_that_no_op_takes_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["tune"]) == 2 and "no CUDA device" in capsys.readouterr().err
+    assert cli.main(["tune", "--dims", "100"]) == 2 and "multiples of 64, got 100" in capsys.readouterr().err

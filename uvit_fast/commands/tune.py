@@ -1,0 +1,30 @@
+"""`uvit-fast tune`: measure the kernels' choices on this GPU and write its architecture's tuning table."""
+
+import argparse
+from pathlib import Path
+
+from uvit_fast.commands.arguments import positive
+from uvit_fast.config import UserError
+
+HELP = "measure the kernels' choices on this GPU and write its architecture's tuning table"
+
+
+def arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--dims", type=positive, nargs="+", default=[512, 768, 1024, 1152], help="widths D (default: the paper's four)"
+    )
+    command.add_argument("--out", help="the table's file (default: the installed one, kernels/tuning/sm_<arch>.json)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """About two minutes on an H100. Deterministic kernels stay deterministic; only speed changes."""
+    from uvit_fast import sampling
+    from uvit_fast.kernels import launch, tune
+
+    wrong = [dim for dim in args.dims if dim % 64]
+    if wrong:
+        raise UserError(f"--dims: expected multiples of 64, got {wrong[0]}")
+    device = sampling.pick_device("cuda")
+    out = Path(args.out or launch.path(launch.architecture(device)))
+    tune.write(tune.tune(args.dims, device), out)
+    print(f"wrote {out}")
