@@ -1,0 +1,31 @@
+"""Every fused op once, forward and backward, at small awkward sizes: what a sanitizer watches.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 python -m tests.gpu.small
+
+Caching is off so that each tensor is an allocation of its own, whose ends are guarded. Compiled kernels come from the cache of a run
+without the sanitizer.
+"""
+
+import sys
+
+import torch
+
+from tests.gpu.test_ops import OPS, run, tensors
+from uvit_fast.kernels.attention import attention
+
+
+def main(names: list[str]) -> None:
+    for name in names or [*OPS, "attention"]:
+        if name == "attention":
+            for D in (64, 72):
+                qkv = torch.randn(1, 258, 3, 2, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+                attention(qkv).sum().backward()
+        else:
+            x = tensors(name, (1, 258, 128), torch.bfloat16)
+            run(OPS[name][0], x, torch.ones_like(OPS[name][1](*x)))
+        torch.cuda.synchronize()
+        print(name, "ran", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
