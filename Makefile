@@ -6,7 +6,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint format install clean
+.PHONY: demo test lint format install clean bench readme
 
 demo: .venv/demo.done  ## train on real digits, sample, and measure the samples
 	$(BIN)/python train.py --config configs/digits.yaml
@@ -14,6 +14,7 @@ demo: .venv/demo.done  ## train on real digits, sample, and measure the samples
 
 test: .venv/test.done  ## the whole CPU suite
 	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest benchmarks --benchmark-only -k "not contract" -q  # those ran with the tests
 
 lint: .venv/test.done
 	$(BIN)/ruff check .
