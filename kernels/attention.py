@@ -40,14 +40,9 @@ def why_not(qkv: Tensor) -> str | None:
         return f"it takes at most {LONGEST} tokens, got {L}"
     if qkv.numel() == 0:
         return f"qkv is empty: {tuple(qkv.shape)}"
-    if qkv.device.type == "cuda" and not _has_kernels(qkv.device.index):
+    if qkv.device.type == "cuda" and launch.capability(qkv.device.index) not in (8, 9):
         return "its kernels are for compute capability 8 and 9"
     return None
-
-
-@torch.compiler.assume_constant_result
-def _has_kernels(device: int) -> bool:
-    return torch.cuda.get_device_properties(device).major in (8, 9)
 
 
 def attention(qkv: Tensor) -> Tensor:
@@ -81,8 +76,7 @@ def core(device: torch.device, D: int) -> ModuleType:
 
 @torch.library.custom_op("uvit_fast::attention", mutates_args=())
 def _forward(qkv: Tensor) -> tuple[Tensor, Tensor]:
-    with launch.guard(qkv.device):
-        return core(qkv.device, qkv.shape[-1]).forward(_packed(qkv))
+    return core(qkv.device, qkv.shape[-1]).forward(_packed(qkv))
 
 
 @_forward.register_fake
@@ -93,8 +87,7 @@ def _(qkv: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("uvit_fast::attention_backward", mutates_args=())
 def _backward(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor) -> Tensor:
-    with launch.guard(qkv.device):
-        return core(qkv.device, qkv.shape[-1]).backward(_packed(qkv), out, lse, _packed(dout))
+    return core(qkv.device, qkv.shape[-1]).backward(_packed(qkv), out, lse, _packed(dout))
 
 
 @_backward.register_fake

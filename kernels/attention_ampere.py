@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import launch
+
 LOG2E = 1.4426950408889634
 
 
@@ -254,7 +256,8 @@ def forward(qkv: Tensor) -> tuple[Tensor, Tensor]:
     out = qkv.new_empty(B, L, H * D)
     lse = qkv.new_empty(B, H, L, dtype=torch.float32)
     c = constants(D)
-    attention_forward_kernel[(B * H * triton.cdiv(L, c["BM"]),)](qkv, out, lse, L, H, D**-0.5 * LOG2E, **c)
+    grid = (B * H * triton.cdiv(L, c["BM"]),)
+    launch.run(qkv.device, attention_forward_kernel, grid, (qkv, out, lse, L, H, D**-0.5 * LOG2E), c)
     return out, lse
 
 
@@ -262,8 +265,8 @@ def backward(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor) -> Tensor:
     """The gradient of qkv, packed as qkv is; every argument contiguous."""
     B, L, _, H, D = qkv.shape
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
-    by_query, by_key, scale = constants(D, "BN"), constants(D, "BM"), D**-0.5 * LOG2E
-    grid = (B * H * triton.cdiv(L, 64),)
-    attention_dq_kernel[grid](qkv, out, dout, lse, delta, dqkv, L, H, scale, **by_query)
-    attention_dkv_kernel[grid](qkv, dout, lse, delta, dqkv, L, H, scale, **by_key)
+    grid, scalars = (B * H * triton.cdiv(L, 64),), (L, H, D**-0.5 * LOG2E)
+    by_query, by_key = (qkv, out, dout, lse, delta, dqkv, *scalars), (qkv, dout, lse, delta, dqkv, *scalars)
+    launch.run(qkv.device, attention_dq_kernel, grid, by_query, constants(D, "BN"))
+    launch.run(qkv.device, attention_dkv_kernel, grid, by_key, constants(D, "BM"))
     return dqkv

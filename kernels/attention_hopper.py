@@ -19,6 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from . import launch
 from .attention_hopper_backward import attention_dkv_kernel, attention_dq_kernel
 from .attention_hopper_pieces import (
     LEFT_SMALL,
@@ -38,6 +39,7 @@ from .attention_hopper_pieces import (
     tail_store,
     to_registers,
 )
+from .tma import descriptor
 
 LOG2E = 1.4426950408889634
 
@@ -223,9 +225,7 @@ def _boxes(t: Tensor, groups: int, D: int, rows: tuple[int, ...]) -> list[Tensor
     t = t.view(t.shape[0], t.shape[1], groups, D)
     found = []
     for n in rows:
-        found.append(TensorDescriptor.from_tensor(t, [1, n, 1, 64], gl.NVMMASharedLayout(128, 16, 4)))
-        wide = TensorDescriptor.from_tensor(t, [1, n, 1, 16], gl.NVMMASharedLayout(32, 16, 4)) if D > 64 else None
-        found.append(wide)
+        found += [descriptor(t, 1, n, 1, 64), descriptor(t, 1, n, 1, 16) if D > 64 else None]
     return found
 
 
@@ -271,7 +271,7 @@ def forward(qkv: Tensor) -> tuple[Tensor, Tensor]:
     out = qkv.new_empty(B, L, H * D)
     lse = qkv.new_empty(B, H, L, dtype=torch.float32)
     arguments, options = forward_launch(qkv, out, lse)
-    attention_forward_kernel[(B * H,)](*arguments, **options)
+    launch.run(qkv.device, attention_forward_kernel, (B * H,), arguments, options)
     return out, lse
 
 
@@ -280,6 +280,6 @@ def backward(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor) -> Tensor:
     B, _, _, H, _ = qkv.shape
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     first, second, options = backward_launches(qkv, out, lse, dout, delta, dqkv)
-    attention_dq_kernel[(B * H,)](*first, **options)
-    attention_dkv_kernel[(B * H,)](*second, **options)
+    launch.run(qkv.device, attention_dq_kernel, (B * H,), first, options)
+    launch.run(qkv.device, attention_dkv_kernel, (B * H,), second, options)
     return dqkv

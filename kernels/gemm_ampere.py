@@ -133,35 +133,37 @@ def _run(
     out2 = torch.empty_like(out) if mode in (GELU_SAVE, GELU_BACKWARD) else out
     partial = x.new_empty(triton.cdiv(M, BM), N, dtype=launch.ACCUMULATE) if mode == GELU_BACKWARD else out
     stats, sums = fold or (x, x)
-    with launch.guard(x.device):
-        gemm_kernel[(triton.cdiv(M, BM) * triton.cdiv(N, BN),)](
-            x,
-            x if x2 is None else x2,
-            w,
-            x if bias is None else bias,
-            stats,
-            sums,
-            x if side is None else side,
-            out,
-            out2,
-            partial,
-            M,
-            N,
-            K,
-            0 if x2 is None else x2.shape[1],
-            w.stride(0),
-            w.stride(1),
-            FOLD=fold is not None,
-            HAS_BIAS=bias is not None,
-            DUAL=x2 is not None,
-            MODE=mode,
-            BM=BM,
-            BN=BN,
-            BK=BK,
-            GROUP=tuned["group"],
-            num_warps=tuned["warps"],
-            num_stages=tuned["stages"],
-        )
+    args = (
+        x,
+        x if x2 is None else x2,
+        w,
+        x if bias is None else bias,
+        stats,
+        sums,
+        x if side is None else side,
+        out,
+        out2,
+        partial,
+        M,
+        N,
+        K,
+        0 if x2 is None else x2.shape[1],
+        w.stride(0),
+        w.stride(1),
+    )
+    options = {
+        "FOLD": fold is not None,
+        "HAS_BIAS": bias is not None,
+        "DUAL": x2 is not None,
+        "MODE": mode,
+        "BM": BM,
+        "BN": BN,
+        "BK": BK,
+        "GROUP": tuned["group"],
+        "num_warps": tuned["warps"],
+        "num_stages": tuned["stages"],
+    }
+    launch.run(x.device, gemm_kernel, (triton.cdiv(M, BM) * triton.cdiv(N, BN),), args, options)
     return out, out2, partial
 
 

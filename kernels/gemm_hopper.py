@@ -22,13 +22,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import gemm_ampere, launch, wgrad_hopper
 from .gemm_ampere import A0 as _A0
 from .gemm_ampere import A1 as _A1
 from .gemm_ampere import A2 as _A2
 from .gemm_ampere import CASES, GELU, GELU_BACKWARD, GELU_SAVE, PLAIN, RESIDUAL
+from .tma import descriptor
 
 A0: gl.constexpr = gl.constexpr(_A0.value)
 A1: gl.constexpr = gl.constexpr(_A1.value)
@@ -297,10 +297,6 @@ def gemm_kernel(
     )  # fmt: skip
 
 
-def _descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(t, block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16))
-
-
 def arguments(
     mode: int,
     x: Tensor,
@@ -327,14 +323,14 @@ def arguments(
     out2 = torch.empty_like(out) if mode in (GELU_SAVE, GELU_BACKWARD) else out
     partial = x.new_empty(tiles_m, N, dtype=launch.ACCUMULATE) if mode == GELU_BACKWARD else out
     stats, sums = fold or (out, out)
-    out_desc = _descriptor(out, [part, ROWS])
+    out_desc = descriptor(out, part, ROWS)
     args = (
-        _descriptor(w, [BK, ROWS] if transposed else [ROWS, BK]),
-        x_desc := _descriptor(x, [TOKENS, BK]),
-        x_desc if x2 is None else _descriptor(x2, [TOKENS, BK]),
+        descriptor(w, BK, ROWS) if transposed else descriptor(w, ROWS, BK),
+        x_desc := descriptor(x, TOKENS, BK),
+        x_desc if x2 is None else descriptor(x2, TOKENS, BK),
         out_desc,
-        out_desc if out2 is out else _descriptor(out2, [part, ROWS]),
-        out_desc if side is None else _descriptor(side, [part, ROWS]),
+        out_desc if out2 is out else descriptor(out2, part, ROWS),
+        out_desc if side is None else descriptor(side, part, ROWS),
         out if bias is None else bias,
         stats,
         sums,
@@ -360,8 +356,7 @@ def arguments(
 def _run(mode: int, x: Tensor, w: Tensor, **sources) -> tuple[Tensor, Tensor, Tensor]:
     tuned = launch.choice(x.device, CASES[mode], x.shape[1])
     args, options, tiles, outputs = arguments(mode, x, w, part=tuned["part"], stages=tuned["stages"], **sources)
-    with launch.guard(x.device):
-        gemm_kernel[(min(tiles, launch.multiprocessors(x.device)),)](*args, **options)
+    launch.run(x.device, gemm_kernel, (min(tiles, launch.multiprocessors(x.device)),), args, options)
     return outputs
 
 

@@ -6,6 +6,7 @@ import json
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 import triton
@@ -22,9 +23,18 @@ def interpreting() -> bool:
 
 def architecture(device: torch.device) -> int:
     """The architecture whose kernels and table a device takes: 90 on Hopper, 80 elsewhere (plain Triton runs anywhere)."""
-    if device.type != "cuda":
-        return 80
-    return 90 if torch.cuda.get_device_properties(device).major == 9 else 80
+    return 90 if device.type == "cuda" and capability(device.index) == 9 else 80
+
+
+@torch.compiler.assume_constant_result
+def capability(index: int | None) -> int:
+    """The major compute capability of a CUDA device."""
+    return _properties(index).major
+
+
+@functools.cache
+def _properties(index: int | None):
+    return torch.cuda.get_device_properties(index)
 
 
 def core(device: torch.device) -> ModuleType:
@@ -54,12 +64,57 @@ def choice(device: torch.device, case: str, width: int | str) -> dict:
 
 def multiprocessors(device: torch.device) -> int:
     """How many programs run at once where one takes a whole multiprocessor."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return _properties(device.index).multi_processor_count
 
 
 def guard(device: torch.device):
     """Launch on the device that holds the tensors, whichever is current."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()
+
+
+_compiled: dict[tuple, Any] = {}
+
+
+def run(device: torch.device, kernel: Any, grid: tuple[int, ...], args: tuple, options: dict) -> None:
+    """kernel[grid](*args, **options) on `device`, by a look-up of our own: Triton's costs the host more than the kernels take.
+
+    Everything that Triton compiles anew for is in the key: dtypes and alignment of tensors, blocks and layouts of descriptors,
+    integers that are 1 or multiples of 16, the constants' values.
+
+    Args:
+        args: the kernel's first arguments.
+        options: its other arguments, constants all, and its launch's (`num_warps`, ...), by name.
+    """
+    with guard(device):
+        if interpreting():
+            kernel[grid](*args, **options)
+            return
+        names, constant = _parameters(kernel)
+        kinds = [value if c else _kind(value) for value, c in zip(args, constant)]
+        key = (id(kernel), device.index, *options.values(), *kinds)
+        compiled = _compiled.get(key)
+        if compiled is None:
+            _compiled[key] = kernel[grid](*args, **options)
+        else:
+            compiled[(*grid, 1, 1)[:3]](*args, *[options[name] for name in names[len(args) :]])
+
+
+@functools.cache
+def _parameters(kernel: Any) -> tuple[list[str], list[bool]]:
+    return [p.name for p in kernel.params], [p.is_constexpr for p in kernel.params]
+
+
+def _kind(value: Any) -> Any:
+    """What Triton specialises on in an argument that is no constant."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, int):
+        return value == 1, value % 16 == 0, value >= 2**31
+    if hasattr(value, "block_shape"):  # a tensor descriptor
+        return value.base.dtype, tuple(value.block_shape), value.layout
+    return type(value)
 
 
 def why_not(x: Tensor, weights: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> str | None:
@@ -71,7 +126,7 @@ def why_not(x: Tensor, weights: dict[str, tuple[Tensor | None, tuple[int, ...]]]
     """
     if x.device.type != "cuda" and not interpreting():
         return f"the tensors are on {x.device.type}; the fused ops run on CUDA"
-    if x.device.type == "cuda" and torch.cuda.get_device_properties(x.device).major < 8:
+    if x.device.type == "cuda" and capability(x.device.index) < 8:
         return "the device is older than compute capability 8.0"
     if x.dtype not in (torch.bfloat16, torch.float16) and not (interpreting() and x.dtype == torch.float32):
         return f"the dtype is {x.dtype}; the fused ops take bfloat16 and float16"

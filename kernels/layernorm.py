@@ -102,27 +102,16 @@ def prepare(
     tuned = launch.choice(x.device, "prepare", D)
     low, high = _split(D)
     grid = (triton.cdiv(N, tuned["rows"]) + triton.cdiv(M, tuned["rows"]),)
-    with launch.guard(x.device):
-        _prepare_kernel[grid](
-            x,
-            gamma,
-            beta,
-            weight,
-            x if bias is None else bias,
-            stats,
-            folded,
-            sums,
-            offset,
-            M,
-            N,
-            eps,
-            D=D,
-            LO=low,
-            HI=high,
-            HAS_BIAS=bias is not None,
-            ROWS=tuned["rows"],
-            num_warps=tuned["warps"],
-        )
+    args = (x, gamma, beta, weight, x if bias is None else bias, stats, folded, sums, offset, M, N, eps)
+    options = {
+        "D": D,
+        "LO": low,
+        "HI": high,
+        "HAS_BIAS": bias is not None,
+        "ROWS": tuned["rows"],
+        "num_warps": tuned["warps"],
+    }
+    launch.run(x.device, _prepare_kernel, grid, args, options)
     return stats, folded, sums, offset
 
 
@@ -234,24 +223,9 @@ def backward(
     tuned = launch.choice(x.device, "ln_backward", D)
     programs, (low, high) = min(M, tuned["programs"]), _split(D)
     partial = x.new_empty(programs, 3, D, dtype=launch.ACCUMULATE)
-    with launch.guard(x.device):
-        _backward_kernel[(programs,)](
-            g,
-            x,
-            g if dy is None else dy,
-            stats,
-            gamma,
-            beta,
-            dx,
-            normed,
-            partial,
-            M,
-            D=D,
-            LO=low,
-            HI=high,
-            RESIDUAL=dy is not None,
-            num_warps=tuned["warps"],
-        )
+    args = (g, x, g if dy is None else dy, stats, gamma, beta, dx, normed, partial, M)
+    options = {"D": D, "LO": low, "HI": high, "RESIDUAL": dy is not None, "num_warps": tuned["warps"]}
+    launch.run(x.device, _backward_kernel, (programs,), args, options)
     return dx, normed, partial[:, : 2 if dy is None else 3].sum(0)
 
 
@@ -279,8 +253,7 @@ def column_sums(x: Tensor) -> Tensor:
     tuned = launch.choice(x.device, "column_sums", N)
     programs = min(triton.cdiv(M, tuned["rows"]), tuned["programs"])
     partial = x.new_empty(programs, N, dtype=launch.ACCUMULATE)
-    with launch.guard(x.device):
-        _column_sums_kernel[(programs, triton.cdiv(N, tuned["block"]))](
-            x, partial, M, N, ROWS=tuned["rows"], BLOCK=tuned["block"], num_warps=tuned["warps"]
-        )
+    args = (x, partial, M, N)
+    options = {"ROWS": tuned["rows"], "BLOCK": tuned["block"], "num_warps": tuned["warps"]}
+    launch.run(x.device, _column_sums_kernel, (programs, triton.cdiv(N, tuned["block"])), args, options)
     return partial.sum(0)

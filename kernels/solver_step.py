@@ -181,27 +181,16 @@ def solver_step(
     m = torch.empty_like(x) if keep else None
     older, old = [x, x, *history][-2:]  # x stands in for what is not read
     block = 1024
-    with launch.guard(x.device):
-        _kernel[(triton.cdiv(count, block),)](
-            state,
-            state if m is None else m,
-            eps,
-            x,
-            start,
-            older,
-            old,
-            row,
-            row if scale is None else scale,
-            row if keys is None else keys,
-            step,
-            count,
-            count // len(x),
-            GUIDED=scale is not None,
-            DATA=(update.on_x, update.on_eps) != (0.0, 1.0),
-            PAST=len(history),
-            NOISE=bool(update.noise) and keys is not None,
-            KEEP=keep,
-            BLOCK=block,
-            num_warps=4,
-        )
+    args = (state, state if m is None else m, eps, x, start, older, old, row)
+    args += (row if scale is None else scale, row if keys is None else keys, step, count, count // len(x))
+    options = {
+        "GUIDED": scale is not None,
+        "DATA": (update.on_x, update.on_eps) != (0.0, 1.0),
+        "PAST": len(history),
+        "NOISE": bool(update.noise) and keys is not None,
+        "KEEP": keep,
+        "BLOCK": block,
+        "num_warps": 4,
+    }
+    launch.run(x.device, _kernel, (triton.cdiv(count, block),), args, options)
     return state, m

@@ -18,9 +18,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import launch
+from .tma import descriptor
 
 ROWS, COLS, BK, STAGES = 64, 256, 64, 4  # rows of a tile a consumer, its columns, tokens a stage, stages
 
@@ -221,17 +221,13 @@ def plan(M: int, N: int, K: int, programs: int) -> dict[str, int]:
     }
 
 
-def _descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(t, block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16))
-
-
 def arguments(dy: Tensor, x: Tensor, out: Tensor, bias: bool, programs: int) -> tuple[tuple, dict, dict]:
     """The kernel's arguments, its launch options and the plan."""
     (M, N), K = dy.shape, x.shape[1]
     p = plan(M, N, K, programs)
     parts = dy.new_empty(p["ragged"] * p["splits"], 2 * ROWS, COLS, dtype=launch.ACCUMULATE)
     bias_parts = dy.new_zeros(p["splits"], N, dtype=launch.ACCUMULATE) if bias else parts
-    tiles = [_descriptor(t, [BK, width]) for t in (dy, x) for width in (ROWS, COLS)]
+    tiles = [descriptor(t, BK, width) for t in (dy, x) for width in (ROWS, COLS)]
     args = (*tiles, out, parts, bias_parts, N, K, out.stride(0), *p.values(), STAGES, bias)
     return args, {"num_warps": 4, "maxnreg": 168}, p
 
@@ -249,9 +245,9 @@ def weight_gradient(dy: Tensor, x: Tensor, out: Tensor, bias: bool) -> Tensor | 
     programs = launch.multiprocessors(dy.device)
     args, options, p = arguments(dy, x, out, bias, programs)
     parts, bias_parts = args[5:7]
-    with launch.guard(dy.device):
-        wgrad_kernel[(min(programs, p["units"]),)](*args, **options)
-        if p["ragged"]:
-            layout = [p[name] for name in ("whole", "ragged", "splits", "tiles_n", "plain", "strip_at")]
-            sum_kernel[(p["ragged"], 8)](parts, out, dy.shape[1], x.shape[1], out.stride(0), *layout, HEIGHT=16)
+    launch.run(dy.device, wgrad_kernel, (min(programs, p["units"]),), args, options)
+    if p["ragged"]:
+        layout = [p[name] for name in ("whole", "ragged", "splits", "tiles_n", "plain", "strip_at")]
+        args = (parts, out, dy.shape[1], x.shape[1], out.stride(0), *layout)
+        launch.run(dy.device, sum_kernel, (p["ragged"], 8), args, {"HEIGHT": 16})
     return bias_parts.sum(0) if bias else None

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from uvit_fast import cli
-from uvit_fast.kernels import launch, layernorm, tune
+from uvit_fast.kernels import launch, tune
 
 CPU = torch.device("cpu")
 
@@ -51,31 +51,18 @@ def test_the_committed_tables_are_as_written_by_tune(tmp_path):
 
 
 def test_every_case_calls_what_the_ops_call(monkeypatch):
-    """On the CPU's core with a stand-in for its kernels, every case of a block runs and asks the table for its own entry."""
+    """On the CPU's core without its kernels, every case of a block runs and asks the table for its own entry."""
     asked = set()
     choice = launch.choice
     monkeypatch.setattr(
         launch, "choice", lambda device, case, width: asked.add(f"{case}:{width}") or choice(device, case, width)
     )
     monkeypatch.setattr(tune, "TOKENS", 4)
-    for module, kernel in (
-        (layernorm, "_prepare_kernel"),
-        (layernorm, "_backward_kernel"),
-        (layernorm, "_column_sums_kernel"),
-        (launch.core(CPU), "gemm_kernel"),
-    ):
-        monkeypatch.setattr(module, kernel, Stand())
+    monkeypatch.setattr(launch, "run", lambda *launched: None)
     for case, width, f in tune.cases(64, CPU):
         if case in tune.candidates(80):
             f()
             assert f"{case}:{width}" in asked, case
-
-
-class Stand:
-    """A kernel that does nothing, however it is launched."""
-
-    def __getitem__(self, grid):
-        return lambda *args, **options: None
 
 
 def test_tuning_without_a_gpu_or_of_a_width_that_no_op_takes_is_refused(capsys, monkeypatch):
