@@ -6,7 +6,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint format install clean bench readme
+.PHONY: demo test lint format install clean bench report readme
 
 demo: .venv/demo.done  ## train on real digits, sample, and measure the samples
 	$(BIN)/python train.py --config configs/digits.yaml
@@ -23,6 +23,16 @@ lint: .venv/test.done
 format: .venv/test.done
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: .venv/test.done  ## the whole benchmark suite on this machine; make bench BENCH=--quick on a GPU for five minutes
+	$(BIN)/uvit-fast bench $(BENCH)
+
+report: .venv/test.done  ## tables and plots anew from benchmarks/results/*.csv
+	$(BIN)/python -m benchmarks.plot
+	$(BIN)/python -m benchmarks.report
+
+readme: .venv/test.done  ## README's table anew from benchmarks/results/*.csv
+	$(BIN)/python -m benchmarks.table
 
 install: .venv/demo.done
 

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from uvit_fast.commands import convert, data, demo, evaluate, extract, info, sample, tune
+from uvit_fast.commands import bench, convert, data, demo, evaluate, extract, info, sample, tune
 from uvit_fast.config import UserError
 
 COMMANDS = {
@@ -15,6 +15,7 @@ COMMANDS = {
     "data": data,
     "demo": demo,
     "tune": tune,
+    "bench": bench,
 }
 
 

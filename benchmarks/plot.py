@@ -1,0 +1,233 @@
+"""The report's pictures, from the CSV files: `python -m benchmarks.plot` (pip install uvit-fast[plot])."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS
+from benchmarks.report import PLOTS
+from benchmarks.results import MEMORY_A100, SAMPLING_A100, Results
+
+INK, GRID = "#333333", "#dddddd"
+COLOURS = {  # told apart by the colour-blind too (Okabe and Ito)
+    "published": "#999999",
+    "eager": "#56b4e9",
+    "compiled": "#e69f00",
+    "ours": "#009e73",
+    "cublas": "#cc79a7",
+    "cudnn": "#0072b2",
+    "flash_attn": "#d55e00",
+    "flash": "#f0e442",
+}
+LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}  # keeps a line from crossing out a number
+MARKERS = {"ours": "o", "eager": "s", "compiled": "^"}
+
+
+def axes(width: float = 7.0, height: float = 3.4) -> tuple[Any, Any]:
+    """A figure and its axes in the house's look.
+
+    Raises:
+        ImportError: matplotlib is not installed; the message names the extra.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise ImportError("the plots need matplotlib: pip install uvit-fast[plot]") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update({"font.size": 9, "axes.edgecolor": INK, "text.color": INK, "svg.hashsalt": "0"})
+    figure, ax = pyplot.subplots(figsize=(width, height), layout="constrained")
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    ax.grid(axis="y", color=GRID, linewidth=0.6)
+    ax.set_axisbelow(True)
+    return figure, ax
+
+
+def bars(ax: Any, groups: list[str], series: dict[str, list[float | None]], colours: dict[str, str], form: str) -> None:
+    """Grouped bars with their values on top; a value that was not measured leaves no bar."""
+    width = 0.8 / max(1, len(series))
+    for j, (label, values) in enumerate(series.items()):
+        at = [i + (j - (len(series) - 1) / 2) * width for i in range(len(groups))]
+        shown = [(x, v) for x, v in zip(at, values) if v is not None]
+        drawn = ax.bar([x for x, _ in shown], [v for _, v in shown], width * 0.92, label=label, color=colours[label])
+        ax.bar_label(drawn, [form.format(v) for _, v in shown], fontsize=7, padding=2, bbox=LABEL)
+    ax.set_xticks(range(len(groups)), groups)
+
+
+def sampling(results: Results) -> Any | None:
+    """Seconds for 500 samples without guidance, as latents."""
+    providers = {"published network, eager": "eager", "published network, compiled": "compiled", "ours": "ours"}
+    series: dict[str, list[float | None]] = {"appendix, A100": list(SAMPLING_A100.values())}
+    for label, provider in providers.items():
+        best = [results.best(size, False, False, provider) for size in SAMPLING_A100]
+        if any(best):
+            series[label] = [b[0] if b else None for b in best]
+    if len(series) == 1:
+        return None
+    figure, ax = axes()
+    colours = {"appendix, A100": COLOURS["published"], **{label: COLOURS[p] for label, p in providers.items()}}
+    bars(ax, [f"U-ViT-{size}" for size in SAMPLING_A100], series, colours, "{:.3g}")
+    ax.set_ylabel("seconds")
+    ax.set_title(f"500 samples of 50 evaluations, latents; {results.device('sampling')}", fontsize=9)
+    ax.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def training(results: Results) -> Any | None:
+    """Images a second against the peak memory, a panel's worth of points: provider by colour, hollow where checkpointed."""
+    points = []
+    for case in results.cases("training"):
+        size, _, policy = (case.split(":") + ["", ""])[:3]
+        for provider in MARKERS:
+            speed, peak = (results.value("training", case, provider, metric) for metric in ("img_per_s", "peak_gb"))
+            if speed and peak:
+                points.append((size, policy, provider, speed, peak))
+    if not points:
+        return None
+    figure, ax = axes(height=3.8)
+    for size, policy, provider, speed, peak in points:
+        kept = policy == "none"
+        look = {"color": COLOURS[provider], "marker": MARKERS[provider], "markersize": 7, "linestyle": ""}
+        ax.plot(peak, speed, **look, markerfacecolor=COLOURS[provider] if kept else "white")
+        ax.annotate(
+            f"{size}/2{'' if kept else ', ' + policy}", (peak, speed), (6, 3), textcoords="offset points", fontsize=7
+        )
+    for provider in dict.fromkeys(p[2] for p in points):
+        label = {"eager": "published network, eager", "compiled": "published network, compiled"}.get(provider, provider)
+        ax.plot([], [], color=COLOURS[provider], marker=MARKERS[provider], linestyle="", label=label)
+    ax.set_xlabel("peak memory, GB")
+    ax.set_ylabel("images/s, logarithmic")
+    ax.set_yscale("log")
+    ax.set_xlim(left=0, right=ax.get_xlim()[1] * 1.1)
+    ticks = [
+        t
+        for t in (100, 200, 300, 500, 1000, 2000, 3000, 5000, 10000)
+        if min(p[3] for p in points) * 0.5 <= t <= max(p[3] for p in points) * 2
+    ]
+    ax.set_yticks(ticks, map(str, ticks))
+    ax.minorticks_off()
+    ax.legend(frameon=False, fontsize=8)
+    ax.set_title(f"A training step, batch 128, hollow: checkpointed; {results.device('training')}", fontsize=9)
+    return figure
+
+
+def memory(results: Results) -> Any | None:
+    """Peaks: what stays between the steps, and the rest on top; the published figure as a line."""
+    found = []
+    for case in results.cases("memory"):
+        for provider in results.providers("memory", ("paper", "paper-efficient", "ours")):
+            peak, static = (results.value("memory", case, provider, metric) for metric in ("peak", "static"))
+            if peak and static:
+                found.append((case, provider, peak, static))
+    if not found:
+        return None
+    figure, ax = axes(width=8.5, height=3.8)
+    names = {"none": "", "block": "\ncheckpointed"}
+    labels = [f"{case.split(':')[0]}/2\n{provider}{names.get(case.split(':')[2], '')}" for case, provider, *_ in found]
+    colours = [COLOURS["ours" if provider == "ours" else "eager"] for _, provider, *_ in found]
+    at = range(len(found))
+    ax.bar(at, [static for *_, static in found], 0.7, color=colours, alpha=0.45)
+    top = ax.bar(at, [p - s for *_, p, s in found], 0.7, bottom=[s for *_, s in found], color=colours)
+    ax.bar_label(top, [f"{peak:.3g}" for _, _, peak, _ in found], fontsize=8, padding=1)
+    for i, (case, provider, *_) in enumerate(found):
+        if published := MEMORY_A100.get((case, provider)):
+            ax.plot([i - 0.42, i + 0.42], [published] * 2, color=INK, linewidth=1.2, linestyle=(0, (3, 2)))
+            ax.annotate(f"{published:g}", (i + 0.42, published), (1, -2), textcoords="offset points", fontsize=7)
+    ax.plot([], [], color=INK, linestyle=(0, (3, 2)), label="published, A100")
+    ax.bar([0], [0], color="#888888", alpha=0.45, label="weights, optimizer, EMA")
+    ax.bar([0], [0], color="#888888", label="the rest of the peak")
+    ax.set_xticks(at, labels, fontsize=7)
+    ax.set_ylabel("GB")
+    ax.legend(frameon=False, fontsize=8)
+    ax.set_title(f"Memory of a training step, batch 128; {results.device('memory')}", fontsize=9)
+    return figure
+
+
+def compared(results: Results, question: str, cases: dict[str, str], providers: list[str], title: str) -> Any | None:
+    """Milliseconds of some cases, relative to ours."""
+    series: dict[str, list[float | None]] = {}
+    for provider in providers:
+        pairs = [[results.value(question, case, who, "time") for who in (provider, "ours")] for case in cases]
+        if any(theirs and ours for theirs, ours in pairs):
+            series[provider] = [theirs / ours if theirs and ours else None for theirs, ours in pairs]
+    if not series:
+        return None
+    figure, ax = axes(width=8.5 if len(cases) > 4 else 7.0)
+    bars(ax, list(cases.values()), series, COLOURS, "{:.2f}")
+    ax.axhline(1, color=COLOURS["ours"], linewidth=1.4, label="ours")
+    ax.set_ylabel("time over ours")
+    ax.legend(frameon=False, fontsize=8, ncols=4)
+    ax.set_ylim(top=ax.get_ylim()[1] * 1.15)
+    ax.set_title(f"{title}; {results.device(question)}", fontsize=9)
+    return figure
+
+
+def ops(results: Results) -> Any | None:
+    names = ("ln_linear", "ln_mlp", "skip_linear", "linear_residual")
+    cases = {
+        f"{name}:{part}:1152": f"{name}\n{label}"
+        for part, label in (("fwd", "forward"), ("bwd", "backward"))
+        for name in names
+    }
+    return compared(
+        results,
+        "ops",
+        cases,
+        ["eager", "compiled", "cublas"],
+        "Fused ops, D = 1152, 33,024 tokens (cublas: products alone)",
+    )
+
+
+def attention(results: Results) -> Any | None:
+    shapes = {
+        ("attention", 1152): "258 tokens, 72",
+        ("attention", 1024): "258 tokens, 64",
+        ("attention_l334", 512): "334 tokens, 64",
+    }
+    cases = {
+        f"{name}:{part}:{width}": f"{label}\n{'forward' if part == 'fwd' else 'both'}"
+        for (name, width), label in shapes.items()
+        for part in ("fwd", "fwdbwd")
+    }
+    return compared(
+        results,
+        "attention",
+        cases,
+        ["cudnn", "flash_attn", "flash"],
+        "Attention: tokens, head dim; both: with backward",
+    )
+
+
+FIGURES = {"sampling": sampling, "training": training, "memory": memory, "ops": ops, "attention": attention}
+
+
+def write(results: Path = RESULTS) -> list[Path]:
+    """plots/<name>.png beside the folder of the CSV files, of whatever was measured; an older picture of nothing goes.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib import pyplot
+
+    folder, written = Path(results).parent / PLOTS, []
+    folder.mkdir(exist_ok=True)
+    found = Results(results)
+    for name, draw in FIGURES.items():
+        path = folder / f"{name}.png"
+        figure = draw(found)
+        if figure is None:
+            path.unlink(missing_ok=True)
+            continue
+        figure.savefig(path, dpi=150, metadata={"Software": None})
+        pyplot.close(figure)
+        written.append(path)
+    return written
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
+    for path in write(parser.parse_args().results):
+        print(path)

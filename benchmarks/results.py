@@ -1,0 +1,126 @@
+"""The CSV files of benchmarks/results, read for the tables and the plots, and the figures that others published."""
+
+import csv
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks import models
+from benchmarks.common import RESULTS
+from uvit_fast import build_model
+from uvit_fast.training.monitor import PEAK_FLOPS, forward_flops
+
+# Appendix: seconds on one A100 for 500 samples of 50 evaluations, without guidance; twice that with it. Batch, precision,
+# attention and whether decoding is inside are not stated.
+SAMPLING_A100 = {"S": 19.0, "M": 34.0, "L": 59.0, "H": 89.0}
+# GB of L/2 at batch 128, forward and backward (appendix); MB / 1000 of H/2 (README of the published code), with and
+# without memory-efficient attention.
+MEMORY_A100 = {
+    ("L:128:none", "paper"): 53.0,
+    ("L:128:block", "paper"): 10.0,
+    ("H:128:none", "paper"): 78.9,
+    ("H:128:none", "paper-efficient"): 54.3,
+    ("H:128:block", "paper-efficient"): 18.9,
+}
+# Images/s on one A100 of H/2 at batch 128 under AMP (README of the published code: steps/s x 128).
+TRAINING_A100 = {
+    "H:128:none": {"plain attention": 0.97 * 128, "memory-efficient attention": 1.14 * 128},
+    "H:128:block": {"memory-efficient attention": 0.87 * 128},
+}
+A100 = PEAK_FLOPS["A100"]
+
+
+class Sampling(NamedTuple):
+    """What a case of sampling.csv says: `<S|M|L|H>:<batch>:<cfg|nocfg>:<latent or how it is decoded>`."""
+
+    size: str
+    batch: int
+    guided: bool
+    decoded: bool
+
+
+class Results:
+    """Medians by (question, case, provider, metric); what was not measured is None.
+
+    Args:
+        folder: of the CSV files; files that are not there are empty.
+    """
+
+    def __init__(self, folder: str | Path = RESULTS):
+        self.folder = Path(folder)
+        self.rows: dict[str, list[dict[str, str]]] = {}
+        for path in sorted(self.folder.glob("*.csv")):
+            with open(path, newline="") as file:
+                self.rows[path.stem] = list(csv.DictReader(file))
+
+    def value(self, question: str, case: str, provider: str, metric: str) -> float | None:
+        for row in self.rows.get(question, []):
+            if (row["case"], row["provider"], row["metric"]) == (case, provider, metric):
+                return float(row["p50"])
+        return None
+
+    def cases(self, question: str) -> list[str]:
+        """In the order of the file, without the ceilings."""
+        found = (row["case"] for row in self.rows.get(question, []))
+        return list(dict.fromkeys(case for case in found if not case.startswith("ceiling:")))
+
+    def providers(self, question: str, first: tuple[str, ...] = ()) -> list[str]:
+        """Of all cases: those of `first` that were measured, then the others."""
+        found = {r["provider"]: None for r in self.rows.get(question, []) if not r["case"].startswith("ceiling:")}
+        return [p for p in first if p in found] + [p for p in found if p not in first]
+
+    def device(self, question: str) -> str | None:
+        rows = self.rows.get(question)
+        return rows[0]["device"] if rows else None
+
+    def stack(self, question: str) -> str:
+        """Device, versions, dates and commits of a file."""
+        keys = ("device", "torch", "triton", "date", "commit")
+        seen = [" / ".join(dict.fromkeys(row[key] for row in self.rows[question])) for key in keys]
+        return f"{seen[0]}, torch {seen[1]}, triton {seen[2]}, {seen[3]}, commit {seen[4]}"
+
+    def ceiling(self, question: str, which: str) -> float | None:
+        """FLOP/s of the matrix product ("matmul") or bytes/s of the copy ("copy") of the same run."""
+        rate = next((self.value(question, f"ceiling:{which}", p, "rate") for p in ("cublas", "torch")
+                     if self.value(question, f"ceiling:{which}", p, "rate")), None)  # fmt: skip
+        return None if rate is None else rate * 1e12
+
+    def peak(self, question: str) -> float | None:
+        """Dense bf16 FLOP/s of the data sheet of the device that was measured."""
+        name = self.device(question) or ""
+        return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+    def sampling(self) -> dict[str, Sampling]:
+        """case -> what it says; cases of another form are left out."""
+        found = {}
+        for case in self.cases("sampling"):
+            parts = case.split(":")
+            if len(parts) >= 4 and parts[0] in SAMPLING_A100 and parts[1].isdecimal() and parts[2] in ("cfg", "nocfg"):
+                found[case] = Sampling(parts[0], int(parts[1]), parts[2] == "cfg", parts[3] != "latent")
+        return found
+
+    def best(self, size: str, guided: bool, decoded: bool, provider: str) -> tuple[float, int] | None:
+        """Seconds for 500 samples and the batch, of the batch that takes the fewest."""
+        found = []
+        for case, says in self.sampling().items():
+            seconds = self.value("sampling", case, provider, "time")
+            if (says.size, says.guided, says.decoded) == (size, guided, decoded) and seconds:
+                found.append((seconds, says.batch))
+        return min(found, default=None)
+
+
+@functools.cache
+def image_flops(size: str) -> float:
+    """FLOPs of the products of one image's evaluation by S, M, L or H: 258 tokens, 1001 classes."""
+    cfg = models.config(size, "eager")
+    with torch.device("meta"):
+        flops = forward_flops(build_model(cfg), cfg)
+    assert flops, "every op of the reference counts on the meta device"
+    return flops
+
+
+def sampling_flops(size: str, guided: bool) -> float:
+    """FLOPs of 500 samples of 50 evaluations."""
+    return 500 * 50 * image_flops(size) * (2 if guided else 1)

@@ -1,0 +1,188 @@
+"""The whole suite on the machine at hand: measures, then writes the tables and the plots. `uvit-fast bench` or
+
+    python -m benchmarks.suite --quick       # about five minutes on an H100
+    python -m benchmarks.suite --only sampling,memory
+
+Each benchmark is a process of its own, so that none inherits another's memory, compiled code or clocks. How long one takes is
+measured too: the next run on the same device knows (results/suite.csv).
+"""
+
+import argparse
+import csv
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import RESULTS, Rows
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A module bench_<name>, its arguments, and the seconds that they took or, before a first run, are thought to take on an H100.
+
+    Args:
+        cpu: arguments and seconds on a machine without a GPU; None: it needs one.
+    """
+
+    name: str
+    full: tuple[str, int]
+    quick: tuple[str, int]
+    cpu: tuple[str, int] | None = None
+
+
+SUITE = [
+    Bench("ops", ("", 150), ("--dims 1152", 45)),
+    Bench("attention", ("", 90), ("--without compiled", 50)),
+    Bench("sampling", ("", 1500), ("--providers ours,eager --batches 500 --evaluations 5", 100)),
+    Bench("training", ("", 240), ("--sizes L,H --providers ours,eager", 60)),
+    Bench("memory", ("", 50), ("", 50)),
+    Bench("evaluation", ("", 60), ("--samples 10000 --reference 2000", 20), ("--samples 5000 --reference 1000 --images 32", 60)),
+    Bench("data", ("", 60), ("--items 4000 --latents 32 --sizes 256", 15), ("", 60)),
+]  # fmt: skip
+
+
+@dataclass
+class Plan:
+    """What will run: a benchmark, its arguments, the seconds that it should take."""
+
+    name: str
+    arguments: str
+    seconds: float
+
+
+def plan(device: str | None, quick: bool, only: list[str], measured: dict[str, float]) -> tuple[list[Plan], list[str]]:
+    """What runs on a device (None: no GPU), and the names of what needs a GPU and is left out.
+
+    Args:
+        only: names; empty: all.
+        measured: seconds by `case` of earlier runs on this device.
+
+    Raises:
+        SystemExit: a name that is none of the suite's.
+    """
+    known = [bench.name for bench in SUITE]
+    if unknown := [name for name in only if name not in known]:
+        raise SystemExit(f"--only: expected some of {', '.join(known)}, got {', '.join(unknown)}")
+    plans, left_out = [], []
+    for bench in SUITE:
+        if only and bench.name not in only:
+            continue
+        how = (bench.quick if quick else bench.full) if device else bench.cpu
+        if how is None:
+            left_out.append(bench.name)
+        else:
+            plans.append(Plan(bench.name, how[0], measured.get(case(bench.name, how[0]), how[1])))
+    return plans, left_out
+
+
+def case(name: str, arguments: str) -> str:
+    return f"{name} {arguments}".strip()
+
+
+def clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+class Progress:
+    """Time left: of what is running, what its plan says beyond what has passed; of the rest, the plans, scaled by how the plans held.
+
+    Args:
+        now: the clock, in seconds.
+    """
+
+    def __init__(self, plans: list[Plan], now: Callable[[], float] = time.monotonic):
+        self.plans, self.now, self.done, self.took, self.began = plans, now, 0, 0.0, now()
+
+    def finish(self) -> float:
+        """The running one is done; its seconds."""
+        seconds = self.now() - self.began
+        self.took, self.done, self.began = self.took + seconds, self.done + 1, self.now()
+        return seconds
+
+    def left(self) -> float:
+        planned = sum(plan.seconds for plan in self.plans[: self.done])
+        pace = self.took / planned if planned else 1.0
+        running, *later = self.plans[self.done :] or [Plan("", "", 0)]
+        return max(0.0, running.seconds * pace - (self.now() - self.began)) + pace * sum(p.seconds for p in later)
+
+    def line(self) -> str:
+        return f"[{self.done + 1}/{len(self.plans)} {self.plans[self.done].name}, {clock(self.left())} left]"
+
+
+def run(plans: list[Plan], out: Path, rows: Rows) -> list[str]:
+    """Run them one after the other, show their rows as they come, add their seconds to `rows`; the names of those that failed."""
+    progress, failed = Progress(plans), []
+    for p in plans:
+        command = [sys.executable, "-u", "-m", f"benchmarks.bench_{p.name}", *p.arguments.split(), "--out", str(out)]
+        print(f"{progress.line()} {' '.join(command[3:])}", flush=True)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for line in process.stdout:
+            print(f"{progress.line()} {line}", end="", flush=True)
+        code, seconds = process.wait(), progress.finish()
+        if code:
+            failed.append(p.name)
+            print(f"{p.name}: failed with exit code {code} after {clock(seconds)}", flush=True)
+        else:
+            rows.add(case(p.name, p.arguments), "ours", [seconds], metric="duration", unit="s", dtype="-", batch=1)
+    return failed
+
+
+def earlier(out: Path, device: str) -> list[dict[str, str]]:
+    """Rows of suite.csv that this device wrote."""
+    path = out / "suite.csv"
+    if not path.is_file():
+        return []
+    with open(path, newline="") as file:
+        return [row for row in csv.DictReader(file) if row["device"] == device]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and peers: about five minutes on an H100")
+    parser.add_argument("--only", default="", help="names with commas, such as sampling,memory")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV files; the report lies beside it")
+    args = parser.parse_args(argv)
+    args.out = args.out.resolve()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    rows = Rows("suite", args.out)
+    known = earlier(args.out, device or "cpu")
+    measured = {row["case"]: float(row["p50"]) for row in known}
+    plans, left_out = plan(device, args.quick, [n for n in args.only.split(",") if n], measured)
+    known_here = any(case(p.name, p.arguments) in measured for p in plans)
+    total = clock(sum(p.seconds for p in plans))
+    source = "measured here before" if known_here else "estimated" if device is None else "estimated for an H100"
+    names = ", ".join(p.name for p in plans) or "nothing"
+    print(f"{device or 'no GPU'}: {names}; {total} min:s, {source}", flush=True)
+    if left_out:
+        print(f"left out, for want of a GPU: {', '.join(left_out)}", flush=True)
+    failed = run(plans, args.out, rows)
+    now = {row["case"] for row in rows.rows}
+    rows.rows = [row for row in known if row["case"] not in now] + rows.rows
+    if rows.rows:
+        rows.write()
+    report(args.out)
+    return int(bool(failed))
+
+
+def report(out: Path) -> None:
+    """The tables, and the plots where matplotlib is."""
+    from benchmarks import plot
+    from benchmarks import report as tables
+
+    if find_spec("matplotlib"):
+        print(f"wrote {len(plot.write(out))} plots")
+    else:
+        print("no plots: pip install uvit-fast[plot], then python -m benchmarks.plot")
+    print(f"wrote {tables.write(out)}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,79 @@
+"""The suite knows what it can run here, how long it will take, and that its benchmarks still take these arguments."""
+
+import importlib
+import sys
+
+import pytest
+
+from benchmarks import suite
+from benchmarks.suite import Plan, Progress
+from uvit_fast import cli
+
+
+class Clock:
+    seconds = 0.0
+
+    def __call__(self):
+        return self.seconds
+
+
+def test_without_a_gpu_the_rest_runs_and_what_needs_one_is_named():
+    plans, left_out = suite.plan(None, quick=False, only=[], measured={})
+    assert [p.name for p in plans] == ["evaluation", "data"]
+    assert {"sampling", "training", "memory", "ops", "attention"} <= set(left_out)
+
+
+def test_the_quick_selection_stays_under_six_minutes():
+    plans, _ = suite.plan("NVIDIA H100", quick=True, only=[], measured={})
+    assert len(plans) == len(suite.SUITE) and sum(p.seconds for p in plans) < 6 * 60
+
+
+def test_what_this_device_took_before_is_the_better_estimate():
+    (p,), _ = suite.plan("NVIDIA H100", quick=True, only=["ops"], measured={"ops --dims 1152": 31.5})
+    assert (p.arguments, p.seconds) == ("--dims 1152", 31.5)
+
+
+def test_an_unknown_benchmark_is_told_what_there_is():
+    with pytest.raises(SystemExit, match="expected some of ops, attention, .*, got sampler"):
+        suite.plan("NVIDIA H100", quick=True, only=["sampler"], measured={})
+
+
+def test_the_time_left_follows_the_pace():
+    now = Clock()
+    progress = Progress([Plan("a", "", 10), Plan("b", "", 20), Plan("c", "", 30)], now)
+    assert progress.left() == 60
+    now.seconds = 4
+    assert progress.left() == 56
+    now.seconds = 20  # a took twice its time
+    assert progress.left() == 50 and progress.finish() == 20
+    assert progress.left() == 100 and progress.line() == "[2/3 b, 1:40 left]"
+
+
+@pytest.mark.parametrize("bench", suite.SUITE, ids=lambda bench: bench.name)
+def test_every_benchmark_takes_the_arguments_that_the_suite_gives(bench, monkeypatch):
+    class Reached(Exception):
+        pass
+
+    def rows(question, folder):
+        assert str(folder) == "elsewhere"
+        raise Reached
+
+    module = importlib.import_module(f"benchmarks.bench_{bench.name}")
+    monkeypatch.setattr(module, "Rows", rows)
+    for how in filter(None, (bench.full, bench.quick, bench.cpu)):
+        monkeypatch.setattr(sys, "argv", ["bench", *how[0].split(), "--out", "elsewhere"])
+        with pytest.raises(Reached):
+            module.main()
+
+
+def test_a_benchmark_that_fails_is_named_and_the_rest_goes_on(tmp_path, capfd):
+    rows = suite.Rows("suite", tmp_path)
+    plans = [Plan("data", "--no-such-option", 1), Plan("data", "--help", 1)]
+    assert suite.run(plans, tmp_path, rows) == ["data"]
+    assert [row["case"] for row in rows.rows] == ["data --help"]
+    assert "data: failed with exit code 2" in capfd.readouterr().out
+
+
+def test_the_command_hands_over_and_returns_the_suites_code(tmp_path, capfd):
+    assert cli.main(["bench", "--only", "nothing", "--out", str(tmp_path / "results")]) == 1
+    assert "expected some of ops" in capfd.readouterr().err

@@ -1,0 +1,30 @@
+"""`uvit-fast bench`: run the benchmark suite on this machine and write its report."""
+
+import argparse
+from pathlib import Path
+
+from uvit_fast.config import UserError
+
+HELP = "run the benchmark suite on this machine and write its report"
+
+
+def arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--quick", action="store_true", help="fewer sizes and peers: about five minutes on an H100")
+    command.add_argument("--only", default="", help="benchmarks by name, with commas, such as sampling,memory")
+    command.add_argument(
+        "--out", type=Path, help="folder of the CSV files, the report beside it (default benchmarks/results)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Hand over to benchmarks/suite.py of the source tree, which the installed package does not hold."""
+    import subprocess
+    import sys
+
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "benchmarks" / "suite.py").is_file():
+        raise UserError(f"bench: expected the source tree around {root}, with benchmarks/; clone the repository")
+    command = [sys.executable, "-m", "benchmarks.suite", "--only", args.only]
+    command += ["--quick"] if args.quick else []
+    command += ["--out", str(args.out.resolve())] if args.out else []
+    return subprocess.run(command, cwd=root).returncode
