@@ -123,7 +123,6 @@ def _training_step(plant: Callable[[ExitStack], None] | None) -> Figures:
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         stack.enter_context(mock.patch.object(Trainer, "_step", step))
         stack.enter_context(mock.patch.object(Trainer, "_save", lambda self: None))
-        stack.enter_context(mock.patch("uvit_fast.training.checkpoint.Writer.finish", lambda self: True))
         if plant:
             plant(stack)
         Trainer(cfg, build_model(cfg), build_schedule(cfg), build_dataset(cfg), Path(folder)).train()

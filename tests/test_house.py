@@ -19,6 +19,7 @@ LEVELS = {
     "sampling": 3,
     "jobs": 3,
     "pipeline": 3,
+    "profiling": 3,
     "commands": 3,
     "cli": 3,
     "demo": 3,

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from uvit_fast.commands import bench, convert, data, demo, evaluate, extract, info, sample, tune
+from uvit_fast.commands import bench, convert, data, demo, evaluate, extract, info, profile, sample, tune
 from uvit_fast.config import UserError
 
 COMMANDS = {
@@ -16,6 +16,7 @@ COMMANDS = {
     "demo": demo,
     "tune": tune,
     "bench": bench,
+    "profile": profile,
 }
 
 

@@ -1,0 +1,40 @@
+"""`uvit-fast profile`: a profiler's trace, and the time by families of ops, of training and of sampling."""
+
+import argparse
+import os
+from pathlib import Path
+
+from uvit_fast.commands.arguments import config_arguments, positive
+from uvit_fast.config import load_config
+
+HELP = "a trace, and the time by families of ops, of a training step and of sampling"
+
+
+def arguments(command: argparse.ArgumentParser) -> None:
+    config_arguments(command)
+    command.add_argument("--batch", type=positive, default=64, help="images a step and images sampled (default 64)")
+    command.add_argument("--steps", type=positive, default=3, help="training steps that are recorded (default 3)")
+    command.add_argument("--only", choices=["training", "sampling"], help="default: both")
+    command.add_argument("--out", type=Path, help="folder of the traces and tables (default runs/<name>/profile)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Profile on synthetic data and random weights; write <what>.json.gz, for ui.perfetto.dev, and <what>.csv."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # its own progress
+    from uvit_fast import profiling
+
+    steps = profiling.WARM_UP + 1 + args.steps
+    overrides = ["data.name=synthetic", f"train.batch_size={args.batch}", f"train.iterations={steps}"]
+    cfg = load_config(args.config, [*args.set, *overrides, "train.log_every=1000000", "train.sample_every=0"])
+    out = args.out or Path("runs") / cfg.name / "profile"
+    out.mkdir(parents=True, exist_ok=True)
+    jobs = {
+        "training": ("a step", lambda trace: profiling.training(cfg, args.steps, trace)),
+        "sampling": (f"{args.batch} samples", lambda trace: profiling.sampling(cfg, args.batch, trace)),
+    }
+    for what, (unit, job) in jobs.items():
+        if args.only in (None, what):
+            rows = job(out / f"{what}.json.gz")
+            profiling.write(rows, out / f"{what}.csv")
+            print(f"\n{what}, {cfg.name}, milliseconds {unit}, batch {args.batch}\n{profiling.table(rows)}")
+    print(f"\nwrote {out}")
