@@ -1,0 +1,34 @@
+"""The memory benchmark's ways of training differ by what they are named for."""
+
+import pytest
+import torch
+
+from benchmarks.bench_memory import Step
+
+SMALL = ("model.embed_dim=64", "model.num_heads=2", "model.depth=4", "train.p_uncond=0.1")
+BLOCKS, BATCH, HEADS, L = 5, 2, 2, 258
+
+
+@pytest.fixture(scope="module")
+def saved():
+    cases = [("paper", "none"), ("paper-efficient", "none"), ("paper-efficient", "block")]
+    return {case: Step("L", *case, BATCH, "cpu", SMALL).saved() for case in cases}
+
+
+def test_plain_attention_keeps_a_matrix_of_tokens_by_tokens_a_head(saved):
+    """fp32 on a CPU: the softmax, at least, of every block."""
+    more = saved["paper", "none"] - saved["paper-efficient", "none"]
+    assert more > 0.9 * BLOCKS * BATCH * HEADS * L**2 * 4
+
+
+def test_checkpointing_keeps_little_more_than_the_blocks_inputs(saved):
+    inputs = (2 * BLOCKS // 2 + BLOCKS // 2 + 1) * BATCH * L * 64 * 4  # and the skips, which are some blocks' inputs
+    assert saved["paper-efficient", "block"] < 2 * inputs < saved["paper-efficient", "none"] / 4
+
+
+def test_a_step_updates_the_weights_and_their_average():
+    torch.manual_seed(0)
+    step = Step("L", "ours", "block", 1, "cpu", SMALL)
+    before = [step.weights[0].detach().clone(), step.ema[0].clone()]
+    step()
+    assert not torch.equal(step.weights[0], before[0]) and not torch.equal(step.ema[0], before[1])
