@@ -30,6 +30,7 @@ setup(
         "diffusers": ["diffusers>=0.42", "transformers>=5", "accelerate"],  # VAE, CLIP, pipeline
         "flash-attn": ["flash-attn>=2.8"],  # another attention backend
         "xformers": ["xformers"],  # another attention backend
+        "wandb": ["wandb"],  # training curves elsewhere
         "plot": ["matplotlib"],  # benchmark pictures
         "test": [
             "pytest",

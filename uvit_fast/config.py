@@ -49,8 +49,9 @@ class ModelConfig(Section):
     kernels: Literal["auto", "fused", "reference"] = Field(
         "auto", description="Fused Triton kernels or plain PyTorch for the rest of a block; auto: fused where they run."
     )
-    activation_checkpointing: Literal["none", "block"] = Field(
-        "none", description="Keep everything for the backward, or only each block's input."
+    activation_checkpointing: Literal["none", "block", "selective"] = Field(
+        "none",
+        description="Keep everything for the backward, each block's input, or also attention's output and fc1's.",
     )
 
     @model_validator(mode="after")
@@ -134,12 +135,25 @@ class TrainConfig(Section):
     zero_stage: Literal[1, 2, 3] = Field(
         2, description="DeepSpeed ZeRO stage: shard the optimizer, gradients, parameters."
     )
+    offload_optimizer: bool = Field(False, description="Master weights, moments, EMA and AdamW in the host's memory.")
+    activation_memory_gb: float | None = Field(
+        None,
+        gt=0,
+        description="With selective checkpointing: GB (10^9 bytes) a GPU for activations; blocks keep what fits.",
+    )
+    compile: bool = Field(False, description="torch.compile around the kernels; for ZeRO stages 1 and 2.")
+    max_refused: int = Field(20, gt=0, description="Steps in a row without a finite gradient that end a run.")
+    spike_deviations: float = Field(
+        6.0, ge=0, description="Standard deviations above the recent losses that make a spike, which is logged; 0: none."
+    )
     seed: int = Field(0, ge=0, description="Seed of initialisation, data order, noise and timesteps.")
     log_every: int = Field(50, gt=0, description="Steps between two rows of scalars.")
     checkpoint_every: int = Field(
         10000, gt=0, description="Steps between two checkpoints; the last step always has one."
     )
     keep_checkpoints: int = Field(3, gt=0, description="Newest checkpoints that are kept.")
+    keep_every: int = Field(0, ge=0, description="Checkpoints of multiples of this many steps are kept too; 0: none.")
+    wandb: bool = Field(False, description="Log to Weights & Biases too.")
     sample_every: int = Field(0, ge=0, description="Steps between two sample grids; 0: none while training.")
 
 
@@ -162,6 +176,11 @@ class Config(Section):
             raise ValueError("train.p_uncond needs a condition: set model.num_classes or model.context_dim")
         if self.sample.guidance_scale > 0 and self.train.p_uncond == 0:
             raise ValueError("sample.guidance_scale needs a model trained with train.p_uncond > 0")
+        selective = self.model.activation_checkpointing == "selective"
+        if self.train.activation_memory_gb and not selective:
+            raise ValueError("train.activation_memory_gb needs model.activation_checkpointing selective")
+        if self.train.compile and self.train.zero_stage == 3:
+            raise ValueError("train.compile needs train.zero_stage 1 or 2: stage 3 moves the weights between blocks")
         if self.sample.sampler == "euler_maruyama" and self.diffusion.schedule != "vp":
             raise ValueError("sample.sampler euler_maruyama solves the VP-SDE: it needs diffusion.schedule vp")
         return self

@@ -28,6 +28,12 @@ def test_keeps_the_newest_and_reads_back(folder):
     assert torch.equal(checkpoint.read(path, "model")["w"], PARTS["model"]["w"])
 
 
+def test_every_nth_is_kept_beside_the_newest(tmp_path):
+    for step in (10, 20, 30, 40, 50):
+        checkpoint.write(tmp_path, step, PARTS, STATE, keep=1, keep_every=20)
+    assert names(tmp_path) == ["step_00000020", "step_00000040", "step_00000050"]
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-4])
 

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,6 +60,25 @@ def test_rows_of_a_lost_continuation_are_dropped(tmp_path):
     watch.close()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [1, 2, 3, 4] and rows[-1]["loss"] == 0.25
+
+
+def test_wandb_gets_the_rows_where_it_is_asked_for(tmp_path, monkeypatch):
+    """A stand-in for the package; continued, it is the same run. Without the package the error names the extra."""
+    log, ids = [], []
+
+    def init(**options):
+        ids.append(options["id"])
+        assert options["resume"] == "allow" and options["config"] == {"name": "tiny"}
+        return SimpleNamespace(log=lambda row, step: log.append((step, row)), finish=lambda: log.append("finished"))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    for start in (0, 2):
+        run(Monitor(tmp_path, start, 4, {"name": "tiny"}), 2)
+    assert log[:3] == [(1, {"loss": 0.5, "images_per_second": 1234.5}), (2, log[1][1]), "finished"]
+    assert ids[0] == ids[1]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match=r"pip install uvit-fast\[wandb\]"):
+        Monitor(tmp_path, 0, 1, {})
 
 
 def test_flops_are_those_of_the_matrix_products():

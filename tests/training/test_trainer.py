@@ -4,9 +4,11 @@ import json
 import os
 import signal
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn as nn
 from safetensors.torch import load_file
 
 from tests.training import tiny
@@ -49,6 +51,18 @@ def test_two_ranks_follow_one_process(stage, whole, tmp_path):
     for name, weight in whole["weights"].items():
         torch.testing.assert_close(sharded["weights"][name], weight, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(sharded["ema"][name], whole["ema"][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_offloaded_optimizer_follows_one_process_and_resumes(stage, whole, tmp_path):
+    """Master weights, moments and averages in the host's memory; two ranks, stopped once."""
+    offloaded = dict(zero_stage=stage, offload_optimizer=True)
+    tiny.launch(tiny.train, tmp_path, config(iterations=STEPS // 2, **offloaded), ranks=2)
+    continued = tiny.launch(tiny.train, tmp_path, config(**offloaded), ranks=2)
+    assert continued["first_step"] == STEPS // 2
+    assert continued["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+    for name, average in whole["ema"].items():
+        torch.testing.assert_close(continued["ema"][name], average, rtol=1e-4, atol=1e-5)
 
 
 def test_resume_on_other_ranks_and_stage(whole, tmp_path):
@@ -156,10 +170,58 @@ def test_a_step_without_a_finite_gradient_changes_nothing(stage, tmp_path):
 
 
 def test_a_run_without_finite_gradients_ends(tmp_path):
-    message = tiny.launch(poisoned, tmp_path, config(iterations=60, checkpoint_every=5), set(range(10, 60)))
-    assert "not finite for 20 steps in a row" in message
+    message = tiny.launch(
+        poisoned, tmp_path, config(iterations=60, checkpoint_every=5, max_refused=7), set(range(10, 60))
+    )
+    assert "not finite for 7 steps in a row" in message
     newest, _ = checkpoint.newest_intact(tmp_path / "checkpoints", pytest.fail)
     assert all(value.isfinite().all() for value in checkpoint.read(newest, "model").values())
+
+
+def spiked(run_dir, cfg, bad_step):
+    """Train where the samples of one step are a hundred times too large; their indices, and the run's spikes."""
+    trainer = tiny.trainer(run_dir, cfg)
+    loss, seen = trainer.loss, []
+
+    def bad_loss(raw, number, k):
+        return loss({**raw, "x": raw["x"] * 100} if number == bad_step else raw, number, k)
+
+    def watched(stream):
+        trainer.dataset.seen.clear()
+        step(stream)
+        if trainer.step == bad_step + 1:
+            seen.extend(i for i, _ in trainer.dataset.seen)
+
+    step, trainer.loss, trainer._step = trainer._step, bad_loss, watched
+    trainer.train()
+    return seen, [json.loads(line) for line in (run_dir / "spikes.jsonl").read_text().splitlines()]
+
+
+def test_a_loss_spike_names_its_samples(tmp_path):
+    """In the middle of a row, where the row's mean would hide the step."""
+    cfg = config(iterations=80, log_every=20, micro_batch_size=4, lr=1e-4)
+    seen, spikes = tiny.launch(spiked, tmp_path, cfg, 66)
+    assert [spike["step"] for spike in spikes] == [67]
+    assert spikes[0]["samples"] == seen and len(seen) == 8
+    assert spikes[0]["loss"] > spikes[0]["mean"] + 6 * spikes[0]["deviation"]
+
+
+def compiled(run_dir, cfg):
+    """train.compile, without the minutes of a code generator."""
+    plain, calls = nn.Module.compile, []
+
+    def traced(module, **options):
+        calls.append(options)
+        plain(module, backend="aot_eager", **options)
+
+    with mock.patch.object(nn.Module, "compile", traced):
+        return tiny.train(run_dir, cfg)["losses"], len(calls)
+
+
+def test_a_compiled_model_follows_the_plain_one(whole, tmp_path):
+    losses, calls = tiny.launch(compiled, tmp_path, config(compile=True))
+    assert calls == 1
+    assert losses == pytest.approx(whole["losses"], rel=1e-5)
 
 
 def signalled(run_dir, cfg, rank, number):

@@ -26,7 +26,7 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("checkpointing", ["none", "block"])
+@pytest.mark.parametrize("checkpointing", ["none", "block", "selective"])
 def test_two_ranks_follow_one_process(stage, checkpointing, alone, tmp_path):
     losses = tiny.launch(train, tmp_path, config(checkpointing, zero_stage=stage), ranks=2)
     assert losses == pytest.approx(alone, rel=1e-5)

@@ -11,10 +11,10 @@ import torch
 import torch.nn as nn
 from einops import rearrange
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from uvit_fast.model import ops
 from uvit_fast.model.attention import attend
+from uvit_fast.model.recompute import recomputed
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -68,11 +68,14 @@ class Block(nn.Module):
     """A pre-norm transformer block, after the long skip where there is one (paper, Figure 1 and Section 3.1).
 
     It reads its children's weights itself: under ZeRO-3 it must be a leaf, which the training engine sees to.
+
+    Attributes:
+        checkpointing: what it keeps for the backward, as in `model.recompute`.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, concat_skip: bool, attention: str, kernels: str):
         super().__init__()
-        self.num_heads, self.attention, self.kernels = num_heads, attention, kernels
+        self.num_heads, self.attention, self.kernels, self.checkpointing = num_heads, attention, kernels, "none"
         self.norm1 = nn.LayerNorm(dim)
         self.attn = Attention(dim)
         self.norm2 = nn.LayerNorm(dim)
@@ -80,6 +83,12 @@ class Block(nn.Module):
         self.skip_linear = nn.Linear(2 * dim, dim) if concat_skip else None
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        if self.checkpointing == "none" or not torch.is_grad_enabled():
+            return self.compute(x, skip)
+        return recomputed(self.compute, self.checkpointing, self.mlp.fc1.out_features, x, skip)
+
+    def compute(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        """x and skip (B, L, D) -> (B, L, D)."""
         norm1, attn, norm2, mlp, how = self.norm1, self.attn, self.norm2, self.mlp, self.kernels
         if self.skip_linear is not None:  # Linear(Concat(h_m, h_s))
             x = ops.skip_linear(x, skip, self.skip_linear.weight, self.skip_linear.bias, kernels=how)  # (B, L, D)
@@ -107,7 +116,7 @@ class UViT(nn.Module):
         conv: one 3x3 convolution on the output image.
         skip: "concat" (the paper's), "add" or "none" (Figure 2a).
         attention, kernels: backends, see `model.attention` and `model.ops`.
-        activation_checkpointing: "none", or "block" to keep only the blocks' inputs for the backward.
+        activation_checkpointing: what every block keeps for the backward, see `model.recompute`.
     """
 
     block_class = Block  # what a sharding engine must gather as one unit
@@ -135,7 +144,7 @@ class UViT(nn.Module):
         D = embed_dim
         self.img_size, self.in_chans, self.patch_size, self.embed_dim = img_size, in_chans, patch_size, D
         self.num_classes, self.context_dim, self.context_tokens = num_classes, context_dim, context_tokens
-        self.skip, self.activation_checkpointing = skip, activation_checkpointing
+        self.skip = skip
 
         self.patch_embed = PatchEmbed(in_chans, D, patch_size)
         self.time_embed = (
@@ -152,11 +161,18 @@ class UViT(nn.Module):
         self.in_blocks = nn.ModuleList(block() for _ in range(depth // 2))
         self.mid_block = block()
         self.out_blocks = nn.ModuleList(block(concat_skip=skip == "concat") for _ in range(depth // 2))
+        for each in self.blocks:
+            each.checkpointing = activation_checkpointing
 
         self.norm = nn.LayerNorm(D)
         self.decoder_pred = nn.Linear(D, patch_size**2 * in_chans)
         self.final_layer = nn.Conv2d(in_chans, in_chans, kernel_size=3, padding=1) if conv else None
         self.reset_parameters()
+
+    @property
+    def blocks(self) -> list[Block]:
+        """In the order in which they run."""
+        return [*self.in_blocks, self.mid_block, *self.out_blocks]
 
     def reset_parameters(self) -> None:
         """Truncated normal of 0.02 on Linears and pos_embed, zero biases; convolutions and labels keep PyTorch's default."""
@@ -196,11 +212,11 @@ class UViT(nn.Module):
 
         skips = []
         for block in self.in_blocks:
-            h = self._run(block, h)
+            h = block(h)
             skips.append(h)
-        h = self._run(self.mid_block, h)
+        h = self.mid_block(h)
         for block in self.out_blocks:  # last in, first out
-            h = self._run(block, h, skips.pop() if self.skip != "none" else None)
+            h = block(h, skips.pop() if self.skip != "none" else None)
 
         h = self.decoder_pred(self.norm(h[:, self.extras :]))  # (B, N, p*p*C)
         p, side = self.patch_size, self.img_size // self.patch_size
@@ -208,11 +224,6 @@ class UViT(nn.Module):
         if self.final_layer is not None:
             eps = self.final_layer(eps)
         return eps.to(x.dtype)
-
-    def _run(self, block: Block, *inputs: Tensor | None) -> Tensor:
-        if self.activation_checkpointing == "block" and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
 
     def _check(self, x: Tensor, t: Tensor, y: Tensor | None, context: Tensor | None) -> None:
         B = x.shape[0]

@@ -31,8 +31,8 @@ class Writer:
     A checkpoint that cannot be written (a full disk) is reported by `finish` or the next `submit`, and the training goes on.
     """
 
-    def __init__(self, folder: Path, keep: int, say: Callable[[str], None]):
-        self.folder, self.keep, self.say = folder, keep, say
+    def __init__(self, folder: Path, keep: int, say: Callable[[str], None], keep_every: int = 0):
+        self.folder, self.keep, self.say, self.keep_every = folder, keep, say, keep_every
         self._thread: threading.Thread | None = None
         self._error: tuple[int, OSError] | None = None
 
@@ -54,17 +54,20 @@ class Writer:
 
     def _write(self, step: int, parts: dict[str, Tensors], state: dict[str, Any]) -> None:
         try:
-            write(self.folder, step, parts, state, self.keep)
+            write(self.folder, step, parts, state, self.keep, self.keep_every)
         except (OSError, SafetensorError) as error:
             self._error = (step, error)
 
 
-def write(folder: Path, step: int, parts: dict[str, Tensors], state: dict[str, Any], keep: int) -> Path:
-    """Write the checkpoint of `step` below `folder` and remove all but the newest `keep`.
+def write(
+    folder: Path, step: int, parts: dict[str, Tensors], state: dict[str, Any], keep: int, keep_every: int = 0
+) -> Path:
+    """Write the checkpoint of `step` below `folder` and remove the older ones.
 
     Args:
         parts: the tensors of each file, by its name without suffix.
         state: what else belongs to the checkpoint, as JSON values.
+        keep, keep_every: the newest `keep` stay, and those of multiples of `keep_every` steps, unless that is 0.
 
     Raises:
         OSError, SafetensorError: it could not be written; the older checkpoints are all still there.
@@ -89,7 +92,8 @@ def write(folder: Path, step: int, parts: dict[str, Tensors], state: dict[str, A
     finally:
         _remove(partial)
     for old in steps(folder)[:-keep]:
-        _remove(old)
+        if not keep_every or int(old.name.removeprefix("step_")) % keep_every:
+            _remove(old)
     return final
 
 

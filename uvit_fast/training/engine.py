@@ -76,26 +76,31 @@ def batch_plan(train: TrainConfig, ranks: int) -> tuple[int, int]:
     return micro, train.batch_size // (micro * ranks)
 
 
+def computes_in_bf16(train: TrainConfig, device: torch.device) -> bool:
+    """Whether the network's weights and activations are bf16 beside fp32 masters, or all fp32."""
+    return train.precision == "bf16" or (train.precision == "auto" and device.type == "cuda")
+
+
 class GuardedAdamW(torch.optim.AdamW):
     """AdamW on this rank's partition. Gradient norm, clipping and the refusal of non-finite gradients stay on the device.
 
     After `step`: `grad_norm`, the norm over all ranks before clipping; `refused`, 1. where it was not finite and so nothing
-    changed, else 0.; both 0-d fp32 tensors.
+    changed, else 0.; both 0-d fp32 tensors where the partition is: on `device`, or on the host with an offloaded optimizer.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], train: TrainConfig):
+    def __init__(self, parameters: list[nn.Parameter], train: TrainConfig, device: torch.device):
         super().__init__(parameters, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=True)
-        self.clip = train.grad_clip
-        device = parameters[0].device
-        self.grad_norm = torch.zeros((), device=device)
-        self.refused = torch.zeros((), device=device)
+        self.clip, self.device = train.grad_clip, device
+        self.grad_norm = torch.zeros((), device="cpu" if train.offload_optimizer else device)
+        self.refused = torch.zeros_like(self.grad_norm)
 
     def step(self, closure: None = None) -> None:
         gradients = [p.grad for group in self.param_groups for p in group["params"]]
         square = torch.stack([torch.linalg.vector_norm(g) for g in gradients]).square().sum()
         if dist.get_world_size() > 1:
+            square = square.to(self.device)  # NCCL takes nothing on the host
             dist.all_reduce(square)
-        self.grad_norm = square.sqrt()
+        self.grad_norm = square.sqrt().to(self.grad_norm.device)
         self.refused = (~self.grad_norm.isfinite()).float()
         self.found_inf = self.refused  # the fused kernels' own switch, meant for loss scaling
         if self.clip > 0:
@@ -116,13 +121,16 @@ class Engine:
         deepspeed = _import_deepspeed(world)
         train = config.train
         self.world, self.stage = world, train.zero_stage
+        self.watched = self.stage == 3 or train.offload_optimizer  # DeepSpeed looks at the gradient's norm itself
         self.micro_batch, self.accumulation = batch_plan(train, world.size)
-        self.bf16 = train.precision == "bf16" or (train.precision == "auto" and world.device.type == "cuda")
+        self.bf16 = computes_in_bf16(train, world.device)
         assert not list(model.buffers()), "buffers are neither averaged nor saved"
         if self.stage == 3 and hasattr(model, "block_class"):
             deepspeed.utils.set_z3_leaf_modules(model, [model.block_class])
         model.to(world.device)
-        self.adamw = GuardedAdamW(list(model.parameters()), train)
+        if train.compile:
+            model.compile(dynamic=False)
+        self.adamw = GuardedAdamW(list(model.parameters()), train, world.device)
         settings = _settings(self, train, sum(p.numel() for p in model.parameters()))
         self.deepspeed, self.zero, _, _ = deepspeed.initialize(model=model, optimizer=self.adamw, config=settings)
         flat = self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
@@ -142,9 +150,19 @@ class Engine:
         for group in self.zero.param_groups:
             group["lr"] = lr
         self.deepspeed.step()
-        if self.stage == 3 and self.zero.overflow:  # DeepSpeed looked at the norm itself and did not call AdamW
+        if self.watched and self.zero.overflow:  # and did not call AdamW
             self.adamw.grad_norm = torch.full_like(self.adamw.grad_norm, torch.inf)
             self.adamw.refused = torch.ones_like(self.adamw.refused)
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """Of the last step, over all ranks before clipping; 0-d fp32 on the device."""
+        return self.adamw.grad_norm.to(self.world.device)
+
+    @property
+    def refused(self) -> Tensor:
+        """1. where the last step changed nothing, its gradient not being finite, else 0.; 0-d fp32 on the device."""
+        return self.adamw.refused.to(self.world.device)
 
     @torch.no_grad()
     def gather(self, flat: Tensor) -> dict[str, Tensor]:
@@ -246,9 +264,15 @@ def _settings(engine: Engine, train: TrainConfig, parameters: int) -> dict[str, 
             "allgather_bucket_size": min(parameters, 500_000_000),
             "sub_group_size": 10**12,  # one flat partition
             "stage3_param_persistence_threshold": KEEP_WHOLE,
-            "compute_grad_norm": engine.stage == 3,  # by AdamW, in one pass over the flat gradient
+            "compute_grad_norm": engine.watched,  # else by AdamW alone, in one pass
         },
     }
+    if train.offload_optimizer:
+        settings["zero_optimization"]["offload_optimizer"] = {
+            "device": "cpu",
+            "pin_memory": engine.world.device.type == "cuda",
+        }
+        settings["zero_force_ds_cpu_optimizer"] = False  # GuardedAdamW is fused on a CPU too, and needs no compiler
     if engine.bf16:
         settings["bf16"] = {"enabled": True, "check_grad_overflow": False}  # GuardedAdamW refuses them on the device
         if engine.accumulation > 1 and engine.stage > 1:

@@ -1,5 +1,6 @@
 """What a run shows and leaves behind: progress bar, metrics.jsonl, TensorBoard, speed and MFU."""
 
+import hashlib
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from uvit_fast.config import Config, dump_config
+from uvit_fast.training.activations import example
 
 # Dense bf16 FLOP/s of the data sheets, by what the device's name holds.
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12}
@@ -31,9 +33,13 @@ class Monitor:
         run_dir: gets metrics.jsonl and TensorBoard's events.
         step, total: where the run starts and where it ends, in optimizer steps. Older rows beyond `step` are dropped: they
             belong to a continuation that was lost.
+        wandb: the configuration that Weights & Biases shows, to log there too; None: do not.
+
+    Raises:
+        ImportError: wandb is not installed; the message names the extra.
     """
 
-    def __init__(self, run_dir: Path, step: int, total: int):
+    def __init__(self, run_dir: Path, step: int, total: int, wandb: dict[str, Any] | None = None):
         from torch.utils.tensorboard import SummaryWriter
 
         self.total, self.start, self.step = total, step, step
@@ -45,6 +51,7 @@ class Monitor:
         path.write_text("".join(kept))
         self.rows = open(path, "a", buffering=1)
         self.board = SummaryWriter(run_dir, purge_step=step + 1)
+        self.wandb = None if wandb is None else _start_wandb(run_dir, wandb)
         self.bar = None
         if sys.stderr.isatty():
             from tqdm import tqdm
@@ -67,6 +74,8 @@ class Monitor:
         for name, value in row.items():
             if name != "step":
                 self.board.add_scalar(name, value, row["step"])
+        if self.wandb is not None:
+            self.wandb.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
         first = not self.text
         self.text = f"loss {row['loss']:.4f}  {rate(row['images_per_second'])}"
         if self.bar is not None:
@@ -93,6 +102,8 @@ class Monitor:
             self._line()
         self.rows.close()
         self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
 
     def _line(self) -> None:
         self.last_line = time.perf_counter()
@@ -100,6 +111,15 @@ class Monitor:
         left = (self.last_line - self.began) / done * (self.total - self.step)
         clock = f"{int(left // 3600)}:{int(left // 60) % 60:02d}:{int(left) % 60:02d}"
         say(f"step {self.step}/{self.total}  {self.text}  {clock} left")
+
+
+def _start_wandb(run_dir: Path, config: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ImportError("train.wandb needs wandb: pip install uvit-fast[wandb]") from None
+    name = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]  # the same run when it continues
+    return wandb.init(project="uvit-fast", name=run_dir.name, id=name, resume="allow", dir=run_dir, config=config)
 
 
 def say(text: str) -> None:
@@ -161,17 +181,11 @@ def forward_flops(model: nn.Module, config: Config) -> float | None:
 
     Counted on the meta device, where every op is the PyTorch reference.
     """
-    m = config.model
     meta = {name: p.detach().to("meta") for name, p in model.named_parameters()}
-    conditions = {}
-    if m.num_classes:
-        conditions["y"] = torch.zeros(1, dtype=torch.long, device="meta")
-    if m.context_dim:
-        conditions["context"] = torch.zeros(1, m.context_tokens, m.context_dim, device="meta")
-    x, t = torch.zeros(1, m.in_chans, m.img_size, m.img_size, device="meta"), torch.zeros(1, device="meta")
+    inputs, conditions = example(config.model, 1, "meta")
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            torch.func.functional_call(model, meta, (x, t), conditions)
+            torch.func.functional_call(model, meta, inputs, conditions)
     except (RuntimeError, ValueError, NotImplementedError):  # an op that insists on a GPU
         return None
     return float(counter.get_total_flops())

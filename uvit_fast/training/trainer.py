@@ -20,14 +20,14 @@ import torch.nn as nn
 from torch import Tensor
 
 from uvit_fast.config import Config, UserError
-from uvit_fast.training import checkpoint
+from uvit_fast.training import activations, checkpoint
 from uvit_fast.training.ema import EMA
-from uvit_fast.training.engine import Engine, World, start
+from uvit_fast.training.engine import Engine, World, batch_plan, computes_in_bf16, start
 from uvit_fast.training.interrupt import Interrupt
 from uvit_fast.training.loader import Order, batches
 from uvit_fast.training.monitor import Mark, Monitor, Reading, describe_run, forward_flops, rate, say, utilisation
+from uvit_fast.training.spikes import Spikes
 
-MAX_REFUSED = 20  # steps in a row without a finite gradient, after which a run ends
 SLOW_DATA = 0.5  # share of the time that the host waits for data, above which the loader is named as the slow part
 Preview = Callable[[nn.Module, int, Path], Path | None]
 
@@ -45,7 +45,8 @@ class Trainer:
             returns is shown in TensorBoard too.
 
     Raises:
-        UserError: a GPU that is not there, a batch that does not divide, a checkpoint of another architecture or none intact.
+        UserError: a GPU that is not there, a batch that does not divide, activations that do not fit their budget, a checkpoint of
+            another architecture or none intact.
     """
 
     def __init__(
@@ -63,13 +64,18 @@ class Trainer:
         self.flops = forward_flops(model, config) if self.world.device.type == "cuda" else None
         self.preview = preview if config.train.sample_every and self.main else None
         self.preview_model = copy.deepcopy(model).eval() if self.preview else None
+        self.monitor: Monitor | None = None
+        if config.train.activation_memory_gb:
+            self._plan_activations(model, config.train.activation_memory_gb * 1e9)
         self.engine = Engine(model, config, self.world)
         self.ema = EMA(self.engine.partition, config.train.ema_decay)
         self.generator = torch.Generator(self.world.device)
         null_context = getattr(dataset, "null_context", None)
         self.null_context = None if null_context is None else null_context.to(self.world.device)
-        self.writer = checkpoint.Writer(self.run_dir / "checkpoints", config.train.keep_checkpoints, self._say)
-        self.monitor: Monitor | None = None
+        train = config.train
+        self.writer = checkpoint.Writer(
+            self.run_dir / "checkpoints", train.keep_checkpoints, self._say, train.keep_every
+        )
         self.pending: tuple[Reading, Row, int] | None = None
         self.refused_in_a_row = torch.zeros((), device=self.world.device)
         self.step = self.samples = self.saved = 0
@@ -81,7 +87,8 @@ class Trainer:
         """Train to the end.
 
         Returns:
-            "step", "seconds" and "images_per_second" of this call, and on a GPU "peak_memory_gb" of this rank.
+            "step", "seconds" and "images_per_second" of this call, and on a GPU "peak_memory_gb" and "static_memory_gb" of this
+            rank: the most that was allocated, and what stays allocated between two steps.
         """
         train, engine = self.config.train, self.engine
         if self.step >= train.iterations:
@@ -91,7 +98,11 @@ class Trainer:
             self._say("train.zero_stage 1 accumulates gradients in bf16; 2 and 3 do it in fp32")
         if getattr(self.dataset, "synthetic", False):
             self._say("synthetic data: measures speed and memory, learns nothing")
-        self.monitor = Monitor(self.run_dir, self.step, train.iterations) if self.main else None
+        if self.main:
+            wandb = self.config.model_dump(mode="json") if train.wandb else None
+            self.monitor = Monitor(self.run_dir, self.step, train.iterations, wandb)
+        self.spikes = Spikes(train.spike_deviations, self._samples_of, self.run_dir / "spikes.jsonl")
+        self.first = (self.step, self.samples)
         interrupt = Interrupt(self.world.size)
         order = Order(
             len(self.dataset), train.seed, engine.micro_batch, engine.accumulation,
@@ -99,7 +110,7 @@ class Trainer:
         )  # fmt: skip
         stream = batches(self.dataset, order, self.config.data.num_workers, self.world.device)
         first_step, begin = self.step, Mark(self.world.device)
-        self.row = Row(self.step, self.world.device)
+        self.row = Row(self.step, train.log_every, self.world.device)
         try:
             while self.step < train.iterations and not interrupt.asked():
                 self._step(stream)
@@ -134,7 +145,8 @@ class Trainer:
         memory = ""
         if self.world.device.type == "cuda":
             result["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-            memory = f", peak memory {result['peak_memory_gb']:.2f} GB a GPU"
+            result["static_memory_gb"] = torch.cuda.memory_allocated() / 1e9
+            memory = f", peak memory {result['peak_memory_gb']:.2f} GB a GPU, {result['static_memory_gb']:.2f} GB of it static"
         if stopped:
             signal = interrupt.name or "a signal to another rank"
             self._say(f"stopped by {signal} at step {self.step}; the same command continues")
@@ -152,9 +164,9 @@ class Trainer:
             loss = self.loss(raw, self.step, k)
             engine.backward(loss)
             engine.step(self.learning_rate(self.step))
-            row.add_loss(loss.detach())
-        refused = engine.adamw.refused
-        self.ema.update(engine.partition, refused)
+            row.add_loss(self.step, loss.detach())
+        self.ema.update(engine.partition, engine.adamw.refused)
+        refused = engine.refused
         row.refused += refused
         self.refused_in_a_row = (self.refused_in_a_row + refused) * refused
         self.step += 1
@@ -189,13 +201,14 @@ class Trainer:
     def _start_row(self) -> None:
         """Send the scalars since the last row on their way to the host."""
         self._finish_row(wait=True)
-        row, losses = self.row, self.row.losses.clone()
+        row, losses = self.row, self.row.losses[:, : self.step - self.row.first_step].clone()  # (2, steps)
         if self.world.size > 1:
             dist.all_reduce(losses)
-        scalars = [losses[0] / losses[1], self.engine.adamw.grad_norm, row.refused, self.refused_in_a_row]
-        reading = Reading(torch.stack(scalars))
+        mean = losses.sum(1)
+        scalars = [mean[0] / mean[1], self.engine.grad_norm, row.refused, self.refused_in_a_row]
+        reading = Reading(torch.cat([torch.stack(scalars), losses[0] / losses[1]]))
         self.pending = (reading, row, self.step)
-        self.row = Row(self.step, self.world.device, reading.time)
+        self.row = Row(self.step, self.config.train.log_every, self.world.device, reading.time)
 
     def _finish_row(self, wait: bool) -> None:
         """Write the row that is under way, once its scalars have arrived.
@@ -207,7 +220,7 @@ class Trainer:
             return
         reading, row, step = self.pending
         self.pending = None
-        loss, grad_norm, refused, in_a_row = reading.read()
+        loss, grad_norm, refused, in_a_row, *losses = reading.read()
         if self.main:
             seconds = reading.time.seconds_since(row.began)
             speed = (step - row.first_step) * self.config.train.batch_size / seconds
@@ -224,11 +237,32 @@ class Trainer:
                     f"step {step}: {refused:.0f} of {step - row.first_step} steps skipped, gradient not finite"
                 )
             self.monitor.row(scalars)
-        if in_a_row >= MAX_REFUSED:
+            for number, value in enumerate(losses, row.first_step + 1):
+                if line := self.spikes.look(number, value):
+                    self.monitor.say(line)
+        if in_a_row >= self.config.train.max_refused:
             raise UserError(
                 f"step {step}: loss or gradient not finite for {in_a_row:.0f} steps in a row, stopped; the newest "
                 f"checkpoint in {self.run_dir} is unharmed; a lower train.lr or train.grad_clip=1 may help"
             )
+
+    def _samples_of(self, step: int) -> list[int]:
+        """The dataset's indices in the batch that ended with this step of this call."""
+        train, (first_step, first_sample) = self.config.train, self.first
+        whole = Order(len(self.dataset), train.seed, train.batch_size, 1, 0, 1, 0, 1)
+        return [i for i, _ in whole.pairs(first_sample + (step - 1 - first_step) * train.batch_size)]
+
+    def _plan_activations(self, model: nn.Module, budget: float) -> None:
+        """Choose what each block keeps for the backward; the same on every rank."""
+        micro_batch, _ = batch_plan(self.config.train, self.world.size)
+        dtype = torch.bfloat16 if computes_in_bf16(self.config.train, self.world.device) else torch.float32
+        network = activations.inspect(model, self.config.model, micro_batch, self.world.device, dtype)
+        chosen = [activations.plan_within(budget, network)]
+        if self.world.size > 1:
+            dist.broadcast_object_list(chosen, src=0)
+        for block, policy in zip(model.blocks, chosen[0]):
+            block.checkpointing = policy
+        self._say(activations.describe(chosen[0], network, budget))
 
     def _parts(self) -> dict[str, Tensor]:
         return {"model": self.engine.partition, **self.engine.moments(), "ema": self.ema.values}
@@ -297,15 +331,15 @@ class Trainer:
 class Row:
     """What one row of metrics.jsonl sums up on the device, from `first_step` on."""
 
-    def __init__(self, first_step: int, device: torch.device, began: Mark | None = None):
+    def __init__(self, first_step: int, most: int, device: torch.device, began: Mark | None = None):
         self.first_step, self.began = first_step, began or Mark(device)
-        self.losses = torch.zeros(2, device=device)  # sum and number of the finite ones
+        self.losses = torch.zeros(2, most, device=device)  # sum and number of the finite ones, for each step
         self.refused = torch.zeros((), device=device)
         self.waited = 0.0  # seconds of this rank's host for data
 
-    def add_loss(self, loss: Tensor) -> None:
+    def add_loss(self, step: int, loss: Tensor) -> None:
         finite = loss.isfinite()
-        self.losses += torch.stack([loss.where(finite, 0.0), finite.float()])
+        self.losses[:, step - self.first_step].add_(torch.stack([loss.where(finite, 0.0), finite.float()]))
 
 
 def set_aside(run_dir: Path, world: World) -> None:

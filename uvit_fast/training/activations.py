@@ -1,0 +1,210 @@
+"""How much each block may keep for its backward within a budget, from what blocks were seen to take.
+
+Activation memory is what a forward and its backward hold beside weights, gradients, optimizer and EMA. The blocks that run last in
+the forward get to keep the most: the backward begins with them, so that their memory is free again when others compute theirs anew.
+"""
+
+import copy
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from uvit_fast.config import ModelConfig, UserError
+
+LADDER = (
+    "block",
+    "selective",
+    "none",
+)  # of what a block keeps; a step up saves the more computation a byte, the earlier it comes
+Plan = list[str]  # a policy for each block, in the order in which they run
+
+
+class Cost(NamedTuple):
+    """Bytes of a block: that its forward leaves behind, its output included, and that its backward takes on top."""
+
+    kept: int
+    working: int
+
+
+class Network(NamedTuple):
+    """What a network's activations take.
+
+    Attributes:
+        costs: for each block in the order in which they run, policy -> cost.
+        returned: bytes of the gradient that a block hands to the block across its long skip, and whether it does.
+        rest: bytes of whatever is no block's.
+    """
+
+    costs: list[dict[str, Cost]]
+    returned: list[int]
+    rest: int = 0
+
+    def peak(self, plan: Plan) -> int:
+        """The most bytes at a time: the backward takes the blocks from the last to the first."""
+        live = sum(cost[policy].kept for cost, policy in zip(self.costs, plan))
+        most = 0
+        for cost, policy, returned in reversed(list(zip(self.costs, plan, self.returned))):
+            most = max(most, live + cost[policy].working)
+            live += returned - cost[policy].kept
+        return self.rest + most
+
+
+def plan_within(budget: float, network: Network) -> Plan:
+    """The plan that recomputes least within `budget` bytes.
+
+    Raises:
+        UserError: blocks that keep their inputs alone take more.
+    """
+    blocks = len(network.costs)
+    best = [LADDER[0]] * blocks
+    if network.peak(best) > budget:
+        raise UserError(
+            f"train.activation_memory_gb: expected at least {network.peak(best) / 1e9:.3g}, what blocks take that keep their inputs "
+            f"alone, got {budget / 1e9:.3g}; a smaller train.micro_batch_size takes less"
+        )
+    for low, high in zip(LADDER, LADDER[1:]):
+        for number in range(1, blocks + 1):
+            plan = [low] * (blocks - number) + [high] * number
+            if network.peak(plan) > budget:
+                return best
+            best = plan
+    return best
+
+
+def describe(plan: Plan, network: Network, budget: float) -> str:
+    """One line for the user."""
+    counts = Counter(plan)
+    kinds = {"none": "everything", "selective": "attention's output and fc1's", "block": "their input"}
+    parts = [f"{counts[policy]} keep {text}" for policy, text in kinds.items() if counts[policy]]
+    sizes = f"{network.peak(plan) / 1e9:.2f} GB expected of {budget / 1e9:g} GB"
+    return f"activations: of {len(plan)} blocks {', '.join(parts)}; {sizes}"
+
+
+def inspect(model: nn.Module, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype) -> Network:
+    """Run a copy of the network, and of each kind of block with each policy, forward and backward, and see what they take.
+
+    Args:
+        model: the network, with `blocks`; stays as it is.
+        batch: images a forward pass.
+        device, dtype: of the training.
+    """
+    model = copy.deepcopy(model).to(device, dtype).train()
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(_discard)
+    inputs, conditions = example(config, batch, device)
+    shape = (batch, model.pos_embed.shape[1], config.embed_dim)
+    blocks, skipping = model.blocks, [*model.out_blocks] if config.skip != "none" else []
+    last = model.out_blocks[-1]
+    kinds = {False: _block_costs(model.in_blocks[0], shape, 1), True: _block_costs(last, shape, 1 + bool(skipping))}
+    deep = [block in model.out_blocks for block in blocks]
+    token_bytes = torch.empty(shape, dtype=dtype, device="meta").nbytes
+    network = Network([kinds[d] for d in deep], [token_bytes * (d and bool(skipping)) for d in deep])
+    for block in blocks:
+        block.checkpointing = LADDER[0]
+    whole = _run(lambda: model(*inputs, **conditions).float().square().mean(), device)
+    return network._replace(rest=sum(whole) - network.peak([LADDER[0]] * len(blocks)))
+
+
+def example(
+    config: ModelConfig, batch: int, device: torch.device | str
+) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
+    """Inputs of the network's shapes: (x, t) and its condition."""
+    conditions = {}
+    if config.num_classes:
+        conditions["y"] = torch.zeros(batch, dtype=torch.long, device=device)
+    if config.context_dim:
+        conditions["context"] = torch.zeros(batch, config.context_tokens, config.context_dim, device=device)
+    x = torch.zeros(batch, config.in_chans, config.img_size, config.img_size, device=device)
+    return (x, torch.zeros(batch, device=device)), conditions
+
+
+def _block_costs(block: nn.Module, shape: tuple[int, ...], inputs: int) -> dict[str, Cost]:
+    weight = next(block.parameters())
+    tensors = [torch.zeros(shape, dtype=weight.dtype, device=weight.device, requires_grad=True) for _ in range(inputs)]
+    gradient = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+    costs = {}
+    for policy in LADDER:
+        block.checkpointing = policy
+        for _ in range(2 if weight.device.type == "cuda" else 1):  # the first call compiles and allocates for good
+            costs[policy] = _run(lambda: block(*tensors), weight.device, gradient)
+            for tensor in tensors:
+                tensor.grad = None
+    return costs
+
+
+def _run(forward: Callable[[], Tensor], device: torch.device, gradient: Tensor | None = None) -> Cost:
+    """What a forward keeps and its backward takes."""
+    with _Allocator(device) if device.type == "cuda" else LiveBytes() as memory:
+        output = forward()
+        kept = memory.now()
+        output.backward(gradient)
+        return Cost(kept, memory.most() - kept)
+
+
+def _discard(parameter: Tensor) -> None:
+    parameter.grad = None  # gradients are no activations
+
+
+class _Allocator:
+    """Bytes beyond those at the start, as a GPU's allocator has them."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def __enter__(self) -> "_Allocator":
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self.before = torch.cuda.memory_allocated(self.device)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def now(self) -> int:
+        return torch.cuda.memory_allocated(self.device) - self.before
+
+    def most(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device) - self.before
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors that ops made and that are still there: for devices whose allocator cannot be asked."""
+
+    def __init__(self):
+        super().__init__()
+        self._sizes: dict[int, int] = {}  # storage -> bytes; 0 of those that were there before
+        self._now = self._most = 0
+
+    def now(self) -> int:
+        return self._now
+
+    def most(self) -> int:
+        return self._most
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for tensor in tree_leaves((args, kwargs)):
+            self._note(tensor, counts=False)
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            self._note(tensor, counts=True)
+        return result
+
+    def _note(self, tensor: object, counts: bool) -> None:
+        if not isinstance(tensor, Tensor):
+            return
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._sizes:
+            return
+        size = self._sizes[storage._cdata] = storage.nbytes() if counts else 0
+        self._now += size
+        self._most = max(self._most, self._now)
+        weakref.finalize(storage, self._free, storage._cdata)
+
+    def _free(self, storage: int) -> None:
+        self._now -= self._sizes.pop(storage)

@@ -1,0 +1,46 @@
+"""Steps whose loss stands out, with the samples that made it: broken data is found by them.
+
+It looks at losses when they have reached the host for the log, never before.
+"""
+
+import json
+import statistics
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+WINDOW, FEWEST = 1000, 50  # losses that make what is usual; fewer than that say nothing
+
+
+class Spikes:
+    """Watches losses, one a step.
+
+    Args:
+        deviations: standard deviations above the mean of the last losses that make a spike; 0: none is one.
+        samples: `samples(step)` -> the dataset's indices in the batch of a step.
+        path: the file that gets a line of JSON a spike: "step", "loss", "mean", "deviation", "samples".
+    """
+
+    def __init__(self, deviations: float, samples: Callable[[int], list[int]], path: Path):
+        self.deviations, self.samples, self.path = deviations, samples, path
+        self.usual: deque[float] = deque(maxlen=WINDOW)
+
+    def look(self, step: int, loss: float) -> str | None:
+        """A line for the user where the loss of `step` is a spike, which then does not count as usual."""
+        if not (self.deviations and loss == loss):
+            return None
+        if len(self.usual) >= FEWEST:
+            mean, deviation = statistics.fmean(self.usual), statistics.stdev(self.usual)
+            if loss > mean + self.deviations * deviation:
+                found = {
+                    "step": step,
+                    "loss": loss,
+                    "mean": mean,
+                    "deviation": deviation,
+                    "samples": self.samples(step),
+                }
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(found) + "\n")
+                return f"step {step}: loss {loss:.4g} where {mean:.4g} ± {deviation:.2g} is usual; its samples: {self.path}"
+        self.usual.append(loss)
+        return None
