@@ -19,9 +19,10 @@ from uvit_fast.config import UserError, load_config  # noqa: E402
 from uvit_fast.model.ops import describe  # noqa: E402
 from uvit_fast.sampling import training_preview  # noqa: E402
 from uvit_fast.training.engine import start  # noqa: E402
+from uvit_fast.training.folder import set_aside  # noqa: E402
 from uvit_fast.training.loader import DataError  # noqa: E402
 from uvit_fast.training.monitor import say  # noqa: E402
-from uvit_fast.training.trainer import Trainer, set_aside  # noqa: E402
+from uvit_fast.training.trainer import Trainer  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from uvit_fast.commands import bench, convert, data, demo, evaluate, extract, info, profile, sample, tune
+from uvit_fast.commands import bench, convert, data, demo, evaluate, extract, info, profile, runs, sample, tune
 from uvit_fast.config import UserError
 
 COMMANDS = {
@@ -17,6 +17,7 @@ COMMANDS = {
     "tune": tune,
     "bench": bench,
     "profile": profile,
+    "runs": runs,
 }
 
 

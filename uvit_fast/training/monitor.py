@@ -3,11 +3,8 @@
 import hashlib
 import json
 import os
-import platform
-import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from uvit_fast.config import Config, dump_config
+from uvit_fast.config import Config
 from uvit_fast.training.activations import example
 
 # Dense bf16 FLOP/s of the data sheets, by what the device's name holds.
@@ -203,41 +200,3 @@ def utilisation(images_per_second: float, flops: float | None, device: torch.dev
     name = torch.cuda.get_device_name(device)
     peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
     return {"tflops_per_gpu": per_gpu / 1e12, **({"mfu": per_gpu / peak} if peak else {})}
-
-
-def describe_run(run_dir: Path, config: Config, world: Any) -> None:
-    """Write config.yaml, resolved, and environment.json: versions, device, ranks, command, git commit."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(dump_config(config))
-    versions = {}
-    for package in ("uvit-fast", "torch", "triton", "deepspeed", "numpy"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    cuda = world.device.type == "cuda"
-    environment = {
-        "python": platform.python_version(),
-        **versions,
-        "cuda": torch.version.cuda,
-        "device": torch.cuda.get_device_name(world.device) if cuda else platform.processor() or platform.machine(),
-        "ranks": world.size,
-        "threads": torch.get_num_threads(),
-        "command": sys.argv,
-        "commit": _commit(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-    (run_dir / "environment.json").write_text(json.dumps(environment, indent=1))
-
-
-def _commit() -> str | None:
-    """The git commit of the source tree that runs, with "+" where files were changed since; None outside a checkout."""
-
-    def git(*args: str) -> str:
-        folder = Path(__file__).parent
-        return subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -7,7 +7,6 @@ device in a step; DeepSpeed does so once under ZeRO-3 (it looks at the gradient 
 
 import copy
 import hashlib
-import itertools
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -22,10 +21,11 @@ from torch import Tensor
 from uvit_fast.config import Config, UserError
 from uvit_fast.training import activations, checkpoint
 from uvit_fast.training.ema import EMA
-from uvit_fast.training.engine import Engine, World, batch_plan, computes_in_bf16, start
+from uvit_fast.training.engine import Engine, batch_plan, computes_in_bf16, start
+from uvit_fast.training.folder import Claim, describe_run
 from uvit_fast.training.interrupt import Interrupt
 from uvit_fast.training.loader import Order, batches
-from uvit_fast.training.monitor import Mark, Monitor, Reading, describe_run, forward_flops, rate, say, utilisation
+from uvit_fast.training.monitor import Mark, Monitor, Reading, forward_flops, rate, say, utilisation
 from uvit_fast.training.spikes import Spikes
 
 SLOW_DATA = 0.5  # share of the time that the host waits for data, above which the loader is named as the slow part
@@ -45,8 +45,8 @@ class Trainer:
             returns is shown in TensorBoard too.
 
     Raises:
-        UserError: a GPU that is not there, a batch that does not divide, activations that do not fit their budget, a checkpoint of
-            another architecture or none intact.
+        UserError: a GPU that is not there, a batch that does not divide, activations that do not fit their budget, a folder that
+            another process trains in, a checkpoint of another architecture or none intact.
     """
 
     def __init__(
@@ -139,6 +139,7 @@ class Trainer:
             if self.main:
                 self.writer.finish()
                 self.monitor.close()
+                self.claim.release()
 
         result = {"step": self.step, "seconds": seconds}
         result["images_per_second"] = (self.step - first_step) * train.batch_size / seconds
@@ -287,6 +288,7 @@ class Trainer:
         found: list[Any] = [None]
         if self.main:
             try:
+                self.claim = Claim(self.run_dir)
                 found[0] = checkpoint.newest_intact(self.run_dir / "checkpoints", say)
                 if found[0]:
                     checkpoint.check_architecture(
@@ -340,15 +342,6 @@ class Row:
     def add_loss(self, step: int, loss: Tensor) -> None:
         finite = loss.isfinite()
         self.losses[:, step - self.first_step].add_(torch.stack([loss.where(finite, 0.0), finite.float()]))
-
-
-def set_aside(run_dir: Path, world: World) -> None:
-    """Rename an existing run folder to `<run_dir>.1`, or the first number that is free. All ranks must call it."""
-    if world.rank == 0 and run_dir.exists():
-        number = next(n for n in itertools.count(1) if not run_dir.with_name(f"{run_dir.name}.{n}").exists())
-        aside = run_dir.rename(run_dir.with_name(f"{run_dir.name}.{number}"))
-        say(f"{run_dir}: the older run is now {aside}")
-    dist.barrier(device_ids=[world.local_rank] if world.device.type == "cuda" else None)
 
 
 def mix(*numbers: int) -> int:

@@ -1,0 +1,62 @@
+"""Whose a run's folder is, and what it says about the run."""
+
+import os
+
+from tests.training import tiny
+from uvit_fast.cli import main
+from uvit_fast.config import UserError
+from uvit_fast.training.folder import Claim, run_states
+
+
+def test_a_folder_has_one_trainer(tmp_path):
+    """Another process is refused, and gets it once the first lets go."""
+    claim = Claim(tmp_path)
+    assert "another process trains here" in tiny.launch(refusal, tmp_path)
+    claim.release()
+    assert tiny.launch(refusal, tmp_path) == ""
+
+
+def refusal(run_dir) -> str:
+    try:
+        tiny.trainer(run_dir, tiny.config())
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def seen_while_training(run_dir, cfg):
+    trainer, states = tiny.trainer(run_dir, cfg), []
+    step = trainer._step
+
+    def watched(stream):
+        step(stream)
+        states.append(probe(run_dir.parent))
+
+    trainer._step = watched
+    trainer.train()
+    return states
+
+
+def probe(folder) -> str:
+    """As another process sees it: locks are a process's, and closing any file of it would give them up."""
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        os.write(writer, run_states(folder)[0].state.encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(writer)
+    with os.fdopen(reader) as answer:
+        return answer.read()
+
+
+def test_runs_lists_what_runs_what_stopped_and_what_ended(tmp_path, capsys):
+    cfg = tiny.config(iterations=4, checkpoint_every=2)
+    assert tiny.launch(seen_while_training, tmp_path / "a", cfg) == ["running"] * 4
+    tiny.launch(tiny.train, tmp_path / "b", tiny.config(iterations=2))
+    config = tmp_path / "b" / "config.yaml"
+    config.write_text(config.read_text().replace("iterations: 2", "iterations: 20"))
+    assert main(["runs", str(tmp_path)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[:3] for line in lines[1:]] == [["b", "stopped", "2/20"], ["a", "finished", "4/4"]]
+    assert main(["runs", str(tmp_path / "a")]) == 2
+    assert "no runs" in capsys.readouterr().err

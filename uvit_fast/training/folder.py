@@ -1,0 +1,140 @@
+"""The folder of a run: what ran in it, whose it is now, and in which state it was left."""
+
+import fcntl
+import itertools
+import json
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from uvit_fast.config import Config, UserError, dump_config, load_config
+from uvit_fast.training import checkpoint
+from uvit_fast.training.monitor import say
+
+LOCK = ".lock"
+
+
+class Claim:
+    """This process trains in a folder, and no other may. The system gives it up with the process, however that ends.
+
+    Raises:
+        UserError: another process has it.
+    """
+
+    def __init__(self, run_dir: Path):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._file = open(run_dir / LOCK, "w")
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise UserError(
+                f"{run_dir}: another process trains here; --run-dir gives this one a folder of its own"
+            ) from None
+
+    def release(self) -> None:
+        self._file.close()
+
+
+class RunState(NamedTuple):
+    """A run as its folder shows it.
+
+    Attributes:
+        state: "running", "finished", "stopped" (the same command continues it), or "no checkpoint".
+        step, steps: of the last row of scalars, and where the run ends.
+        loss, images_per_second: of that row; None before the first.
+        checkpoint: step of the newest checkpoint; None without one.
+        commit: of the source that ran; None where unknown.
+        changed: seconds since the last row or, before the first, since the start.
+    """
+
+    name: str
+    state: str
+    step: int
+    steps: int
+    loss: float | None
+    images_per_second: float | None
+    checkpoint: int | None
+    commit: str | None
+    changed: float
+
+
+def run_states(folder: Path) -> list[RunState]:
+    """The runs below a folder, the one that changed last first."""
+    runs = [_state(path.parent) for path in folder.glob("*/config.yaml") if (path.parent / "environment.json").exists()]
+    return sorted(runs, key=lambda run: run.changed)
+
+
+def describe_run(run_dir: Path, config: Config, world: Any) -> None:
+    """Write config.yaml, resolved, and environment.json: versions, device, ranks, command, git commit."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(dump_config(config))
+    versions = {}
+    for package in ("uvit-fast", "torch", "triton", "deepspeed", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    cuda = world.device.type == "cuda"
+    environment = {
+        "python": platform.python_version(),
+        **versions,
+        "cuda": torch.version.cuda,
+        "device": torch.cuda.get_device_name(world.device) if cuda else platform.processor() or platform.machine(),
+        "ranks": world.size,
+        "threads": torch.get_num_threads(),
+        "command": sys.argv,
+        "commit": _commit(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    (run_dir / "environment.json").write_text(json.dumps(environment, indent=1))
+
+
+def _commit() -> str | None:
+    """The git commit of the source tree that runs, with "+" where files were changed since; None outside a checkout."""
+
+    def git(*args: str) -> str:
+        folder = Path(__file__).parent
+        return subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def set_aside(run_dir: Path, world: Any) -> None:
+    """Rename an existing run folder to `<run_dir>.1`, or the first number that is free. All ranks must call it."""
+    if world.rank == 0 and run_dir.exists():
+        number = next(n for n in itertools.count(1) if not run_dir.with_name(f"{run_dir.name}.{n}").exists())
+        aside = run_dir.rename(run_dir.with_name(f"{run_dir.name}.{number}"))
+        say(f"{run_dir}: the older run is now {aside}")
+    dist.barrier(device_ids=[world.local_rank] if world.device.type == "cuda" else None)
+
+
+def _state(run_dir: Path) -> RunState:
+    steps = load_config(run_dir / "config.yaml").train.iterations
+    environment = json.loads((run_dir / "environment.json").read_text())
+    found = checkpoint.steps(run_dir / "checkpoints")
+    newest = int(found[-1].name.removeprefix("step_")) if found else None
+    last, rows = {}, run_dir / "metrics.jsonl"
+    if rows.exists():
+        lines = [line for line in rows.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        last = json.loads(lines[-1]) if lines else {}
+    touched = (rows if rows.exists() else run_dir / "environment.json").stat().st_mtime
+    try:
+        Claim(run_dir).release()
+        state = "no checkpoint" if newest is None else "finished" if newest >= steps else "stopped"
+    except UserError:
+        state = "running"
+    return RunState(
+        run_dir.name, state, last.get("step", 0), steps, last.get("loss"), last.get("images_per_second"),
+        newest, environment.get("commit"), time.time() - touched,
+    )  # fmt: skip
