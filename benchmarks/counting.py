@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -46,6 +47,11 @@ class Counts(TorchDispatchMode):
         super().__init__()
         self.launches: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
+        self._made: list[tuple[StorageWeakRef, int]] = []  # memory that ops allocated, and its bytes
+
+    def alive(self) -> int:
+        """Bytes of what the ops allocated and somebody still holds: after a forward, what waits for the backward."""
+        return sum({ref.cdata: size for ref, size in self._made if not ref.expired()}.values())
 
     def __enter__(self) -> "Counts":
         self._patches = contextlib.ExitStack()
@@ -76,7 +82,9 @@ class Counts(TorchDispatchMode):
         if (answer := self._read(name, func, inputs, kwargs)) is not None:
             return answer
         result = func(*args, **kwargs)
-        if name not in ALLOCATIONS and (func._schema.is_mutable or _fresh(result, inputs)):
+        fresh = _fresh(result, inputs)
+        self._made += [(StorageWeakRef(storage), storage.nbytes()) for storage in fresh]
+        if name not in ALLOCATIONS and (func._schema.is_mutable or fresh):
             self.launches[func.name()] += 1
         return result
 
@@ -124,11 +132,11 @@ class _Uploads(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _fresh(result: object, inputs: list[Tensor]) -> bool:
-    """Whether a result holds memory that no input held, and any at all."""
+def _fresh(result: object, inputs: list[Tensor]) -> list[torch.UntypedStorage]:
+    """The memory of a result that no input held."""
     held = {t.untyped_storage()._cdata for t in inputs}
-    results = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-    return any(t.numel() and t.untyped_storage()._cdata not in held for t in results)
+    results = [t.untyped_storage() for t in tree_leaves(result) if isinstance(t, Tensor) and t.numel()]
+    return [storage for storage in results if storage._cdata not in held]
 
 
 def _where() -> str:

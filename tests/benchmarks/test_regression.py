@@ -66,4 +66,4 @@ def test_rounds_are_timed_one_by_one_and_calls_are_divided():
 
     yard = regression.Yard("cpu", side=16, elements=16)
     times = yard.measure(lambda: time.sleep(0.002), calls=2, rounds=4)
-    assert 2 <= times.case < 2 * 2 and times.product < 2 and times.copy < 2
+    assert 2 <= times.case < 2 * 2 and max(times.product, times.copy) < times.case
