@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import yaml
 
-from uvit_fast.config import Config, UserError, dump_config, load_config
+from uvit_fast.config import Config, UserError, dump_config
 from uvit_fast.training import checkpoint
 from uvit_fast.training.monitor import say
 
@@ -35,9 +36,9 @@ class Claim:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.close()
-            raise UserError(
-                f"{run_dir}: another process trains here; --run-dir gives this one a folder of its own"
-            ) from None
+            raise UserError(f"{run_dir}: another process trains here; --run-dir takes another folder") from None
+        except OSError:  # a file system without locks
+            pass
 
     def release(self) -> None:
         self._file.close()
@@ -120,7 +121,7 @@ def set_aside(run_dir: Path, world: Any) -> None:
 
 
 def _state(run_dir: Path) -> RunState:
-    steps = load_config(run_dir / "config.yaml").train.iterations
+    steps = yaml.safe_load((run_dir / "config.yaml").read_text())["train"]["iterations"]  # whatever keys it had then
     environment = json.loads((run_dir / "environment.json").read_text())
     found = checkpoint.steps(run_dir / "checkpoints")
     newest = int(found[-1].name.removeprefix("step_")) if found else None
