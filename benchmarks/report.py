@@ -165,9 +165,10 @@ def ops(results: Results, folder: Path) -> Iterator[str]:
     yield from measured_on(results, "ops", "python -m benchmarks.bench_ops")
 
 
-def generic(results: Results, question: str, title: str, says: str) -> Iterator[str]:
+def generic(results: Results, folder: Path, question: str, says: str) -> Iterator[str]:
     """A row a case and metric, a column a provider."""
-    yield from (f"## {title}", "", says, "")
+    yield from (f"## {question.capitalize()}", "", says, "")
+    yield from picture(question, f"{question.capitalize()}, over ours", folder)
     providers, rows = results.providers(question, PEERS), []
     for case in results.cases(question):
         kinds = dict.fromkeys((r["metric"], r["unit"]) for r in results.rows[question] if r["case"] == case)
@@ -196,10 +197,9 @@ def text(results: Results, folder: Path) -> str:
         *training(results, folder),
         *memory(results, folder),
         *ops(results, folder),
-        *picture("attention", "Attention forward and backward", folder),
-        *generic(results, "attention", "Attention", "Batch 128, from packed qkv to its packed gradient."),
-        *generic(results, "data", "Data", "Reading and decoding, on a CPU."),
-        *generic(results, "evaluation", "Evaluation", "Features and distances."),
+        *generic(results, folder, "attention", "Batch 128, from packed qkv to its packed gradient."),
+        *generic(results, folder, "data", "Reading and decoding, on a CPU."),
+        *generic(results, folder, "evaluation", "Features and distances."),
     ]
     return "\n".join(lines).rstrip() + "\n"
 

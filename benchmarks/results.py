@@ -83,9 +83,8 @@ class Results:
 
     def ceiling(self, question: str, which: str) -> float | None:
         """FLOP/s of the matrix product ("matmul") or bytes/s of the copy ("copy") of the same run."""
-        rate = next((self.value(question, f"ceiling:{which}", p, "rate") for p in ("cublas", "torch")
-                     if self.value(question, f"ceiling:{which}", p, "rate")), None)  # fmt: skip
-        return None if rate is None else rate * 1e12
+        rows = self.rows.get(question, [])
+        return next((float(row["p50"]) * 1e12 for row in rows if row["case"] == f"ceiling:{which}"), None)
 
     def peak(self, question: str) -> float | None:
         """Dense bf16 FLOP/s of the data sheet of the device that was measured."""
