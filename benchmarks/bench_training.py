@@ -1,74 +1,203 @@
-"""Images a second and memory of a whole training step: `python -m benchmarks.bench_training`.
+"""How fast is a whole training step, and what does it hold? `python -m benchmarks.bench_training`
 
-Cases `<S|M|L|H>:<batch>:<none|block>`; forward, backward, AdamW and EMA. Ours keeps bf16 weights with fp32 masters and moments, as
-the ZeRO engine does on one GPU; the peers keep fp32 weights under autocast. static_gb: weights, gradients, optimizer and EMA.
+Cases `<S|M|L|H>:<none|block|selective>:<ours|eager|compiled>` at 32 x 32 x 4 latents: forward, backward, AdamW and EMA. `ours` is the
+trainer's own step with its DeepSpeed engine, bf16 weights with fp32 masters; the peers keep fp32 weights under autocast and are plain
+PyTorch, compiled as a whole. `selective` gives ours the budget of `BUDGET`, and the peers what every block keeps without one.
+
+Metrics: img_per_s; mfu and tflops of the matrix products, recomputed ones not counted; peak_gb, the most that was allocated;
+static_gb, what stays between two steps: weights, optimizer, EMA (gradients are made anew in each); activation_gb, their difference,
+which the budget is about, and budget_gb. GB are 10^9 bytes. A CPU has no memory metrics.
 """
 
 import argparse
+import contextlib
+import gc
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 from benchmarks import models
 from benchmarks.common import RESULTS, Rows, measure
+from uvit_fast import build_model, load_config
+from uvit_fast.build import build_dataset, build_schedule
+from uvit_fast.config import Config
 from uvit_fast.diffusion.schedules import noise_loss
+from uvit_fast.training import activations
+from uvit_fast.training.loader import Order, batches
+from uvit_fast.training.monitor import forward_flops, utilisation
+from uvit_fast.training.trainer import Row, Trainer
+
+MAIN = "H:none:ours H:block:ours H:selective:ours L:none:ours L:block:ours L:selective:ours "
+MAIN += "H:none:eager H:block:eager L:none:eager L:block:eager H:none:compiled L:none:compiled"
+EVERY = [
+    f"{s}:{policy}:{who}"
+    for s in models.CONFIGS
+    for who in ("ours", "eager", "compiled")
+    for policy in ("none", "block", "selective")
+]
+BUDGET = {"S": 1.5, "M": 5.0, "L": 14.4, "H": 12.0}  # GB for 128 images; L: 20 GB with everything
+STEPS, WARMUP = 9, 3
 
 
-def step_times(size: str, provider: str, batch: int, checkpointing: str) -> tuple[list[float], float, float]:
-    """Milliseconds of steps, peak and static GB."""
-    cfg = models.config(size, provider, checkpointing)
-    net = models.model(cfg, provider).train()
-    weights = list(net.parameters())
-    master = [p.detach().float().clone() if provider == "ours" else p for p in weights]
-    adamw = torch.optim.AdamW(master, lr=2e-4, betas=(0.99, 0.99), weight_decay=0.03, fused=True)
-    ema = [p.detach().clone() for p in master]
-    x, t, y = models.images(cfg, batch)
-    noise = torch.randn_like(x)
+def config(size: str, provider: str, batch: int, device: str, overrides: list[str]) -> Config:
+    how = ["auto", "auto"] if provider == "ours" else ["reference", "sdpa"]
+    settings = [f"model.kernels={how[0]}", f"model.attention={how[1]}", "data.name=synthetic", "data.num_workers=0"]
+    settings += [f"device={device}", f"train.batch_size={batch}", "train.iterations=1000", "train.spike_deviations=0"]
+    return load_config(f"configs/{models.CONFIGS[size]}.yaml", [*models.LATENT, *settings, *overrides])
 
-    def step() -> None:
-        with models.precision(provider):
-            loss = noise_loss(net(x, t, y=y), noise)
+
+class Ours:
+    """The trainer's step. One engine serves every policy: only what the blocks keep differs."""
+
+    def __init__(self, cfg: Config, device: torch.device):
+        with torch.device(device):  # initialised there: seconds less
+            self.net = build_model(cfg)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.costs = activations.inspect(self.net, cfg.model, cfg.train.batch_size, device, dtype)
+        self.folder = tempfile.TemporaryDirectory()
+        self.trainer = Trainer(cfg, self.net, build_schedule(cfg), build_dataset(cfg), Path(self.folder.name))
+        self.trainer.monitor = SimpleNamespace(advance=lambda step: None)
+        self.trainer.row = Row(0, cfg.train.iterations, device)
+        order = Order(len(self.trainer.dataset), 0, cfg.train.batch_size, 1, 0, 1, 0, cfg.train.iterations)
+        self.stream = batches(self.trainer.dataset, order, 0, device)
+
+    def keep(self, policy: str, budget: float) -> float | None:
+        """Set what blocks keep; the bytes that were predicted to be the activations' peak."""
+        plan = [policy] * len(self.net.blocks)
+        if policy == "selective":
+            plan = activations.plan_within(budget, self.costs)
+            print(activations.describe(plan, self.costs, budget))
+        for block, each in zip(self.net.blocks, plan):
+            block.checkpointing = each
+        return self.costs.peak(plan)
+
+    def step(self) -> None:
+        self.trainer._step(self.stream)
+
+
+class Peer:
+    """Plain PyTorch under autocast, as the published code trains."""
+
+    def __init__(self, cfg: Config, device: torch.device, compiled: bool):
+        with torch.device(device):
+            self.plain = build_model(cfg).train()
+        self.net = torch.compile(self.plain) if compiled else self.plain
+        self.compiled, self.weights, train = compiled, list(self.plain.parameters()), cfg.train
+        rate = {"lr": train.lr, "betas": train.betas, "weight_decay": train.weight_decay}
+        self.adamw, self.ema = (
+            torch.optim.AdamW(self.weights, fused=True, **rate),
+            [p.detach().clone() for p in self.weights],
+        )
+        m, batch = cfg.model, train.batch_size
+        self.x = torch.randn(batch, m.in_chans, m.img_size, m.img_size, device=device)
+        self.t, self.y = torch.rand(batch, device=device) * 999, torch.randint(1000, (batch,), device=device)
+        cuda = device.type == "cuda"
+        self.autocast = (lambda: torch.autocast("cuda", torch.bfloat16)) if cuda else contextlib.nullcontext
+
+    def keep(self, policy: str, budget: float) -> None:
+        for block in self.plain.blocks:
+            block.checkpointing = policy
+        if self.compiled:
+            torch.compiler.reset()
+
+    def step(self) -> None:
+        with self.autocast():
+            loss = noise_loss(self.net(self.x, self.t, y=self.y), self.x)
         loss.backward()
-        if provider == "ours":
-            for p, m in zip(weights, master):
-                m.grad = p.grad.float()
-        adamw.step()
-        torch._foreach_lerp_(ema, [m.detach() for m in master], 1e-4)
-        if provider == "ours":
-            torch._foreach_copy_([p.detach() for p in weights], [m.detach() for m in master])
-        net.zero_grad(set_to_none=True)
-        adamw.zero_grad(set_to_none=True)
+        self.adamw.step()
+        torch._foreach_lerp_(self.ema, [p.detach() for p in self.weights], 1e-4)
+        self.adamw.zero_grad(set_to_none=True)
 
-    step()
-    torch.cuda.synchronize()
-    static = (
-        torch.cuda.memory_allocated() / 1e9 + sum(p.nbytes for p in weights) / 1e9
-    )  # between steps, and the gradients
-    torch.cuda.reset_peak_memory_stats()
-    times = measure(step, repeats=7, warmup=2)
-    return times, torch.cuda.max_memory_allocated() / 1e9, static
+
+def rows_of(
+    rows: Rows, size: str, provider: str, policies: list[str], args: argparse.Namespace, late: Callable
+) -> None:
+    """The rows of one network, an engine or an optimizer for all policies."""
+    device = torch.device(args.device)
+    cuda = device.type == "cuda"
+    cfg = config(size, provider, args.batch, args.device, args.set)
+    with torch.device("meta"):
+        flops = forward_flops(build_model(cfg), cfg)
+    before = torch.cuda.memory_allocated() if cuda else 0
+    subject = Ours(cfg, device) if provider == "ours" else Peer(cfg, device, provider == "compiled")
+    for policy in policies:
+        if late(f"{size}:{policy}:{provider}"):
+            return
+        budget = BUDGET[size] * 1e9 * args.batch / 128 if args.budget is None else args.budget * 1e9
+        expected = subject.keep(policy, budget)
+        subject.step()  # makes the optimizer's state, compiles
+        if cuda:
+            torch.cuda.synchronize()
+            gc.collect()
+            static = torch.cuda.memory_allocated() - before
+            torch.cuda.reset_peak_memory_stats()
+        times = measure(subject.step, STEPS, WARMUP)
+        common = {"dtype": "bf16" if cuda else "fp32", "batch": args.batch}
+
+        def add(metric: str, values: list[float], unit: str, policy=policy, common=common) -> None:
+            rows.add(f"{size}:{args.batch}:{policy}", provider, values, metric=metric, unit=unit, **common)
+
+        speeds = [args.batch / t * 1e3 for t in times]
+        add("img_per_s", speeds, "images/s")
+        if cuda:
+            used = [utilisation(speed, flops, device, 1) for speed in speeds]
+            add("tflops", [u["tflops_per_gpu"] for u in used], "TFLOP/s")
+            if "mfu" in used[0]:
+                add("mfu", [u["mfu"] for u in used], "of peak")
+            peak = torch.cuda.max_memory_allocated() - before
+            add("peak_gb", [peak / 1e9], "GB")
+            add("static_gb", [static / 1e9], "GB")
+            add("activation_gb", [(peak - static) / 1e9], "GB")
+        if expected:
+            add("expected_activation_gb", [expected / 1e9], "GB")
+            if policy == "selective":
+                add("budget_gb", [budget / 1e9], "GB")
+        rows.write()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", default="S,M,L,H")
-    parser.add_argument("--providers", default="ours,eager,compiled")
-    parser.add_argument("--policies", default="none,block")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--cases", default=MAIN, help="as `H:none:ours L:block:eager`, or `all`; default: the main rows"
+    )
+    parser.add_argument("--sizes", default="S,M,L,H", help="of those cases, the ones of these sizes")
+    parser.add_argument("--providers", default="ours,eager,compiled", help="and of these")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--out", default=RESULTS)
+    parser.add_argument("--budget", type=float, help="GB for activations in selective cases; default: by size")
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no case after that long")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of the configs")
+    parser.add_argument("--out", default=RESULTS, help="folder of training.csv")
     args = parser.parse_args()
-    rows = Rows("training", args.out)
-    rows.ceilings()
-    for size in args.sizes.split(","):
-        for policy in args.policies.split(","):
-            for provider in args.providers.split(","):
-                torch.cuda.empty_cache()
-                times, peak, static = step_times(size, provider, args.batch, policy)
-                case, common = f"{size}:{args.batch}:{policy}", {"dtype": "bf16", "batch": args.batch}
-                speeds = [args.batch / t * 1e3 for t in times]
-                rows.add(case, provider, speeds, metric="img_per_s", unit="images/s", **common)
-                rows.add(case, provider, [peak], metric="peak_gb", unit="GB", **common)
-                rows.add(case, provider, [static], metric="static_gb", unit="GB", **common)
-    print(rows.write())
+    asked = EVERY if args.cases == "all" else args.cases.replace(",", " ").split()
+    if unknown := [case for case in asked if case not in EVERY]:
+        parser.error(f"--cases: expected some of {' '.join(EVERY)}; got {' '.join(unknown)}")
+    asked = [case for case in asked if case.split(":")[0] in args.sizes and case.split(":")[2] in args.providers]
+    rows, began, left_out = Rows("training", args.out), time.monotonic(), []
+
+    def late(case: str) -> bool:
+        if time.monotonic() - began > args.seconds:
+            left_out.append(case)
+        return bool(left_out)
+
+    if args.device == "cuda":
+        rows.ceilings()
+    for size, provider in dict.fromkeys((case.split(":")[0], case.split(":")[2]) for case in asked):
+        policies = [
+            case.split(":")[1] for case in asked if case.startswith(f"{size}:") and case.endswith(f":{provider}")
+        ]
+        try:
+            rows_of(rows, size, provider, policies, args, late)
+        except torch.OutOfMemoryError as error:  # a result too: there is no row of it
+            print(f"{size} {provider}: out of memory: {error}".split("\n")[0])
+        gc.collect()
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+    print(rows.write(), f"left out for time, from: {left_out[0]}" if left_out else "")
 
 
 if __name__ == "__main__":
