@@ -1,0 +1,459 @@
+"""What do more GPUs of one host give? `python -m benchmarks.bench_scaling --gpus 2` starts all that it measures, with torchrun.
+
+Sections (`--sections`):
+
+scaling   U-ViT-H/2, `--batch` images a GPU: ZeRO 1, 2 and 3 on all GPUs and ZeRO 2 on one. steps_per_s and img_per_s of `--steps`
+          steps; speedup, images/s over those of one GPU; over_paper, steps_per_s over the
+          paper's at its global batch; peak_gb and static_gb, the largest of the ranks; comm_gb, bytes a rank hands to
+          collectives in a step; comm_share, of the step's time in which one runs, and exposed_share, in which nothing else does (both of a
+          profile of three steps); loss_difference, the largest relative one from the first stage's losses over all steps. Rows of the
+          provider `calculated` are no measurements: what `--also` GPUs would do, see `calculate`.
+resume    U-ViT-S/2: steps on all GPUs, stopped in the middle and continued in a new engine: resume_difference, which must be 0; and
+          continued on fewer GPUs with the same global batch: resume_fewer_difference.
+sampling  `--samples` images of that network on all GPUs by `uvit-fast sample`, ended half way by a signal and continued with --resume:
+          samples_lost and samples_doubled, which must be 0.
+
+`python -m benchmarks.bench_scaling --plot` draws plots/scaling.png from results/scaling.csv.
+"""
+
+import argparse
+import gc
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.common import RESULTS, Rows, measure
+
+ROOT = Path(__file__).parent.parent
+LARGE, SMALL = "configs/h2_256.yaml", "configs/s2_cifar10.yaml"
+WARMUP, PROFILED, HALF = 4, 3, 10
+PAPER_STEPS_PER_S, PAPER_BATCH = 0.668, 1024  # H/2 on 8 A100 (paper, Appendix, Table 2)
+
+
+class Volume(TorchDispatchMode):
+    """Bytes that this rank hands to collectives: their largest tensor, which is what a rank sends but for (N - 1) / N."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            sizes = [t.nbytes for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+            name = func._schema.name.partition("::")[2].strip("_")
+            self.bytes[name] = self.bytes.get(name, 0) + max(sizes, default=0)
+        return func(*args, **(kwargs or {}))
+
+
+class Run:
+    """A trainer whose steps are called one by one, on this process's rank.
+
+    Args:
+        overrides: of the config.
+        folder: of the run.
+    """
+
+    def __init__(self, path: str, overrides: list[str], folder: Path):
+        from uvit_fast import build_model, load_config
+        from uvit_fast.build import build_dataset, build_schedule
+        from uvit_fast.training.engine import start
+        from uvit_fast.training.loader import Order, batches
+        from uvit_fast.training.trainer import Row, Trainer
+
+        cfg = load_config(path, ["data.name=synthetic", "data.num_workers=0", *overrides])
+        self.device = start(cfg).device
+        self.cuda = self.device.type == "cuda"
+        self.before = torch.cuda.memory_allocated() if self.cuda else 0
+        with torch.device(self.device):
+            net = build_model(cfg)
+        self.trainer = t = Trainer(cfg, net, build_schedule(cfg), build_dataset(cfg), folder)
+        t.monitor, t.row = SimpleNamespace(advance=lambda step: None), Row(t.step, cfg.train.iterations, self.device)
+        left, world = cfg.train.iterations - t.step, t.world
+        order = Order(
+            len(t.dataset), cfg.train.seed, t.engine.micro_batch, t.engine.accumulation, world.rank, world.size, t.samples, left
+        )  # fmt: skip
+        self.stream = batches(t.dataset, order, 0, self.device)
+
+    def step(self) -> None:
+        self.trainer._step(self.stream)
+
+    def losses(self) -> list[float]:
+        """Of all steps so far, over all ranks."""
+        t = self.trainer
+        sums = t.row.losses[:, : t.step - t.row.first_step].clone()
+        if t.world.size > 1:
+            dist.all_reduce(sums)
+        return (sums[0] / sums[1]).tolist()
+
+
+def speed(stage: int, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Worker: time, memory, communication and losses of one ZeRO stage."""
+    gpus = int(os.environ["WORLD_SIZE"])
+    steps = WARMUP + args.steps + PROFILED + 1
+    overrides = [f"train.batch_size={args.batch * gpus}", f"train.iterations={steps}", f"train.zero_stage={stage}"]
+    run = Run(LARGE, [f"device={args.device}", *overrides, "train.warmup_steps=20", *args.set], folder)
+    result: dict[str, Any] = {"gpus": gpus, "stage": stage}
+    for _ in range(WARMUP):
+        run.step()
+    if run.cuda:
+        torch.cuda.synchronize()
+        result["static_gb"] = (torch.cuda.memory_allocated() - run.before) / 1e9
+        torch.cuda.reset_peak_memory_stats()
+    result["times"] = measure(run.step, args.steps, 0)
+    if run.cuda:
+        result["peak_gb"] = (torch.cuda.max_memory_allocated() - run.before) / 1e9
+    with Volume() as volume:
+        run.step()
+    result["comm_bytes"] = volume.bytes
+    if run.cuda and gpus > 1:
+        result |= communication_shares(run)
+    result["losses"] = run.losses()
+    return result
+
+
+def communication_shares(run: Run) -> dict[str, float]:
+    """Shares of three profiled steps' time on the device: a collective runs; nothing but a collective runs."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(PROFILED):
+            run.step()
+        torch.cuda.synchronize()
+    spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            spans["nccl" in event.name.lower()].append((event.time_range.start, event.time_range.end))
+    return shares(spans[True], spans[False])
+
+
+def shares(collectives: list[tuple[float, float]], others: list[tuple[float, float]]) -> dict[str, float]:
+    """From (start, end) of what ran on a device: comm_share and exposed_share of the whole time."""
+    both = collectives + others
+    whole = max(end for _, end in both) - min(start for start, _ in both)
+    return {
+        "comm_share": _covered(collectives) / whole,
+        "exposed_share": (_covered(both) - _covered(others)) / whole,
+    }
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    """The length of a union of spans."""
+    total, until = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
+
+
+def resumed(args: argparse.Namespace, folder: Path, parts: list[tuple[str, int]]) -> list[list[float]]:
+    """Worker: for each (run, steps), train or continue that run to those steps, save, and give the losses of this call."""
+    found = []
+    for name, steps in parts:
+        overrides = [
+            f"device={args.device}",
+            "train.batch_size=128",
+            f"train.micro_batch_size={128 // args.gpus}",
+            *args.set,
+        ]
+        run = Run(SMALL, [*overrides, f"train.iterations={steps}", "train.warmup_steps=2"], folder / name)
+        while run.trainer.step < steps:
+            run.step()
+        run.trainer._save()
+        if run.trainer.main:
+            assert run.trainer.writer.finish()
+            run.trainer.claim.release()
+        found.append(run.losses())
+        dist.barrier(device_ids=[run.trainer.world.local_rank] if run.cuda else None)
+    return found
+
+
+def worker(args: argparse.Namespace) -> None:
+    """A rank that torchrun started: `--worker` is a list of (what, its argument), the answers go to a file."""
+    rank, answers = int(os.environ["RANK"]), []
+    for number, (what, argument) in enumerate(json.loads(args.worker)):
+        folder = Path(args.folder)
+        began = time.monotonic()
+        if what == "speed":
+            answer = [None] * int(os.environ["WORLD_SIZE"])
+            mine = speed(argument, args, folder / f"speed_{os.environ['WORLD_SIZE']}_{number}")
+            dist.all_gather_object(answer, mine)
+        else:
+            answer = resumed(args, folder, argument)
+        gc.collect()  # the engine, of which there is one at a time
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+        if rank == 0:
+            print(f"{what} {argument}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+        answers.append(answer)
+    if rank == 0:
+        (Path(args.folder) / "answers.json").write_text(json.dumps(answers))
+    dist.destroy_process_group()
+
+
+def torchrun(gpus: int, module: str, *arguments: str) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
+    return [*launcher, "-m", "--", module, *arguments]
+
+
+def ask(gpus: int, args: argparse.Namespace, folder: Path, tasks: list[tuple[str, Any]]) -> list[Any]:
+    """What workers on so many GPUs answer."""
+    passed = [part for setting in args.set for part in ("--set", setting)]
+    passed += [
+        "--batch",
+        str(args.batch),
+        "--steps",
+        str(args.steps),
+        "--device",
+        args.device,
+        "--gpus",
+        str(args.gpus),
+    ]
+    passed += ["--folder", str(folder), "--worker", json.dumps(tasks)]
+    subprocess.run(torchrun(gpus, "benchmarks.bench_scaling", *passed), check=True, env=environment())
+    return json.loads((folder / "answers.json").read_text())
+
+
+def environment() -> dict[str, str]:
+    return {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONWARNINGS": "ignore"}
+
+
+def calculate(gpus: int, measured: int, one: float, step: float, exposed: float) -> float:
+    """Milliseconds of a step on `gpus` GPUs of one switch, from a measured number of them; a calculation.
+
+    A ring moves (N - 1) / N of the volume past every GPU, whose link is the same for any N: exposed communication grows by that. All
+    else takes what it took, the optimizer's share of a step, which only shrinks, included.
+
+    Args:
+        one, step: milliseconds of a step of one GPU and of `measured` GPUs. exposed: the share of `step` that is exposed communication.
+    """
+    growth = (1 - 1 / gpus) / (1 - 1 / measured)
+    return max(one, step * (1 - exposed)) + step * exposed * growth
+
+
+def scaling(rows: Rows, args: argparse.Namespace, answers: list[list[dict]], one: dict) -> list[str]:
+    """The rows of the scaling section, and what is wrong."""
+    wrong, dtype = [], "bf16" if args.device == "cuda" else "fp32"
+    alone = sorted(one["times"])[len(one["times"]) // 2]
+    first = answers[0][0]["losses"]
+    for ranks in [[one], *answers]:
+        r, gpus = ranks[0], ranks[0]["gpus"]
+
+        def add(metric: str, values: list[float], unit: str, r=r, gpus=gpus, provider: str = "ours") -> None:
+            case = f"H:{args.batch * gpus}:zero{r['stage']}:{gpus}gpu"
+            rows.add(case, provider, values, metric=metric, unit=unit, dtype=dtype, batch=args.batch * gpus)
+
+        add("steps_per_s", [1e3 / t for t in r["times"]], "1/s")
+        if args.batch * gpus == PAPER_BATCH:
+            add("over_paper", [1e3 / t / PAPER_STEPS_PER_S for t in r["times"]], "of 8 A100")
+        add("img_per_s", [args.batch * gpus * 1e3 / t for t in r["times"]], "images/s")
+        step = sorted(r["times"])[len(r["times"]) // 2]
+        if gpus > 1:
+            add("speedup", [gpus * alone / step], "of 1 GPU")
+            add("comm_gb", [sum(r["comm_bytes"].values()) / 1e9], "GB")
+            difference = max(abs(a - b) / abs(b) for a, b in zip(r["losses"], first))
+            add("loss_difference", [difference], "relative")
+            if not all(abs(loss) < float("inf") for loss in r["losses"]) or difference > 0.01:
+                wrong.append(
+                    f"ZeRO {r['stage']} on {gpus}: losses not finite, or {difference:.2g} from ZeRO {answers[0][0]['stage']}'s"
+                )
+        for name in ("peak_gb", "static_gb"):
+            if name in r:
+                add(name, [max(rank[name] for rank in ranks)], "GB")
+        if "comm_share" not in r:
+            continue
+        for name in ("comm_share", "exposed_share"):
+            add(name, [max(rank[name] for rank in ranks)], "of step")
+        for more in (int(n) for n in args.also.split(",") if int(n) > gpus):
+            then = calculate(more, gpus, alone, step, max(rank["exposed_share"] for rank in ranks))
+            add("speedup", [more * alone / then], "of 1 GPU", gpus=more, provider="calculated")
+            add("steps_per_s", [1e3 / then], "1/s", gpus=more, provider="calculated")
+            if args.batch * more == PAPER_BATCH:
+                add("over_paper", [1e3 / then / PAPER_STEPS_PER_S], "of 8 A100", gpus=more, provider="calculated")
+    return wrong
+
+
+def resume(rows: Rows, args: argparse.Namespace, all_gpus: list[list[float]], fewer: list[list[float]]) -> list[str]:
+    """The rows of the resume section, and what is wrong."""
+    straight, _, continued = all_gpus
+    wrong = []
+    for metric, losses, limit in (("resume_difference", continued, 0.0), ("resume_fewer_difference", fewer[0], 0.01)):
+        difference = max(abs(a - b) / abs(b) for a, b in zip(losses, straight[HALF:]))
+        dtype = "bf16" if args.device == "cuda" else "fp32"
+        rows.add(f"S:128:{args.gpus}gpu", "ours", [difference], metric=metric, unit="relative", dtype=dtype, batch=128)
+        if len(losses) != HALF or not difference <= limit:
+            wrong.append(f"{metric}: {difference:.3g} over {len(losses)} steps, expected at most {limit} over {HALF}")
+    return wrong
+
+
+def sampling(rows: Rows, args: argparse.Namespace, folder: Path) -> list[str]:
+    """Draw, end it half way, continue, count."""
+    weights = folder / "straight" / "checkpoints" / f"step_{2 * HALF:08d}" / "ema.safetensors"
+    out = folder / "samples.npz"
+    settings = ["sample.sampler=dpm_fast", f"sample.steps={args.evaluations}", f"device={args.device}", *args.set]
+    command = ["sample", "--config", SMALL, "--checkpoint", str(weights), "--out", str(out), "--num", str(args.samples)]
+    command += ["--batch", str(args.sample_batch), *(part for setting in settings for part in ("--set", setting))]
+    parts, every = out.with_name(out.name + ".parts"), -(-args.samples // args.sample_batch)
+
+    quiet = {"stderr": subprocess.DEVNULL}  # torchrun's report of the signal
+    process = subprocess.Popen(torchrun(args.gpus, "uvit_fast.cli", *command), env=environment(), **quiet)
+    while process.poll() is None and len([*parts.glob("[0-9]*.npy")]) < every // 2:
+        time.sleep(0.02)
+    process.terminate()  # torchrun ends its ranks
+    process.wait()
+    there = {path.name: path.stat().st_mtime_ns for path in parts.glob("[0-9]*.npy")}
+    began = time.monotonic()
+    again = subprocess.Popen(torchrun(args.gpus, "uvit_fast.cli", *command, "--resume"), env=environment())
+    redrawn = set()
+    while again.poll() is None:
+        redrawn |= {name for name, when in there.items() if _changed(parts / name, when)}
+        time.sleep(0.2)
+    if again.returncode:
+        return [f"sampling: --resume ended with {again.returncode}"]
+    lost, doubled = count(out, args.samples)
+    common = {"dtype": "bf16" if args.device == "cuda" else "fp32", "batch": args.sample_batch}
+    case = f"sample:{args.samples}:{args.gpus}gpu"
+    rows.add(case, "ours", [len(there)], metric="parts_before_the_end", unit=f"of {every}", **common)
+    rows.add(case, "ours", [lost], metric="samples_lost", unit="images", **common)
+    rows.add(case, "ours", [doubled], metric="samples_doubled", unit="images", **common)
+    left = args.samples * (1 - len(there) / every)
+    rows.add(
+        case, "ours", [left / (time.monotonic() - began)], metric="img_per_s_with_start", unit="images/s", **common
+    )
+    if lost or doubled or redrawn or not 0 < len(there) < every:
+        return [
+            f"sampling: {lost} lost, {doubled} doubled, {len(redrawn)} parts drawn twice, {len(there)} of {every} before its end"
+        ]
+    return []
+
+
+def _changed(path: Path, when: int) -> bool:
+    try:
+        return path.stat().st_mtime_ns != when
+    except FileNotFoundError:  # collected
+        return False
+
+
+def count(path: Path, wanted: int) -> tuple[int, int]:
+    """(images that are missing, images that are there more than once) in an .npz."""
+    import numpy as np
+
+    with np.load(path) as file:
+        seen = [hashlib.sha256(image.tobytes()).digest() for image in file["arr_0"]]
+    return wanted - len(seen), len(seen) - len(set(seen))
+
+
+def run_all(args: argparse.Namespace) -> int:
+    rows, wrong, sections = Rows("scaling", args.out), [], args.sections.split(",")
+    with tempfile.TemporaryDirectory(dir=args.scratch) as name:
+        folder = Path(name)
+        tasks: list[tuple[str, Any]] = []
+        if "scaling" in sections:
+            tasks += [("speed", int(stage)) for stage in args.stages.split(",")]
+        if "resume" in sections or "sampling" in sections:
+            tasks.append(("resume", [("straight", 2 * HALF), ("halves", HALF)]))
+        answers = ask(args.gpus, args, folder, tasks)
+        lone: list[tuple[str, Any]] = [("speed", 2)] if "scaling" in sections else []
+        if "resume" in sections:
+            for other in ("continued", "fewer"):
+                shutil.copytree(folder / "halves", folder / other)
+            answers[-1] += ask(args.gpus, args, folder, [("resume", [("continued", 2 * HALF)])])[0]
+            lone.append(("resume", [("fewer", 2 * HALF)]))
+        alone = ask(1, args, folder, lone) if lone else []
+        if "scaling" in sections:
+            wrong += scaling(rows, args, answers[: len(args.stages.split(","))], alone[0][0])
+            rows.write()
+        if "resume" in sections:
+            wrong += resume(rows, args, answers[-1], alone[-1])
+            rows.write()
+        if "sampling" in sections:
+            wrong += sampling(rows, args, folder)
+    print("\n".join([str(rows.write()), *wrong]))
+    return int(bool(wrong))
+
+
+def plot() -> Path:
+    """Images/s over those of one GPU, against GPUs; hollow: calculated."""
+    import csv
+
+    from benchmarks.plot import COLOURS, axes
+    from benchmarks.report import PLOTS
+
+    with open(RESULTS / "scaling.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["metric"] == "speedup"]
+    figure, ax = axes(5.0, 3.4)
+    most = max(int(row["case"].split(":")[3].removesuffix("gpu")) for row in rows)
+    ax.plot([1, most], [1, most], color="#999999", linewidth=0.8, linestyle="--", label="linear")
+    stages = sorted({row["case"].split(":")[2] for row in rows})
+    for stage, colour in zip(stages, (COLOURS["ours"], COLOURS["compiled"], COLOURS["cudnn"])):
+        points = [(1, 1.0, "ours")]
+        for row in rows:
+            if f":{stage}:" in row["case"]:
+                points.append((int(row["case"].split(":")[3].removesuffix("gpu")), float(row["p50"]), row["provider"]))
+        points.sort()
+        ax.plot(
+            [p[0] for p in points],
+            [p[1] for p in points],
+            color=colour,
+            linewidth=1,
+            label=stage.replace("zero", "ZeRO "),
+        )
+        for gpus, value, provider in points:
+            ax.plot(gpus, value, "o", color=colour, markerfacecolor="white" if provider == "calculated" else colour)
+    ax.set_xticks(sorted({1, *(int(row["case"].split(":")[3].removesuffix("gpu")) for row in rows)}))
+    ax.set_xlabel("GPUs of one host")
+    ax.set_ylabel("images/s over one GPU's")
+    ax.set_title(f"H/2 training; hollow: calculated, not measured\n{rows[0]['device']}", fontsize=9)
+    ax.legend(frameon=False, fontsize=8)
+    path = Path(__file__).parent / PLOTS / "scaling.png"
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--sections", default="scaling,resume,sampling")
+    parser.add_argument("--stages", default="1,2,3", help="of ZeRO")
+    parser.add_argument("--batch", type=int, default=128, help="images a GPU and step")
+    parser.add_argument("--steps", type=int, default=26, help="that are timed, after four that are not")
+    parser.add_argument("--also", default="4,8", help="numbers of GPUs to calculate")
+    parser.add_argument("--samples", type=int, default=10000)
+    parser.add_argument("--sample-batch", type=int, default=250)
+    parser.add_argument("--evaluations", type=int, default=50, help="of the network a sample")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of the configs")
+    parser.add_argument(
+        "--scratch", help="folder for checkpoints and samples; default: the system's for temporary files"
+    )
+    parser.add_argument("--out", default=RESULTS, help="folder of scaling.csv")
+    parser.add_argument("--plot", action="store_true", help="draw the picture of scaling.csv instead")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.worker:
+        worker(args)
+        return 0
+    if args.plot:
+        print(plot())
+        return 0
+    os.chdir(ROOT)
+    return run_all(args)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
