@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import launch
+from .op import Op
 
 LONGEST = 512  # tokens; past it the chip no longer holds a head
 INTERPRETED = launch.interpreting()  # as it was when the kernels were defined; torch.compile cannot ask
@@ -60,7 +61,7 @@ def attention(qkv: Tensor) -> Tensor:
     reason = why_not(qkv)
     if reason:
         raise ValueError(f"attention: {reason}")
-    return _forward(qkv)[0]
+    return _op(qkv)[0]
 
 
 def core(device: torch.device, D: int) -> ModuleType:
@@ -74,24 +75,20 @@ def core(device: torch.device, D: int) -> ModuleType:
     return attention_ampere
 
 
-@torch.library.custom_op("uvit_fast::attention", mutates_args=())
 def _forward(qkv: Tensor) -> tuple[Tensor, Tensor]:
     return core(qkv.device, qkv.shape[-1]).forward(_packed(qkv))
 
 
-@_forward.register_fake
-def _(qkv: Tensor) -> tuple[Tensor, Tensor]:
+def _fake(qkv: Tensor) -> tuple[Tensor, Tensor]:
     B, L, _, H, D = qkv.shape
     return qkv.new_empty(B, L, H * D), qkv.new_empty(B, H, L, dtype=launch.ACCUMULATE)
 
 
-@torch.library.custom_op("uvit_fast::attention_backward", mutates_args=())
 def _backward(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor) -> Tensor:
     return core(qkv.device, qkv.shape[-1]).backward(_packed(qkv), out, lse, _packed(dout))
 
 
-@_backward.register_fake
-def _(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor) -> Tensor:
+def _fake_backward(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor) -> Tensor:
     return qkv.new_empty(qkv.shape)
 
 
@@ -101,12 +98,13 @@ def _packed(x: Tensor) -> Tensor:
     return x.clone() if x.device.type == "cuda" and x.data_ptr() % 16 else x
 
 
-def _setup(ctx, inputs, output) -> None:
+def _save(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # no zeros for the gradients of what only the backward reads
     ctx.save_for_backward(*inputs, *output)
 
 
-def _gradient(ctx, dout: Tensor, dlse: Tensor | None) -> Tensor:
-    return _backward(*ctx.saved_tensors, dout)
+def _gradient(ctx, backward, dout: Tensor, dlse: Tensor | None) -> Tensor:
+    return backward(*ctx.saved_tensors, dout)
 
 
-_forward.register_autograd(_gradient, setup_context=_setup)
+_op = Op("attention", _forward, _fake, _backward, _fake_backward, _save, _gradient)

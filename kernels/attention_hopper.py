@@ -12,7 +12,6 @@ Scores are held in base 2: p = exp2(s * scale * log2(e) - lse).
 """
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -213,7 +212,7 @@ def shape_constants(L: int, H: int, D: int) -> dict[str, int | bool]:
     tail = L > 64 and 0 < L % 64 <= 16
     return {
         "H": H,
-        "BLOCKS": L // 64 if tail else triton.cdiv(L, 64),
+        "BLOCKS": L // 64 if tail else launch.cdiv(L, 64),
         "TAIL": tail,
         "RAGGED": not tail and L % 64 > 0,
         "WIDE": D > 64,

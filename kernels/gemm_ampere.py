@@ -131,7 +131,7 @@ def _run(
     BM, BN, BK = tuned["tile"]
     out = x.new_empty(M, N)
     out2 = torch.empty_like(out) if mode in (GELU_SAVE, GELU_BACKWARD) else out
-    partial = x.new_empty(triton.cdiv(M, BM), N, dtype=launch.ACCUMULATE) if mode == GELU_BACKWARD else out
+    partial = x.new_empty(launch.cdiv(M, BM), N, dtype=launch.ACCUMULATE) if mode == GELU_BACKWARD else out
     stats, sums = fold or (x, x)
     args = (
         x,
@@ -163,7 +163,7 @@ def _run(
         "num_warps": tuned["warps"],
         "num_stages": tuned["stages"],
     }
-    launch.run(x.device, gemm_kernel, (triton.cdiv(M, BM) * triton.cdiv(N, BN),), args, options)
+    launch.run(x.device, gemm_kernel, (launch.cdiv(M, BM) * launch.cdiv(N, BN),), args, options)
     return out, out2, partial
 
 

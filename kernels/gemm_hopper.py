@@ -10,7 +10,6 @@ where the whole side input of a tile then arrives during the main loop.
 """
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -318,7 +317,7 @@ def arguments(
         side_buffers = 1 << (min(TOKENS // part, buffers - out_buffers).bit_length() - 1)
     assert mode != GELU_BACKWARD or side_buffers >= 2, "the side input's buffers are filled again two parts later"
     (M, K), N = x.shape, w.shape[1 if transposed else 0]
-    tiles_n, tiles_m = triton.cdiv(N, 2 * ROWS), triton.cdiv(M, TOKENS)
+    tiles_n, tiles_m = launch.cdiv(N, 2 * ROWS), launch.cdiv(M, TOKENS)
     out = x.new_empty(M, N)
     out2 = torch.empty_like(out) if mode in (GELU_SAVE, GELU_BACKWARD) else out
     partial = x.new_empty(tiles_m, N, dtype=launch.ACCUMULATE) if mode == GELU_BACKWARD else out
@@ -339,7 +338,7 @@ def arguments(
         N,
         tiles_n,
         tiles_m,
-        triton.cdiv(K + (0 if x2 is None else x2.shape[1]), BK),
+        launch.cdiv(K + (0 if x2 is None else x2.shape[1]), BK),
         K // BK,
         stages,
         side_buffers,

@@ -16,9 +16,14 @@ ACCUMULATE = torch.float32  # statistics, sums and partial results
 _FOLDER = Path(__file__).parent / "tuning"
 
 
+_INTERPRETING = (
+    triton.knobs.runtime.interpret
+)  # as it is when kernels are defined; slow to ask, and not by torch.compile
+
+
 def interpreting() -> bool:
     """Whether triton's interpreter stands in for a GPU (TRITON_INTERPRET=1)."""
-    return triton.knobs.runtime.interpret
+    return _INTERPRETING
 
 
 def architecture(device: torch.device) -> int:
@@ -62,6 +67,11 @@ def choice(device: torch.device, case: str, width: int | str) -> dict:
     return found["default"] | found.get(case, {}) | found.get(f"{case}:{width}", {})
 
 
+def cdiv(a: int, b: int) -> int:
+    """a over b, rounded up; triton's own is made for kernels and slow on the host."""
+    return -(-a // b)
+
+
 def multiprocessors(device: torch.device) -> int:
     """How many programs run at once where one takes a whole multiprocessor."""
     return _properties(device.index).multi_processor_count
@@ -91,8 +101,8 @@ def run(device: torch.device, kernel: Any, grid: tuple[int, ...], args: tuple, o
         if interpreting():
             kernel[grid](*args, **options)
             return
-        names, constant = _parameters(kernel)
-        kinds = [value if c else _kind(value) for value, c in zip(args, constant)]
+        names, constant = _parameters.get(id(kernel)) or _read_parameters(kernel)
+        kinds = [v if c else _KINDS.get(type(v), _of_other)(v) for v, c in zip(args, constant)]
         key = (id(kernel), device.index, *options.values(), *kinds)
         compiled = _compiled.get(key)
         if compiled is None:
@@ -101,20 +111,29 @@ def run(device: torch.device, kernel: Any, grid: tuple[int, ...], args: tuple, o
             compiled[(*grid, 1, 1)[:3]](*args, *[options[name] for name in names[len(args) :]])
 
 
+_parameters: dict[int, tuple[list[str], list[bool]]] = {}
+
+
+def _read_parameters(kernel: Any) -> tuple[list[str], list[bool]]:
+    """The names of a kernel's parameters, and which are constants; kept by id, because a kernel's hash is slow."""
+    _parameters[id(kernel)] = [p.name for p in kernel.params], [p.is_constexpr for p in kernel.params]
+    return _parameters[id(kernel)]
+
+
 @functools.cache
-def _parameters(kernel: Any) -> tuple[list[str], list[bool]]:
-    return [p.name for p in kernel.params], [p.is_constexpr for p in kernel.params]
+def _of_int(value: int) -> int:
+    return (value == 1) + 2 * (value % 16 == 0) + 4 * (value >= 2**31)
 
 
-def _kind(value: Any) -> Any:
-    """What Triton specialises on in an argument that is no constant."""
-    if isinstance(value, Tensor):
-        return value.dtype, value.data_ptr() % 16 == 0
-    if isinstance(value, int):
-        return value == 1, value % 16 == 0, value >= 2**31
-    if hasattr(value, "block_shape"):  # a tensor descriptor
-        return value.base.dtype, tuple(value.block_shape), value.layout
-    return type(value)
+def _of_tensor(value: Tensor) -> tuple:
+    return value.dtype, value.data_ptr() % 16 == 0
+
+
+def _of_other(value: Any) -> Any:
+    return getattr(value, "kind", type(value))  # a tensor descriptor's dtype and block; float, None
+
+
+_KINDS = {int: _of_int, Tensor: _of_tensor, torch.nn.Parameter: _of_tensor}  # what Triton specialises on, by type
 
 
 def why_not(x: Tensor, weights: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> str | None:

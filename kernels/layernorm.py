@@ -3,6 +3,8 @@
 Plain Triton, for every architecture. Memory-bound: each kernel reads its inputs once.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -11,6 +13,7 @@ from torch import Tensor
 from . import launch
 
 
+@functools.cache
 def _split(D: int) -> tuple[int, int]:
     """D as a power of two and what covers the rest: 1152 = 1024 + 128 leaves no lane idle, 2048 would leave 44%."""
     low = 1 << (D.bit_length() - 1)
@@ -101,7 +104,7 @@ def prepare(
     sums, offset = (x.new_empty(N, dtype=launch.ACCUMULATE) for _ in range(2))
     tuned = launch.choice(x.device, "prepare", D)
     low, high = _split(D)
-    grid = (triton.cdiv(N, tuned["rows"]) + triton.cdiv(M, tuned["rows"]),)
+    grid = (launch.cdiv(N, tuned["rows"]) + launch.cdiv(M, tuned["rows"]),)
     args = (x, gamma, beta, weight, x if bias is None else bias, stats, folded, sums, offset, M, N, eps)
     options = {
         "D": D,
@@ -251,9 +254,9 @@ def column_sums(x: Tensor) -> Tensor:
     """Sums over the tokens of x (M, N), in fp32: a bias gradient. Deterministic."""
     M, N = x.shape
     tuned = launch.choice(x.device, "column_sums", N)
-    programs = min(triton.cdiv(M, tuned["rows"]), tuned["programs"])
+    programs = min(launch.cdiv(M, tuned["rows"]), tuned["programs"])
     partial = x.new_empty(programs, N, dtype=launch.ACCUMULATE)
     args = (x, partial, M, N)
     options = {"ROWS": tuned["rows"], "BLOCK": tuned["block"], "num_warps": tuned["warps"]}
-    launch.run(x.device, _column_sums_kernel, (programs, triton.cdiv(N, tuned["block"])), args, options)
+    launch.run(x.device, _column_sums_kernel, (programs, launch.cdiv(N, tuned["block"])), args, options)
     return partial.sum(0)

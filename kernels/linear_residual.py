@@ -1,10 +1,10 @@
 """A linear layer with the residual added in its epilogue: attention's output projection."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import launch
+from .op import Op, empty
 
 
 def reference(a: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
@@ -39,21 +39,18 @@ def linear_residual(a: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tenso
     reason = why_not(a, weight, bias, x)
     if reason:
         raise ValueError(f"linear_residual: {reason}")
-    return _forward(a, weight, bias, x)
+    return _op(a, weight, bias, x)
 
 
-@torch.library.custom_op("uvit_fast::linear_residual", mutates_args=())
 def _forward(a: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
     y = launch.core(a.device).linear(launch.rows(a), launch.rows(weight), bias, residual=launch.rows(x))  # (M, D)
     return y.view(x.shape)
 
 
-@_forward.register_fake
-def _(a, weight, bias, x):
+def _fake(a, weight, bias, x):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("uvit_fast::linear_residual_backward", mutates_args=())
 def _backward(dy: Tensor, a: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     core, dy = launch.core(a.device), launch.rows(dy)
     da = core.input_gradient(dy, launch.rows(weight))  # (M, K)
@@ -61,20 +58,16 @@ def _backward(dy: Tensor, a: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Te
     return da.view(a.shape), dweight, dbias.to(a.dtype, copy=True)
 
 
-@_backward.register_fake
-def _(dy, a, weight):
-    def new(t):
-        return torch.empty_like(t, memory_format=torch.contiguous_format)
-
-    return new(a), new(weight), a.new_empty(weight.shape[0])
+def _fake_backward(dy, a, weight):
+    return *empty(a, weight), a.new_empty(weight.shape[0])
 
 
-def _setup(ctx, inputs, output):
+def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:2])
 
 
-def _autograd(ctx, dy):
-    return *_backward(dy, *ctx.saved_tensors), dy
+def _gradient(ctx, backward, dy):
+    return *backward(dy, *ctx.saved_tensors), dy
 
 
-_forward.register_autograd(_autograd, setup_context=_setup)
+_op = Op("linear_residual", _forward, _fake, _backward, _fake_backward, _save, _gradient)

@@ -1,10 +1,10 @@
 """Linear(LayerNorm(x)), without writing the normalised tensor."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import launch, layernorm
+from .op import Op, empty
 
 
 def reference(
@@ -47,10 +47,9 @@ def ln_linear(
     reason = why_not(x, gamma, beta, weight, bias, eps)
     if reason:
         raise ValueError(f"ln_linear: {reason}")
-    return _forward(x, gamma, beta, weight, bias, eps)[0]
+    return _op(x, gamma, beta, weight, bias, eps)[0]
 
 
-@torch.library.custom_op("uvit_fast::ln_linear", mutates_args=())
 def _forward(
     x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -60,13 +59,11 @@ def _forward(
     return y.view(*x.shape[:-1], weight.shape[0]), stats
 
 
-@_forward.register_fake
-def _(x, gamma, beta, weight, bias, eps):
+def _fake(x, gamma, beta, weight, bias, eps):
     stats = x.new_empty(2, x.numel() // x.shape[-1], dtype=launch.ACCUMULATE)
     return x.new_empty(*x.shape[:-1], weight.shape[0]), stats
 
 
-@torch.library.custom_op("uvit_fast::ln_linear_backward", mutates_args=())
 def _backward(
     dy: Tensor, x: Tensor, stats: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -79,22 +76,21 @@ def _backward(
     return dx.view(x.shape), dgamma, dbeta, dweight, dbias
 
 
-@_backward.register_fake
-def _(dy, x, stats, gamma, beta, weight, has_bias):
-    new = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, gamma, beta, weight)]
-    return *new, x.new_empty(weight.shape[0] if has_bias else 0)
+def _fake_backward(dy, x, stats, gamma, beta, weight, has_bias):
+    return *empty(x, gamma, beta, weight), x.new_empty(weight.shape[0] if has_bias else 0)
 
 
-def _setup(ctx, inputs, output):
+def _save(ctx, inputs, output):
     x, gamma, beta, weight, bias, _ = inputs
+    ctx.set_materialize_grads(False)  # no zeros for the gradients of what only the backward reads
     ctx.save_for_backward(x, output[1], gamma, beta, weight)
     ctx.has_bias = bias is not None
 
 
-def _autograd(ctx, dy, _):
+def _gradient(ctx, backward, dy, _):
     x, stats, gamma, beta, weight = ctx.saved_tensors
-    *grads, dbias = _backward(dy, x, stats, gamma, beta, weight, ctx.has_bias)
+    *grads, dbias = backward(dy, x, stats, gamma, beta, weight, ctx.has_bias)
     return *grads, dbias if ctx.has_bias else None, None
 
 
-_forward.register_autograd(_autograd, setup_context=_setup)
+_op = Op("ln_linear", _forward, _fake, _backward, _fake_backward, _save, _gradient)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import launch, layernorm
+from .op import Op, empty
 
 
 def reference(
@@ -50,10 +51,9 @@ def ln_mlp(
     if reason:
         raise ValueError(f"ln_mlp: {reason}")
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gamma, beta, w1, b1, w2, b2))
-    return _forward(x, gamma, beta, w1, b1, w2, b2, eps, save)[0]
+    return _op(x, gamma, beta, w1, b1, w2, b2, eps, save)[0]
 
 
-@torch.library.custom_op("uvit_fast::ln_mlp", mutates_args=())
 def _forward(
     x: Tensor,
     gamma: Tensor,
@@ -72,14 +72,12 @@ def _forward(
     return y.view(x.shape), stats, x.new_empty(0) if h is None else h
 
 
-@_forward.register_fake
-def _(x, gamma, beta, w1, b1, w2, b2, eps, save):
+def _fake(x, gamma, beta, w1, b1, w2, b2, eps, save):
     M = x.numel() // x.shape[-1]
     stats = x.new_empty(2, M, dtype=launch.ACCUMULATE)
     return x.new_empty(x.shape), stats, x.new_empty(M, w1.shape[0]) if save else x.new_empty(0)
 
 
-@torch.library.custom_op("uvit_fast::ln_mlp_backward", mutates_args=())
 def _backward(
     dy: Tensor, x: Tensor, stats: Tensor, h: Tensor, gamma: Tensor, beta: Tensor, w1: Tensor, w2: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -94,21 +92,19 @@ def _backward(
     return dx.view(x.shape), dgamma, dbeta, dw1, db1.to(x.dtype), dw2, db2
 
 
-@_backward.register_fake
-def _(dy, x, stats, h, gamma, beta, w1, w2):
-    def new(t):
-        return torch.empty_like(t, memory_format=torch.contiguous_format)
-
-    return new(x), new(gamma), new(beta), new(w1), x.new_empty(w1.shape[0]), new(w2), x.new_empty(w2.shape[0])
+def _fake_backward(dy, x, stats, h, gamma, beta, w1, w2):
+    dx, dgamma, dbeta, dw1, dw2 = empty(x, gamma, beta, w1, w2)
+    return dx, dgamma, dbeta, dw1, x.new_empty(w1.shape[0]), dw2, x.new_empty(w2.shape[0])
 
 
-def _setup(ctx, inputs, output):
+def _save(ctx, inputs, output):
     x, gamma, beta, w1, _, w2 = inputs[:6]
+    ctx.set_materialize_grads(False)  # no zeros for the gradients of what only the backward reads
     ctx.save_for_backward(x, output[1], output[2], gamma, beta, w1, w2)
 
 
-def _autograd(ctx, dy, *_):
-    return *_backward(dy, *ctx.saved_tensors), None, None
+def _gradient(ctx, backward, dy, *_):
+    return *backward(dy, *ctx.saved_tensors), None, None
 
 
-_forward.register_autograd(_autograd, setup_context=_setup)
+_op = Op("ln_mlp", _forward, _fake, _backward, _fake_backward, _save, _gradient)

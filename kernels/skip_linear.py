@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import launch
+from .op import Op, empty
 
 
 def reference(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -38,21 +39,18 @@ def skip_linear(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor
     reason = why_not(x, skip, weight, bias)
     if reason:
         raise ValueError(f"skip_linear: {reason}")
-    return _forward(x, skip, weight, bias)
+    return _op(x, skip, weight, bias)
 
 
-@torch.library.custom_op("uvit_fast::skip_linear", mutates_args=())
 def _forward(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     y = launch.core(x.device).linear(launch.rows(x), launch.rows(weight), bias, x2=launch.rows(skip))  # (M, N)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-@_forward.register_fake
-def _(x, skip, weight, bias):
+def _fake(x, skip, weight, bias):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-@torch.library.custom_op("uvit_fast::skip_linear_backward", mutates_args=())
 def _backward(dy: Tensor, x: Tensor, skip: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     core, dy, D = launch.core(x.device), launch.rows(dy), x.shape[-1]
     halves = [slice(i * D, (i + 1) * D) for i in range(2)]
@@ -64,20 +62,16 @@ def _backward(dy: Tensor, x: Tensor, skip: Tensor, weight: Tensor) -> tuple[Tens
     return dx.view(x.shape), dskip.view(x.shape), dweight, dbias.to(x.dtype, copy=True)
 
 
-@_backward.register_fake
-def _(dy, x, skip, weight):
-    def new(t):
-        return torch.empty_like(t, memory_format=torch.contiguous_format)
-
-    return new(x), new(skip), new(weight), x.new_empty(weight.shape[0])
+def _fake_backward(dy, x, skip, weight):
+    return *empty(x, skip, weight), x.new_empty(weight.shape[0])
 
 
-def _setup(ctx, inputs, output):
+def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:3])
 
 
-def _autograd(ctx, dy):
-    return _backward(dy, *ctx.saved_tensors)
+def _gradient(ctx, backward, dy):
+    return backward(dy, *ctx.saved_tensors)
 
 
-_forward.register_autograd(_autograd, setup_context=_setup)
+_op = Op("skip_linear", _forward, _fake, _backward, _fake_backward, _save, _gradient)

@@ -192,5 +192,5 @@ def solver_step(
         "BLOCK": block,
         "num_warps": 4,
     }
-    launch.run(x.device, _kernel, (triton.cdiv(count, block),), args, options)
+    launch.run(x.device, _kernel, (launch.cdiv(count, block),), args, options)
     return state, m

@@ -201,13 +201,13 @@ def sum_kernel(
 
 def plan(M: int, N: int, K: int, programs: int) -> dict[str, int]:
     """How the tiles of an (N, K) gradient over M tokens are laid out and split over this many programs."""
-    tiles_n, strip = triton.cdiv(N, 2 * ROWS), K > COLS and 0 < K % COLS <= 2 * ROWS
-    plain = tiles_n * (K // COLS if strip else triton.cdiv(K, COLS))
-    tiles, steps = plain + (triton.cdiv(N, COLS) if strip else 0), triton.cdiv(M, BK)
+    tiles_n, strip = launch.cdiv(N, 2 * ROWS), K > COLS and 0 < K % COLS <= 2 * ROWS
+    plain = tiles_n * (K // COLS if strip else launch.cdiv(K, COLS))
+    tiles, steps = plain + (launch.cdiv(N, COLS) if strip else 0), launch.cdiv(M, BK)
     whole = min(tiles, plain) // programs * programs  # the swapped tiles are stored by the sum
     ragged = tiles - whole
     # Few splits, and little idle time in the last wave: each split costs about two hundredths of a wave to write and sum.
-    waves = {n: triton.cdiv(ragged * n, programs) / n + 0.02 * n for n in range(1, min(8, steps) + 1)}
+    waves = {n: launch.cdiv(ragged * n, programs) / n + 0.02 * n for n in range(1, min(8, steps) + 1)}
     splits = min(waves, key=waves.get)
     return {
         "whole": whole,

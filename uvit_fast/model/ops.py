@@ -13,6 +13,7 @@ from uvit_fast.config import UserError
 from uvit_fast.kernels import linear_residual as _linear_residual
 from uvit_fast.kernels import ln_linear as _ln_linear
 from uvit_fast.kernels import ln_mlp as _ln_mlp
+from uvit_fast.kernels import proj_ln_mlp as _proj_ln_mlp
 from uvit_fast.kernels import skip_linear as _skip_linear
 from uvit_fast.model.attention import choose
 
@@ -27,6 +28,13 @@ def ln_mlp(
 ) -> Tensor:
     """x + fc2(GELU(fc1(LayerNorm(x)))): x (..., D), w1 (4D, D), w2 (D, 4D) -> (..., D)."""
     return _run(_ln_mlp, kernels, x, gamma, beta, w1, b1, w2, b2)
+
+
+def proj_ln_mlp(
+    a: Tensor, w: Tensor, b: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *, kernels: str = "auto"
+) -> Tensor:  # fmt: skip
+    """`linear_residual`, then `ln_mlp`; what is between them is computed again in the backward: x (..., D) -> (..., D)."""
+    return _run(_proj_ln_mlp, kernels, a, w, b, x, gamma, beta, w1, b1, w2, b2)
 
 
 def skip_linear(x: Tensor, skip: Tensor, w: Tensor, b: Tensor, *, kernels: str = "auto") -> Tensor:

@@ -97,10 +97,13 @@ class Block(nn.Module):
         qkv = ops.ln_linear(x, norm1.weight, norm1.bias, attn.qkv.weight, attn.qkv.bias, kernels=how)  # (B, L, 3D)
         qkv = rearrange(qkv, "B L (K h d) -> B L K h d", K=3, h=self.num_heads)
         a = attend(qkv, self.attention)  # (B, L, D)
-        x = ops.linear_residual(a, attn.proj.weight, attn.proj.bias, x, kernels=how)  # x + proj(attention(norm1(x)))
-        return ops.ln_mlp(  # x + fc2(gelu(fc1(norm2(x))))
-            x, norm2.weight, norm2.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, kernels=how
-        )
+        proj = (attn.proj.weight, attn.proj.bias)
+        mlp_weights = (norm2.weight, norm2.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
+        if self.skip_linear is None or self.checkpointing != "none":
+            x = ops.linear_residual(a, *proj, x, kernels=how)  # x + proj(attention(norm1(x)))
+            return ops.ln_mlp(x, *mlp_weights, kernels=how)  # x + fc2(gelu(fc1(norm2(x))))
+        # The same two in one op, which keeps less for the backward: here the skip's linear layer keeps its inputs too.
+        return ops.proj_ln_mlp(a, *proj, x, *mlp_weights, kernels=how)
 
 
 class UViT(nn.Module):
