@@ -3,12 +3,15 @@
     python -m benchmarks.bench_ops --dims 512 768 1024 1152 --out benchmarks/results
 
 Milliseconds of one forward (as in inference) or one backward, 33024 tokens (128 images of 258), bf16. The GPU is kept busy while
-the calls are queued, so that a launch from Python costs no op anything: in a captured sampler or a training step it does not either.
+the calls are queued, so that a launch from Python costs no op anything: in a captured sampler or a training step of H/2 it does not
+either. `block` is a whole block with a long skip, attention included, of 128 images of 258 tokens; `block:host` is the time that Python
+takes to queue one, whatever the GPU does.
 """
 
 import argparse
 import functools
 import itertools
+import time
 
 import torch
 import torch._functorch.config as functorch_config
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from benchmarks.common import RESULTS, Rows
 from uvit_fast.kernels import linear_residual, ln_linear, ln_mlp, skip_linear
+from uvit_fast.model.uvit import Block
 
 TOKENS, BATCH = 33024, 128
 QUEUE_CYCLES = 60_000_000  # how long the GPU sleeps while Python queues the calls: about 30 ms
@@ -90,10 +94,40 @@ def bench(rows: Rows, D: int, names: list[str]) -> None:
         rows.add(f"{name}:bwd:{D}", "cublas", times(cublas(backward)), **kw)
 
 
+def bench_block(rows: Rows, D: int) -> None:
+    """A whole block: ours, and the published one's ops eager and compiled, all with bf16 weights."""
+    x, skip = (random(BATCH, TOKENS // BATCH, D).requires_grad_() for _ in range(2))
+    heads = D // 72 if D % 72 == 0 else D // 64
+    kw = {"metric": "time", "unit": "ms", "dtype": "bf16", "batch": BATCH}
+    for provider in ("ours", "eager", "compiled"):
+        how = ("auto", "auto") if provider == "ours" else ("sdpa", "reference")
+        block = Block(D, heads, 4.0, True, *how).to("cuda", torch.bfloat16)
+        f = torch.compile(block, dynamic=False) if provider == "compiled" else block
+        dy = torch.randn_like(f(x, skip))
+
+        def step(f=f, leaves=(x, skip, *block.parameters()), dy=dy) -> None:
+            torch.autograd.grad(f(x, skip), leaves, dy)
+
+        with torch.no_grad():
+            rows.add(f"block:fwd:{D}", provider, times(functools.partial(f, x, skip)), **kw)
+        rows.add(f"block:fwdbwd:{D}", provider, times(step, repeats=10), **kw)
+        rows.add(f"block:host:{D}", provider, [host_milliseconds(step) for _ in range(10)], **kw)
+
+
+def host_milliseconds(f) -> float:
+    """What Python takes to queue one call."""
+    torch.cuda.synchronize()
+    torch.cuda._sleep(QUEUE_CYCLES)
+    start = time.perf_counter()
+    f()
+    return (time.perf_counter() - start) * 1e3
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dims", type=int, nargs="+", default=[512, 768, 1024, 1152], help="widths D of the model")
-    parser.add_argument("--ops", nargs="+", default=["ln_linear", "ln_mlp", "skip_linear", "linear_residual"])
+    names = ["ln_linear", "ln_mlp", "skip_linear", "linear_residual", "block"]
+    parser.add_argument("--ops", nargs="+", choices=names, default=names)
     parser.add_argument("--out", default=RESULTS, help="folder of ops.csv")
     given = parser.parse_args()
     torch.manual_seed(0)
@@ -103,6 +137,8 @@ def main() -> None:
     for D in given.dims:
         torch._dynamo.reset()
         bench(rows, D, given.ops)
+        if "block" in given.ops:
+            bench_block(rows, D)
     print(rows.write())
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from uvit_fast.kernels import linear_residual, ln_linear, ln_mlp, skip_linear
+from uvit_fast.kernels import linear_residual, ln_linear, ln_mlp, proj_ln_mlp, skip_linear
 
 pytestmark = pytest.mark.gpu
 
@@ -35,6 +35,10 @@ def tensors(name: str, shape: tuple[int, ...], dtype: torch.dtype, mean: float =
             *(x, gamma, beta, random(4 * D, D) * D**-0.5, random(4 * D)),
             *(random(D, 4 * D) * D**-0.5, random(D)),
         ),
+        "proj_ln_mlp": lambda: (
+            *(random(*shape), random(D, D) * D**-0.5, random(D), x, gamma, beta),
+            *(random(4 * D, D) * D**-0.5, random(4 * D), random(D, 4 * D) * D**-0.5, random(D)),
+        ),
         "skip_linear": lambda: (x, random(*shape), random(D, 2 * D) * D**-0.5, random(D)),
         "linear_residual": lambda: (x, random(D, D) * D**-0.5, random(D), random(*shape)),
     }[name]()
@@ -45,6 +49,7 @@ OPS = {
     "ln_linear": (ln_linear.ln_linear, ln_linear.reference),
     "ln_linear_bias": (ln_linear.ln_linear, ln_linear.reference),
     "ln_mlp": (ln_mlp.ln_mlp, ln_mlp.reference),
+    "proj_ln_mlp": (proj_ln_mlp.proj_ln_mlp, proj_ln_mlp.reference),
     "skip_linear": (skip_linear.skip_linear, skip_linear.reference),
     "linear_residual": (linear_residual.linear_residual, linear_residual.reference),
 }
@@ -145,7 +150,9 @@ def test_captured_in_a_cuda_graph(name):
     assert torch.equal(y, expected)
 
 
-@pytest.mark.parametrize("name, most", [("ln_linear", 1), ("ln_mlp", 5), ("linear_residual", 1), ("skip_linear", 2)])
+@pytest.mark.parametrize(
+    "name, most", [("ln_linear", 1), ("ln_mlp", 5), ("linear_residual", 1), ("proj_ln_mlp", 6), ("skip_linear", 2)]
+)
 def test_the_backward_keeps_few_values_a_token(name, most):
     """In units of D values a token; the parameters, which live anyway, are not counted."""
     args = tensors(name, (4, 258, 512), torch.bfloat16)
