@@ -105,7 +105,9 @@ def bench_block(rows: Rows, D: int) -> None:
         f = torch.compile(block, dynamic=False) if provider == "compiled" else block
         dy = torch.randn_like(f(x, skip))
 
-        def step(f=f, leaves=(x, skip, *block.parameters()), dy=dy) -> None:
+        leaves = (x, skip, *block.parameters())
+
+        def step(f=f, leaves=leaves, dy=dy) -> None:
             torch.autograd.grad(f(x, skip), leaves, dy)
 
         with torch.no_grad():
