@@ -3,6 +3,7 @@
 import fcntl
 import itertools
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -92,6 +93,8 @@ def describe_run(run_dir: Path, config: Config, world: Any) -> None:
         "ranks": world.size,
         "threads": torch.get_num_threads(),
         "command": sys.argv,
+        "host": platform.node(),
+        "pid": os.getpid(),
         "commit": _commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
