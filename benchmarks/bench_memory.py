@@ -4,7 +4,7 @@
 
 Cases `<L|H>:<batch>:<none|block>`, forward, backward, AdamW and EMA on 32 x 32 x 4 latents. `paper`: the published code's way, fp32
 weights under fp16 autocast, attention as two products and a softmax; `paper-efficient`: the same with PyTorch's memory-efficient
-attention, as its later README has it; `ours`: as the training engine has it on one GPU, bf16 weights with fp32 masters.
+attention, as its later README has it; `ours`: the trainer's own step with its engine.
 
 Metrics in GB (10^9): `peak`, the most that was allocated; `reserved`, what the allocator took from the device for that; `static`,
 weights, optimizer and EMA between two steps; `saved`, what waits for the backward, each storage once. On a CPU only `saved`.
@@ -13,140 +13,152 @@ weights, optimizer and EMA between two steps; `saved`, what waits for the backwa
 import argparse
 import contextlib
 import gc
+from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import models
+from benchmarks.bench_training import Ours, config
 from benchmarks.common import RESULTS, Rows
 from uvit_fast import build_model, load_config
 from uvit_fast.diffusion.schedules import noise_loss
 
-HOW = {  # provider -> model.kernels, model.attention
-    "paper": ("reference", "math"),
-    "paper-efficient": ("reference", "sdpa"),
-    "ours": ("auto", "auto"),
+ATTENTION = {"paper": "math", "paper-efficient": "sdpa"}
+CASES = {  # (size, provider) -> checkpointing: those of the appendix and of the published README, and ours
+    ("L", "paper"): ("none", "block"),
+    ("L", "ours"): ("none", "block"),
+    ("H", "paper"): ("none",),
+    ("H", "paper-efficient"): ("none", "block"),
+    ("H", "ours"): ("none", "block"),
 }
-CASES = [  # size, provider, checkpointing: those of the appendix and of the published README, and ours
-    *[("L", provider, policy) for provider in ("paper", "ours") for policy in ("none", "block")],
-    ("H", "paper", "none"),
-    ("H", "paper-efficient", "none"),
-    ("H", "paper-efficient", "block"),
-    ("H", "ours", "none"),
-    ("H", "ours", "block"),
-]
 
 
-class Step:
-    """A training step of one case, whose memory is looked at.
+class Paper:
+    """The published code's way of training.
 
     Args:
         overrides: of the config, such as a smaller network.
     """
 
-    def __init__(self, size: str, provider: str, checkpointing: str, batch: int, device: str, overrides: tuple = ()):
-        kernels, attention = HOW[provider]
-        how = [f"model.kernels={kernels}", f"model.attention={attention}"]
-        how.append(f"model.activation_checkpointing={checkpointing}")
+    def __init__(self, size: str, provider: str, batch: int, device: str, overrides: list[str]):
+        how = ["model.kernels=reference", f"model.attention={ATTENTION[provider]}"]
         cfg = load_config(f"configs/{models.CONFIGS[size]}.yaml", [*models.LATENT, *how, *overrides])
-        self.ours, self.device, half = provider == "ours", device, torch.device(device).type == "cuda"
+        self.cuda = torch.device(device).type == "cuda"
+        self.efficient = provider == "paper-efficient" and self.cuda
         with torch.device(device):  # initialised there: minutes less
             self.net = build_model(cfg).train()
-            self.x = torch.randn(batch, cfg.model.in_chans, cfg.model.img_size, cfg.model.img_size)
-            self.t, self.y = torch.rand(batch) * 999, torch.randint(1000, (batch,))
-        if self.ours and half:
-            self.net.to(torch.bfloat16)
-        self.efficient = provider == "paper-efficient" and half
+        self.inputs = inputs(self.net, batch, device)
         self.weights = list(self.net.parameters())
-        self.masters = [p.detach().float().clone() if self.ours else p for p in self.weights]
-        self.adamw = torch.optim.AdamW(self.masters, lr=2e-4, betas=(0.99, 0.99), weight_decay=0.03, fused=True)
-        self.ema = [p.detach().clone() for p in self.masters]
+        self.adamw = torch.optim.AdamW(self.weights, lr=2e-4, betas=(0.99, 0.99), weight_decay=0.03, fused=True)
+        self.ema = [p.detach().clone() for p in self.weights]
 
-    def __call__(self) -> None:
-        with self._attention(), self._autocast():
-            loss = noise_loss(self.net(self.x, self.t, y=self.y), self.x)
-        with self._attention():
-            loss.backward()
-        if self.ours:
-            for p, master in zip(self.weights, self.masters):
-                master.grad = p.grad.float()
+    def keep(self, policy: str) -> None:
+        for block in self.net.blocks:
+            block.checkpointing = policy
+
+    def loss(self) -> Tensor:
+        autocast = torch.autocast("cuda", torch.float16) if self.cuda else contextlib.nullcontext()
+        with self._attention(), autocast:
+            return loss(self.net, *self.inputs)
+
+    def step(self) -> None:
+        with self._attention():  # again in the backward of a checkpoint
+            self.loss().backward()
         self.adamw.step()
-        torch._foreach_lerp_(self.ema, [m.detach() for m in self.masters], 1e-4)
-        if self.ours:
-            torch._foreach_copy_([p.detach() for p in self.weights], [m.detach() for m in self.masters])
-        self.net.zero_grad(set_to_none=True)
+        torch._foreach_lerp_(self.ema, [p.detach() for p in self.weights], 1e-4)
         self.adamw.zero_grad(set_to_none=True)
-
-    def saved(self) -> int:
-        """Bytes that a forward leaves for the backward, without the weights."""
-        weights = {p.untyped_storage().data_ptr() for p in self.weights}
-        kept: dict[int, int] = {}
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with self._attention(), self._autocast(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            loss = noise_loss(self.net(self.x, self.t, y=self.y), self.x)
-            found = sum(kept.values())
-        del loss
-        return found
-
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        cuda = torch.device(self.device).type == "cuda"
-        return torch.autocast("cuda", torch.float16) if cuda and not self.ours else contextlib.nullcontext()
 
     def _attention(self) -> contextlib.AbstractContextManager:
         return sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if self.efficient else contextlib.nullcontext()
 
 
-def measure(
-    rows: Rows, size: str, provider: str, checkpointing: str, batch: int, device: str, overrides: tuple
-) -> None:
-    case = f"{size}:{batch}:{checkpointing}"
-    dtype = "fp32" if device == "cpu" else "bf16" if provider == "ours" else "fp16"
+def inputs(net: torch.nn.Module, batch: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Random x (B, C, H, W), t (B,) and labels (B,)."""
+    x = torch.randn(batch, net.in_chans, net.img_size, net.img_size, device=device)
+    return x, torch.rand(batch, device=device) * 999, torch.randint(net.num_classes, (batch,), device=device)
 
-    def add(metric: str, size_in_bytes: float) -> None:
-        rows.add(case, provider, [size_in_bytes / 1e9], metric=metric, unit="GB", dtype=dtype, batch=batch)
 
-    try:
-        step = Step(size, provider, checkpointing, batch, device, overrides)
-        add("saved", step.saved())
-        if device == "cpu":
-            return
-        step()  # makes the optimizer's state, and tunes what is tuned
+def loss(net: torch.nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    return noise_loss(net(x, t, y=y), x)
+
+
+def saved_bytes(forward: Callable[[], Tensor], weights: Iterable[Tensor]) -> int:
+    """Bytes that a forward leaves for the backward, without the weights."""
+    known = {p.untyped_storage().data_ptr() for p in weights}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        graph = forward()  # held: freed memory would be given out again and counted once
+        found = sum(kept.values())
+    del graph
+    return found
+
+
+def measure(rows: Rows, size: str, provider: str, policies: tuple[str, ...], args: argparse.Namespace) -> None:
+    """The rows of one network, an engine or an optimizer for all policies."""
+    cuda = args.device == "cuda"
+    before = torch.cuda.memory_allocated() if cuda else 0
+    if provider == "ours":
+        subject = Ours(config(size, "ours", args.batch, args.device, args.set), torch.device(args.device))
+        some = inputs(subject.net, args.batch, args.device)
+        forward, keep = lambda: loss(subject.net, *some), lambda policy: subject.keep(policy, 0.0)
+    else:
+        subject = Paper(size, provider, args.batch, args.device, args.set)
+        forward, keep = subject.loss, subject.keep
+    for policy in policies:
+        keep(policy)
+
+        def add(metric: str, size_in_bytes: float, policy: str = policy) -> None:
+            dtype = "fp32" if not cuda else "bf16" if provider == "ours" else "fp16"
+            case, common = f"{size}:{args.batch}:{policy}", {"unit": "GB", "dtype": dtype, "batch": args.batch}
+            rows.add(case, provider, [size_in_bytes / 1e9], metric=metric, **common)
+
+        add("saved", saved_bytes(forward, subject.net.parameters()))
+        if not cuda:
+            continue
+        subject.step()  # makes the optimizer's state, and compiles
         torch.cuda.synchronize()
         gc.collect()
         torch.cuda.empty_cache()
-        static = torch.cuda.memory_allocated()
+        static, others = torch.cuda.memory_allocated() - before, torch.cuda.memory_reserved()
         torch.cuda.reset_peak_memory_stats()
-        step()
-        step()
+        subject.step()
+        subject.step()
         torch.cuda.synchronize()
         add("static", static)
-        add("peak", torch.cuda.max_memory_allocated())
-        add("reserved", torch.cuda.max_memory_reserved())
-    except torch.OutOfMemoryError:  # a result too: there is no row of its peak
-        print(f"{case} {provider}: out of memory with {torch.cuda.get_device_properties(0).total_memory / 1e9:.1f} GB")
+        add("peak", torch.cuda.max_memory_allocated() - before)
+        add("reserved", torch.cuda.max_memory_reserved() - others + static)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="L,H")
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of the configs")
     parser.add_argument("--out", default=RESULTS, help="folder of memory.csv")
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = Rows("memory", args.out)
-    for size, provider, checkpointing in CASES:
+    for (size, provider), policies in CASES.items():
         if size in args.sizes.split(","):
-            measure(rows, size, provider, checkpointing, args.batch, device, tuple(args.set))
-            gc.collect()  # of the case before, an exception's frames included
-            torch.cuda.empty_cache()
-    print(rows.write())
+            try:
+                measure(rows, size, provider, policies, args)
+            except torch.OutOfMemoryError:  # a result too: there is no row of its peak
+                total = torch.cuda.get_device_properties(0).total_memory / 1e9
+                print(f"{size} {provider}: out of memory of {total:.1f} GB")
+            rows.write()
+            gc.collect()
+            if args.device == "cuda":
+                torch.cuda.empty_cache()
+    print(rows.path)
 
 
 if __name__ == "__main__":

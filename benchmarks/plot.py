@@ -147,6 +147,7 @@ def memory(results: Results) -> Any | None:
 
 def compared(results: Results, question: str, cases: dict[str, str], providers: list[str], title: str) -> Any | None:
     """Milliseconds of some cases, relative to ours."""
+    cases = {case: label for case, label in cases.items() if results.value(question, case, "ours", "time")}
     series: dict[str, list[float | None]] = {}
     for provider in providers:
         pairs = [[results.value(question, case, who, "time") for who in (provider, "ours")] for case in cases]
@@ -165,19 +166,11 @@ def compared(results: Results, question: str, cases: dict[str, str], providers: 
 
 
 def ops(results: Results) -> Any | None:
-    names = ("ln_linear", "ln_mlp", "skip_linear", "linear_residual")
-    cases = {
-        f"{name}:{part}:1152": f"{name}\n{label}"
-        for part, label in (("fwd", "forward"), ("bwd", "backward"))
-        for name in names
-    }
-    return compared(
-        results,
-        "ops",
-        cases,
-        ["eager", "compiled", "cublas"],
-        "Fused ops, D = 1152, 33,024 tokens (cublas: products alone)",
-    )
+    names = ("ln_linear", "ln_mlp", "skip_linear", "linear_residual", "block")
+    parts = {"fwd": "forward", "bwd": "backward", "fwdbwd": "both"}
+    cases = {f"{name}:{part}:1152": f"{name}\n{label}" for part, label in parts.items() for name in names}
+    title = "Fused ops and a whole block, D = 1152, 33,024 tokens (cublas: products alone)"
+    return compared(results, "ops", cases, ["eager", "compiled", "cublas"], title)
 
 
 def attention(results: Results) -> Any | None:

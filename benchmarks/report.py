@@ -112,13 +112,16 @@ def training(results: Results, folder: Path) -> Iterator[str]:
                 continue
             size, eager = case.split(":")[0], results.value("training", case, "eager", "img_per_s")
             rate = 3 * image_flops(size) * speed if size in SAMPLING_A100 else None
+            memory = [number(results.value("training", case, provider, m)) for m in ("peak_gb", "activation_gb")]
             published = ", ".join(f"{number(v)} ({how})" for how, v in TRAINING_A100.get(case, {}).items())
             rows.append([
-                case, provider, number(speed), times(speed, eager), number(results.value("training", case, provider, "peak_gb")),
+                case, provider, number(speed), times(speed, eager), *memory,
                 percent(rate, results.peak("training")), percent(rate, results.ceiling("training", "matmul")), published or "–",
             ])  # fmt: skip
     if rows:
-        header = "case | provider | images/s | over eager | peak, GB | MFU | of ceiling | published, A100"
+        header = (
+            "case | provider | images/s | over eager | peak, GB | activations, GB | MFU | of ceiling | published, A100"
+        )
         yield from markdown(header.split(" | "), rows)
     yield from measured_on(results, "training", "python -m benchmarks.bench_training")
 
@@ -168,7 +171,7 @@ def ops(results: Results, folder: Path) -> Iterator[str]:
 def generic(results: Results, folder: Path, question: str, says: str) -> Iterator[str]:
     """A row a case and metric, a column a provider."""
     yield from (f"## {question.capitalize()}", "", says, "")
-    yield from picture(question, f"{question.capitalize()}, over ours", folder)
+    yield from picture(question, question.capitalize(), folder)
     providers, rows = results.providers(question, PEERS), []
     for case in results.cases(question):
         kinds = dict.fromkeys((r["metric"], r["unit"]) for r in results.rows[question] if r["case"] == case)
@@ -198,6 +201,7 @@ def text(results: Results, folder: Path) -> str:
         *memory(results, folder),
         *ops(results, folder),
         *generic(results, folder, "attention", "Batch 128, from packed qkv to its packed gradient."),
+        *generic(results, folder, "scaling", "GPUs of one host. `calculated`: not measured, see `bench_scaling.py`."),
         *generic(results, folder, "data", "Reading and decoding, on a CPU."),
         *generic(results, folder, "evaluation", "Features and distances."),
     ]

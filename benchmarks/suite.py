@@ -30,22 +30,25 @@ class Bench:
 
     Args:
         cpu: arguments and seconds on a machine without a GPU; None: it needs one.
+        gpus: that it needs, or more, which it is told as --gpus.
     """
 
     name: str
     full: tuple[str, int]
     quick: tuple[str, int]
     cpu: tuple[str, int] | None = None
+    gpus: int = 1
 
 
 SUITE = [
-    Bench("ops", ("", 150), ("--dims 1152", 45)),
+    Bench("ops", ("", 180), ("--dims 1152", 55)),
     Bench("attention", ("", 90), ("--without compiled", 50)),
-    Bench("sampling", ("", 1500), ("--providers ours,eager --batches 500 --evaluations 5", 100)),
-    Bench("training", ("", 240), ("--sizes L,H --providers ours,eager", 60)),
-    Bench("memory", ("", 50), ("", 50)),
+    Bench("sampling", ("", 1500), ("--providers ours,eager --batches 500 --evaluations 5", 85)),
+    Bench("training", ("--cases all", 600), ("--sizes L,H --providers ours,eager", 80)),
+    Bench("memory", ("", 45), ("", 45)),
     Bench("evaluation", ("", 60), ("--samples 10000 --reference 2000", 20), ("--samples 5000 --reference 1000 --images 32", 60)),
     Bench("data", ("", 60), ("--items 4000 --latents 32 --sizes 256", 15), ("", 60)),
+    Bench("scaling", ("", 240), ("--sections scaling --steps 10", 120), gpus=2),
 ]  # fmt: skip
 
 
@@ -58,8 +61,8 @@ class Plan:
     seconds: float
 
 
-def plan(device: str | None, quick: bool, only: list[str], measured: dict[str, float]) -> tuple[list[Plan], list[str]]:
-    """What runs on a device (None: no GPU), and the names of what needs a GPU and is left out.
+def plan(gpus: int, quick: bool, only: list[str], measured: dict[str, float]) -> tuple[list[Plan], list[str]]:
+    """What runs on a machine with so many GPUs, and the names of what needs more and is left out.
 
     Args:
         only: names; empty: all.
@@ -75,11 +78,12 @@ def plan(device: str | None, quick: bool, only: list[str], measured: dict[str, f
     for bench in SUITE:
         if only and bench.name not in only:
             continue
-        how = (bench.quick if quick else bench.full) if device else bench.cpu
+        how = (bench.quick if quick else bench.full) if gpus >= bench.gpus else bench.cpu
         if how is None:
             left_out.append(bench.name)
         else:
-            plans.append(Plan(bench.name, how[0], measured.get(case(bench.name, how[0]), how[1])))
+            arguments = how[0] if bench.gpus == 1 else f"--gpus {gpus} {how[0]}".strip()
+            plans.append(Plan(bench.name, arguments, measured.get(case(bench.name, arguments), how[1])))
     return plans, left_out
 
 
@@ -155,14 +159,14 @@ def main(argv: list[str] | None = None) -> int:
     rows = Rows("suite", args.out)
     known = earlier(args.out, device or "cpu")
     measured = {row["case"]: float(row["p50"]) for row in known}
-    plans, left_out = plan(device, args.quick, [n for n in args.only.split(",") if n], measured)
+    plans, left_out = plan(torch.cuda.device_count(), args.quick, [n for n in args.only.split(",") if n], measured)
     known_here = any(case(p.name, p.arguments) in measured for p in plans)
     total = clock(sum(p.seconds for p in plans))
     source = "measured here before" if known_here else "estimated" if device is None else "estimated for an H100"
     names = ", ".join(p.name for p in plans) or "nothing"
     print(f"{device or 'no GPU'}: {names}; {total} min:s, {source}", flush=True)
     if left_out:
-        print(f"left out, for want of a GPU: {', '.join(left_out)}", flush=True)
+        print(f"left out, for want of GPUs: {', '.join(left_out)}", flush=True)
     failed = run(plans, args.out, rows)
     now = {row["case"] for row in rows.rows}
     rows.rows = [row for row in known if row["case"] not in now] + rows.rows

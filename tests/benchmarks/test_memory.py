@@ -3,16 +3,21 @@
 import pytest
 import torch
 
-from benchmarks.bench_memory import Step
+from benchmarks.bench_memory import Paper, saved_bytes
 
-SMALL = ("model.embed_dim=64", "model.num_heads=2", "model.depth=4", "train.p_uncond=0.1")
+SMALL = ["model.embed_dim=64", "model.num_heads=2", "model.depth=4", "train.p_uncond=0.1"]
 BLOCKS, BATCH, HEADS, L = 5, 2, 2, 258
 
 
 @pytest.fixture(scope="module")
 def saved():
-    cases = [("paper", "none"), ("paper-efficient", "none"), ("paper-efficient", "block")]
-    return {case: Step("L", *case, BATCH, "cpu", SMALL).saved() for case in cases}
+    found = {}
+    for provider in ("paper", "paper-efficient"):
+        subject = Paper("L", provider, BATCH, "cpu", SMALL)
+        for policy in ("none", "block"):
+            subject.keep(policy)
+            found[provider, policy] = saved_bytes(subject.loss, subject.net.parameters())
+    return found
 
 
 def test_plain_attention_keeps_a_matrix_of_tokens_by_tokens_a_head(saved):
@@ -28,7 +33,7 @@ def test_checkpointing_keeps_little_more_than_the_blocks_inputs(saved):
 
 def test_a_step_updates_the_weights_and_their_average():
     torch.manual_seed(0)
-    step = Step("L", "ours", "block", 1, "cpu", SMALL)
-    before = [step.weights[0].detach().clone(), step.ema[0].clone()]
-    step()
-    assert not torch.equal(step.weights[0], before[0]) and not torch.equal(step.ema[0], before[1])
+    subject = Paper("L", "paper", 1, "cpu", SMALL)
+    before = [subject.weights[0].detach().clone(), subject.ema[0].clone()]
+    subject.step()
+    assert not torch.equal(subject.weights[0], before[0]) and not torch.equal(subject.ema[0], before[1])

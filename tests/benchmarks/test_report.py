@@ -44,7 +44,7 @@ def test_the_committed_report_is_what_the_committed_results_say():
 
 def test_what_was_not_measured_is_said(tmp_path):
     text = report.text(Results(tmp_path), tmp_path)
-    for question in ("sampling", "training", "memory", "ops", "attention", "data", "evaluation"):
+    for question in ("sampling", "training", "memory", "ops", "attention", "scaling", "data", "evaluation"):
         assert f"Not measured: `python -m benchmarks.bench_{question}`." in text
     assert "| S," not in text and "![" not in text
 

@@ -18,24 +18,30 @@ class Clock:
 
 
 def test_without_a_gpu_the_rest_runs_and_what_needs_one_is_named():
-    plans, left_out = suite.plan(None, quick=False, only=[], measured={})
+    plans, left_out = suite.plan(0, quick=False, only=[], measured={})
     assert [p.name for p in plans] == ["evaluation", "data"]
-    assert {"sampling", "training", "memory", "ops", "attention"} <= set(left_out)
+    assert {"sampling", "training", "memory", "ops", "attention", "scaling"} <= set(left_out)
+
+
+def test_scaling_needs_two_gpus_and_takes_all():
+    assert suite.plan(1, quick=False, only=["scaling"], measured={}) == ([], ["scaling"])
+    (p,), _ = suite.plan(8, quick=False, only=["scaling"], measured={})
+    assert p.arguments == "--gpus 8"
 
 
 def test_the_quick_selection_stays_under_six_minutes():
-    plans, _ = suite.plan("NVIDIA H100", quick=True, only=[], measured={})
-    assert len(plans) == len(suite.SUITE) and sum(p.seconds for p in plans) < 6 * 60
+    plans, left_out = suite.plan(1, quick=True, only=[], measured={})
+    assert left_out == ["scaling"] and sum(p.seconds for p in plans) < 6 * 60
 
 
 def test_what_this_device_took_before_is_the_better_estimate():
-    (p,), _ = suite.plan("NVIDIA H100", quick=True, only=["ops"], measured={"ops --dims 1152": 31.5})
+    (p,), _ = suite.plan(1, quick=True, only=["ops"], measured={"ops --dims 1152": 31.5})
     assert (p.arguments, p.seconds) == ("--dims 1152", 31.5)
 
 
 def test_an_unknown_benchmark_is_told_what_there_is():
     with pytest.raises(SystemExit, match="expected some of ops, attention, .*, got sampler"):
-        suite.plan("NVIDIA H100", quick=True, only=["sampler"], measured={})
+        suite.plan(1, quick=True, only=["sampler"], measured={})
 
 
 def test_the_time_left_follows_the_pace():
