@@ -141,7 +141,7 @@ def main() -> None:
         bench(rows, D, given.ops)
         if "block" in given.ops:
             bench_block(rows, D)
-    print(rows.write())
+        print(rows.write(), flush=True)  # after each width: a run that is cut short has measured something
 
 
 if __name__ == "__main__":
