@@ -4,25 +4,28 @@
 byte, the attention's output (D values a token) and fc1's before its GELU (4 D), so that attention and the MLP run once.
 """
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-
-POLICIES = ("none", "selective", "block")  # from the most memory to the least
 
 
 def recomputed(function: Callable[..., Tensor], policy: str, hidden: int, *inputs: Tensor | None) -> Tensor:
     """function(*inputs) with "selective" or "block" as above.
 
     Args:
-        function: a block's forward, without random numbers.
+        function: a block's forward, without random numbers, which ends with its MLP.
         hidden: fc1's outputs, by which its product is known where it is an op of PyTorch.
     """
     contexts = {}
     if policy == "selective":
         contexts["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_policy, hidden))
+    elif not torch.compiler.is_compiling():
+        contexts["context_fn"] = lambda: (contextlib.nullcontext(), _WithoutFc2())
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, **contexts)
 
 
@@ -32,3 +35,17 @@ def _policy(hidden: int, context, op, *args, **kwargs) -> CheckpointPolicy:
     attention = "attention" in name or namespace == "flash_attn"
     fc1 = name.startswith(("addmm", "linear")) and context.op_output.shape[-1] == hidden
     return CheckpointPolicy.MUST_SAVE if attention or fc1 or name == "ln_mlp" else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class _WithoutFc2(TorchDispatchMode):
+    """The second time, the fused MLP is asked for fc1 alone: the block's output, which fc2 makes, is there already.
+
+    PyTorch's own ops need no such help: recomputation ends with the last tensor that the backward wants.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name() != "uvit_fast::ln_mlp":
+            return func(*args, **(kwargs or {}))
+        x, gamma, beta, w1, b1, _, _, eps, _ = args
+        h, statistics = torch.ops.uvit_fast.ln_linear.default(x, gamma, beta, w1, b1, eps)
+        return x.new_empty(x.shape), statistics, h.view(-1, h.shape[-1])

@@ -1,0 +1,45 @@
+"""The fused ops under the training engine: their kernels run in triton's interpreter, on partitions and with recomputation."""
+
+import pytest
+import torch
+
+from tests.kernels import interpreted
+from tests.training import test_uvit, tiny
+from uvit_fast.model.uvit import Block
+
+
+@interpreted.compiles
+def test_the_kernels_in_the_interpreter():
+    interpreted.run(__file__)
+
+
+def config(policy: str, stage: int, kernels: str):
+    """The smallest that the kernels take: heads of 32, five tokens."""
+    cfg = tiny.config(iterations=2, warmup_steps=0, lr=2e-3, batch_size=2, zero_stage=stage)
+    attention = "fused" if kernels == "fused" else "math"
+    how = {"activation_checkpointing": policy, "kernels": kernels, "attention": attention}
+    return cfg.model_copy(update={"model": cfg.model.model_copy(update={"embed_dim": 64, **how})})
+
+
+@interpreted.in_the_interpreter
+def test_fused_blocks_follow_plain_ones(tmp_path):
+    """ZeRO-3 takes the weights away between the blocks; selective computes some ops again and takes others from its store."""
+    plain = tiny.launch(test_uvit.train, tmp_path / "plain", config("none", 1, "reference"))
+    fused = tiny.launch(test_uvit.train, tmp_path / "fused", config("selective", 3, "fused"))
+    assert fused == pytest.approx(plain, rel=1e-5)
+
+
+@interpreted.in_the_interpreter
+@pytest.mark.parametrize("policy", ["selective", "block"])
+def test_what_is_computed_again_gives_the_same_gradients(policy):
+    """Also where fc1 alone is computed again, by another op than at first."""
+    gradients = []
+    for each in ("none", policy):
+        torch.manual_seed(0)
+        block = Block(64, 2, 4.0, True, "fused", "fused")
+        block.checkpointing = each
+        x, skip = (torch.randn(2, 5, 64, requires_grad=True) for _ in range(2))
+        block(x, skip).square().sum().backward()
+        gradients.append([t.grad for t in (x, skip, *block.parameters())])
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
