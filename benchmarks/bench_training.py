@@ -6,7 +6,7 @@ PyTorch, compiled as a whole. `selective` gives ours the budget of `BUDGET`, and
 
 Metrics: img_per_s; mfu and tflops of the matrix products, recomputed ones not counted; peak_gb, the most that was allocated;
 static_gb, what stays between two steps: weights, optimizer, EMA (gradients are made anew in each); activation_gb, their difference,
-which the budget is about, and budget_gb. GB are 10^9 bytes. A CPU has no memory metrics.
+which the budget is about (or the optimizer's own 8 bytes a parameter, where blocks keep less), expected_activation_gb and budget_gb. GB are 10^9 bytes. A CPU has no memory metrics.
 """
 
 import argparse

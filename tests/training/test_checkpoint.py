@@ -1,5 +1,8 @@
 """Checkpoints: complete or not there, verified when read, the newest intact one found."""
 
+import multiprocessing
+import resource
+
 import pytest
 import torch
 
@@ -89,13 +92,35 @@ def test_a_full_disk_leaves_the_older_ones(folder, monkeypatch):
 
 
 def test_a_killed_writer_leaves_no_checkpoint(folder):
-    """Killed before the rename, so not even the clean-up ran; the next write clears the rest away."""
-    partial = folder / ".step_00000035.partial"
-    partial.mkdir()
-    (partial / "model.safetensors").write_bytes(b"half")
+    """Killed with a file half written, so that not even the clean-up runs; the next write clears the rest away."""
+    large = {"model": {"w": torch.zeros(50_000_000)}, "ema": {"w": torch.ones(2, 3)}}
+    writer = multiprocessing.get_context("fork").Process(target=checkpoint.write, args=(folder, 40, large, STATE, 2))
+    writer.start()
+    while not any(path.stat().st_size for path in folder.glob(".step_00000040.partial/*")):
+        assert writer.is_alive(), "it was written before it could be killed"
+    writer.kill()
+    writer.join()
+    assert names(folder) == [".step_00000040.partial", "step_00000020", "step_00000030"]
     assert checkpoint.newest_intact(folder, pytest.fail)[0].name == "step_00000030"
     checkpoint.write(folder, 40, PARTS, STATE, keep=2)
     assert names(folder) == ["step_00000030", "step_00000040"]
+
+
+def limited(folder) -> None:
+    """The system refuses to let any file grow past 1 kB, as it does when the disk is full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+    said = []
+    writer = checkpoint.Writer(folder, 2, said.append)
+    writer.submit(40, {"model": {"w": torch.zeros(1000)}}, STATE)
+    assert not writer.finish() and len(said) == 1 and "step 40 was not written" in said[0]
+
+
+def test_what_the_system_refuses_to_write_leaves_the_older_ones(folder):
+    writer = multiprocessing.get_context("fork").Process(target=limited, args=(folder,))
+    writer.start()
+    writer.join()
+    assert writer.exitcode == 0
+    assert names(folder) == ["step_00000020", "step_00000030"]
 
 
 def test_another_architecture_names_the_keys(folder):

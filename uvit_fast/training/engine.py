@@ -260,7 +260,7 @@ def _settings(engine: Engine, train: TrainConfig, parameters: int) -> dict[str, 
             "overlap_comm": overlap,
             "contiguous_gradients": engine.world.size > 1,
             # no bucket is larger than the model: it would only be memory
-            "reduce_bucket_size": min(parameters, 100_000_000),
+            "reduce_bucket_size": min(parameters, 50_000_000),  # twice that much memory: one is sent, one filled
             "allgather_bucket_size": min(parameters, 500_000_000),
             "sub_group_size": 10**12,  # one flat partition
             "stage3_param_persistence_threshold": KEEP_WHOLE,

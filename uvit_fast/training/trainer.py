@@ -259,6 +259,8 @@ class Trainer:
         dtype = torch.bfloat16 if computes_in_bf16(self.config.train, self.world.device) else torch.float32
         network = activations.inspect(model, self.config.model, micro_batch, self.world.device, dtype)
         chosen = [activations.plan_within(budget, network)]
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()  # of the copy that was looked at
         if self.world.size > 1:
             dist.broadcast_object_list(chosen, src=0)
         for block, policy in zip(model.blocks, chosen[0]):
