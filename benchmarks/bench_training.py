@@ -39,7 +39,7 @@ EVERY = [
     for who in ("ours", "eager", "compiled")
     for policy in ("none", "block", "selective")
 ]
-BUDGET = {"S": 1.5, "M": 5.0, "L": 14.4, "H": 12.0}  # GB for 128 images; L: 20 GB with everything
+BUDGET = {"S": 1.5, "M": 5.0, "L": 14.8, "H": 12.0}  # GB for 128 images; L: 20 GB with weights and optimizer
 STEPS, WARMUP = 9, 3
 
 
