@@ -33,7 +33,7 @@ def _policy(hidden: int, context, op, *args, **kwargs) -> CheckpointPolicy:
     """The fused MLP gives fc1's output beside its own, which the next block keeps as its input."""
     namespace, _, name = op.name().partition("::")
     attention = "attention" in name or namespace == "flash_attn"
-    fc1 = name.startswith(("addmm", "linear")) and context.op_output.shape[-1] == hidden
+    fc1 = (name == "addmm" and args[2].shape[1] == hidden) or (name == "linear" and args[1].shape[0] == hidden)
     return CheckpointPolicy.MUST_SAVE if attention or fc1 or name == "ln_mlp" else CheckpointPolicy.PREFER_RECOMPUTE
 
 
