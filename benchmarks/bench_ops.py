@@ -25,12 +25,12 @@ TOKENS, BATCH = 33024, 128
 QUEUE_CYCLES = 60_000_000  # how long the GPU sleeps while Python queues the calls: about 30 ms
 
 
-def times(f, repeats: int = 25, warmup: int = 3) -> list[float]:
-    """Milliseconds of `repeats` calls on the GPU, back to back."""
+def times(f, repeats: int = 25, warmup: int = 3, cycles: int = QUEUE_CYCLES) -> list[float]:
+    """Milliseconds of `repeats` calls on the GPU, back to back; it sleeps for `cycles` while they are queued."""
     for _ in range(warmup):
         f()
     torch.cuda.synchronize()
-    torch.cuda._sleep(QUEUE_CYCLES)
+    torch.cuda._sleep(cycles)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     events[0].record()
     for event in events[1:]:
@@ -112,7 +112,7 @@ def bench_block(rows: Rows, D: int) -> None:
 
         with torch.no_grad():
             rows.add(f"block:fwd:{D}", provider, times(functools.partial(f, x, skip)), **kw)
-        rows.add(f"block:fwdbwd:{D}", provider, times(step, repeats=10), **kw)
+        rows.add(f"block:fwdbwd:{D}", provider, times(step, repeats=10, cycles=6 * QUEUE_CYCLES), **kw)
         rows.add(f"block:host:{D}", provider, [host_milliseconds(step) for _ in range(10)], **kw)
 
 
