@@ -3,7 +3,22 @@
 import argparse
 import sys
 
-from uvit_fast.commands import bench, convert, data, demo, evaluate, extract, info, profile, runs, sample, tune
+from uvit_fast.commands import (
+    bench,
+    cka,
+    convert,
+    cost,
+    data,
+    demo,
+    evaluate,
+    extract,
+    info,
+    profile,
+    runs,
+    sample,
+    sweep,
+    tune,
+)
 from uvit_fast.config import UserError
 
 COMMANDS = {
@@ -18,6 +33,9 @@ COMMANDS = {
     "bench": bench,
     "profile": profile,
     "runs": runs,
+    "cost": cost,
+    "cka": cka,
+    "sweep": sweep,
 }
 
 

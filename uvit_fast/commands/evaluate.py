@@ -94,7 +94,7 @@ def _real_images(config: str):
     from uvit_fast.images import to_uint8
 
     cfg = load_config(config, ["data.flip=false"])
-    if cfg.data.name not in ("digits", "cifar10", "images"):
+    if cfg.data.name not in ("digits", "cifar10", "fashion_mnist", "images"):
         raise UserError(
             f"{config}: expected data of images, got {cfg.data.name}; name a folder of images or statistics"
         )

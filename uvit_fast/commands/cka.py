@@ -1,0 +1,120 @@
+"""`uvit-fast cka`: how similar the representations after the blocks of a network are to each other (paper, appendix E)."""
+
+import argparse
+import csv
+from pathlib import Path
+
+from uvit_fast.commands.arguments import positive
+from uvit_fast.config import UserError, load_config
+
+HELP = "CKA between the representations after every block, a matrix a checkpoint"
+COLUMNS = ["checkpoint", "skip", "block", "other_block", "cka"]
+
+
+def arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--checkpoint", nargs="+", help="run folders or weight files, one a matrix")
+    command.add_argument("--config", help="the YAML file of weight files; default: config.yaml of each run folder")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, as data.path=data/fashion"
+    )
+    command.add_argument("--time", type=float, default=0.5, help="of the noisy images, from 0 to 1 (default 0.5)")
+    command.add_argument("--images", type=positive, default=1024, help="training images that are used (default 1024)")
+    command.add_argument("--batch", type=positive, default=128, help="images a minibatch (default 128)")
+    command.add_argument("--out", type=Path, required=True, help="writes <out>.csv and the picture <out>.png")
+    command.add_argument("--draw", action="store_true", help="only draw again what <out>.csv holds")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compute the matrices of the EMA weights on the config's training data, and draw them side by side."""
+    table, picture = args.out.with_suffix(".csv"), args.out.with_suffix(".png")
+    if not args.draw:
+        if not args.checkpoint:
+            raise UserError("cka: expected --checkpoint, or --draw and an <out>.csv")
+        if not 0 < args.time <= 1:
+            raise UserError(f"--time: expected a number above 0, up to 1, got {args.time}")
+        if args.batch < 4 or args.images < args.batch:
+            raise UserError(f"--batch: expected 4 to {args.images}, the --images, got {args.batch}")
+        table.parent.mkdir(parents=True, exist_ok=True)
+        rows = [row for checkpoint in args.checkpoint for row in _matrix(args, checkpoint)]
+        with open(table, "w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+    if not table.is_file():
+        raise UserError(f"{table}: no such file; expected what `uvit-fast cka` without --draw writes")
+    with open(table, newline="") as file:
+        draw(list(csv.DictReader(file)), picture)
+    print(f"wrote {table} and {picture}")
+
+
+def _matrix(args: argparse.Namespace, checkpoint: str) -> list[dict]:
+    """The rows of one checkpoint. Representations are all tokens after a block, as one vector an image."""
+    import torch
+
+    from uvit_fast import sampling
+    from uvit_fast.build import build_dataset, build_schedule
+    from uvit_fast.evaluation.cka import linear_cka
+
+    cfg = load_config(args.config or Path(checkpoint) / "config.yaml", args.set)
+    device = sampling.pick_device(cfg.device)
+    model = sampling.load_for_sampling(cfg, checkpoint, device)
+    dataset, schedule = build_dataset(cfg), build_schedule(cfg)
+    if len(dataset) < args.images:
+        raise UserError(f"--images: expected at most the {len(dataset)} of the data, got {args.images}")
+    after: list[torch.Tensor] = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, inputs, output: after.append(output))
+    g = torch.Generator(device).manual_seed(0)  # the same images and noise for every checkpoint
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[: args.images]
+
+    @torch.inference_mode()
+    def minibatches():
+        for indices in order.split(args.batch)[: args.images // args.batch]:
+            raw = dataset.__getitems__([(int(i), 0) for i in indices])
+            batch = dataset.finish({name: value.to(device) for name, value in raw.items()}, g)
+            noise = torch.randn(batch["x"].shape, device=device, generator=g)
+            x_t, t = schedule.add_noise(batch["x"], noise, torch.full((len(indices),), args.time, device=device))
+            names = [
+                name for name, wanted in (("y", cfg.model.num_classes), ("context", cfg.model.context_dim)) if wanted
+            ]
+            after.clear()
+            model(x_t, t, **{name: batch[name] for name in names})
+            yield list(after)
+
+    matrix = linear_cka(minibatches())
+    name, skip = Path(checkpoint).name, cfg.model.skip
+    print(f"{name}: neighbouring blocks {matrix.diagonal(1).mean():.3f} on average, least {matrix.min():.3f}")
+    return [
+        dict(zip(COLUMNS, (name, skip, i + 1, j + 1, f"{value:.6f}")))
+        for i, row in enumerate(matrix.tolist())
+        for j, value in enumerate(row)
+    ]
+
+
+def draw(rows: list[dict[str, str]], path: Path) -> None:
+    """The matrices side by side, with block numbers, on one colour scale."""
+    import numpy as np
+
+    from uvit_fast.commands.drawing import pyplot
+
+    names = list(dict.fromkeys((row["checkpoint"], row["skip"]) for row in rows))
+    plt = pyplot()
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(3.3 * len(names) + 0.8, 4.0), layout="constrained", squeeze=False
+    )
+    for ax, (name, skip) in zip(axes[0], names):
+        values = [float(row["cka"]) for row in rows if row["checkpoint"] == name]
+        n = int(len(values) ** 0.5)
+        matrix = np.reshape(values, (n, n))
+        image = ax.imshow(matrix, vmin=0, vmax=1, cmap="magma", origin="lower", extent=(0.5, n + 0.5, 0.5, n + 0.5))
+        ticks = range(1, n + 1, 1 if n < 14 else 2)
+        ax.set_xticks(ticks, ticks)
+        ax.set_yticks(ticks, ticks)
+        ax.set_xlabel("block")
+        neighbours = np.diagonal(matrix, 1).mean()
+        ax.set_title(f"skip: {skip}\nneighbouring blocks: {neighbours:.2f} on average", fontsize=9)
+    axes[0][0].set_ylabel("block")
+    figure.colorbar(image, ax=axes[0].tolist(), label="linear CKA (1: alike)", shrink=0.8)
+    figure.suptitle("Similarity of the representations after each block, t = 0.5 (the paper's appendix E)", fontsize=10)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    plt.close(figure)

@@ -1,0 +1,69 @@
+"""`uvit-fast cost`: parameters and multiply-adds of the configs, beside the paper's (appendix D)."""
+
+import argparse
+from functools import cache
+from pathlib import Path
+
+from uvit_fast.config import Config, UserError, load_config
+
+HELP = "parameters and GFLOPs (multiply-adds, as the paper counts) of configs, beside the paper's"
+# Millions of parameters and GFLOPs, of which the paper counts one a multiply-add.
+PAPER: dict[str, tuple[float, float | None]] = {
+    "s2_cifar10": (44, None),
+    "s4_celeba64": (44, None),
+    "m4_64": (131, 35),
+    "l4_64": (287, 77),
+    "l2_256": (287, 77),
+    "l4_512": (287, 77),
+    "h2_256": (501, 133),
+    "h4_512": (501, 133),
+    "s2_coco": (45, None),
+    "s2deep_coco": (58, None),
+    "unet_ldm_coco": (53, None),
+    "unet_adm_256": (646, 135),
+}
+
+
+def arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--config", nargs="+", type=Path, help="YAML files (default: those of configs/)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print a table. Nothing is allocated: models are built on the meta device."""
+    found = args.config or sorted(Path("configs").glob("*.yaml"))
+    if not found:
+        raise UserError("cost: no configs/*.yaml here; expected the repository's root, or --config")
+    rows = [("config", "parameters", "M", "paper", "GFLOPs", "paper")]
+    counted = []
+    for path in found:
+        parameters, macs = count(load_config(path))
+        counted.append((macs, path.stem, parameters))
+    for macs, name, parameters in sorted(counted):
+        published = ["–" if x is None else f"{x:g}" for x in PAPER.get(name, (None, None))]
+        rows.append(
+            (name, f"{parameters:,}", f"{parameters / 1e6:.1f}", published[0], f"{macs / 1e9:.1f}", published[1])
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths)]
+        print("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
+    print(
+        "GFLOPs: 10^9 multiply-adds of one forward pass of one image, as the paper counts; paper: Table 1 and appendix D"
+    )
+
+
+@cache
+def count(config: Config) -> tuple[int, float]:
+    """Parameters, and multiply-adds of products and convolutions in one forward pass of one image."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from uvit_fast.build import build_model
+    from uvit_fast.training.activations import example
+
+    with torch.device("meta"):
+        model = build_model(config)
+    inputs, conditions = example(config.model, 1, "meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(*inputs, **conditions)
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() / 2

@@ -1,0 +1,25 @@
+"""What the commands' pictures share."""
+
+from typing import Any
+
+INK, GRID = "#333333", "#dddddd"
+COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"]  # told apart by the colour-blind too (Okabe and Ito)
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot, set up to write files in the house's look.
+
+    Raises:
+        ImportError: matplotlib is not installed; the message names the extra.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise ImportError("pictures need matplotlib: pip install uvit-fast[plot]") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update({"font.size": 9, "axes.edgecolor": INK, "text.color": INK})
+    pyplot.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
+    pyplot.rcParams.update({"axes.grid.axis": "y", "grid.color": GRID, "grid.linewidth": 0.6, "axes.axisbelow": True})
+    return pyplot

@@ -1,0 +1,257 @@
+"""`uvit-fast sweep`: train and measure variations of one config, and plot the metric against each factor (paper, appendix B)."""
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from pydantic import Field, ValidationError
+
+from uvit_fast.commands.arguments import positive
+from uvit_fast.commands.cost import count
+from uvit_fast.config import Config, Section, UserError, load_config
+
+HELP = "train and measure variations of one config, and plot the metric against each factor"
+COLUMNS = ["factor", "value", "member", "parameters", "gmacs", "steps", "images", "loss", "metric", "figure"]
+AXES = {
+    "depth": "depth (blocks: one more)",
+    "width": "width D",
+    "patch size": "patch size, pixels",
+    "skip": "long skip",
+}
+SMOOTH = 0.05  # of a run: what a point of the loss curve, and the table's loss, is the mean of
+
+
+class Sweep(Section):
+    """A file of configs/ablations: members differ from `base` with `set` in one factor each."""
+
+    base: str = Field(description="The config that everything varies, relative to this file.")
+    set: list[str] = Field([], description="Overrides of the base for all members, as section.key=value.")
+    factors: dict[str, dict[str, list[Any]]] = Field(
+        description="Factor -> keys -> values; several keys of a factor change together, the first one names the value."
+    )
+
+
+class Member(NamedTuple):
+    """One training: its name, the overrides that make it, and the points (factor, value) of the plot that it is."""
+
+    name: str
+    overrides: list[str]
+    config: Config
+    points: list[tuple[str, Any]]
+
+
+def arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--config", required=True, help="a sweep, such as configs/ablations/fashion.yaml")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override for all members")
+    command.add_argument("--only", default="", help="factors, with commas, such as skip,depth (default: all)")
+    command.add_argument("--jobs", type=positive, default=1, help="trainings at a time on this machine (default 1)")
+    command.add_argument("--num", type=positive, default=5000, help="samples that the metric is of (default 5000)")
+    command.add_argument(
+        "--features", choices=["inception", "digits-fid"], default="digits-fid", help="see `uvit-fast evaluate`"
+    )
+    command.add_argument("--out", type=Path, help="folder of runs, CSV files and pictures (default runs/sweep_<name>)")
+    command.add_argument("--draw", action="store_true", help="only draw again what the CSV files in --out hold")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train every member that is not finished, measure it, write sweep.csv, losses.csv and their pictures."""
+    out = args.out or Path("runs") / f"sweep_{Path(args.config).stem}"
+    if args.draw:
+        draw(out)
+        return 0
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "train.py").is_file():
+        raise UserError(f"sweep: expected the source tree around {root}, with train.py; clone the repository")
+    members = read_members(Path(args.config), args.set, [name for name in args.only.split(",") if name])
+    out.mkdir(parents=True, exist_ok=True)
+    work, lock = _Work(args, root, out), threading.Lock()
+    done: dict[str, bool] = {}
+
+    def finish(member: Member) -> None:
+        error = work(member)
+        with lock:
+            done[member.name] = error is None
+            print(f"{member.name}: {error or 'done'} ({len(done)} of {len(members)})", flush=True)
+            write([m for m in members if done.get(m.name)], work, out)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(finish, members))
+    if any(done.values()):
+        draw(out)
+    return 0 if all(done.values()) else 1
+
+
+def read_members(path: Path, overrides: list[str], only: list[str]) -> list[Member]:
+    """The trainings of a sweep, each once: where factors meet in the base, they share it.
+
+    Raises:
+        UserError: a file that is no sweep, a factor that is not in it, or values that make no config.
+    """
+    try:
+        sweep = Sweep.model_validate(yaml.safe_load(path.read_text()))
+    except (OSError, yaml.YAMLError, ValidationError) as error:
+        raise UserError(
+            f"{path}: expected a sweep, with base, set and factors: {' '.join(str(error).split())}"
+        ) from None
+    if unknown := [name for name in only if name not in sweep.factors]:
+        raise UserError(f"--only: expected some of {', '.join(sweep.factors)}, got {unknown[0]}")
+    base, common = path.parent / sweep.base, [*sweep.set, *overrides]
+    members: list[Member] = [Member("base", common, load_config(base, common), [])]
+    for factor, keys in sweep.factors.items():
+        if only and factor not in only:
+            continue
+        if len({len(values) for values in keys.values()}) != 1:
+            raise UserError(f"{path}: factors.{factor}: expected as many values for each of {', '.join(keys)}")
+        for values in zip(*keys.values()):
+            changes = [f"{key}={yaml.safe_dump(value).split()[0]}" for key, value in zip(keys, values)]
+            config = load_config(base, [*common, *changes])
+            same = next((member for member in members if member.config == config), None)
+            if same is None:
+                name = f"{factor.replace(' ', '-')}-{values[0]}"
+                same = Member(name, [*common, *changes], config, [])
+                members.append(same)
+            same.points.append((factor, values[0]))
+    return [member for member in members if member.points]
+
+
+class _Work:
+    """Trains and measures a member in processes of their own; gives None, or what went wrong."""
+
+    def __init__(self, args: argparse.Namespace, root: Path, out: Path):
+        self.args, self.root, self.out = args, root, out
+        sweep = yaml.safe_load(Path(args.config).read_text())
+        self.base = Path(args.config).parent / sweep["base"]
+        self.first, self.fitted = threading.Lock(), False
+        threads = max(1, (os.cpu_count() or 1) // args.jobs)
+        self.environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+
+    def __call__(self, member: Member) -> str | None:
+        folder, result = self.out / member.name, self.result(member)
+        folder.mkdir(exist_ok=True)
+        sets = [part for override in member.overrides for part in ("--set", override)]
+        train = [str(self.root / "train.py"), "--config", str(self.base), *sets, "--run-dir", str(folder)]
+        if error := self._call(train, folder):
+            return error
+        if result.is_file():
+            return None
+        with self.first:  # the first one fits the classifier that all are measured by
+            if not self.fitted:
+                error = self._evaluate(folder, result)
+                self.fitted = error is None
+                return error
+        return self._evaluate(folder, result)
+
+    def result(self, member: Member) -> Path:
+        """The file of a member's figures, after so many steps and of so many samples."""
+        steps = member.config.train.iterations
+        return self.out / member.name / f"evaluation_{self.args.features}_{steps}_{self.args.num}.json"
+
+    def _evaluate(self, folder: Path, result: Path) -> str | None:
+        config, features = str(folder / "config.yaml"), self.args.features
+        what = ["--config", config, "--checkpoint", str(folder), "--reference", config, "--features", features]
+        how = ["--num", str(self.args.num), "--batch", "1000", "--cache", str(self.out / "cache"), "--out", str(result)]
+        return self._call(["-m", "uvit_fast.cli", "evaluate", *what, *how], folder)
+
+    def _call(self, command: list[str], folder: Path) -> str | None:
+        with open(folder / "log.txt", "a") as log:
+            done = subprocess.run([sys.executable, *command], stdout=log, stderr=log, env=self.environment)
+        return None if done.returncode == 0 else f"failed, see {folder / 'log.txt'}"
+
+
+def write(members: list[Member], work: _Work, out: Path) -> None:
+    """sweep.csv, a row a point of the plots, and losses.csv, the training losses of every member."""
+    points, losses = [], []
+    for member in members:
+        rows = list(_losses(out / member.name / "metrics.jsonl"))
+        losses += [{"member": member.name, "step": step, "loss": f"{loss:.6g}"} for step, loss in rows]
+        tail = [loss for _, loss in rows[-max(1, round(SMOOTH * len(rows))) :]]
+        metrics = json.loads(work.result(member).read_text())["metrics"]
+        metric = next(name for name in metrics if name.endswith("fid"))
+        parameters, macs = count(member.config)
+        for factor, value in member.points:
+            row = (factor, value, member.name, parameters, f"{macs / 1e9:.5g}", member.config.train.iterations)
+            figures = (work.args.num, f"{sum(tail) / len(tail):.6g}", metric, f"{metrics[metric]:.6g}")
+            points.append(dict(zip(COLUMNS, (*row, *figures))))
+    for name, columns, rows in (("sweep", COLUMNS, points), ("losses", ["member", "step", "loss"], losses)):
+        with open(out / f"{name}.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def _losses(path: Path) -> Iterator[tuple[int, float]]:
+    """(step, mean loss since the row before)."""
+    for row in map(json.loads, path.read_text().splitlines()):
+        yield row["step"], row["loss"]
+
+
+def draw(out: Path) -> None:
+    """factors.png, the metric against each factor, and losses.png, the training loss of each skip mode, from the CSV files.
+
+    Raises:
+        UserError: no such files. ImportError: matplotlib is not installed.
+    """
+    from uvit_fast.commands.drawing import COLOURS, INK, pyplot
+
+    if not (out / "sweep.csv").is_file():
+        raise UserError(f"{out}: no sweep.csv; expected a folder that `uvit-fast sweep` wrote")
+    points, losses = (list(csv.DictReader(open(out / f"{name}.csv", newline=""))) for name in ("sweep", "losses"))
+    plt = pyplot()
+    factors = list(dict.fromkeys(point["factor"] for point in points))
+    figure, axes = plt.subplots(
+        1, len(factors), figsize=(2.6 * len(factors) + 0.6, 3.2), sharey=True, squeeze=False, layout="constrained"
+    )
+    for ax, factor, colour in zip(axes[0], factors, COLOURS):
+        mine = [point for point in points if point["factor"] == factor]
+        order = [point["value"] for point in mine]
+        order.sort(key=lambda value: int(value) if value.isdecimal() else 0)
+        mine.sort(key=lambda point: order.index(point["value"]))
+        figures = [float(point["figure"]) for point in mine]
+        numeric = all(point["value"].isdecimal() for point in mine)
+        ax.plot(range(len(mine)), figures, "o-" if numeric else "o", color=colour)
+        for i, value in enumerate(figures):
+            ax.annotate(f"{value:.3g}", (i, value), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+        ax.set_xticks(range(len(mine)), [point["value"] for point in mine])
+        ax.set_xlim(-0.5, len(mine) - 0.5)
+        ax.set_xlabel(AXES.get(factor, factor))
+        ax.grid(axis="y")
+    axes[0][0].set_ylim(bottom=0, top=axes[0][0].get_ylim()[1] * 1.08)
+    axes[0][0].set_ylabel(f"{points[0]['metric']} (lower is better)")
+    steps, images = int(points[0]["steps"]), int(points[0]["images"])
+    about = f"{steps:,} steps each, {images:,} samples of the EMA weights"
+    figure.suptitle(f"One factor at a time, {about} (the paper's appendix B, Figure 1)", fontsize=10)
+    figure.savefig(out / "factors.png", dpi=150, metadata={"Software": None})
+    plt.close(figure)
+
+    skips = {point["value"]: point["member"] for point in points if point["factor"] == "skip"}
+    if not skips:
+        return
+    figure, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    for (skip, member), colour in zip(skips.items(), COLOURS):
+        rows = [(int(row["step"]), float(row["loss"])) for row in losses if row["member"] == member]
+        window = max(1, round(SMOOTH * len(rows)))
+        means = [sum(loss for _, loss in rows[i : i + window]) / window for i in range(len(rows) - window + 1)]
+        ax.plot(
+            [step for step, _ in rows[window - 1 :]], means, color=colour, label=f"{skip}: {means[-1]:.4f} at the end"
+        )
+    ax.set_yscale("log")
+    ax.yaxis.set_minor_formatter("{x:.3g}")
+    ax.yaxis.set_major_formatter("{x:.3g}")
+    ax.grid(axis="y", which="both")
+    ax.set_xlabel("optimizer steps")
+    ax.set_ylabel("training loss, mean of (ε − ε̂)²")
+    ax.legend(frameon=False, title=f"long skip (mean over {SMOOTH:.0%} of the run)")
+    ax.set_title(
+        "Training loss by skip mode, same data and noise (compare the paper's Figure 2a)", fontsize=10, color=INK
+    )
+    figure.savefig(out / "losses.png", dpi=150, metadata={"Software": None})
+    plt.close(figure)
