@@ -89,11 +89,14 @@ def milliseconds(f: Callable, repeats: int = 9) -> float:
     return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
 
 
-def tune(dims: list[int], device: torch.device, report: Callable[[str], None] = print) -> dict[str, dict]:
+def tune(
+    dims: list[int], device: torch.device, report: Callable[[str], None] = print, only: list[str] | None = None
+) -> dict[str, dict]:
     """The table of the GPU's architecture, measured.
 
     Args:
-        dims: widths D.
+        dims: widths D. A width that the table knew and that is not among them takes its case's commonest choice.
+        only: cases to measure; the others stay as they are. Default: all.
         report: gets a line for each case: its choice, and the milliseconds before and after.
 
     Returns:
@@ -101,6 +104,8 @@ def tune(dims: list[int], device: torch.device, report: Callable[[str], None] = 
     """
     arch = launch.architecture(device)
     table, tried, found = launch.table(arch), candidates(arch), {}
+    tried = {case: choices for case, choices in tried.items() if not only or case in only}
+    kept = {key: choice for key, choice in table.items() if key.partition(":")[0] not in tried}
     for D in dims:
         for case, width, f in cases(D, device):
             if case not in tried:
@@ -120,7 +125,7 @@ def tune(dims: list[int], device: torch.device, report: Callable[[str], None] = 
             table[f"{case}:{width}"] = choice
             found.setdefault(case, {})[width] = choice
             report(f"{f'{case}:{width}':32s} {times[0]:8.4f} -> {best:8.4f} ms  {json.dumps(choice)}")
-    return compact(table["default"], found)
+    return kept | compact(table["default"], found)
 
 
 def compact(default: dict, found: dict[str, dict[str, dict]]) -> dict[str, dict]:

@@ -36,6 +36,12 @@ def test_the_fastest_that_runs_is_chosen_for_each_width(small_gpu):
     assert any("cannot run: too many warps" in line for line in lines)
 
 
+def test_cases_that_are_not_measured_stay(small_gpu):
+    launch.table(90)["gemm"] = {"part": 32}
+    table = tune.tune([64], CPU, lambda line: None, only=["prepare"])
+    assert table["gemm"] == {"part": 32} and table["prepare"] == {"rows": 2, "warps": 4}
+
+
 def test_a_gain_within_the_noise_changes_nothing(small_gpu, monkeypatch):
     monkeypatch.setattr(tune, "milliseconds", lambda f: 1.0 - 0.01 * (launch.choice(CPU, "prepare", 64)["warps"] == 4))
     assert tune.tune([64], CPU, lambda line: None)["prepare"] == {"rows": 1, "warps": 2}

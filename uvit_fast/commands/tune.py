@@ -13,6 +13,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dims", type=positive, nargs="+", default=[512, 768, 1024, 1152], help="widths D (default: the paper's four)"
     )
+    command.add_argument("--cases", nargs="+", help="kernels to measure, as prepare weight_gradient (default: all)")
     command.add_argument("--out", help="the table's file (default: the installed one, kernels/tuning/sm_<arch>.json)")
 
 
@@ -25,6 +26,9 @@ def run(args: argparse.Namespace) -> None:
     if wrong:
         raise UserError(f"--dims: expected multiples of 64, got {wrong[0]}")
     device = sampling.pick_device("cuda")
+    known = tune.candidates(launch.architecture(device))
+    if unknown := [case for case in args.cases or () if case not in known]:
+        raise UserError(f"--cases: expected some of {', '.join(known)}, got {unknown[0]}")
     out = Path(args.out or launch.path(launch.architecture(device)))
-    tune.write(tune.tune(args.dims, device), out)
+    tune.write(tune.tune(args.dims, device, only=args.cases), out)
     print(f"wrote {out}")
