@@ -7,45 +7,34 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.training.test_command import ROOT, arguments
 
 BIN = Path(sys.executable).parent
 
 
-def slurm(node: int, port: str, folder: Path) -> tuple[list[str], dict[str, str]]:
-    """What srun would start as task 0 of a node, and tell it."""
-    told = {"SLURM_PROCID": str(node), "SLURM_LOCALID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_ID": port}
+def slurm(rank: int, port: str) -> tuple[list[str], dict[str, str]]:
+    """What srun would start as a node's only task, and tell it."""
+    told = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_ID": port}
     return ["tools/slurm.sh"], {**told, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHON": sys.executable}
 
 
-def hostfile(node: int, port: str, folder: Path) -> tuple[list[str], dict[str, str]]:
-    hosts = folder / "hosts"
+def hostfile(rank: int, port: str, hosts: Path) -> tuple[list[str], dict[str, str]]:
+    """DeepSpeed's launcher, which starts this node's rank of the file's two."""
     hosts.write_text("node-a slots=1\nnode-b slots=1\n")
     meeting = ["--master_addr", "127.0.0.1", "--master_port", port]
-    return [
-        str(BIN / "deepspeed"),
-        "--hostfile",
-        str(hosts),
-        "--no_ssh",
-        "--node_rank",
-        str(node),
-        *meeting,
-        "train.py",
-    ], {}
+    launcher = [str(BIN / "deepspeed"), "--hostfile", str(hosts), "--no_ssh", "--node_rank", str(rank)]
+    return [*launcher, *meeting, "train.py"], {}
 
 
-@pytest.mark.parametrize("launcher", [slurm, hostfile])
-def test_two_launchers_train_one_model(launcher, tmp_path):
+def test_two_launchers_train_one_model(tmp_path):
+    """One of each kind, which is one run to the ranks: what a launcher says is all that they know."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     common = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     common["PATH"] = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     nodes = []
-    for node in range(2):
-        command, told = launcher(node, port, tmp_path)
+    for command, told in (slurm(0, port), hostfile(1, port, tmp_path / "hosts")):
         nodes.append(
             subprocess.Popen(
                 [*command, *arguments(tmp_path / "run")], cwd=ROOT, env={**common, **told}, text=True,
