@@ -135,7 +135,8 @@ def communication_shares(run: Run) -> dict[str, float]:
         torch.cuda.synchronize()
     spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        annotation = getattr(event, "is_user_annotation", False)  # a span of what others run
+        if event.device_type == torch.autograd.DeviceType.CUDA and not annotation:
             spans["nccl" in event.name.lower()].append((event.time_range.start, event.time_range.end))
     return shares(spans[True], spans[False])
 
