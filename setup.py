@@ -28,6 +28,7 @@ setup(
     extras_require={
         "digits": ["scikit-learn"],  # the demo's dataset and its classifier
         "diffusers": ["diffusers>=0.42", "transformers>=5", "accelerate"],  # VAE, CLIP, pipeline
+        "dali": ["nvidia-dali-cuda130; platform_system == 'Linux'"],  # images decoded on all cores
         "flash-attn": ["flash-attn>=2.8"],  # another attention backend
         "xformers": ["xformers"],  # another attention backend
         "wandb": ["wandb"],  # training curves elsewhere
@@ -37,6 +38,8 @@ setup(
             "pytest-benchmark",
             "ruff",
             "scikit-learn",
+            "scikit-image",  # photographs
+            "nvidia-dali-cuda130; platform_system == 'Linux'",
             "diffusers",
             "transformers",
             "accelerate",

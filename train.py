@@ -44,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
         if world.rank == 0 and trainer.step < cfg.train.iterations:
             how = (cfg.model.attention, cfg.model.kernels, world.device)
             chosen = describe(cfg.model.embed_dim, cfg.model.num_heads, *how)
+            if hasattr(trainer.dataset, "decoder"):
+                chosen["images"] = trainer.dataset.decoder
             say("\n".join(f"{op:16s}{choice}" for op, choice in chosen.items()))
         trainer.train()
         dist.destroy_process_group()

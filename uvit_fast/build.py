@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from uvit_fast.config import Config
-from uvit_fast.data import datasets, latents
+from uvit_fast.data import dali, datasets, latents
 from uvit_fast.diffusion import samplers, schedules
 from uvit_fast.model.uvit import UViT
 
@@ -31,7 +31,8 @@ DATASETS: dict[str, Callable[[Config], Any]] = {
     ),
     "cifar10": lambda cfg: datasets.cifar10(cfg.data.path, cfg.data.flip),
     "fashion_mnist": lambda cfg: datasets.fashion_mnist(cfg.data.path, cfg.data.flip),
-    "images": lambda cfg: datasets.ImageFolder(
+    "images": lambda cfg: dali.image_folder(
+        cfg.data.decoder,
         cfg.data.path,
         cfg.model.img_size,
         cfg.data.crop,

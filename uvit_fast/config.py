@@ -111,6 +111,9 @@ class DataConfig(Section):
     unreadable: Literal["refuse", "skip"] = Field(
         "refuse", description="Of `images`: end at an unreadable file, or warn and take the next one in its place."
     )
+    decoder: Literal["auto", "dali", "pillow"] = Field(
+        "auto", description="Of `images`: DALI, on all cores of the host, or Pillow; auto: DALI where it is installed."
+    )
     num_workers: int = Field(2, ge=0, description="Loader processes a rank; 0 loads in the training process.")
 
 

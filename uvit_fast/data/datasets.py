@@ -137,14 +137,15 @@ class ImageFolder:
         self.labels = listing.labels
         self.num_classes = len(listing.classes)
         self.shape = (3, size, size)
-        self.size, self.crop, self.flip, self.skip_unreadable = size, CROPS[crop], flip, skip_unreadable
+        self.size, self.crop_name, self.flip, self.skip_unreadable = size, crop, flip, skip_unreadable
+        self.decoder = "Pillow, one core a loader process"  # what reads the pixels, in words
         self._warned: set[Path] = set()
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitems__(self, items: list[tuple[int, int]]) -> Batch:
-        found = [self._read(index) for index, _ in items]
+        found = self._read_all([index for index, _ in items])
         raw = {"x": torch.stack([x for x, _ in found])}
         if self.labels is not None:
             raw["y"] = torch.tensor([self.labels[i] for _, i in found])
@@ -153,6 +154,9 @@ class ImageFolder:
     def finish(self, raw: Batch, generator: torch.Generator) -> Batch:
         x = raw["x"].float() / 127.5 - 1
         return {**raw, "x": random_flip(x, generator) if self.flip else x}
+
+    def _read_all(self, indices: list[int]) -> list[tuple[Tensor, int]]:
+        return [self._read(index) for index in indices]
 
     def _read(self, index: int) -> tuple[Tensor, int]:
         """The image at `index`, (3, size, size) uint8, and its index; another one's where it cannot be read."""
@@ -168,7 +172,8 @@ class ImageFolder:
                     self._warned.add(file)
                     warnings.warn(f"{message}; the next one takes its place", stacklevel=3)
             else:
-                return torch.from_numpy(np.array(self.crop(image, self.size))).permute(2, 0, 1), other % len(self)
+                pixels = np.array(CROPS[self.crop_name](image, self.size))
+                return torch.from_numpy(pixels).permute(2, 0, 1), other % len(self)
         raise UserError(f"{self.files[0].parent}: not one readable image among {len(self)}")
 
 

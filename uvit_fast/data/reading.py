@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 from uvit_fast.config import UserError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-_ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
+ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 _WIDE = {"I", "I;16", "I;16B", "I;16L", "I;16N"}  # Pillow's modes of grey with more than 8 bits
 
 
@@ -30,7 +30,7 @@ def read_image(file: Path) -> tuple[Image.Image, list[str]]:
             stored = str([tile.args for tile in image.tile])  # gone once the pixels are loaded
             image.load()
             oddities = []
-            if image.getexif().get(_ORIENTATION, 1) != 1:
+            if image.getexif().get(ORIENTATION, 1) != 1:
                 oddities.append("EXIF-rotated")
                 image = ImageOps.exif_transpose(image)
             if image.mode in _WIDE or ";16" in stored:

@@ -1,0 +1,145 @@
+"""DALI's pixels beside Pillow's, on photographs; and that all else (items, labels, order, refusals) is the same.
+
+The order is the loader's for both decoders. `tests/training/test_loader.py` holds it without DALI.
+"""
+
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.data.photographs import JPEG, PNG
+from uvit_fast.build import build_dataset
+from uvit_fast.config import UserError, load_config
+from uvit_fast.data import dali
+from uvit_fast.data.datasets import ImageFolder
+from uvit_fast.training.loader import Order, batches
+
+pytest.importorskip("nvidia.dali", reason="a Linux package; the test extra installs it")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Nine photographs, and one with odd sides at every halving."""
+    folder = tmp_path_factory.mktemp("photos")
+    for file in JPEG + PNG:
+        shutil.copy(file, folder)
+    Image.open(JPEG[0]).crop((0, 0, 639, 415)).save(folder / "odd.jpg", quality=95)
+    return folder
+
+
+def both(folder, size, crop, **options):
+    return (kind(str(folder), size, crop, False, False, **options) for kind in (ImageFolder, dali.DaliImages))
+
+
+@pytest.mark.parametrize(
+    "crop, size",
+    [
+        ("center", 256),  # at most one halving
+        ("center", 64),  # two to four
+        ("center", 500),  # enlarges some
+        ("celeba", 64),
+        ("square", 256),  # COCO
+    ],
+)
+def test_dali_gives_pillows_pixels(photos, crop, size):
+    pillow, ours = both(photos, size, crop)
+    items = [(i, 0) for i in range(len(pillow))]
+    assert all(ours._plan(file) for file in ours.files)  # none of these is left to Pillow
+    expected, got = (dataset.__getitems__(items)["x"] for dataset in (pillow, ours))
+    assert got.dtype == torch.uint8 and got.shape == (10, 3, size, size) and ours._pipelines
+    difference = (got.int() - expected.int()).abs().float().mean(dim=(1, 2, 3))  # of each photograph
+    assert difference.max() <= 1  # of 255; 2 were allowed
+
+
+def test_halving_is_pillows_box_filter_to_the_bit(tmp_path):
+    """512 pixels to 64 by halving alone, with nothing left for the bicubic filter."""
+    for file in PNG:
+        with Image.open(file) as image:
+            image.convert("RGB").resize((512, 512)).save(tmp_path / file.name)
+    expected, got = (dataset.__getitems__([(i, 0) for i in range(4)])["x"] for dataset in both(tmp_path, 64, "center"))
+    assert torch.equal(expected, got)
+
+
+def test_what_is_unusual_or_damaged_means_the_same_with_both(photos, tmp_path):
+    photo = Image.open(photos / "china.jpg").resize((200, 150))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo.save(tmp_path / "fine.png")
+    photo.save(tmp_path / "turned.jpg", exif=exif)
+    photo.save(tmp_path / "turned.png", exif=exif)
+    photo.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    photo.convert("P").save(tmp_path / "palette.png")
+    photo.convert("RGBA").save(tmp_path / "alpha.png")
+    photo.convert("I;16").save(tmp_path / "deep.png")
+    photo.save(tmp_path / "other.webp")
+    pillow, ours = both(tmp_path, 64, "center")
+    expected, got = (dataset.__getitems__([(i, 0) for i in range(8)])["x"] for dataset in (pillow, ours))
+    assert [file.name for file in ours.files if ours._plan(file)] == ["fine.png"]
+    assert (expected.int() - got.int()).abs().float().mean() <= 1
+
+    whole = (photos / "china.jpg").read_bytes()
+    (tmp_path / "a_half.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "b_empty.jpg").write_bytes(b"")
+    (tmp_path / "c_noise.jpg").write_bytes(whole[:700] + bytes(range(1, 200)) * 9 + b"\xff\xd9")
+    _, refusing = both(tmp_path, 64, "center")
+    with pytest.raises(UserError, match="a_half.jpg: not a readable image .*truncated"):
+        refusing.__getitems__([(0, 0)])
+    pillow, ours = both(tmp_path, 64, "center", skip_unreadable=True)
+    with pytest.warns(UserWarning, match="b_empty.jpg: not a readable image .zero bytes."):
+        expected, got = (dataset.__getitems__([(i, 0) for i in range(11)])["x"] for dataset in (pillow, ours))
+    assert (expected.int() - got.int()).abs().float().mean(dim=(1, 2, 3)).max() <= 1
+
+
+def test_a_batch_that_dali_refuses_is_pillows_and_the_next_one_dalis_again(photos, tmp_path):
+    """A header without fault before a body that only a decoder can refuse."""
+    for name in ("a", "b"):
+        shutil.copy(photos / "rocket.jpg", tmp_path / f"{name}.jpg")
+    pillow, ours = both(tmp_path, 64, "center")
+    real = ours._plan
+
+    def broken(file):
+        plan = real(file)
+        return (
+            dali.Plan(b"\xff\xd8 no jpeg \xff\xd9", *list(plan.__dict__.values())[1:]) if file.name == "a.jpg" else plan
+        )
+
+    ours._plan = broken
+    with pytest.warns(UserWarning, match="DALI failed, Pillow takes these 2 images"):
+        got = ours.__getitems__([(0, 0), (1, 0)])["x"]
+    assert torch.equal(got, pillow.__getitems__([(0, 0), (1, 0)])["x"])
+    ours.__getitems__([(1, 0)])
+    assert ours._pipelines
+
+
+def test_ranks_share_the_epochs_and_a_run_goes_on_in_the_middle_of_one(photos):
+    """Loader processes that are forked from one that used DALI itself; batches of 4 straddle the epochs of 10."""
+    _, ours = both(photos, 32, "center")
+    ours.__getitems__([(0, 0)])
+
+    def stream(rank, ranks, position, steps, workers):
+        order = Order(len(ours), 5, 4 // ranks, 1, rank, ranks, position, steps)
+        return torch.cat([raw["x"] for raw in batches(ours, order, workers, CPU)])
+
+    whole = stream(0, 1, 0, 5, 0)  # two epochs
+    assert torch.equal(stream(0, 1, 8, 3, 2), whole[8:])
+    shares = torch.stack([stream(rank, 2, 0, 5, 1).view(5, 2, 3, 32, 32) for rank in (0, 1)], dim=1)
+    assert torch.equal(shares.flatten(0, 2), whole)
+    epochs = whole.view(2, 10, -1)
+    assert not torch.equal(*epochs) and sorted(epochs[0].sum(1).tolist()) == sorted(epochs[1].sum(1).tolist())
+
+
+def test_the_config_chooses_and_says_why(photos, monkeypatch, pytestconfig):
+    monkeypatch.chdir(pytestconfig.rootpath)
+
+    def chosen(decoder):
+        sets = [f"data.path={photos}", f"data.decoder={decoder}"]
+        return build_dataset(load_config("configs/custom.yaml", sets))
+
+    assert chosen("auto").decoder.startswith("DALI 2") and type(chosen("pillow")) is ImageFolder
+    monkeypatch.setattr(dali, "why_not", lambda: "DALI is not installed; " + dali.EXTRA)
+    assert chosen("auto").decoder.endswith("(DALI is not installed; pip install uvit-fast[dali])")
+    with pytest.raises(ImportError, match="data.decoder=dali: DALI is not installed"):
+        chosen("dali")

@@ -1,0 +1,248 @@
+"""Images decoded and cropped by NVIDIA DALI on the CPU, all cores at once, to what Pillow's path gives.
+
+What is ordinary goes through DALI: JPEG and PNG, 8 bits, RGB or grey, upright, whole. All else is rare and goes through Pillow, so that an
+unusual or a damaged file means the same with both. Which images, in which order, and their flips are not decided here: see
+`uvit_fast.training.loader` and `ImageFolder.finish`.
+"""
+
+import functools
+import gc
+import io
+import os
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from uvit_fast.data.datasets import ImageFolder
+from uvit_fast.data.reading import ORIENTATION
+
+CHUNK = 64  # images that DALI holds decoded at a time
+EXTRA = "pip install uvit-fast[dali]"
+
+
+def why_not() -> str | None:
+    """Why DALI cannot be used here; None: it can."""
+    try:
+        from nvidia.dali import fn, pipeline_def, types  # noqa: F401
+    except (ImportError, OSError) as error:  # OSError: its libraries do not load
+        return f"DALI is not installed ({' '.join(str(error).split())}); {EXTRA}"
+    return None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One image's way from a file to pixels. Sizes and corners are (height, width) and (top, left), in pixels.
+
+    Attributes:
+        data: the file. corner, box: what is cut out first. halvings: the sizes to halve it to, one after the other.
+        size: to resize it to then. start: corner of the final square.
+    """
+
+    data: bytes
+    corner: tuple[int, int]
+    box: tuple[int, int]
+    halvings: list[tuple[int, int]] = field(default_factory=list)
+    size: tuple[int, int] = (0, 0)
+    start: tuple[int, int] = (0, 0)
+
+
+def image_folder(decoder: str, *arguments: Any, **options: Any) -> ImageFolder:
+    """ImageFolder with a `decoder` of "dali", "pillow" or "auto"; its `decoder` says in words which one it is and why."""
+    reason = why_not() if decoder == "auto" else None
+    if decoder == "dali" or decoder == "auto" and reason is None:
+        return DaliImages(*arguments, **options)
+    images = ImageFolder(*arguments, **options)
+    if reason:
+        images.decoder += f" ({reason})"
+    return images
+
+
+class DaliImages(ImageFolder):
+    """As ImageFolder: the same items, labels, order and refusals; pixels differ by less than 1 of 255 on average.
+
+    Raises:
+        ImportError: DALI is not installed; the message names the extra.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        if reason := why_not():
+            raise ImportError(f"data.decoder=dali: {reason}")
+        import nvidia.dali
+
+        self.decoder = f"DALI {nvidia.dali.__version__} on {_threads(1)} cores, shared by the loader processes"
+        # (halvings, pipeline) by process: a fork gets its parent's without the threads, and would wait for them to end
+        self._pipelines: dict[int, tuple[int, Any]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pipelines": {}}  # each process has its own
+
+    def _read_all(self, indices: list[int]) -> list[tuple[Tensor, int]]:
+        found = []
+        for first in range(0, len(indices), CHUNK):
+            chunk = indices[first : first + CHUNK]
+            plans = [self._plan(self.files[i]) for i in chunk]
+            images = iter(self._run([plan for plan in plans if plan]))
+            for index, plan in zip(chunk, plans):
+                image = next(images) if plan else None
+                found.append(self._read(index) if image is None else (image, index))
+        return found
+
+    def _plan(self, file: Path) -> Plan | None:
+        """None: a file for Pillow."""
+        try:
+            data = file.read_bytes()
+            with Image.open(io.BytesIO(data)) as image:
+                return PLANS[self.crop_name](data, image.size, self.size) if _is_ordinary(image, data) else None
+        except Exception:  # whatever is wrong with it, Pillow's path names it
+            return None
+
+    def _run(self, plans: list[Plan]) -> list[Tensor | None]:
+        """(3, size, size) uint8 of each plan; None where DALI failed: it does not say on which image."""
+        if not plans:
+            return []
+        needed = max(len(plan.halvings) for plan in plans)
+        halvings, pipeline = self._pipelines.get(os.getpid(), (0, None))
+        if pipeline is None or halvings < needed:
+            _survive_forks()
+            halvings, pipeline = needed, _pipeline(self.crop_name, self.size, needed)
+            self._pipelines[os.getpid()] = halvings, pipeline
+        try:
+            (images,) = pipeline.run(**_inputs(plans, self.crop_name, halvings))
+            pixels = torch.from_numpy(np.array(images.as_tensor()))  # (B, size, size, 3)
+        except RuntimeError as error:  # damage that the header does not show; a pipeline that failed cannot go on
+            del self._pipelines[os.getpid()]
+            warnings.warn(f"DALI failed, Pillow takes these {len(plans)} images: {_reason(error)}", stacklevel=4)
+            return [None] * len(plans)
+        return list(pixels.permute(0, 3, 1, 2))
+
+
+@functools.cache
+def _survive_forks() -> None:
+    """Pipelines that a fork's parent has dropped must not be collected in the child, where their threads are missing."""
+    os.register_at_fork(after_in_child=gc.freeze)
+
+
+def _is_ordinary(image: Image.Image, data: bytes) -> bool:
+    """Whether an image whose pixels are not read yet is one that DALI and Pillow decode alike."""
+    if image.mode not in ("RGB", "L") or "transparency" in image.info or ";16" in str([t.args for t in image.tile]):
+        return False
+    end = data[-64:]
+    if image.format == "JPEG":  # libjpeg would fill a truncated one with grey
+        return b"\xff\xd9" in end and image.getexif().get(ORIENTATION, 1) == 1
+    return image.format == "PNG" and b"IEND" in end and b"eXIf" not in data
+
+
+def _center(data: bytes, size: tuple[int, int], side: int) -> Plan:
+    """`datasets.center_crop`."""
+    width, height = size
+    halvings = []
+    while min(width, height) >= 2 * side:
+        width, height = width // 2, height // 2
+        halvings.append((height, width))
+    scale = side / min(width, height)
+    width, height = round(width * scale), round(height * scale)
+    start = (height - side) // 2, (width - side) // 2
+    return Plan(data, (0, 0), (size[1], size[0]), halvings, (height, width), start)
+
+
+def _celeba(data: bytes, size: tuple[int, int], side: int) -> Plan | None:
+    """`datasets.celeba_crop`; beyond an image's edge there is black, which Pillow draws."""
+    return Plan(data, (57, 25), (128, 128), size=(side, side)) if size[0] >= 153 and size[1] >= 185 else None
+
+
+def _square(data: bytes, size: tuple[int, int], side: int) -> Plan:
+    """`datasets.square_crop`."""
+    short = min(size)
+    return Plan(data, ((size[1] - short) // 2, (size[0] - short) // 2), (short, short), size=(side, side))
+
+
+PLANS = {"center": _center, "celeba": _celeba, "square": _square}
+
+
+def _pipeline(crop: str, side: int, halvings: int) -> Any:
+    """Encoded images in, uint8 (B, side, side, 3) out."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    filters = {"center": types.INTERP_CUBIC, "celeba": types.INTERP_LINEAR, "square": types.INTERP_LANCZOS3}
+    worker = torch.utils.data.get_worker_info()
+
+    def given(name: str) -> Any:
+        return fn.external_source(name=name, ndim=1)
+
+    def mean(a: Any, b: Any) -> Any:
+        """(a + b + 1) // 2 of bytes, without overflow."""
+        return (a | b) - (a ^ b) // types.Constant(2, dtype=types.UINT8)
+
+    def halve(x: Any, i: int) -> Any:
+        """Pillow's box filter: the mean of two columns, rounded up, then of two rows.
+
+        An odd side is halved as if its middle pixel were not there. That is what `nearest` takes from windows that are shifted by half a
+        pixel to either side. Images with fewer halvings have windows of their own size, and pass through, small.
+        """
+        shift = given(f"shift{i}")  # (2,): (0.5, 0.5) or zeros
+        size, full = given(f"half{i}"), given(f"full{i}")
+
+        def pick(down: int, right: int) -> Any:
+            move = shift * types.Constant(np.float32([2 * down - 1, 2 * right - 1]))
+            return fn.resize(x, size=size, roi_start=move, roi_end=full + move, interp_type=types.INTERP_NN)
+
+        return mean(mean(pick(0, 0), pick(0, 1)), mean(pick(1, 0), pick(1, 1)))
+
+    @pipeline_def(
+        batch_size=CHUNK,
+        num_threads=_threads(worker.num_workers if worker else 1),
+        device_id=None,
+        prefetch_queue_depth=1,
+    )
+    def graph() -> Any:
+        x = fn.decoders.image(given("data"), device="cpu", output_type=types.RGB, jpeg_fancy_upsampling=True)
+        if crop != "center":
+            x = fn.slice(x, start=given("corner"), shape=given("box"), axes=(0, 1))
+        for i in range(halvings):
+            x = halve(x, i)
+        x = fn.resize(x, size=given("size"), interp_type=filters[crop])
+        return fn.slice(x, start=given("start"), shape=[side, side], axes=(0, 1)) if crop == "center" else x
+
+    pipeline = graph()
+    pipeline.build()
+    return pipeline
+
+
+def _inputs(plans: list[Plan], crop: str, halvings: int) -> dict[str, list[np.ndarray]]:
+    def floats(pairs: list[tuple[int, int]]) -> list[np.ndarray]:
+        return [np.array(pair, np.float32) for pair in pairs]
+
+    def integers(pairs: list[tuple[int, int]]) -> list[np.ndarray]:
+        return [np.array(pair, np.int32) for pair in pairs]
+
+    inputs = {"data": [np.frombuffer(plan.data, np.uint8) for plan in plans]}
+    inputs["size"] = floats([plan.size for plan in plans])
+    if crop != "center":
+        inputs["corner"], inputs["box"] = integers([p.corner for p in plans]), integers([p.box for p in plans])
+        return inputs
+    inputs["start"] = integers([p.start for p in plans])
+    sizes = [plan.box for plan in plans]
+    for i in range(halvings):
+        halves = [plan.halvings[i] if i < len(plan.halvings) else size for plan, size in zip(plans, sizes)]
+        shifts = [(0.5, 0.5) if half != size else (0.0, 0.0) for half, size in zip(halves, sizes)]
+        inputs |= {f"half{i}": floats(halves), f"full{i}": floats(sizes), f"shift{i}": floats(shifts)}
+        sizes = halves
+    return inputs
+
+
+def _reason(error: Exception) -> str:
+    """DALI's errors are many lines with C++ in them."""
+    return " ".join(str(error).split())[:200]
+
+
+def _threads(processes: int) -> int:
+    """Threads for each of `processes` loader processes, of this rank's share of the host's cores."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    return max(1, len(os.sched_getaffinity(0)) // (processes * ranks))
