@@ -1,9 +1,12 @@
 """What the scaling benchmark makes of what it saw."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from benchmarks.bench_scaling import calculate, count, shares
+from benchmarks.bench_scaling import calculate, count, scaling, shares
+from benchmarks.common import Rows
 
 
 def test_communication_is_exposed_where_nothing_else_runs():
@@ -17,6 +20,35 @@ def test_the_calculation_grows_what_is_exposed_and_nothing_else():
     assert calculate(8, 2, 95.0, 110.0, 0.1) == pytest.approx(99 + 11 * 1.75)
     assert calculate(2, 2, 95.0, 110.0, 0.1) == pytest.approx(110)
     assert calculate(4, 2, 100.0, 99.0, 0.0) == 100.0  # never faster than one GPU's own step
+
+
+def answers(stage: int, last_loss: float) -> list[dict]:
+    """Two ranks whose step takes 110 ms, 10% of it exposed communication on the slower one."""
+    common = {
+        "gpus": 2,
+        "stage": stage,
+        "times": [110.0] * 5,
+        "losses": [1.0, last_loss],
+        "comm_bytes": {"allreduce": 10**9},
+    }
+    return [
+        common | {"peak_gb": 12 + i, "static_gb": 6, "comm_share": 0.2, "exposed_share": 0.05 * (i + 1)}
+        for i in range(2)
+    ]
+
+
+@pytest.mark.parametrize(("loss", "complaints"), [(0.9001, 0), (0.95, 1), (float("nan"), 1)])
+def test_what_is_calculated_is_marked_and_losses_that_differ_are_named(loss, complaints, tmp_path):
+    one = {"gpus": 1, "stage": 2, "times": [100.0] * 5, "losses": [1.0, 0.9]}
+    args = SimpleNamespace(device="cuda", batch=128, also="4,8")
+    rows = Rows("scaling", tmp_path)
+    assert len(scaling(rows, args, [answers(1, 0.9), answers(2, loss)], one)) == complaints
+    found = {(row["case"], row["provider"], row["metric"]): float(row["p50"]) for row in rows.rows}
+    assert found["H:256:zero1:2gpu", "ours", "speedup"] == pytest.approx(200 / 110, rel=1e-5)
+    assert found["H:256:zero1:2gpu", "ours", "peak_gb"] == 13
+    assert found["H:1024:zero1:8gpu", "calculated", "speedup"] == pytest.approx(800 / 119.25, rel=1e-5)
+    assert found["H:1024:zero1:8gpu", "calculated", "over_paper"] == pytest.approx(1e3 / 119.25 / 0.668, rel=1e-5)
+    assert all(provider == "calculated" for case, provider, _ in found if case.endswith(("4gpu", "8gpu")))
 
 
 @pytest.mark.parametrize(("changed", "expected"), [(lambda x: x, (0, 0)), (lambda x: x[1:], (1, 0))])
