@@ -261,7 +261,7 @@ def _settings(engine: Engine, train: TrainConfig, parameters: int) -> dict[str, 
             "contiguous_gradients": engine.world.size > 1,
             # no bucket is larger than the model: it would only be memory
             "reduce_bucket_size": min(parameters, 50_000_000),  # twice that much memory: one is sent, one filled
-            "allgather_bucket_size": min(parameters, 500_000_000),
+            "allgather_bucket_size": min(parameters + parameters % 2, 500_000_000),  # DeepSpeed wants it even
             "sub_group_size": 10**12,  # one flat partition
             "stage3_param_persistence_threshold": KEEP_WHOLE,
             "compute_grad_norm": engine.watched,  # else by AdamW alone, in one pass
