@@ -40,8 +40,12 @@ DATASETS: dict[str, Callable[[Config], Any]] = {
         labelled=cfg.model.num_classes > 0,
         skip_unreadable=cfg.data.unreadable == "skip",
     ),
-    "latents": lambda cfg: latents.Latents(cfg.data.path, cfg.latent.scale_factor),
-    "text_latents": lambda cfg: latents.TextLatents(cfg.data.path, cfg.latent.scale_factor),
+    "latents": lambda cfg: latents.Latents(
+        cfg.data.path, cfg.latent.scale_factor, skip_damaged=cfg.data.unreadable == "skip"
+    ),
+    "text_latents": lambda cfg: latents.TextLatents(
+        cfg.data.path, cfg.latent.scale_factor, skip_damaged=cfg.data.unreadable == "skip"
+    ),
 }
 
 

@@ -109,7 +109,7 @@ class DataConfig(Section):
     )
     flip: bool = Field(False, description="Mirror each image with probability 1/2.")
     unreadable: Literal["refuse", "skip"] = Field(
-        "refuse", description="Of `images`: end at an unreadable file, or warn and take the next one in its place."
+        "refuse", description="End at an unreadable image or a latent shard with a wrong checksum, or warn and take others instead."
     )
     decoder: Literal["auto", "dali", "pillow"] = Field(
         "auto", description="Of `images`: DALI, on all cores of the host, or Pillow; auto: DALI where it is installed."

@@ -1,6 +1,7 @@
 """Packed shards: what went in comes out, whatever is damaged is named, and a file is whole or not there."""
 
 import errno
+import json
 import os
 import pickle
 import time
@@ -10,7 +11,7 @@ import pytest
 
 from uvit_fast.config import UserError
 from uvit_fast.data import shards
-from uvit_fast.data.latents import Latents
+from uvit_fast.data.latents import Latents, TextLatents
 
 
 @pytest.fixture
@@ -99,3 +100,57 @@ def test_moments_of_256_pixels_are_read_20000_a_second(tmp_path):
             dataset.__getitems__([(i, 0) for i in order[first : first + 256]])
         rates.append(count / (time.perf_counter() - start))
     assert max(rates) > 20_000
+
+
+def test_a_wrong_checksum_ends_a_run_at_its_start_or_is_left_out_as_the_config_says(folder):
+    """One bit: nothing but the checksum shows it. A file whose checksum was right is read again only when it has changed."""
+    path, moments = folder
+    assert len(Latents(str(path), 0.5)) == 10 and set(json.loads((path / "verified.json").read_text())) == {
+        *(f"moments-{i:05d}.npy" for i in range(3)),
+        *(f"labels-{i:05d}.npy" for i in range(3)),
+    }
+    victim = path / "moments-00001.npy"
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match="moments-00001.npy: wrong checksum .*; data.unreadable=skip would"):
+        Latents(str(path), 0.5)
+    for damage in (victim.read_bytes(), whole[:-10], None):  # wrong, truncated, missing
+        victim.write_bytes(damage) if damage else victim.unlink()
+        with pytest.warns(
+            UserWarning, match="moments-00001.npy: .*; 4 of 10 items are left out, others take their place"
+        ):
+            dataset = Latents(str(path), 0.5, skip_damaged=True)
+        raw = dataset.__getitems__([(i, 0) for i in range(10)])
+        labels = raw["y"].tolist()
+        assert len(dataset) == 10 and labels[:4] + labels[8:] == [0, 1, 2, 3, 8, 9] and not {4, 5, 6, 7} & set(labels)
+        np.testing.assert_array_equal(raw["moments"].numpy(), moments[labels])  # each with its own label
+    victim.write_bytes(whole)
+    assert len(Latents(str(path), 0.5)) == 10  # mended
+
+    (path / "labels-00000.npy").write_bytes(b"")
+    with pytest.raises(UserError, match="labels-00000.npy: "):
+        Latents(str(path), 0.5, skip_damaged=True)
+
+
+def test_intact_shards_are_read_once(folder, monkeypatch):
+    path, _ = folder
+    Latents(str(path), 0.5)
+    monkeypatch.setattr(shards, "shard_fault", None)  # a second reading would call it
+    assert len(Latents(str(path), 0.5)) == 10
+
+
+def test_images_with_damaged_text_are_left_out(tmp_path):
+    text = np.arange(6, dtype=np.float16)[:, None, None] + np.zeros((6, 2, 3), np.float16)
+    arrays = {"moments": np.arange(3, dtype=np.float16)[:, None, None, None] + np.zeros((3, 2, 1, 1), np.float16)}
+    shards.pack(
+        tmp_path,
+        {**arrays, "text": text, "captions": np.array([0, 1, 3, 6]), "null_text": text[:1]},
+        shard_items=4,
+    )
+    (tmp_path / "text-00001.npy").unlink()  # captions 4 and 5, of image 2
+    with pytest.warns(UserWarning, match="text-00001.npy: missing; 1 of 3 items are left out"):
+        dataset = TextLatents(str(tmp_path), 0.5, skip_damaged=True)
+    for epoch in range(8):
+        raw = dataset.__getitems__([(i, epoch) for i in range(3)])
+        image, caption = raw["moments"][2, 0, 0, 0], raw["context"][2, 0, 0]
+        assert (image, int(caption)) in [(0, 0), (1, 1), (1, 2)]

@@ -100,8 +100,8 @@ class DaliImages(ImageFolder):
             data = file.read_bytes()
             with Image.open(io.BytesIO(data)) as image:
                 return PLANS[self.crop_name](data, image.size, self.size) if _is_ordinary(image, data) else None
-        except Exception:  # whatever is wrong with it, Pillow's path names it
-            return None
+        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
+            return None  # Pillow's path names what is wrong
 
     def _run(self, plans: list[Plan]) -> list[Tensor | None]:
         """(3, size, size) uint8 of each plan; None where DALI failed: it does not say on which image."""

@@ -262,8 +262,9 @@ class Extraction:
     def _finish(self) -> dict[str, Any]:
         """Write the small arrays, the report and, last, the manifest."""
         notes = [json.loads(self._note(shard).read_text()) for shard in range(len(self.parts))]
-        for left in self.out.glob(".*.npy.*.tmp"):  # of killed writers; no one writes these shards any more
-            left.unlink(missing_ok=True)
+        for name in ("moments", "text"):  # of killed writers; no one writes these shards any more
+            for left in self.out.glob(f".{name}-*.npy.*.tmp"):
+                left.unlink(missing_ok=True)
         arrays = {}
         for name in ("moments", "text"):
             entries = [note["arrays"][name] for note in notes if name in note["arrays"]]

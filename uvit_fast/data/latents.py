@@ -7,7 +7,7 @@ The arrays of a folder (see shards.py):
 - `text` (T, C): the features of every caption. `captions` (), int64, one more than there are items: item i has the captions
   captions[i] to captions[i + 1] - 1. `null_text` (T, C), one item: the features of "".
 
-Opening reads headers only, and refuses truncated shards. Checksums take reading it all: `uvit-fast data check`.
+Opening reads what has changed since its checksum was last found right; see `shards.unchecked_faults`.
 """
 
 import warnings
@@ -17,7 +17,7 @@ import torch
 
 from uvit_fast.config import UserError
 from uvit_fast.data.datasets import Batch, require_folder
-from uvit_fast.data.shards import Packed, read_manifest
+from uvit_fast.data.shards import Packed, read_manifest, unchecked_faults
 
 
 class Latents:
@@ -26,16 +26,20 @@ class Latents:
     Args:
         path: the folder.
         scale_factor: 0.18215 for Stable Diffusion's autoencoder on ImageNet, 0.23010 on COCO.
+        skip_damaged: where a shard of moments or text is missing, truncated or has a wrong checksum, warn with its name and the number of
+            its items, and let others, drawn once, take their place.
 
     Raises:
-        UserError: a shard that is missing or truncated, or arrays that do not belong together.
+        UserError: a damaged shard that may not be skipped, or arrays that do not belong together.
     """
 
     synthetic = False
 
-    def __init__(self, path: str | None, scale_factor: float):
+    def __init__(self, path: str | None, scale_factor: float, skip_damaged: bool = False):
         self.folder = require_folder(path, "latents that `uvit-fast extract` writes")
         self.manifest = read_manifest(self.folder)
+        self.faults = unchecked_faults(self.folder, self.manifest)  # by file
+        self.skip_damaged = skip_damaged
         self.scale_factor = scale_factor
         extracted_for = self.manifest.get("scale_factor", scale_factor)
         if extracted_for != scale_factor:
@@ -52,12 +56,16 @@ class Latents:
         self.labels = self._array("labels", dims=0, length=len(self)).all() if has_labels else None
         self.shape = (self.moments.shape[0] // 2, *self.moments.shape[1:])
         self.num_classes = 0 if self.labels is None else int(self.labels.max()) + 1
+        if self.faults and not skip_damaged:
+            raise UserError(f"{self._damage()}; data.unreadable=skip would leave these out")
+        self._place: np.ndarray | None = None
+        self._leave_out(self.moments.lost)
 
     def __len__(self) -> int:
         return len(self.moments)
 
     def __getitems__(self, items: list[tuple[int, int]]) -> Batch:
-        index = [i for i, _ in items]
+        index = [i for i, _ in self._placed(items)]
         raw = {"moments": torch.from_numpy(self.moments.take(index))}
         if self.labels is not None:
             raw["y"] = torch.from_numpy(self.labels[index])
@@ -69,8 +77,33 @@ class Latents:
         eps = torch.randn(mean.shape, device=mean.device, generator=generator)
         return {**raw, "x": self.scale_factor * (mean + std * eps)}
 
+    def _leave_out(self, lost: np.ndarray) -> None:
+        """Give the place of each item in `lost` (items,), bool, to another one."""
+        if not lost.any():
+            return
+        if lost.all():
+            raise UserError(f"{self._damage()}; nothing is left")
+        self._place = np.arange(len(self))
+        self._place[lost] = np.random.default_rng(0).choice(np.flatnonzero(~lost), lost.sum())
+        warnings.warn(
+            f"{self._damage()}; {lost.sum()} of {len(self)} items are left out, others take their place", stacklevel=3
+        )
+
+    def _placed(self, items: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        return items if self._place is None else [(int(self._place[i]), epoch) for i, epoch in items]
+
+    def _damage(self) -> str:
+        first = next(iter(self.faults.values()))
+        return first + (f", and {len(self.faults) - 1} more" if len(self.faults) > 1 else "")
+
     def _array(self, name: str, dims: int, length: int | None = None) -> Packed:
-        array = Packed(self.folder, self.manifest, name)
+        skipped = (
+            self.faults if self.skip_damaged and name in ("moments", "text") else ()
+        )  # the others are small, and needed whole
+        array = Packed(self.folder, self.manifest, name, frozenset(skipped))
+        needed = [shard["file"] for shard in self.manifest["arrays"][name]["shards"]]
+        if self.skip_damaged and not skipped and any(file in self.faults for file in needed):
+            raise UserError(f"{next(self.faults[file] for file in needed if file in self.faults)}; extract again")
         if len(array.shape) != dims or length not in (None, len(array)):
             wanted = f"{dims} dimensions an item" + (f" and {length} items" if length is not None else "")
             raise UserError(f"{self.folder}: expected {name} of {wanted}, got {len(array)} items of {array.shape}")
@@ -80,8 +113,8 @@ class Latents:
 class TextLatents(Latents):
     """Latents with the CLIP features of their captions; one caption of an image is drawn for every epoch."""
 
-    def __init__(self, path: str | None, scale_factor: float):
-        super().__init__(path, scale_factor)
+    def __init__(self, path: str | None, scale_factor: float, skip_damaged: bool = False):
+        super().__init__(path, scale_factor, skip_damaged)
         self.labels, self.num_classes = None, 0
         self.text = self._array("text", dims=2)
         self.captions = self._array("captions", dims=0, length=len(self) + 1).all()
@@ -89,9 +122,11 @@ class TextLatents(Latents):
         self.text_shape = self.text.shape
         if self.captions[0] != 0 or self.captions[-1] != len(self.text) or (np.diff(self.captions) < 1).any():
             raise UserError(f"{self.folder}: captions: expected every image to have some among {len(self.text)}")
+        before = np.concatenate([[0], np.cumsum(self.text.lost)])[self.captions]  # lost features before each image's
+        self._leave_out(self.moments.lost | (before[1:] > before[:-1]))
 
     def __getitems__(self, items: list[tuple[int, int]]) -> Batch:
-        picks = []
+        items, picks = self._placed(items), []
         for index, epoch in items:
             first, last = int(self.captions[index]), int(self.captions[index + 1])
             picks.append(first + int(np.random.default_rng((epoch, index)).integers(last - first)))

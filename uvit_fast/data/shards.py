@@ -7,15 +7,18 @@ Its other keys describe where the data came from.
 A file has its name only when it is whole: it is written under a temporary one, flushed to the disk, and renamed.
 """
 
+import contextlib
 import errno
 import hashlib
 import io
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from uvit_fast.config import UserError
 
@@ -27,21 +30,27 @@ class Packed:
 
     Args:
         folder: with a manifest. manifest: as `read_manifest` gives it. name: of the array.
+        without: files of shards that are not touched; their items count, and cannot be taken.
 
     Raises:
         UserError: the manifest has no such array, or a shard is missing, truncated or of another shape than the manifest says.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], name: str):
+    def __init__(self, folder: Path, manifest: dict[str, Any], name: str, without: frozenset[str] = frozenset()):
         if name not in manifest["arrays"]:
             raise UserError(
                 f"{folder}: no array {name}; expected it beside {', '.join(manifest['arrays']) or 'nothing'}"
             )
         entry = manifest["arrays"][name]
-        self._source = folder, manifest, name
+        self._source = folder, manifest, name, without
         self.dtype, self.shape = np.dtype(entry["dtype"]), tuple(entry["shape"])
-        self._shards = [_map(folder, shard, self.dtype, self.shape) for shard in entry["shards"]]
-        self._ends = np.cumsum([len(shard) for shard in self._shards], dtype=np.int64)
+        self._shards = [
+            None if shard["file"] in without else _map(folder, shard, self.dtype, self.shape)
+            for shard in entry["shards"]
+        ]
+        counts = [shard["count"] for shard in entry["shards"]]
+        self._ends = np.cumsum(counts, dtype=np.int64)
+        self.lost = np.repeat([shard is None for shard in self._shards], counts).astype(bool)  # (items,)
         if len(self) != entry["count"]:
             raise UserError(f"{folder}: the shards of {name} hold {len(self)} items, expected {entry['count']}")
 
@@ -122,6 +131,39 @@ def faults(folder: Path) -> list[str]:
     entries = read_manifest(folder)["arrays"].values()
     found = [shard_fault(folder, shard) for entry in entries for shard in entry["shards"]]
     return [fault for fault in found if fault]
+
+
+def unchecked_faults(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
+    """As `faults`, by file, but a file that had the right checksum is read again only when its size or time has changed.
+
+    `verified.json` in the folder remembers them; where it cannot be written, every call reads everything.
+    """
+    note = folder / "verified.json"
+    try:
+        known = json.loads(note.read_text())
+    except (OSError, ValueError):
+        known = {}
+    every = [shard for entry in manifest["arrays"].values() for shard in entry["shards"]]
+    marks = {}
+    for shard in every:
+        file = folder / shard["file"]
+        if file.is_file():
+            marks[shard["file"]] = [shard["sha256"], file.stat().st_size, file.stat().st_mtime_ns]
+    unread = [
+        shard for shard in every if shard["file"] not in marks or known.get(shard["file"]) != marks[shard["file"]]
+    ]
+    if not unread:
+        return {}
+    found = {}
+    quiet = os.environ.get("RANK", "0") != "0" or len(unread) < 10
+    with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:  # hashing lets other threads run
+        results = pool.map(lambda shard: shard_fault(folder, shard), unread)
+        for shard, fault in zip(unread, tqdm(results, "checksums", len(unread), unit="shard", disable=quiet)):
+            if fault:
+                found[shard["file"]] = fault
+    with contextlib.suppress(OSError):
+        write_json(note, {file: mark for file, mark in marks.items() if file not in found})
+    return found
 
 
 def shard_fault(folder: Path, shard: dict[str, Any]) -> str | None:
