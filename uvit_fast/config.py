@@ -109,7 +109,8 @@ class DataConfig(Section):
     )
     flip: bool = Field(False, description="Mirror each image with probability 1/2.")
     unreadable: Literal["refuse", "skip"] = Field(
-        "refuse", description="End at an unreadable image or a latent shard with a wrong checksum, or warn and take others instead."
+        "refuse",
+        description="End at an unreadable image or a latent shard with a wrong checksum, or warn and take others instead.",
     )
     decoder: Literal["auto", "dali", "pillow"] = Field(
         "auto", description="Of `images`: DALI, on all cores of the host, or Pillow; auto: DALI where it is installed."
@@ -147,7 +148,9 @@ class TrainConfig(Section):
     compile: bool = Field(False, description="torch.compile around the kernels; for ZeRO stages 1 and 2.")
     max_refused: int = Field(20, gt=0, description="Steps in a row without a finite gradient that end a run.")
     spike_deviations: float = Field(
-        6.0, ge=0, description="Standard deviations above the recent losses that make a spike, which is logged; 0: none."
+        6.0,
+        ge=0,
+        description="Standard deviations above the recent losses that make a spike, which is logged; 0: none.",
     )
     seed: int = Field(0, ge=0, description="Seed of initialisation, data order, noise and timesteps.")
     log_every: int = Field(50, gt=0, description="Steps between two rows of scalars.")
