@@ -32,30 +32,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from benchmarks.common import RESULTS, Rows, measure
+from benchmarks.communication import Volume, calculate, profiled_shares
 
 ROOT = Path(__file__).parent.parent
 LARGE, SMALL = "configs/h2_256.yaml", "configs/s2_cifar10.yaml"
 WARMUP, PROFILED, HALF = 4, 3, 10
 PAPER_STEPS_PER_S, PAPER_BATCH = 0.668, 1024  # H/2 on 8 A100 (paper, Appendix, Table 2)
-
-
-class Volume(TorchDispatchMode):
-    """Bytes that this rank hands to collectives: their largest tensor, which is what a rank sends but for (N - 1) / N."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes: dict[str, int] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "c10d":
-            sizes = [t.nbytes for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-            name = func._schema.name.partition("::")[2].strip("_")
-            self.bytes[name] = self.bytes.get(name, 0) + max(sizes, default=0)
-        return func(*args, **(kwargs or {}))
 
 
 class Run:
@@ -119,51 +103,17 @@ def speed(stage: int, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         run.step()
     result["comm_bytes"] = volume.bytes
     if run.cuda and gpus > 1:
-        result |= communication_shares(run)
+        result |= profiled_shares(run.step, PROFILED)
     result["losses"] = run.losses()
     return result
-
-
-def communication_shares(run: Run) -> dict[str, float]:
-    """Shares of three profiled steps' time on the device: a collective runs; nothing but a collective runs."""
-    from torch.profiler import ProfilerActivity, profile
-
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for _ in range(PROFILED):
-            run.step()
-        torch.cuda.synchronize()
-    spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
-    for event in profiler.events():
-        annotation = getattr(event, "is_user_annotation", False)  # a span of what others run
-        if event.device_type == torch.autograd.DeviceType.CUDA and not annotation:
-            spans["nccl" in event.name.lower()].append((event.time_range.start, event.time_range.end))
-    return shares(spans[True], spans[False])
-
-
-def shares(collectives: list[tuple[float, float]], others: list[tuple[float, float]]) -> dict[str, float]:
-    """From (start, end) of what ran on a device: comm_share and exposed_share of the whole time."""
-    both = collectives + others
-    whole = max(end for _, end in both) - min(start for start, _ in both)
-    return {
-        "comm_share": _covered(collectives) / whole,
-        "exposed_share": (_covered(both) - _covered(others)) / whole,
-    }
-
-
-def _covered(spans: list[tuple[float, float]]) -> float:
-    """The length of a union of spans."""
-    total, until = 0.0, float("-inf")
-    for start, end in sorted(spans):
-        total += max(0.0, end - max(start, until))
-        until = max(until, end)
-    return total
 
 
 def resumed(args: argparse.Namespace, folder: Path, parts: list[tuple[str, int]]) -> list[list[float]]:
     """Worker: for each (run, steps), train or continue that run to those steps, save, and give the losses of this call."""
     found = []
     for name, steps in parts:
+        if name in ("continued", "fewer") and os.environ["RANK"] == "0":
+            shutil.copytree(folder / "halves", folder / name)
         overrides = [
             f"device={args.device}",
             "train.batch_size=128",
@@ -230,19 +180,6 @@ def ask(gpus: int, args: argparse.Namespace, folder: Path, tasks: list[tuple[str
 
 def environment() -> dict[str, str]:
     return {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONWARNINGS": "ignore"}
-
-
-def calculate(gpus: int, measured: int, one: float, step: float, exposed: float) -> float:
-    """Milliseconds of a step on `gpus` GPUs of one switch, from a measured number of them; a calculation.
-
-    A ring moves (N - 1) / N of the volume past every GPU, whose link is the same for any N: exposed communication grows by that. All
-    else takes what it took, the optimizer's share of a step, which only shrinks, included.
-
-    Args:
-        one, step: milliseconds of a step of one GPU and of `measured` GPUs. exposed: the share of `step` that is exposed communication.
-    """
-    growth = (1 - 1 / gpus) / (1 - 1 / measured)
-    return max(one, step * (1 - exposed)) + step * exposed * growth
 
 
 def scaling(rows: Rows, args: argparse.Namespace, answers: list[list[dict]], one: dict) -> list[str]:
@@ -365,13 +302,10 @@ def run_all(args: argparse.Namespace) -> int:
         if "scaling" in sections:
             tasks += [("speed", int(stage)) for stage in args.stages.split(",")]
         if "resume" in sections or "sampling" in sections:
-            tasks.append(("resume", [("straight", 2 * HALF), ("halves", HALF)]))
+            tasks.append(("resume", [("straight", 2 * HALF), ("halves", HALF), ("continued", 2 * HALF)]))
         answers = ask(args.gpus, args, folder, tasks)
         lone: list[tuple[str, Any]] = [("speed", 2)] if "scaling" in sections else []
         if "resume" in sections:
-            for other in ("continued", "fewer"):
-                shutil.copytree(folder / "halves", folder / other)
-            answers[-1] += ask(args.gpus, args, folder, [("resume", [("continued", 2 * HALF)])])[0]
             lone.append(("resume", [("fewer", 2 * HALF)]))
         alone = ask(1, args, folder, lone) if lone else []
         if "scaling" in sections:

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmarks.bench_scaling import calculate, count, scaling, shares
+from benchmarks.bench_scaling import count, scaling
 from benchmarks.common import Rows
+from benchmarks.communication import calculate, shares
 
 
 def test_communication_is_exposed_where_nothing_else_runs():

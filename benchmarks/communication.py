@@ -1,0 +1,71 @@
+"""What a step hands to collectives, what share of it they take, and what they would take with more GPUs."""
+
+from collections.abc import Callable
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Volume(TorchDispatchMode):
+    """Bytes that this rank hands to collectives: their largest tensor, which is what a rank sends but for (N - 1) / N."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            sizes = [t.nbytes for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+            name = func._schema.name.partition("::")[2].strip("_")
+            self.bytes[name] = self.bytes.get(name, 0) + max(sizes, default=0)
+        return func(*args, **(kwargs or {}))
+
+
+def profiled_shares(step: Callable[[], object], steps: int) -> dict[str, float]:
+    """Shares of some steps' time on the device: a collective runs; nothing but a collective runs."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for event in profiler.events():
+        annotation = getattr(event, "is_user_annotation", False)  # a span of what others run
+        if event.device_type == torch.autograd.DeviceType.CUDA and not annotation:
+            spans["nccl" in event.name.lower()].append((event.time_range.start, event.time_range.end))
+    return shares(spans[True], spans[False])
+
+
+def shares(collectives: list[tuple[float, float]], others: list[tuple[float, float]]) -> dict[str, float]:
+    """From (start, end) of what ran on a device: comm_share and exposed_share of the whole time."""
+    both = collectives + others
+    whole = max(end for _, end in both) - min(start for start, _ in both)
+    return {
+        "comm_share": _covered(collectives) / whole,
+        "exposed_share": (_covered(both) - _covered(others)) / whole,
+    }
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    """The length of a union of spans."""
+    total, until = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
+
+
+def calculate(gpus: int, measured: int, one: float, step: float, exposed: float) -> float:
+    """Milliseconds of a step on `gpus` GPUs of one switch, from a measured number of them; a calculation.
+
+    A ring moves (N - 1) / N of the volume past every GPU, whose link is the same for any N: exposed communication grows by that. All
+    else takes what it took, the optimizer's share of a step, which only shrinks, included.
+
+    Args:
+        one, step: milliseconds of a step of one GPU and of `measured` GPUs. exposed: the share of `step` that is exposed communication.
+    """
+    growth = (1 - 1 / gpus) / (1 - 1 / measured)
+    return max(one, step * (1 - exposed)) + step * exposed * growth
