@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import threading
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -87,6 +88,14 @@ def guard(device: torch.device):
 _compiled: dict[tuple, Any] = {}
 
 
+class _Thread(threading.local):
+    def __init__(self):
+        self.ready: set[int] = set()  # devices whose context is current in this thread, or was
+
+
+_thread = _Thread()
+
+
 def run(device: torch.device, kernel: Any, grid: tuple[int, ...], args: tuple, options: dict) -> None:
     """kernel[grid](*args, **options) on `device`, by a look-up of our own: Triton's costs the host more than the kernels take.
 
@@ -101,6 +110,10 @@ def run(device: torch.device, kernel: Any, grid: tuple[int, ...], args: tuple, o
         if interpreting():
             kernel[grid](*args, **options)
             return
+        if device.type == "cuda" and device.index not in _thread.ready:
+            # TMA descriptors are made by the driver, which wants a current context; a new thread, autograd's say, has none.
+            torch.cuda.mem_get_info(device)  # asks the runtime, which makes it current
+            _thread.ready.add(device.index)
         names, constant = _parameters.get(id(kernel)) or _read_parameters(kernel)
         kinds = [v if c else _KINDS.get(type(v), _of_other)(v) for v, c in zip(args, constant)]
         key = (id(kernel), device.index, *options.values(), *kinds)

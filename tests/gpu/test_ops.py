@@ -1,5 +1,7 @@
 """The fused ops on a GPU, in bf16 and fp16, against fp32: no worse than twice PyTorch's own error, forward and every gradient."""
 
+import threading
+
 import pytest
 import torch
 from torch import Tensor
@@ -113,6 +115,16 @@ def test_strided_and_misaligned_inputs_are_taken(name):
     wide = torch.randn(257, 3, 513, device="cuda", dtype=torch.bfloat16)
     args[0] = wide.transpose(0, 1)[..., 1:].detach().requires_grad_()
     check(name, args)
+
+
+def test_an_op_may_be_the_first_that_a_thread_does_on_the_gpu():
+    """As in autograd's thread, where memory comes from the cache: nothing else makes a context current there."""
+    args = [t.detach() for t in tensors("linear_residual", (3, 257, 512), torch.bfloat16)]
+    expected, results = linear_residual.linear_residual(*args), []
+    thread = threading.Thread(target=lambda: results.append(linear_residual.linear_residual(*args)))
+    thread.start()
+    thread.join()
+    assert torch.equal(results[0], expected)
 
 
 @pytest.mark.parametrize("name", OPS)

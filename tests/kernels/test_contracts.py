@@ -30,6 +30,11 @@ def fp32(*shape: int) -> Tensor:
     return meta(*shape, dtype=torch.float32)
 
 
+def choice(table: dict, case: str, width: int) -> dict:
+    """As launch.choice, of a table."""
+    return table["default"] | table.get(case, {}) | table.get(f"{case}:{width}", {})
+
+
 def hopper() -> dict:
     """name -> what compiles it: every epilogue with the table's choices at D = 1152."""
     g, stats, x = gemm_hopper, fp32(2, M), meta(M, D)
@@ -46,7 +51,7 @@ def hopper() -> dict:
     table = launch.table(90)
 
     def gemm(mode, x, w, sources):
-        tuned = table["default"] | table.get(gemm_ampere.CASES[mode], {})
+        tuned = choice(table, gemm_ampere.CASES[mode], x.shape[1])
         args, options, *_ = g.arguments(mode, x, w, part=tuned["part"], stages=tuned["stages"], **sources)
         return g.gemm_kernel, args, options
 
@@ -66,15 +71,16 @@ def plain(arch: int) -> dict:
 
     def prepare():
         args = (x, v, v, w, meta(H), stats, w, fp32(H), fp32(H), M, H, 1e-5, D, low, high, True)
-        return layernorm._prepare_kernel, (*args, table["prepare"]["rows"]), {"num_warps": table["prepare"]["warps"]}
+        tuned = choice(table, "prepare", D)
+        return layernorm._prepare_kernel, (*args, tuned["rows"]), {"num_warps": tuned["warps"]}
 
     def backward():
-        tuned = table["ln_backward"]
+        tuned = choice(table, "ln_backward", D)
         args = (x, x, x, stats, v, v, x, x, fp32(tuned["programs"], 3, D), M, D, low, high, True)
         return layernorm._backward_kernel, args, {"num_warps": tuned["warps"]}
 
     def sums():
-        tuned = table["column_sums"]
+        tuned = choice(table, "column_sums", D)
         args = (x, fp32(tuned["programs"], D), M, D, tuned["rows"], tuned["block"])
         return layernorm._column_sums_kernel, args, {"num_warps": tuned["warps"]}
 
@@ -92,7 +98,7 @@ def ampere() -> dict:
 
     def gemm(mode, x, w, N, K, K2=0, fold=False, strides=None):
         strides = strides or (K + K2, 1)
-        tuned = table["default"] | table.get(gemm_ampere.CASES[mode], {})
+        tuned = choice(table, gemm_ampere.CASES[mode], K)
         out = meta(M, N)
         args = (x, x, w, meta(N), fp32(2, M), sums, out, out, out, partial, M, N, K, K2, *strides)
         flags = (fold, mode != gemm_ampere.GELU_BACKWARD, K2 > 0, mode, *tuned["tile"], tuned["group"])
