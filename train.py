@@ -15,7 +15,7 @@ from pathlib import Path  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from uvit_fast.build import build_dataset, build_model, build_schedule  # noqa: E402
-from uvit_fast.config import UserError, load_config  # noqa: E402
+from uvit_fast.config import ModelConfig, UserError, load_config  # noqa: E402
 from uvit_fast.model.ops import describe  # noqa: E402
 from uvit_fast.sampling import training_preview  # noqa: E402
 from uvit_fast.training.engine import start  # noqa: E402
@@ -42,8 +42,9 @@ def main(argv: list[str] | None = None) -> int:
         preview = training_preview(cfg) if world.rank == 0 else None
         trainer = Trainer(cfg, build_model(cfg), build_schedule(cfg), build_dataset(cfg), run_dir, preview)
         if world.rank == 0 and trainer.step < cfg.train.iterations:
-            how = (cfg.model.attention, cfg.model.kernels, world.device)
-            chosen = describe(cfg.model.embed_dim, cfg.model.num_heads, *how)
+            net, chosen = cfg.model, {}
+            if isinstance(net, ModelConfig):
+                chosen = describe(net.embed_dim, net.num_heads, net.attention, net.kernels, world.device)
             if hasattr(trainer.dataset, "decoder"):
                 chosen["images"] = trainer.dataset.decoder
             say("\n".join(f"{op:16s}{choice}" for op, choice in chosen.items()))

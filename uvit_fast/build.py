@@ -5,10 +5,13 @@ from typing import Any
 
 import torch
 
-from uvit_fast.config import Config
+from uvit_fast.config import Config, ModelConfig, UNetConfig
 from uvit_fast.data import dali, datasets, latents
 from uvit_fast.diffusion import samplers, schedules
+from uvit_fast.model.unet import UNet
 from uvit_fast.model.uvit import UViT
+
+NETWORKS: dict[type, Callable[..., UViT | UNet]] = {ModelConfig: UViT, UNetConfig: UNet}
 
 SCHEDULES: dict[str, Callable[[], Any]] = {
     "vp": schedules.VPSchedule,
@@ -49,14 +52,14 @@ DATASETS: dict[str, Callable[[Config], Any]] = {
 }
 
 
-def build_model(cfg: Config) -> UViT:
+def build_model(cfg: Config) -> UViT | UNet:
     """The network of `cfg.model`, initialised from `cfg.train.seed`; `model(x, t, y=None, context=None)` -> eps.
 
     t is what the network receives: 999 t for VP, n for SD. Under `torch.device("meta")` nothing is allocated.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.train.seed)
-        return UViT(**cfg.model.model_dump())
+        return NETWORKS[type(cfg.model)](**cfg.model.model_dump())
 
 
 def build_schedule(cfg: Config) -> Any:

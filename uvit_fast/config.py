@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 
 class UserError(ValueError):
@@ -27,20 +27,31 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
-class ModelConfig(Section):
-    """The network (paper, Section 3 and Table 1)."""
+class NetworkConfig(Section):
+    """What every network has: the shapes of image and condition."""
 
     img_size: int = Field(gt=0, description="Height and width of the network's input: pixels, or latent pixels.")
     in_chans: int = Field(gt=0, description="Channels of the input: 3 for RGB, 4 for KL-f8 latents.")
+    num_classes: int = Field(0, ge=0, description="Rows of the label embedding, null label included; 0: no classes.")
+    context_dim: int = Field(0, ge=0, description="Width of a text token (CLIP ViT-L/14: 768); 0: no text.")
+    context_tokens: int = Field(77, gt=0, description="Text tokens an image, when context_dim > 0.")
+
+    @model_validator(mode="after")
+    def _one_condition(self) -> NetworkConfig:
+        if self.num_classes and self.context_dim:
+            raise ValueError("num_classes and context_dim cannot both be set: condition on classes or on text")
+        return self
+
+
+class ModelConfig(NetworkConfig):
+    """U-ViT (paper, Section 3 and Table 1)."""
+
     patch_size: int = Field(gt=0, description="Side of a square patch, in (latent) pixels; divides img_size.")
     embed_dim: int = Field(gt=0, description="Width D of a token.")
     depth: int = Field(ge=2, description="Depth of the paper; there are 2 * (depth // 2) + 1 blocks.")
     num_heads: int = Field(gt=0, description="Attention heads; divides embed_dim.")
     mlp_ratio: float = Field(4.0, gt=0, description="Hidden width of the MLP over D.")
     mlp_time_embed: bool = Field(False, description="Pass the sinusoidal time embedding through an MLP.")
-    num_classes: int = Field(0, ge=0, description="Rows of the label embedding, null label included; 0: no classes.")
-    context_dim: int = Field(0, ge=0, description="Width of a text token (CLIP ViT-L/14: 768); 0: no text.")
-    context_tokens: int = Field(77, gt=0, description="Text tokens an image, when context_dim > 0.")
     conv: bool = Field(True, description="One 3x3 convolution after unpatchify (paper, Section 3.1).")
     skip: Literal["concat", "add", "none"] = Field("concat", description="Long skip connections (paper, Figure 2a).")
     attention: Literal["auto", "fused", "flash_attn", "cudnn", "sdpa", "xformers", "math"] = Field(
@@ -60,9 +71,45 @@ class ModelConfig(Section):
             raise ValueError(f"img_size {self.img_size} must be a multiple of patch_size {self.patch_size}")
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim {self.embed_dim} must be a multiple of num_heads {self.num_heads}")
-        if self.num_classes and self.context_dim:
-            raise ValueError("num_classes and context_dim cannot both be set: condition on classes or on text")
         return self
+
+
+class UNetConfig(NetworkConfig):
+    """A convolutional baseline (paper, Appendix C and F), where `unet` is set."""
+
+    unet: Literal["ldm", "adm"] = Field(
+        description="ldm: LDM's, conditioned on text. adm: ADM's, conditioned on classes or nothing."
+    )
+    channels: tuple[int, ...] = Field(description="Of each level, from full resolution down; multiples of 32.")
+    layers: int = Field(gt=0, description="Residual blocks a level.")
+    attention: tuple[bool, ...] = Field(description="For each level: whether attention follows its residual blocks.")
+    activation_checkpointing: Literal["none", "block"] = Field(
+        "none", description="Keep everything for the backward, or compute residual and attention blocks again."
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> UNetConfig:
+        if not self.channels or any(c <= 0 or c % 32 for c in self.channels):
+            raise ValueError(f"channels: expected multiples of 32, got {list(self.channels)}")
+        if len(self.attention) != len(self.channels):
+            raise ValueError(
+                f"attention: expected one of each of {len(self.channels)} levels, got {len(self.attention)}"
+            )
+        if self.img_size % 2 ** (len(self.channels) - 1):
+            raise ValueError(f"img_size {self.img_size} must be a multiple of {2 ** (len(self.channels) - 1)}")
+        if (self.unet == "ldm") != bool(self.context_dim):
+            raise ValueError("unet: ldm needs context_dim, adm takes none")
+        if self.unet == "adm" and any(has and c % 64 for c, has in zip(self.channels, self.attention)):
+            raise ValueError("channels: adm's attention has heads of 64; expected multiples of 64 where there is some")
+        return self
+
+
+NETWORKS: dict[str, type[NetworkConfig]] = {"U-ViT": ModelConfig, "U-Net": UNetConfig}
+
+
+def _network(model: Any) -> str:
+    """The key in NETWORKS of a `model` section."""
+    return "U-Net" if isinstance(model, UNetConfig) or (isinstance(model, dict) and "unet" in model) else "U-ViT"
 
 
 class DiffusionConfig(Section):
@@ -85,6 +132,16 @@ class SampleConfig(Section):
         ge=0,
         description="The paper's s in cond + s (cond - uncond); diffusers' guidance_scale is 1 + s. 0: no guidance.",
     )
+    guidance_interval: tuple[float, float] = Field(
+        (0.0, 1.0),
+        description="First and last time t in [0, 1] (0: data) with guidance (Kynkaanniemi et al. 2024); one branch elsewhere.",
+    )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> SampleConfig:
+        if not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1:
+            raise ValueError(f"guidance_interval: expected 0 <= first <= last <= 1, got {self.guidance_interval}")
+        return self
 
 
 class LatentConfig(Section):
@@ -168,7 +225,9 @@ class Config(Section):
 
     name: str = Field(description="Names the run's folder, runs/<name>.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a GPU.")
-    model: ModelConfig
+    model: Annotated[
+        Annotated[ModelConfig, Tag("U-ViT")] | Annotated[UNetConfig, Tag("U-Net")], Discriminator(_network)
+    ]
     diffusion: DiffusionConfig
     train: TrainConfig
     sample: SampleConfig
@@ -269,7 +328,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 def _explain(path: Path, error: Any) -> str:
     """One pydantic error as one line: file, key, what was expected, what came, the nearest key."""
-    key = ".".join(str(part) for part in error["loc"])
+    key = ".".join(str(part) for part in error["loc"] if part not in NETWORKS)
     if error["type"] == "extra_forbidden":
         valid = _fields_at(error["loc"][:-1])
         near = difflib.get_close_matches(str(error["loc"][-1]), valid, n=1, cutoff=0.5)
@@ -285,8 +344,11 @@ def _explain(path: Path, error: Any) -> str:
 def _section_at(loc: tuple) -> type[Section]:
     section: type[Section] = Config
     for part in loc:
+        if part in NETWORKS:
+            section = NETWORKS[part]
+            continue
         annotation = section.model_fields[part].annotation
-        options = [annotation, *getattr(annotation, "__args__", ())]
+        options = [annotation, *getattr(annotation, "__args__", ()), ModelConfig]  # the last: of a union, its usual one
         section = next(o for o in options if isinstance(o, type) and issubclass(o, Section))
     return section
 

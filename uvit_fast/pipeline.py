@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from uvit_fast.build import SAMPLERS, SCHEDULES
-from uvit_fast.config import Config
+from uvit_fast.config import Config, ModelConfig, UserError
 from uvit_fast.diffusion.guidance import Guidance
 from uvit_fast.diffusion.samplers import Sampler
 from uvit_fast.model.uvit import UViT
@@ -182,6 +182,8 @@ def make_pipeline(cfg: Config, weights: dict[str, Tensor], **components: Any) ->
     Raises:
         UserError: weights of another architecture.
     """
+    if not isinstance(cfg.model, ModelConfig):
+        raise UserError(f"{cfg.name}: pipelines are of U-ViT; a U-Net's weights are diffusers' own names after `net.`")
     model = load_weights(UViTModel(**cfg.model.model_dump()), weights)
     scheduler = UViTScheduler(cfg.diffusion.schedule, cfg.sample.sampler, cfg.sample.steps)
     factor = cfg.latent.scale_factor if cfg.latent else 1.0

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from uvit_fast.config import load_config
+from uvit_fast.config import ModelConfig, load_config
 
 HELP = "versions, devices, and which kernels and attention would run, and why"
 
@@ -39,7 +39,8 @@ def run(args: argparse.Namespace) -> None:
     shapes = {}  # (D, heads) -> the configs that have it
     for name in names:
         model = load_config(name).model
-        shapes.setdefault((model.embed_dim, model.num_heads), []).append(Path(name).stem)
+        if isinstance(model, ModelConfig):  # U-Nets have ops of their own
+            shapes.setdefault((model.embed_dim, model.num_heads), []).append(Path(name).stem)
     for (dim, heads), configs in sorted(shapes.items()):
         print(f"\nD = {dim}, {heads} heads of {dim // heads} ({', '.join(configs)}) on {device}")
         for op, choice in ops.describe(dim, heads, "auto", "auto", device).items():
