@@ -155,7 +155,7 @@ def compared(results: Results, question: str, cases: dict[str, str], providers: 
             series[provider] = [theirs / ours if theirs and ours else None for theirs, ours in pairs]
     if not series:
         return None
-    figure, ax = axes(width=8.5 if len(cases) > 4 else 7.0)
+    figure, ax = axes(width=max(7.0, 1.1 * len(cases)))
     bars(ax, list(cases.values()), series, COLOURS, "{:.2f}")
     ax.axhline(1, color=COLOURS["ours"], linewidth=1.4, label="ours")
     ax.set_ylabel("time over ours")
@@ -168,7 +168,9 @@ def compared(results: Results, question: str, cases: dict[str, str], providers: 
 def ops(results: Results) -> Any | None:
     names = ("ln_linear", "ln_mlp", "skip_linear", "linear_residual", "block")
     parts = {"fwd": "forward", "bwd": "backward", "fwdbwd": "both"}
-    cases = {f"{name}:{part}:1152": f"{name}\n{label}" for part, label in parts.items() for name in names}
+    cases = {
+        f"{name}:{part}:1152": name.replace("_", "\n") + f"\n{label}" for part, label in parts.items() for name in names
+    }
     title = "Fused ops and a whole block, D = 1152, 33,024 tokens (cublas: products alone)"
     return compared(results, "ops", cases, ["eager", "compiled", "cublas"], title)
 
