@@ -1,11 +1,12 @@
 """Extraction: real photographs through a small random autoencoder and CLIP, saved to disk as users have them."""
 
-import errno
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from tests.training import tiny
+from tests.training.test_command import ROOT, call
 from uvit_fast.build import build_dataset
 from uvit_fast.cli import main
 from uvit_fast.config import UserError, load_config
@@ -87,6 +90,10 @@ def make(photos, out, **options):
     )
     settings.update(shard_images=5, batch=2, **options)
     return extract.Extraction(list_images(photos, labelled=True), out, encode, **settings), seen
+
+
+def build_small(folder):
+    return build_dataset(load_config(CONFIG, [*SMALL, f"data.path={folder}"]))
 
 
 def contents(folder):
@@ -209,20 +216,53 @@ def test_ranks_share_the_shards_and_the_last_one_finishes(photos, tmp_path, monk
     assert contents(tmp_path / "shared") == contents(tmp_path / "whole")
 
 
-def test_a_full_disk_says_so_and_leaves_what_is_complete(photos, tmp_path, monkeypatch):
+def test_torchruns_processes_share_the_shards(photos, vae, tmp_path, capsys):
+    """Two at a time, as on a host with two GPUs."""
+    assert main(arguments(photos, vae, tmp_path / "alone")) == 0
+    command = arguments(photos, vae, tmp_path / "shared")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*torchrun, "-m", "--", "uvit_fast.cli", *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("read 12 = written 12 + rejected 0") >= 1  # by whoever was last, or by both
+    alone, shared = (build_small(tmp_path / name) for name in ("alone", "shared"))
+    assert torch.equal(torch.from_numpy(alone.labels), torch.from_numpy(shared.labels)) and len(shared) == 24
+    everything = list(range(24))
+    np.testing.assert_allclose(shared.moments.take(everything), alone.moments.take(everything), rtol=2e-3, atol=2e-3)
+    files = [{p.name for p in (tmp_path / name).rglob("*")} for name in ("alone", "shared")]
+    assert files[0] == files[1]
+
+
+def test_a_full_disk_says_so_and_leaves_what_is_complete(photos, tmp_path):
+    """/dev/full is a disk without space: the second of three shards goes there."""
     make(photos, tmp_path / "whole")[0].run()
-    sync, calls = os.fsync, []
-
-    def full(descriptor):
-        calls.append(descriptor)
-        if len(calls) > 4:  # settings, first shard, its note, second shard; the second note does not fit
-            raise OSError(errno.ENOSPC, "No space left on device")
-        sync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", full)
+    (tmp_path / "out" / "notes").mkdir(parents=True)
+    (tmp_path / "out" / f".moments-00001.npy.{os.getpid()}.tmp").symlink_to("/dev/full")
     with pytest.raises(UserError, match="the disk is full; the shards of 5 of 12 images are complete"):
         make(photos, tmp_path / "out")[0].run()
-    monkeypatch.setattr(os, "fsync", sync)
+    assert not list((tmp_path / "out").glob(".*"))
+    again, seen = make(photos, tmp_path / "out")
+    again.run()
+    assert seen.images == 14 and contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def slowly(photos, out):
+    torch.set_num_threads(1)  # a fork has no other threads
+    extraction, _ = make(photos, out)
+    encode = extraction.encode
+    extraction.encode = lambda pixels: time.sleep(0.1) or encode(pixels)
+    extraction.run()
+
+
+def test_a_killed_extraction_continues_with_nothing_doubled(photos, tmp_path):
+    """Killed in its second shard, without a chance to clean up."""
+    make(photos, tmp_path / "whole")[0].run()
+    process = multiprocessing.get_context("fork").Process(target=slowly, args=(photos, tmp_path / "out"))
+    process.start()
+    while not (tmp_path / "out" / "notes" / "00000.json").exists():
+        assert process.is_alive()
+    process.kill()
+    process.join()
+    assert not (tmp_path / "out" / "manifest.json").exists()
     again, seen = make(photos, tmp_path / "out")
     again.run()
     assert seen.images == 14 and contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -278,6 +318,12 @@ def test_captions_become_features_of_every_caption_and_of_none(photos, vae, tmp_
     torch.testing.assert_close(stored, encode(["a", "b", "a b", "a b", "b a a"]), rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(dataset.null_context, encode([""])[0], rtol=2e-3, atol=2e-3)
     assert not torch.allclose(stored[0], stored[1], atol=1e-2)
+
+    command = ["--config", str(ROOT / "configs" / "s2_coco.yaml"), "--run-dir", str(tmp_path / "run")]
+    code, lines = tiny.launch(call, [*command, *sets(*overrides, f"data.path={tmp_path / 'out'}", "train.log_every=1")])
+    assert code == 0, lines
+    rows = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3] and np.isfinite([row["loss"] for row in rows]).all()
 
 
 def save_clip(folder, config, model):

@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from tests.data.photographs import JPEG
 from tests.evaluation.test_inception import random_state
 from uvit_fast import build_model, cli, load_config
+from uvit_fast.commands import evaluate
 from uvit_fast.evaluation import inception
 
 DIGITS = "configs/digits.yaml"
@@ -58,6 +60,18 @@ def test_inceptions_figures_of_two_files(run, weights, tmp_path, capsys, monkeyp
     assert same["precision"] == same["recall"] == 1
     assert abs(same["fid"]) < 1e-4 * result["metrics"]["fid"]
     assert abs(same["sfid"]) < 1e-4 * result["metrics"]["sfid"]
+
+
+def test_a_users_own_images_are_cropped_as_the_config_says_and_cached_under_that_crop():
+    """Photographs of 640 x 427 pixels: --reference configs/custom.yaml --set data.path=DIR."""
+    sets = [f"data.path={JPEG[0].parent}", "model.img_size=8"]
+    real, labels = evaluate._real_images("configs/custom.yaml", sets)
+    again, other = (
+        evaluate._real_images("configs/custom.yaml", [*sets, *more])[0] for more in ([], ["data.crop=square"])
+    )
+    assert real.count == 2 and labels is None
+    assert [batch.shape for batch in real.batches(1)] == [(1, 8, 8, 3)] * 2
+    assert real.identity() == again.identity() != other.identity()
 
 
 @pytest.fixture

@@ -18,7 +18,11 @@ def arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=int, default=0, help="of the drawn samples and their labels (default 0)")
     command.add_argument("--save-images", metavar="DIR", help="keep the drawn samples as PNGs (default: not written)")
     command.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, as sample.guidance_scale=0.4"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override, as data.path=/my/images; also of --reference YAML",
     )
     command.add_argument(
         "--reference",
@@ -56,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     cache = Path(args.cache) if args.cache else reference.default_cache()
     samples = _drawn_images(args, device) if drawn else features.open_images(args.samples)
     is_config = Path(args.reference).suffix in (".yaml", ".yml")
-    real, labels = _real_images(args.reference) if is_config else (None, None)
+    real, labels = _real_images(args.reference, args.set) if is_config else (None, None)
     if args.features == "digits-fid":
         if labels is None:
             raise UserError(
@@ -82,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"wrote {out}")
 
 
-def _real_images(config: str):
+def _real_images(config: str, overrides: list[str]):
     """A config's training images as (features.Images, labels or None), without flips."""
     import hashlib
 
@@ -93,7 +97,7 @@ def _real_images(config: str):
     from uvit_fast.evaluation.features import Images
     from uvit_fast.images import to_uint8
 
-    cfg = load_config(config, ["data.flip=false"])
+    cfg = load_config(config, [*overrides, "data.flip=false", "data.decoder=pillow"])  # the same pixels everywhere
     if cfg.data.name not in ("digits", "cifar10", "fashion_mnist", "images"):
         raise UserError(
             f"{config}: expected data of images, got {cfg.data.name}; name a folder of images or statistics"
