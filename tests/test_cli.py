@@ -1,8 +1,10 @@
 """The commands: what they write, and one clear line for each mistake."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,7 +12,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests.clip import save_clip
 from uvit_fast import build_model, cli, load_config, sampling
+from uvit_fast.images import to_uint8
+from uvit_fast.jobs import Job
 
 DIGITS = "configs/digits.yaml"
 SMALL = ["--set", "model.embed_dim=32", "--set", "model.depth=2"]
@@ -36,6 +41,79 @@ def test_sample_writes_pngs_and_a_grid(checkpoint, tmp_path):
     assert names == ["000000_class3.png", "000001_class3.png", "000002_class7.png", "000003_class7.png", "grid.png"]
     assert Image.open(tmp_path / "out" / names[0]).size == (8, 8)
     assert Image.open(tmp_path / "out" / "grid.png").width > 4 * 40  # scaled up for a person
+
+
+def test_a_format_may_be_named_and_grids_are_labelled(checkpoint, tmp_path):
+    assert sample(checkpoint, tmp_path / "out", "--num", "2", "--steps", "1", "--format", "npz") == 0
+    assert np.load(tmp_path / "out.npz")["arr_1"].tolist() == [0, 5]
+    assert sample(checkpoint, tmp_path / "out", "--num", "2", "--steps", "1", "--format", "png") == 0
+    grid = np.asarray(Image.open(tmp_path / "out" / "grid.png"))
+    assert grid.shape[:2] == (4 + 48 + 14 + 4, 2 * (48 + 4) + 4)
+    under = grid[4 + 48 : 4 + 48 + 14]  # the class stands under its image, not the same under both
+    assert (under < 128).any() and not np.array_equal(under[:, 4:52], under[:, 56:104])
+
+
+TEXT = ["--config", "configs/s2_cifar10.yaml", "--set", "model.embed_dim=32", "--set", "model.depth=2"]
+TEXT += ["--set", "model.context_dim=16", "--set", "model.context_tokens=8", "--set", "train.p_uncond=0.1"]
+TEXT += ["--set", "sample.sampler=dpm_fast", "--set", "sample.guidance_scale=1.0", "--set", "model.img_size=8"]
+
+
+def test_prompts_become_images_in_equal_shares(tmp_path):
+    """From the command line or a file: the same images, which are those of the Python API with CLIP's features."""
+    cfg = load_config(TEXT[1], TEXT[3::2])
+    clip, weights = save_clip(tmp_path / "clip"), tmp_path / "text.safetensors"
+    model = build_model(cfg).eval()
+    save_file(model.state_dict(), weights)
+    (tmp_path / "prompts.txt").write_text("a b\nb\n")
+    common = [
+        "sample",
+        *TEXT,
+        "--checkpoint",
+        str(weights),
+        "--clip",
+        clip,
+        "--num",
+        "4",
+        "--steps",
+        "2",
+        "--batch",
+        "3",
+    ]
+    given = ["--prompt", "a b", "--prompt", "b", "--format", "npz"]
+    assert cli.main([*common, "--out", str(tmp_path / "one.npz"), *given]) == 0
+    assert cli.main([*common, "--out", str(tmp_path / "two"), "--prompts", str(tmp_path / "prompts.txt")]) == 0
+    images = np.load(tmp_path / "one.npz")
+    assert images.files == ["arr_0"] and (tmp_path / "two" / "prompts.txt").read_text() == "a b\na b\nb\nb\n"
+    drawn = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "two").glob("0*.png"))]
+    assert np.array_equal(images["arr_0"], np.stack(drawn))
+    encode, null = sampling.load_text(cfg, clip, torch.device("cpu"))
+    context = encode(["a b", "a b", "b", "b"])
+    (expected,) = sampling.sample(model, cfg, 4, context=context, null_context=null, steps=2, batch=4)
+    assert np.abs(to_uint8(expected).astype(int) - images["arr_0"]).max() <= 1
+    (other,) = sampling.sample(model, cfg, 4, context=context.flip(0), null_context=null, steps=2, batch=4)
+    assert not torch.allclose(expected, other, atol=1e-3)
+
+
+def test_an_encoder_of_another_width_is_refused(tmp_path):
+    clip = save_clip(tmp_path / "clip", tokens=6)
+    with pytest.raises(sampling.UserError, match=r"expected features \(8, 16\), got \(6, 16\)"):
+        sampling.load_text(load_config(TEXT[1], TEXT[3::2]), clip, torch.device("cpu"))
+
+
+def test_guidance_keeps_to_the_configs_interval(checkpoint):
+    """t = 1, ... 0: an interval that holds no evaluation is no guidance; the whole one is what there was."""
+    cfg = load_config(DIGITS, SMALL[1::2])
+    model, y = sampling.load_for_sampling(cfg, checkpoint, torch.device("cpu")), torch.tensor([3, 7])
+
+    def draw(*overrides, **options):
+        cfg = load_config(DIGITS, [*SMALL[1::2], *overrides])
+        return torch.cat(list(sampling.sample(model, cfg, 2, labels=y, steps=5, **options)))
+
+    none, whole = draw(guidance_scale=0.0), draw()
+    assert torch.equal(draw("sample.guidance_interval=[0.0, 0.0]"), none)
+    part = draw("sample.guidance_interval=[0.0, 0.5]")
+    assert not torch.equal(part, whole) and not torch.equal(part, none)
+    assert torch.equal(draw(guidance_interval=(0.0, 0.5)), part)
 
 
 def test_a_sample_depends_on_seed_and_index_only(checkpoint, tmp_path):
@@ -74,10 +152,38 @@ def test_an_interrupted_job_continues_without_repeating_or_losing_a_sample(check
     assert "continue it with --resume" in capsys.readouterr().err
     assert sample(checkpoint, resumed, *common, "--seed", "1", "--resume") == 2
     assert "--resume expected seed 0, got 1" in capsys.readouterr().err
+    cut = tmp_path / "resumed.npz.parts" / "0000003_0000006.npy"
+    os.truncate(cut, cut.stat().st_size - 10)  # as a full disk leaves it
     assert sample(checkpoint, resumed, *common, "--resume") == 0
-    assert drawn == [0, 3, 6, 6, 9]  # the part that was under way is drawn again, the finished ones are not
+    assert drawn == [0, 3, 6, 3, 6, 9]  # what was under way or is not whole is drawn again, the rest is not
     assert np.array_equal(np.load(whole)["arr_0"], np.load(resumed)["arr_0"])
     assert not (tmp_path / "resumed.npz.parts").exists()
+
+
+def test_a_large_job_holds_a_part_at_a_time(tmp_path):
+    """Two hundred parts of 1 MB: the file is written with the memory of a few of them."""
+    job = Job(tmp_path / "parts", {}, 400, 2, resume=False)
+    assert job.run(lambda first, last: np.full((last - first, 512, 1024, 1), first % 256, np.uint8))
+    tracemalloc.start()
+    sampling.save_npz(tmp_path / "out.npz", job.images(), 400, np.arange(400))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 << 20
+    with np.load(tmp_path / "out.npz") as file:
+        assert file["arr_1"].tolist() == [*range(400)] and file["arr_0"].shape == (400, 512, 1024, 1)
+        assert (file["arr_0"][:, 7, 7, 0] == np.arange(400) // 2 * 2 % 256).all()
+
+
+def test_a_newer_checkpoint_does_not_slip_into_an_interrupted_job(checkpoint, tmp_path, capsys, monkeypatch):
+    run, out = checkpoint.parents[2], tmp_path / "out.npz"
+    monkeypatch.setattr(Job, "close", lambda self: None)  # the parts stay, as after an interruption
+    assert sample(run, out, "--num", "2", "--steps", "1") == 0
+    newer = checkpoint.parent.with_name("step_00000020")
+    newer.mkdir()
+    shutil.copy(checkpoint, newer)
+    assert sample(run, out, "--num", "2", "--steps", "1", "--resume") == 2
+    assert "--resume expected checkpoint" in capsys.readouterr().err
+    assert sample(checkpoint.parent, out, "--num", "2", "--steps", "1", "--resume") == 0
 
 
 def test_two_processes_share_a_job(checkpoint, tmp_path):
@@ -108,6 +214,16 @@ def test_two_processes_share_a_job(checkpoint, tmp_path):
         (["sample", "--config", DIGITS, "--classes", "three"], "expected whole numbers"),
         (["sample", "--config", "configs/s2_cifar10.yaml", "--classes", "3"], "not class-conditional"),
         (["sample", "--config", DIGITS, "--cfg-scale", "0.4"], "expected at least 1"),
+        (["sample", "--config", DIGITS, "--set", "sample.guidance_interval=[0.7, 0.2]"], "0 <= first <= last <= 1"),
+        (["sample", "--config", "configs/l4_64.yaml", "--cfg-scale", "1.4"], "without dropping its condition"),
+        (["sample", "--config", DIGITS, "--prompt", "a cat"], "takes classes, not text; expected no prompt"),
+        (["sample", "--config", "configs/s2_cifar10.yaml", "--prompt", "a cat"], "takes no condition, not text"),
+        (["sample", "--config", "configs/s2_coco.yaml"], "takes text; expected --prompt or --prompts"),
+        (["sample", "--config", "configs/s2_coco.yaml", "--prompt", "a", "--prompts", "b"], "expected one of them"),
+        (["sample", "--config", "configs/s2_coco.yaml", "--prompts", "no.txt"], "expected a text file"),
+        (["sample", "--config", "configs/s2_coco.yaml", "--prompts", os.devnull], "got an empty file"),
+        (["sample", "--config", "configs/s2_coco.yaml", "--prompt", "a", "--classes", "3"], "not class-conditional"),
+        (["sample", "--config", DIGITS, "--format", "png", "--out", "x.npz"], "expected --out to name a folder"),
         (["sample", "--config", DIGITS, "--set", "device=cuda"], "no CUDA device was found"),
         (["sample", "--config", DIGITS], "x.pth: no such checkpoint"),
         (["sample", "--config", DIGITS, "--checkpoint", "configs"], "configs: no EMA weights"),
@@ -120,8 +236,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_two(arguments, words, capsys,
         arguments = [
             *arguments,
             *([] if "--checkpoint" in arguments else ["--checkpoint", "x.pth"]),
-            "--out",
-            str(tmp_path),
+            *([] if "--out" in arguments else ["--out", str(tmp_path)]),
         ]
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err

@@ -1,12 +1,12 @@
 """A sampling job that can be interrupted and spread over processes: parts on disk, one a batch, until all are there.
 
-Sample i depends on the seed and i only, so who draws a part, and when, makes no difference.
+Sample i depends on the seed and i only, so who draws a part, and when, makes no difference. No process holds more than a part.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -35,36 +35,42 @@ class Job:
         self.folder, self.num, self.batch = folder, num, batch
         self.rank, self.ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.parts = [(first, min(first + batch, num)) for first in range(0, num, batch)]
-        refusal = [None]
+        told = [None, []]
         if self.rank == 0:
-            refusal[0] = self._prepare({**settings, "batch": batch}, resume)
+            refusal = self._prepare({**settings, "batch": batch}, resume)
+            told = [refusal, [part for part in self.parts if not self._is_whole(part)]]
         if self.ranks > 1:
             dist.init_process_group("gloo", timeout=timedelta(days=1))  # ranks finish far apart
-            dist.broadcast_object_list(refusal, src=0)
-        if refusal[0] is not None:
-            raise UserError(refusal[0])
+            dist.broadcast_object_list(told, src=0)
+        refusal, self._missing = told
+        if refusal is not None:
+            raise UserError(refusal)
 
-    def run(self, draw: Callable[[int, int], np.ndarray]) -> np.ndarray | None:
-        """Draw what is missing; rank 0 gets all samples in order, (num, H, W, C) uint8, the others None.
+    def run(self, draw: Callable[[int, int], np.ndarray]) -> bool:
+        """Draw what is missing, this process's share of it.
 
         Args:
             draw: draw(first, last) -> samples first ... last - 1, (last - first, H, W, C) uint8.
+
+        Returns:
+            Whether this process collects, in which case all parts are there: rank 0.
         """
-        mine = self.parts[self.rank :: self.ranks]
-        missing = [part for part in mine if not self._file(part).is_file()]
-        done = sum(last - first for first, last in mine) - sum(last - first for first, last in missing)
-        total = sum(last - first for first, last in mine)
-        with tqdm(total=total, initial=done, unit="image", desc="sample", disable=self.rank > 0) as bar:
-            for part in missing:
+        mine = self._missing[self.rank :: self.ranks]
+        done = self.num - sum(last - first for first, last in self._missing)
+        with tqdm(total=self.num, initial=done, unit="image", desc="sample", disable=self.rank > 0) as bar:
+            for part in mine:
                 images = draw(*part)
                 _write(self._file(part), lambda file, images=images: np.save(file, images))
-                bar.update(part[1] - part[0])
+                bar.update(min((part[1] - part[0]) * self.ranks, self.num - bar.n))  # the others keep pace
         if self.ranks > 1:
             dist.barrier()
             dist.destroy_process_group()
-        if self.rank > 0:
-            return None
-        return np.concatenate([np.load(self._file(part)) for part in self.parts])
+        return self.rank == 0
+
+    def images(self) -> Iterator[np.ndarray]:
+        """All samples in order, a part at a time: (B, H, W, C) uint8."""
+        for part in self.parts:
+            yield np.load(self._file(part))
 
     def close(self) -> None:
         """The samples are where they belong: remove the parts."""
@@ -83,6 +89,13 @@ class Job:
         self.folder.mkdir(parents=True, exist_ok=True)
         _write(note, lambda file: file.write_text(json.dumps(settings)))
         return None
+
+    def _is_whole(self, part: tuple[int, int]) -> bool:
+        """Whether a part is there with all its samples; what a full disk or a dead machine cut off is drawn again."""
+        try:
+            return len(np.load(self._file(part), mmap_mode="r")) == part[1] - part[0]
+        except (OSError, ValueError, EOFError):
+            return False
 
     def _file(self, part: tuple[int, int]) -> Path:
         return self.folder / f"{part[0]:07d}_{part[1]:07d}.npy"

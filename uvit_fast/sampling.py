@@ -1,7 +1,9 @@
 """Samples from a trained model: conditions in, images out. Used by the commands, the demo and the training previews."""
 
 import os
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from uvit_fast.build import build_model, build_sampler
 from uvit_fast.config import Config, UserError
+from uvit_fast.data.encoders import load_text_encoder
 from uvit_fast.diffusion.cudagraph import GraphSampler
 from uvit_fast.diffusion.guidance import Guidance
 from uvit_fast.diffusion.noise import sample_generators, sample_noise
@@ -52,7 +55,7 @@ def load_for_sampling(cfg: Config, checkpoint: str | Path, device: torch.device)
 
 
 def find_weights(checkpoint: str | Path) -> Path:
-    """The weight file that a name means: itself, a run folder's newest EMA weights, or a pipeline folder's network.
+    """The weight file that a name means: itself, a run folder's newest EMA weights, a checkpoint's, or a pipeline's network.
 
     Raises:
         UserError: a folder that is neither.
@@ -62,7 +65,7 @@ def find_weights(checkpoint: str | Path) -> Path:
         return path
     if (path / "model_index.json").is_file():
         return path / "model" / "diffusion_pytorch_model.safetensors"
-    found = sorted(path.glob("checkpoints/step_*/ema.safetensors"))
+    found = sorted([*path.glob("checkpoints/step_*/ema.safetensors"), *path.glob("ema.safetensors")])
     if not found:
         raise UserError(f"{path}: no EMA weights; expected checkpoints/step_*/ema.safetensors, which train.py writes")
     return found[-1]
@@ -79,6 +82,14 @@ def check_labels(labels: list[int], cfg: Config) -> list[int]:
     return labels
 
 
+def check_guidance(scale: float, cfg: Config) -> None:
+    """Refuse a scale, the paper's s, of a model that has no unconditional branch."""
+    if scale > 0 and cfg.train.p_uncond == 0:
+        raise UserError(
+            f"guidance: {cfg.name} was trained without dropping its condition; expected a scale of 0 (none), got {scale:g}"
+        )
+
+
 @torch.inference_mode()
 def sample(
     model: UViT,
@@ -86,34 +97,37 @@ def sample(
     num: int,
     *,
     labels: Tensor | None = None,
-    context: Tensor | None = None,
+    context: Tensor | Callable[[range], Tensor] | None = None,
     null_context: Tensor | None = None,
     seed: int = 0,
     batch: int = 50,
     steps: int | None = None,
     guidance_scale: float | None = None,
+    guidance_interval: tuple[float, float] | None = None,
     first: int = 0,
     graphs: GraphSampler | None = None,
 ) -> Iterator[Tensor]:
     """Draw `num` samples, in batches: sample i depends on (seed, i) only, not on the batch size.
 
     Args:
-        labels: (num,) classes; context: (num, T, C) text features with null_context (T, C); neither for an unconditional model.
+        labels: (num,) classes, of a class-conditional model.
+        context, null_context: (num, T, C) text features, or a function from samples' indices to theirs (B, T, C), and (T, C) those
+            of "", of a text-conditional model.
         steps: network evaluations; default `cfg.sample.steps`.
-        guidance_scale: the paper's s; default `cfg.sample.guidance_scale`.
+        guidance_scale: the paper's s in cond + s (cond - uncond), 0 for none; diffusers counts 1 + s. Default
+            `cfg.sample.guidance_scale`.
+        guidance_interval: the times with guidance, as `Guidance` takes them; default `cfg.sample.guidance_interval`.
         first: the index of the first sample, to continue an interrupted job.
         graphs: of the same model; replays the loop as a CUDA graph, and decodes where it was told how.
 
     Yields:
         (B, C, H, W) fp32 on the model's device: pixels in about [-1, 1], or latents times the scale factor.
     """
-    device = model.pos_embed.device
+    device = next(model.parameters()).device
     sampler = build_sampler(cfg, steps)
     scale = cfg.sample.guidance_scale if guidance_scale is None else guidance_scale
-    if scale > 0 and cfg.train.p_uncond == 0:
-        raise UserError(
-            f"guidance: {cfg.name} was trained without dropping its condition; expected a scale of 0, got {scale}"
-        )
+    interval = cfg.sample.guidance_interval if guidance_interval is None else guidance_interval
+    check_guidance(scale, cfg)
     shape = (cfg.model.in_chans, cfg.model.img_size, cfg.model.img_size)
     for start in range(first, num, batch):
         indices = range(start, min(start + batch, num))
@@ -123,18 +137,24 @@ def sample(
         if labels is not None:
             condition, null = {"y": labels[rows].to(device)}, {"y": cfg.null_label}
         elif context is not None:
-            condition, null = {"context": context[rows].to(device)}, {"context": null_context}
+            features = context(indices) if callable(context) else context[rows]
+            condition, null = {"context": features.to(device)}, {"context": null_context}
         keys = sample_generators(seed, indices, device)
         if graphs is not None:
-            yield graphs(sampler, x_T, condition, null, scale, keys=keys)
+            yield graphs(sampler, x_T, condition, null, scale, interval, keys=keys)
         else:
-            eps_fn = Guidance(model, condition, null, scale) if scale else partial(model, **condition)
+            eps_fn = Guidance(model, condition, null, scale, interval) if scale else partial(model, **condition)
             yield sampler(eps_fn, x_T, generator=keys)
+
+
+def spread(num: int, items: list) -> list:
+    """`num` items that go through `items` in equal shares, in their order."""
+    return [items[i * len(items) // num] for i in range(num)]
 
 
 def spread_labels(num: int, classes: list[int]) -> Tensor:
     """(num,) labels that go through `classes` in equal shares, sorted as a grid shows them."""
-    return torch.tensor([classes[i * len(classes) // num] for i in range(num)])
+    return torch.tensor(spread(num, classes))
 
 
 def training_preview(cfg: Config) -> Callable[[UViT, int, Path], Path] | None:
@@ -161,14 +181,47 @@ def training_preview(cfg: Config) -> Callable[[UViT, int, Path], Path] | None:
 
 
 def load_decoder(cfg: Config, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """The frozen autoencoder of `cfg.latent`: a function from latents (B, C, h, w) to pixels (B, 3, 8h, 8w) in about [-1, 1].
+    """The frozen autoencoder of `cfg.latent`, as `decoder` makes it: bf16 on a GPU, fp32 on a CPU.
 
     Raises:
         ImportError: diffusers is not installed; the message names the extra.
         UserError: the autoencoder is neither a local folder nor to be had from the hub.
     """
     vae = load_autoencoder(cfg.latent.decoder).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    return lambda z: vae.decode(z.to(vae.dtype) / cfg.latent.scale_factor).sample.float()
+    return decoder(vae, cfg.latent.scale_factor)
+
+
+def decoder(vae: Any, scale_factor: float, chunk: int = 25) -> Callable[[Tensor], Tensor]:
+    """A function from latents (B, C, h, w) to pixels (B, 3, 8h, 8w) fp32 in about [-1, 1].
+
+    Args:
+        vae: diffusers' `AutoencoderKL`.
+        scale_factor: what latents were multiplied with.
+        chunk: latents at a time, whatever the sampling batch: activations at the images' size are what takes the memory.
+    """
+
+    def decode(z: Tensor) -> Tensor:
+        parts = (z.to(vae.dtype) / scale_factor).split(chunk)
+        return torch.cat([vae.decode(part).sample.float() for part in parts])
+
+    return decode
+
+
+def load_text(cfg: Config, name: str, device: torch.device) -> tuple[Callable[[list[str]], Tensor], Tensor]:
+    """The text encoder of a text-conditional model: captions -> features (B, T, C) fp32, and those of "", (T, C).
+
+    Args:
+        name: CLIP, a local folder or a hub name.
+
+    Raises:
+        ImportError: transformers is not installed; the message names the extra.
+        UserError: the encoder cannot be had, or its features do not fit the model.
+    """
+    encode, _ = load_text_encoder(name, device)
+    null, expected = encode([""])[0], (cfg.model.context_tokens, cfg.model.context_dim)
+    if null.shape != expected:
+        raise UserError(f"text encoder {name}: {cfg.name} expected features {expected}, got {tuple(null.shape)}")
+    return encode, null
 
 
 def load_autoencoder(name: str) -> Any:
@@ -191,17 +244,40 @@ def load_autoencoder(name: str) -> Any:
         raise UserError(f"autoencoder {name}: neither a local folder nor found on the hub ({reason})") from None
 
 
-def save_pngs(folder: Path, images: np.ndarray, labels: np.ndarray | None) -> None:
-    """One PNG an image, (N, H, W, C) uint8: 000000.png, or 000000_class207.png where there are labels."""
+def save_pngs(folder: Path, batches: Iterable[np.ndarray], labels: np.ndarray | None) -> None:
+    """One PNG an image of batches (B, H, W, C) uint8: 000000.png, or 000000_class207.png where there are labels."""
     folder.mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(images):
+
+    def save(numbered: tuple[int, np.ndarray]) -> None:
+        i, image = numbered
         name = f"{i:06d}" + ("" if labels is None else f"_class{labels[i]}")
         Image.fromarray(image if image.shape[-1] == 3 else image[..., 0]).save(folder / f"{name}.png")
 
+    first = 0
+    with ThreadPoolExecutor() as pool:  # compression leaves Python's lock
+        for images in batches:
+            list(pool.map(save, enumerate(images, first)))
+            first += len(images)
 
-def save_npz(path: Path, images: np.ndarray, labels: np.ndarray | None) -> None:
-    """ADM's sample file: arr_0 uint8 (N, H, W, C), arr_1 int64 labels where there are some."""
+
+def save_npz(path: Path, batches: Iterable[np.ndarray], num: int, labels: np.ndarray | None) -> None:
+    """ADM's sample file: arr_0 uint8 (N, H, W, C), arr_1 int64 labels where there are some.
+
+    Args:
+        batches: of `num` images together, (B, H, W, C) uint8 each; one at a time is in memory.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp.npz")
-    np.savez(temporary, images, *([labels] if labels is not None else []))
+    temporary, written = path.with_name(path.name + ".tmp.npz"), 0
+    with zipfile.ZipFile(temporary, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            for images in batches:
+                if not written:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (num, *images.shape[1:])}
+                    np.lib.format.write_array_header_1_0(file, header)
+                file.write(np.ascontiguousarray(images, np.uint8).data)
+                written += len(images)
+        if labels is not None:
+            with archive.open("arr_1.npy", "w") as file:
+                np.lib.format.write_array(file, labels)
+    assert written == num
     temporary.rename(path)

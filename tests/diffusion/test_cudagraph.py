@@ -84,6 +84,21 @@ def test_text_features_and_their_null_are_inputs(net):
     assert graphs.captures == 1
 
 
+def test_a_capture_costs_a_few_evaluations_more_and_can_be_made_beforehand(net):
+    """A rehearsal has every kind of stage of a thousand steps: with noise and without, guided and not."""
+    graphs, sampler, (x_T, y), keys = RecordedGraphs(), EulerMaruyama(VPSchedule(), 200), batch(2), torch.tensor([1, 2])
+    sample, arguments = GraphSampler(net, graphs=graphs), (sampler, x_T, {"y": y}, {"y": NULL}, 0.4, (0.0, 0.5))
+    assert sample.prepare(*arguments, keys=keys) and graphs.captures == 1
+    assert 200 < len(net.rows) <= 208 and set(net.rows[:-200]) == {2, 4}
+    net.rows.clear()
+    got = sample(*arguments, keys=keys)
+    assert graphs.captures == 1 and not net.rows
+    assert torch.equal(got, plain(net, sampler, x_T, y, 0.4, (0.0, 0.5), keys))
+    unable = GraphSampler(lambda x, t: x * float(t[0]), graphs=graphs)
+    with pytest.warns(RuntimeWarning, match="uncaptured"):
+        assert not unable.prepare(SAMPLERS[0], x_T)
+
+
 def test_a_smaller_batch_is_padded_and_a_larger_one_captured(net):
     graphs, sampler = RecordedGraphs(), SAMPLERS[0]
     sample = GraphSampler(net, graphs=graphs)

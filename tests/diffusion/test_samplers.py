@@ -267,6 +267,22 @@ def test_the_loop_never_asks_the_device_for_a_value(solver):
     assert x.shape == (2, 1, 4, 4) and x.device.type == "meta"
 
 
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.2, 0.6)])
+@pytest.mark.parametrize("solver", [*ODE, EulerMaruyama])
+def test_a_rehearsal_is_short_and_has_every_kind_of_stage(solver, interval):
+    def kinds(sampler):
+        return {
+            (len(s.update.outputs), bool(s.update.on_x), s.update.noise > 0, s.last, interval[0] <= s.t <= interval[1])
+            for s in sampler.stages
+        }
+
+    for steps in (1, 2, 3, 50):
+        sampler = solver(VPSchedule(), steps)
+        short = sampler.rehearsal(interval)
+        assert kinds(short) == kinds(sampler) and len(short.stages) <= min(steps, 14) and len(sampler.stages) == steps
+        assert torch.isfinite(short(gaussian_eps(VPSchedule()), torch.randn(2, 1, 2, 2))).all()
+
+
 def test_steps_below_one_are_refused():
     for solver in (*ODE, EulerMaruyama):
         with pytest.raises(ValueError, match="steps: expected at least 1 network evaluation, got 0"):

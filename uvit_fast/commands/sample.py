@@ -1,12 +1,14 @@
 """`uvit-fast sample`: draw images from a checkpoint."""
 
 import argparse
+import hashlib
 from pathlib import Path
 
 from uvit_fast.commands.arguments import config_arguments, numbers, positive
-from uvit_fast.config import UserError, load_config
+from uvit_fast.config import Config, UserError, load_config
 
 HELP = "draw images from a checkpoint"
+CLIP = "openai/clip-vit-large-patch14"
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
@@ -15,31 +17,39 @@ def arguments(command: argparse.ArgumentParser) -> None:
         "--checkpoint", required=True, help=".pth, .safetensors, or a run folder (its newest EMA weights)"
     )
     command.add_argument("--out", required=True, help="folder for the images, or a .npz file in ADM's format")
+    command.add_argument("--format", choices=["png", "npz"], help="default: npz where --out ends in .npz, else png")
     command.add_argument("--num", type=positive, default=16, help="images to draw (default 16)")
     command.add_argument("--classes", help="labels, as 207,360; default: all of the model's classes in equal shares")
+    command.add_argument("--prompt", action="append", help="of a text model; may be given again, for equal shares")
+    command.add_argument("--prompts", metavar="FILE", help="of a text model: one prompt a line")
+    command.add_argument("--clip", default=CLIP, help="text encoder: a folder, or a hub name")
     command.add_argument("--seed", type=int, default=0, help="sample i depends on the seed and i only (default 0)")
     command.add_argument("--steps", type=positive, help="network evaluations a sample; default: the config's")
     command.add_argument(
-        "--cfg-scale", type=float, help="guidance in diffusers' convention, 1 + s; 1: none; default: the config's"
+        "--cfg-scale",
+        type=float,
+        help="guidance in diffusers' convention, 1 + s for the s of the paper and of sample.guidance_scale; 1: none; "
+        "default: the config's",
     )
-    command.add_argument("--batch", type=positive, default=50, help="images at a time (default 50)")
+    command.add_argument("--batch", type=positive, help="images at a time (default 250 on a GPU, 50 on a CPU)")
     command.add_argument("--resume", action="store_true", help="continue an interrupted job with the same settings")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Draw images; write PNGs and a grid into a folder, or an .npz."""
+    """Draw images; write PNGs and a labelled grid into a folder, or an .npz."""
     import numpy as np
 
     from uvit_fast import jobs, sampling
     from uvit_fast.diffusion.cudagraph import GraphSampler
-    from uvit_fast.images import save_grid, to_uint8
+    from uvit_fast.images import to_uint8
 
     cfg = load_config(args.config, args.set)
-    if cfg.model.context_dim:
-        raise UserError(f"sample: {cfg.name} takes text features, which this command cannot make; use the Python API")
+    out = _out(args)
     scale = None if args.cfg_scale is None else args.cfg_scale - 1  # the paper's s
     if scale is not None and scale < 0:
         raise UserError(f"--cfg-scale: expected at least 1 (no guidance), got {args.cfg_scale}")
+    sampling.check_guidance(scale or 0.0, cfg)
+    prompts = _prompts(args, cfg)
     device = sampling.pick_device(cfg.device)
     labels = None
     if cfg.model.num_classes:
@@ -48,31 +58,86 @@ def run(args: argparse.Namespace) -> None:
         labels = sampling.spread_labels(args.num, classes)
     elif args.classes:
         sampling.check_labels(numbers(args.classes), cfg)
-    model = sampling.load_for_sampling(cfg, args.checkpoint, device)
+    checkpoint = sampling.find_weights(args.checkpoint)
+    model = sampling.load_for_sampling(cfg, checkpoint, device)
     decode = sampling.load_decoder(cfg, device) if cfg.latent else None
 
     options = {"steps": args.steps, "guidance_scale": scale, "seed": args.seed, "labels": labels}
+    if prompts:
+        prompts = sampling.spread(args.num, prompts)
+        encode, options["null_context"] = sampling.load_text(cfg, args.clip, device)
+        options["context"] = lambda rows: encode(prompts[rows.start : rows.stop])
     graphs = GraphSampler(model, decode) if device.type == "cuda" else None
     decode = decode if decode and not graphs else lambda x: x
+    batch = args.batch or (250 if device.type == "cuda" else 50)
 
     def draw(first: int, last: int) -> np.ndarray:
-        batches = sampling.sample(model, cfg, last, first=first, batch=args.batch, graphs=graphs, **options)
+        batches = sampling.sample(model, cfg, last, first=first, batch=batch, graphs=graphs, **options)
         return np.concatenate([to_uint8(decode(x)) for x in batches])
 
-    out = Path(args.out)
-    settings = {
-        name: getattr(args, name)
-        for name in ("config", "set", "checkpoint", "num", "classes", "seed", "steps", "cfg_scale")
-    }
-    job = jobs.Job(out.with_name(out.name + ".parts"), settings, args.num, args.batch, resume=args.resume)
-    images = job.run(draw)
-    if images is None:  # another rank writes
+    settings = {name: getattr(args, name) for name in ("config", "set", "num", "classes", "seed", "steps", "cfg_scale")}
+    settings["checkpoint"] = str(checkpoint)  # of a run that goes on, the newest may be another one tomorrow
+    settings["prompts"] = prompts and hashlib.sha256("\n".join([args.clip, *prompts]).encode()).hexdigest()
+    job = jobs.Job(out.with_name(out.name + ".parts"), settings, args.num, batch, resume=args.resume)
+    if not job.run(draw):  # another rank writes
         return
     names = None if labels is None else labels.numpy()
     if out.suffix == ".npz":
-        sampling.save_npz(out, images, names)
+        sampling.save_npz(out, job.images(), args.num, names)
     else:
-        sampling.save_pngs(out, images, names)
-        save_grid(images[:100], out / "grid.png", columns=min(10, args.num))
+        sampling.save_pngs(out, job.images(), names)
+        _save_grid(out, job.images(), args.num, prompts if labels is None else [str(label) for label in names])
+        if prompts:
+            (out / "prompts.txt").write_text("\n".join(prompts) + "\n")
     job.close()
     print(f"wrote {args.num} images to {out}")
+
+
+def _out(args: argparse.Namespace) -> Path:
+    """Where the images go: a folder, or a name that ends in .npz."""
+    out = Path(args.out)
+    if args.format == "png" and out.suffix == ".npz":
+        raise UserError(f"--format png: expected --out to name a folder, got {out}")
+    return out.with_name(out.name + ".npz") if args.format == "npz" and out.suffix != ".npz" else out
+
+
+def _prompts(args: argparse.Namespace, cfg: Config) -> list[str] | None:
+    """The prompts of a text model; None of another.
+
+    Raises:
+        UserError: prompts for a model that takes none, none for one that does, or both ways of giving them.
+    """
+    if args.prompt is None and args.prompts is None:
+        if cfg.model.context_dim:
+            raise UserError(f"sample: {cfg.name} takes text; expected --prompt or --prompts")
+        return None
+    if not cfg.model.context_dim:
+        kind = "classes" if cfg.model.num_classes else "no condition"
+        raise UserError(f"--prompt: {cfg.name} takes {kind}, not text; expected no prompt")
+    if args.prompt and args.prompts:
+        raise UserError("--prompt and --prompts: expected one of them, got both")
+    if args.prompt:
+        return args.prompt
+    try:
+        prompts = Path(args.prompts).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {args.prompts}: expected a text file with one prompt a line ({error})") from None
+    if not prompts:
+        raise UserError(f"--prompts {args.prompts}: expected one prompt a line, got an empty file")
+    return prompts
+
+
+def _save_grid(folder: Path, batches, num: int, captions: list[str] | None) -> None:
+    """The first hundred images, ten a row, with their classes or prompts."""
+    import numpy as np
+
+    from uvit_fast.images import save_grid
+
+    images: list[np.ndarray] = []
+    for batch in batches:
+        images += [*batch[: 100 - len(images)]]
+        if len(images) == min(100, num):
+            break
+    save_grid(
+        np.stack(images), folder / "grid.png", columns=min(10, num), captions=captions and captions[: len(images)]
+    )

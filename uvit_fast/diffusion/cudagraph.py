@@ -32,7 +32,7 @@ class Graphs(Protocol):
         """Bytes that captures may hold on a device where the caller names no bound."""
 
     def warm_up(self, run: Callable[[], Tensor]) -> None:
-        """Run once where capturing will happen, so that everything lazy is done."""
+        """Run what has each kind of kernel once, where capturing will happen, so that everything lazy is done."""
 
     def capture(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor, int]:
         """Record run(): a replay, the tensor that a replay fills, the bytes that it holds.
@@ -172,19 +172,37 @@ class GraphSampler:
         Raises:
             ValueError: a batch of no sample, or guidance without a condition or its null.
         """
+        interval = tuple(interval) if scale else ALWAYS
+        with torch.inference_mode(), _current(x_T.device):
+            inputs = self._inputs(sampler, x_T, condition or {}, null or {}, scale, keys)
+            capture = self._find(sampler, inputs, interval)
+            output = self._run(sampler, inputs, interval) if capture is None else _replay(capture, inputs)
+        return output.clone()  # outside inference mode, and outside the graph's memory
+
+    def prepare(
+        self,
+        sampler: Sampler,
+        x_T: Tensor,
+        condition: dict[str, Tensor] | None = None,
+        null: dict[str, Tensor | int] | None = None,
+        scale: float = 0.0,
+        interval: tuple[float, float] = ALWAYS,
+        keys: Tensor | None = None,
+    ) -> bool:
+        """Capture what a call with these arguments would replay, and sample nothing: before a service takes requests, say.
+
+        Returns:
+            Whether such a call replays; where it will not, a warning has said why.
+        """
+        with torch.inference_mode(), _current(x_T.device):
+            inputs = self._inputs(sampler, x_T, condition or {}, null or {}, scale, keys)
+            return self._find(sampler, inputs, tuple(interval) if scale else ALWAYS) is not None
+
+    def _inputs(self, sampler: Sampler, x_T: Tensor, condition, null, scale: float, keys: Tensor | None) -> Inputs:
         if len(x_T) == 0:
             raise ValueError(f"x_T: expected at least one sample, got {tuple(x_T.shape)}")
         if scale != 0 and not condition:
             raise ValueError(f"scale {scale}: guidance needs a condition")
-        with torch.inference_mode():
-            inputs = self._inputs(sampler, x_T, condition or {}, null or {}, scale, keys)
-            with torch.cuda.device(x_T.device if x_T.is_cuda else -1):
-                output = self._replay(sampler, inputs, tuple(interval) if scale else ALWAYS)
-            if output is None:
-                output = self._run(sampler, inputs, interval)
-        return output.clone()  # outside inference mode, and outside the graph's memory
-
-    def _inputs(self, sampler: Sampler, x_T: Tensor, condition, null, scale: float, keys: Tensor | None) -> Inputs:
         inputs = {"x_T": x_T} | {f"condition.{name}": value for name, value in condition.items()}
         if sampler.draws_noise:
             inputs["keys"] = torch.randint(-(2**63), 2**63 - 1, x_T.shape[:1]) if keys is None else keys
@@ -199,8 +217,8 @@ class GraphSampler:
                 raise ValueError(f"{name}: expected {len(x_T)} rows, one a sample, got {tuple(value.shape)}")
         return {name: value.to(x_T.device, non_blocking=True) for name, value in inputs.items()}
 
-    def _replay(self, sampler: Sampler, inputs: Inputs, interval: tuple[float, float]) -> Tensor | None:
-        """The captured loop's output for `inputs`, in the graph's memory; None where it must run uncaptured."""
+    def _find(self, sampler: Sampler, inputs: Inputs, interval: tuple[float, float]) -> _Capture | None:
+        """The capture that serves `inputs`, made where there is none; None where they must run uncaptured."""
         device, batch = inputs["x_T"].device, len(inputs["x_T"])
         shapes = tuple((name, v.shape[1:] if _batched(name) else v.shape, v.dtype) for name, v in inputs.items())
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
@@ -213,12 +231,7 @@ class GraphSampler:
         if {key, kind} & self._refused or (not fitting and not self._capture(key, sampler, inputs, interval, weights)):
             return None
         self._captures.move_to_end(key)
-        capture = self._captures[key]
-        for name, value in inputs.items():
-            buffer = capture.inputs[name]
-            (buffer[:batch] if _batched(name) else buffer).copy_(value)  # padding keeps what an earlier call left
-        capture.replay()
-        return capture.output[:batch]
+        return self._captures[key]
 
     def _capture(self, key: tuple, sampler: Sampler, inputs: Inputs, interval, weights: tuple) -> bool:
         """Record the loop for a batch of the size of `inputs`, and keep it; False, once with a warning, where that fails."""
@@ -228,15 +241,16 @@ class GraphSampler:
             buffers = {name: value.clone(memory_format=torch.contiguous_format) for name, value in inputs.items()}
             bound = self.graphs.budget(device) if self.max_bytes is None else self.max_bytes
 
-            def run() -> Tensor:
+            def run(sampler: Sampler) -> Tensor:
                 # autocast's cache would hand the capture weights that it casts, keeps, and frees
                 dtype, enabled = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
                 with torch.autocast(device.type, dtype, enabled, cache_enabled=False):
                     return self._run(sampler, buffers, interval)
 
-            self.graphs.warm_up(run)
+            tables = sampler.tables(device)  # a capture cannot copy from the host
+            self.graphs.warm_up(lambda: run(sampler.rehearsal(interval)))
             try:
-                replay, output, held = self.graphs.capture(run)
+                replay, output, held = self.graphs.capture(lambda: run(sampler))
             except RuntimeError as error:
                 why = str(error).strip().split("\n")[0]
                 if isinstance(error, torch.OutOfMemoryError):
@@ -246,7 +260,7 @@ class GraphSampler:
                 if held <= bound:
                     while self._captures and self.bytes + held > bound:
                         self._captures.popitem(last=False)
-                    self._captures[key] = _Capture(buffers, replay, output, held, weights, sampler.tables(device))
+                    self._captures[key] = _Capture(buffers, replay, output, held, weights, tables)
                     return True
                 why, refused = f"its {held:,} bytes are over the bound of {bound:,}", key
         self._refused.add(refused)
@@ -268,6 +282,21 @@ class GraphSampler:
 
         x_0 = sampler(eps_fn, inputs["x_T"], generator=inputs.get("keys"))
         return x_0 if self.decode is None else self.decode(x_0)
+
+
+def _replay(capture: _Capture, inputs: Inputs) -> Tensor:
+    """The captured loop's output for `inputs`, in the graph's memory."""
+    batch = len(inputs["x_T"])
+    for name, value in inputs.items():
+        buffer = capture.inputs[name]
+        (buffer[:batch] if _batched(name) else buffer).copy_(value)  # padding keeps what an earlier call left
+    capture.replay()
+    return capture.output[:batch]
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager:
+    """`device` as the current one, where it is a CUDA device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _batched(name: str) -> bool:

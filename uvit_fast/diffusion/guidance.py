@@ -1,6 +1,7 @@
 """Classifier-free guidance: eps = cond + s (cond - uncond), both branches in one batch of 2B.
 
-s is the paper's: s = 0.4 is a guidance scale of 1.4 in the convention of DiT and diffusers; s = 0 runs one branch.
+s is the paper's: s = 0.4 is a guidance scale of 1.4 in the convention of DiT and diffusers; s = 0 runs one branch. Configs and this
+package's functions take s as `guidance_scale`; `uvit-fast sample --cfg-scale` and the pipeline's `guidance_scale` are 1 + s.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,9 @@ class Guidance:
         null: name -> the condition that means none: a number, or a tensor without the batch dimension.
         scale: the paper's s; a () fp32 tensor may change between two calls.
         interval: guide where the schedule's time t in [0, 1] (0: data) lies inside, run one branch elsewhere (Kynkaanniemi
-            et al. 2024). The samplers keep to it; calling the object itself always guides.
+            et al. 2024, "Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in Diffusion
+            Models", which gives it in noise levels sigma / alpha). The samplers keep to it; calling the object itself always
+            guides.
     """
 
     def __init__(

@@ -8,14 +8,16 @@ a stage on a GPU.
 Equations: DPM-Solver (Lu et al. 2022, Algorithms 1 and 2), DPM-Solver++ (Lu et al. 2022b), score SDE (Song et al. 2021).
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from uvit_fast.diffusion.guidance import EpsFn, evaluate
+from uvit_fast.diffusion.guidance import ALWAYS, EpsFn, evaluate
 from uvit_fast.diffusion.schedules import Schedule
 from uvit_fast.kernels.solver_step import Update, reference, solver_step, why_not
 
@@ -62,6 +64,35 @@ class Sampler:
             with torch.inference_mode(False):  # kept, so also fit for a later call with gradients
                 self._tables[device] = tuple(torch.tensor(c, dtype=torch.float32, device=device) for c in columns)
         return self._tables[device]
+
+    def rehearsal(self, interval: tuple[float, float] = ALWAYS) -> Self:
+        """The same sampler with no more of its intervals than give each kind of stage: what a capture needs done before it,
+        at the price of a few evaluations. Its samples mean nothing.
+
+        Args:
+            interval: of guidance; stages inside and outside it are of different kinds.
+        """
+        seen, stages, group = set(), [], []
+        for stage in self.stages:
+            group.append(stage)
+            if not stage.last:
+                continue
+            kinds = {
+                (
+                    len(s.update.outputs),
+                    s.update[:2] == NOISE,
+                    s.update.noise > 0,
+                    s.last,
+                    interval[0] <= s.t <= interval[1],
+                )
+                for s in group
+            }
+            if not kinds <= seen or len(stages) < 4:  # four, so that a table's rows of every alignment occur
+                stages += group
+            seen, group = seen | kinds, []
+        short = copy.copy(self)
+        short.stages, short._tables = stages, {}
+        return short
 
     def __call__(
         self,
