@@ -72,6 +72,7 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
             return "failed"
         if what == "train":
             rows = [{"step": step, "loss": 1 / step} for step in (10, 20)]
+            (folder / "environment.json").write_text('{"device": "x86_64", "cuda": null}')
             (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         else:
             Path(command[-1]).write_text(json.dumps({"metrics": {"digits-fid": len(folder.name), "digits-sfid": 0}}))

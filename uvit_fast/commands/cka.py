@@ -8,7 +8,7 @@ from uvit_fast.commands.arguments import positive
 from uvit_fast.config import UserError, load_config
 
 HELP = "CKA between the representations after every block, a matrix a checkpoint"
-COLUMNS = ["checkpoint", "skip", "block", "other_block", "cka"]
+COLUMNS = ["checkpoint", "data", "skip", "block", "other_block", "cka"]
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     if not table.is_file():
         raise UserError(f"{table}: no such file; expected what `uvit-fast cka` without --draw writes")
     with open(table, newline="") as file:
-        draw(list(csv.DictReader(file)), picture)
+        draw(list(csv.DictReader(file)), picture, args.time)
     print(f"wrote {table} and {picture}")
 
 
@@ -85,13 +85,13 @@ def _matrix(args: argparse.Namespace, checkpoint: str) -> list[dict]:
     name, skip = Path(checkpoint).name, cfg.model.skip
     print(f"{name}: neighbouring blocks {matrix.diagonal(1).mean():.3f} on average, least {matrix.min():.3f}")
     return [
-        dict(zip(COLUMNS, (name, skip, i + 1, j + 1, f"{value:.6f}")))
+        dict(zip(COLUMNS, (name, cfg.data.name, skip, i + 1, j + 1, f"{value:.6f}")))
         for i, row in enumerate(matrix.tolist())
         for j, value in enumerate(row)
     ]
 
 
-def draw(rows: list[dict[str, str]], path: Path) -> None:
+def draw(rows: list[dict[str, str]], path: Path, time: float) -> None:
     """The matrices side by side, with block numbers, on one colour scale."""
     import numpy as np
 
@@ -115,6 +115,9 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
         ax.set_title(f"skip: {skip}\nneighbouring blocks: {neighbours:.2f} on average", fontsize=9)
     axes[0][0].set_ylabel("block")
     figure.colorbar(image, ax=axes[0].tolist(), label="linear CKA (1: alike)", shrink=0.8)
-    figure.suptitle("Similarity of the representations after each block, t = 0.5 (the paper's appendix E)", fontsize=10)
+    title = (
+        f"Similarity of the representations after each block, t = {time:g}, {rows[0]['data']} (the paper's appendix E)"
+    )
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150, metadata={"Software": None})
     plt.close(figure)

@@ -21,6 +21,7 @@ from uvit_fast.config import Config, Section, UserError, load_config
 
 HELP = "train and measure variations of one config, and plot the metric against each factor"
 COLUMNS = ["factor", "value", "member", "parameters", "gmacs", "steps", "images", "loss", "metric", "figure"]
+COLUMNS += ["data", "device"]
 AXES = {
     "depth": "depth (blocks: one more)",
     "width": "width D",
@@ -177,9 +178,18 @@ def write(members: list[Member], work: _Work, out: Path) -> None:
         metrics = json.loads(work.result(member).read_text())["metrics"]
         metric = next(name for name in metrics if name.endswith("fid"))
         parameters, macs = count(member.config)
+        environment = json.loads((out / member.name / "environment.json").read_text())
+        device = environment["device"] if environment["cuda"] else "CPU"
         for factor, value in member.points:
             row = (factor, value, member.name, parameters, f"{macs / 1e9:.5g}", member.config.train.iterations)
-            figures = (work.args.num, f"{sum(tail) / len(tail):.6g}", metric, f"{metrics[metric]:.6g}")
+            figures = (
+                work.args.num,
+                f"{sum(tail) / len(tail):.6g}",
+                metric,
+                f"{metrics[metric]:.6g}",
+                member.config.data.name,
+                device,
+            )
             points.append(dict(zip(COLUMNS, (*row, *figures))))
     for name, columns, rows in (("sweep", COLUMNS, points), ("losses", ["member", "step", "loss"], losses)):
         with open(out / f"{name}.csv", "w", newline="") as file:
@@ -226,9 +236,10 @@ def draw(out: Path) -> None:
         ax.grid(axis="y")
     axes[0][0].set_ylim(bottom=0, top=axes[0][0].get_ylim()[1] * 1.08)
     axes[0][0].set_ylabel(f"{points[0]['metric']} (lower is better)")
-    steps, images = int(points[0]["steps"]), int(points[0]["images"])
-    about = f"{steps:,} steps each, {images:,} samples of the EMA weights"
-    figure.suptitle(f"One factor at a time, {about} (the paper's appendix B, Figure 1)", fontsize=10)
+    first = points[0]
+    where = f"{first['data']}, {first['device']}"
+    about = f"{int(first['steps']):,} steps each, {int(first['images']):,} samples of the EMA weights; {where}"
+    figure.suptitle(f"One factor at a time (the paper's appendix B, Figure 1)\n{about}", fontsize=9)
     figure.savefig(out / "factors.png", dpi=150, metadata={"Software": None})
     plt.close(figure)
 
@@ -250,8 +261,7 @@ def draw(out: Path) -> None:
     ax.set_xlabel("optimizer steps")
     ax.set_ylabel("training loss, mean of (ε − ε̂)²")
     ax.legend(frameon=False, title=f"long skip (mean over {SMOOTH:.0%} of the run)")
-    ax.set_title(
-        "Training loss by skip mode, same data and noise (compare the paper's Figure 2a)", fontsize=10, color=INK
-    )
+    title = "Training loss by skip mode, same data and noise (compare the paper's Figure 2a)"
+    ax.set_title(f"{title}\n{where}", fontsize=9, color=INK)
     figure.savefig(out / "losses.png", dpi=150, metadata={"Software": None})
     plt.close(figure)
