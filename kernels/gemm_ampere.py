@@ -209,10 +209,10 @@ def linear_gelu_backward(dy: Tensor, w: Tensor, h: Tensor) -> tuple[Tensor, Tens
         h: (M, N), the GELU's argument.
 
     Returns:
-        dh = (dy @ w) * GELU'(h), (M, N); GELU(h), (M, N), which the weight gradient needs; the column sums of dh, (N,) fp32.
+        dh = (dy @ w) * GELU'(h), (M, N); GELU(h), (M, N), which the weight gradient needs; the column sums of dh, (N,).
     """
     dh, act, partial = _run(GELU_BACKWARD, dy, w.t(), side=h)
-    return dh, act, partial.sum(0)
+    return dh, act, *layernorm.totals(partial, 1, dy.dtype)
 
 
 def input_gradient(dy: Tensor, w: Tensor) -> Tensor:
@@ -221,7 +221,7 @@ def input_gradient(dy: Tensor, w: Tensor) -> Tensor:
 
 
 def weight_gradient(dy: Tensor, x: Tensor, *, bias: bool, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """dy.T @ x, (N, K), and with `bias` the column sums of dy, (N,) fp32.
+    """dy.T @ x, (N, K), and with `bias` the column sums of dy, (N,).
 
     Args:
         dy: (M, N); x: (M, K), contiguous.

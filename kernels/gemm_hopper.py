@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from . import gemm_ampere, launch, wgrad_hopper
+from . import gemm_ampere, launch, layernorm, wgrad_hopper
 from .gemm_ampere import A0 as _A0
 from .gemm_ampere import A1 as _A1
 from .gemm_ampere import A2 as _A2
@@ -384,7 +384,7 @@ def linear_gelu(
 def linear_gelu_backward(dy: Tensor, w: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dh, GELU(h) and the column sums of dh: see `gemm_ampere.linear_gelu_backward`."""
     dh, act, partial = _run(GELU_BACKWARD, dy, w, side=h, transposed=True)
-    return dh, act, partial.sum(0)
+    return dh, act, *layernorm.totals(partial, 1, dy.dtype)
 
 
 def input_gradient(dy: Tensor, w: Tensor) -> Tensor:

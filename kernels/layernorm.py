@@ -209,7 +209,7 @@ def _backward_kernel(
 
 def backward(
     g: Tensor, x: Tensor, stats: Tensor, gamma: Tensor, beta: Tensor, dy: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Back through LayerNorm in one pass over the tokens.
 
     Args:
@@ -218,8 +218,8 @@ def backward(
         dy: (M, D), added to the gradient of x: the residual's way around the LayerNorm.
 
     Returns:
-        dx (M, D); LayerNorm(x) (M, D), which the weight gradient needs and nobody kept; sums (3, D) fp32: the gradients of
-        gamma and beta, and with dy its column sums.
+        dx (M, D); LayerNorm(x) (M, D), which the weight gradient needs and nobody kept; the gradients of gamma and beta, (D,)
+        each, and with dy its column sums (D,).
     """
     M, D = x.shape
     dx, normed = torch.empty_like(x), torch.empty_like(x)
@@ -229,7 +229,52 @@ def backward(
     args = (g, x, g if dy is None else dy, stats, gamma, beta, dx, normed, partial, M)
     options = {"D": D, "LO": low, "HI": high, "RESIDUAL": dy is not None, "num_warps": tuned["warps"]}
     launch.run(x.device, _backward_kernel, (programs,), args, options)
-    return dx, normed, partial[:, : 2 if dy is None else 3].sum(0)
+    return dx, normed, *totals(partial, 2 if dy is None else 3, x.dtype)
+
+
+@triton.jit
+def _totals_kernel(
+    partial,  # (P, ..., D) fp32, first index `stride` apart
+    first,  # (D,)
+    second,  # (D,)
+    third,  # (D,)
+    P,
+    stride,
+    D,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    which = tl.program_id(1)
+    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(0, P, ROWS):
+        row = start + tl.arange(0, ROWS)
+        mask = (row < P)[:, None] & (col < D)[None, :]
+        total += tl.load(partial + row[:, None] * stride + which * D + col[None, :], mask=mask, other=0.0)
+    out = first
+    if which == 1:
+        out = second
+    if which == 2:
+        out = third
+    tl.store(out + col, tl.sum(total, axis=0).to(first.dtype.element_ty), mask=col < D)
+
+
+def totals(partial: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Sums of the programs' parts in a fixed order, cast once, in one launch.
+
+    Args:
+        partial: (P, D) or (P, at least count, D), fp32.
+        count: how many sums, at most 3.
+
+    Returns:
+        `count` tensors (D,) of `dtype`: partial[:, 0], partial[:, 1], ... over P.
+    """
+    P, D = partial.shape[0], partial.shape[-1]
+    sums = tuple(partial.new_empty(D, dtype=dtype) for _ in range(count))
+    args = (partial, *sums, *sums[:1] * (3 - count), P, partial.stride(0), D)
+    options = {"ROWS": 128, "BLOCK": 32, "num_warps": 4}
+    launch.run(partial.device, _totals_kernel, (launch.cdiv(D, 32), count), args, options)
+    return sums
 
 
 @triton.jit
@@ -251,7 +296,7 @@ def _column_sums_kernel(
 
 
 def column_sums(x: Tensor) -> Tensor:
-    """Sums over the tokens of x (M, N), in fp32: a bias gradient. Deterministic."""
+    """Sums over the tokens of x (M, N), accumulated in fp32, in x's dtype: a bias gradient. Deterministic."""
     M, N = x.shape
     tuned = launch.choice(x.device, "column_sums", N)
     programs = min(launch.cdiv(M, tuned["rows"]), tuned["programs"])
@@ -259,4 +304,4 @@ def column_sums(x: Tensor) -> Tensor:
     args = (x, partial, M, N)
     options = {"ROWS": tuned["rows"], "BLOCK": tuned["block"], "num_warps": tuned["warps"]}
     launch.run(x.device, _column_sums_kernel, (programs, launch.cdiv(N, tuned["block"])), args, options)
-    return partial.sum(0)
+    return totals(partial, 1, x.dtype)[0]

@@ -55,7 +55,7 @@ def _backward(dy: Tensor, a: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Te
     core, dy = launch.core(a.device), launch.rows(dy)
     da = core.input_gradient(dy, launch.rows(weight))  # (M, K)
     dweight, dbias = core.weight_gradient(dy, launch.rows(a), bias=True)  # (D, K), (D,)
-    return da.view(a.shape), dweight, dbias.to(a.dtype, copy=True)
+    return da.view(a.shape), dweight, dbias
 
 
 def _fake_backward(dy, a, weight):

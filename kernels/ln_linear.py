@@ -69,11 +69,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     core, flat, dy = launch.core(x.device), launch.rows(x), launch.rows(dy)
     g = core.input_gradient(dy, launch.rows(weight))  # (M, D)
-    dx, normed, sums = layernorm.backward(g, flat, stats, gamma, beta)
+    dx, normed, dgamma, dbeta = layernorm.backward(g, flat, stats, gamma, beta)
     dweight, dbias = core.weight_gradient(dy, normed, bias=has_bias)  # (N, D), (N,)
-    dbias = dy.new_empty(0) if dbias is None else dbias.to(x.dtype)
-    dgamma, dbeta = (s.to(x.dtype, copy=True) for s in sums)
-    return dx.view(x.shape), dgamma, dbeta, dweight, dbias
+    return dx.view(x.shape), dgamma, dbeta, dweight, dy.new_empty(0) if dbias is None else dbias
 
 
 def _fake_backward(dy, x, stats, gamma, beta, weight, has_bias):

@@ -86,10 +86,9 @@ def _backward(
     dw2, _ = core.weight_gradient(dy, act, bias=False)  # (D, H)
     del act
     g = core.input_gradient(dh, launch.rows(w1))  # (M, D)
-    dx, normed, sums = layernorm.backward(g, flat, stats, gamma, beta, dy)
+    dx, normed, dgamma, dbeta, db2 = layernorm.backward(g, flat, stats, gamma, beta, dy)
     dw1, _ = core.weight_gradient(dh, normed, bias=False)  # (H, D); fc1's bias came with dh, fc2's with dx
-    dgamma, dbeta, db2 = (s.to(x.dtype, copy=True) for s in sums)
-    return dx.view(x.shape), dgamma, dbeta, dw1, db1.to(x.dtype), dw2, db2
+    return dx.view(x.shape), dgamma, dbeta, dw1, db1, dw2, db2
 
 
 def _fake_backward(dy, x, stats, h, gamma, beta, w1, w2):

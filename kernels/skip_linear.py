@@ -59,7 +59,7 @@ def _backward(dy: Tensor, x: Tensor, skip: Tensor, weight: Tensor) -> tuple[Tens
     dweight = torch.empty_like(wide)  # (N, 2D), each half written where it belongs
     _, dbias = core.weight_gradient(dy, launch.rows(x), bias=True, out=dweight[:, halves[0]])
     core.weight_gradient(dy, launch.rows(skip), bias=False, out=dweight[:, halves[1]])
-    return dx.view(x.shape), dskip.view(x.shape), dweight, dbias.to(x.dtype, copy=True)
+    return dx.view(x.shape), dskip.view(x.shape), dweight, dbias
 
 
 def _fake_backward(dy, x, skip, weight):

@@ -88,7 +88,11 @@ def plain(arch: int) -> dict:
         args = (fp32(123, 128, 256), meta(D, D), D, D, D, 0, 41, 3, 9, 36, 1024)
         return wgrad_hopper.sum_kernel, (*args, 16), {}
 
-    found = {"prepare": prepare, "ln_backward": backward, "column_sums": sums}
+    def totals():
+        args = (fp32(528, 3, D), meta(D), meta(D), meta(D), 528, 3 * D, D, 128, 32)
+        return layernorm._totals_kernel, args, {"num_warps": 4}
+
+    found = {"prepare": prepare, "ln_backward": backward, "column_sums": sums, "totals": totals}
     return found | ({"wgrad_sum": split_sum} if arch == 90 else {})
 
 
