@@ -4,10 +4,16 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from transformers import CLIPTextConfig, CLIPTextModel
 
-from uvit_fast import build_model, load_config
-from uvit_fast.pipeline import UViTPipeline, make_pipeline
+from tests.clip import save_clip
+from tests.diffusion.recorded import RecordedGraphs
+from tests.test_config import CONFIGS, PARAMETERS
+from uvit_fast import build_model, cli, load_config
+from uvit_fast.config import Config
+from uvit_fast.data.encoders import load_clip
+from uvit_fast.diffusion.cudagraph import GraphSampler
+from uvit_fast.diffusion.guidance import text_guidance
+from uvit_fast.pipeline import UViTModel, UViTPipeline, make_pipeline
 
 SMALL = ["model.embed_dim=32", "model.depth=2", "model.num_heads=2", "model.img_size=8", "sample.steps=4"]
 
@@ -76,23 +82,125 @@ def test_seeds_latents_steps_and_callbacks():
     )
 
 
-def test_text_models_take_prompts():
-    class Words:
-        """A tokenizer: one number a letter, padded."""
-
-        def __call__(self, prompts, max_length, **_):
-            rows = [[ord(c) % 50 for c in p[:max_length]] + [0] * (max_length - len(p)) for p in prompts]
-            return type("Tokens", (), {"input_ids": torch.tensor(rows)})
-
-    clip = CLIPTextModel(CLIPTextConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                                        num_attention_heads=2, max_position_embeddings=77)).eval()  # fmt: skip
-    pipe = latent_pipeline("s2_coco", "model.context_dim=16", text_encoder=clip)
-    pipe.tokenizer = Words()
+def test_text_models_take_prompts_and_keep_their_encoder(tmp_path):
+    """The features are CLIP's own, padded as the model was trained; guidance is towards "" by default, as published."""
+    folder = save_clip(tmp_path / "clip")
+    tokenizer, clip = load_clip(folder)
+    small = ("model.context_dim=16", "model.context_tokens=8")
+    latent_pipeline("s2_coco", *small, text_encoder=clip, tokenizer=tokenizer).save_pretrained(tmp_path / "pipe")
+    pipe = UViTPipeline.from_pretrained(tmp_path / "pipe")
+    pipe.set_progress_bar_config(disable=True)
     x = torch.randn(1, 4, 8, 8, generator=seeded()).repeat(2, 1, 1, 1)
-    images = pipe(prompt=["a cat", "a dog"], latents=x, output_type="latent").images
+    images = pipe(prompt=["a b", "b"], latents=x, output_type="latent").images
     assert images.shape == (2, 4, 8, 8) and not torch.equal(images[0], images[1])
+    with torch.no_grad():
+        tokens = tokenizer(["a b", "b", ""], padding="max_length", max_length=8, return_tensors="pt").input_ids
+        *context, null = clip(tokens).last_hidden_state
+        eps_fn = text_guidance(pipe.model, torch.stack(context), null, 1.0)
+        expected = pipe.scheduler.sampler()(eps_fn, x)
+    torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="class_labels: the model takes text; got class_labels"):
         pipe(class_labels=3)
+    with pytest.raises(ValueError, match="prompt: expected at least one, got none"):
+        pipe(prompt=[])
+    pipe.tokenizer = None
+    with pytest.raises(ValueError, match="the pipeline has no tokenizer and text_encoder"):
+        pipe(prompt="a")
+
+
+def test_captured_loops_give_the_same_images():
+    """One capture for other noise and labels; a callback still sees every step."""
+    pipe, seen, graphs = latent_pipeline(), [], RecordedGraphs()
+    calls = [{"class_labels": [y], "generator": seeded(y), "guidance_interval": (0.2, 0.9)} for y in (3, 5)]
+    plain = [pipe(**call, output_type="latent").images for call in calls]
+    pipe.enable_cuda_graphs()
+    pipe._graphs = GraphSampler(pipe.model, graphs=graphs)
+    for call, expected in zip(calls, plain):
+        call["generator"].manual_seed(call["class_labels"][0])
+        assert torch.equal(pipe(**call, output_type="latent").images, expected)
+    assert graphs.captures == 1
+    pipe(class_labels=1, callback=lambda *n: seen.append(n), output_type="latent")
+    assert len(seen) == 4 and graphs.captures == 1
+
+
+def test_with_a_generator_a_sample_an_image_depends_on_its_own():
+    """The sampler's noise too: Euler-Maruyama draws some at every step."""
+    cfg = load_config("configs/s2_cifar10.yaml", SMALL)
+    pipe = make_pipeline(cfg, build_model(cfg).state_dict())
+    pipe.set_progress_bar_config(disable=True)
+    both = pipe(num_images=2, generator=[seeded(1), seeded(2)], output_type="latent").images
+    alone = pipe(num_images=1, generator=[seeded(2)], output_type="latent").images
+    torch.testing.assert_close(both[1:], alone, rtol=1e-4, atol=1e-4)
+
+
+def published_parameters(cfg: Config) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of a published checkpoint, written from the architecture alone."""
+    m = cfg.model
+    D, blocks = m.embed_dim, m.depth // 2
+    shapes = {"patch_embed.proj.weight": (D, m.in_chans, m.patch_size, m.patch_size), "patch_embed.proj.bias": (D,)}
+    tokens = 1 + (m.img_size // m.patch_size) ** 2
+    if m.num_classes:
+        shapes["label_emb.weight"], tokens = (m.num_classes, D), tokens + 1
+    if m.context_dim:
+        shapes |= {"context_embed.weight": (D, m.context_dim), "context_embed.bias": (D,)}
+        tokens += m.context_tokens
+    shapes["pos_embed"] = (1, tokens, D)
+    linear = {"attn.proj": (D, D), "mlp.fc1": (4 * D, D), "mlp.fc2": (D, 4 * D)}
+    prefixes = [f"in_blocks.{i}" for i in range(blocks)] + ["mid_block"] + [f"out_blocks.{i}" for i in range(blocks)]
+    for prefix in prefixes:
+        shapes |= {f"{prefix}.norm{i}.{part}": (D,) for i in (1, 2) for part in ("weight", "bias")}
+        shapes[f"{prefix}.attn.qkv.weight"] = (3 * D, D)
+        here = linear | ({"skip_linear": (D, 2 * D)} if prefix.startswith("out") else {})
+        for name, (out, inputs) in here.items():
+            shapes |= {f"{prefix}.{name}.weight": (out, inputs), f"{prefix}.{name}.bias": (out,)}
+    pixels = m.patch_size**2 * m.in_chans
+    shapes |= {"norm.weight": (D,), "norm.bias": (D,)}
+    shapes |= {"decoder_pred.weight": (pixels, D), "decoder_pred.bias": (pixels,)}
+    if m.conv:
+        shapes |= {"final_layer.weight": (m.in_chans, m.in_chans, 3, 3), "final_layer.bias": (m.in_chans,)}
+    return shapes
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_each_published_checkpoint_becomes_a_folder_and_comes_back(name, tmp_path, capsys):
+    """Names and shapes at full size; every value, narrow: .pth -> folder -> .pth, and the folder knows how to sample."""
+    cfg = load_config(CONFIGS / f"{name}.yaml")
+    with torch.device("meta"):
+        full = UViTModel(**cfg.model.model_dump()).state_dict()
+    assert {k: tuple(v.shape) for k, v in full.items()} == published_parameters(cfg)
+
+    overrides = ["model.embed_dim=64", "model.num_heads=1"]
+    narrow = load_config(CONFIGS / f"{name}.yaml", overrides)
+    g = seeded()
+    state = {k: torch.randn(shape, generator=g) for k, shape in published_parameters(narrow).items()}
+    torch.save(state, tmp_path / "published.pth")
+    convert = ["convert", "--config", str(CONFIGS / f"{name}.yaml"), "--set", overrides[0], "--set", overrides[1]]
+    convert += ["--vae", "none", "--clip", "none"]
+    assert cli.main([*convert, "--checkpoint", str(tmp_path / "published.pth"), "--out", str(tmp_path / "pipe")]) == 0
+    assert cli.main([*convert, "--checkpoint", str(tmp_path / "pipe"), "--out", str(tmp_path / "back.pth")]) == 0
+    back = torch.load(tmp_path / "back.pth", weights_only=True)
+    assert back.keys() == state.keys() and all(torch.equal(back[k], state[k]) for k in state)
+
+    pipe, sample = UViTPipeline.from_pretrained(tmp_path / "pipe"), cfg.sample
+    assert (pipe.scheduler.config.schedule, pipe.scheduler.config.sampler) == (cfg.diffusion.schedule, sample.sampler)
+    assert pipe.config.scale_factor == (cfg.latent.scale_factor if cfg.latent else 1)
+    assert (pipe.config.null_label, pipe.config.guidance_scale) == (cfg.null_label, 1 + sample.guidance_scale)
+
+
+def test_convert_takes_a_text_models_encoder(tmp_path, capsys):
+    small = [*SMALL, "model.context_dim=16", "model.context_tokens=8"]
+    cfg, clip = load_config("configs/s2_coco.yaml", small), save_clip(tmp_path / "clip")
+    torch.save(build_model(cfg).state_dict(), tmp_path / "x.pth")
+    sets = [part for override in small for part in ("--set", override)]
+    convert = ["convert", "--checkpoint", str(tmp_path / "x.pth"), "--vae", "none", "--clip", clip]
+    assert cli.main([*convert, "--config", "configs/s2_coco.yaml", *sets, "--out", str(tmp_path / "pipe")]) == 0
+    pipe = UViTPipeline.from_pretrained(tmp_path / "pipe")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(prompt="a b", output_type="latent").images.shape == (1, 4, 8, 8)
+    with pytest.raises(ValueError, match="the pipeline has no vae to decode with; expected 'latent'"):
+        pipe(prompt="a b")
+    assert cli.main([*convert, "--config", "configs/s2_cifar10.yaml", "--out", str(tmp_path / "no")]) == 2
+    assert "--clip: s2_cifar10 takes no text" in capsys.readouterr().err
 
 
 def test_unconditional_models_take_a_number_of_images():
@@ -101,6 +209,8 @@ def test_unconditional_models_take_a_number_of_images():
     pipe.set_progress_bar_config(disable=True)
     images = pipe(num_images=3, generator=seeded()).images
     assert len(images) == 3 and images[0].size == (8, 8)
+    with pytest.raises(ValueError, match="no null condition; expected 1"):
+        pipe(guidance_scale=1.4)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +222,8 @@ def test_unconditional_models_take_a_number_of_images():
         ({"class_labels": [1], "num_inference_steps": 0}, "expected at least 1, got 0"),
         ({"class_labels": [1], "latents": torch.zeros(1, 4, 4, 4)}, r"expected \(1, 4, 8, 8\), got \(1, 4, 4, 4\)"),
         ({"class_labels": [1], "guidance_scale": 0.4}, "expected at least 1"),
+        ({"class_labels": [1], "guidance_interval": (0.6, 0.2)}, "expected 0 <= first <= last <= 1"),
+        ({"class_labels": [1], "num_images": 0}, "num_images: expected at least 1, got 0"),
         ({"class_labels": [1], "output_type": "jpeg"}, "expected pil, np, pt or latent"),
     ],
 )

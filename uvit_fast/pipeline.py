@@ -4,6 +4,7 @@ Needs the extra `diffusers`. Guidance here follows diffusers: `guidance_scale` i
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,12 @@ from torch import Tensor
 
 from uvit_fast.build import SAMPLERS, SCHEDULES
 from uvit_fast.config import Config, ModelConfig, UserError
-from uvit_fast.diffusion.guidance import Guidance
+from uvit_fast.diffusion.cudagraph import GraphSampler
+from uvit_fast.diffusion.guidance import ALWAYS, Guidance
 from uvit_fast.diffusion.samplers import Sampler
 from uvit_fast.model.uvit import UViT
 from uvit_fast.model.weights import load_weights
+from uvit_fast.sampling import decoder
 
 
 class UViTModel(UViT, ModelMixin, ConfigMixin):
@@ -53,6 +56,7 @@ class UViTPipeline(DiffusionPipeline):
         text_encoder, tokenizer: CLIP ViT-L/14 of a text model, else None.
         scale_factor: what latents are multiplied with before the network (0.18215; 0.23010 for COCO).
         null_label: the label that means none, of a model trained with label dropping, else None.
+        guidance_scale: the default of a call, 1 + s for the s that the model was published with.
     """
 
     model_cpu_offload_seq = "text_encoder->model->vae"
@@ -67,10 +71,21 @@ class UViTPipeline(DiffusionPipeline):
         tokenizer: Any = None,
         scale_factor: float = 0.18215,
         null_label: int | None = None,
+        guidance_scale: float = 1.0,
     ):
         super().__init__()
         self.register_modules(model=model, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
-        self.register_to_config(scale_factor=scale_factor, null_label=null_label)
+        self.register_to_config(scale_factor=scale_factor, null_label=null_label, guidance_scale=guidance_scale)
+        self._graphs: GraphSampler | None = None
+
+    def enable_cuda_graphs(self, max_bytes: int | None = None) -> None:
+        """Replay each loop as one captured CUDA graph from its second call on: a small batch is several times as fast. The first call
+        of each number of steps, size and kind of guidance captures; a call with a callback runs uncaptured.
+
+        Args:
+            max_bytes: bound on the memory of all captures; default: half of the device's.
+        """
+        self._graphs = GraphSampler(self.model, max_bytes=max_bytes)
 
     @torch.no_grad()
     def __call__(
@@ -79,7 +94,8 @@ class UViTPipeline(DiffusionPipeline):
         prompt: list[str] | str | None = None,
         num_images: int = 1,
         num_inference_steps: int | None = None,
-        guidance_scale: float = 1.4,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] = ALWAYS,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
@@ -91,23 +107,34 @@ class UViTPipeline(DiffusionPipeline):
         Args:
             class_labels: of a class-conditional model. prompt: of a text-conditional one.
             num_inference_steps: network evaluations (NFE); default: the scheduler's.
-            guidance_scale: 1 + s for the paper's s; 1 runs without guidance. Models without a null condition run without.
-            generator: of the initial noise, and of the sampler's where it draws some.
+            guidance_scale: 1 + s for the paper's s, as in diffusers; 1 runs without guidance; default: the pipeline's, which is
+                what its model was published with.
+            guidance_interval: guide at the times t in [0, 1] (0: data) that lie inside (Kynkaanniemi et al. 2024).
+            generator: of the initial noise, and of the sampler's where it draws some; with one a sample, image i depends on the
+                i-th alone.
             latents: (B, C, H, W), the initial noise itself.
             output_type: "pil", "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or "latent": the network's output space.
             callback: called as callback(done, steps) after each network evaluation.
 
         Raises:
             ValueError: a condition that the model does not take or misses, a class out of range, latents of another shape,
-                fewer than one step, or an unknown output type.
+                fewer than one step or image, guidance of a model without a null condition, an unknown output type, or a component
+                that is not there.
         """
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type: expected pil, np, pt or latent, got {output_type!r}")
         if num_inference_steps is not None and num_inference_steps < 1:
             raise ValueError(f"num_inference_steps: expected at least 1, got {num_inference_steps}")
-        if guidance_scale < 1:
+        if num_images < 1:
+            raise ValueError(f"num_images: expected at least 1, got {num_images}")
+        if output_type != "latent" and self.vae is None and self.config.scale_factor != 1:
+            raise ValueError(f"output_type {output_type!r}: the pipeline has no vae to decode with; expected 'latent'")
+        s = (self.config.guidance_scale if guidance_scale is None else guidance_scale) - 1  # the paper's
+        if s < 0:
             raise ValueError(f"guidance_scale: expected at least 1 (no guidance), got {guidance_scale}")
-        condition, null = self._condition(class_labels, prompt)
+        condition, null = self._condition(class_labels, prompt, guided=s > 0)
+        if s > 0 and (not condition or None in null.values()):
+            raise ValueError(f"guidance_scale: the model has no null condition; expected 1 (no guidance), got {1 + s}")
         batch = len(next(iter(condition.values()))) if condition else num_images
         net = self.model
         shape = (batch, net.in_chans, net.img_size, net.img_size)
@@ -115,25 +142,29 @@ class UViTPipeline(DiffusionPipeline):
             raise ValueError(f"latents: expected {shape}, got {tuple(latents.shape)}")
         device = self._execution_device
         x_T = randn_tensor(shape, generator, device) if latents is None else latents.to(device)
-
-        guided = guidance_scale > 1 and condition and None not in null.values()
-        eps_fn = Guidance(net, condition, null, guidance_scale - 1) if guided else lambda x, t: net(x, t, **condition)
         sampler = self.scheduler.sampler(num_inference_steps)
-        with self.progress_bar(total=len(sampler.stages)) as bar:
+        keys = _keys(generator, batch).to(device) if sampler.draws_noise else None
 
-            def progress(done: int, steps: int) -> None:
-                bar.update()
-                if callback is not None:
-                    callback(done, steps)
+        if self._graphs is not None and callback is None:
+            if self._graphs.model is not net:  # the component was exchanged
+                self.enable_cuda_graphs(self._graphs.max_bytes)
+            x_0 = self._graphs(sampler, x_T, condition, null, s, guidance_interval, keys)
+        else:
+            with self.progress_bar(total=len(sampler.stages)) as bar:
 
-            of_batch = generator[0] if isinstance(generator, list) else generator
-            x_0 = sampler(eps_fn, x_T, generator=of_batch, callback=progress)
+                def progress(done: int, steps: int) -> None:
+                    bar.update()
+                    if callback is not None:
+                        callback(done, steps)
+
+                eps_fn = Guidance(net, condition, null, s, guidance_interval) if s else partial(net, **condition)
+                x_0 = sampler(eps_fn, x_T, generator=keys, callback=progress)
         images = self._output(x_0, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _condition(self, class_labels, prompt) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The network's condition and its null, by argument name; both empty for an unconditional model."""
+    def _condition(self, class_labels, prompt, guided: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The network's condition and, where `guided`, its null, by argument name; both empty for an unconditional model."""
         net, device = self.model, self._execution_device
         wants = "prompt" if net.context_dim else "class_labels" if net.num_classes else None
         for name, value in (("class_labels", class_labels), ("prompt", prompt)):
@@ -147,8 +178,12 @@ class UViTPipeline(DiffusionPipeline):
                 raise ValueError(f"class_labels: expected labels from 0 to {classes - 1}, got {labels}")
             return {"y": torch.tensor(labels, device=device)}, {"y": self.config.null_label}
         if wants == "prompt":
-            features = self._encode([prompt] if isinstance(prompt, str) else list(prompt))
-            return {"context": features}, {"context": self._encode([""])[0]}
+            prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+            if not prompts:
+                raise ValueError("prompt: expected at least one, got none")
+            if self.tokenizer is None or self.text_encoder is None:
+                raise ValueError("prompt: the pipeline has no tokenizer and text_encoder; expected both as components")
+            return {"context": self._encode(prompts)}, {"context": self._encode([""])[0] if guided else None}
         return {}, {}
 
     def _encode(self, prompts: list[str]) -> Tensor:
@@ -162,7 +197,7 @@ class UViTPipeline(DiffusionPipeline):
         if output_type == "latent":
             return x_0
         if self.vae is not None:
-            x_0 = self.vae.decode(x_0.to(self.vae.dtype) / self.config.scale_factor).sample
+            x_0 = decoder(self.vae, self.config.scale_factor)(x_0)
         images = (x_0.float() / 2 + 0.5).clamp(0, 1)  # (B, C, H, W)
         if output_type == "pt":
             return images
@@ -171,6 +206,15 @@ class UViTPipeline(DiffusionPipeline):
             return images
         pixels = np.round(images * 255).astype(np.uint8)
         return [Image.fromarray(p if p.shape[-1] == 3 else p[..., 0]) for p in pixels]
+
+
+def _keys(generator: torch.Generator | list[torch.Generator] | None, batch: int) -> Tensor:
+    """(batch,) int64 keys of the samples' own noise: all of one generator, or one of each."""
+
+    def draw(g: torch.Generator | None, count: int) -> Tensor:
+        return torch.randint(-(2**63), 2**63 - 1, (count,), generator=g, device=g.device if g else "cpu")
+
+    return torch.cat([draw(g, 1) for g in generator]) if isinstance(generator, list) else draw(generator, batch)
 
 
 def make_pipeline(cfg: Config, weights: dict[str, Tensor], **components: Any) -> UViTPipeline:
@@ -187,4 +231,7 @@ def make_pipeline(cfg: Config, weights: dict[str, Tensor], **components: Any) ->
     model = load_weights(UViTModel(**cfg.model.model_dump()), weights)
     scheduler = UViTScheduler(cfg.diffusion.schedule, cfg.sample.sampler, cfg.sample.steps)
     factor = cfg.latent.scale_factor if cfg.latent else 1.0
-    return UViTPipeline(model.eval(), scheduler, scale_factor=factor, null_label=cfg.null_label, **components)
+    scale = 1 + cfg.sample.guidance_scale
+    return UViTPipeline(
+        model.eval(), scheduler, scale_factor=factor, null_label=cfg.null_label, guidance_scale=scale, **components
+    )

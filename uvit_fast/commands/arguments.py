@@ -4,6 +4,8 @@ import argparse
 
 from uvit_fast.config import UserError
 
+CLIP = "openai/clip-vit-large-patch14"  # whose text features the published text models were trained on
+
 
 def config_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--config", required=True, help="a YAML file, such as configs/h2_256.yaml")

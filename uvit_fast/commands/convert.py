@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from uvit_fast.commands.arguments import config_arguments
+from uvit_fast.commands.arguments import CLIP, config_arguments
 from uvit_fast.config import UserError, load_config
 
 HELP = "a checkpoint as a diffusers pipeline folder, or back as a .pth"
@@ -14,6 +14,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--checkpoint", required=True, help=".pth, .safetensors, a run folder, or a pipeline folder")
     command.add_argument("--out", required=True, help="a new folder for the pipeline, or a .pth file")
     command.add_argument("--vae", help="the pipeline's autoencoder, or none; default: the config's decoder")
+    command.add_argument("--clip", help=f"a text model's encoder, or none; default: {CLIP}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -21,6 +22,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from uvit_fast import build_model, sampling
+    from uvit_fast.data.encoders import load_clip
     from uvit_fast.model.weights import load_weights, read_weights
 
     cfg, out = load_config(args.config, args.set), Path(args.out)
@@ -35,6 +37,12 @@ def run(args: argparse.Namespace) -> None:
         from uvit_fast.pipeline import make_pipeline
 
         vae = args.vae or (cfg.latent.decoder if cfg.latent else "none")
+        clip = args.clip or (CLIP if cfg.model.context_dim else "none")
+        if clip != "none" and not cfg.model.context_dim:
+            raise UserError(f"--clip: {cfg.name} takes no text; expected none")
         components = {} if vae == "none" else {"vae": sampling.load_autoencoder(vae)}
+        if clip != "none":
+            sampling.load_text(cfg, clip, torch.device("cpu"))  # refuses what does not fit
+            components["tokenizer"], components["text_encoder"] = load_clip(clip)
         make_pipeline(cfg, state, **components).save_pretrained(out)
     print(f"wrote {out}")

@@ -4,11 +4,10 @@ import argparse
 import hashlib
 from pathlib import Path
 
-from uvit_fast.commands.arguments import config_arguments, numbers, positive
+from uvit_fast.commands.arguments import CLIP, config_arguments, numbers, positive
 from uvit_fast.config import Config, UserError, load_config
 
 HELP = "draw images from a checkpoint"
-CLIP = "openai/clip-vit-large-patch14"
 
 
 def arguments(command: argparse.ArgumentParser) -> None:

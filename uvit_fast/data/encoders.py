@@ -28,10 +28,8 @@ def vae_identity(vae: Any, name: str) -> dict[str, str]:
     return {"name": name, "encoder_sha256": _weights_digest(weights)}
 
 
-def load_text_encoder(name: str, device: torch.device) -> tuple[Callable[[list[str]], Tensor], dict[str, str]]:
-    """CLIP's text transformer, a local folder or a hub name: captions -> last hidden state (B, T, C) fp32; and its identity.
-
-    Longer captions are cut to CLIP's length, shorter ones padded as its tokenizer does.
+def load_clip(name: str) -> tuple[Any, Any]:
+    """CLIP's tokenizer and text transformer (frozen, fp32, on the CPU) of a local folder or a hub name.
 
     Raises:
         ImportError: transformers is not installed; the message names the extra.
@@ -42,11 +40,22 @@ def load_text_encoder(name: str, device: torch.device) -> tuple[Callable[[list[s
     except ImportError:
         raise ImportError("text features need transformers: pip install uvit-fast[diffusers]") from None
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(name)
-        model = CLIPTextModel.from_pretrained(name).eval().requires_grad_(False).to(device)
+        return CLIPTokenizer.from_pretrained(name), CLIPTextModel.from_pretrained(name).eval().requires_grad_(False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"text encoder {name}: neither a local folder nor found on the hub ({reason})") from None
+
+
+def load_text_encoder(name: str, device: torch.device) -> tuple[Callable[[list[str]], Tensor], dict[str, str]]:
+    """CLIP's text transformer, a local folder or a hub name: captions -> last hidden state (B, T, C) fp32; and its identity.
+
+    Longer captions are cut to CLIP's length, shorter ones padded as its tokenizer does.
+
+    Raises:
+        ImportError, UserError: as `load_clip`.
+    """
+    tokenizer, model = load_clip(name)
+    model = model.to(device)
     length = model.config.max_position_embeddings
 
     @torch.inference_mode()
