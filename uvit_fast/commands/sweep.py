@@ -210,7 +210,7 @@ def draw(out: Path) -> None:
     Raises:
         UserError: no such files. ImportError: matplotlib is not installed.
     """
-    from uvit_fast.commands.drawing import COLOURS, INK, pyplot
+    from uvit_fast.commands.drawing import COLOURS, pyplot
 
     if not (out / "sweep.csv").is_file():
         raise UserError(f"{out}: no sweep.csv; expected a folder that `uvit-fast sweep` wrote")
@@ -218,7 +218,12 @@ def draw(out: Path) -> None:
     plt = pyplot()
     factors = list(dict.fromkeys(point["factor"] for point in points))
     figure, axes = plt.subplots(
-        1, len(factors), figsize=(2.6 * len(factors) + 0.6, 3.2), sharey=True, squeeze=False, layout="constrained"
+        1,
+        len(factors),
+        figsize=(max(5.6, 2.6 * len(factors) + 0.6), 3.2),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for ax, factor, colour in zip(axes[0], factors, COLOURS):
         mine = [point for point in points if point["factor"] == factor]
@@ -246,22 +251,28 @@ def draw(out: Path) -> None:
     skips = {point["value"]: point["member"] for point in points if point["factor"] == "skip"}
     if not skips:
         return
-    figure, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    figure, (ax, beside) = plt.subplots(1, 2, figsize=(9.0, 3.6), layout="constrained")
+    first = None
     for (skip, member), colour in zip(skips.items(), COLOURS):
         rows = [(int(row["step"]), float(row["loss"])) for row in losses if row["member"] == member]
         window = max(1, round(SMOOTH * len(rows)))
         means = [sum(loss for _, loss in rows[i : i + window]) / window for i in range(len(rows) - window + 1)]
-        ax.plot(
-            [step for step, _ in rows[window - 1 :]], means, color=colour, label=f"{skip}: {means[-1]:.4f} at the end"
-        )
+        steps = [step for step, _ in rows[window - 1 :]]
+        first = first or (skip, means)
+        ax.plot(steps, means, color=colour, label=f"{skip}: {means[-1]:.4f} at the end")
+        beside.plot(steps, [100 * (mine / other - 1) for mine, other in zip(means, first[1])], color=colour, label=skip)
     ax.set_yscale("log")
     ax.yaxis.set_minor_formatter("{x:.3g}")
     ax.yaxis.set_major_formatter("{x:.3g}")
     ax.grid(axis="y", which="both")
-    ax.set_xlabel("optimizer steps")
     ax.set_ylabel("training loss, mean of (ε − ε̂)²")
     ax.legend(frameon=False, title=f"long skip (mean over {SMOOTH:.0%} of the run)")
+    beside.set_ylabel(f"difference from {first[0]}, %")
+    beside.grid(axis="y")
+    beside.legend(frameon=False)
+    for each in (ax, beside):
+        each.set_xlabel("optimizer steps")
     title = "Training loss by skip mode, same data and noise (compare the paper's Figure 2a)"
-    ax.set_title(f"{title}\n{where}", fontsize=9, color=INK)
+    figure.suptitle(f"{title}\n{where}", fontsize=9)
     figure.savefig(out / "losses.png", dpi=150, metadata={"Software": None})
     plt.close(figure)
