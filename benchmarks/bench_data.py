@@ -1,4 +1,4 @@
-"""How fast does the data come? Pillow's decoding and cropping; moments at random, packed against one file an item.
+"""How fast does the data come? DALI's and Pillow's decoding and cropping; moments at random, packed against one file an item.
 
     OMP_NUM_THREADS=1 python -m benchmarks.bench_data
 
@@ -19,6 +19,7 @@ from PIL import Image
 
 from benchmarks.common import RESULTS, Rows
 from uvit_fast.data import shards
+from uvit_fast.data.dali import DaliImages, why_not
 from uvit_fast.data.datasets import ImageFolder
 from uvit_fast.data.latents import Latents
 
@@ -37,17 +38,19 @@ def seconds(f, repeats: int = 7) -> list[float]:
 
 def moments(rows: Rows, folder: Path, count: int, size: int) -> None:
     """`count` items of 4-channel latents of size x size: opening (of single files: listing the folder), reading all at
-    random in batches, and bytes an item on the disk."""
+    random in batches, and bytes an item on the disk. Ours in fp16, as `uvit-fast extract` writes by default; single files as
+    the published code writes them: fp32 moments and label, pickled."""
     items = np.random.default_rng(0).standard_normal((count, 8, size, size)).astype(np.float16)
     packed, single = folder / "packed", folder / "single"
     shards.pack(packed, {"moments": items, "labels": np.arange(count) % 1000})
     single.mkdir()
-    for i, item in enumerate(items):  # the layout of the published code: one .npy an item, and its label in another
-        np.save(single / f"{i}.npy", item)
-        np.save(single / f"{i}_label.npy", i % 1000)
+    for i, item in enumerate(items):
+        pair = np.empty(2, object)
+        pair[:] = item.astype(np.float32), np.int64(i % 1000)
+        np.save(single / f"{i}.npy", pair)
     order = np.random.default_rng(1).permutation(count).tolist()
     batches = [order[first : first + BATCH] for first in range(0, count, BATCH)]
-    dataset = Latents(str(packed), 0.18215)
+    dataset = Latents(str(packed), 0.18215)  # the first opening reads it all, to check it; the next ones do not
 
     def read_packed():
         for batch in batches:
@@ -55,27 +58,28 @@ def moments(rows: Rows, folder: Path, count: int, size: int) -> None:
 
     def read_single():
         for batch in batches:
-            x = [np.load(single / f"{i}.npy") for i in batch]
-            y = [np.load(single / f"{i}_label.npy") for i in batch]
-            torch.from_numpy(np.stack(x)), torch.from_numpy(np.stack(y))
+            pairs = [np.load(single / f"{i}.npy", allow_pickle=True) for i in batch]
+            torch.from_numpy(np.stack([x for x, _ in pairs])), torch.tensor([int(y) for _, y in pairs])
 
     case = f"moments:4x{size}x{size}:{count}"
     layouts = {
-        "ours": (packed, lambda: Latents(str(packed), 0.18215), read_packed),
-        "file-an-item": (single, lambda: [entry.name for entry in os.scandir(single)], read_single),
+        "ours": ("fp16", packed, lambda: Latents(str(packed), 0.18215), read_packed),
+        "file-an-item": ("fp32", single, lambda: [entry.name for entry in os.scandir(single)], read_single),
     }
-    for provider, (where, opened, read) in layouts.items():
+    for provider, (dtype, where, opened, read) in layouts.items():
 
-        def add(values: list[float], metric: str, unit: str, batch: int, provider: str = provider) -> None:
-            rows.add(f"{case}:{metric}", provider, values, metric=metric, unit=unit, dtype="fp16", batch=batch)
+        def add(
+            values: list[float], metric: str, unit: str, batch: int, name: str = provider, kind: str = dtype
+        ) -> None:
+            rows.add(f"{case}:{metric}", name, values, metric=metric, unit=unit, dtype=kind, batch=batch)
 
         add([t * 1e3 for t in seconds(opened)], "open", "ms", 1)
         add([count / t for t in seconds(read, repeats=5)], "random-read", "items/s", BATCH)
         add([sum(file.stat().st_blocks * 512 for file in where.iterdir()) / count], "disk", "bytes/item", 1)
 
 
-def pillow(rows: Rows, folder: Path, sizes: list[int], threads: int) -> None:
-    """JPEG photographs of 640 x 427 pixels, decoded and cropped: ADM's centre crop."""
+def decoders(rows: Rows, folder: Path, sizes: list[int], threads: int) -> None:
+    """JPEG photographs of 640 x 427 pixels, decoded and cropped: ADM's centre crop. DALI and Pillow by turns."""
     from sklearn.datasets import load_sample_images
 
     images = folder / "images"
@@ -83,15 +87,29 @@ def pillow(rows: Rows, folder: Path, sizes: list[int], threads: int) -> None:
     for i in range(64):
         photo = Image.fromarray(load_sample_images().images[i % 2])
         photo.save(images / f"{i}.jpg", quality=92)
+    reason = why_not()
+    if reason:
+        print(f"no rows of DALI: {reason}")
+    cores = sorted(os.sched_getaffinity(0))
     for size in sizes:
-        dataset = ImageFolder(str(images), size, "center", flip=False, labelled=False)
         for n in (1, threads):
+            os.sched_setaffinity(0, cores[:n])  # DALI takes as many threads as there are cores
+            pillow = ImageFolder(str(images), size, "center", flip=False, labelled=False)
+            times: dict[str, list[float]] = {}
+            items = [(i, 0) for i in range(len(pillow))]
             with ThreadPoolExecutor(n) as pool:
-                parts = [[(i, 0)] for i in range(len(dataset))]
-                times = seconds(lambda: list(pool.map(dataset.__getitems__, parts)), repeats=5)  # noqa: B023
-            speed = [len(dataset) / t for t in times]
-            name = f"decode-crop:{size}px:{n}thread" + "s" * (n > 1)
-            rows.add(name, "pillow", speed, metric="speed", unit="images/s", dtype="uint8", batch=1)
+                reads = {"pillow": lambda: list(pool.map(pillow.__getitems__, [[item] for item in items]))}  # noqa: B023
+                if not reason:
+                    ours = DaliImages(str(images), size, "center", flip=False, labelled=False)
+                    reads["dali"] = lambda: ours.__getitems__(items)  # noqa: B023
+                for _ in range(5):
+                    for provider, read in reads.items():
+                        times.setdefault(provider, []).extend(seconds(read, repeats=1))
+            for provider, taken in times.items():
+                name = f"decode-crop:{size}px:{n}thread" + "s" * (n > 1)
+                speed = [len(items) / t for t in taken]
+                rows.add(name, provider, speed, metric="speed", unit="images/s", dtype="uint8", batch=len(items))
+    os.sched_setaffinity(0, cores)
 
 
 def main() -> None:
@@ -108,7 +126,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             moments(rows, Path(folder), args.items * 32**2 // size**2, size)
     with tempfile.TemporaryDirectory() as folder:
-        pillow(rows, Path(folder), args.sizes, args.threads)
+        decoders(rows, Path(folder), args.sizes, args.threads)
     print(f"wrote {rows.write()}")
 
 

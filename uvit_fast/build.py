@@ -36,6 +36,7 @@ DATASETS: dict[str, Callable[[Config], Any]] = {
     "fashion_mnist": lambda cfg: datasets.fashion_mnist(cfg.data.path, cfg.data.flip),
     "images": lambda cfg: dali.image_folder(
         cfg.data.decoder,
+        cfg.data.num_workers,
         cfg.data.path,
         cfg.model.img_size,
         cfg.data.crop,

@@ -170,7 +170,8 @@ class DataConfig(Section):
         description="End at an unreadable image or a latent shard with a wrong checksum, or warn and take others instead.",
     )
     decoder: Literal["auto", "dali", "pillow"] = Field(
-        "auto", description="Of `images`: DALI, on all cores of the host, or Pillow; auto: DALI where it is installed."
+        "auto",
+        description="Of `images`: DALI, on all cores, or Pillow, on one a loader process; auto: DALI if cores would be idle.",
     )
     num_workers: int = Field(2, ge=0, description="Loader processes a rank; 0 loads in the training process.")
 

@@ -52,9 +52,15 @@ class Plan:
     start: tuple[int, int] = (0, 0)
 
 
-def image_folder(decoder: str, *arguments: Any, **options: Any) -> ImageFolder:
-    """ImageFolder with a `decoder` of "dali", "pillow" or "auto"; its `decoder` says in words which one it is and why."""
-    reason = why_not() if decoder == "auto" else None
+def image_folder(decoder: str, num_workers: int, *arguments: Any, **options: Any) -> ImageFolder:
+    """ImageFolder with a `decoder` of "dali", "pillow", or "auto": what is faster. Its `decoder` says in words which one it is and why.
+
+    A core decodes more with Pillow, but Pillow takes one for each of the `num_workers` loader processes; DALI takes all.
+    """
+    reason = None
+    if decoder == "auto":
+        cores = _cores()
+        reason = f"for {num_workers} loader processes on {cores} cores" if num_workers >= cores else why_not()
     if decoder == "dali" or decoder == "auto" and reason is None:
         return DaliImages(*arguments, **options)
     images = ImageFolder(*arguments, **options)
@@ -76,7 +82,7 @@ class DaliImages(ImageFolder):
             raise ImportError(f"data.decoder=dali: {reason}")
         import nvidia.dali
 
-        self.decoder = f"DALI {nvidia.dali.__version__} on {_threads(1)} cores, shared by the loader processes"
+        self.decoder = f"DALI {nvidia.dali.__version__} on {_cores()} cores, shared by the loader processes"
         # (halvings, pipeline) by process: a fork gets its parent's without the threads, and would wait for them to end
         self._pipelines: dict[int, tuple[int, Any]] = {}
 
@@ -177,8 +183,9 @@ def _pipeline(crop: str, side: int, halvings: int) -> Any:
         return fn.external_source(name=name, ndim=1)
 
     def mean(a: Any, b: Any) -> Any:
-        """(a + b + 1) // 2 of bytes, without overflow."""
-        return (a | b) - (a ^ b) // types.Constant(2, dtype=types.UINT8)
+        """(a + b + 1) // 2 of bytes, without overflow. A table halves them in half the time of a division."""
+        half = fn.lookup_table(a ^ b, keys=list(range(256)), values=[n // 2 for n in range(256)], dtype=types.UINT8)
+        return (a | b) - half
 
     def halve(x: Any, i: int) -> Any:
         """Pillow's box filter: the mean of two columns, rounded up, then of two rows.
@@ -197,7 +204,7 @@ def _pipeline(crop: str, side: int, halvings: int) -> Any:
 
     @pipeline_def(
         batch_size=CHUNK,
-        num_threads=_threads(worker.num_workers if worker else 1),
+        num_threads=max(1, _cores() // (worker.num_workers if worker else 1)),
         device_id=None,
         prefetch_queue_depth=1,
     )
@@ -242,7 +249,7 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _threads(processes: int) -> int:
-    """Threads for each of `processes` loader processes, of this rank's share of the host's cores."""
+def _cores() -> int:
+    """This rank's share of the cores of the host."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    return max(1, len(os.sched_getaffinity(0)) // (processes * ranks))
+    return max(1, len(os.sched_getaffinity(0)) // ranks)

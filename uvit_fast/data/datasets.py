@@ -138,7 +138,7 @@ class ImageFolder:
         self.num_classes = len(listing.classes)
         self.shape = (3, size, size)
         self.size, self.crop_name, self.flip, self.skip_unreadable = size, crop, flip, skip_unreadable
-        self.decoder = "Pillow, one core a loader process"  # what reads the pixels, in words
+        self.decoder = "Pillow, on one core a loader process"  # what reads the pixels, in words
         self._warned: set[Path] = set()
 
     def __len__(self) -> int:
