@@ -1,71 +1,277 @@
-"""Seconds for 500 samples of 50 network evaluations, without decoding: `python -m benchmarks.bench_sampling`.
+"""How long do 500 samples of 50 network evaluations take? `python -m benchmarks.bench_sampling`
 
-Cases `<S|M|L|H>:<batch>:<cfg|nocfg>:latent` in s_per_500. `ours` is the captured loop, `ours-uncaptured` the same without its graph.
+Cases `<S|M|L|H>:<batch>:<nocfg|cfg>:<latent|decoded>`, with the published sampler (S: DPM-Solver) and the paper's s = 0.4 with cfg.
+Providers: `ours` is the captured loop, `ours-uncaptured` the same without its graph, `eager` and `compiled` the published network's plain
+PyTorch ops; all of them guide in one pass of twice the batch and decode with the same KL-f8 autoencoder, of random weights, in bf16.
+
+Metrics: time, s_per_500: loops of the batch scaled to 500 samples; peak, GB (10^9 bytes) allocated, weights included; nfe_measured, of
+50: evaluations that ran in each measured loop. Where it is below 50, the time is extrapolated: evaluations of a loop are alike, so the
+loop's time is scaled to 50 of them, and decoding, timed by itself, added. By default ours and batch 1 run all 50, the rest 5.
+`decode:<batch>` is decoding alone, ms_per_image.
+
+    --cases essential            captured S, M, L, H at 500, with and without guidance, beside eager; one image of H: about 150 s on an H100
+    --cases compiled             torch.compile at 500: minutes, nearly all of them compiling
+    --cases 'H:*:ours' --missing what matches <case>:<provider>, and only what the file has not
+
+Rows are written as they come; other rows of the file stay. `--seconds` ends it in time.
 """
 
 import argparse
+import csv
+import gc
+import time
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from benchmarks import models
 from benchmarks.common import RESULTS, Rows, measure
 from uvit_fast.build import build_sampler
-from uvit_fast.diffusion.cudagraph import GraphSampler
+from uvit_fast.diffusion.cudagraph import Graphs, GraphSampler
 from uvit_fast.diffusion.guidance import Guidance
+from uvit_fast.sampling import decoder
+
+SCALE, NULL, FACTOR = 0.4, 1000, 0.18215
+PRESETS = {
+    "all": ["*"],
+    "essential": [
+        *["H:500:*:latent:ours", "H:1:nocfg:latent:ours", "H:1:nocfg:latent:eager", "H:500:*:latent:eager"],
+        *[f"{size}:500:*:latent:{provider}" for size in "LMS" for provider in ("ours", "eager")],
+    ],
+    "compiled": ["?:500:nocfg:latent:compiled"],
+    "decode": ["decode:*"],
+}
+ENOUGH, MOST = 12.0, 3  # seconds, and loops, after which a case has been measured
 
 
-@torch.inference_mode()
-def seconds(size: str, provider: str, batch: int, guided: bool, evaluations: int) -> list[float]:
-    """Seconds for 500 samples at 50 evaluations; one loop of `evaluations` is timed and scaled."""
-    cfg = models.config(size, provider)
-    net = models.model(cfg, provider).eval()
-    sampler = build_sampler(
-        cfg.model_copy(update={"sample": cfg.sample.model_copy(update={"sampler": "dpm_fast"})}), evaluations
-    )
-    x, _, y = models.images(cfg, batch)
-    scale, null = 0.4 if guided else 0.0, {"y": 1000}
-    if provider == "ours":
-        graphs = GraphSampler(net)
+class Case(NamedTuple):
+    size: str
+    batch: int
+    guided: bool
+    decoded: bool
+    provider: str
 
-        def run():
-            return graphs(sampler, x, {"y": y}, null, scale)
-    else:
-        eps_fn = Guidance(net, {"y": y}, null, scale) if guided else lambda x, t: net(x, t, y=y)
+    @property
+    def name(self) -> str:
+        return f"{self.size}:{self.batch}:{'cfg' if self.guided else 'nocfg'}:{'decoded' if self.decoded else 'latent'}"
 
-        def run():
-            with models.precision(provider):
-                return sampler(eps_fn, x)
 
-    times = measure(run, repeats=3, warmup=2)
-    return [t / 1e3 * (50 / evaluations) * (500 / batch) for t in times]
+class Bench:
+    """Measures cases one after the other; keeps the last network, and loops that two cases share.
+
+    Args:
+        evaluations: of each loop; None: as the module says.
+        overrides: of the config, `section.key=value`.
+        graphs: what captures; default: CUDA graphs.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        evaluations: int | None = None,
+        overrides: Iterable[str] = (),
+        graphs: Graphs | None = None,
+    ):
+        self.device, self.evaluations, self.overrides, self.graphs = device, evaluations, [*overrides], graphs
+        self.net: tuple[tuple[str, str] | None, Any, Any] = (None, None, None)
+        self.loops: dict[Case, tuple[list[float], float]] = {}
+        self.vae: Any = None
+
+    def run(self, case: Case) -> tuple[list[float], float, int]:
+        """Seconds for 500 samples, each time that was taken; peak bytes; evaluations that ran in a loop."""
+        whole = case.provider == "ours" or case.batch == 1
+        count = self.evaluations or (50 if whole else 5)
+        together = case.decoded and case.provider == "ours" and count == 50  # the decoder is in the graph
+        key = case._replace(decoded=together)
+        if key not in self.loops:
+            self.loops[key] = self._loop(key, count)
+        loop, peak = self.loops[key]
+        extra = 0.0
+        if case.decoded and not together:
+            times, memory = self._decode(case.batch)
+            extra, peak = sorted(times)[len(times) // 2], max(peak, memory)
+        return [(t * 50 / count + extra) * 500 / case.batch for t in loop], peak, count
+
+    def _loop(self, case: Case, count: int) -> tuple[list[float], float]:
+        """Seconds of loops of `count` evaluations, and the peak of memory."""
+        cfg, net = self._network(case)
+        sampler = build_sampler(cfg, count)
+        x, _, y = models.images(cfg, case.batch, self.device)
+        decode = self._decoder() if case.decoded else None
+        self._reset_peak()
+        if case.provider == "ours":
+            graphs = GraphSampler(net, decode, graphs=self.graphs)
+            arguments = (sampler, x, {"y": y}, {"y": NULL}, SCALE if case.guided else 0.0)
+            if not graphs.prepare(*arguments):
+                raise RuntimeError(f"{case.name}: the loop could not be captured")
+            times = _enough(lambda: graphs(*arguments))
+            graphs.clear()
+        else:
+            eps_fn = Guidance(net, {"y": y}, {"y": NULL}, SCALE) if case.guided else lambda x, t: net(x, t, y=y)
+
+            def run() -> Tensor:
+                with torch.inference_mode(), models.precision(case.provider, self.device):
+                    return sampler(eps_fn, x)
+
+            run()
+            times = _enough(run)
+        return times, self._peak()
+
+    def _network(self, case: Case) -> tuple[Any, torch.nn.Module]:
+        """The config and network of a case; a compiled one anew, so that no case runs code made for several batch sizes."""
+        kind = (case.size, case.provider.removesuffix("-uncaptured"))
+        if self.net[0] != kind or case.provider == "compiled":
+            self.net = (None, None, None)
+            gc.collect()
+            torch.compiler.reset()
+            cfg = models.config(case.size, case.provider, overrides=self.overrides)
+            if cfg.sample.sampler == "euler_maruyama":
+                cfg = cfg.model_copy(update={"sample": cfg.sample.model_copy(update={"sampler": "dpm_fast"})})
+            self.net = (kind, cfg, models.model(cfg, case.provider, self.device).eval())
+        return self.net[1], self.net[2]
+
+    def _decoder(self, memory_format: torch.memory_format = torch.contiguous_format) -> Callable[[Tensor], Tensor]:
+        if self.vae is None:
+            self.vae = autoencoder(self.device)
+        return decoder(self.vae.to(memory_format=memory_format), FACTOR)
+
+    def _decode(self, batch: int) -> tuple[list[float], float]:
+        """Seconds to decode a batch, and the peak of memory."""
+        decode, z = self._decoder(), torch.randn(batch, 4, 32, 32, device=self.device)
+        self._reset_peak()
+        with torch.inference_mode():
+            decode(z[:1])
+            return _enough(lambda: decode(z)), self._peak()
+
+    def decode(self, batch: int) -> dict[str, list[float]]:
+        """ms an image of decoding alone, by the layout of the autoencoder's weights."""
+        z, found = torch.randn(batch, 4, 32, 32, device=self.device), {}
+        for name, layout in (("contiguous", torch.contiguous_format), ("channels_last", torch.channels_last)):
+            decode = self._decoder(layout)
+            with torch.inference_mode():
+                decode(z)
+                found[name] = [t * 1e3 / batch for t in _enough(lambda decode=decode: decode(z))]
+        self._decoder()
+        return found
+
+    def _reset_peak(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def _peak(self) -> float:
+        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0.0
+
+
+def autoencoder(device: torch.device, channels: tuple[int, ...] = (128, 256, 512, 512)) -> Any:
+    """Stable Diffusion's KL-f8 with random weights, bf16."""
+    from diffusers import AutoencoderKL
+
+    with torch.device(device):
+        vae = AutoencoderKL(
+            block_out_channels=channels,
+            down_block_types=("DownEncoderBlock2D",) * len(channels),
+            up_block_types=("UpDecoderBlock2D",) * len(channels),
+            layers_per_block=2,
+        )
+    return vae.to(torch.bfloat16).eval().requires_grad_(False)
+
+
+def _enough(run: Callable[[], object]) -> list[float]:
+    """Seconds of a few runs; the first of short ones is not counted."""
+    times = [measure(run, repeats=1, warmup=0)[0] / 1e3]
+    if times[0] < 4:
+        times.clear()
+    while len(times) < MOST and sum(times) < ENOUGH:
+        times += [measure(run, repeats=1, warmup=0)[0] / 1e3]
+    return times
+
+
+def select(patterns: list[str], every: list[Case]) -> list[Case]:
+    """The cases whose `<case>:<provider>` some pattern matches, in the patterns' order."""
+    found = [case for pattern in patterns for case in every if fnmatchcase(f"{case.name}:{case.provider}", pattern)]
+    return list(dict.fromkeys(found))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", default="S,M,L,H")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default="all", help="presets and patterns, with commas")
+    parser.add_argument("--sizes", default="H,L,M,S")
     parser.add_argument("--providers", default="ours,ours-uncaptured,eager,compiled")
-    parser.add_argument("--batches", default="1,50,500")
+    parser.add_argument("--batches", default="500,50,1")
     parser.add_argument("--guidance", default="nocfg,cfg")
-    parser.add_argument(
-        "--evaluations", type=int, default=50, help="evaluations that are timed; the result is scaled to 50"
-    )
+    parser.add_argument("--decoding", default="latent,decoded")
+    parser.add_argument("--evaluations", type=int, help="of each measured loop; below 50 the time is extrapolated")
+    parser.add_argument("--missing", action="store_true", help="only cases that the file does not have")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after so many")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of the configs")
     parser.add_argument("--out", default=RESULTS)
     args = parser.parse_args()
-    rows = Rows("sampling", args.out)
-    rows.ceilings()
-    for size in args.sizes.split(","):
-        for batch in map(int, args.batches.split(",")):
-            for guided in args.guidance.split(","):
-                for provider in args.providers.split(","):
-                    torch.cuda.empty_cache()
-                    torch.cuda.reset_peak_memory_stats()
-                    case, common = f"{size}:{batch}:{guided}:latent", {"dtype": "bf16", "batch": batch}
-                    times = seconds(size, provider, batch, guided == "cfg", args.evaluations)
-                    rows.add(case, provider, times, metric="time", unit="s_per_500", **common)
-                    rows.add(
-                        case, provider, [torch.cuda.max_memory_allocated() / 1e9], metric="peak", unit="GB", **common
-                    )
-    print(rows.write())
+    rows, began = Rows("sampling", args.out), time.monotonic()
+    before = read(rows)
+    patterns = [p for name in args.cases.split(",") for p in PRESETS.get(name, [name])]
+    axes = [option.split(",") for option in (args.sizes, args.providers, args.decoding, args.batches, args.guidance)]
+    every = [
+        Case(size, int(batch), guided == "cfg", decoding == "decoded", provider)
+        for size in axes[0]
+        for provider in axes[1]
+        for decoding in axes[2]
+        for batch in axes[3]
+        for guided in axes[4]
+    ]
+    there = {(row["case"], row["provider"]) for row in before if args.missing}
+    cases = [case for case in select(patterns, every) if (case.name, case.provider) not in there]
+    bench = Bench(torch.device(args.device), args.evaluations, args.set)
+    if args.device == "cuda":
+        rows.ceilings()
+    if any(fnmatchcase("decode:500", pattern) for pattern in patterns):
+        for provider, times in bench.decode(100).items():
+            rows.add("decode:100", provider, times, metric="time", unit="ms_per_image", dtype="bf16", batch=100)
+    failed = []
+    while cases and time.monotonic() - began < args.seconds:
+        case = cases.pop(0)
+        common: dict[str, Any] = {"dtype": "bf16", "batch": case.batch}
+        try:
+            times, peak, count = bench.run(case)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            print(f"{case.name} {case.provider}: not measured: {str(error).splitlines()[0]}", flush=True)
+            failed.append(case)
+            continue
+        rows.add(case.name, case.provider, times, metric="time", unit="s_per_500", **common)
+        rows.add(case.name, case.provider, [peak / 1e9], metric="peak", unit="GB", **common)
+        rows.add(case.name, case.provider, [float(count)], metric="nfe_measured", unit="of_50", **common)
+        write(rows, before)
+    if cases:
+        print(f"out of time; not measured: {', '.join(f'{case.name}:{case.provider}' for case in cases)}")
+    print(write(rows, before))
+    if failed:
+        raise SystemExit(f"failed: {', '.join(f'{case.name}:{case.provider}' for case in failed)}")
+
+
+def read(rows: Rows) -> list[dict[str, str]]:
+    """The rows of the file that is there."""
+    if not rows.path.is_file():
+        return []
+    with open(rows.path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write(rows: Rows, before: list[dict[str, str]]) -> Any:
+    """Write the new rows, and those from before of what was not measured again."""
+
+    def what(row: dict[str, str]) -> tuple[str, ...]:
+        return row["case"], row["provider"], row["metric"]
+
+    new = rows.rows
+    measured = {what(row) for row in new}
+    rows.rows = [row for row in before if what(row) not in measured] + new
+    path = rows.write()
+    rows.rows = new
+    return path
 
 
 if __name__ == "__main__":

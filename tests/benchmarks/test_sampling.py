@@ -1,0 +1,73 @@
+"""The sampling benchmark measures what it says, and says what it extrapolates."""
+
+import csv
+import itertools
+
+import pytest
+import torch
+
+from benchmarks import bench_sampling
+from benchmarks.bench_sampling import Bench, Case, select
+from benchmarks.common import Rows
+from tests.diffusion.recorded import RecordedGraphs
+
+TINY = ["model.embed_dim=64", "model.num_heads=1", "model.depth=2"]
+PROVIDERS = ["ours", "ours-uncaptured", "eager", "compiled"]
+EVERY = [Case(*c) for c in itertools.product("SMLH", (1, 50, 500), (False, True), (False, True), PROVIDERS)]
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """On the CPU, with a small autoencoder, and every run taking a second; the calls of the network are counted."""
+
+    def measure(run, repeats, warmup):
+        run()
+        return [1000.0]
+
+    monkeypatch.setattr(bench_sampling, "measure", measure)
+    monkeypatch.setattr(
+        bench_sampling, "autoencoder", lambda device, make=bench_sampling.autoencoder: make(device, (32, 32))
+    )
+    return lambda *arguments: Bench(torch.device("cpu"), *arguments, graphs=RecordedGraphs())  # fmt: skip
+
+
+def test_the_essential_cases_hold_the_aims_and_their_peers():
+    cases = select(bench_sampling.PRESETS["essential"], EVERY)
+    for size, guided, provider in itertools.product("SMLH", (False, True), ("ours", "eager")):
+        assert Case(size, 500, guided, False, provider) in cases
+    assert {c.provider for c in cases if c.batch == 1} == {"ours", "eager"}
+    assert cases[0] == Case("H", 500, False, False, "ours") and len(cases) == len(set(cases)) == 18
+    assert len(select(["*"], EVERY)) == 4 * 3 * 2 * 2 * 4
+
+
+@pytest.mark.parametrize(
+    ("case", "evaluations", "expected"),
+    [
+        (Case("S", 2, False, False, "ours"), None, (250, 50)),  # a loop of 50 in a second; 250 loops are 500 samples
+        (Case("S", 2, True, False, "eager"), None, (2500, 5)),  # 5 evaluations in a second
+        (Case("S", 1, False, False, "eager"), 10, (2500, 10)),
+        (Case("S", 2, False, True, "eager"), None, (2750, 5)),  # and a second of decoding, which is not scaled to 50
+        (Case("S", 2, False, True, "ours"), 2, (6500, 2)),
+    ],
+)
+def test_what_did_not_run_is_scaled_and_counted(bench, case, evaluations, expected):
+    times, peak, count = bench(evaluations, TINY).run(case)
+    assert (times[0], count) == (pytest.approx(expected[0]), expected[1]) and len(times) == bench_sampling.MOST
+
+
+def test_a_loop_that_is_not_captured_is_not_called_so():
+    with pytest.warns(RuntimeWarning, match="uncaptured"), pytest.raises(RuntimeError, match="could not be captured"):
+        Bench(torch.device("cpu"), 2, TINY).run(Case("S", 1, False, False, "ours"))
+
+
+def test_other_rows_of_the_file_stay(tmp_path):
+    def add(case, value):
+        rows = Rows("sampling", tmp_path)
+        before = bench_sampling.read(rows)
+        rows.add(case, "ours", [value], metric="time", unit="s_per_500", dtype="bf16", batch=1)
+        with open(bench_sampling.write(rows, before), newline="") as file:
+            return {row["case"]: float(row["p50"]) for row in csv.DictReader(file)}
+
+    assert add("a", 1.0) == {"a": 1.0}
+    assert add("b", 2.0) == {"a": 1.0, "b": 2.0}
+    assert add("a", 3.0) == {"a": 3.0, "b": 2.0}
