@@ -186,20 +186,32 @@ def test_a_newer_checkpoint_does_not_slip_into_an_interrupted_job(checkpoint, tm
     assert sample(checkpoint.parent, out, "--num", "2", "--steps", "1", "--resume") == 0
 
 
-def test_two_processes_share_a_job(checkpoint, tmp_path):
-    alone, together, common = (
-        tmp_path / "alone.npz",
-        tmp_path / "together.npz",
-        ("--num", "7", "--batch", "2", "--steps", "2"),
-    )
+def test_two_processes_finish_what_one_began(checkpoint, tmp_path, monkeypatch):
+    """--resume with another number of processes: the same images, and the first part is not drawn again."""
+    alone, together = tmp_path / "alone.npz", tmp_path / "together.npz"
+    common = ("--num", "7", "--batch", "2", "--steps", "2")
     assert sample(checkpoint, alone, *common) == 0
+    draw = sampling.sample
+
+    def dies_at_the_second(*args, **options):
+        if options["first"] == 2:
+            raise KeyboardInterrupt
+        return draw(*args, **options)
+
+    monkeypatch.setattr(sampling, "sample", dies_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        sample(checkpoint, together, *common)
+    part = tmp_path / "together.npz.parts" / "0000000_0000002.npy"
+    kept = 255 - np.load(part)  # marked, so that a part drawn again shows
+    np.save(part, kept)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
-    command = ["-m", "--", "uvit_fast.cli", "sample", "--config", DIGITS, *SMALL, "--checkpoint", str(checkpoint)]
+    command = ["-m", "--", "uvit_fast.cli", "--local_rank=0", "sample", "--config", DIGITS, *SMALL, "--resume"]
+    command += ["--checkpoint", str(checkpoint), "--out", str(together), *common]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [*launch, *command, "--out", str(together), *common], env=environment, check=True, capture_output=True
-    )
-    assert np.abs(np.load(alone)["arr_0"].astype(int) - np.load(together)["arr_0"]).max() <= 1
+    subprocess.run([*launch, *command], env=environment, check=True, capture_output=True)
+    images = np.load(together)["arr_0"]
+    assert np.array_equal(images[:2], kept)
+    assert np.abs(np.load(alone)["arr_0"][2:].astype(int) - images[2:]).max() <= 1
 
 
 @pytest.mark.parametrize(

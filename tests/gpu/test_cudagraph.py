@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from uvit_fast import build_model, load_config, sampling
 from uvit_fast.diffusion.cudagraph import GraphSampler
 from uvit_fast.diffusion.guidance import class_guidance
 from uvit_fast.diffusion.noise import sample_generators, sample_noise
@@ -87,6 +88,46 @@ def test_an_interval_and_a_padded_batch_are_captured_too(net):
     x_T, y, _ = batch(8, seed=1)
     got = sample(sampler, x_T[:3], {"y": y[:3]}, {"y": NULL}, 0.4, (0.2, 0.7))
     assert len(sample) == 1 and torch.equal(got, plain(net, sampler, x_T, y, 0.4, interval=(0.2, 0.7))[:3])
+
+
+def test_a_capture_made_beforehand_is_the_one_that_replays(net):
+    """A thousand steps after a rehearsal of a few: everything lazy was done before the capture."""
+    sample, (x_T, y, keys) = GraphSampler(net), batch(2)
+    arguments = EulerMaruyama(VPSchedule(), 1000), x_T, {"y": y}, {"y": NULL}, 0.4, (0.1, 0.8), keys
+    assert sample.prepare(*arguments) and len(sample) == 1
+    expected = plain(net, arguments[0], x_T, y, 0.4, keys, (0.1, 0.8))
+    assert torch.equal(sample(*arguments), expected) and len(sample) == 1
+
+
+def test_the_network_itself_is_captured_with_text():
+    """A U-ViT with its fused kernels, through the sampling function: noise, features, guidance in an interval."""
+    overrides = ["model.embed_dim=128", "model.depth=4", "model.num_heads=2", "sample.steps=8"]
+    cfg = load_config("configs/s2_coco.yaml", overrides)
+    net = build_model(cfg).to("cuda", torch.bfloat16).eval().requires_grad_(False)
+    context, null = torch.randn(6, 77, 768), torch.randn(77, 768)
+    options = {"context": context, "null_context": null, "guidance_interval": (0.1, 0.9)}
+    graphs = GraphSampler(net)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        captured = list(sampling.sample(net, cfg, 6, batch=3, graphs=graphs, **options))
+    for got, expected in zip(captured, sampling.sample(net, cfg, 6, batch=3, **options), strict=True):
+        assert torch.equal(got, expected) and got.isfinite().all()
+    assert len(graphs) == 1
+
+
+def test_decoding_in_chunks_is_captured(net):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2,
+                                  up_block_types=("UpDecoderBlock2D",) * 2)  # fmt: skip
+    decode = sampling.decoder(vae.to("cuda", torch.bfloat16).eval().requires_grad_(False), 0.18215, chunk=3)
+    sample, (x_T, y, _) = GraphSampler(net, decode), batch(8)
+    for _ in range(2):
+        got = sample(SAMPLERS[1], x_T, {"y": y}, {"y": NULL}, 0.4)
+        with torch.inference_mode():
+            expected = decode(plain(net, SAMPLERS[1], x_T, y, 0.4))
+        assert got.shape == (8, 3, 16, 16) and torch.equal(got, expected)
+    assert len(sample) == 1
 
 
 def test_weights_that_change_in_place_are_seen(net):
