@@ -102,9 +102,11 @@ def decoders(rows: Rows, folder: Path, sizes: list[int], threads: int) -> None:
                 if not reason:
                     ours = DaliImages(str(images), size, "center", flip=False, labelled=False)
                     reads["dali"] = lambda: ours.__getitems__(items)  # noqa: B023
-                for _ in range(5):
+                for turn in range(6):  # the first only warms up
                     for provider, read in reads.items():
-                        times.setdefault(provider, []).extend(seconds(read, repeats=1))
+                        start = time.perf_counter()
+                        read()
+                        times.setdefault(provider, []).extend([time.perf_counter() - start] if turn else [])
             for provider, taken in times.items():
                 name = f"decode-crop:{size}px:{n}thread" + "s" * (n > 1)
                 speed = [len(items) / t for t in taken]

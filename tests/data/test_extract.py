@@ -131,7 +131,7 @@ def test_a_tiny_imagenet_is_extracted_trained_on_and_sampled(photos, vae, tmp_pa
     assert images.shape == (2, 64, 64, 3) and images.dtype == np.uint8 and images.std() > 0
 
 
-def test_every_kind_of_bad_image_is_counted_and_named(photos, tmp_path):
+def test_every_kind_of_bad_image_is_counted_and_named(photos, tmp_path, capsys):
     folder = tmp_path / "images"
     (folder / "a").mkdir(parents=True)
     photo = Image.open(photos / "n02_flower" / "0.JPEG")
@@ -147,6 +147,11 @@ def test_every_kind_of_bad_image_is_counted_and_named(photos, tmp_path):
     (folder / "a" / "empty.png").write_bytes(b"")
     (folder / "a" / "text.jpg").write_text("not an image")
     (folder / "a" / "readme.txt").write_text("")
+
+    assert main(["data", "check", str(folder)]) == 1
+    checked = capsys.readouterr().out
+    assert "8 images, 3 unreadable, 4 unusual" in checked and "a/empty.png: zero bytes\n" in checked
+    assert "a/deep.png: 16-bit, greyscale; read as upright RGB" in checked
 
     report = make(folder, tmp_path / "out")[0].run()
     assert (report["read"], report["written"], report["rejected"]) == (8, 5, 3)
@@ -233,9 +238,12 @@ def test_torchruns_processes_share_the_shards(photos, vae, tmp_path, capsys):
 
 
 def test_a_full_disk_says_so_and_leaves_what_is_complete(photos, tmp_path):
-    """/dev/full is a disk without space: the second of three shards goes there."""
+    """/dev/full is a disk without space: first the settings go there, then the second of three shards."""
     make(photos, tmp_path / "whole")[0].run()
     (tmp_path / "out" / "notes").mkdir(parents=True)
+    (tmp_path / "out" / "notes" / f".settings.json.{os.getpid()}.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="the disk is full; the shards of 0 of 12 images are complete"):
+        make(photos, tmp_path / "out")[0].run()
     (tmp_path / "out" / f".moments-00001.npy.{os.getpid()}.tmp").symlink_to("/dev/full")
     with pytest.raises(UserError, match="the disk is full; the shards of 5 of 12 images are complete"):
         make(photos, tmp_path / "out")[0].run()

@@ -111,10 +111,10 @@ class Extraction:
                 the policy asks. What is complete stays.
         """
         mine = range(self.rank, len(self.parts), self.ranks)
+        total = sum(len(self.parts[shard]) for shard in mine)
         try:
             self._agree()
             missing = [shard for shard in mine if not self._is_intact(shard)]
-            total = sum(len(self.parts[shard]) for shard in mine)
             left = sum(len(self.parts[shard]) for shard in missing)
             with (
                 ThreadPoolExecutor(max(1, self.workers)) as pool,
@@ -128,7 +128,7 @@ class Extraction:
         except OSError as error:
             if not shards.is_full(error):
                 raise
-            done = sum(len(self.parts[s]) for s in mine if self._note(s).is_file())
+            done = sum(len(self.parts[shard]) for shard in mine if self._note(shard).is_file())
             raise UserError(
                 f"{self.out}: the disk is full; the shards of {done} of {total} images are complete and stay: "
                 "free some space and run the same command again"
