@@ -93,6 +93,8 @@ def sampling(results: Results, folder: Path) -> Iterator[str]:
     if rows:
         header = "appendix, A100 | published, eager | published, compiled | ours | batch | GB | over eager | over compiled | MFU | of ceiling | A100, estimate"
         yield from markdown(["", *header.split(" | ")], rows)
+    if results.extrapolated():
+        yield from (results.extrapolated(), "")
     yield from measured_on(results, "sampling", "python -m benchmarks.bench_sampling")
 
 

@@ -21,6 +21,8 @@ LINES = [
         for size in "SMLH"
     ],
     ("sampling", "H:500:nocfg:latent", "peak", "  its peak memory, GB"),
+    ("sampling", "H:500:cfg:latent", "time", "  with guidance, s"),
+    ("sampling", "H:1:nocfg:latent", "time", "  one at a time, s"),
     ("training", "H:128:none", "img_per_s", "H/2 training step, batch 128, images/s (eager: an earlier run)"),
     ("training", "H:128:none", "peak_gb", "  its peak memory, GB"),
     ("training", "H:128:block", "img_per_s", "  with block checkpointing, images/s"),
@@ -37,6 +39,7 @@ LINES = [
 PROVIDERS = ["ours", "eager", "compiled", "cudnn", "flash_attn"]
 APPENDIX = {  # (question, case, metric) -> what the paper's appendix says, of one A100
     **{("sampling", f"{size}:500:nocfg:latent", "time"): seconds for size, seconds in SAMPLING_A100.items()},
+    ("sampling", "H:500:cfg:latent", "time"): 2 * SAMPLING_A100["H"],
     **{("memory", case, "peak"): gb for (case, provider), gb in MEMORY_A100.items() if case[0] == "L"},
 }
 
@@ -58,7 +61,8 @@ def table() -> str:
     stacks = {
         f"{r['device']}, torch {r['torch']}, triton {r['triton']}, {r['date']}" for rows in used.values() for r in rows
     }
-    return "\n".join([*lines, "", "Medians, bf16: " + "; ".join(sorted(stacks)) + "."])
+    said = "Medians, bf16: " + "; ".join(sorted(stacks)) + "."
+    return "\n".join([*lines, "", f"{said} {results.extrapolated()}".rstrip()])
 
 
 def readme() -> str:

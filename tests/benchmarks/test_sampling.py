@@ -9,6 +9,7 @@ import torch
 from benchmarks import bench_sampling
 from benchmarks.bench_sampling import Bench, Case, select
 from benchmarks.common import Rows
+from benchmarks.results import Results
 from tests.diffusion.recorded import RecordedGraphs
 
 TINY = ["model.embed_dim=64", "model.num_heads=1", "model.depth=2"]
@@ -71,3 +72,13 @@ def test_other_rows_of_the_file_stay(tmp_path):
     assert add("a", 1.0) == {"a": 1.0}
     assert add("b", 2.0) == {"a": 1.0, "b": 2.0}
     assert add("a", 3.0) == {"a": 3.0, "b": 2.0}
+
+
+def test_tables_say_what_is_extrapolated(tmp_path):
+    rows = Rows("sampling", tmp_path)
+    assert Results(tmp_path).extrapolated() == ""
+    for provider, count in (("ours", 50.0), ("eager", 5.0), ("compiled", 5.0)):
+        common = {"dtype": "bf16", "batch": 500}
+        rows.add("H:500:nocfg:latent", provider, [count], metric="nfe_measured", unit="of_50", **common)
+    rows.write()
+    assert "from 5 evaluations of eager, compiled" in Results(tmp_path).extrapolated()
