@@ -146,16 +146,17 @@ def test_every_kind_of_bad_image_is_counted_and_named(photos, tmp_path, capsys):
     (folder / "a" / "half.jpg").write_bytes(whole[: len(whole) // 2])
     (folder / "a" / "empty.png").write_bytes(b"")
     (folder / "a" / "text.jpg").write_text("not an image")
+    (folder / "a" / "gone.jpg").symlink_to("nowhere.jpg")
     (folder / "a" / "readme.txt").write_text("")
 
     assert main(["data", "check", str(folder)]) == 1
     checked = capsys.readouterr().out
-    assert "8 images, 3 unreadable, 4 unusual" in checked and "a/empty.png: zero bytes\n" in checked
+    assert "9 images, 4 unreadable, 4 unusual" in checked and "a/empty.png: zero bytes\n" in checked
     assert "a/deep.png: 16-bit, greyscale; read as upright RGB" in checked
 
     report = make(folder, tmp_path / "out")[0].run()
-    assert (report["read"], report["written"], report["rejected"]) == (8, 5, 3)
-    assert report["rejected_images"].keys() == {"a/half.jpg", "a/empty.png", "a/text.jpg"}
+    assert (report["read"], report["written"], report["rejected"]) == (9, 5, 4)
+    assert report["rejected_images"].keys() == {"a/half.jpg", "a/empty.png", "a/text.jpg", "a/gone.jpg"}
     assert report["rejected_images"]["a/empty.png"] == "zero bytes"
     assert "truncated" in report["rejected_images"]["a/half.jpg"]
     assert report["unusual"] == {"greyscale": 2, "CMYK": 1, "16-bit": 1, "EXIF-rotated": 1}
@@ -166,8 +167,8 @@ def test_every_kind_of_bad_image_is_counted_and_named(photos, tmp_path, capsys):
 
     policy = extract.Policy(unusual="skip")
     report = make(folder, tmp_path / "strict", policy=policy)[0].run()
-    assert (report["written"], report["rejected"]) == (1, 7)
-    with pytest.raises(UserError, match="empty.png: zero bytes|text.jpg: unreadable|half.jpg: .*truncated"):
+    assert (report["written"], report["rejected"]) == (1, 8)
+    with pytest.raises(UserError, match="empty.png: zero bytes|(text|gone).jpg: unreadable|half.jpg: .*truncated"):
         make(folder, tmp_path / "refused", policy=extract.Policy(unreadable="refuse"))[0].run()
     with pytest.raises(UserError, match="cmyk.jpg: CMYK"):
         make(folder, tmp_path / "refused2", policy=extract.Policy(unusual="refuse"))[0].run()

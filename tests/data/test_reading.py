@@ -1,5 +1,7 @@
 """Every kind of file that people have: made upright 8-bit RGB, or named with the reason."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -75,4 +77,19 @@ def test_other_files_are_listed_as_ignored_and_loose_images_refused(photo, tmp_p
     assert listing.ignored == ["notes.txt"]
     photo.save(tmp_path / "loose.png")
     with pytest.raises(UserError, match="one folder a class"):
+        list_images(tmp_path, labelled=True)
+
+
+def test_a_folder_that_cannot_be_listed_is_named_and_not_passed_over(photo, tmp_path, monkeypatch):
+    (tmp_path / "cat").mkdir()
+    photo.save(tmp_path / "cat" / "a.png")
+    scandir = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("cat"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match="cat: cannot be listed .Permission denied."):
         list_images(tmp_path, labelled=True)

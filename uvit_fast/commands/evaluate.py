@@ -112,7 +112,8 @@ def _real_images(config: str, overrides: list[str]):
     def identity() -> str:
         digest = hashlib.sha256(repr((cfg.data.name, cfg.data.crop, dataset.shape)).encode())
         if hasattr(dataset, "files"):
-            for file in dataset.files:
+            for name in dataset.files:
+                file = dataset.folder / name
                 digest.update(f"{file}\0{file.stat().st_size}\0{file.stat().st_mtime_ns}\n".encode())
         else:
             digest.update(dataset.images.numpy().tobytes())

@@ -93,7 +93,7 @@ class DaliImages(ImageFolder):
         found = []
         for first in range(0, len(indices), CHUNK):
             chunk = indices[first : first + CHUNK]
-            plans = [self._plan(self.files[i]) for i in chunk]
+            plans = [self._plan(self.folder / self.files[i]) for i in chunk]
             images = iter(self._run([plan for plan in plans if plan]))
             for index, plan in zip(chunk, plans):
                 image = next(images) if plan else None

@@ -133,7 +133,7 @@ class ImageFolder:
             listing = list_images(folder, labelled)
         except UserError as error:
             raise UserError(f"data.path {error}") from None
-        self.files = [folder / name for name in listing.files]
+        self.folder, self.files = folder, listing.files  # names below it
         self.labels = listing.labels
         self.num_classes = len(listing.classes)
         self.shape = (3, size, size)
@@ -161,7 +161,7 @@ class ImageFolder:
     def _read(self, index: int) -> tuple[Tensor, int]:
         """The image at `index`, (3, size, size) uint8, and its index; another one's where it cannot be read."""
         for other in range(index, index + len(self)):
-            file = self.files[other % len(self)]
+            file = self.folder / self.files[other % len(self)]
             try:
                 image, _ = read_image(file)
             except BadImage as error:
@@ -174,7 +174,7 @@ class ImageFolder:
             else:
                 pixels = np.array(CROPS[self.crop_name](image, self.size))
                 return torch.from_numpy(pixels).permute(2, 0, 1), other % len(self)
-        raise UserError(f"{self.files[0].parent}: not one readable image among {len(self)}")
+        raise UserError(f"{self.folder}: not one readable image among {len(self)}")
 
 
 class Synthetic:

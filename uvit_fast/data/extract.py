@@ -136,9 +136,7 @@ class Extraction:
 
     def _agree(self) -> None:
         """Make the folder, or check that the one that is there belongs to this extraction."""
-        names = "".join(
-            f"{name}\0{(self.listing.folder / name).stat().st_size}\n" for name in self.listing.files
-        )  # sizes tell most changes of an image, at no cost
+        names = "".join(f"{name}\0{_size(self.listing.folder / name)}\n" for name in self.listing.files)
         settings = {
             "images": len(self.listing.files),
             "images_digest": hashlib.sha256(names.encode()).hexdigest(),
@@ -337,6 +335,14 @@ def list_captioned(folder: Path, captions: Path) -> tuple[Listing, list[list[str
         raise UserError(f"{folder}: lacks {len(missing)} of {len(names)} images that {captions} names{example}")
     order = sorted(names)
     return Listing(folder, [names[i] for i in order], None, [], []), [texts[i] for i in order]
+
+
+def _size(file: Path) -> int:
+    """Tells most changes of an image, at no cost; -1: a link to nothing, which reading it will name."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return -1
 
 
 def _digest(value: Any) -> str:

@@ -1,5 +1,6 @@
 """One image file as 8-bit RGB, upright, or the reason why it cannot be; and the images of a folder."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,16 +77,28 @@ def list_images(folder: Path, labelled: bool) -> Listing:
     """Find the images below `folder`: one folder a class where `labelled`, classes numbered in the order of their names.
 
     Raises:
-        UserError: no images, or, where `labelled`, images that lie in no class's folder.
+        UserError: no images, a folder that cannot be listed, or, where `labelled`, images that lie in no class's folder.
     """
-    found = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
-    images = [p for p in found if p.suffix.lower() in IMAGE_SUFFIXES]
+    found = [
+        (os.path.relpath(directory, folder) + "/" + name).removeprefix("./")
+        for directory, _, names in os.walk(
+            folder, onerror=_refuse
+        )  # millions of strings are light; of Path objects they would not be
+        for name in names
+    ]
+    found.sort(key=lambda name: name.split("/"))
+    is_image = [os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES for name in found]
+    images = [name for name, yes in zip(found, is_image) if yes]
     if not images:
         raise UserError(f"{folder}: no images; expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}")
-    if labelled and any(len(p.parts) == 1 for p in images):
+    if labelled and any("/" not in name for name in images):
         raise UserError(f"{folder}: expected one folder a class, got images that lie in none")
-    classes = sorted({p.parts[0] for p in images}) if labelled else []
+    owners = [name.split("/", 1)[0] for name in images] if labelled else []
+    classes = sorted(set(owners))
     number = {name: i for i, name in enumerate(classes)}
-    labels = [number[p.parts[0]] for p in images] if labelled else None
-    ignored = [p.as_posix() for p in found if p.suffix.lower() not in IMAGE_SUFFIXES]
-    return Listing(folder, [p.as_posix() for p in images], labels, classes, ignored)
+    labels = [number[owner] for owner in owners] if labelled else None
+    return Listing(folder, images, labels, classes, [name for name, yes in zip(found, is_image) if not yes])
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be listed ({error.strerror}); its images would be lost")
