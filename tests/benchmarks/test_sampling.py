@@ -36,8 +36,8 @@ def test_the_essential_cases_hold_the_aims_and_their_peers():
     cases = select(bench_sampling.PRESETS["essential"], EVERY)
     for size, guided, provider in itertools.product("SMLH", (False, True), ("ours", "eager")):
         assert Case(size, 500, guided, False, provider) in cases
-    assert {c.provider for c in cases if c.batch == 1} == {"ours", "eager"}
-    assert cases[0] == Case("H", 500, False, False, "ours") and len(cases) == len(set(cases)) == 18
+    assert {c.provider for c in cases if c.batch == 1} == {"ours", "ours-uncaptured", "eager"}
+    assert cases[0] == Case("H", 500, False, False, "ours") and len(cases) == len(set(cases)) == 19
     assert len(select(["*"], EVERY)) == 4 * 3 * 2 * 2 * 4
 
 
