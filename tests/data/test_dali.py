@@ -131,6 +131,24 @@ def test_ranks_share_the_epochs_and_a_run_goes_on_in_the_middle_of_one(photos):
     assert not torch.equal(*epochs) and sorted(epochs[0].sum(1).tolist()) == sorted(epochs[1].sum(1).tolist())
 
 
+@pytest.mark.parametrize("name, labels", [("l4_64", [0, 1]), ("s4_celeba64", None)])
+def test_imagenet_64_and_celeba_train_on_it(name, labels, photos, tmp_path, monkeypatch, pytestconfig):
+    monkeypatch.chdir(pytestconfig.rootpath)
+    for folder, photo in (("n01", "china.jpg"), ("n02", "rocket.jpg")):
+        (tmp_path / folder).mkdir()
+        shutil.copy(photos / photo, tmp_path / folder)
+
+    def batch(decoder):
+        sets = [f"data.path={tmp_path}", f"data.decoder={decoder}", "data.flip=true"]
+        dataset = build_dataset(load_config(f"configs/{name}.yaml", sets))
+        return dataset.finish(dataset.__getitems__([(0, 0), (1, 0)]), torch.Generator().manual_seed(1))
+
+    expected, got = batch("pillow"), batch("dali")
+    assert got["x"].shape == (2, 3, 64, 64) and got["x"].dtype == torch.float32
+    assert (got["x"] - expected["x"]).abs().mean() <= 2 / 255  # one of 255 steps over [-1, 1], and the same flips
+    assert (got["y"].tolist() if "y" in got else None) == labels
+
+
 def test_the_config_chooses_and_says_why(photos, monkeypatch, pytestconfig):
     """auto is the faster one: DALI where Pillow would leave cores idle."""
     monkeypatch.chdir(pytestconfig.rootpath)
