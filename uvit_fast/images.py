@@ -38,7 +38,7 @@ def save_grid(
         corner = left + gap + i % columns * (w + gap), gap + i // columns * (h + gap)
         sheet.paste(tile.convert("RGB"), corner)
         if captions:
-            text = captions[i][: w // 6].encode("latin-1", "replace").decode("latin-1")  # what Pillow's own font has
+            text = captions[i][: w // 6].encode("ascii", "replace").decode()  # what Pillow's own font has
             draw.text((corner[0], corner[1] + height + 1), text, fill="black")
     for row, text in enumerate(row_labels or []):
         draw.text((4, gap + row * (h + gap) + h // 2 - 6), text, fill="black")
