@@ -221,7 +221,7 @@ class UViT(nn.Module):
         for block in self.out_blocks:  # last in, first out
             h = block(h, skips.pop() if self.skip != "none" else None)
 
-        h = self.decoder_pred(self.norm(h[:, self.extras :]))  # (B, N, p*p*C)
+        h = self.decoder_pred(self.norm(h))[:, self.extras :]  # (B, N, p*p*C); cut here, where a token is narrow
         p, side = self.patch_size, self.img_size // self.patch_size
         eps = rearrange(h, "B (h w) (p1 p2 C) -> B C (h p1) (w p2)", h=side, p1=p, p2=p)  # (B, C, H, W)
         if self.final_layer is not None:
