@@ -183,6 +183,20 @@ def test_the_statistics_of_a_folder_are_computed_once(tmp_path):
     assert not torch.equal(load().pool, first.pool) and extractor.calls > calls
 
 
+def test_statistics_of_other_weights_or_preprocessing_are_refused(tmp_path):
+    """The cache's file says which extractor made it, also where the dimensions agree."""
+
+    class OtherWeights(MeanColours):
+        identity = "other-weights"
+
+    source = open_images(npz_of(tmp_path / "x.npz", arr_0=pictures(9)))
+    reference_from_images(source, OtherWeights(), tmp_path / "cache", progress=False)
+    (file,) = (tmp_path / "cache").iterdir()
+    statistics = load_reference(file, lambda like: MeanColours(), tmp_path, progress=False)
+    with pytest.raises(UserError, match="expected statistics of mean-colours, got other-weights"):
+        evaluate(source, statistics, MeanColours(), progress=False)
+
+
 def test_precision_and_recall_take_ten_thousand_references(monkeypatch, tmp_path):
     monkeypatch.setattr("uvit_fast.evaluation.reference.NEIGHBOURS", 7)
     source = open_images(npz_of(tmp_path / "x.npz", arr_0=pictures(20)))

@@ -28,6 +28,11 @@ def evaluate(
     Raises:
         UserError: images of another size than the reference's, features of another kind, or images that failed.
     """
+    if reference.features not in (None, extractor.identity):
+        raise UserError(
+            f"{reference.name}: expected statistics of {extractor.identity}, got {reference.features}: features of other "
+            "weights or another preprocessing do not compare"
+        )
     found = extract(images, extractor, batch, progress)
     size, D = tuple(map(int, found.size)), found.pool.shape[1]
     if reference.size is not None and reference.size != size:

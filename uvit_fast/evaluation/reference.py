@@ -26,6 +26,7 @@ class Reference:
         pool: (M, D) features for precision, recall and KID, M at most 10,000; None where there are no images.
         like: the preprocessing that the samples must have too, see `inception.preprocess`.
         count, size: images and their (height, width), where known.
+        features: the identity of the extractor that made them, where known; others' files do not say.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Reference:
     like: str = "tensorflow"
     count: int | None = None
     size: tuple[int, int] | None = None
+    features: str | None = None
     warnings: list[str] = field(default_factory=list)
 
 
@@ -110,6 +112,7 @@ def reference_from_images(
         like,
         images.count,
         tuple(map(int, found.size)),
+        extractor.identity,
         found.warnings,
     )
     if file is not None and not reference.warnings:  # a warning would be lost with the images
@@ -128,6 +131,7 @@ def _write_statistics(file: Path, reference: Reference) -> None:
         count=reference.count,
         size=reference.size,
         like=reference.like,
+        features=reference.features,
     )
     temporary.rename(file)
 
@@ -147,6 +151,7 @@ def _read_statistics(path: Path) -> Reference:
         str(arrays.get("like", like)),
         int(arrays["count"]) if "count" in arrays else None,
         tuple(map(int, arrays["size"])) if "size" in arrays else None,
+        str(arrays["features"]) if "features" in arrays else None,
     )
 
 
