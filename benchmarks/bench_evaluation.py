@@ -1,7 +1,7 @@
 """How long does an evaluation take? Features a second, the Fréchet distance, precision and recall.
 
     python -m benchmarks.bench_evaluation --out benchmarks/results
-    python -m benchmarks.bench_evaluation --samples 5000 --reference 1000 --images 32   # a CPU in minutes; cases carry the sizes
+    python -m benchmarks.bench_evaluation --samples 5000 --reference 1000 --sizes 32 --images 16 --repeats 3 --scipy   # CPU
 
 Random features and random Inception weights: speed does not depend on the values. 2048 dimensions, float64.
 """
