@@ -16,6 +16,7 @@ import torch.distributed as dist  # noqa: E402
 
 from uvit_fast.build import build_dataset, build_model, build_schedule  # noqa: E402
 from uvit_fast.config import ModelConfig, UserError, load_config  # noqa: E402
+from uvit_fast.measuring import training_evaluation  # noqa: E402
 from uvit_fast.model.ops import describe  # noqa: E402
 from uvit_fast.sampling import training_preview  # noqa: E402
 from uvit_fast.training.engine import start  # noqa: E402
@@ -39,8 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         world = start(cfg)
         if args.fresh:
             set_aside(run_dir, world)
-        preview = training_preview(cfg) if world.rank == 0 else None
-        trainer = Trainer(cfg, build_model(cfg), build_schedule(cfg), build_dataset(cfg), run_dir, preview)
+        looks = (training_preview(cfg), training_evaluation(cfg)) if world.rank == 0 else ()
+        trainer = Trainer(cfg, build_model(cfg), build_schedule(cfg), build_dataset(cfg), run_dir, *looks)
         if world.rank == 0 and trainer.step < cfg.train.iterations:
             net, chosen = cfg.model, {}
             if isinstance(net, ModelConfig):

@@ -21,6 +21,7 @@ LEVELS = {
     "pipeline": 3,
     "profiling": 3,
     "commands": 3,
+    "measuring": 3,
     "cli": 3,
     "demo": 3,
 }

@@ -221,6 +221,20 @@ class TrainConfig(Section):
     sample_every: int = Field(0, ge=0, description="Steps between two sample grids; 0: none while training.")
 
 
+class EvaluateConfig(Section):
+    """Figures of samples from the EMA weights while training; the best weights stay in the run's folder best/."""
+
+    every: int = Field(gt=0, description="Steps between two evaluations; the last step always has one.")
+    samples: int = Field(10_000, gt=0, description="Samples that are drawn for one; published figures are of 50000.")
+    features: Literal["inception", "digits-fid"] = Field(
+        "inception", description="inception: FID. digits-fid: of a small classifier of the training data's labels."
+    )
+    reference: str | None = Field(
+        None, description="Statistics (.npz) or images (folder or .npz). Default: the training data."
+    )
+    inception: str | None = Field(None, description="Inception's weight file. Default: among torch.hub's downloads.")
+
+
 class Config(Section):
     """One experiment."""
 
@@ -233,6 +247,7 @@ class Config(Section):
     train: TrainConfig
     sample: SampleConfig
     data: DataConfig
+    evaluate: EvaluateConfig | None = Field(None, description="Present where samples are measured while training.")
     latent: LatentConfig | None = Field(None, description="Present when the network works on an autoencoder's latents.")
 
     @model_validator(mode="after")

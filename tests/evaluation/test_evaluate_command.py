@@ -11,8 +11,7 @@ from safetensors.torch import save_file
 
 from tests.data.photographs import JPEG
 from tests.evaluation.test_inception import random_state
-from uvit_fast import build_model, cli, load_config
-from uvit_fast.commands import evaluate
+from uvit_fast import build_model, cli, load_config, measuring
 from uvit_fast.evaluation import inception
 
 DIGITS = "configs/digits.yaml"
@@ -65,9 +64,10 @@ def test_inceptions_figures_of_two_files(run, weights, tmp_path, capsys, monkeyp
 def test_a_users_own_images_are_cropped_as_the_config_says_and_cached_under_that_crop():
     """Photographs of 640 x 427 pixels: --reference configs/custom.yaml --set data.path=DIR."""
     sets = [f"data.path={JPEG[0].parent}", "model.img_size=8"]
-    real, labels = evaluate._real_images("configs/custom.yaml", sets)
+    real, labels = measuring.real_images(load_config("configs/custom.yaml", sets), "custom")
     again, other = (
-        evaluate._real_images("configs/custom.yaml", [*sets, *more])[0] for more in ([], ["data.crop=square"])
+        measuring.real_images(load_config("configs/custom.yaml", [*sets, *more]), "custom")[0]
+        for more in ([], ["data.crop=square"])
     )
     assert real.count == 2 and labels is None
     assert [batch.shape for batch in real.batches(1)] == [(1, 8, 8, 3)] * 2

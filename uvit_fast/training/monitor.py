@@ -39,14 +39,15 @@ class Monitor:
     def __init__(self, run_dir: Path, step: int, total: int, wandb: dict[str, Any] | None = None):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.total, self.start, self.step = total, step, step
+        self.total, self.start, self.step, self.run_dir = total, step, step, run_dir
         self.began = self.last_line = time.perf_counter()
         self.text = ""
-        path = run_dir / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        path.write_text("".join(kept))
-        self.rows = open(path, "a", buffering=1)
+        for path in (run_dir / "evaluation.jsonl", run_dir / "metrics.jsonl"):
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            if path.exists():
+                path.write_text("".join(kept))
+        self.rows = open(run_dir / "metrics.jsonl", "a", buffering=1)
         self.board = SummaryWriter(run_dir, purge_step=step + 1)
         self.wandb = None if wandb is None else _start_wandb(run_dir, wandb)
         self.bar = None
@@ -79,6 +80,16 @@ class Monitor:
             self.bar.set_postfix_str(self.text, refresh=False)
         elif first:
             self._line()
+
+    def figures(self, figures: dict[str, float], step: int) -> None:
+        """What an evaluation found: a line, TensorBoard, evaluation.jsonl."""
+        for name, value in figures.items():
+            self.board.add_scalar(f"evaluation/{name}", value, step)
+        if self.wandb is not None:
+            self.wandb.log({f"evaluation/{name}": value for name, value in figures.items()}, step=step)
+        with open(self.run_dir / "evaluation.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **figures}) + "\n")
+        self.say(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
 
     def say(self, text: str) -> None:
         """A line above the bar."""

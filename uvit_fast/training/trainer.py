@@ -20,6 +20,7 @@ from torch import Tensor
 
 from uvit_fast.config import Config, UserError
 from uvit_fast.training import activations, checkpoint
+from uvit_fast.training.best import Best
 from uvit_fast.training.ema import EMA
 from uvit_fast.training.engine import Engine, batch_plan, computes_in_bf16, start
 from uvit_fast.training.folder import Claim, describe_run
@@ -30,6 +31,7 @@ from uvit_fast.training.spikes import Spikes
 
 SLOW_DATA = 0.5  # share of the time that the host waits for data, above which the loader is named as the slow part
 Preview = Callable[[nn.Module, int, Path], Path | None]
+Measure = Callable[[nn.Module, int], dict[str, float]]
 
 
 class Trainer:
@@ -43,6 +45,8 @@ class Trainer:
         run_dir: the run's folder.
         preview: `preview(model with EMA weights, step, folder)` every `sample_every` steps, on rank 0; the image file that it
             returns is shown in TensorBoard too.
+        measure: `measure(model with EMA weights, step)` every `evaluate.every` steps, on rank 0, while the others wait: figures by
+            name. The weights with the lowest of the first one stay in best/.
 
     Raises:
         UserError: a GPU that is not there, a batch that does not divide, activations that do not fit their budget, a folder that
@@ -57,13 +61,15 @@ class Trainer:
         dataset: Any,
         run_dir: Path,
         preview: Preview | None = None,
+        measure: Measure | None = None,
     ):
         self.config, self.schedule, self.dataset, self.run_dir = config, schedule, dataset, Path(run_dir)
         self.world = start(config)
         self.main = self.world.rank == 0
         self.flops = forward_flops(model, config) if self.world.device.type == "cuda" else None
         self.preview = preview if config.train.sample_every and self.main else None
-        self.preview_model = copy.deepcopy(model).eval() if self.preview else None
+        self.measure = measure if config.evaluate and self.main else None
+        self.ema_model = copy.deepcopy(model).eval() if self.preview or self.measure else None
         self.monitor: Monitor | None = None
         if config.train.activation_memory_gb:
             self._plan_activations(model, config.train.activation_memory_gb * 1e9)
@@ -90,7 +96,7 @@ class Trainer:
             "step", "seconds" and "images_per_second" of this call, and on a GPU "peak_memory_gb" and "static_memory_gb" of this
             rank: the most that was allocated, and what stays allocated between two steps.
         """
-        train, engine = self.config.train, self.engine
+        config, train, engine = self.config, self.config.train, self.engine
         if self.step >= train.iterations:
             self._say(f"{self.run_dir}: finished, {self.step} of {train.iterations} steps; --fresh starts it anew")
             return {"step": self.step, "seconds": 0.0, "images_per_second": 0.0}
@@ -117,14 +123,15 @@ class Trainer:
                 done = self.step == train.iterations
                 save = self.step % train.checkpoint_every == 0 and not done
                 show = train.sample_every > 0 and (done or self.step % train.sample_every == 0)
+                judge = config.evaluate is not None and (done or self.step % config.evaluate.every == 0)
                 # a row ends where other work begins, so that images/s is the training's
-                if save or show or done or self.step % train.log_every == 0:
+                if save or show or judge or done or self.step % train.log_every == 0:
                     self._start_row()
                 self._finish_row(wait=save or done)
                 if save:
                     self._save()
-                if show:
-                    self._show_preview()
+                if show or judge:
+                    self._look_at_ema(show, judge)
             stopped = self.step < train.iterations
             if self.row.first_step < self.step:
                 self._start_row()
@@ -313,18 +320,23 @@ class Trainer:
         if self.step < self.config.train.iterations:
             self._say(f"continuing from {path}")
 
-    def _show_preview(self) -> None:
-        """Hand the EMA weights to `preview`, in a copy of the model that is on the device for that time only."""
+    def _look_at_ema(self, show: bool, judge: bool) -> None:
+        """Hand the EMA weights to `preview` and `measure`, in a copy of the model that is on the device for that time only."""
         weights = self.engine.gather(self.ema.values)  # by all ranks
-        if self.preview:
-            self.preview_model.load_state_dict(weights)
-            self.preview_model.to(self.world.device, torch.bfloat16 if self.engine.bf16 else torch.float32)
-            folder = self.run_dir / "samples"
-            folder.mkdir(exist_ok=True)
-            picture = self.preview(self.preview_model, self.step, folder)
-            if picture:
-                self.monitor.picture(picture, self.step)
-            self.preview_model.to("cpu", torch.float32)
+        if self.ema_model is not None:
+            self.ema_model.load_state_dict(weights)
+            self.ema_model.to(self.world.device, torch.bfloat16 if self.engine.bf16 else torch.float32)
+            if show and self.preview:
+                folder = self.run_dir / "samples"
+                folder.mkdir(exist_ok=True)
+                picture = self.preview(self.ema_model, self.step, folder)
+                if picture:
+                    self.monitor.picture(picture, self.step)
+            if judge and self.measure:
+                figures = self.measure(self.ema_model, self.step)
+                self.monitor.figures(figures, self.step)
+                Best(self.run_dir).offer(weights, figures, self.step)
+            self.ema_model.to("cpu", torch.float32)
         self.row.began = Mark(self.world.device)
 
     def _say(self, text: str) -> None:

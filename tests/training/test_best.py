@@ -1,0 +1,34 @@
+"""Evaluation while training: figures of the EMA weights are written, and the best weights stay."""
+
+import json
+
+import torch
+from safetensors.torch import load_file
+
+import train
+from uvit_fast.training.best import Best
+
+SMALL = ["model.embed_dim=32", "model.depth=2", "sample.steps=2", "train.iterations=4", "device=cpu"]
+MEASURED = ["evaluate.every=2", "evaluate.samples=24", "evaluate.features=digits-fid"]
+
+
+def test_the_best_weights_stay_and_worse_ones_change_nothing(tmp_path):
+    best, a, b = Best(tmp_path), {"w": torch.zeros(2)}, {"w": torch.ones(2)}
+    assert best.offer(a, {"fid": 3.0, "kid": 0.1}, 10)
+    assert not best.offer(b, {"fid": 3.5, "kid": 0.0}, 20)
+    assert Best(tmp_path).offer(b, {"fid": 2.0, "kid": 0.2}, 30)  # a continued run knows what was best
+    assert torch.equal(load_file(tmp_path / "best" / "ema.safetensors")["w"], b["w"])
+    assert json.loads((tmp_path / "best" / "figures.json").read_text()) == {"step": 30, "fid": 2.0, "kid": 0.2}
+    assert sorted(p.name for p in (tmp_path / "best").iterdir()) == ["ema.safetensors", "figures.json"]
+
+
+def test_train_measures_the_ema_weights_every_so_many_steps(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    options = [option for value in [*SMALL, *MEASURED] for option in ("--set", value)]
+    assert train.main(["--config", "configs/digits.yaml", "--run-dir", str(tmp_path / "run"), *options]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4] and all(row["digits-fid"] > 0 for row in rows)
+    best = json.loads((tmp_path / "run" / "best" / "figures.json").read_text())
+    assert best == min(rows, key=lambda row: row["digits-fid"])
+    assert "step 4: digits-fid" in capsys.readouterr().err

@@ -1,0 +1,158 @@
+"""What is measured and against what: samples drawn while they are measured, a config's training images, the features of both."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from uvit_fast import sampling
+from uvit_fast.build import build_dataset
+from uvit_fast.config import Config, UserError
+from uvit_fast.diffusion.cudagraph import GraphSampler
+from uvit_fast.evaluation import evaluate as figures
+from uvit_fast.evaluation import reference
+from uvit_fast.evaluation.classifier import ClassifierFeatures, cached_classifier
+from uvit_fast.evaluation.features import Extractor, Images, InceptionFeatures
+from uvit_fast.evaluation.inception import load_inception
+from uvit_fast.images import to_uint8
+from uvit_fast.model.uvit import UViT
+
+
+def real_images(cfg: Config, name: str) -> tuple[Images, np.ndarray | None]:
+    """A config's training images without flips, and their labels.
+
+    Raises:
+        UserError: its data are no images.
+    """
+    if cfg.data.name not in ("digits", "cifar10", "fashion_mnist", "images"):
+        raise UserError(f"{name}: expected data of images, got {cfg.data.name}; name a folder of images or statistics")
+    data = cfg.data.model_copy(update={"flip": False, "decoder": "pillow"})  # the same pixels everywhere
+    dataset = build_dataset(cfg.model_copy(update={"data": data}))
+
+    def batches(size: int) -> Iterator[np.ndarray]:
+        for start in range(0, len(dataset), size):
+            raw = dataset.__getitems__([(i, 0) for i in range(start, min(start + size, len(dataset)))])
+            yield to_uint8(dataset.finish(raw, torch.Generator())["x"])
+
+    def identity() -> str:
+        digest = hashlib.sha256(repr((cfg.data.name, cfg.data.crop, dataset.shape)).encode())
+        if hasattr(dataset, "files"):
+            for file in (dataset.folder / name for name in dataset.files):
+                digest.update(f"{file}\0{file.stat().st_size}\0{file.stat().st_mtime_ns}\n".encode())
+        else:
+            digest.update(dataset.images.numpy().tobytes())
+        return digest.hexdigest()
+
+    labels = None if dataset.labels is None else np.asarray(dataset.labels)
+    return Images(f"the data of {name}", len(dataset), batches, identity), labels
+
+
+def drawn_images(
+    model: UViT,
+    cfg: Config,
+    num: int,
+    name: str,
+    decode: Callable[[Tensor], Tensor] | None = None,
+    seed: int = 0,
+    folder: Path | None = None,
+) -> Images:
+    """Samples of a model, drawn while they are measured; labels uniform at random.
+
+    Args:
+        model: on its device.
+        decode: latents to pixels, for models of latents.
+        folder: keep the samples there as PNGs.
+
+    Raises:
+        UserError: the model takes text; while drawing: NaN or infinity among the samples.
+    """
+    if cfg.model.context_dim:
+        raise UserError(f"evaluate: {cfg.name} takes text features, which this command cannot make; sample first")
+    labels = None
+    if cfg.model.num_classes:
+        classes = cfg.model.num_classes - (cfg.null_label is not None)
+        labels = torch.randint(classes, (num,), generator=torch.Generator().manual_seed(seed))
+    cuda = next(model.parameters()).is_cuda
+    graphs = GraphSampler(model, decode) if cuda else None
+
+    def batches(size: int) -> Iterator[np.ndarray]:
+        number = 0
+        for x in sampling.sample(model, cfg, num, labels=labels, seed=seed, batch=size, graphs=graphs):
+            x = decode(x) if decode and not graphs else x
+            if not torch.isfinite(x).all():
+                raise UserError(f"{name}: samples {number} to {number + len(x) - 1} hold NaN or infinity")
+            images = to_uint8(x)
+            for i, image in enumerate(images if folder else (), number):
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image.squeeze()).save(folder / f"{i:06d}.png")
+            number += len(x)
+            yield images
+
+    return Images(f"{name}, seed {seed}", num, batches)
+
+
+def yardstick(
+    kind: str,
+    real: Config | str,
+    name: str,
+    inception: tuple[str | None, bool],
+    device: torch.device,
+    cache: Path,
+    batch: int = 50,
+) -> tuple[Extractor, reference.Reference]:
+    """The features that samples are measured by, and the real images' statistics in them.
+
+    Args:
+        kind: "inception", or "digits-fid": of a small classifier, trained on the labelled data of `real`.
+        real: a config whose data are the real images, or the path of statistics or images.
+        name: what messages call `real`.
+        inception: its weight file (None: among torch.hub's downloads), and whether to fetch it where it is missing.
+
+    Raises:
+        UserError: digits-fid without labelled data, no weight file, or a reference that cannot be read.
+    """
+    images, labels = real_images(real, name) if isinstance(real, Config) else (None, None)
+    if kind == "digits-fid":
+        if labels is None:
+            raise UserError(f"digits-fid: expected --reference to be a YAML whose data have labels, got {name}")
+        pixels = np.concatenate(list(images.batches(1000)))
+        extractor = ClassifierFeatures(cached_classifier(pixels, labels, images.identity(), cache, device), device)
+        return extractor, reference.reference_from_images(images, extractor, cache, batch)
+    network = load_inception(*inception)
+    like = lambda preprocessing: InceptionFeatures(*network, device, preprocessing)  # noqa: E731
+    if images is not None:
+        return like("tensorflow"), reference.reference_from_images(images, like("tensorflow"), cache, batch)
+    statistics = reference.load_reference(real, like, cache, batch)
+    return like(statistics.like), statistics
+
+
+def training_evaluation(cfg: Config) -> Callable[[UViT, int], dict[str, float]] | None:
+    """What the trainer calls every `evaluate.every` steps on rank 0; None where the config has no such section.
+
+    Returns:
+        measure(model with EMA weights, step) -> figures by name, the Frechet distance first.
+
+    Raises:
+        UserError, ImportError: what `yardstick`, `drawn_images` and the decoder raise, before training and not after hours.
+    """
+    if cfg.evaluate is None:
+        return None
+    how, device = cfg.evaluate, sampling.pick_device(cfg.device)
+    if cfg.model.context_dim:
+        raise UserError("evaluate: a model of text cannot be measured while it trains; leave the section out")
+    decode = sampling.load_decoder(cfg, device) if cfg.latent else None
+    real = how.reference or cfg
+    name = how.reference or "this config"
+    extractor, statistics = yardstick(
+        how.features, real, name, (how.inception, False), device, reference.default_cache()
+    )
+
+    def measure(model: UViT, step: int) -> dict[str, float]:
+        samples = drawn_images(model, cfg, how.samples, f"step {step}", decode)
+        return figures.evaluate(samples, statistics, extractor, progress=False)["metrics"]
+
+    return measure
