@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.bench_ops import times
 from benchmarks.common import RESULTS, Rows
 from uvit_fast.kernels import attention_ampere
 from uvit_fast.kernels.attention import attention, reference
+from uvit_fast.kernels.tune import times
 
 BATCH = 128
 SHAPES = [  # tokens, heads, head dim

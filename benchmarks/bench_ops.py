@@ -10,7 +10,6 @@ takes to queue one, whatever the GPU does.
 
 import argparse
 import functools
-import itertools
 import time
 
 import torch
@@ -19,25 +18,11 @@ from torch import Tensor
 
 from benchmarks.common import RESULTS, Rows
 from uvit_fast.kernels import linear_residual, ln_linear, ln_mlp, skip_linear
+from uvit_fast.kernels.tune import times
 from uvit_fast.model.uvit import Block
 
 TOKENS, BATCH = 33024, 128
 QUEUE_CYCLES = 60_000_000  # how long the GPU sleeps while Python queues the calls: about 30 ms
-
-
-def times(f, repeats: int = 25, warmup: int = 3, cycles: int = QUEUE_CYCLES) -> list[float]:
-    """Milliseconds of `repeats` calls on the GPU, back to back; it sleeps for `cycles` while they are queued."""
-    for _ in range(warmup):
-        f()
-    torch.cuda.synchronize()
-    torch.cuda._sleep(cycles)
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    events[0].record()
-    for event in events[1:]:
-        f()
-        event.record()
-    torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
 
 
 def random(*shape: int) -> Tensor:

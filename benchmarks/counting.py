@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
 from uvit_fast.diffusion import samplers
-from uvit_fast.kernels import attention, launch
+from uvit_fast.kernels import launch
 
 ROOT = Path(__file__).parent.parent
 TORCH = Path(torch.__file__).parent
@@ -159,7 +159,6 @@ def hopper(counts: Counts | None = None) -> Iterator[None]:
 
     pretences = [
         (launch, "interpreting", lambda: True),  # what lets the ops take tensors that are not on CUDA
-        (attention, "INTERPRETED", True),
         (samplers, "why_not", lambda x: None),
         (launch, "architecture", lambda device: 90),
         (launch, "multiprocessors", lambda device: 132),

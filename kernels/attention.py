@@ -9,7 +9,6 @@ from . import launch
 from .op import Op
 
 LONGEST = 512  # tokens; past it the chip no longer holds a head
-INTERPRETED = launch.interpreting()  # as it was when the kernels were defined; torch.compile cannot ask
 
 
 def reference(qkv: Tensor) -> Tensor:
@@ -30,9 +29,9 @@ def why_not(qkv: Tensor) -> str | None:
     """Why the fused op cannot take qkv; None where it can."""
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         return f"qkv is (B, L, 3, H, D), got {tuple(qkv.shape)}"
-    if qkv.device.type != "cuda" and not INTERPRETED:
+    if qkv.device.type != "cuda" and not launch.interpreting():
         return f"it runs on CUDA, got a tensor on {qkv.device.type}"
-    if qkv.dtype not in (torch.bfloat16, torch.float16) and not (INTERPRETED and qkv.dtype == torch.float32):
+    if qkv.dtype not in (torch.bfloat16, torch.float16) and not (launch.interpreting() and qkv.dtype == torch.float32):
         return f"it takes bfloat16 and float16, got {qkv.dtype}"
     L, D = qkv.shape[1], qkv.shape[-1]
     if D % 8 or D > 128:

@@ -18,7 +18,6 @@ from . import launch, layernorm
 
 TOKENS = 33024  # 128 images of 258 tokens
 NOISE = 0.015  # a candidate must win by this share
-_QUEUE_CYCLES = 20_000_000  # the GPU sleeps about 10 ms while Python queues the calls
 _GEMMS = ("gemm", "gemm_residual", "gemm_gelu", "gemm_gelu_save", "gemm_gelu_backward")
 _OURS = [{"ours": True}, {"ours": False}]
 
@@ -75,18 +74,24 @@ def cases(D: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> 
         yield "weight_gradient", size, lambda g=gradient, s=source, b=bias: core.weight_gradient(g, s, bias=b)
 
 
-def milliseconds(f: Callable, repeats: int = 9) -> float:
-    """The median of calls back to back; Python queues them while the GPU sleeps."""
-    f()
+def times(f: Callable, repeats: int = 25, warmup: int = 3, cycles: int = 60_000_000) -> list[float]:
+    """Milliseconds of `repeats` calls on the GPU, back to back; it sleeps for `cycles` while Python queues them."""
+    for _ in range(warmup):
+        f()
     torch.cuda.synchronize()
-    torch.cuda._sleep(_QUEUE_CYCLES)
+    torch.cuda._sleep(cycles)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     events[0].record()
     for event in events[1:]:
         f()
         event.record()
     torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
+    return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+
+
+def milliseconds(f: Callable) -> float:
+    """The median of a few calls, which Python queues in about 10 ms."""
+    return statistics.median(times(f, repeats=9, warmup=1, cycles=20_000_000))
 
 
 def tune(

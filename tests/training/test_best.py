@@ -16,6 +16,7 @@ def test_the_best_weights_stay_and_worse_ones_change_nothing(tmp_path):
     best, a, b = Best(tmp_path), {"w": torch.zeros(2)}, {"w": torch.ones(2)}
     assert best.offer(a, {"fid": 3.0, "kid": 0.1}, 10)
     assert not best.offer(b, {"fid": 3.5, "kid": 0.0}, 20)
+    assert not best.offer(b, {"fid": float("nan"), "kid": 0.0}, 25)
     assert Best(tmp_path).offer(b, {"fid": 2.0, "kid": 0.2}, 30)  # a continued run knows what was best
     assert torch.equal(load_file(tmp_path / "best" / "ema.safetensors")["w"], b["w"])
     assert json.loads((tmp_path / "best" / "figures.json").read_text()) == {"step": 30, "fid": 2.0, "kid": 0.2}

@@ -1,6 +1,7 @@
 """The EMA weights with the lowest figure so far."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -15,9 +16,11 @@ class Best:
         self.folder = Path(run_dir) / "best"
 
     def offer(self, weights: dict[str, Tensor], figures: dict[str, float], step: int) -> bool:
-        """Keep these weights if none were better; both files are replaced whole, the weights first."""
+        """Keep these weights if none were better and their figure is a number; both files are replaced whole, the weights first."""
         name = next(iter(figures))
         known = self.folder / "figures.json"
+        if not math.isfinite(figures[name]):
+            return False
         if known.exists() and json.loads(known.read_text())[name] <= figures[name]:
             return False
         self.folder.mkdir(parents=True, exist_ok=True)
