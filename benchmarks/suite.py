@@ -1,6 +1,6 @@
 """The whole suite on the machine at hand: measures, then writes the tables and the plots. `uvit-fast bench` or
 
-    python -m benchmarks.suite --quick       # about six minutes on an H100
+    python -m benchmarks.suite --quick       # an H100 is thought to take six minutes
     python -m benchmarks.suite --only sampling,memory
 
 Each benchmark is a process of its own, so that none inherits another's memory, compiled code or clocks. How long one takes is
@@ -150,7 +150,9 @@ def earlier(out: Path, device: str) -> list[dict[str, str]]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer sizes and peers: about six minutes on an H100")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer sizes and peers: an H100 is thought to take six minutes"
+    )
     parser.add_argument("--only", default="", help="names with commas, such as sampling,memory")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV files; the report lies beside it")
     args = parser.parse_args(argv)

@@ -18,7 +18,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """About two minutes on an H100. Deterministic kernels stay deterministic; only speed changes."""
+    """A minute or so for a width. Deterministic kernels stay deterministic; only speed changes."""
     from uvit_fast import sampling
     from uvit_fast.kernels import launch, tune
 
