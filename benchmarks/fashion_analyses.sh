@@ -1,5 +1,5 @@
 #!/bin/sh
-# The appendix's analyses B and E on Fashion-MNIST, about five minutes on one H100: sh benchmarks/fashion_analyses.sh DATA OUT [SWEEP ARGUMENTS]
+# The appendix's analyses B and E on Fashion-MNIST, about six minutes on one H100: sh benchmarks/fashion_analyses.sh DATA OUT [SWEEP ARGUMENTS]
 # DATA holds the idx files (Debian: dataset-fashion-mnist, /usr/share/datasets/fashion-mnist); OUT gets sweep.csv, losses.csv, cka.csv and pictures.
 data=$1 out=$2 runs=${RUNS:-/tmp/sweep_fashion}
 shift 2

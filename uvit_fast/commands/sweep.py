@@ -216,6 +216,8 @@ def draw(out: Path) -> None:
         raise UserError(f"{out}: no sweep.csv; expected a folder that `uvit-fast sweep` wrote")
     points, losses = (list(csv.DictReader(open(out / f"{name}.csv", newline=""))) for name in ("sweep", "losses"))
     plt = pyplot()
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     factors = list(dict.fromkeys(point["factor"] for point in points))
     figure, axes = plt.subplots(
         1,
@@ -234,7 +236,8 @@ def draw(out: Path) -> None:
         numeric = all(point["value"].isdecimal() for point in mine)
         ax.plot(range(len(mine)), figures, "o-" if numeric else "o", color=colour)
         for i, value in enumerate(figures):
-            ax.annotate(f"{value:.3g}", (i, value), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+            label = ax.annotate(f"{value:.3g}", (i, value), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+            label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # a line may pass behind it
         ax.set_xticks(range(len(mine)), [point["value"] for point in mine])
         ax.set_xlim(-0.5, len(mine) - 0.5)
         ax.set_xlabel(AXES.get(factor, factor))
@@ -262,9 +265,10 @@ def draw(out: Path) -> None:
         ax.plot(steps, means, color=colour, label=f"{skip}: {means[-1]:.4f} at the end")
         beside.plot(steps, [100 * (mine / other - 1) for mine, other in zip(means, first[1])], color=colour, label=skip)
     ax.set_yscale("log")
-    ax.yaxis.set_minor_formatter("{x:.3g}")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     ax.yaxis.set_major_formatter("{x:.3g}")
-    ax.grid(axis="y", which="both")
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.grid(axis="y")
     ax.set_ylabel("training loss, mean of (ε − ε̂)²")
     ax.legend(frameon=False, title=f"long skip (mean over {SMOOTH:.0%} of the run)")
     beside.set_ylabel(f"difference from {first[0]}, %")
