@@ -31,8 +31,9 @@ from torch import Tensor
 from benchmarks import models
 from benchmarks.common import RESULTS, Rows, measure
 from uvit_fast.build import build_sampler
-from uvit_fast.diffusion.cudagraph import Graphs, GraphSampler
+from uvit_fast.diffusion.cudagraph import GraphSampler
 from uvit_fast.diffusion.guidance import Guidance
+from uvit_fast.graphs import Graphs
 from uvit_fast.sampling import decoder
 
 SCALE, NULL, FACTOR = 0.4, 1000, 0.18215

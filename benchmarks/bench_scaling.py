@@ -90,12 +90,14 @@ def speed(stage: int, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     overrides = [f"train.batch_size={args.batch * gpus}", f"train.iterations={steps}", f"train.zero_stage={stage}"]
     run = Run(LARGE, [f"device={args.device}", *overrides, "train.warmup_steps=20", *args.set], folder)
     result: dict[str, Any] = {"gpus": gpus, "stage": stage}
+    if run.cuda:
+        run.trainer.engine.moments()
+        result["static_gb"] = (torch.cuda.memory_allocated() - run.before) / 1e9
+        torch.cuda.reset_peak_memory_stats()  # the first step captures, which later ones do not show
     for _ in range(WARMUP):
         run.step()
     if run.cuda:
         torch.cuda.synchronize()
-        result["static_gb"] = (torch.cuda.memory_allocated() - run.before) / 1e9
-        torch.cuda.reset_peak_memory_stats()
     result["times"] = measure(run.step, args.steps, 0)
     if run.cuda:
         result["peak_gb"] = (torch.cuda.max_memory_allocated() - run.before) / 1e9

@@ -1,12 +1,15 @@
 """How fast is a whole training step, and what does it hold? `python -m benchmarks.bench_training`
 
-Cases `<S|M|L|H>:<none|block|selective>:<ours|eager|compiled>` at 32 x 32 x 4 latents: forward, backward, AdamW and EMA. `ours` is the
-trainer's own step with its DeepSpeed engine, bf16 weights with fp32 masters; the peers keep fp32 weights under autocast and are plain
-PyTorch, compiled as a whole. `selective` gives ours the budget of `BUDGET`, and the peers what every block keeps without one.
+Cases `<S|M|L|H>:<none|block|selective>:<ours|ours_uncaptured|eager|compiled|compiled_graphs>` at 32 x 32 x 4 latents: forward,
+backward, AdamW and EMA. `ours` is the trainer's own step with its DeepSpeed engine, bf16 weights with fp32 masters, forward and
+backward captured; the peers keep fp32 weights under autocast and are plain PyTorch, compiled as a whole, `compiled_graphs` with
+torch.compile's own CUDA graphs (mode "reduce-overhead"). `selective` gives ours the budget of `BUDGET`, and the peers what every
+block keeps without one.
 
-Metrics: img_per_s; mfu and tflops of the matrix products, recomputed ones not counted; peak_gb, the most that was allocated;
-static_gb, what stays between two steps: weights, optimizer, EMA (gradients are made anew in each); activation_gb, their difference,
-which the budget is about (or the optimizer's own 8 bytes a parameter, where blocks keep less), expected_activation_gb and budget_gb. GB are 10^9 bytes. A CPU has no memory metrics.
+Metrics: img_per_s; mfu and tflops of the matrix products, recomputed ones not counted; peak_gb, the most that was allocated, in the
+step that captures too; reserved_gb, what the allocator held of the device; static_gb: weights, optimizer, EMA, without gradients;
+activation_gb, peak_gb without static_gb, which the budget is about (or the optimizer's own 8 bytes a parameter, where blocks keep less),
+expected_activation_gb and budget_gb. GB are 10^9 bytes. A CPU has no memory metrics.
 """
 
 import argparse
@@ -27,25 +30,26 @@ from uvit_fast.build import build_dataset, build_schedule
 from uvit_fast.config import Config
 from uvit_fast.diffusion.schedules import noise_loss
 from uvit_fast.training import activations
+from uvit_fast.training.captured import Captured
 from uvit_fast.training.loader import Order, batches
 from uvit_fast.training.monitor import forward_flops, utilisation
 from uvit_fast.training.trainer import Row, Trainer
 
 MAIN = "H:none:ours H:block:ours H:selective:ours L:none:ours L:block:ours L:selective:ours "
-MAIN += "H:none:eager H:block:eager L:none:eager L:block:eager H:none:compiled L:none:compiled"
+MAIN += "S:none:ours S:none:ours_uncaptured M:none:ours H:none:ours_uncaptured H:none:eager H:block:eager L:none:eager L:block:eager "
+MAIN += "S:none:eager H:none:compiled L:none:compiled S:none:compiled S:none:compiled_graphs"
+PROVIDERS = ("ours", "ours_uncaptured", "eager", "compiled", "compiled_graphs")
 EVERY = [
-    f"{s}:{policy}:{who}"
-    for s in models.CONFIGS
-    for who in ("ours", "eager", "compiled")
-    for policy in ("none", "block", "selective")
+    f"{s}:{policy}:{who}" for s in models.CONFIGS for who in PROVIDERS for policy in ("none", "block", "selective")
 ]
 BUDGET = {"S": 1.5, "M": 5.0, "L": 14.8, "H": 12.0}  # GB for 128 images; L: 20 GB with weights and optimizer
 STEPS, WARMUP = 9, 3
 
 
 def config(size: str, provider: str, batch: int, device: str, overrides: list[str]) -> Config:
-    how = ["auto", "auto"] if provider == "ours" else ["reference", "sdpa"]
+    how = ["auto", "auto"] if provider.startswith("ours") else ["reference", "sdpa"]
     settings = [f"model.kernels={how[0]}", f"model.attention={how[1]}", "data.name=synthetic", "data.num_workers=0"]
+    settings += [f"train.cuda_graphs={provider != 'ours_uncaptured'}"]
     settings += [f"device={device}", f"train.batch_size={batch}", "train.iterations=1000", "train.spike_deviations=0"]
     return load_config(f"configs/{models.CONFIGS[size]}.yaml", [*models.LATENT, *settings, *overrides])
 
@@ -73,7 +77,13 @@ class Ours:
             print(activations.describe(plan, self.costs, budget))
         for block, each in zip(self.net.blocks, plan):
             block.checkpointing = each
+        if isinstance(self.net.forward, Captured):
+            self.net.forward.forget()
         return self.costs.peak(plan)
+
+    def settle(self) -> None:
+        """Make the optimizer's state."""
+        self.trainer.engine.moments()
 
     def step(self) -> None:
         self.trainer._step(self.stream)
@@ -82,11 +92,13 @@ class Ours:
 class Peer:
     """Plain PyTorch under autocast, as the published code trains."""
 
-    def __init__(self, cfg: Config, device: torch.device, compiled: bool):
+    def __init__(self, cfg: Config, device: torch.device, provider: str):
         with torch.device(device):
             self.plain = build_model(cfg).train()
-        self.net = torch.compile(self.plain) if compiled else self.plain
-        self.compiled, self.weights, train = compiled, list(self.plain.parameters()), cfg.train
+        self.net, self.compiled = self.plain, provider != "eager"
+        if self.compiled:
+            self.net = torch.compile(self.plain, mode="reduce-overhead" if provider == "compiled_graphs" else None)
+        self.weights, train = list(self.plain.parameters()), cfg.train
         rate = {"lr": train.lr, "betas": train.betas, "weight_decay": train.weight_decay}
         self.adamw, self.ema = (
             torch.optim.AdamW(self.weights, fused=True, **rate),
@@ -103,6 +115,10 @@ class Peer:
             block.checkpointing = policy
         if self.compiled:
             torch.compiler.reset()
+
+    def settle(self) -> None:
+        """Compile, and make the optimizer's state."""
+        self.step()
 
     def step(self) -> None:
         with self.autocast():
@@ -123,16 +139,17 @@ def rows_of(
     with torch.device("meta"):
         flops = forward_flops(build_model(cfg), cfg)
     before = torch.cuda.memory_allocated() if cuda else 0
-    subject = Ours(cfg, device) if provider == "ours" else Peer(cfg, device, provider == "compiled")
+    subject = Ours(cfg, device) if provider.startswith("ours") else Peer(cfg, device, provider)
     for policy in policies:
         if late(f"{size}:{policy}:{provider}"):
             return
         budget = BUDGET[size] * 1e9 * args.batch / 128 if args.budget is None else args.budget * 1e9
         expected = subject.keep(policy, budget)
-        subject.step()  # makes the optimizer's state, compiles
+        subject.settle()
         if cuda:
             torch.cuda.synchronize()
             gc.collect()
+            torch.cuda.empty_cache()
             static = torch.cuda.memory_allocated() - before
             torch.cuda.reset_peak_memory_stats()
         times = measure(subject.step, STEPS, WARMUP)
@@ -150,6 +167,7 @@ def rows_of(
                 add("mfu", [u["mfu"] for u in used], "of peak")
             peak = torch.cuda.max_memory_allocated() - before
             add("peak_gb", [peak / 1e9], "GB")
+            add("reserved_gb", [torch.cuda.max_memory_reserved() / 1e9], "GB")
             add("static_gb", [static / 1e9], "GB")
             add("activation_gb", [(peak - static) / 1e9], "GB")
         if expected:
@@ -165,7 +183,7 @@ def main() -> None:
         "--cases", default=MAIN, help="as `H:none:ours L:block:eager`, or `all`; default: the main rows"
     )
     parser.add_argument("--sizes", default="S,M,L,H", help="of those cases, the ones of these sizes")
-    parser.add_argument("--providers", default="ours,eager,compiled", help="and of these")
+    parser.add_argument("--providers", default=",".join(PROVIDERS), help="and of these")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--budget", type=float, help="GB for activations in selective cases; default: by size")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no case after that long")
@@ -176,7 +194,9 @@ def main() -> None:
     asked = EVERY if args.cases == "all" else args.cases.replace(",", " ").split()
     if unknown := [case for case in asked if case not in EVERY]:
         parser.error(f"--cases: expected some of {' '.join(EVERY)}; got {' '.join(unknown)}")
-    asked = [case for case in asked if case.split(":")[0] in args.sizes and case.split(":")[2] in args.providers]
+    asked = [
+        case for case in asked if case.split(":")[0] in args.sizes and case.split(":")[2] in args.providers.split(",")
+    ]
     rows, began, left_out = Rows("training", args.out), time.monotonic(), []
 
     def late(case: str) -> bool:

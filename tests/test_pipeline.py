@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from tests.clip import save_clip
-from tests.diffusion.recorded import RecordedGraphs
+from tests.recorded import RecordedGraphs
 from tests.test_config import CONFIGS, PARAMETERS
 from uvit_fast import build_model, cli, load_config
 from uvit_fast.config import Config

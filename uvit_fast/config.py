@@ -203,6 +203,9 @@ class TrainConfig(Section):
         gt=0,
         description="With selective checkpointing: GB (10^9 bytes) a GPU for activations; blocks keep what fits.",
     )
+    cuda_graphs: bool = Field(
+        True, description="On a GPU, forward and backward as CUDA graphs; for ZeRO stages 1 and 2, without compile."
+    )
     compile: bool = Field(False, description="torch.compile around the kernels; for ZeRO stages 1 and 2.")
     max_refused: int = Field(20, gt=0, description="Steps in a row without a finite gradient that end a run.")
     spike_deviations: float = Field(

@@ -10,7 +10,7 @@ from benchmarks import bench_sampling
 from benchmarks.bench_sampling import Bench, Case, select
 from benchmarks.common import Rows
 from benchmarks.results import Results
-from tests.diffusion.recorded import RecordedGraphs
+from tests.recorded import RecordedGraphs
 
 TINY = ["model.embed_dim=64", "model.num_heads=1", "model.depth=2"]
 PROVIDERS = ["ours", "ours-uncaptured", "eager", "compiled"]

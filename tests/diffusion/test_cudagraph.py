@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.diffusion.recorded import RecordedGraphs
+from tests.recorded import RecordedGraphs
 from uvit_fast.diffusion.cudagraph import GraphSampler
 from uvit_fast.diffusion.guidance import class_guidance, text_guidance
 from uvit_fast.diffusion.noise import sample_generators

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.gpu
 STEPS = 8
 WAYS = {  # how it is computed, never what
     "plain": [],
+    "uncaptured": ["train.cuda_graphs=false"],
     "zero1": ["train.zero_stage=1"],
     "zero3": ["train.zero_stage=3"],
     "block": ["model.activation_checkpointing=block"],
@@ -50,6 +51,7 @@ def test_every_way_gives_the_plain_curve(pytestconfig):
     found = json.loads(done.stdout.splitlines()[-1])
     for way, curve in found.items():
         assert curve == pytest.approx(found["plain"], rel=4e-3), way
+    assert found["uncaptured"] == found["plain"]  # to the bit
 
 
 if __name__ == "__main__":

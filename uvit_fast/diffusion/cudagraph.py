@@ -5,93 +5,19 @@ is copied into the capture's own buffers; what shapes the loop (plan, image shap
 """
 
 import contextlib
-import functools
-import gc
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from uvit_fast.diffusion.guidance import ALWAYS, Guidance
 from uvit_fast.diffusion.samplers import Sampler
+from uvit_fast.graphs import CudaGraphs, Graphs
 
 Inputs = dict[str, Tensor]  # x_T, keys, scale, and "condition.<name>", "null.<name>"
-
-
-class Graphs(Protocol):
-    """What can record a function once and replay it."""
-
-    def why_not(self, device: torch.device) -> str | None:
-        """Why nothing can be captured on a device; None where it can."""
-
-    def budget(self, device: torch.device) -> int:
-        """Bytes that captures may hold on a device where the caller names no bound."""
-
-    def warm_up(self, run: Callable[[], Tensor]) -> None:
-        """Run what has each kind of kernel once, where capturing will happen, so that everything lazy is done."""
-
-    def capture(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor, int]:
-        """Record run(): a replay, the tensor that a replay fills, the bytes that it holds.
-
-        Raises:
-            RuntimeError: run() does something that cannot be recorded.
-        """
-
-
-class CudaGraphs:
-    """CUDA graphs with a memory pool of their own each."""
-
-    def why_not(self, device: torch.device) -> str | None:
-        return None if device.type == "cuda" else f"CUDA graphs need a CUDA device, not {device.type}"
-
-    def budget(self, device: torch.device) -> int:
-        return torch.cuda.get_device_properties(device).total_memory // 2
-
-    def warm_up(self, run: Callable[[], Tensor]) -> None:
-        stream = _side_stream(torch.cuda.current_device())
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run()
-        torch.cuda.current_stream().wait_stream(stream)
-
-    def capture(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor, int]:
-        gc.collect()
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved()
-        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-        with torch.cuda.stream(_side_stream(torch.cuda.current_device())):
-            # thread_local: a loader's thread that pins memory meanwhile does not break the capture
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-            try:
-                output = run()
-                graph.capture_end()
-            except BaseException:
-                _abandon(graph, pool)
-                raise
-        return graph.replay, output, max(0, torch.cuda.memory_reserved() - before)
-
-
-@functools.cache
-def _side_stream(index: int) -> torch.cuda.Stream:
-    """Where all warm-ups and captures of a device run: cuBLAS keeps a workspace for each stream that it has seen."""
-    return torch.cuda.Stream(index)
-
-
-def _abandon(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
-    """End a capture that failed. Where CUDA has invalidated it, torch's allocator and generator are left capturing: mend both."""
-    try:
-        graph.capture_end()
-    except RuntimeError:
-        index = torch.cuda.current_device()
-        with contextlib.suppress(RuntimeError):  # it had come that far
-            torch._C._cuda_endAllocateToPool(index, pool)
-        generator = torch.cuda.default_generators[index]
-        generator.graphsafe_set_state(generator.clone_state())
 
 
 @dataclass

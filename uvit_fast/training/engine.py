@@ -16,7 +16,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from uvit_fast.config import Config, TrainConfig, UserError
+from uvit_fast.training.captured import Captured
 
+PARTS = 4  # graphs of the backward with several GPUs: while one runs, the gradients of those before it are reduced
 KEEP_WHOLE = 100_000  # ZeRO-3 leaves parameters of fewer values whole on every rank: biases, norms
 
 
@@ -133,6 +135,9 @@ class Engine:
         self.adamw = GuardedAdamW(list(model.parameters()), train, world.device)
         settings = _settings(self, train, sum(p.numel() for p in model.parameters()))
         self.deepspeed, self.zero, _, _ = deepspeed.initialize(model=model, optimizer=self.adamw, config=settings)
+        if train.cuda_graphs and world.device.type == "cuda" and self.stage < 3 and not train.compile:
+            parts = PARTS if world.size > 1 and hasattr(model, "block_class") else 1
+            model.forward = Captured(model, parts, keep_gradients=self.accumulation > 1)
         flat = self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
         assert len(flat) == 1, "one parameter group, one flat partition"
         self.partition: Tensor = flat[0]

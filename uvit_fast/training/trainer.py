@@ -93,8 +93,9 @@ class Trainer:
         """Train to the end.
 
         Returns:
-            "step", "seconds" and "images_per_second" of this call, and on a GPU "peak_memory_gb" and "static_memory_gb" of this
-            rank: the most that was allocated, and what stays allocated between two steps.
+            "step", "seconds" and "images_per_second" of this call, and on a GPU "peak_memory_gb", "static_memory_gb" and
+            "reserved_memory_gb" of this rank: the most that was allocated, what stays allocated between two steps, and the most that
+            the process held of the device.
         """
         config, train, engine = self.config, self.config.train, self.engine
         if self.step >= train.iterations:
@@ -154,7 +155,9 @@ class Trainer:
         if self.world.device.type == "cuda":
             result["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
             result["static_memory_gb"] = torch.cuda.memory_allocated() / 1e9
+            result["reserved_memory_gb"] = torch.cuda.max_memory_reserved() / 1e9
             memory = f", peak memory {result['peak_memory_gb']:.2f} GB a GPU, {result['static_memory_gb']:.2f} GB of it static"
+            memory += f", {result['reserved_memory_gb']:.2f} GB reserved"
         if stopped:
             signal = interrupt.name or "a signal to another rank"
             self._say(f"stopped by {signal} at step {self.step}; the same command continues")

@@ -5,6 +5,7 @@ A value read by the host breaks the recording, as it breaks a capture.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,14 +42,18 @@ class RecordedGraphs:
     def budget(self, device: torch.device) -> int:
         return 1 << 40
 
-    def warm_up(self, run: Callable[[], Tensor]) -> None:
+    def warm_up(self, run: Callable[[], Any]) -> None:
         run()
 
-    def capture(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor, int]:
+    def pool(self) -> None:
+        return None
+
+    def capture(self, run: Callable[[], Any], pool: None = None) -> tuple[Callable[[], None], Any, int]:
         self.captures += 1
         with _Recorder() as recorder:
             output = run()
-        output.fill_(float("nan"))  # a recording computes nothing yet
+        for tensor in tree_leaves(output):
+            tensor.detach().fill_(float("nan"))  # a recording computes nothing yet
 
         def replay() -> None:
             for func, args, kwargs, before in recorder.calls:

@@ -1,0 +1,197 @@
+"""A network's forward and backward as CUDA graphs: the host launches a few graphs a step instead of thousands of kernels.
+
+The gradients arrive at the parameters through autograd as ever, so what hooks them (DeepSpeed's reduction, accumulation) notices
+nothing. The backward may be cut into parts, a graph each: the gradients of the last blocks are then being reduced while the
+earlier blocks' are computed.
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from uvit_fast.graphs import CudaGraphs, Graphs
+
+
+class Captured:
+    """network.forward, captured at its first call that needs gradients and replayed from then on, bit for bit the same.
+
+    Inputs get no gradients. Another shape of input, or weights that moved, are captured anew; what cannot be captured runs
+    uncaptured, after one warning that says why. Memory: what the uncaptured step holds at its peak, all the time.
+    """
+
+    def __init__(self, network: nn.Module, parts: int = 1, keep_gradients: bool = False, graphs: Graphs | None = None):
+        """
+        Args:
+            network: its class names `block_class` where parts > 1, and its blocks hand on tensors as positional arguments.
+            parts: graphs that the backward consists of.
+            keep_gradients: where a parameter's `grad` may outlive the next backward, as when it accumulates.
+            graphs: what records and replays; default: CUDA graphs.
+        """
+        self.network, self.forward, self.keep_gradients = network, network.forward, keep_gradients
+        self.parameters = [p for p in network.parameters() if p.requires_grad]
+        self.blocks = [m for m in network.modules() if isinstance(m, network.block_class)] if parts > 1 else []
+        self.parts = min(parts, max(len(self.blocks), 1))
+        self.graphs: Graphs = CudaGraphs() if graphs is None else graphs
+        self.recorded: _Recorded | None = None
+        self.refused, self.calls = False, 0
+
+    def __call__(self, *inputs: Tensor, **conditions: Tensor) -> Tensor:
+        if self.refused or not torch.is_grad_enabled():
+            return self.forward(*inputs, **conditions)
+        given = [*inputs, *conditions.values()]
+        key = (len(inputs), *conditions, *((v.shape, v.dtype, v.device) for v in given))
+        key += tuple(p.data_ptr() for p in self.parameters)
+        if self.recorded is None or self.recorded.key != key:
+            self.forget()  # its memory first
+            try:
+                self.recorded = self._record(key, inputs, conditions)
+            except RuntimeError as error:
+                self.refused = True
+                why = str(error).strip().split("\n")[0]
+                warnings.warn(f"training runs uncaptured: {why}", RuntimeWarning, stacklevel=2)
+                return self.forward(*inputs, **conditions)
+        for buffer, value in zip(self.recorded.inputs, given):
+            buffer.copy_(value)
+        self.recorded.replay()
+        self.calls += 1
+        output = self.recorded.output.clone()
+        for part in self.recorded.parts:  # the last one's backward is the first
+            output = _Part.apply(self, part, output, *part.owned)
+        return output
+
+    def forget(self) -> None:
+        """Drop the recording: the next call makes a new one, of what the network computes by then."""
+        self.recorded = None
+
+    def _record(self, key: tuple, inputs: tuple[Tensor, ...], conditions: dict[str, Tensor]) -> "_Recorded":
+        inputs = tuple(v.clone() for v in inputs)
+        conditions = {name: v.clone() for name, v in conditions.items()}
+        owned: list[list[int]] = []
+        cuts = _Cuts(self.blocks, self.parts)
+
+        def forward() -> Tensor:
+            with cuts:
+                return self.forward(*inputs, **conditions)
+
+        def rehearse() -> None:
+            output = forward()
+            backward = cuts.backward(output, torch.zeros_like(output))
+            for _ in range(self.parts):
+                found = backward(self.parameters)
+                owned.insert(0, [i for i, g in enumerate(found) if g is not None])
+
+        self.graphs.warm_up(rehearse)
+        assert len({i for part in owned for i in part}) == sum(map(len, owned)), "a parameter belongs to two parts"
+        pool = self.graphs.pool()
+        replay, output, _ = self.graphs.capture(forward, pool)
+        grad_output = torch.zeros_like(output)
+        backward = cuts.backward(output, grad_output)
+        parts: list[_Backward] = []
+        for indices in reversed(owned):
+            mine = [self.parameters[i] for i in indices]
+            again, gradients, _ = self.graphs.capture(partial(backward, mine), pool)
+            parts.insert(0, _Backward(mine, again, gradients, None if parts else grad_output))
+        return _Recorded(key, [*inputs, *conditions.values()], replay, output.detach(), parts)
+
+
+class _Backward(NamedTuple):
+    """A part of the backward."""
+
+    owned: list[Tensor]  # the parameters that get their gradients here
+    replay: Callable[[], None]
+    gradients: list[Tensor]  # filled by the replay
+    grad_output: Tensor | None  # the last part's, where the output's gradient goes
+
+
+class _Recorded(NamedTuple):
+    """A forward, its backward, and what they read."""
+
+    key: tuple
+    inputs: list[Tensor]
+    replay: Callable[[], None]
+    output: Tensor
+    parts: list[_Backward]
+
+
+class _Part(torch.autograd.Function):
+    """Hands on the output; its backward is one part's. A chain of them runs from the last part to the first."""
+
+    @staticmethod
+    def forward(ctx, captured: Captured, part: _Backward, output: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.captured, ctx.part, ctx.call = captured, part, captured.calls
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        captured, part = ctx.captured, ctx.part
+        if ctx.call != captured.calls:
+            raise RuntimeError(
+                "captured network: expected the backward before the next forward, which overwrote its activations"
+            )
+        if part.grad_output is not None:
+            part.grad_output.copy_(grad)
+        part.replay()
+        keep = captured.keep_gradients
+        return None, None, grad, *(g.clone() if keep else g.detach() for g in part.gradients)
+
+
+class _Cuts:
+    """While open, blocks of different parts see each other's tensors as leaves: so that each part has a backward of its own."""
+
+    def __init__(self, blocks: list[nn.Module], parts: int):
+        self.part_of = {block: i * parts // len(blocks) for i, block in enumerate(blocks)}
+        self.parts = parts
+
+    def __enter__(self) -> None:
+        self.leaves: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in range(self.parts)]  # id -> (tensor, leaf)
+        self.hooks = [block.register_forward_pre_hook(self._enter) for block in self.part_of]
+        self.hooks += [block.register_forward_hook(self._leave) for block in self.part_of]
+
+    def __exit__(self, *_) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _enter(self, block: nn.Module, args: tuple) -> tuple:
+        part = self.part_of[block]
+        return tuple(self._seen_from(part, v) if isinstance(v, Tensor) else v for v in args)
+
+    def _leave(self, block: nn.Module, args: tuple, output: Tensor) -> None:
+        output.made_in = self.part_of[block]
+
+    def _seen_from(self, part: int, tensor: Tensor) -> Tensor:
+        if _made_in(tensor) == part:
+            return tensor
+        leaves = self.leaves[part]
+        if id(tensor) not in leaves:
+            leaves[id(tensor)] = (tensor, tensor.detach().requires_grad_())
+        return leaves[id(tensor)][1]
+
+    def backward(self, output: Tensor, grad_output: Tensor) -> Callable[[list[Tensor]], list[Tensor | None]]:
+        """A function to call once for each part, the last one first: its gradients of the parameters that it is given."""
+        pending = {
+            id(output): (self.parts - 1, output, grad_output)
+        }  # what earlier parts made, and its gradient so far
+        leaves = self.leaves
+
+        def backward(parameters: list[Tensor]) -> list[Tensor | None]:
+            part, handed = len(leaves) - 1, leaves.pop()
+            mine = [pending.pop(key) for key, (made_in, _, _) in list(pending.items()) if made_in == part]
+            inputs = parameters + [leaf for _, leaf in handed.values()]
+            found = torch.autograd.grad([t for _, t, _ in mine], inputs, [g for _, _, g in mine], allow_unused=True)
+            for (key, (tensor, _)), gradient in zip(handed.items(), found[len(parameters) :]):
+                if gradient is not None:
+                    total = pending[key][2] + gradient if key in pending else gradient
+                    pending[key] = (_made_in(tensor), tensor, total)
+            return list(found[: len(parameters)])
+
+        return backward
+
+
+def _made_in(tensor: Tensor) -> int:
+    """The part whose block made it; the first one for what comes before the blocks."""
+    return getattr(tensor, "made_in", 0)
