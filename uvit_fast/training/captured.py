@@ -5,8 +5,9 @@ nothing. The backward may be cut into parts, a graph each: the gradients of the 
 earlier blocks' are computed.
 """
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -18,7 +19,8 @@ from uvit_fast.graphs import CudaGraphs, Graphs
 
 
 class Captured:
-    """network.forward, captured at its first call that needs gradients and replayed from then on, bit for bit the same.
+    """network.forward, captured at its first call that needs gradients and replayed from then on, bit for bit the same; with several
+    parts, but for the order in which a tensor's gradients from different parts are added.
 
     Inputs get no gradients. Another shape of input, or weights that moved, are captured anew; what cannot be captured runs
     uncaptured, after one warning that says why. Memory: what the uncaptured step holds at its peak, all the time.
@@ -48,11 +50,9 @@ class Captured:
         key += tuple(p.data_ptr() for p in self.parameters)
         if self.recorded is None or self.recorded.key != key:
             self.forget()  # its memory first
-            try:
-                self.recorded = self._record(key, inputs, conditions)
-            except RuntimeError as error:
+            why = self._try_to_record(key, inputs, conditions)
+            if why:  # and all that the attempt held is free
                 self.refused = True
-                why = str(error).strip().split("\n")[0]
                 warnings.warn(f"training runs uncaptured: {why}", RuntimeWarning, stacklevel=2)
                 return self.forward(*inputs, **conditions)
         for buffer, value in zip(self.recorded.inputs, given):
@@ -68,7 +68,18 @@ class Captured:
         """Drop the recording: the next call makes a new one, of what the network computes by then."""
         self.recorded = None
 
-    def _record(self, key: tuple, inputs: tuple[Tensor, ...], conditions: dict[str, Tensor]) -> "_Recorded":
+    def _try_to_record(self, key: tuple, inputs: tuple[Tensor, ...], conditions: dict[str, Tensor]) -> str | None:
+        """Why it failed, or None."""
+        try:
+            with _standing_in(self.network, self.parameters) as leaves:
+                self.recorded = self._record(key, inputs, conditions, leaves)
+        except RuntimeError as error:
+            return str(error).strip().split("\n")[0]
+        return None
+
+    def _record(
+        self, key: tuple, inputs: tuple[Tensor, ...], conditions: dict[str, Tensor], leaves: list[Tensor]
+    ) -> "_Recorded":
         inputs = tuple(v.clone() for v in inputs)
         conditions = {name: v.clone() for name, v in conditions.items()}
         owned: list[list[int]] = []
@@ -82,7 +93,7 @@ class Captured:
             output = forward()
             backward = cuts.backward(output, torch.zeros_like(output))
             for _ in range(self.parts):
-                found = backward(self.parameters)
+                found = backward(leaves)
                 owned.insert(0, [i for i, g in enumerate(found) if g is not None])
 
         self.graphs.warm_up(rehearse)
@@ -93,10 +104,30 @@ class Captured:
         backward = cuts.backward(output, grad_output)
         parts: list[_Backward] = []
         for indices in reversed(owned):
+            again, gradients, _ = self.graphs.capture(partial(backward, [leaves[i] for i in indices]), pool)
             mine = [self.parameters[i] for i in indices]
-            again, gradients, _ = self.graphs.capture(partial(backward, mine), pool)
             parts.insert(0, _Backward(mine, again, gradients, None if parts else grad_output))
         return _Recorded(key, [*inputs, *conditions.values()], replay, output.detach(), parts)
+
+
+@contextlib.contextmanager
+def _standing_in(network: nn.Module, parameters: list[nn.Parameter]) -> Iterator[list[Tensor]]:
+    """For a while, leaves on the parameters' memory in their place, in this order.
+
+    Who hooks a parameter's gradient keeps its accumulator alive, which belongs to the stream that it was made on: autograd would
+    have that stream wait for the one that captures.
+    """
+    leaves = {id(p): nn.Parameter(p.detach()) for p in parameters}
+    places = [
+        (m._parameters, name, p) for m in network.modules() for name, p in m._parameters.items() if id(p) in leaves
+    ]
+    for held, name, p in places:
+        held[name] = leaves[id(p)]
+    try:
+        yield list(leaves.values())
+    finally:
+        for held, name, p in places:
+            held[name] = p
 
 
 class _Backward(NamedTuple):
