@@ -20,6 +20,7 @@ from uvit_fast.evaluation.features import Extractor, Images, InceptionFeatures
 from uvit_fast.evaluation.inception import load_inception
 from uvit_fast.images import to_uint8
 from uvit_fast.model.uvit import UViT
+from uvit_fast.ranks import ALONE, Ranks
 
 
 def real_images(cfg: Config, name: str) -> tuple[Images, np.ndarray | None]:
@@ -33,9 +34,9 @@ def real_images(cfg: Config, name: str) -> tuple[Images, np.ndarray | None]:
     data = cfg.data.model_copy(update={"flip": False, "decoder": "pillow"})  # the same pixels everywhere
     dataset = build_dataset(cfg.model_copy(update={"data": data}))
 
-    def batches(size: int) -> Iterator[np.ndarray]:
-        for start in range(0, len(dataset), size):
-            raw = dataset.__getitems__([(i, 0) for i in range(start, min(start + size, len(dataset)))])
+    def read(parts: list[range]) -> Iterator[np.ndarray]:
+        for part in parts:
+            raw = dataset.__getitems__([(i, 0) for i in part])
             yield to_uint8(dataset.finish(raw, torch.Generator())["x"])
 
     def identity() -> str:
@@ -48,7 +49,7 @@ def real_images(cfg: Config, name: str) -> tuple[Images, np.ndarray | None]:
         return digest.hexdigest()
 
     labels = None if dataset.labels is None else np.asarray(dataset.labels)
-    return Images(f"the data of {name}", len(dataset), batches, identity), labels
+    return Images(f"the data of {name}", len(dataset), read, identity), labels
 
 
 def drawn_images(
@@ -79,20 +80,21 @@ def drawn_images(
     cuda = next(model.parameters()).is_cuda
     graphs = GraphSampler(model, decode) if cuda else None
 
-    def batches(size: int) -> Iterator[np.ndarray]:
-        number = 0
-        for x in sampling.sample(model, cfg, num, labels=labels, seed=seed, batch=size, graphs=graphs):
+    options = {"labels": labels, "seed": seed, "graphs": graphs}
+
+    def read(parts: list[range]) -> Iterator[np.ndarray]:
+        for part in parts:
+            (x,) = sampling.sample(model, cfg, part.stop, first=part.start, batch=len(part), **options)
             x = decode(x) if decode and not graphs else x
             if not torch.isfinite(x).all():
-                raise UserError(f"{name}: samples {number} to {number + len(x) - 1} hold NaN or infinity")
+                raise UserError(f"{name}: samples {part.start} to {part.stop - 1} hold NaN or infinity")
             images = to_uint8(x)
-            for i, image in enumerate(images if folder else (), number):
+            for i, image in zip(part, images if folder else ()):
                 folder.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(image.squeeze()).save(folder / f"{i:06d}.png")
-            number += len(x)
             yield images
 
-    return Images(f"{name}, seed {seed}", num, batches)
+    return Images(f"{name}, seed {seed}", num, read)
 
 
 def yardstick(
@@ -103,6 +105,7 @@ def yardstick(
     device: torch.device,
     cache: Path,
     batch: int = 50,
+    ranks: Ranks = ALONE,
 ) -> tuple[Extractor, reference.Reference]:
     """The features that samples are measured by, and the real images' statistics in them.
 
@@ -111,6 +114,7 @@ def yardstick(
         real: a config whose data are the real images, or the path of statistics or images.
         name: what messages call `real`.
         inception: its weight file (None: among torch.hub's downloads), and whether to fetch it where it is missing.
+        ranks: they divide the real images; rank 0 alone fetches, trains and keeps.
 
     Raises:
         UserError: digits-fid without labelled data, no weight file, or a reference that cannot be read.
@@ -119,14 +123,17 @@ def yardstick(
     if kind == "digits-fid":
         if labels is None:
             raise UserError(f"digits-fid: expected --reference to be a YAML whose data have labels, got {name}")
-        pixels = np.concatenate(list(images.batches(1000)))
-        extractor = ClassifierFeatures(cached_classifier(pixels, labels, images.identity(), cache, device), device)
-        return extractor, reference.reference_from_images(images, extractor, cache, batch)
-    network = load_inception(*inception)
+        pixels = np.concatenate(list(images.read([range(images.count)])))
+        model = ranks.in_turn(lambda: cached_classifier(pixels, labels, images.identity(), cache, device))
+        extractor = ClassifierFeatures(model, device)
+        return extractor, reference.reference_from_images(images, extractor, cache, batch, ranks=ranks)
+    network = ranks.in_turn(lambda: load_inception(*inception))
     like = lambda preprocessing: InceptionFeatures(*network, device, preprocessing)  # noqa: E731
     if images is not None:
-        return like("tensorflow"), reference.reference_from_images(images, like("tensorflow"), cache, batch)
-    statistics = reference.load_reference(real, like, cache, batch)
+        return like("tensorflow"), reference.reference_from_images(
+            images, like("tensorflow"), cache, batch, ranks=ranks
+        )
+    statistics = reference.load_reference(real, like, cache, batch, ranks=ranks)
     return like(statistics.like), statistics
 
 

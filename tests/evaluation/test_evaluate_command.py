@@ -70,7 +70,7 @@ def test_a_users_own_images_are_cropped_as_the_config_says_and_cached_under_that
         for more in ([], ["data.crop=square"])
     )
     assert real.count == 2 and labels is None
-    assert [batch.shape for batch in real.batches(1)] == [(1, 8, 8, 3)] * 2
+    assert [batch.shape for batch in real.read([range(1), range(1, 2)])] == [(1, 8, 8, 3)] * 2
     assert real.identity() == again.identity() != other.identity()
 
 

@@ -36,6 +36,10 @@ def pictures(count, size=8, seed=0):
     return (rng.uniform(0, 1, (count, 1, 1, 3)) * rng.integers(100, 256, (count, size, size, 3))).astype(np.uint8)
 
 
+def in_memory(images):
+    return Images("x", len(images), lambda parts: (images[part.start : part.stop] for part in parts))
+
+
 def folder_of(images, folder):
     folder.mkdir()
     for i, image in enumerate(images):
@@ -68,7 +72,7 @@ def test_an_npz_is_read_in_pieces(tmp_path):
     path = npz_of(tmp_path / "x.npz", arr_0=pictures(400))
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2] + b"\0" * 1000 + whole[len(whole) // 2 + 1000 :])  # a broken checksum
-    first = next(open_images(path).batches(10))
+    first = next(open_images(path).read([range(10)]))
     np.testing.assert_array_equal(first, pictures(400)[:10])
 
 
@@ -95,7 +99,7 @@ def test_images_that_cannot_be_measured_are_refused(array, words, tmp_path):
 
 def test_some_black_images_are_a_warning():
     images = np.concatenate([pictures(90), np.zeros((10, 8, 8, 3), np.uint8)])
-    found = extract(Images("x", 100, lambda size: iter([images])), MeanColours(), progress=False)
+    found = extract(in_memory(images), MeanColours(), progress=False)
     assert "10 of 100 images are of one colour" in found.warnings[0]
 
 
@@ -105,7 +109,7 @@ def test_features_that_are_nan_are_refused():
             return Features(torch.full((len(images), 3), torch.nan), torch.zeros(len(images), 3))
 
     with pytest.raises(UserError, match="pool features are NaN"):
-        extract(Images("x", 4, lambda size: iter([pictures(4)])), Broken(), progress=False)
+        extract(in_memory(pictures(4)), Broken(), progress=False)
 
 
 def test_folders_that_hold_no_equal_images_are_refused(tmp_path):
@@ -216,7 +220,7 @@ def test_precision_and_recall_take_ten_thousand_references(monkeypatch, tmp_path
 )
 def test_references_of_another_kind_are_refused(arrays, words, tmp_path):
     path = npz_of(tmp_path / "x.npz", **arrays)
-    samples = Images("samples", 9, lambda size: iter([pictures(9)]))
+    samples = in_memory(pictures(9))
     with pytest.raises(UserError, match=words):
         evaluate(
             samples,
@@ -253,11 +257,8 @@ def test_the_classifier_knows_digits_and_its_distance_tells_good_samples_from_ba
     seen, unseen = images[:1000], images[1000:]
     noisy = np.clip(unseen + rng.normal(0, 60, unseen.shape), 0, 255).astype(np.uint8)
 
-    def source(x):
-        return Images("x", len(x), lambda size: iter([x]))
-
-    reference = reference_from_images(source(seen), extractor, tmp_path, progress=False)
-    good, bad = (evaluate(source(x), reference, extractor, progress=False)["metrics"] for x in (unseen, noisy))
+    reference = reference_from_images(in_memory(seen), extractor, tmp_path, progress=False)
+    good, bad = (evaluate(in_memory(x), reference, extractor, progress=False)["metrics"] for x in (unseen, noisy))
     assert set(good) == {f"digits-{n}" for n in ("fid", "sfid", "is", "precision", "recall", "kid", "kid_std")}
     assert good["digits-fid"] < bad["digits-fid"] / 3 and good["digits-precision"] > bad["digits-precision"]
     assert 6 < good["digits-is"] <= 10

@@ -44,7 +44,17 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure samples, of a file or fresh ones, against real images; print the figures and write them."""
+    """Measure samples, of a file or fresh ones, against real images; print the figures and write them.
+
+    `torchrun -m -- uvit_fast.cli evaluate ...` divides samples and real images among all GPUs of a host.
+    """
+    from uvit_fast.ranks import Ranks
+
+    with Ranks() as ranks:
+        _run(args, ranks)
+
+
+def _run(args: argparse.Namespace, ranks) -> None:
     from uvit_fast import measuring
     from uvit_fast.evaluation import evaluate as figures
     from uvit_fast.evaluation import features, reference
@@ -59,8 +69,12 @@ def run(args: argparse.Namespace) -> None:
     is_config = Path(args.reference).suffix in (".yaml", ".yml")
     real = load_config(args.reference, args.set) if is_config else args.reference
     weights = (args.inception, args.download)
-    extractor, statistics = measuring.yardstick(args.features, real, args.reference, weights, device, cache, args.batch)
-    result = figures.evaluate(samples, statistics, extractor, args.batch)
+    extractor, statistics = measuring.yardstick(
+        args.features, real, args.reference, weights, device, cache, args.batch, ranks
+    )
+    result = figures.evaluate(samples, statistics, extractor, args.batch, ranks=ranks)
+    if result is None:  # rank 0 has it
+        return
     for warning in result["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     print(figures.table(result))

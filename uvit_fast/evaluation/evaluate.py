@@ -9,17 +9,24 @@ from uvit_fast.config import UserError
 from uvit_fast.evaluation.features import Extractor, Images, extract
 from uvit_fast.evaluation.metrics import Moments, frechet_distance, inception_score, kernel_distance, precision_recall
 from uvit_fast.evaluation.reference import Reference
+from uvit_fast.ranks import ALONE, Ranks
 
 USUAL = 50_000  # samples of published figures
 
 
 def evaluate(
-    images: Images, reference: Reference, extractor: Extractor, batch: int = 50, progress: bool = True
-) -> dict:
+    images: Images,
+    reference: Reference,
+    extractor: Extractor,
+    batch: int = 50,
+    progress: bool = True,
+    ranks: Ranks = ALONE,
+) -> dict | None:
     """FID, sFID, Inception score, precision, recall and KID of samples, as far as the reference allows.
 
     Args:
         extractor: the one that the reference's features come from.
+        ranks: they divide the samples; rank 0 has the result, the others None.
 
     Returns:
         "metrics": name -> value, names with the extractor's prefix; "warnings": sentences, each with its consequence; "samples",
@@ -33,7 +40,9 @@ def evaluate(
             f"{reference.name}: expected statistics of {extractor.identity}, got {reference.features}: features of other "
             "weights or another preprocessing do not compare"
         )
-    found = extract(images, extractor, batch, progress)
+    found = extract(images, extractor, batch, progress, ranks)
+    if found is None:
+        return None
     size, D = tuple(map(int, found.size)), found.pool.shape[1]
     if reference.size is not None and reference.size != size:
         raise UserError(

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from uvit_fast.config import UserError
 from uvit_fast.evaluation.inception import Features, Inception, preprocess
 from uvit_fast.evaluation.metrics import Moments, RunningMoments
+from uvit_fast.ranks import ALONE, Ranks
 
 SUFFIXES = {".png", ".jpg", ".jpeg"}
 READERS = 8  # threads that decode images
@@ -75,14 +77,14 @@ class Images:
     Args:
         name: for messages.
         count: how many there are.
-        batches: batch size -> arrays (B, H, W, 1 or 3) uint8.
+        read: ranges of indices, ascending -> of each its array (B, H, W, 1 or 3) uint8.
         identity: called when needed; changes whenever the images do; None: never cached.
         ordered_by_class: consecutive images share a class, which would spoil splits of consecutive images.
     """
 
     name: str
     count: int
-    batches: Callable[[int], Iterator[np.ndarray]]
+    read: Callable[[list[range]], Iterator[np.ndarray]]
     identity: Callable[[], str] | None = None
     ordered_by_class: bool = False
 
@@ -106,25 +108,23 @@ def _open_folder(folder: Path) -> Images:
     if not files:  # grid.png is the overview that `uvit-fast sample` adds
         raise UserError(f"{folder}: no images; expected PNG or JPEG files")
 
-    def read(file: Path) -> np.ndarray:
+    def open_image(file: Path) -> np.ndarray:
         try:
             with Image.open(file) as image:
                 return np.asarray(image.convert("RGB"))
         except OSError as error:
             raise UserError(f"{file}: not a readable image ({error})") from None
 
-    def batches(size: int) -> Iterator[np.ndarray]:
+    def read(parts: list[range]) -> Iterator[np.ndarray]:
+        first = open_image(files[0]).shape
         with ThreadPoolExecutor(READERS) as pool:
-            waiting, rest, first = deque(), iter(files), None
-            while True:
-                while len(waiting) < size + READERS and (file := next(rest, None)) is not None:
-                    waiting.append((file, pool.submit(read, file)))
-                if not waiting:
-                    return
+            waiting, rest = deque(), (files[i] for part in parts for i in part)
+            for part in parts:
+                while len(waiting) < len(part) + READERS and (file := next(rest, None)) is not None:
+                    waiting.append((file, pool.submit(open_image, file)))
                 images = []
-                for file, future in [waiting.popleft() for _ in range(min(size, len(waiting)))]:
+                for file, future in [waiting.popleft() for _ in part]:
                     image = future.result()
-                    first = image.shape if first is None else first
                     if image.shape != first:
                         raise UserError(
                             f"{file}: expected {first[1]} x {first[0]} pixels as in the folder's first image, "
@@ -140,7 +140,7 @@ def _open_folder(folder: Path) -> Images:
             digest.update(f"{file.relative_to(folder)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 
-    return Images(str(folder), len(files), batches, identity, ordered_by_class=True)  # names often begin with the class
+    return Images(str(folder), len(files), read, identity, ordered_by_class=True)  # names often begin with the class
 
 
 def _open_npz(path: Path) -> Images:
@@ -151,14 +151,16 @@ def _open_npz(path: Path) -> Images:
     if shape[0] == 0:
         raise UserError(f"{path}: arr_0: expected images, got none")
 
-    def batches(size: int) -> Iterator[np.ndarray]:
+    def read(parts: list[range]) -> Iterator[np.ndarray]:
+        image = int(np.prod(shape[1:]))  # bytes
         with _array(path, "arr_0") as (file, _, _):
-            for start in range(0, shape[0], size):
-                B = min(size, shape[0] - start)
-                data = file.read(B * int(np.prod(shape[1:])))
-                if len(data) < B * np.prod(shape[1:]):
-                    raise UserError(f"{path}: arr_0: the file ends after {start} of {shape[0]} images")
-                yield np.frombuffer(data, np.uint8).reshape(B, *shape[1:])
+            begin = file.tell()
+            for part in parts:
+                file.seek(begin + part.start * image)
+                data = file.read(len(part) * image)
+                if len(data) < len(part) * image:
+                    raise UserError(f"{path}: arr_0: the file ends before image {part.stop} of {shape[0]}")
+                yield np.frombuffer(data, np.uint8).reshape(-1, *shape[1:])
 
     def identity() -> str:
         stat = path.stat()
@@ -167,7 +169,7 @@ def _open_npz(path: Path) -> Images:
     with np.load(path) as archive:
         labels = archive["arr_1"] if "arr_1" in archive else np.zeros(0)
     by_class = labels.ndim == 1 and len(np.unique(labels)) > 1 and bool((np.diff(labels) >= 0).all())
-    return Images(str(path), shape[0], batches, identity, ordered_by_class=by_class)
+    return Images(str(path), shape[0], read, identity, ordered_by_class=by_class)
 
 
 @contextlib.contextmanager
@@ -196,34 +198,61 @@ class Extracted:
     warnings: list[str]
 
 
-def extract(images: Images, extractor: Extractor, batch: int = 50, progress: bool = True) -> Extracted:
+def extract(
+    images: Images, extractor: Extractor, batch: int = 50, progress: bool = True, ranks: Ranks = ALONE
+) -> Extracted | None:
     """Features of all images, with progress and the time left on stderr.
+
+    Args:
+        ranks: they divide the batches; the features have the images' order whatever their number.
+
+    Returns:
+        on rank 0 what was found, on the others None.
 
     Raises:
         UserError: fewer than two images, images without any contrast, or features that are not finite.
     """
     if images.count < 2:
         raise UserError(f"{images.name}: expected at least 2 images, got {images.count}")
-    pools, pool_moments, spatial_moments, size, constant = [], None, None, None, 0
-    with tqdm(total=images.count, unit="image", desc=f"features of {images.name}", disable=not progress) as bar:
-        for array in images.batches(batch):
-            size = array.shape[1:3]
-            flat = array.reshape(len(array), -1, array.shape[-1])
-            constant += int((flat == flat[:, :1]).all((1, 2)).sum())
-            features = extractor(torch.from_numpy(_rgb(array)).to(extractor.device))
-            for kind, x in features._asdict().items():
-                if not torch.isfinite(x).all():
-                    raise UserError(
-                        f"{images.name}: {kind} features are NaN or infinite; no figure would mean anything"
-                    )
-            if pool_moments is None:
-                pool_moments = RunningMoments(features.pool.shape[1], extractor.device)
-                spatial_moments = RunningMoments(features.spatial.shape[1], extractor.device)
-            pool_moments.update(features.pool)
-            spatial_moments.update(features.spatial)
-            pools.append(features.pool.float().cpu())
-            bar.update(len(array))
-    pool = torch.cat(pools)
+    parts = [range(start, min(start + batch, images.count)) for start in range(0, images.count, batch)]
+    mine, share = ranks.share(parts), _Share()
+    described = f"features of {images.name}"
+    with tqdm(total=images.count, unit="image", desc=described, disable=not progress or ranks.rank > 0) as bar:
+        for array in images.read(mine):
+            share.add(array, extractor, images.name)
+            bar.update(min(len(array) * ranks.count, images.count - bar.n))  # the others keep pace
+            ranks.check()
+    shares = ranks.gather(share.on_cpu() if ranks.count > 1 else share)
+    return None if shares is None else _merged(shares, images)
+
+
+class _Share:
+    """What one process found, of the images that it read."""
+
+    def __init__(self):
+        self.pools: list[Tensor] = []
+        self.moments: dict[str, RunningMoments] = {}
+        self.size, self.constant = None, 0
+
+    def add(self, array: np.ndarray, extractor: Extractor, name: str) -> None:
+        self.size = array.shape[1:3]
+        flat = array.reshape(len(array), -1, array.shape[-1])
+        self.constant += int((flat == flat[:, :1]).all((1, 2)).sum())
+        features = extractor(torch.from_numpy(_rgb(array)).to(extractor.device))
+        for kind, x in features._asdict().items():
+            if not torch.isfinite(x).all():
+                raise UserError(f"{name}: {kind} features are NaN or infinite; no figure would mean anything")
+            self.moments.setdefault(kind, RunningMoments(x.shape[1], extractor.device)).update(x)
+        self.pools.append(features.pool.float().cpu())
+
+    def on_cpu(self) -> "_Share":
+        self.moments = {kind: running.to("cpu") for kind, running in self.moments.items()}
+        return self
+
+
+def _merged(shares: list[_Share], images: Images) -> Extracted:
+    rows = (pool for round_ in zip_longest(*(share.pools for share in shares)) for pool in round_ if pool is not None)
+    pool, constant = torch.cat(list(rows)), sum(share.constant for share in shares)
     if constant == len(pool):
         raise UserError(
             f"{images.name}: every image is of one colour, as black ones are; the sampler or decoder failed"
@@ -234,7 +263,12 @@ def extract(images: Images, extractor: Extractor, batch: int = 50, progress: boo
             f"{images.name}: {constant} of {len(pool)} images are of one colour, as black ones are: "
             "a failed sampler or decoder makes such, and they worsen every figure"
         )
-    return Extracted(pool_moments.moments(), spatial_moments.moments(), pool, size, warnings)
+    first, *others = [share for share in shares if share.pools]  # fewer batches than ranks: some have none
+    for kind, running in first.moments.items():
+        for other in others:
+            running.merge(other.moments[kind])
+    pool_moments, spatial_moments = (first.moments[kind].moments() for kind in ("pool", "spatial"))
+    return Extracted(pool_moments, spatial_moments, pool, first.size, warnings)
 
 
 def _rgb(array: np.ndarray) -> np.ndarray:

@@ -53,6 +53,22 @@ class RunningMoments:
         self.mean += delta * (B / total)
         self.count = total
 
+    def merge(self, other: "RunningMoments") -> None:
+        """Add what another has seen, by the same update."""
+        if other.count == 0:
+            return
+        mean, scatter = (x.to(self.mean.device) for x in (other.mean, other.scatter))
+        delta, total = mean - self.mean, self.count + other.count
+        self.scatter += scatter + delta[:, None] * delta * (self.count * other.count / total)  # (D, D)
+        self.mean += delta * (other.count / total)
+        self.count = total
+
+    def to(self, device: torch.device | str) -> "RunningMoments":
+        """The same on another device."""
+        moved = RunningMoments(0, device)
+        moved.count, moved.mean, moved.scatter = self.count, self.mean.to(device), self.scatter.to(device)
+        return moved
+
     def moments(self) -> Moments:
         """Mean and unbiased covariance so far.
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from uvit_fast.config import UserError
-from uvit_fast.evaluation.features import Extractor, Images, extract, open_images
+from uvit_fast.evaluation.features import Extracted, Extractor, Images, extract, open_images
 from uvit_fast.evaluation.metrics import Moments
+from uvit_fast.ranks import ALONE, Ranks
 
 NEIGHBOURS = 10_000  # reference images for precision, recall and KID, as ADM takes
 
@@ -46,7 +47,12 @@ def default_cache() -> Path:
 
 
 def load_reference(
-    path: str | Path, extractor: Callable[[str], Extractor], cache: Path, batch: int = 50, progress: bool = True
+    path: str | Path,
+    extractor: Callable[[str], Extractor],
+    cache: Path,
+    batch: int = 50,
+    progress: bool = True,
+    ranks: Ranks = ALONE,
 ) -> Reference:
     """Statistics from a file or a folder.
 
@@ -54,6 +60,7 @@ def load_reference(
         path: ADM's .npz (`mu, sigma, mu_s, sigma_s`, and `arr_0` for precision and recall; or `arr_0` alone), pytorch-fid's
             (`mu, sigma`), one of the cache's, or a folder of images.
         extractor: preprocessing -> what makes the features, called only if some are to be made.
+        ranks: they divide the images; every one has the statistics in the end.
 
     Raises:
         UserError: no such file, one of another kind, or statistics that no images can have.
@@ -64,7 +71,7 @@ def load_reference(
             raise UserError(
                 f"{path}: no such reference; expected an .npz of statistics or images, or a folder of images"
             )
-        return reference_from_images(open_images(path), extractor("tensorflow"), cache, batch, progress)
+        return reference_from_images(open_images(path), extractor("tensorflow"), cache, batch, progress, ranks)
     try:
         with np.load(path) as archive:
             keys = set(archive.files)
@@ -75,7 +82,7 @@ def load_reference(
             raise UserError(
                 f"{path}: expected mu and sigma, or images arr_0, got {', '.join(sorted(keys)) or 'nothing'}"
             )
-        return reference_from_images(open_images(path), extractor("tensorflow"), cache, batch, progress)
+        return reference_from_images(open_images(path), extractor("tensorflow"), cache, batch, progress, ranks)
     reference = _read_statistics(path)
     if reference.like == "pytorch-fid":
         reference.warnings.append(
@@ -83,41 +90,52 @@ def load_reference(
             "compares with pytorch-fid's figures, not with those of ADM's evaluator"
         )
     if reference.pool is None and "arr_0" in keys:
-        images = reference_from_images(open_images(path), extractor(reference.like), cache, batch, progress)
+        images = reference_from_images(open_images(path), extractor(reference.like), cache, batch, progress, ranks)
         reference.pool, reference.size = images.pool, images.size
         reference.warnings += images.warnings
     return reference
 
 
 def reference_from_images(
-    images: Images, extractor: Extractor, cache: Path, batch: int = 50, progress: bool = True
+    images: Images,
+    extractor: Extractor,
+    cache: Path,
+    batch: int = 50,
+    progress: bool = True,
+    ranks: Ranks = ALONE,
 ) -> Reference:
-    """Statistics of real images; kept in `cache` under the identity of images and extractor, and taken from there again."""
-    file = None
-    if images.identity is not None:
+    """Statistics of real images; kept in `cache` under the identity of images and extractor, and taken from there again.
+
+    The ranks divide the images; rank 0 alone reads and writes the cache, and tells the others.
+    """
+    file = reference = None
+    if images.identity is not None and ranks.rank == 0:
         key = hashlib.sha256(f"{images.identity()}\0{extractor.identity}".encode()).hexdigest()
         file = cache / f"reference-{key[:32]}.npz"
         if file.is_file():
             reference = _read_statistics(file)
             reference.name = images.name
-            return reference
-    found = extract(images, extractor, batch, progress)
+    if not ranks.tell(reference is not None):
+        found = extract(images, extractor, batch, progress, ranks)
+        reference = found and _reference(found, images, extractor)
+        if file is not None and not reference.warnings:  # a warning would be lost with the images
+            _write_statistics(file, reference)
+    return ranks.tell(reference)
+
+
+def _reference(found: Extracted, images: Images, extractor: Extractor) -> Reference:
     rows = torch.randperm(len(found.pool), generator=torch.Generator().manual_seed(0))[:NEIGHBOURS].sort().values
-    like = getattr(extractor, "like", "none")
-    reference = Reference(
+    return Reference(
         images.name,
         found.pool_moments,
         found.spatial_moments,
         found.pool[rows],
-        like,
+        getattr(extractor, "like", "none"),
         images.count,
         tuple(map(int, found.size)),
         extractor.identity,
         found.warnings,
     )
-    if file is not None and not reference.warnings:  # a warning would be lost with the images
-        _write_statistics(file, reference)
-    return reference
 
 
 def _write_statistics(file: Path, reference: Reference) -> None:

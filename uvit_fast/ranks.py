@@ -1,0 +1,82 @@
+"""The processes of one job, as torchrun and deepspeed start them: they divide its work, and fail as one."""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+FAILED = "uvit_fast/failed"
+
+
+class Ranks:
+    """This process among the `count` of a job (RANK and WORLD_SIZE); alone where no launcher has said so.
+
+    `with Ranks() as ranks:` brings the processes together and ends them together: the first that fails raises its error, the others
+    exit with code 2 and say nothing. They learn of it at their next `check` or exchange.
+
+    Args:
+        alone: take no notice of a launcher.
+    """
+
+    def __init__(self, alone: bool = False):
+        told = {} if alone else os.environ
+        self.rank, self.count = int(told.get("RANK", "0")), int(told.get("WORLD_SIZE", "1"))
+        self._store = None
+
+    def __enter__(self) -> "Ranks":
+        if self.count > 1:
+            self._store, *_ = next(iter(dist.rendezvous("env://", self.rank, self.count)))
+            timeout = timedelta(days=1)  # ranks finish far apart
+            dist.init_process_group("gloo", store=self._store, rank=self.rank, world_size=self.count, timeout=timeout)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
+        if self.count == 1:
+            return
+        if kind is None:
+            dist.destroy_process_group()
+        elif issubclass(kind, Exception) and not self._is_first():
+            raise SystemExit(2)
+
+    def share(self, parts: list) -> list:
+        """Every `count`-th of `parts`, from this rank's on."""
+        return parts[self.rank :: self.count]
+
+    def check(self) -> None:
+        """Between two parts of the work: end here if another process has failed."""
+        if self._store is not None and self._store.check([FAILED]):
+            raise RuntimeError("another rank failed")  # not the first: it will not be seen
+
+    def gather(self, value: Any) -> list | None:
+        """Every rank's value, in their order, on rank 0; None on the others. Tensors must be on the CPU."""
+        if self.count == 1:
+            return [value]
+        values = [None] * self.count if self.rank == 0 else None
+        dist.gather_object(value, values)
+        return values
+
+    def tell(self, value: Any) -> Any:
+        """Rank 0's value, on every rank. Tensors must be on the CPU."""
+        if self.count == 1:
+            return value
+        told = [value]
+        dist.broadcast_object_list(told, src=0)
+        return told[0]
+
+    def in_turn(self, find: Callable[[], Any]) -> Any:
+        """`find()` on rank 0, and afterwards on the others, which find what it has kept on disk."""
+        found = find() if self.rank == 0 else None
+        self.tell(None)
+        return found if self.rank == 0 else find()
+
+    def _is_first(self) -> bool:
+        """Whether no other process has failed before this one."""
+        try:
+            return self._store.compare_set(FAILED, "", str(self.rank)) == str(self.rank).encode()
+        except RuntimeError:  # the store went with rank 0, whose failure this one is a consequence of
+            return False
+
+
+ALONE = Ranks(alone=True)
