@@ -6,7 +6,8 @@ behind the main loop of the other. The epilogue goes through the accumulator in 
 beside (residual, GELU's argument) arrives, by TMA through staging buffers of the consumer's own.
 
 Shared memory: 4 stages x (2 x 64 + 256) x 64 values + 2 x 16 KB of staging = 224 KB, and the barriers; or 3 stages + 2 x 40 KB,
-where the whole side input of a tile then arrives during the main loop.
+where the whole side input of a tile then arrives during the main loop. Where such tiles would leave multiprocessors idle, as with a
+single image, a tile has 64 tokens and eight stages.
 """
 
 import torch
@@ -39,7 +40,8 @@ M_GELU_SAVE: gl.constexpr = gl.constexpr(GELU_SAVE)
 M_GELU_BACKWARD: gl.constexpr = gl.constexpr(GELU_BACKWARD)
 
 ROWS, TOKENS, BK = 64, 256, 64  # features a consumer, tokens a tile, K a stage
-STAGING = {4: 128, 3: 320}  # stages -> tokens that a consumer's staging buffers hold together
+STAGING = {8: 128, 4: 128, 3: 320}  # stages -> tokens that a consumer's staging buffers hold together
+FEW = {"tokens": 64, "part": 32, "stages": 8}  # a tile where tokens are few
 
 
 @gluon.jit
@@ -68,19 +70,22 @@ def _halves(x, rows: gl.constexpr, cols: gl.constexpr):
 
 
 @gluon.jit
-def _parts(acc, rows: gl.constexpr, part: gl.constexpr):
-    """[rows, 256] -> a tuple of [rows, part], part 64 or 32."""
-    a, b = _halves(acc, rows, 256)
-    c, d = _halves(a, rows, 128)
-    e, f = _halves(b, rows, 128)
-    if part == 64:
-        found = (c, d, e, f)
+def _parts(acc, rows: gl.constexpr, tokens: gl.constexpr, part: gl.constexpr):
+    """[rows, tokens] -> a tuple of [rows, part]; tokens 256 and part 64 or 32, or 64 and 32."""
+    if tokens == 64:
+        found = _halves(acc, rows, 64)
     else:
-        c0, c1 = _halves(c, rows, 64)
-        d0, d1 = _halves(d, rows, 64)
-        e0, e1 = _halves(e, rows, 64)
-        f0, f1 = _halves(f, rows, 64)
-        found = (c0, c1, d0, d1, e0, e1, f0, f1)
+        a, b = _halves(acc, rows, 256)
+        c, d = _halves(a, rows, 128)
+        e, f = _halves(b, rows, 128)
+        if part == 64:
+            found = (c, d, e, f)
+        else:
+            c0, c1 = _halves(c, rows, 64)
+            d0, d1 = _halves(d, rows, 64)
+            e0, e1 = _halves(e, rows, 64)
+            f0, f1 = _halves(f, rows, 64)
+            found = (c0, c1, d0, d1, e0, e1, f0, f1)
     return found
 
 
@@ -187,7 +192,7 @@ def _consumer(out_desc, out2_desc, side_desc, bias, stats, sums, partial, w_bufs
             s = gl.load(sums + row, mask=row < N, other=0.0)
             mean, rstd = _tokens(stats, token, M, SN)
         acc = _main_loop(w_bufs, x_bufs, full, empty, step, KT, WHO, ROWS, TOKENS, WT, S)
-        xs = _parts(acc, ROWS, SN)
+        xs = _parts(acc, ROWS, TOKENS, SN)
         if MODE == M_GELU_BACKWARD:
             total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, lay))
         for j in gl.static_range(NP):
@@ -306,18 +311,19 @@ def arguments(
     side: Tensor | None = None,
     *,
     transposed: bool = False,
+    tokens: int = TOKENS,
     part: int = 64,
     stages: int = 4,
 ) -> tuple[tuple, dict, int, tuple[Tensor, Tensor, Tensor]]:
     """The kernel's arguments, its launch options, the number of tiles, and the outputs (out, out2, partial)."""
     buffers = STAGING[stages] // part
-    out_buffers = 0 if mode == RESIDUAL else 2 if mode == GELU_BACKWARD else min(TOKENS // part, buffers)
+    out_buffers = 0 if mode == RESIDUAL else 2 if mode == GELU_BACKWARD else min(tokens // part, buffers)
     side_buffers = 0
     if mode in (RESIDUAL, GELU_BACKWARD):  # a power of two: each is filled equally often in a tile
-        side_buffers = 1 << (min(TOKENS // part, buffers - out_buffers).bit_length() - 1)
+        side_buffers = 1 << (min(tokens // part, buffers - out_buffers).bit_length() - 1)
     assert mode != GELU_BACKWARD or side_buffers >= 2, "the side input's buffers are filled again two parts later"
     (M, K), N = x.shape, w.shape[1 if transposed else 0]
-    tiles_n, tiles_m = launch.cdiv(N, 2 * ROWS), launch.cdiv(M, TOKENS)
+    tiles_n, tiles_m = launch.cdiv(N, 2 * ROWS), launch.cdiv(M, tokens)
     out = x.new_empty(M, N)
     out2 = torch.empty_like(out) if mode in (GELU_SAVE, GELU_BACKWARD) else out
     partial = x.new_empty(tiles_m, N, dtype=launch.ACCUMULATE) if mode == GELU_BACKWARD else out
@@ -325,8 +331,8 @@ def arguments(
     out_desc = descriptor(out, part, ROWS)
     args = (
         descriptor(w, BK, ROWS) if transposed else descriptor(w, ROWS, BK),
-        x_desc := descriptor(x, TOKENS, BK),
-        x_desc if x2 is None else descriptor(x2, TOKENS, BK),
+        x_desc := descriptor(x, tokens, BK),
+        x_desc if x2 is None else descriptor(x2, tokens, BK),
         out_desc,
         out_desc if out2 is out else descriptor(out2, part, ROWS),
         out_desc if side is None else descriptor(side, part, ROWS),
@@ -353,9 +359,13 @@ def arguments(
 
 
 def _run(mode: int, x: Tensor, w: Tensor, **sources) -> tuple[Tensor, Tensor, Tensor]:
-    tuned = launch.choice(x.device, CASES[mode], x.shape[1])
-    args, options, tiles, outputs = arguments(mode, x, w, part=tuned["part"], stages=tuned["stages"], **sources)
-    launch.run(x.device, gemm_kernel, (min(tiles, launch.multiprocessors(x.device)),), args, options)
+    features, programs = w.shape[1 if sources.get("transposed") else 0], launch.multiprocessors(x.device)
+    tile = FEW
+    if launch.cdiv(features, 2 * ROWS) * launch.cdiv(x.shape[0], TOKENS) >= programs:
+        tuned = launch.choice(x.device, CASES[mode], x.shape[1])
+        tile = {"part": tuned["part"], "stages": tuned["stages"]}
+    args, options, tiles, outputs = arguments(mode, x, w, **sources, **tile)
+    launch.run(x.device, gemm_kernel, (min(tiles, programs),), args, options)
     return outputs
 
 

@@ -3,7 +3,10 @@
 Plain Triton, for every architecture. Memory-bound: each kernel reads its inputs once.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 import triton
@@ -88,10 +91,24 @@ def _prepare_kernel(
         tl.store(stats + M + row, 1.0 / tl.sqrt(variance / D + eps), mask=row < M)
 
 
+_kept: ContextVar[dict[tuple, tuple[Tensor, Tensor, Tensor]] | None] = ContextVar("kept", default=None)
+
+
+@contextlib.contextmanager
+def folded_once() -> Iterator[None]:
+    """While open, a weight is folded at its first `prepare` and kept until the end: it must not change meanwhile."""
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
 def prepare(
     x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Row statistics of x and the weight with the LayerNorm's affine part folded in, in one launch.
+    """Row statistics of x and the weight with the LayerNorm's affine part folded in, in one launch; within `folded_once` the
+    statistics alone, from the second time on.
 
     Linear(LN(x)) = rstd * (x @ folded.T - mean * sums) + offset.
 
@@ -100,8 +117,15 @@ def prepare(
     """
     (M, D), N = x.shape, weight.shape[0]
     stats = x.new_empty(2, M, dtype=launch.ACCUMULATE)
-    folded = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    sums, offset = (x.new_empty(N, dtype=launch.ACCUMULATE) for _ in range(2))
+    kept = _kept.get()
+    key = (weight.shape, *(t if t is None else t.data_ptr() for t in (gamma, beta, weight, bias)))
+    if kept is not None and key in kept:
+        (folded, sums, offset), N = kept[key], 0
+    else:
+        folded = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        sums, offset = (x.new_empty(N, dtype=launch.ACCUMULATE) for _ in range(2))
+        if kept is not None:
+            kept[key] = folded, sums, offset
     tuned = launch.choice(x.device, "prepare", D)
     low, high = _split(D)
     grid = (launch.cdiv(N, tuned["rows"]) + launch.cdiv(M, tuned["rows"]),)

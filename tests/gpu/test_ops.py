@@ -88,7 +88,8 @@ def check(name: str, arguments: list[Tensor | None], op=None) -> None:
     "shape",
     [
         (128, 258, 1152),  # H/2 at its batch: every tile full
-        (5, 334, 512),  # S/2 with text, an odd batch: tiles cut off in tokens
+        (37, 257, 512),  # an odd batch of an odd length: tiles cut off in tokens
+        (5, 334, 512),  # S/2 with text, small: tiles of fewer tokens, cut off too
         (3, 257, 768),  # an odd number of tokens in all, no multiple of any tile
         (1, 258, 1024),  # one image: fewer tiles than multiprocessors
         (1, 1, 64),  # one token of the narrowest width

@@ -59,7 +59,12 @@ def hopper() -> dict:
         args, options, _ = wgrad_hopper.arguments(meta(M, D), x, meta(D, D), bias, 132)
         return wgrad_hopper.wgrad_kernel, args, options
 
+    def few(mode, x, w, sources):
+        args, options, *_ = g.arguments(mode, x, w, **sources, **g.FEW)
+        return g.gemm_kernel, args, options
+
     found = {name: lambda case=case: gemm(*case) for name, case in cases.items()}
+    found |= {f"{name}_few": lambda case=case: few(*case) for name, case in cases.items()}
     return found | {"wgrad": lambda: wgrad(False), "wgrad_bias": lambda: wgrad(True)}
 
 

@@ -5,7 +5,7 @@ import torch
 
 from tests.kernels import interpreted
 from tests.kernels.interpreted import compare, compiles, in_the_interpreter
-from uvit_fast.kernels import ln_linear
+from uvit_fast.kernels import layernorm, ln_linear
 
 D = 128
 # (shape, dtype, tolerance): the paper's 257, 258 and 334 tokens, an odd batch, no multiple of a tile. fp32 shows the algebra.
@@ -39,6 +39,18 @@ def test_with_a_bias():
 def test_a_large_mean_costs_nothing():
     torch.manual_seed(0)
     compare(ln_linear.ln_linear, ln_linear.reference, arguments((1, 65, D), torch.float32, mean=8.0), 1e-5)
+
+
+@in_the_interpreter
+def test_weights_that_stay_are_folded_once():
+    x, gamma, beta, weight, bias = arguments((1, 65, D), torch.float16, bias=True)
+    expected, changed = ln_linear.ln_linear(x, gamma, beta, weight, bias), weight.clone()
+    with layernorm.folded_once():
+        assert torch.equal(ln_linear.ln_linear(x, gamma, beta, changed, bias), expected)
+        changed.zero_()  # nobody may, and so nobody sees it
+        assert torch.equal(ln_linear.ln_linear(x, gamma, beta, changed, bias), expected)
+        assert torch.equal(ln_linear.ln_linear(x, gamma, beta, weight, bias), expected)
+    assert torch.equal(ln_linear.ln_linear(x, gamma, beta, changed, None), torch.zeros_like(expected))
 
 
 @compiles

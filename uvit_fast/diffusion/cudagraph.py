@@ -50,8 +50,8 @@ class GraphSampler:
     ):
         """
         Args:
-            model: model(x, t, **condition) -> eps, such as a UViT. Its weights may change in place; where they move, its
-                loops are captured anew.
+            model: model(x, t, **condition) -> eps, such as a UViT. Its weights may change in place between two calls; where they
+                move, its loops are captured anew. Within its `fixed_weights`, where it has that, a loop runs.
             decode: x_0 (B, C, H, W) -> images, captured at the end of the loop.
             max_bytes: bound on the memory of all captures together; default: half of the device's.
             graphs: what records and replays; default: CUDA graphs.
@@ -206,7 +206,8 @@ class GraphSampler:
             def eps_fn(x: Tensor, t: Tensor) -> Tensor:
                 return self.model(x, t, **condition)
 
-        x_0 = sampler(eps_fn, inputs["x_T"], generator=inputs.get("keys"))
+        with getattr(self.model, "fixed_weights", contextlib.nullcontext)():
+            x_0 = sampler(eps_fn, inputs["x_T"], generator=inputs.get("keys"))
         return x_0 if self.decode is None else self.decode(x_0)
 
 

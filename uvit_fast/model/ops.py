@@ -4,18 +4,25 @@
 PyTorch. The parameters are the same ones in every case, so a checkpoint never knows which of them ran.
 """
 
+from contextlib import AbstractContextManager
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from uvit_fast.config import UserError
+from uvit_fast.kernels import layernorm as _layernorm
 from uvit_fast.kernels import linear_residual as _linear_residual
 from uvit_fast.kernels import ln_linear as _ln_linear
 from uvit_fast.kernels import ln_mlp as _ln_mlp
 from uvit_fast.kernels import proj_ln_mlp as _proj_ln_mlp
 from uvit_fast.kernels import skip_linear as _skip_linear
 from uvit_fast.model.attention import choose
+
+
+def fixed_weights() -> AbstractContextManager[None]:
+    """While open, no weight changes: what the fused ops derive from weights alone is derived once."""
+    return _layernorm.folded_once()
 
 
 def ln_linear(x: Tensor, gamma: Tensor, beta: Tensor, w: Tensor, b: Tensor | None, *, kernels: str = "auto") -> Tensor:

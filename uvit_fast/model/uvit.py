@@ -123,6 +123,7 @@ class UViT(nn.Module):
     """
 
     block_class = Block  # what a sharding engine must gather as one unit
+    fixed_weights = staticmethod(ops.fixed_weights)  # for loops over `forward` that change no weight
 
     def __init__(
         self,
