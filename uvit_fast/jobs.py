@@ -7,42 +7,36 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
 from tqdm import tqdm
 
 from uvit_fast.config import UserError
+from uvit_fast.ranks import ALONE, Ranks
 
 
 class Job:
     """`num` samples in parts of `batch`, in a folder that is removed at the end.
 
-    Processes started by torchrun or deepspeed (RANK, WORLD_SIZE) share the parts; rank 0 collects them.
-
     Args:
         folder: of the parts.
         settings: JSON values that decide what is drawn; a job goes on with the same ones only.
         resume: go on with the parts of an interrupted job.
+        ranks: they share the parts; rank 0 collects them.
 
     Raises:
         UserError: there are parts of an interrupted job and `resume` is off, or they have other settings.
     """
 
-    def __init__(self, folder: Path, settings: dict, num: int, batch: int, resume: bool):
-        self.folder, self.num, self.batch = folder, num, batch
-        self.rank, self.ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    def __init__(self, folder: Path, settings: dict, num: int, batch: int, resume: bool, ranks: Ranks = ALONE):
+        self.folder, self.num, self.batch, self.ranks = folder, num, batch, ranks
         self.parts = [(first, min(first + batch, num)) for first in range(0, num, batch)]
         told = [None, []]
-        if self.rank == 0:
+        if ranks.rank == 0:
             refusal = self._prepare({**settings, "batch": batch}, resume)
             told = [refusal, [part for part in self.parts if not self._is_whole(part)]]
-        if self.ranks > 1:
-            dist.init_process_group("gloo", timeout=timedelta(days=1))  # ranks finish far apart
-            dist.broadcast_object_list(told, src=0)
-        refusal, self._missing = told
+        refusal, self._missing = ranks.tell(told)
         if refusal is not None:
             raise UserError(refusal)
 
@@ -55,17 +49,15 @@ class Job:
         Returns:
             Whether this process collects, in which case all parts are there: rank 0.
         """
-        mine = self._missing[self.rank :: self.ranks]
+        mine = self.ranks.share(self._missing)
         done = self.num - sum(last - first for first, last in self._missing)
-        with tqdm(total=self.num, initial=done, unit="image", desc="sample", disable=self.rank > 0) as bar:
+        with tqdm(total=self.num, initial=done, unit="image", desc="sample", disable=self.ranks.rank > 0) as bar:
             for part in mine:
                 images = draw(*part)
                 _write(self._file(part), lambda file, images=images: np.save(file, images))
-                bar.update(min((part[1] - part[0]) * self.ranks, self.num - bar.n))  # the others keep pace
-        if self.ranks > 1:
-            dist.barrier()
-            dist.destroy_process_group()
-        return self.rank == 0
+                bar.update(min((part[1] - part[0]) * self.ranks.count, self.num - bar.n))  # the others keep pace
+                self.ranks.check()
+        return self.ranks.gather(None) is not None
 
     def images(self) -> Iterator[np.ndarray]:
         """All samples in order, a part at a time: (B, H, W, C) uint8."""

@@ -61,6 +61,8 @@ def test_a_folder_and_an_npz_give_the_same_features(tmp_path):
     sources = [open_images(p) for p in (folder, npz_of(tmp_path / "x.npz", arr_0=images), tmp_path / "small.npz")]
     expected = images.reshape(23, -1, 3).mean(1) / 255
     for source in sources:
+        first, third = source.read([range(2), range(4, 7)])  # a share of several processes
+        assert np.array_equal(first, images[:2]) and np.array_equal(third, images[4:7])
         found = extract(source, MeanColours(), batch=5, progress=False)
         np.testing.assert_allclose(found.pool, expected, rtol=1e-5)
         np.testing.assert_allclose(found.pool_moments.sigma, np.cov(expected, rowvar=False), rtol=1e-5)

@@ -36,6 +36,13 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Draw images; write PNGs and a labelled grid into a folder, or an .npz."""
+    from uvit_fast.ranks import Ranks
+
+    with Ranks() as ranks:
+        _run(args, ranks)
+
+
+def _run(args: argparse.Namespace, ranks) -> None:
     import numpy as np
 
     from uvit_fast import jobs, sampling
@@ -77,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     settings = {name: getattr(args, name) for name in ("config", "set", "num", "classes", "seed", "steps", "cfg_scale")}
     settings["checkpoint"] = str(checkpoint)  # of a run that goes on, the newest may be another one tomorrow
     settings["prompts"] = prompts and hashlib.sha256("\n".join([args.clip, *prompts]).encode()).hexdigest()
-    job = jobs.Job(out.with_name(out.name + ".parts"), settings, args.num, batch, resume=args.resume)
+    job = jobs.Job(out.with_name(out.name + ".parts"), settings, args.num, batch, args.resume, ranks)
     if not job.run(draw):  # another rank writes
         return
     names = None if labels is None else labels.numpy()
