@@ -1,13 +1,14 @@
 """The processes of one job, as torchrun and deepspeed start them: they divide its work, and fail as one."""
 
 import os
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
-FAILED = "uvit_fast/failed"
+FAILED, ENDED = "uvit_fast/failed", "uvit_fast/ended"  # the first that failed; how many have ended because of it
 
 
 class Ranks:
@@ -35,9 +36,13 @@ class Ranks:
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
         if self.count == 1:
             return
-        if kind is None:
-            dist.destroy_process_group()
-        elif issubclass(kind, Exception) and not self._is_first():
+        failed = kind is not None and issubclass(kind, Exception)
+        first = failed and self._is_first()
+        dist.destroy_process_group()  # who waits for this one in an exchange learns of it now
+        if first:
+            self._await_others()
+        elif failed:
+            time.sleep(1)  # a launcher ends all at the first exit, which is that of the process with the error
             raise SystemExit(2)
 
     def share(self, parts: list) -> list:
@@ -74,9 +79,18 @@ class Ranks:
     def _is_first(self) -> bool:
         """Whether no other process has failed before this one."""
         try:
-            return self._store.compare_set(FAILED, "", str(self.rank)) == str(self.rank).encode()
+            first = self._store.compare_set(FAILED, "", str(self.rank)) == str(self.rank).encode()
+            if not first:
+                self._store.add(ENDED, 1)
+            return first
         except RuntimeError:  # the store went with rank 0, whose failure this one is a consequence of
             return False
+
+    def _await_others(self) -> None:
+        """Until the others know, or for ten seconds: with rank 0 may go the store, and torch would complain at length."""
+        deadline = time.monotonic() + 10
+        while self._store.add(ENDED, 0) < self.count - 1 and time.monotonic() < deadline:
+            time.sleep(0.02)
 
 
 ALONE = Ranks(alone=True)

@@ -60,20 +60,24 @@ def test_two_processes_find_the_figures_of_one(checkpoint, tmp_path, monkeypatch
     assert {path.name for path in shared.iterdir()} == {path.name for path in alone.iterdir()}
 
 
-def test_a_failure_of_one_process_is_the_jobs_only_error(tmp_path):
-    """An image of another size, at which the second process arrives first; a reference that no process finds."""
-    folder = folder_of(pictures(16), tmp_path / "pictures")
-    Image.new("RGB", (9, 8)).save(folder / "0003.png")
+def test_a_failure_of_one_process_is_the_jobs_only_error(tmp_path, capfd):
+    """Images of another size, at which the second process arrives, or the first, with which the others lose their meeting point; a
+    reference that no process finds. Nor does torch complain."""
+    folders = [folder_of(pictures(40), tmp_path / name) for name in ("a", "b")]
+    for number, folder in zip((3, 5), folders):
+        Image.new("RGB", (9, 8)).save(folder / f"{number:04d}.png")
     common = [*COMMON, "--cache", tmp_path / "cache", "--batch", 2]
     for name, arguments, words in (
-        ("size", ["--samples", folder], "0003.png: expected 8 x 8 pixels"),
-        ("reference", ["--samples", folder, "--set", "data.name=synthetic"], "expected data of images, got synthetic"),
+        ("second", ["--samples", folders[0]], "0003.png: expected 8 x 8 pixels"),
+        ("first", ["--samples", folders[1]], "0005.png: expected 8 x 8 pixels"),
+        ("both", ["--samples", folders[0], "--set", "data.name=synthetic"], "expected data of images, got synthetic"),
     ):
         codes, said = together(tmp_path / name, *common, *arguments)
         assert codes == ["2", "2"]
         errors = [line for output in said for line in output.splitlines() if line.startswith("uvit-fast: ")]
         assert len(errors) == 1 and words in errors[0], said
         assert "Traceback" not in "".join(said)
+    assert "TCPStore" not in capfd.readouterr().err
 
 
 def test_moments_of_two_shares_are_those_of_the_whole():
