@@ -92,19 +92,16 @@ def loss(net: torch.nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
 def saved_bytes(forward: Callable[[], Tensor], weights: Iterable[Tensor]) -> int:
     """Bytes that a forward leaves for the backward, without the weights."""
     known = {p.untyped_storage().data_ptr() for p in weights}
-    kept: dict[int, int] = {}
+    kept = {}  # the storages themselves: freed memory would be given out again and counted once
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+            kept[storage.data_ptr()] = storage
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        graph = forward()  # held: freed memory would be given out again and counted once
-        found = sum(kept.values())
-    del graph
-    return found
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
+        forward()
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def measure(rows: Rows, size: str, provider: str, policies: tuple[str, ...], args: argparse.Namespace) -> None:
@@ -122,29 +119,30 @@ def measure(rows: Rows, size: str, provider: str, policies: tuple[str, ...], arg
     else:
         subject = Paper(size, provider, args.batch, args.device, args.set)
         forward, keep = subject.loss, subject.keep
-    for policy in policies:
-        keep(policy)
+    with contextlib.closing(subject) if isinstance(subject, Ours) else contextlib.nullcontext():
+        for policy in policies:
+            keep(policy)
 
-        def add(metric: str, size_in_bytes: float, policy: str = policy) -> None:
-            dtype = "fp32" if not cuda else "bf16" if provider == "ours" else "fp16"
-            case, common = f"{size}:{args.batch}:{policy}", {"unit": "GB", "dtype": dtype, "batch": args.batch}
-            rows.add(case, provider, [size_in_bytes / 1e9], metric=metric, **common)
+            def add(metric: str, size_in_bytes: float, policy: str = policy) -> None:
+                dtype = "fp32" if not cuda else "bf16" if provider == "ours" else "fp16"
+                case, common = f"{size}:{args.batch}:{policy}", {"unit": "GB", "dtype": dtype, "batch": args.batch}
+                rows.add(case, provider, [size_in_bytes / 1e9], metric=metric, **common)
 
-        add("saved", saved_bytes(forward, subject.net.parameters()))
-        if not cuda:
-            continue
-        subject.settle()
-        torch.cuda.synchronize()
-        gc.collect()
-        torch.cuda.empty_cache()
-        static, others = torch.cuda.memory_allocated() - before, torch.cuda.memory_reserved()
-        torch.cuda.reset_peak_memory_stats()
-        subject.step()
-        subject.step()
-        torch.cuda.synchronize()
-        add("static", static)
-        add("peak", torch.cuda.max_memory_allocated() - before)
-        add("reserved", torch.cuda.max_memory_reserved() - others + static)
+            add("saved", saved_bytes(forward, subject.net.parameters()))
+            if not cuda:
+                continue
+            subject.settle()
+            torch.cuda.synchronize()
+            gc.collect()
+            torch.cuda.empty_cache()
+            static, others = torch.cuda.memory_allocated() - before, torch.cuda.memory_reserved()
+            torch.cuda.reset_peak_memory_stats()
+            subject.step()
+            subject.step()
+            torch.cuda.synchronize()
+            add("static", static)
+            add("peak", torch.cuda.max_memory_allocated() - before)
+            add("reserved", torch.cuda.max_memory_reserved() - others + static)
 
 
 def main() -> None:

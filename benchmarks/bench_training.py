@@ -88,6 +88,10 @@ class Ours:
     def step(self) -> None:
         self.trainer._step(self.stream)
 
+    def close(self) -> None:
+        """Let go of the device's memory."""
+        self.trainer.engine.close()
+
 
 class Peer:
     """Plain PyTorch under autocast, as the published code trains."""
@@ -140,41 +144,42 @@ def rows_of(
         flops = forward_flops(build_model(cfg), cfg)
     before = torch.cuda.memory_allocated() if cuda else 0
     subject = Ours(cfg, device) if provider.startswith("ours") else Peer(cfg, device, provider)
-    for policy in policies:
-        if late(f"{size}:{policy}:{provider}"):
-            return
-        budget = BUDGET[size] * 1e9 * args.batch / 128 if args.budget is None else args.budget * 1e9
-        expected = subject.keep(policy, budget)
-        subject.settle()
-        if cuda:
-            torch.cuda.synchronize()
-            gc.collect()
-            torch.cuda.empty_cache()
-            static = torch.cuda.memory_allocated() - before
-            torch.cuda.reset_peak_memory_stats()
-        times = measure(subject.step, STEPS, WARMUP)
-        common = {"dtype": "bf16" if cuda else "fp32", "batch": args.batch}
+    with contextlib.closing(subject) if isinstance(subject, Ours) else contextlib.nullcontext():
+        for policy in policies:
+            if late(f"{size}:{policy}:{provider}"):
+                return
+            budget = BUDGET[size] * 1e9 * args.batch / 128 if args.budget is None else args.budget * 1e9
+            expected = subject.keep(policy, budget)
+            subject.settle()
+            if cuda:
+                torch.cuda.synchronize()
+                gc.collect()
+                torch.cuda.empty_cache()
+                static = torch.cuda.memory_allocated() - before
+                torch.cuda.reset_peak_memory_stats()
+            times = measure(subject.step, STEPS, WARMUP)
+            common = {"dtype": "bf16" if cuda else "fp32", "batch": args.batch}
 
-        def add(metric: str, values: list[float], unit: str, policy=policy, common=common) -> None:
-            rows.add(f"{size}:{args.batch}:{policy}", provider, values, metric=metric, unit=unit, **common)
+            def add(metric: str, values: list[float], unit: str, policy=policy, common=common) -> None:
+                rows.add(f"{size}:{args.batch}:{policy}", provider, values, metric=metric, unit=unit, **common)
 
-        speeds = [args.batch / t * 1e3 for t in times]
-        add("img_per_s", speeds, "images/s")
-        if cuda:
-            used = [utilisation(speed, flops, device, 1) for speed in speeds]
-            add("tflops", [u["tflops_per_gpu"] for u in used], "TFLOP/s")
-            if "mfu" in used[0]:
-                add("mfu", [u["mfu"] for u in used], "of peak")
-            peak = torch.cuda.max_memory_allocated() - before
-            add("peak_gb", [peak / 1e9], "GB")
-            add("reserved_gb", [torch.cuda.max_memory_reserved() / 1e9], "GB")
-            add("static_gb", [static / 1e9], "GB")
-            add("activation_gb", [(peak - static) / 1e9], "GB")
-        if expected:
-            add("expected_activation_gb", [expected / 1e9], "GB")
-            if policy == "selective":
-                add("budget_gb", [budget / 1e9], "GB")
-        rows.write()
+            speeds = [args.batch / t * 1e3 for t in times]
+            add("img_per_s", speeds, "images/s")
+            if cuda:
+                used = [utilisation(speed, flops, device, 1) for speed in speeds]
+                add("tflops", [u["tflops_per_gpu"] for u in used], "TFLOP/s")
+                if "mfu" in used[0]:
+                    add("mfu", [u["mfu"] for u in used], "of peak")
+                peak = torch.cuda.max_memory_allocated() - before
+                add("peak_gb", [peak / 1e9], "GB")
+                add("reserved_gb", [torch.cuda.max_memory_reserved() / 1e9], "GB")
+                add("static_gb", [static / 1e9], "GB")
+                add("activation_gb", [(peak - static) / 1e9], "GB")
+            if expected:
+                add("expected_activation_gb", [expected / 1e9], "GB")
+                if policy == "selective":
+                    add("budget_gb", [budget / 1e9], "GB")
+            rows.write()
 
 
 def main() -> None:

@@ -144,6 +144,10 @@ class Engine:
         self._parameters = list(self.deepspeed.module.named_parameters())
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._parameters}  # whole
 
+    def close(self) -> None:
+        """Let go of the model, which hooks of DeepSpeed would keep alive: for processes that go on to something else."""
+        self.deepspeed.destroy()
+
     def __call__(self, *inputs: Tensor, **conditions: Tensor) -> Tensor:
         return self.deepspeed(*inputs, **conditions)
 
