@@ -55,6 +55,9 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, DataError):  # others meet every rank
             print(f"train.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("train.py: ended at once; the same command continues from the newest checkpoint", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -238,7 +238,7 @@ def signalled(run_dir, cfg, rank, number):
     return trainer.train()["step"]
 
 
-@pytest.mark.parametrize("ranks, rank, number", [(1, 0, signal.SIGTERM), (2, 1, signal.SIGUSR1)])
+@pytest.mark.parametrize("ranks, rank, number", [(1, 0, signal.SIGTERM), (1, 0, signal.SIGINT), (2, 1, signal.SIGUSR1)])
 def test_a_signal_saves_and_ends_the_run(ranks, rank, number, whole, tmp_path):
     """Exit code 0 within a step or two, and the same command gives the run that was never stopped."""
     stopped = tiny.launch(signalled, tmp_path, config(), rank, number, ranks=ranks)

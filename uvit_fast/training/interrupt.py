@@ -1,5 +1,6 @@
-"""A cluster that takes the machine back: SIGTERM or SIGUSR1 end the run at a step's end, with a checkpoint and exit code 0."""
+"""SIGTERM and SIGUSR1, by which a cluster takes the machine back, and Ctrl-C end the run at a step's end, with a checkpoint and exit code 0."""
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -7,7 +8,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Interrupt:
@@ -43,3 +44,6 @@ class Interrupt:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
+        if number == signal.SIGINT:  # a second Ctrl-C does not wait
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.write(2, b"\nsaving after this step; Ctrl-C again ends at once\n")

@@ -73,7 +73,7 @@ class Order:
 
 
 def batches(dataset: Any, order: Order, num_workers: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
-    """The raw batches of `order` on `device`; copies to a GPU overlap with it.
+    """The raw batches of `order` on `device`; copies to a GPU overlap with it. Closing the iterator ends its loader processes.
 
     Raises:
         DataError: in place of a UserError of the dataset, also from a loader process.
@@ -89,12 +89,18 @@ def batches(dataset: Any, order: Order, num_workers: int, device: torch.device) 
             worker_init_fn=_outlive_signals,
         )
     )
-    for _ in range(len(order)):
-        try:
-            raw = next(loader)
-        except UserError as error:  # a loader process sends its traceback as the message
-            raise DataError(str(error).strip().split("\n")[-1].split("UserError: ")[-1]) from None
-        yield {name: value.to(device, non_blocking=True) for name, value in raw.items()}
+    try:
+        for _ in range(len(order)):
+            try:
+                raw, problem = next(loader), ""
+            except UserError as error:  # a loader process sends its traceback as the message
+                problem = str(error).strip().split("\n")[-1].split("UserError: ")[-1]
+            if problem:
+                raise DataError(problem)
+            yield {name: value.to(device, non_blocking=True) for name, value in raw.items()}
+    finally:  # not left to the garbage collector: at exit they would be sent SIGTERM, which they outlive
+        if num_workers:
+            loader._shutdown_workers()
 
 
 def _as_it_is(raw: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -102,12 +108,12 @@ def _as_it_is(raw: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _outlive_signals(worker: int) -> None:
-    """A cluster signals every process of a job: the loaders live on, so that the trainer can finish its step and save."""
+    """A cluster, or Ctrl-C, signals every process of a job: the loaders live on, so that the trainer can finish its step and save."""
     for number in SIGNALS:
-        signal.signal(number, _not_yet)
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else _not_yet)
 
 
 def _not_yet(number: int, frame: FrameType | None) -> None:
-    """Ignore the first signal. The second, which may be the trainer's own, or a minute later the alarm, end the process."""
+    """Ignore the first signal. The second, which may be the trainer's own, or the alarm after the longest of steps, end the process."""
     signal.signal(number, signal.SIG_DFL)
-    signal.alarm(60)
+    signal.alarm(600)

@@ -143,6 +143,7 @@ class Trainer:
             if self.main and not self.writer.finish():
                 raise UserError(f"{self.run_dir}: the last checkpoint could not be written")
         finally:
+            stream.close()
             interrupt.close()
             if self.main:
                 self.writer.finish()
