@@ -63,7 +63,7 @@ def test_imports_go_downward_only():
             assert not same_level_rooms, f"{path}: {room} and {other} may not know each other"
 
 
-def test_only_the_two_doors_import_kernels():
+def test_only_the_doors_import_kernels():
     doors = {"model/ops.py", "model/attention.py", "diffusion/samplers.py"}
     for room, path in files():
         if room != "kernels" and LEVELS[room] < 3 and "kernels" in imports_of(path):

@@ -113,7 +113,7 @@ def _network(model: Any) -> str:
 
 
 class DiffusionConfig(Section):
-    """The noise process (paper, Appendix; FACTS: VP continuous, SD discrete)."""
+    """The noise process (paper, Appendix): VP in continuous time, SD in discrete steps."""
 
     schedule: Literal["vp", "sd"] = Field(
         description="vp: continuous variance preserving. sd: Stable Diffusion's 1000 steps."

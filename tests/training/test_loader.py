@@ -1,5 +1,7 @@
 """The order of the data: decided by seed and position alone."""
 
+import multiprocessing
+
 import pytest
 import torch
 
@@ -45,10 +47,12 @@ class Broken(Points):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_error_of_the_data_is_one_line(workers):
+def test_an_error_of_the_data_is_one_line_and_ends_the_loader_processes(workers):
+    """They outlive a first SIGTERM, which is what an exiting process sends them, and waits."""
     with pytest.raises(DataError) as error:
         next(batches(Broken(), order(), workers, CPU))
     assert str(error.value) == "photo.png: not a readable image"
+    assert multiprocessing.active_children() == []
 
 
 def test_loader_processes_change_nothing():
