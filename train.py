@@ -48,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
                 chosen = describe(net.embed_dim, net.num_heads, net.attention, net.kernels, world.device)
             if hasattr(trainer.dataset, "decoder"):
                 chosen["images"] = trainer.dataset.decoder
+            if names := getattr(trainer.dataset, "classes", None):
+                chosen["labels"] = ", ".join(f"{label} {name}" for label, name in enumerate(names[:10]))
+                chosen["labels"] += f", ... {len(names)} classes" if len(names) > 10 else ""
             say("\n".join(f"{op:16s}{choice}" for op, choice in chosen.items()))
         trainer.train()
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The report's pictures, from the CSV files: `python -m benchmarks.plot` (pip install uvit-fast[plot])."""
+"""The report's pictures, from the CSV files: `python -m benchmarks.plot` (the extra plot)."""
 
 import argparse
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import Any
 from benchmarks.common import RESULTS
 from benchmarks.report import PLOTS
 from benchmarks.results import MEMORY_A100, SAMPLING_A100, Results
+from uvit_fast.commands.drawing import INK, pyplot
 
-INK, GRID = "#333333", "#dddddd"
 COLOURS = {  # told apart by the colour-blind too (Okabe and Ito)
     "published": "#999999",
     "eager": "#56b4e9",
@@ -29,19 +29,8 @@ def axes(width: float = 7.0, height: float = 3.4) -> tuple[Any, Any]:
     Raises:
         ImportError: matplotlib is not installed; the message names the extra.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ImportError("the plots need matplotlib: pip install uvit-fast[plot]") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    pyplot.rcParams.update({"font.size": 9, "axes.edgecolor": INK, "text.color": INK, "svg.hashsalt": "0"})
-    figure, ax = pyplot.subplots(figsize=(width, height), layout="constrained")
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
-    ax.grid(axis="y", color=GRID, linewidth=0.6)
-    ax.set_axisbelow(True)
+    figure, ax = pyplot().subplots(figsize=(width, height), layout="constrained")
+    ax.grid(True)
     return figure, ax
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import RESULTS, Rows
+from uvit_fast.extras import install
 
 ROOT = Path(__file__).parent.parent
 
@@ -186,7 +187,7 @@ def report(out: Path) -> None:
     if find_spec("matplotlib"):
         print(f"wrote {len(plot.write(out))} plots")
     else:
-        print("no plots: pip install uvit-fast[plot], then python -m benchmarks.plot")
+        print(f"no plots: {install('plot')}, then python -m benchmarks.plot")
     print(f"wrote {tables.write(out)}")
 
 

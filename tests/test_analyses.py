@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,25 @@ def test_cost_prints_every_config(monkeypatch, capsys):
     assert cli.main(["cost", "--config", "configs/digits.yaml", "configs/h2_256.yaml"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].split() == ["h2_256", "500,832,016", "500.8", "501", "133.2", "133"]
+
+
+def test_cost_without_diffusers_leaves_out_the_unets_only(monkeypatch, capsys):
+    monkeypatch.chdir(CONFIGS.parent)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    cost.count.cache_clear()
+    assert cli.main(["cost"]) == 0
+    out = capsys.readouterr().out
+    assert "\nh4_512 " in out and out.count("left out: unet_") == 2 and 'pip install -e ".[diffusers]"' in out
+    assert cli.main(["cost", "--config", "configs/unet_adm_256.yaml"]) == 2
+
+
+def test_cka_without_matplotlib_ends_before_it_computes(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert (
+        cli.main(["cka", "--config", str(CONFIGS / "digits.yaml"), "--checkpoint", "x", "--out", str(tmp_path / "cka")])
+        == 2
+    )
+    assert 'a picture needs matplotlib: pip install -e ".[plot]"' in capsys.readouterr().err
 
 
 def test_cka_of_weights_is_written_and_drawn(tmp_path, capsys):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.clip import save_clip
 from uvit_fast import build_model, cli, load_config, sampling
+from uvit_fast.config import dump_config
 from uvit_fast.images import to_uint8
 from uvit_fast.jobs import Job
 
@@ -145,8 +146,8 @@ def test_an_interrupted_job_continues_without_repeating_or_losing_a_sample(check
         return draw(*args, **options)
 
     monkeypatch.setattr(sampling, "sample", dies_at_the_third)
-    with pytest.raises(KeyboardInterrupt):
-        sample(checkpoint, resumed, *common)
+    assert sample(checkpoint, resumed, *common) == 130
+    assert "sample interrupted; the same command with --resume continues\n" in capsys.readouterr().err
     assert not resumed.exists()
     assert sample(checkpoint, resumed, *common) == 2  # what is there is not thrown away unasked
     assert "continue it with --resume" in capsys.readouterr().err
@@ -160,9 +161,34 @@ def test_an_interrupted_job_continues_without_repeating_or_losing_a_sample(check
     assert not (tmp_path / "resumed.npz.parts").exists()
 
 
+@pytest.mark.parametrize("name", ["out.npz", "out"])
+def test_samples_that_are_there_are_neither_mixed_with_others_nor_replaced(checkpoint, tmp_path, name, capsys):
+    out, common = tmp_path / name, ("--num", "1", "--steps", "1")
+    assert sample(checkpoint, out, *common) == 0
+    before = {path: path.read_bytes() for path in (out.iterdir() if out.is_dir() else [out])}
+    for more in ([], ["--resume"], ["--seed", "1"]):
+        assert sample(checkpoint, out, *common, *more) == 2
+        assert f"{out}: there already" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (out.iterdir() if out.is_dir() else [out])} == before
+
+
+def test_a_run_folder_brings_its_config(checkpoint, tmp_path, capsys):
+    run = checkpoint.parents[2]
+    assert cli.main(["sample", "--checkpoint", str(run), "--out", str(tmp_path / "out")]) == 2
+    assert f"expected the YAML file of {run}" in capsys.readouterr().err
+    (run / "config.yaml").write_text(dump_config(load_config(DIGITS, SMALL[1::2])))
+    assert (
+        cli.main(["sample", "--checkpoint", str(run), "--out", str(tmp_path / "own.npz"), "--num", "1", "--steps", "1"])
+        == 0
+    )
+    assert sample(run, tmp_path / "named.npz", "--num", "1", "--steps", "1") == 0
+    own, named = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in ("own", "named"))
+    assert np.array_equal(own, named)
+
+
 def test_a_large_job_holds_a_part_at_a_time(tmp_path):
     """Two hundred parts of 1 MB: the file is written with the memory of a few of them."""
-    job = Job(tmp_path / "parts", {}, 400, 2, resume=False)
+    job = Job(tmp_path / "out.npz", {}, 400, 2, resume=False)
     assert job.run(lambda first, last: np.full((last - first, 512, 1024, 1), first % 256, np.uint8))
     tracemalloc.start()
     sampling.save_npz(tmp_path / "out.npz", job.images(), 400, np.arange(400))
@@ -199,8 +225,7 @@ def test_two_processes_finish_what_one_began(checkpoint, tmp_path, monkeypatch):
         return draw(*args, **options)
 
     monkeypatch.setattr(sampling, "sample", dies_at_the_second)
-    with pytest.raises(KeyboardInterrupt):
-        sample(checkpoint, together, *common)
+    assert sample(checkpoint, together, *common) == 130
     part = tmp_path / "together.npz.parts" / "0000000_0000002.npy"
     kept = 255 - np.load(part)  # marked, so that a part drawn again shows
     np.save(part, kept)
@@ -267,7 +292,7 @@ def test_convert_to_a_pipeline_and_back_keeps_every_weight(checkpoint, tmp_path,
 
 
 def test_a_checkpoint_of_another_architecture_names_the_keys(checkpoint, tmp_path, capsys):
-    code = cli.main(["sample", "--config", DIGITS, "--checkpoint", str(checkpoint), "--out", str(tmp_path)])
+    code = cli.main(["sample", "--config", DIGITS, "--checkpoint", str(checkpoint), "--out", str(tmp_path / "out")])
     assert code == 2
     error = capsys.readouterr().err
     assert "another architecture" in error and "missing (in_blocks.1" in error and "of the wrong shape" in error

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = {
     "kernels": 0,
     "config": 0,
+    "extras": 0,
     "graphs": 0,
     "ranks": 0,
     "model": 1,

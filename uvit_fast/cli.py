@@ -1,8 +1,9 @@
-"""`uvit-fast <command>`: a user's mistake is one line and exit code 2."""
+"""`uvit-fast <command>`: a user's mistake is one line and exit code 2, Ctrl-C one line and 130."""
 
 import argparse
 import sys
 
+import uvit_fast
 from uvit_fast.commands import (
     bench,
     cka,
@@ -41,6 +42,7 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="uvit-fast", description="U-ViT: sample, inspect, measure.")
+    parser.add_argument("--version", action="version", version=f"uvit-fast {uvit_fast.__version__}")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed's launcher says it before the command
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, module in COMMANDS.items():
@@ -54,6 +56,10 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, ImportError) as error:
         print(f"uvit-fast: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        goes_on = "; the same command with --resume continues" if hasattr(args, "resume") else ""
+        print(f"uvit-fast: {args.command} interrupted{goes_on}", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -17,20 +17,22 @@ from uvit_fast.ranks import ALONE, Ranks
 
 
 class Job:
-    """`num` samples in parts of `batch`, in a folder that is removed at the end.
+    """`num` samples in parts of `batch`, in the folder `<out>.parts`, which is removed at the end.
 
     Args:
-        folder: of the parts.
+        out: where the samples go once all are there, a file or a folder.
         settings: JSON values that decide what is drawn; a job goes on with the same ones only.
         resume: go on with the parts of an interrupted job.
         ranks: they share the parts; rank 0 collects them.
 
     Raises:
-        UserError: there are parts of an interrupted job and `resume` is off, or they have other settings.
+        UserError: `out` holds something that is not of this job; there are parts of an interrupted job and `resume` is off, or
+            they have other settings.
     """
 
-    def __init__(self, folder: Path, settings: dict, num: int, batch: int, resume: bool, ranks: Ranks = ALONE):
-        self.folder, self.num, self.batch, self.ranks = folder, num, batch, ranks
+    def __init__(self, out: Path, settings: dict, num: int, batch: int, resume: bool, ranks: Ranks = ALONE):
+        self.out, self.folder = out, out.with_name(out.name + ".parts")
+        self.num, self.batch, self.ranks = num, batch, ranks
         self.parts = [(first, min(first + batch, num)) for first in range(0, num, batch)]
         told = [None, []]
         if ranks.rank == 0:
@@ -78,6 +80,10 @@ class Job:
             for name, value in settings.items():
                 if before.get(name) != value:
                     return f"{self.folder}: --resume expected {name} {before.get(name)!r}, got {value!r}"
+        elif self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir())):
+            return (
+                f"{self.out}: there already, and no interrupted job beside it; expected a new name or an empty folder"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         _write(note, lambda file: file.write_text(json.dumps(settings)))
         return None

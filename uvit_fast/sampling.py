@@ -19,6 +19,7 @@ from uvit_fast.data.encoders import load_text_encoder
 from uvit_fast.diffusion.cudagraph import GraphSampler
 from uvit_fast.diffusion.guidance import Guidance
 from uvit_fast.diffusion.noise import sample_generators, sample_noise
+from uvit_fast.extras import missing
 from uvit_fast.images import save_grid, to_uint8
 from uvit_fast.model.uvit import UViT
 from uvit_fast.model.weights import load_weights, read_weights
@@ -233,7 +234,7 @@ def load_autoencoder(name: str) -> Any:
     try:
         from diffusers import AutoencoderKL
     except ImportError:
-        raise ImportError("latents need diffusers: pip install uvit-fast[diffusers]") from None
+        raise missing("an autoencoder of latents", "diffusers", "diffusers") from None
     where, parts = {"pretrained_model_name_or_path": name}, name.split("/")
     if not Path(name).is_dir() and len(parts) > 2:
         where = {"pretrained_model_name_or_path": "/".join(parts[:2]), "subfolder": "/".join(parts[2:])}

@@ -4,6 +4,7 @@ The order is the loader's for both decoders. `tests/training/test_loader.py` hol
 """
 
 import shutil
+import sys
 
 import pytest
 import torch
@@ -161,7 +162,8 @@ def test_the_config_chooses_and_says_why(photos, monkeypatch, pytestconfig):
     assert chosen("auto").decoder.startswith("DALI 2") and type(chosen("pillow")) is ImageFolder
     assert chosen("auto", 8).decoder.endswith("(for 8 loader processes on 8 cores)")
     assert chosen("dali", 8).decoder.startswith("DALI 2")
-    monkeypatch.setattr(dali, "why_not", lambda: "DALI is not installed; " + dali.EXTRA)
-    assert chosen("auto").decoder.endswith("(DALI is not installed; pip install uvit-fast[dali])")
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    reason = chosen("auto").decoder
+    assert "(DALI is not installed (" in reason and reason.endswith('; pip install -e ".[dali]" -c constraints.txt)')
     with pytest.raises(ImportError, match="data.decoder=dali: DALI is not installed"):
         chosen("dali")

@@ -112,9 +112,9 @@ def test_samples_that_are_nan_are_refused(run, checkpoint, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--reference", "x.npz"], "either --samples, or --config and --checkpoint"),
+        (["--reference", "x.npz"], "either --samples, or --checkpoint"),
         (["--reference", "x.npz", "--samples", "a", "--config", DIGITS, "--checkpoint", "b"], "either --samples"),
-        (["--reference", "x.npz", "--config", DIGITS], "either --samples, or --config and --checkpoint"),
+        (["--reference", "x.npz", "--config", DIGITS], "either --samples, or --checkpoint"),
         (["--reference", "x.npz", "--samples", "nowhere"], "nowhere: no such images"),
         (["--reference", "x.npz", "--samples", "FILE", "--inception", "WEIGHTS"], "x.npz: no such reference"),
         (["--reference", "x.npz", "--samples", "FILE", "--inception", "x.pth"], "x.pth: no such Inception weight file"),

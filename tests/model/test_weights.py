@@ -50,6 +50,14 @@ def test_another_image_size_interpolates_the_patches_and_says_so():
     torch.testing.assert_close(row[0, 7:9].mean(), torch.tensor(3.5))  # and centred where it was
 
 
+@pytest.mark.parametrize("context", [8, 100])
+def test_a_checkpoint_of_another_condition_is_named_so(context):
+    """More extra tokens than the checkpoint has tokens, or as many as leave no square."""
+    state = tiny(num_classes=3).state_dict()
+    with pytest.raises(UserError, match=r"another architecture.*context_embed"):
+        load_weights(tiny(context_dim=4, context_tokens=context), state)
+
+
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04truncated"])
 def test_unreadable_files_are_one_line(tmp_path, content):
     for name in ("x.pth", "x.safetensors"):

@@ -1,8 +1,9 @@
 """Arguments that several commands take."""
 
 import argparse
+from pathlib import Path
 
-from uvit_fast.config import UserError
+from uvit_fast.config import Config, UserError, load_config
 
 CLIP = "openai/clip-vit-large-patch14"  # whose text features the published text models were trained on
 
@@ -12,6 +13,33 @@ def config_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override, as train.batch_size=512"
     )
+
+
+def checkpoint_arguments(command: argparse.ArgumentParser) -> None:
+    """--config, --set and --checkpoint, of which a run folder brings its config."""
+    command.add_argument("--config", help="a YAML file, such as configs/h2_256.yaml; a run folder has its own")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, as sample.guidance_scale=0.7"
+    )
+    command.add_argument(
+        "--checkpoint",
+        required=True,
+        help=".pth, .safetensors, a pipeline folder, or a run folder (its newest EMA weights)",
+    )
+
+
+def config_of(config: str | None, checkpoint: str, overrides: list[str]) -> Config:
+    """The config of a checkpoint: the one that is named, else config.yaml of the run folder that the checkpoint is.
+
+    Raises:
+        UserError: none is named, and the checkpoint is no run folder.
+    """
+    own = Path(checkpoint) / "config.yaml"
+    if config is None and not own.is_file():
+        raise UserError(
+            f"--config: expected the YAML file of {checkpoint}; only a run folder goes without, by its config.yaml"
+        )
+    return load_config(config or own, overrides)
 
 
 def positive(text: str) -> int:

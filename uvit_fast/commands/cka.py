@@ -4,8 +4,9 @@ import argparse
 import csv
 from pathlib import Path
 
-from uvit_fast.commands.arguments import positive
-from uvit_fast.config import UserError, load_config
+from uvit_fast.commands.arguments import config_of, positive
+from uvit_fast.commands.drawing import pyplot
+from uvit_fast.config import UserError
 
 HELP = "CKA between the representations after every block, a matrix a checkpoint"
 COLUMNS = ["checkpoint", "data", "skip", "block", "other_block", "cka"]
@@ -34,6 +35,7 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"--time: expected a number above 0, up to 1, got {args.time}")
         if args.batch < 4 or args.images < args.batch:
             raise UserError(f"--batch: expected 4 to {args.images}, the --images, got {args.batch}")
+        pyplot()  # is matplotlib there? Better asked before the matrices than after
         table.parent.mkdir(parents=True, exist_ok=True)
         rows = [row for checkpoint in args.checkpoint for row in _matrix(args, checkpoint)]
         with open(table, "w", newline="") as file:
@@ -55,7 +57,7 @@ def _matrix(args: argparse.Namespace, checkpoint: str) -> list[dict]:
     from uvit_fast.build import build_dataset, build_schedule
     from uvit_fast.evaluation.cka import linear_cka
 
-    cfg = load_config(args.config or Path(checkpoint) / "config.yaml", args.set)
+    cfg = config_of(args.config, checkpoint, args.set)
     device = sampling.pick_device(cfg.device)
     model = sampling.load_for_sampling(cfg, checkpoint, device)
     dataset, schedule = build_dataset(cfg), build_schedule(cfg)
@@ -94,8 +96,6 @@ def _matrix(args: argparse.Namespace, checkpoint: str) -> list[dict]:
 def draw(rows: list[dict[str, str]], path: Path, time: float) -> None:
     """The matrices side by side, with block numbers, on one colour scale."""
     import numpy as np
-
-    from uvit_fast.commands.drawing import pyplot
 
     names = list(dict.fromkeys((row["checkpoint"], row["skip"]) for row in rows))
     plt = pyplot()

@@ -3,15 +3,14 @@
 import argparse
 from pathlib import Path
 
-from uvit_fast.commands.arguments import CLIP, config_arguments
-from uvit_fast.config import UserError, load_config
+from uvit_fast.commands.arguments import CLIP, checkpoint_arguments, config_of
+from uvit_fast.config import UserError
 
 HELP = "a checkpoint as a diffusers pipeline folder, or back as a .pth"
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
-    config_arguments(command)
-    command.add_argument("--checkpoint", required=True, help=".pth, .safetensors, a run folder, or a pipeline folder")
+    checkpoint_arguments(command)
     command.add_argument("--out", required=True, help="a new folder for the pipeline, or a .pth file")
     command.add_argument("--vae", help="the pipeline's autoencoder, or none; default: the config's decoder")
     command.add_argument("--clip", help=f"a text model's encoder, or none; default: {CLIP}")
@@ -25,7 +24,7 @@ def run(args: argparse.Namespace) -> None:
     from uvit_fast.data.encoders import load_clip
     from uvit_fast.model.weights import load_weights, read_weights
 
-    cfg, out = load_config(args.config, args.set), Path(args.out)
+    cfg, out = config_of(args.config, args.checkpoint, args.set), Path(args.out)
     if out.exists():
         raise UserError(f"{out}: there already; expected a new name")
     source = sampling.find_weights(args.checkpoint)

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from uvit_fast.extras import missing
+
 INK, GRID = "#333333", "#dddddd"
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"]  # told apart by the colour-blind too (Okabe and Ito)
 
@@ -15,7 +17,7 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise ImportError("pictures need matplotlib: pip install uvit-fast[plot]") from None
+        raise missing("a picture", "matplotlib", "plot") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from uvit_fast.commands.arguments import positive
+from uvit_fast.commands.arguments import config_of, positive
 from uvit_fast.config import UserError, load_config
 
 HELP = "FID, sFID, Inception score, precision, recall, KID of samples"
@@ -12,7 +12,7 @@ HELP = "FID, sFID, Inception score, precision, recall, KID of samples"
 
 def arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--samples", help="folder of PNG or JPEG, or an .npz with arr_0; or draw them, with:")
-    command.add_argument("--config", help="the YAML file of the model to sample from")
+    command.add_argument("--config", help="the YAML file of the model to sample from; a run folder has its own")
     command.add_argument("--checkpoint", help="its weights: .pth, .safetensors, or a run folder")
     command.add_argument("--num", type=positive, default=50_000, help="samples to draw (default 50000)")
     command.add_argument("--seed", type=int, default=0, help="of the drawn samples and their labels (default 0)")
@@ -60,12 +60,11 @@ def _run(args: argparse.Namespace, ranks) -> None:
     from uvit_fast.evaluation import features, reference
     from uvit_fast.sampling import pick_device
 
-    drawn = bool(args.config and args.checkpoint)
-    if drawn == bool(args.samples) or bool(args.config) != bool(args.checkpoint):
-        raise UserError("evaluate: expected either --samples, or --config and --checkpoint")
+    if bool(args.samples) == bool(args.checkpoint) or (args.config and args.samples):
+        raise UserError("evaluate: expected either --samples, or --checkpoint with the --config that it needs")
     device = pick_device(args.device)
     cache = Path(args.cache) if args.cache else reference.default_cache()
-    samples = _drawn(args, device) if drawn else features.open_images(args.samples)
+    samples = _drawn(args, device) if args.checkpoint else features.open_images(args.samples)
     is_config = Path(args.reference).suffix in (".yaml", ".yml")
     real = load_config(args.reference, args.set) if is_config else args.reference
     weights = (args.inception, args.download)
@@ -87,7 +86,7 @@ def _drawn(args: argparse.Namespace, device):
     """Samples of a checkpoint, drawn while they are measured."""
     from uvit_fast import measuring, sampling
 
-    cfg = load_config(args.config, args.set)
+    cfg = config_of(args.config, args.checkpoint, args.set)
     model = sampling.load_for_sampling(cfg, args.checkpoint, device)
     decode = sampling.load_decoder(cfg, device) if cfg.latent else None
     folder = Path(args.save_images) if args.save_images else None

@@ -4,18 +4,15 @@ import argparse
 import hashlib
 from pathlib import Path
 
-from uvit_fast.commands.arguments import CLIP, config_arguments, numbers, positive
-from uvit_fast.config import Config, UserError, load_config
+from uvit_fast.commands.arguments import CLIP, checkpoint_arguments, config_of, numbers, positive
+from uvit_fast.config import Config, UserError
 
 HELP = "draw images from a checkpoint"
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
-    config_arguments(command)
-    command.add_argument(
-        "--checkpoint", required=True, help=".pth, .safetensors, or a run folder (its newest EMA weights)"
-    )
-    command.add_argument("--out", required=True, help="folder for the images, or a .npz file in ADM's format")
+    checkpoint_arguments(command)
+    command.add_argument("--out", required=True, help="a new folder for the images, or a new .npz file in ADM's format")
     command.add_argument("--format", choices=["png", "npz"], help="default: npz where --out ends in .npz, else png")
     command.add_argument("--num", type=positive, default=16, help="images to draw (default 16)")
     command.add_argument("--classes", help="labels, as 207,360; default: all of the model's classes in equal shares")
@@ -49,7 +46,7 @@ def _run(args: argparse.Namespace, ranks) -> None:
     from uvit_fast.diffusion.cudagraph import GraphSampler
     from uvit_fast.images import to_uint8
 
-    cfg = load_config(args.config, args.set)
+    cfg = config_of(args.config, args.checkpoint, args.set)
     out = _out(args)
     scale = None if args.cfg_scale is None else args.cfg_scale - 1  # the paper's s
     if scale is not None and scale < 0:
@@ -84,7 +81,7 @@ def _run(args: argparse.Namespace, ranks) -> None:
     settings = {name: getattr(args, name) for name in ("config", "set", "num", "classes", "seed", "steps", "cfg_scale")}
     settings["checkpoint"] = str(checkpoint)  # of a run that goes on, the newest may be another one tomorrow
     settings["prompts"] = prompts and hashlib.sha256("\n".join([args.clip, *prompts]).encode()).hexdigest()
-    job = jobs.Job(out.with_name(out.name + ".parts"), settings, args.num, batch, args.resume, ranks)
+    job = jobs.Job(out, settings, args.num, batch, args.resume, ranks)
     if not job.run(draw):  # another rank writes
         return
     names = None if labels is None else labels.numpy()

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from uvit_fast.data.datasets import ImageFolder
 from uvit_fast.data.reading import ORIENTATION
+from uvit_fast.extras import install
 
 CHUNK = 64  # images that DALI holds decoded at a time
-EXTRA = "pip install uvit-fast[dali]"
 
 
 def why_not() -> str | None:
@@ -31,7 +31,7 @@ def why_not() -> str | None:
     try:
         from nvidia.dali import fn, pipeline_def, types  # noqa: F401
     except (ImportError, OSError) as error:  # OSError: its libraries do not load
-        return f"DALI is not installed ({' '.join(str(error).split())}); {EXTRA}"
+        return f"DALI is not installed ({' '.join(str(error).split())}); {install('dali')}"
     return None
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from uvit_fast.config import Config, UserError
 from uvit_fast.data.reading import BadImage, list_images, read_image
+from uvit_fast.extras import missing
 
 Batch = dict[str, Tensor]
 
@@ -68,7 +69,7 @@ def digits() -> TensorImages:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise ImportError("data.name=digits needs scikit-learn: pip install uvit-fast[digits]") from None
+        raise missing("data.name=digits", "scikit-learn", "digits") from None
     images, labels = load_digits(return_X_y=True)  # (N, 64) in 0..16
     return TensorImages(
         torch.from_numpy(images).float().view(-1, 1, 8, 8), torch.from_numpy(labels).long(), 16.0, False
@@ -135,7 +136,8 @@ class ImageFolder:
             raise UserError(f"data.path {error}") from None
         self.folder, self.files = folder, listing.files  # names below it
         self.labels = listing.labels
-        self.num_classes = len(listing.classes)
+        self.classes = listing.classes  # the folders' names, by label
+        self.num_classes = len(self.classes)
         self.shape = (3, size, size)
         self.size, self.crop_name, self.flip, self.skip_unreadable = size, crop, flip, skip_unreadable
         self.decoder = "Pillow, on one core a loader process"  # what reads the pixels, in words
@@ -266,6 +268,12 @@ def check_fits(dataset: Any, cfg: Config) -> None:
     room = cfg.model.num_classes - (cfg.null_label is not None and not dataset.synthetic)
     if cfg.model.num_classes and not 0 < dataset.num_classes <= room:
         raise UserError(f"data {cfg.data.name}: expected labels of 1 to {room} classes, got {dataset.num_classes}")
+    if 0 < dataset.num_classes < room:
+        warnings.warn(
+            f"data {cfg.data.name}: {dataset.num_classes} classes for the {room} of model.num_classes; "
+            f"labels from {dataset.num_classes} on learn nothing",
+            stacklevel=3,
+        )
     if cfg.model.context_dim:
         text = (cfg.model.context_tokens, cfg.model.context_dim)
         got = getattr(dataset, "text_shape", None)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from uvit_fast.config import UserError
 from uvit_fast.data.extract import Pixels
+from uvit_fast.extras import missing
 
 
 def vae_encoder(vae: Any) -> Callable[[Pixels], Tensor]:
@@ -38,7 +39,7 @@ def load_clip(name: str) -> tuple[Any, Any]:
     try:
         from transformers import CLIPTextModel, CLIPTokenizer
     except ImportError:
-        raise ImportError("text features need transformers: pip install uvit-fast[diffusers]") from None
+        raise missing("a text encoder", "transformers", "diffusers") from None
     try:
         return CLIPTokenizer.from_pretrained(name), CLIPTextModel.from_pretrained(name).eval().requires_grad_(False)
     except (OSError, ValueError) as error:

@@ -274,7 +274,8 @@ def find_weights(download: bool = False) -> Path:
             return folder / name
     if not download:
         raise UserError(
-            f"Inception weights: none of {', '.join(FILES)} in {folder}; name the file, or ask for the download of {URL}"
+            f"Inception weights: none of {', '.join(FILES)} in {folder}; name the file (--inception, evaluate.inception) or fetch it (--download); "
+            "digits and Fashion-MNIST have --features digits-fid"
         )
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from uvit_fast.config import UserError
+from uvit_fast.extras import install
 from uvit_fast.kernels import attention as fused_attention
 
 HALF = (torch.float16, torch.bfloat16)
@@ -59,7 +60,7 @@ def _why_not(backend: str, qkv: Tensor) -> str | None:
         if qkv.device.type != "cuda" or qkv.dtype not in HALF:
             return f"needs fp16 or bf16 on a GPU, got {_name(qkv)}"
         if find_spec(backend) is None:
-            return f"the package is not installed; pip install uvit-fast[{backend.replace('_', '-')}]"
+            return f"the package is not installed; {install(backend.replace('_', '-'))}"
     if backend == "cudnn":
         if qkv.device.type != "cuda" or qkv.dtype not in HALF:
             return f"needs fp16 or bf16 on a GPU, got {_name(qkv)}"

@@ -6,6 +6,8 @@ They take and give what `UViT` does, so that the same trainer and samplers run t
 import torch.nn as nn
 from torch import Tensor
 
+from uvit_fast.extras import missing
+
 LDM_HEADS = 8  # of each attention
 ADM_HEAD_DIM = 64  # width of a head, as in ADM's models of ImageNet
 
@@ -47,7 +49,7 @@ class UNet(nn.Module):
         try:
             from diffusers import UNet2DConditionModel, UNet2DModel
         except ImportError:
-            raise ImportError("model.unet needs diffusers: pip install uvit-fast[diffusers]") from None
+            raise missing("model.unet", "diffusers", "diffusers") from None
         self.num_classes, self.context_dim = num_classes, context_dim
         attend, plain = {"ldm": ("CrossAttn{}2D", "{}2D"), "adm": ("Attn{}2D", "{}2D")}[unet]
         down = [(attend if has else plain).format("DownBlock") for has in attention]

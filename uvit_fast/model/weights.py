@@ -43,7 +43,7 @@ def load_weights(model: UViT, state: dict[str, Tensor], source: str = "checkpoin
     """
     state = dict(state)
     ours = model.state_dict()
-    if "pos_embed" in state and state["pos_embed"].shape != ours["pos_embed"].shape:
+    if "pos_embed" in state.keys() & ours.keys() and state["pos_embed"].shape != ours["pos_embed"].shape:
         state["pos_embed"] = _resize_pos_embed(state["pos_embed"], ours["pos_embed"], model.extras)
     wrong = [
         f"{key}: expected {tuple(ours[key].shape)}, got {tuple(state[key].shape)}"
@@ -68,9 +68,10 @@ def _some(keys: list[str], limit: int = 4) -> str:
 
 def _resize_pos_embed(old: Tensor, new: Tensor, extras: int) -> Tensor:
     """Interpolate the patch part of pos_embed (1, extras + n*n, D) bicubically; leave it alone where it cannot fit."""
+    if old.dim() != 3 or old.shape[1] <= extras or old.shape[2] != new.shape[2]:
+        return old
     n_old, n_new = (math.isqrt(p.shape[1] - extras) for p in (old, new))
-    square = n_old**2 == old.shape[1] - extras and old.dim() == 3 and old.shape[2] == new.shape[2]
-    if not square or n_old == 0:
+    if n_old**2 != old.shape[1] - extras:
         return old
     warnings.warn(f"pos_embed: interpolated from {n_old}x{n_old} to {n_new}x{n_new} patches", stacklevel=3)
     grid = old[:, extras:].float().reshape(1, n_old, n_old, -1).permute(0, 3, 1, 2)  # (1, D, n, n)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from uvit_fast.config import Config
+from uvit_fast.extras import missing
 from uvit_fast.training.activations import example
 
 # Dense bf16 FLOP/s of the data sheets, by what the device's name holds.
@@ -125,7 +126,7 @@ def _start_wandb(run_dir: Path, config: dict[str, Any]) -> Any:
     try:
         import wandb
     except ImportError:
-        raise ImportError("train.wandb needs wandb: pip install uvit-fast[wandb]") from None
+        raise missing("train.wandb", "wandb", "wandb") from None
     name = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]  # the same run when it continues
     return wandb.init(project="uvit-fast", name=run_dir.name, id=name, resume="allow", dir=run_dir, config=config)
 

@@ -1,0 +1,11 @@
+"""Packages that not everybody needs: imported at first use, and named with what installs them where they are missing."""
+
+
+def install(extra: str) -> str:
+    """The command that installs an extra of setup.py, at the versions that are tested."""
+    return f'pip install -e ".[{extra}]" -c constraints.txt'
+
+
+def missing(user: str, package: str, extra: str) -> ImportError:
+    """What to raise where `user`, a feature or a setting, meets no `package`."""
+    return ImportError(f"{user} needs {package}: {install(extra)}")
