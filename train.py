@@ -15,12 +15,11 @@ from pathlib import Path  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from uvit_fast.build import build_dataset, build_model, build_schedule  # noqa: E402
-from uvit_fast.config import ModelConfig, UserError, load_config  # noqa: E402
+from uvit_fast.config import UserError, load_config  # noqa: E402
 from uvit_fast.measuring import training_evaluation  # noqa: E402
-from uvit_fast.model.ops import describe  # noqa: E402
 from uvit_fast.sampling import training_preview  # noqa: E402
 from uvit_fast.training.engine import start  # noqa: E402
-from uvit_fast.training.folder import set_aside  # noqa: E402
+from uvit_fast.training.folder import set_aside, summary  # noqa: E402
 from uvit_fast.training.loader import DataError  # noqa: E402
 from uvit_fast.training.monitor import say  # noqa: E402
 from uvit_fast.training.trainer import Trainer  # noqa: E402
@@ -43,15 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         looks = (training_preview(cfg), training_evaluation(cfg)) if world.rank == 0 else ()
         trainer = Trainer(cfg, build_model(cfg), build_schedule(cfg), build_dataset(cfg), run_dir, *looks)
         if world.rank == 0 and trainer.step < cfg.train.iterations:
-            net, chosen = cfg.model, {}
-            if isinstance(net, ModelConfig):
-                chosen = describe(net.embed_dim, net.num_heads, net.attention, net.kernels, world.device)
-            if hasattr(trainer.dataset, "decoder"):
-                chosen["images"] = trainer.dataset.decoder
-            if names := getattr(trainer.dataset, "classes", None):
-                chosen["labels"] = ", ".join(f"{label} {name}" for label, name in enumerate(names[:10]))
-                chosen["labels"] += f", ... {len(names)} classes" if len(names) > 10 else ""
-            say("\n".join(f"{op:16s}{choice}" for op, choice in chosen.items()))
+            say(summary(cfg, trainer.engine.shapes, trainer.dataset, world))
         trainer.train()
         dist.destroy_process_group()
     except (UserError, ImportError) as error:

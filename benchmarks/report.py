@@ -95,6 +95,15 @@ def sampling(results: Results, folder: Path) -> Iterator[str]:
         yield from markdown(["", *header.split(" | ")], rows)
     if results.extrapolated():
         yield from (results.extrapolated(), "")
+    alone = [case for case, says in results.sampling().items() if says.batch == 1]
+    if alone:
+        yield from ("One image at a time, ms an image of 50 evaluations:", "")
+        providers = [p for p in PEERS if p in results.providers("sampling")]
+        rows = [
+            [case, *(number(t and t * 2) for t in (results.value("sampling", case, p, "time") for p in providers))]
+            for case in alone  # s for 500 images is 2 ms for one
+        ]
+        yield from markdown(["", *providers], rows)
     yield from measured_on(results, "sampling", "python -m benchmarks.bench_sampling")
 
 

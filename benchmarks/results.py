@@ -102,12 +102,14 @@ class Results:
 
     def extrapolated(self) -> str:
         """A sentence about the times of sampling.csv of which fewer than the 50 evaluations were measured; empty where there is none."""
-        counts: dict[float, dict[str, None]] = {}
+        counts: dict[tuple[str, float], dict[str, None]] = {}
         for row in self.rows.get("sampling", []):
             if row["metric"] == "nfe_measured" and float(row["p50"]) < 50:
-                counts.setdefault(float(row["p50"]), {})[row["provider"]] = None
-        told = [f"{count:g} evaluations of {', '.join(who)}" for count, who in sorted(counts.items())]
-        return f"Sampling is extrapolated to 50 from {' and from '.join(told)}, in some cases or all." if told else ""
+                counts.setdefault((row["batch"], float(row["p50"])), {})[row["provider"]] = None
+        told = [
+            f"batch {batch}, {count:g} of them ({', '.join(who)})" for (batch, count), who in sorted(counts.items())
+        ]
+        return f"Timed over fewer than the 50 evaluations, and scaled: {'; '.join(told)}." if told else ""
 
     def best(self, size: str, guided: bool, decoded: bool, provider: str) -> tuple[float, int] | None:
         """Seconds for 500 samples and the batch, of the batch that takes the fewest."""

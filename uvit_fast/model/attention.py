@@ -50,7 +50,8 @@ def choose(qkv: Tensor, backend: str = "auto") -> tuple[str, str]:
         if reason is None:
             return name, "; ".join(passed_over) or "the fastest that was measured"
         passed_over.append(f"not {name}: {reason}")
-    return "sdpa", "; ".join(passed_over)
+    on_gpu = qkv.device.type == "cuda"
+    return "sdpa", "; ".join(passed_over) if on_gpu else f"the others need a GPU, got {_name(qkv)}"
 
 
 def _why_not(backend: str, qkv: Tensor) -> str | None:

@@ -61,7 +61,7 @@ class Captured:
         self.calls += 1
         output = self.recorded.output.clone()
         for part in self.recorded.parts:  # the last one's backward is the first
-            output = _Part.apply(self, part, output, *part.owned)
+            output = _Part.apply(self, part, output, *part.parameters)
         return output
 
     def forget(self) -> None:
@@ -82,7 +82,7 @@ class Captured:
     ) -> "_Recorded":
         inputs = tuple(v.clone() for v in inputs)
         conditions = {name: v.clone() for name, v in conditions.items()}
-        owned: list[list[int]] = []
+        own: list[list[int]] = []  # for each part, the numbers of the parameters that it gives gradients
         cuts = _Cuts(self.blocks, self.parts)
 
         def forward() -> Tensor:
@@ -94,19 +94,19 @@ class Captured:
             backward = cuts.backward(output, torch.zeros_like(output))
             for _ in range(self.parts):
                 found = backward(leaves)
-                owned.insert(0, [i for i, g in enumerate(found) if g is not None])
+                own.insert(0, [i for i, g in enumerate(found) if g is not None])
 
         self.graphs.warm_up(rehearse)
-        assert len({i for part in owned for i in part}) == sum(map(len, owned)), "a parameter belongs to two parts"
+        assert len({i for part in own for i in part}) == sum(map(len, own)), "a parameter belongs to two parts"
         pool = self.graphs.pool()
         replay, output, _ = self.graphs.capture(forward, pool)
         grad_output = torch.zeros_like(output)
         backward = cuts.backward(output, grad_output)
         parts: list[_Backward] = []
-        for indices in reversed(owned):
+        for indices in reversed(own):
             again, gradients, _ = self.graphs.capture(partial(backward, [leaves[i] for i in indices]), pool)
-            mine = [self.parameters[i] for i in indices]
-            parts.insert(0, _Backward(mine, again, gradients, None if parts else grad_output))
+            parameters = [self.parameters[i] for i in indices]
+            parts.insert(0, _Backward(parameters, again, gradients, None if parts else grad_output))
         return _Recorded(key, [*inputs, *conditions.values()], replay, output.detach(), parts)
 
 
@@ -133,7 +133,7 @@ def _standing_in(network: nn.Module, parameters: list[nn.Parameter]) -> Iterator
 class _Backward(NamedTuple):
     """A part of the backward."""
 
-    owned: list[Tensor]  # the parameters that get their gradients here
+    parameters: list[Tensor]  # that get their gradients here
     replay: Callable[[], None]
     gradients: list[Tensor]  # filled by the replay
     grad_output: Tensor | None  # the last part's, where the output's gradient goes
@@ -172,7 +172,12 @@ class _Part(torch.autograd.Function):
 
 
 class _Cuts:
-    """While open, blocks of different parts see each other's tensors as leaves: so that each part has a backward of its own."""
+    """While open, blocks of different parts see each other's tensors as leaves: so that each part has a backward of its own.
+
+    Two parts, of a network whose block 3 (in part 1) reads block 2's x and, by the long skip, block 0's (both in part 0): block 3
+    is given leaves in their place. Part 1's backward ends there; the leaves' gradients are what part 0's backward starts from, at x
+    and at the skip. A tensor with readers in several parts waits for all of their gradients, as later parts go first.
+    """
 
     def __init__(self, blocks: list[nn.Module], parts: int):
         self.part_of = {block: i * parts // len(blocks) for i, block in enumerate(blocks)}
@@ -204,20 +209,19 @@ class _Cuts:
 
     def backward(self, output: Tensor, grad_output: Tensor) -> Callable[[list[Tensor]], list[Tensor | None]]:
         """A function to call once for each part, the last one first: its gradients of the parameters that it is given."""
-        pending = {
-            id(output): (self.parts - 1, output, grad_output)
-        }  # what earlier parts made, and its gradient so far
+        # id -> (the part that made it, tensor, its gradient so far): where backwards start
+        starts = {id(output): (self.parts - 1, output, grad_output)}
         leaves = self.leaves
 
         def backward(parameters: list[Tensor]) -> list[Tensor | None]:
-            part, handed = len(leaves) - 1, leaves.pop()
-            mine = [pending.pop(key) for key, (made_in, _, _) in list(pending.items()) if made_in == part]
-            inputs = parameters + [leaf for _, leaf in handed.values()]
-            found = torch.autograd.grad([t for _, t, _ in mine], inputs, [g for _, _, g in mine], allow_unused=True)
-            for (key, (tensor, _)), gradient in zip(handed.items(), found[len(parameters) :]):
+            part, cut = len(leaves) - 1, leaves.pop()
+            ours = [starts.pop(key) for key, (made_in, _, _) in list(starts.items()) if made_in == part]
+            inputs = parameters + [leaf for _, leaf in cut.values()]
+            found = torch.autograd.grad([t for _, t, _ in ours], inputs, [g for _, _, g in ours], allow_unused=True)
+            for (key, (tensor, _)), gradient in zip(cut.items(), found[len(parameters) :]):
                 if gradient is not None:
-                    total = pending[key][2] + gradient if key in pending else gradient
-                    pending[key] = (_made_in(tensor), tensor, total)
+                    total = starts[key][2] + gradient if key in starts else gradient
+                    starts[key] = (_made_in(tensor), tensor, total)
             return list(found[: len(parameters)])
 
         return backward

@@ -3,6 +3,7 @@
 import fcntl
 import itertools
 import json
+import math
 import os
 import platform
 import subprocess
@@ -16,7 +17,8 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from uvit_fast.config import Config, UserError, dump_config
+from uvit_fast.config import Config, ModelConfig, UserError, dump_config
+from uvit_fast.model import ops
 from uvit_fast.training import checkpoint
 from uvit_fast.training.monitor import say
 
@@ -72,6 +74,31 @@ def run_states(folder: Path) -> list[RunState]:
     """The runs below a folder, the one that changed last first."""
     runs = [_state(path.parent) for path in folder.glob("*/config.yaml") if (path.parent / "environment.json").exists()]
     return sorted(runs, key=lambda run: run.changed)
+
+
+def summary(config: Config, shapes: dict[str, tuple[int, ...]], dataset: Any, world: Any) -> str:
+    """What trains on what and where, and which kernels run and why, for the user to read as a run begins.
+
+    Args:
+        shapes: of the network's parameters.
+
+    Raises:
+        UserError: kernels or attention were asked for that cannot run here.
+    """
+    net, device = config.model, world.device
+    cuda = device.type == "cuda"
+    where = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+    millions = sum(map(math.prod, shapes.values())) / 1e6
+    about = {}
+    if isinstance(net, ModelConfig):  # U-Nets have ops of their own
+        about = ops.describe(net.embed_dim, net.num_heads, net.attention, net.kernels, device)
+    if hasattr(dataset, "decoder"):
+        about["images"] = dataset.decoder
+    if names := getattr(dataset, "classes", None):
+        some = ", ".join(f"{label} {name}" for label, name in enumerate(names[:10]))
+        about["labels"] = some + (f", ... {len(names)} classes" if len(names) > 10 else "")
+    lines = [f"{config.name}: {millions:,.1f} M parameters, {len(dataset):,} images, {world.size} x {where}"]
+    return "\n".join([*lines, *(f"{name:16s}{what}" for name, what in about.items())])
 
 
 def describe_run(run_dir: Path, config: Config, world: Any) -> None:
