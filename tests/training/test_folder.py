@@ -1,11 +1,14 @@
 """Whose a run's folder is, and what it says about the run."""
 
 import os
+from types import SimpleNamespace
+
+import torch
 
 from tests.training import tiny
 from uvit_fast.cli import main
-from uvit_fast.config import UserError
-from uvit_fast.training.folder import Claim, run_states
+from uvit_fast.config import UserError, load_config
+from uvit_fast.training.folder import Claim, run_states, summary
 
 
 def test_a_folder_has_one_trainer(tmp_path):
@@ -60,3 +63,22 @@ def test_runs_lists_what_runs_what_stopped_and_what_ended(tmp_path, capsys):
     assert [line[:3] for line in lines[1:]] == [["b", "stopped", "2/20"], ["a", "finished", "4/4"]]
     assert main(["runs", str(tmp_path / "a")]) == 2
     assert "no runs" in capsys.readouterr().err
+
+
+class Folders:
+    """Two images in each of twelve folders."""
+
+    classes = [f"kind{i}" for i in range(12)]
+
+    def __len__(self):
+        return 24
+
+
+def test_a_run_begins_by_naming_its_labels():
+    """Which folder became which label is what a user asks for when sampling."""
+    cfg = load_config("configs/custom.yaml", ["model.num_classes=13"])
+    world = SimpleNamespace(device=torch.device("cpu"), size=1)
+    dataset = Folders()
+    text = summary(cfg, {"a": (500, 1000), "b": (1000,)}, dataset, world)
+    assert text.startswith("custom: 0.5 M parameters, 24 images, 1 x CPU")
+    assert "\nlabels          0 kind0, 1 kind1, " in text and text.endswith(" 9 kind9, ... 12 classes")
