@@ -119,7 +119,7 @@ class Monitor:
         done = max(1, self.step - self.start)
         left = (self.last_line - self.began) / done * (self.total - self.step)
         clock = f"{int(left // 3600)}:{int(left // 60) % 60:02d}:{int(left) % 60:02d}"
-        say(f"step {self.step}/{self.total}  {self.text}  {clock} left")
+        say("  ".join(filter(None, (f"step {self.step}/{self.total}", self.text, f"{clock} left"))))
 
 
 def _start_wandb(run_dir: Path, config: dict[str, Any]) -> Any:
