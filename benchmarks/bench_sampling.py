@@ -14,11 +14,10 @@ loop's time is scaled to 50 of them, and decoding, timed by itself, added. By de
     --cases compiled             torch.compile at 500: minutes, nearly all of them compiling
     --cases 'H:*:ours' --missing what matches <case>:<provider>, and only what the file has not
 
-Rows are written as they come; other rows of the file stay. `--seconds` ends it in time.
+Rows are written as they come. `--seconds` ends it in time.
 """
 
 import argparse
-import csv
 import gc
 import time
 from collections.abc import Callable, Iterable
@@ -215,7 +214,6 @@ def main() -> None:
     parser.add_argument("--out", default=RESULTS)
     args = parser.parse_args()
     rows, began = Rows("sampling", args.out), time.monotonic()
-    before = read(rows)
     patterns = [p for name in args.cases.split(",") for p in PRESETS.get(name, [name])]
     axes = [option.split(",") for option in (args.sizes, args.providers, args.decoding, args.batches, args.guidance)]
     every = [
@@ -226,7 +224,7 @@ def main() -> None:
         for batch in axes[3]
         for guided in axes[4]
     ]
-    there = {(row["case"], row["provider"]) for row in before if args.missing}
+    there = {(row["case"], row["provider"]) for row in rows.before if args.missing}
     cases = [case for case in select(patterns, every) if (case.name, case.provider) not in there]
     bench = Bench(torch.device(args.device), args.evaluations, args.set)
     if args.device == "cuda":
@@ -247,34 +245,12 @@ def main() -> None:
         rows.add(case.name, case.provider, times, metric="time", unit="s_per_500", **common)
         rows.add(case.name, case.provider, [peak / 1e9], metric="peak", unit="GB", **common)
         rows.add(case.name, case.provider, [float(count)], metric="nfe_measured", unit="of_50", **common)
-        write(rows, before)
+        rows.write()
     if cases:
         print(f"out of time; not measured: {', '.join(f'{case.name}:{case.provider}' for case in cases)}")
-    print(write(rows, before))
+    print(rows.write())
     if failed:
         raise SystemExit(f"failed: {', '.join(f'{case.name}:{case.provider}' for case in failed)}")
-
-
-def read(rows: Rows) -> list[dict[str, str]]:
-    """The rows of the file that is there."""
-    if not rows.path.is_file():
-        return []
-    with open(rows.path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write(rows: Rows, before: list[dict[str, str]]) -> Any:
-    """Write the new rows, and those from before of what was not measured again."""
-
-    def what(row: dict[str, str]) -> tuple[str, ...]:
-        return row["case"], row["provider"], row["metric"]
-
-    new = rows.rows
-    measured = {what(row) for row in new}
-    rows.rows = [row for row in before if what(row) not in measured] + new
-    path = rows.write()
-    rows.rows = new
-    return path
 
 
 if __name__ == "__main__":

@@ -18,9 +18,15 @@ RESULTS = Path(__file__).parent / "results"
 class Rows:
     """The rows of one question, one a case, provider and metric, printed as they come and written as results/<question>.csv.
 
+    What the file holds of other cases stays, each row with its own date and commit; only what another GPU measured goes.
+
     Args:
         question: the file's name; what the benchmark asks.
         folder: where the file goes.
+
+    Attributes:
+        rows: of this run.
+        before: of earlier runs, on this GPU or a CPU.
     """
 
     def __init__(self, question: str, folder: str | Path = RESULTS):
@@ -35,6 +41,13 @@ class Rows:
             "triton": triton.__version__,
             "question": question,
         }
+        self.before: list[dict[str, str]] = []
+        if self.path.is_file():
+            with open(self.path, newline="") as file:
+                self.before = [row for row in csv.DictReader(file) if self._may_stand_beside(row["device"])]
+
+    def _may_stand_beside(self, device: str) -> bool:
+        return "cpu" in (device, self.common["device"]) or device == self.common["device"]
 
     def add(
         self, case: str, provider: str, values: list[float], *, metric: str, unit: str, dtype: str, batch: int
@@ -51,13 +64,15 @@ class Rows:
         return p50
 
     def write(self) -> Path:
-        """Write the file whole, under a temporary name first."""
+        """Write the file whole, under a temporary name first: the rows that were not measured again, and this run's."""
+        measured = {_what(row) for row in self.rows}
+        kept = [row for row in self.before if _what(row) not in measured]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
         with open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
-            writer.writerows(self.rows)
+            writer.writerows([*kept, *self.rows])
         return temporary.rename(self.path)
 
     def ceilings(self) -> None:
@@ -85,6 +100,10 @@ class Rows:
             dtype="fp32",
             batch=1,
         )
+
+
+def _what(row: dict[str, str]) -> tuple[str, ...]:
+    return row["device"], row["case"], row["provider"], row["metric"]
 
 
 def measure(f: Callable[[], object], repeats: int = 25, warmup: int = 5) -> list[float]:

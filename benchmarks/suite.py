@@ -8,7 +8,6 @@ measured too: the next run on the same device knows (results/suite.csv).
 """
 
 import argparse
-import csv
 import subprocess
 import sys
 import time
@@ -140,15 +139,6 @@ def run(plans: list[Plan], out: Path, rows: Rows) -> list[str]:
     return failed
 
 
-def earlier(out: Path, device: str) -> list[dict[str, str]]:
-    """Rows of suite.csv that this device wrote."""
-    path = out / "suite.csv"
-    if not path.is_file():
-        return []
-    with open(path, newline="") as file:
-        return [row for row in csv.DictReader(file) if row["device"] == device]
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -160,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     args.out = args.out.resolve()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     rows = Rows("suite", args.out)
-    known = earlier(args.out, device or "cpu")
+    known = [row for row in rows.before if row["device"] == (device or "cpu")]
     measured = {row["case"]: float(row["p50"]) for row in known}
     plans, left_out = plan(torch.cuda.device_count(), args.quick, [n for n in args.only.split(",") if n], measured)
     known_here = any(case(p.name, p.arguments) in measured for p in plans)
@@ -171,8 +161,6 @@ def main(argv: list[str] | None = None) -> int:
     if left_out:
         print(f"left out, for want of GPUs: {', '.join(left_out)}", flush=True)
     failed = run(plans, args.out, rows)
-    now = {row["case"] for row in rows.rows}
-    rows.rows = [row for row in known if row["case"] not in now] + rows.rows
     if rows.rows:
         rows.write()
     report(args.out)

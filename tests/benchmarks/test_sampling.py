@@ -1,6 +1,5 @@
 """The sampling benchmark measures what it says, and says what it extrapolates."""
 
-import csv
 import itertools
 
 import pytest
@@ -59,19 +58,6 @@ def test_what_did_not_run_is_scaled_and_counted(bench, case, evaluations, expect
 def test_a_loop_that_is_not_captured_is_not_called_so():
     with pytest.warns(RuntimeWarning, match="uncaptured"), pytest.raises(RuntimeError, match="could not be captured"):
         Bench(torch.device("cpu"), 2, TINY).run(Case("S", 1, False, False, "ours"))
-
-
-def test_other_rows_of_the_file_stay(tmp_path):
-    def add(case, value):
-        rows = Rows("sampling", tmp_path)
-        before = bench_sampling.read(rows)
-        rows.add(case, "ours", [value], metric="time", unit="s_per_500", dtype="bf16", batch=1)
-        with open(bench_sampling.write(rows, before), newline="") as file:
-            return {row["case"]: float(row["p50"]) for row in csv.DictReader(file)}
-
-    assert add("a", 1.0) == {"a": 1.0}
-    assert add("b", 2.0) == {"a": 1.0, "b": 2.0}
-    assert add("a", 3.0) == {"a": 3.0, "b": 2.0}
 
 
 def test_tables_say_what_is_extrapolated(tmp_path):

@@ -1,0 +1,23 @@
+"""The CSV files: what a run leaves of earlier ones."""
+
+import csv
+
+import torch
+
+from benchmarks.common import Rows
+
+
+def test_rows_of_other_cases_stay_and_those_of_another_gpu_go(tmp_path, monkeypatch):
+    def measured(device, case, value):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: device != "cpu")
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: device)
+        rows = Rows("ops", tmp_path)
+        rows.add(case, "ours", [value], metric="time", unit="ms", dtype="bf16", batch=1)
+        with open(rows.write(), newline="") as file:
+            return {(row["device"], row["case"]): float(row["p50"]) for row in csv.DictReader(file)}
+
+    assert measured("H100", "a", 1.0) == {("H100", "a"): 1.0}
+    assert measured("H100", "b", 2.0) == {("H100", "a"): 1.0, ("H100", "b"): 2.0}
+    assert measured("H100", "a", 3.0) == {("H100", "a"): 3.0, ("H100", "b"): 2.0}
+    assert measured("cpu", "a", 9.0) == {("H100", "a"): 3.0, ("H100", "b"): 2.0, ("cpu", "a"): 9.0}
+    assert measured("A100", "b", 4.0) == {("cpu", "a"): 9.0, ("A100", "b"): 4.0}
