@@ -130,6 +130,16 @@ def test_what_cannot_be_captured_runs_uncaptured_after_one_warning():
         assert train(net, steps=2)[0][0] < losses[0]  # it has learned, and goes on
 
 
+def test_ranks_replay_together_or_not_at_all():
+    """Where another rank runs out of memory, say."""
+    asked = []
+    net, graphs = captured(network(), parts=3, agree=lambda fine: asked.append(fine))
+    with pytest.warns(RuntimeWarning, match="cannot be captured on another rank"):
+        losses = train(net)[0]
+    assert asked == [True] and graphs.captures == 4 and net.forward.recorded is None
+    assert losses == train(network())[0]
+
+
 def test_without_gradients_the_network_runs_as_it_is():
     net, graphs = captured(network())
     with torch.no_grad():

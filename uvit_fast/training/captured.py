@@ -26,15 +26,25 @@ class Captured:
     uncaptured, after one warning that says why. Memory: what the uncaptured step holds at its peak, all the time.
     """
 
-    def __init__(self, network: nn.Module, parts: int = 1, keep_gradients: bool = False, graphs: Graphs | None = None):
+    def __init__(
+        self,
+        network: nn.Module,
+        parts: int = 1,
+        keep_gradients: bool = False,
+        graphs: Graphs | None = None,
+        agree: Callable[[bool], bool] = bool,
+    ):
         """
         Args:
             network: its class names `block_class` where parts > 1, and its blocks hand on tensors as positional arguments.
             parts: graphs that the backward consists of.
             keep_gradients: where a parameter's `grad` may outlive the next backward, as when it accumulates.
             graphs: what records and replays; default: CUDA graphs.
+            agree: whether a recording succeeded here -> whether it did on all ranks. Either all of them replay or none: gradients
+                arrive in another order than uncaptured, and ranks reduce them as they come.
         """
         self.network, self.forward, self.keep_gradients = network, network.forward, keep_gradients
+        self.agree = agree
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.blocks = [m for m in network.modules() if isinstance(m, network.block_class)] if parts > 1 else []
         self.parts = min(parts, max(len(self.blocks), 1))
@@ -51,8 +61,9 @@ class Captured:
         if self.recorded is None or self.recorded.key != key:
             self.forget()  # its memory first
             why = self._try_to_record(key, inputs, conditions)
-            if why:  # and all that the attempt held is free
-                self.refused = True
+            if not self.agree(why is None):
+                self.forget()  # and all that the attempt held is free
+                self.refused, why = True, why or "it cannot be captured on another rank"
                 warnings.warn(f"training runs uncaptured: {why}", RuntimeWarning, stacklevel=2)
                 return self.forward(*inputs, **conditions)
         for buffer, value in zip(self.recorded.inputs, given):

@@ -137,12 +137,18 @@ class Engine:
         self.deepspeed, self.zero, _, _ = deepspeed.initialize(model=model, optimizer=self.adamw, config=settings)
         if train.cuda_graphs and world.device.type == "cuda" and self.stage < 3 and not train.compile:
             parts = PARTS if world.size > 1 and hasattr(model, "block_class") else 1
-            model.forward = Captured(model, parts, keep_gradients=self.accumulation > 1)
+            model.forward = Captured(model, parts, keep_gradients=self.accumulation > 1, agree=self._on_all_ranks)
         flat = self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
         assert len(flat) == 1, "one parameter group, one flat partition"
         self.partition: Tensor = flat[0]
         self._parameters = list(self.deepspeed.module.named_parameters())
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._parameters}  # whole
+
+    def _on_all_ranks(self, fine: bool) -> bool:
+        """Whether it is so on all of them. The host waits."""
+        verdict = torch.tensor(float(fine), device=self.world.device)
+        dist.all_reduce(verdict, dist.ReduceOp.MIN)
+        return bool(verdict.item())
 
     def close(self) -> None:
         """Let go of the model, which hooks of DeepSpeed would keep alive: for processes that go on to something else."""
