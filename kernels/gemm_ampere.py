@@ -124,13 +124,14 @@ def _run(
     x2: Tensor | None = None,
     fold: tuple[Tensor, Tensor] | None = None,
     side: Tensor | None = None,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel on x (M, K), w (N, K), which may be a transposed view."""
     (M, K), N = x.shape, w.shape[0]
     tuned = launch.choice(x.device, CASES[mode], K)
     BM, BN, BK = tuned["tile"]
     out = x.new_empty(M, N)
-    out2 = torch.empty_like(out) if mode in (GELU_SAVE, GELU_BACKWARD) else out
+    out2 = side if overwrite else torch.empty_like(out) if mode in (GELU_SAVE, GELU_BACKWARD) else out
     partial = x.new_empty(launch.cdiv(M, BM), N, dtype=launch.ACCUMULATE) if mode == GELU_BACKWARD else out
     stats, sums = fold or (x, x)
     args = (
@@ -200,18 +201,19 @@ def linear_gelu(
     return act, pre if save else None
 
 
-def linear_gelu_backward(dy: Tensor, w: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def linear_gelu_backward(dy: Tensor, w: Tensor, h: Tensor, *, overwrite: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Back through the linear layer after a GELU, and through the GELU.
 
     Args:
         dy: (M, K), the gradient of GELU(h) @ w.T.
         w: (K, N), that layer's weight.
         h: (M, N), the GELU's argument.
+        overwrite: GELU(h) takes h's place, each value that of the one it was computed from.
 
     Returns:
         dh = (dy @ w) * GELU'(h), (M, N); GELU(h), (M, N), which the weight gradient needs; the column sums of dh, (N,).
     """
-    dh, act, partial = _run(GELU_BACKWARD, dy, w.t(), side=h)
+    dh, act, partial = _run(GELU_BACKWARD, dy, w.t(), side=h, overwrite=overwrite)
     return dh, act, *layernorm.totals(partial, 1, dy.dtype)
 
 

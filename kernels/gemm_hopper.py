@@ -310,6 +310,7 @@ def arguments(
     fold: tuple[Tensor, Tensor] | None = None,
     side: Tensor | None = None,
     *,
+    overwrite: bool = False,
     transposed: bool = False,
     tokens: int = TOKENS,
     part: int = 64,
@@ -325,7 +326,7 @@ def arguments(
     (M, K), N = x.shape, w.shape[1 if transposed else 0]
     tiles_n, tiles_m = launch.cdiv(N, 2 * ROWS), launch.cdiv(M, tokens)
     out = x.new_empty(M, N)
-    out2 = torch.empty_like(out) if mode in (GELU_SAVE, GELU_BACKWARD) else out
+    out2 = side if overwrite else torch.empty_like(out) if mode in (GELU_SAVE, GELU_BACKWARD) else out
     partial = x.new_empty(tiles_m, N, dtype=launch.ACCUMULATE) if mode == GELU_BACKWARD else out
     stats, sums = fold or (out, out)
     out_desc = descriptor(out, part, ROWS)
@@ -391,9 +392,9 @@ def linear_gelu(
     return act, pre if save else None
 
 
-def linear_gelu_backward(dy: Tensor, w: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def linear_gelu_backward(dy: Tensor, w: Tensor, h: Tensor, *, overwrite: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """dh, GELU(h) and the column sums of dh: see `gemm_ampere.linear_gelu_backward`."""
-    dh, act, partial = _run(GELU_BACKWARD, dy, w, side=h, transposed=True)
+    dh, act, partial = _run(GELU_BACKWARD, dy, w, side=h, overwrite=overwrite, transposed=True)
     return dh, act, *layernorm.totals(partial, 1, dy.dtype)
 
 

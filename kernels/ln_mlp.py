@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import launch, layernorm
-from .op import Op, empty
+from .op import Op, empty, is_last_backward
 
 
 def reference(
@@ -34,7 +34,7 @@ def ln_mlp(
     """The fused op, `reference` in two GEMMs: LayerNorm, bias and GELU in the first, bias and residual in the second.
 
     A tensor of shape (tokens, 4D) is written once, twice where a gradient is wanted: the GELU's argument is kept for the
-    backward, its value is computed again there. Saves x, the fp32 statistics and the GELU's argument: 5 D a token.
+    backward, its value is computed again there, in its place. Saves x, the fp32 statistics and the GELU's argument: 5 D a token.
 
     Args:
         x: (..., D), bf16 or fp16; every other tensor has its dtype.
@@ -79,11 +79,13 @@ def _fake(x, gamma, beta, w1, b1, w2, b2, eps, save):
 
 
 def _backward(
-    dy: Tensor, x: Tensor, stats: Tensor, h: Tensor, gamma: Tensor, beta: Tensor, w1: Tensor, w2: Tensor
+    dy: Tensor, x: Tensor, stats: Tensor, h: Tensor, gamma: Tensor, beta: Tensor, w1: Tensor, w2: Tensor, last: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     core, flat, dy = launch.core(x.device), launch.rows(x), launch.rows(dy)
-    dh, act, db1 = core.linear_gelu_backward(dy, launch.rows(w2), h)  # (M, H), (M, H), (H,)
+    dh, act, db1 = core.linear_gelu_backward(dy, launch.rows(w2), h, overwrite=last)  # (M, H), (M, H), (H,)
     dw2, _ = core.weight_gradient(dy, act, bias=False)  # (D, H)
+    if last:  # autograd holds on to h, which is act by now, until this returns
+        h.untyped_storage().resize_(0)
     del act
     g = core.input_gradient(dh, launch.rows(w1))  # (M, D)
     dx, normed, dgamma, dbeta, db2 = layernorm.backward(g, flat, stats, gamma, beta, dy)
@@ -91,7 +93,7 @@ def _backward(
     return dx.view(x.shape), dgamma, dbeta, dw1, db1, dw2, db2
 
 
-def _fake_backward(dy, x, stats, h, gamma, beta, w1, w2):
+def _fake_backward(dy, x, stats, h, gamma, beta, w1, w2, last):
     dx, dgamma, dbeta, dw1, dw2 = empty(x, gamma, beta, w1, w2)
     return dx, dgamma, dbeta, dw1, x.new_empty(w1.shape[0]), dw2, x.new_empty(w2.shape[0])
 
@@ -103,7 +105,7 @@ def _save(ctx, inputs, output):
 
 
 def _gradient(ctx, backward, dy, *_):
-    return *backward(dy, *ctx.saved_tensors), None, None
+    return *backward(dy, *ctx.saved_tensors, is_last_backward(dy)), None, None
 
 
 _op = Op("ln_mlp", _forward, _fake, _backward, _fake_backward, _save, _gradient)

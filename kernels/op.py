@@ -51,6 +51,14 @@ class Op:
         return self.forward(*args)
 
 
+def is_last_backward(gradient: Tensor) -> bool:
+    """Whether the backward that runs, to which `gradient` came, may write over what its forward kept for it: nothing traces it, and
+    no other one of the same forward can follow (retain_graph).
+    """
+    traced = torch.compiler.is_compiling() or _is_special(gradient)
+    return not traced and not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 def _is_special(x: Tensor) -> bool:
     """A fake tensor, say, which only the dispatcher knows what to do with."""
     return type(x) is not Tensor and type(x) is not torch.nn.Parameter

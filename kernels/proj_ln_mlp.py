@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import linear_residual, ln_mlp
-from .op import Op, empty
+from .op import Op, empty, is_last_backward
 
 
 def reference(
@@ -59,15 +59,15 @@ def _fake(a, weight, bias, x, *rest):
 
 
 def _backward(
-    dy: Tensor, a: Tensor, weight: Tensor, bias: Tensor, x: Tensor, stats: Tensor, h: Tensor, gamma: Tensor, beta: Tensor, w1: Tensor, w2: Tensor
+    dy: Tensor, a: Tensor, weight: Tensor, bias: Tensor, x: Tensor, stats: Tensor, h: Tensor, gamma: Tensor, beta: Tensor, w1: Tensor, w2: Tensor, last: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     middle = linear_residual._forward(a, weight, bias, x)
-    dx, *rest = ln_mlp._backward(dy, middle, stats, h, gamma, beta, w1, w2)
+    dx, *rest = ln_mlp._backward(dy, middle, stats, h, gamma, beta, w1, w2, last)
     return *linear_residual._backward(dx, a, weight), dx, *rest
 
 
-def _fake_backward(dy, a, weight, bias, x, stats, h, gamma, beta, w1, w2):
-    return *empty(a, weight, bias), *ln_mlp._fake_backward(dy, x, stats, h, gamma, beta, w1, w2)
+def _fake_backward(dy, a, weight, bias, x, stats, h, gamma, beta, w1, w2, last):
+    return *empty(a, weight, bias), *ln_mlp._fake_backward(dy, x, stats, h, gamma, beta, w1, w2, last)
 
 
 def _save(ctx, inputs, output):
@@ -77,7 +77,7 @@ def _save(ctx, inputs, output):
 
 
 def _gradient(ctx, backward, dy, *_):
-    return *backward(dy, *ctx.saved_tensors), None, None
+    return *backward(dy, *ctx.saved_tensors, is_last_backward(dy)), None, None
 
 
 _op = Op("proj_ln_mlp", _forward, _fake, _backward, _fake_backward, _save, _gradient)

@@ -35,6 +35,23 @@ def test_a_large_mean_costs_nothing():
     compare(ln_mlp.ln_mlp, ln_mlp.reference, arguments((1, 65, D), torch.float32, mean=8.0), 2e-4)
 
 
+@in_the_interpreter
+def test_the_last_backward_frees_what_was_kept_and_no_other_does():
+    """Twice with retain_graph, and then once more: the same gradients; the GELU's argument is gone after the third."""
+    torch.manual_seed(0)
+    leaves, kept = [t.requires_grad_() for t in arguments((1, 65, D), torch.float32)], []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = ln_mlp.ln_mlp(*leaves)
+    (h,) = (t for t in kept if t.shape == (65, 4 * D))
+    before, dy = h.detach().clone(), torch.randn_like(y)
+    first = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    assert torch.equal(h, before)
+    for retain in (True, False):
+        again = torch.autograd.grad(y, leaves, dy, retain_graph=retain)
+        assert all(torch.equal(a, b) for a, b in zip(first, again))
+    assert h.untyped_storage().nbytes() == 0
+
+
 @compiles
 def test_the_kernels_in_the_interpreter():
     interpreted.run(__file__)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from uvit_fast.model.attention import attend, choose
 
@@ -16,7 +17,9 @@ def test_cpu_backends_agree(tokens):
 
 
 def test_auto_says_why_the_faster_ones_were_passed_over():
-    name, reason = choose(torch.empty(1, 258, 3, 16, 72))
+    assert choose(torch.empty(1, 258, 3, 16, 72)) == ("sdpa", "the others need a GPU, got float32 on cpu")
+    with FakeTensorMode():
+        name, reason = choose(torch.empty(1, 258, 3, 16, 72, device="cuda"))
     assert name == "sdpa"
     for passed_over in ("fused", "cudnn", "flash_attn"):
         assert f"not {passed_over}" in reason

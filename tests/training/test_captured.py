@@ -119,6 +119,14 @@ def test_an_output_survives_the_next_call_and_its_backward_does_not():
         first.sum().backward()
 
 
+def test_a_second_backward_of_a_forward_is_refused():
+    net, _ = captured(network())
+    loss = net(*batch(0)).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="expected one backward of a forward"):
+        loss.backward()
+
+
 def test_what_cannot_be_captured_runs_uncaptured_after_one_warning():
     net, _ = captured(network())
     net.norm.register_forward_hook(lambda module, args, output: output + float(output.detach().sum()) * 0)

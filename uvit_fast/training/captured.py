@@ -165,7 +165,7 @@ class _Part(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, captured: Captured, part: _Backward, output: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.captured, ctx.part, ctx.call = captured, part, captured.calls
+        ctx.captured, ctx.part, ctx.call, ctx.used = captured, part, captured.calls, False
         return output.view_as(output)
 
     @staticmethod
@@ -177,6 +177,11 @@ class _Part(torch.autograd.Function):
             )
         if part.grad_output is not None:
             part.grad_output.copy_(grad)
+        if ctx.used:
+            raise RuntimeError(
+                "captured network: expected one backward of a forward, got another: the first overwrote activations"
+            )
+        ctx.used = True
         part.replay()
         keep = captured.keep_gradients
         return None, None, grad, *(g.clone() if keep else g.detach() for g in part.gradients)
