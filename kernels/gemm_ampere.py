@@ -130,8 +130,14 @@ def _run(
     (M, K), N = x.shape, w.shape[0]
     tuned = launch.choice(x.device, CASES[mode], K)
     BM, BN, BK = tuned["tile"]
-    out = x.new_empty(M, N)
-    out2 = side if overwrite else torch.empty_like(out) if mode in (GELU_SAVE, GELU_BACKWARD) else out
+    out = side if overwrite and mode == RESIDUAL else x.new_empty(M, N)
+    out2 = (
+        side
+        if overwrite and mode == GELU_BACKWARD
+        else torch.empty_like(out)
+        if mode in (GELU_SAVE, GELU_BACKWARD)
+        else out
+    )
     partial = x.new_empty(launch.cdiv(M, BM), N, dtype=launch.ACCUMULATE) if mode == GELU_BACKWARD else out
     stats, sums = fold or (x, x)
     args = (
@@ -176,6 +182,7 @@ def linear(
     x2: Tensor | None = None,
     fold: tuple[Tensor, Tensor] | None = None,
     residual: Tensor | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
     """x @ w.T + bias, with the sources and the epilogue that are given.
 
@@ -185,12 +192,13 @@ def linear(
         bias: (N,), any float dtype.
         x2: (M, K2): contracted with the last K2 columns of w.
         fold: stats (2, M) and sums (N,), fp32, of `layernorm.prepare`: the LayerNorm of x goes into the epilogue.
-        residual: (M, N), added last.
+        residual: (M, N), contiguous, added last.
+        overwrite: the result takes the residual's place.
 
     Returns:
         (M, N) in x's dtype, accumulated in fp32.
     """
-    return _run(PLAIN if residual is None else RESIDUAL, x, w, bias, x2, fold, residual)[0]
+    return _run(PLAIN if residual is None else RESIDUAL, x, w, bias, x2, fold, residual, overwrite)[0]
 
 
 def linear_gelu(

@@ -325,8 +325,14 @@ def arguments(
     assert mode != GELU_BACKWARD or side_buffers >= 2, "the side input's buffers are filled again two parts later"
     (M, K), N = x.shape, w.shape[1 if transposed else 0]
     tiles_n, tiles_m = launch.cdiv(N, 2 * ROWS), launch.cdiv(M, tokens)
-    out = x.new_empty(M, N)
-    out2 = side if overwrite else torch.empty_like(out) if mode in (GELU_SAVE, GELU_BACKWARD) else out
+    out = side if overwrite and mode == RESIDUAL else x.new_empty(M, N)
+    out2 = (
+        side
+        if overwrite and mode == GELU_BACKWARD
+        else torch.empty_like(out)
+        if mode in (GELU_SAVE, GELU_BACKWARD)
+        else out
+    )
     partial = x.new_empty(tiles_m, N, dtype=launch.ACCUMULATE) if mode == GELU_BACKWARD else out
     stats, sums = fold or (out, out)
     out_desc = descriptor(out, part, ROWS)
@@ -378,10 +384,11 @@ def linear(
     x2: Tensor | None = None,
     fold: tuple[Tensor, Tensor] | None = None,
     residual: Tensor | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
     """x @ w.T + bias, with the sources and the epilogue that are given: see `gemm_ampere.linear`."""
     mode = PLAIN if residual is None else RESIDUAL
-    return _run(mode, x, w, bias=bias, x2=x2, fold=fold, side=residual)[0]
+    return _run(mode, x, w, bias=bias, x2=x2, fold=fold, side=residual, overwrite=overwrite)[0]
 
 
 def linear_gelu(

@@ -65,10 +65,17 @@ def _forward(
     eps: float,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return compute(x, gamma, beta, w1, b1, w2, b2, eps, save)
+
+
+def compute(
+    x: Tensor, gamma: Tensor, beta: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, eps: float, save: bool, overwrite: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The result, which takes x's place with `overwrite`; the statistics; the GELU's argument, empty unless `save` asks for it."""
     core, flat = launch.core(x.device), launch.rows(x)
     stats, folded, sums, offset = layernorm.prepare(flat, gamma, beta, launch.rows(w1), b1, eps)
     act, h = core.linear_gelu(flat, folded, offset, fold=(stats, sums), save=save)  # (M, H)
-    y = core.linear(act, launch.rows(w2), b2, residual=flat)  # (M, D)
+    y = core.linear(act, launch.rows(w2), b2, residual=flat, overwrite=overwrite)  # (M, D)
     return y.view(x.shape), stats, x.new_empty(0) if h is None else h
 
 

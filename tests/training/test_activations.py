@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,6 +72,17 @@ def test_the_fused_ops_stay_within_their_budget(name, budget, monkeypatch):
     monkeypatch.setattr(activations, "LiveBytes", OnAnH100)
     cfg, model, found = network(name, 128, "meta", torch.bfloat16)
     within(used(model, cfg, 128, plan_within(budget, found), OnAnH100()), found, budget)
+
+
+def test_the_documented_peaks_are_those_of_whole_networks():
+    """L/2's row of the table in docs/training.md: GB with none, selective and block at batch 128, temporaries included."""
+    (row,) = re.findall(r"\| L/2 \| [\d.]+ \| (.*) \|", Path("docs/training.md").read_text())
+    cfg = load_config("configs/l2_256.yaml")
+    for policy, documented in zip(("none", "selective", "block"), row.split(" | "), strict=True):
+        with torch.device("meta"):
+            model = build_model(cfg).to(torch.bfloat16)
+        peak = used(model, cfg, 128, [policy] * len(model.blocks), OnAnH100())
+        assert f"{peak / GB:.2f}" == documented, policy
 
 
 def test_what_is_kept_is_what_autograd_saves():

@@ -179,6 +179,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self._sizes: dict[int, int] = {}  # storage -> bytes; 0 of those that were there before
+        self._storages: dict[int, weakref.ref] = {}  # of the others
         self._now = self._most = 0
 
     def now(self) -> int:
@@ -190,10 +191,18 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for tensor in tree_leaves((args, kwargs)):
             self._note(tensor, counts=False)
+        self._look_again()
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             self._note(tensor, counts=True)
         return result
+
+    def _look_again(self) -> None:
+        """A storage may have given up its bytes and still be there: no op tells."""
+        for key, storage in self._storages.items():
+            size = storage().nbytes()
+            self._now += size - self._sizes[key]
+            self._sizes[key] = size
 
     def _note(self, tensor: object, counts: bool) -> None:
         if not isinstance(tensor, Tensor):
@@ -202,9 +211,12 @@ class LiveBytes(TorchDispatchMode):
         if storage._cdata in self._sizes:
             return
         size = self._sizes[storage._cdata] = storage.nbytes() if counts else 0
+        if counts:
+            self._storages[storage._cdata] = weakref.ref(storage)
         self._now += size
         self._most = max(self._most, self._now)
         weakref.finalize(storage, self._free, storage._cdata)
 
     def _free(self, storage: int) -> None:
         self._now -= self._sizes.pop(storage)
+        self._storages.pop(storage, None)
