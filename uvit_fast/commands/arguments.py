@@ -35,9 +35,13 @@ def config_of(config: str | None, checkpoint: str, overrides: list[str]) -> Conf
         UserError: none is named, and the checkpoint is no run folder.
     """
     own = Path(checkpoint) / "config.yaml"
+    if config is None and not Path(checkpoint).exists():
+        raise UserError(
+            f"--checkpoint {checkpoint}: no such file or folder; expected weights, or a run's or pipeline's folder"
+        )
     if config is None and not own.is_file():
         raise UserError(
-            f"--config: expected the YAML file of {checkpoint}; only a run folder goes without, by its config.yaml"
+            f"--config: expected the YAML file of {checkpoint}; only a run folder, with its config.yaml, goes without"
         )
     return load_config(config or own, overrides)
 

@@ -42,7 +42,7 @@ class Monitor:
 
         self.total, self.start, self.step, self.run_dir = total, step, step, run_dir
         self.began = self.last_line = time.perf_counter()
-        self.text = ""
+        self.text, self.shown = "", -1  # of the last line: its figures, its step
         for path in (run_dir / "evaluation.jsonl", run_dir / "metrics.jsonl"):
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
@@ -107,7 +107,7 @@ class Monitor:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-        elif self.text:
+        elif self.text and self.shown < self.step:
             self._line()
         self.rows.close()
         self.board.close()
@@ -115,7 +115,7 @@ class Monitor:
             self.wandb.finish()
 
     def _line(self) -> None:
-        self.last_line = time.perf_counter()
+        self.last_line, self.shown = time.perf_counter(), self.step
         done = max(1, self.step - self.start)
         left = (self.last_line - self.began) / done * (self.total - self.step)
         clock = f"{int(left // 3600)}:{int(left // 60) % 60:02d}:{int(left) % 60:02d}"
