@@ -229,7 +229,7 @@ def test_two_processes_finish_what_one_began(checkpoint, tmp_path, monkeypatch):
     part = tmp_path / "together.npz.parts" / "0000000_0000002.npy"
     kept = 255 - np.load(part)  # marked, so that a part drawn again shows
     np.save(part, kept)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = ["-m", "--", "uvit_fast.cli", "--local_rank=0", "sample", "--config", DIGITS, *SMALL, "--resume"]
     command += ["--checkpoint", str(checkpoint), "--out", str(together), *common]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
