@@ -199,10 +199,10 @@ class LiveBytes(TorchDispatchMode):
 
     def _look_again(self) -> None:
         """A storage may have given up its bytes and still be there: no op tells."""
-        for key, storage in self._storages.items():
-            size = storage().nbytes()
-            self._now += size - self._sizes[key]
-            self._sizes[key] = size
+        for key, reference in list(self._storages.items()):
+            if (storage := reference()) is not None and storage.nbytes() != self._sizes[key]:
+                self._now += storage.nbytes() - self._sizes[key]
+                self._sizes[key] = storage.nbytes()
 
     def _note(self, tensor: object, counts: bool) -> None:
         if not isinstance(tensor, Tensor):
