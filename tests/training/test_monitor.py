@@ -77,7 +77,7 @@ def test_wandb_gets_the_rows_where_it_is_asked_for(tmp_path, monkeypatch):
     assert log[:3] == [(1, {"loss": 0.5, "images_per_second": 1234.5}), (2, log[1][1]), "finished"]
     assert ids[0] == ids[1]
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ImportError, match=r"pip install uvit-fast\[wandb\]"):
+    with pytest.raises(ImportError, match=r"train.wandb needs wandb: pip install -e \"\.\[wandb\]\""):
         Monitor(tmp_path, 0, 1, {})
 
 
