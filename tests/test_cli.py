@@ -172,6 +172,23 @@ def test_samples_that_are_there_are_neither_mixed_with_others_nor_replaced(check
     assert {path: path.read_bytes() for path in (out.iterdir() if out.is_dir() else [out])} == before
 
 
+def test_where_nothing_can_be_written_is_one_line(checkpoint, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert sample(checkpoint, tmp_path / "file" / "out", "--num", "1", "--steps", "1") == 2
+    assert "expected a place that can be written to" in capsys.readouterr().err
+
+
+def test_labels_are_checked_before_the_network_sees_them(checkpoint):
+    cfg = load_config(DIGITS, SMALL[1::2])
+    model = sampling.load_for_sampling(cfg, checkpoint, torch.device("cpu"))
+    for labels, words in (
+        (torch.full((4,), 12), "expected labels from 0 to 9, got 12"),
+        (torch.arange(3), "4 samples, got 3"),
+    ):
+        with pytest.raises(sampling.UserError, match=words):
+            next(sampling.sample(model, cfg, 4, labels=labels))
+
+
 def test_a_run_folder_brings_its_config(checkpoint, tmp_path, capsys):
     run = checkpoint.parents[2]
     assert cli.main(["sample", "--checkpoint", str(run), "--out", str(tmp_path / "out")]) == 2

@@ -81,11 +81,12 @@ class Job:
                 if before.get(name) != value:
                     return f"{self.folder}: --resume expected {name} {before.get(name)!r}, got {value!r}"
         elif self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir())):
-            return (
-                f"{self.out}: there already, and no interrupted job beside it; expected a new name or an empty folder"
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _write(note, lambda file: file.write_text(json.dumps(settings)))
+            return f"{self.out}: there already, finished or of something else; expected a new name or an empty folder"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write(note, lambda file: file.write_text(json.dumps(settings)))
+        except OSError as error:
+            return f"{self.out}: expected a place that can be written to ({error})"
         return None
 
     def _is_whole(self, part: tuple[int, int]) -> bool:

@@ -123,7 +123,14 @@ def sample(
 
     Yields:
         (B, C, H, W) fp32 on the model's device: pixels in about [-1, 1], or latents times the scale factor.
+
+    Raises:
+        UserError: labels that the model does not have, or fewer than samples; guidance of a model that was trained without it.
     """
+    if labels is not None:
+        if len(labels) < num:
+            raise UserError(f"labels: expected one for each of {num} samples, got {len(labels)}")
+        check_labels(labels.unique().tolist(), cfg)
     device = next(model.parameters()).device
     sampler = build_sampler(cfg, steps)
     scale = cfg.sample.guidance_scale if guidance_scale is None else guidance_scale

@@ -103,6 +103,12 @@ class Trainer:
             return {"step": self.step, "seconds": 0.0, "images_per_second": 0.0}
         if engine.bf16 and engine.accumulation > 1 and engine.stage == 1:
             self._say("train.zero_stage 1 accumulates gradients in bf16; 2 and 3 do it in fp32")
+        untrained = train.ema_decay**train.iterations
+        if untrained > 0.05:
+            self._say(
+                f"after {train.iterations} steps the EMA still holds {untrained:.0%} of the initial weights: for samples, train "
+                "longer or with a smaller train.ema_decay"
+            )
         if getattr(self.dataset, "synthetic", False):
             self._say("synthetic data: measures speed and memory, learns nothing")
         if self.main:
