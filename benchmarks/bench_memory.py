@@ -75,6 +75,9 @@ class Paper:
         torch._foreach_lerp_(self.ema, [p.detach() for p in self.weights], 1e-4)
         self.adamw.zero_grad(set_to_none=True)
 
+    def close(self) -> None:
+        """Nothing outlives it."""
+
     def _attention(self) -> contextlib.AbstractContextManager:
         return sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if self.efficient else contextlib.nullcontext()
 
@@ -119,7 +122,7 @@ def measure(rows: Rows, size: str, provider: str, policies: tuple[str, ...], arg
     else:
         subject = Paper(size, provider, args.batch, args.device, args.set)
         forward, keep = subject.loss, subject.keep
-    with contextlib.closing(subject) if isinstance(subject, Ours) else contextlib.nullcontext():
+    with contextlib.closing(subject):
         for policy in policies:
             keep(policy)
 

@@ -116,6 +116,22 @@ def gemm_kernel(
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
 
 
+def outputs(mode: int, x: Tensor, N: int, side: Tensor | None, overwrite: bool) -> tuple[Tensor, Tensor]:
+    """Where a GEMM of x (M, K) writes its one or two results (M, N): new memory, or with `overwrite` the side input's for the one
+    that is computed from it value by value.
+    """
+
+    def new() -> Tensor:
+        return x.new_empty(x.shape[0], N)
+
+    if mode == RESIDUAL and overwrite:
+        return side, side
+    if mode == GELU_BACKWARD:
+        return new(), side if overwrite else new()
+    out = new()
+    return out, new() if mode == GELU_SAVE else out
+
+
 def _run(
     mode: int,
     x: Tensor,
@@ -130,14 +146,7 @@ def _run(
     (M, K), N = x.shape, w.shape[0]
     tuned = launch.choice(x.device, CASES[mode], K)
     BM, BN, BK = tuned["tile"]
-    out = side if overwrite and mode == RESIDUAL else x.new_empty(M, N)
-    out2 = (
-        side
-        if overwrite and mode == GELU_BACKWARD
-        else torch.empty_like(out)
-        if mode in (GELU_SAVE, GELU_BACKWARD)
-        else out
-    )
+    out, out2 = outputs(mode, x, N, side, overwrite)
     partial = x.new_empty(launch.cdiv(M, BM), N, dtype=launch.ACCUMULATE) if mode == GELU_BACKWARD else out
     stats, sums = fold or (x, x)
     args = (

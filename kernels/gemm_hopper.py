@@ -10,7 +10,6 @@ where the whole side input of a tile then arrives during the main loop. Where su
 single image, a tile has 64 tokens and eight stages.
 """
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -325,14 +324,7 @@ def arguments(
     assert mode != GELU_BACKWARD or side_buffers >= 2, "the side input's buffers are filled again two parts later"
     (M, K), N = x.shape, w.shape[1 if transposed else 0]
     tiles_n, tiles_m = launch.cdiv(N, 2 * ROWS), launch.cdiv(M, tokens)
-    out = side if overwrite and mode == RESIDUAL else x.new_empty(M, N)
-    out2 = (
-        side
-        if overwrite and mode == GELU_BACKWARD
-        else torch.empty_like(out)
-        if mode in (GELU_SAVE, GELU_BACKWARD)
-        else out
-    )
+    out, out2 = gemm_ampere.outputs(mode, x, N, side, overwrite)
     partial = x.new_empty(tiles_m, N, dtype=launch.ACCUMULATE) if mode == GELU_BACKWARD else out
     stats, sums = fold or (out, out)
     out_desc = descriptor(out, part, ROWS)

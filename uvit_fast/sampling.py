@@ -130,7 +130,7 @@ def sample(
     if labels is not None:
         if len(labels) < num:
             raise UserError(f"labels: expected one for each of {num} samples, got {len(labels)}")
-        check_labels(labels.unique().tolist(), cfg)
+        check_labels(labels[first:num].unique().tolist(), cfg)
     device = next(model.parameters()).device
     sampler = build_sampler(cfg, steps)
     scale = cfg.sample.guidance_scale if guidance_scale is None else guidance_scale

@@ -169,7 +169,7 @@ def test_memory_stays_within_the_bound(net):
     """Each capture has its own pool; a dropped one gives it back."""
     first = GraphSampler(net)
     x_T, y, _ = batch(64)
-    first(SAMPLERS[0], x_T, {"y": y})
+    first(DPMSolverPPMultistep(SDSchedule(), 10), x_T, {"y": y})  # of the size of those that follow
     assert first.bytes > x_T.nbytes
     bound = 2 * first.bytes + first.bytes // 2
     first.clear()
@@ -177,7 +177,7 @@ def test_memory_stays_within_the_bound(net):
     before, sample = torch.cuda.memory_reserved(), GraphSampler(net, max_bytes=bound)
     for steps in range(10, 16):
         sample(DPMSolverPPMultistep(SDSchedule(), steps), x_T, {"y": y})
-        assert sample.bytes <= bound and 1 <= len(sample) < 6  # some were dropped
+        assert sample.bytes <= bound and 1 <= len(sample) <= 3
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() - before <= bound + 2**26  # and what the allocator keeps for the plain tensors
 

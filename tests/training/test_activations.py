@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import models
 from benchmarks.counting import Counts, hopper
 from tests.training import tiny
 from uvit_fast.build import build_model
@@ -74,10 +75,11 @@ def test_the_fused_ops_stay_within_their_budget(name, budget, monkeypatch):
     within(used(model, cfg, 128, plan_within(budget, found), OnAnH100()), found, budget)
 
 
-def test_the_documented_peaks_are_those_of_whole_networks():
-    """L/2's row of the table in docs/training.md: GB with none, selective and block at batch 128, temporaries included."""
-    (row,) = re.findall(r"\| L/2 \| [\d.]+ \| (.*) \|", Path("docs/training.md").read_text())
-    cfg = load_config("configs/l2_256.yaml")
+@pytest.mark.parametrize("size", models.CONFIGS)
+def test_the_documented_peaks_are_those_of_whole_networks(size):
+    """A row of the table in docs/training.md: GB with none, selective and block at batch 128, temporaries included."""
+    (row,) = re.findall(rf"\| {size}/2 \| [\d.]+ \| (.*) \|", Path("docs/training.md").read_text())
+    cfg = load_config(f"configs/{models.CONFIGS[size]}.yaml", models.LATENT)
     for policy, documented in zip(("none", "selective", "block"), row.split(" | "), strict=True):
         with torch.device("meta"):
             model = build_model(cfg).to(torch.bfloat16)

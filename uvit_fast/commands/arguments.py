@@ -8,8 +8,9 @@ from uvit_fast.config import Config, UserError, load_config
 CLIP = "openai/clip-vit-large-patch14"  # whose text features the published text models were trained on
 
 
-def config_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--config", required=True, help="a YAML file, such as configs/h2_256.yaml")
+def config_arguments(command: argparse.ArgumentParser, required: bool = True) -> None:
+    without = "" if required else "; a run folder has its own"
+    command.add_argument("--config", required=required, help=f"a YAML file, such as configs/h2_256.yaml{without}")
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override, as train.batch_size=512"
     )
@@ -17,10 +18,7 @@ def config_arguments(command: argparse.ArgumentParser) -> None:
 
 def checkpoint_arguments(command: argparse.ArgumentParser) -> None:
     """--config, --set and --checkpoint, of which a run folder brings its config."""
-    command.add_argument("--config", help="a YAML file, such as configs/h2_256.yaml; a run folder has its own")
-    command.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, as sample.guidance_scale=0.7"
-    )
+    config_arguments(command, required=False)
     command.add_argument(
         "--checkpoint",
         required=True,

@@ -165,7 +165,7 @@ class _Part(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, captured: Captured, part: _Backward, output: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.captured, ctx.part, ctx.call, ctx.used = captured, part, captured.calls, False
+        ctx.captured, ctx.part, ctx.call = captured, part, captured.calls
         return output.view_as(output)
 
     @staticmethod
@@ -173,15 +173,11 @@ class _Part(torch.autograd.Function):
         captured, part = ctx.captured, ctx.part
         if ctx.call != captured.calls:
             raise RuntimeError(
-                "captured network: expected the backward before the next forward, which overwrote its activations"
+                "captured network: expected one backward of a forward, before the next forward: either overwrites its activations"
             )
+        ctx.call = None
         if part.grad_output is not None:
             part.grad_output.copy_(grad)
-        if ctx.used:
-            raise RuntimeError(
-                "captured network: expected one backward of a forward, got another: the first overwrote activations"
-            )
-        ctx.used = True
         part.replay()
         keep = captured.keep_gradients
         return None, None, grad, *(g.clone() if keep else g.detach() for g in part.gradients)
