@@ -115,7 +115,7 @@ class Bench:
             eps_fn = Guidance(net, {"y": y}, {"y": NULL}, SCALE) if case.guided else lambda x, t: net(x, t, y=y)
 
             def run() -> Tensor:
-                with torch.inference_mode(), models.precision(case.provider, self.device):
+                with torch.no_grad(), models.precision(case.provider, self.device):
                     return sampler(eps_fn, x)
 
             run()

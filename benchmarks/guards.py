@@ -72,7 +72,7 @@ def sampling(name: str) -> Figures:
     with hopper():
         sampler, guidance = build_sampler(cfg, EVALUATIONS), Guidance(net, condition, null, 0.4)
         sampler.tables(x.device)  # made once, before the loop
-    with Counts() as counts, hopper(counts), torch.inference_mode():
+    with Counts() as counts, hopper(counts), torch.no_grad():
         sampler(guidance, x)
     return _figures(counts)
 

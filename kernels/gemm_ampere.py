@@ -56,6 +56,7 @@ def gemm_kernel(
     out,  # (M, N)
     out2,  # (M, N): GELU's argument (GELU_SAVE), GELU's value (GELU_BACKWARD)
     partial,  # (ceil(M / BM), N) fp32: column sums of out (GELU_BACKWARD)
+    moments,  # (N / 64, 2, M) fp32, written with MOMENTS: see layernorm.new_moments
     M,
     N,
     K,
@@ -66,6 +67,7 @@ def gemm_kernel(
     HAS_BIAS: tl.constexpr,
     DUAL: tl.constexpr,
     MODE: tl.constexpr,
+    MOMENTS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -113,7 +115,17 @@ def gemm_kernel(
         acc = acc * (phi + 2.0 * h * phi * (1.0 - phi) * slope)
         total = tl.sum(tl.where(inside, acc, 0.0), axis=0)
         tl.store(partial + tile_m * N + col, total, mask=col < N)
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
+    rounded = acc.to(out.dtype.element_ty)
+    tl.store(out + at, rounded, mask=inside)
+    if MOMENTS:
+        chunks = tl.reshape(rounded.to(tl.float32), (BM, BN // 64, 64))
+        total = tl.sum(chunks, axis=2)
+        chunks -= (total * (1 / 64))[:, :, None]
+        chunk = tile_n * (BN // 64) + tl.arange(0, BN // 64)
+        first = moments + chunk[None, :] * 2 * M + row[:, None]
+        inside = (row < M)[:, None] & (chunk < N // 64)[None, :]
+        tl.store(first, total, mask=inside)
+        tl.store(first + M, tl.sum(chunks * chunks, axis=2), mask=inside)
 
 
 def outputs(mode: int, x: Tensor, N: int, side: Tensor | None, overwrite: bool) -> tuple[Tensor, Tensor]:
@@ -141,6 +153,7 @@ def _run(
     fold: tuple[Tensor, Tensor] | None = None,
     side: Tensor | None = None,
     overwrite: bool = False,
+    moments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel on x (M, K), w (N, K), which may be a transposed view."""
     (M, K), N = x.shape, w.shape[0]
@@ -160,6 +173,7 @@ def _run(
         out,
         out2,
         partial,
+        partial if moments is None else moments,
         M,
         N,
         K,
@@ -172,6 +186,7 @@ def _run(
         "HAS_BIAS": bias is not None,
         "DUAL": x2 is not None,
         "MODE": mode,
+        "MOMENTS": moments is not None,
         "BM": BM,
         "BN": BN,
         "BK": BK,
@@ -192,6 +207,7 @@ def linear(
     fold: tuple[Tensor, Tensor] | None = None,
     residual: Tensor | None = None,
     overwrite: bool = False,
+    moments: Tensor | None = None,
 ) -> Tensor:
     """x @ w.T + bias, with the sources and the epilogue that are given.
 
@@ -203,11 +219,12 @@ def linear(
         fold: stats (2, M) and sums (N,), fp32, of `layernorm.prepare`: the LayerNorm of x goes into the epilogue.
         residual: (M, N), contiguous, added last.
         overwrite: the result takes the residual's place.
+        moments: of `layernorm.new_moments`, filled with those of the result.
 
     Returns:
         (M, N) in x's dtype, accumulated in fp32.
     """
-    return _run(PLAIN if residual is None else RESIDUAL, x, w, bias, x2, fold, residual, overwrite)[0]
+    return _run(PLAIN if residual is None else RESIDUAL, x, w, bias, x2, fold, residual, overwrite, moments)[0]
 
 
 def linear_gelu(

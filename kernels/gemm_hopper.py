@@ -167,12 +167,37 @@ def _send(x, out_desc, token, feature, buf):
 
 
 @gluon.jit
-def _consumer(out_desc, out2_desc, side_desc, bias, stats, sums, partial, w_bufs, x_bufs, bufs, full, empty, side_bars, M, N, tiles_n, tiles_m, KT, WHO: gl.constexpr, ROWS: gl.constexpr, TOKENS: gl.constexpr, SN: gl.constexpr, S: gl.constexpr, NL: gl.constexpr, NO: gl.constexpr, MODE: gl.constexpr, FOLD: gl.constexpr, HAS_BIAS: gl.constexpr, WT: gl.constexpr):  # fmt: skip
+def _moments(buf, moments, chunk, token, inside, M, ROWS: gl.constexpr, SN: gl.constexpr):
+    """Sums of a part's tokens over its ROWS features, as rounded, and of their squared distances from the mean of these ROWS.
+
+    Read back from the staging buffer, where a thread finds many features of one token: in the accumulator they are everyone's.
+    """
+    lay: gl.constexpr = gl.BlockedLayout([1, SN * ROWS // 128], [SN // 4, 128 // SN], [4, 1], [1, 0])
+    x = buf.load(lay).to(gl.float32)
+    total = gl.sum(x, axis=1)
+    x = x - gl.expand_dims(total * (1.0 / ROWS), 1)
+    at = token + gl.arange(0, SN, layout=gl.SliceLayout(1, lay))
+    first = moments + chunk * 2 * M + at
+    gl.store(first, total, mask=(at < M) & inside)
+    gl.store(first + M, gl.sum(x * x, axis=1), mask=(at < M) & inside)
+
+
+@gluon.jit
+def _send_two(x, x_desc, x_buf, y, y_desc, y_buf, token, feature):
+    """Two parts at once: one fence and one barrier for both."""
+    x_buf.permute([1, 0]).store(x.to(x_desc.dtype))
+    y_buf.permute([1, 0]).store(y.to(y_desc.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(x_desc, [token, feature], x_buf)
+    tma.async_copy_shared_to_global(y_desc, [token, feature], y_buf)
+
+
+@gluon.jit
+def _consumer(out_desc, out2_desc, side_desc, bias, stats, sums, partial, moments, w_bufs, x_bufs, bufs, side_bufs, full, empty, side_bars, M, N, tiles_n, tiles_m, KT, WHO: gl.constexpr, ROWS: gl.constexpr, TOKENS: gl.constexpr, SN: gl.constexpr, S: gl.constexpr, NL: gl.constexpr, NO: gl.constexpr, MODE: gl.constexpr, FOLD: gl.constexpr, HAS_BIAS: gl.constexpr, WT: gl.constexpr, MOMENTS: gl.constexpr):  # fmt: skip
     NP: gl.constexpr = TOKENS // SN
     SIDE: gl.constexpr = MODE == M_RESIDUAL or MODE == M_GELU_BACKWARD
-    FIRST: gl.constexpr = WHO * (
-        NL + NO
-    )  # the consumer's buffers: NL that the side input arrives in, NO that only leave
+    FIRST: gl.constexpr = WHO * NO  # of the consumer's buffers that only leave
+    SIDE0: gl.constexpr = WHO * NL  # of those that the side input arrives in
     lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SN, 16])
     step = 0
     done = 0  # tiles
@@ -184,7 +209,7 @@ def _consumer(out_desc, out2_desc, side_desc, bias, stats, sums, partial, w_bufs
         if SIDE:
             tma.store_wait(0)
             for b in gl.static_range(NL):
-                _fetch(side_desc, token + b * SN, feature, side_bars.index(FIRST + b), bufs.index(FIRST + b))
+                _fetch(side_desc, token + b * SN, feature, side_bars.index(SIDE0 + b), side_bufs.index(SIDE0 + b))
         if HAS_BIAS:
             shift = gl.load(bias + row, mask=row < N, other=0.0).to(gl.float32)
         if FOLD:
@@ -204,34 +229,36 @@ def _consumer(out_desc, out2_desc, side_desc, bias, stats, sums, partial, w_bufs
             if HAS_BIAS:
                 x = x + gl.expand_dims(shift, 1)
             if MODE == M_GELU_SAVE:
-                tma.store_wait(NO - 1)
-                _send(x, out2_desc, at, feature, bufs.index(FIRST + (2 * j) % NO))
                 # The backward sees the rounded argument: round before the GELU.
                 x = x.to(out_desc.dtype).to(gl.float32)
                 t, u = _gelu_terms(x)
-                x = 0.5 * x * t + 0.5 * x
-                tma.store_wait(NO - 1)
-                _send(x, out_desc, at, feature, bufs.index(FIRST + (2 * j + 1) % NO))
+                tma.store_wait(NO - 2)
+                first, second = bufs.index(FIRST + (2 * j) % NO), bufs.index(FIRST + (2 * j + 1) % NO)
+                _send_two(x, out2_desc, first, 0.5 * x * t + 0.5 * x, out_desc, second, at, feature)
             elif SIDE:
-                buf = bufs.index(FIRST + j % NL)
-                bar = side_bars.index(FIRST + j % NL)
+                buf = side_bufs.index(SIDE0 + j % NL)
+                bar = side_bars.index(SIDE0 + j % NL)
                 mbarrier.wait(bar, (done * (NP // NL) + j // NL) & 1)
                 h = buf.permute([1, 0]).load(lay).to(gl.float32)
                 if MODE == M_RESIDUAL:
                     _send(x + h, out_desc, at, feature, buf)
+                    if MOMENTS:
+                        _moments(buf, moments, feature // ROWS, at, feature < N, M, ROWS, SN)
                     if j >= 1:
                         if j - 1 + NL < NP:  # the buffer sent before this one is free soonest
                             tma.store_wait(1)
-                            before = FIRST + (j - 1) % NL
-                            _fetch(side_desc, at + (NL - 1) * SN, feature, side_bars.index(before), bufs.index(before))
+                            before = SIDE0 + (j - 1) % NL
+                            _fetch(
+                                side_desc, at + (NL - 1) * SN, feature, side_bars.index(before), side_bufs.index(before)
+                            )
                 else:
                     t, u = _gelu_terms(h)
                     slope = u * (u * (5.0 * A2) + 3.0 * A1) + A0
                     x = x * ((0.5 * t + 0.5) + (0.5 * h - 0.5 * h * t * t) * slope)
                     total += gl.sum(x, axis=1)
-                    _send(x, out_desc, at, feature, buf)
-                    tma.store_wait(2 * NO - 1)  # the value sent from the next buffer, NO parts ago, has left
-                    _send(0.5 * h * t + 0.5 * h, out2_desc, at, feature, bufs.index(FIRST + NL + j % NO))
+                    tma.store_wait(2 * (NO - 1))  # the value sent from the next buffer, NO parts ago, has left
+                    value = bufs.index(FIRST + j % NO)
+                    _send_two(x, out_desc, buf, 0.5 * h * t + 0.5 * h, out2_desc, value, at, feature)
                     if j + NL < NP:
                         tma.store_wait(1)
                         _fetch(side_desc, at + NL * SN, feature, bar, buf)
@@ -240,7 +267,10 @@ def _consumer(out_desc, out2_desc, side_desc, bias, stats, sums, partial, w_bufs
                     t, u = _gelu_terms(x)
                     x = 0.5 * x * t + 0.5 * x
                 tma.store_wait(NO - 1)
-                _send(x, out_desc, at, feature, bufs.index(FIRST + j % NO))
+                buf = bufs.index(FIRST + j % NO)
+                _send(x, out_desc, at, feature, buf)
+                if MOMENTS:
+                    _moments(buf, moments, feature // ROWS, at, feature < N, M, ROWS, SN)
         if MODE == M_GELU_BACKWARD:
             gl.store(partial + (tile // tiles_n) * N + row, total, mask=row < N)
         step += KT
@@ -260,6 +290,7 @@ def gemm_kernel(
     stats,  # (2, M) fp32: mean, rstd
     sums,  # (N,) fp32
     partial,  # (ceil(M / TOKENS), N) fp32: column sums of out (GELU_BACKWARD)
+    moments,  # (N / ROWS, 2, M) fp32, written with MOMENTS: see layernorm.new_moments
     M,
     N,
     tiles_n,
@@ -274,25 +305,33 @@ def gemm_kernel(
     HAS_BIAS: gl.constexpr,
     DUAL: gl.constexpr,
     WT: gl.constexpr,
+    MOMENTS: gl.constexpr,
 ):
     TOKENS: gl.constexpr = x_desc.block_type.shape[0]
     ROWS: gl.constexpr = out_desc.block_type.shape[1]
     SN: gl.constexpr = out_desc.block_type.shape[0]
     w_bufs = gl.allocate_shared_memory(w_desc.dtype, [2 * S] + w_desc.block_type.shape, w_desc.layout)
     x_bufs = gl.allocate_shared_memory(x_desc.dtype, [S] + x_desc.block_type.shape, x_desc.layout)
-    bufs = gl.allocate_shared_memory(out_desc.dtype, [2 * (NL + NO)] + out_desc.block_type.shape, out_desc.layout)
+    # Two allocations: the compiler puts a barrier between any two uses of one.
+    bufs = gl.allocate_shared_memory(
+        out_desc.dtype, [2 * (NO if NO else NL)] + out_desc.block_type.shape, out_desc.layout
+    )
+    if NL > 0 and NO > 0:
+        side_bufs = gl.allocate_shared_memory(out_desc.dtype, [2 * NL] + out_desc.block_type.shape, out_desc.layout)
+    else:
+        side_bufs = bufs
     full = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
-    side_bars = gl.allocate_shared_memory(gl.int64, [2 * (NL + NO), 1], mbarrier.MBarrierLayout())
+    side_bars = gl.allocate_shared_memory(gl.int64, [2 * max(NL, 1), 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(S):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
-    for i in gl.static_range(2 * (NL + NO)):
+    for i in gl.static_range(2 * NL):
         mbarrier.init(side_bars.index(i), count=1)
     gl.warp_specialize(
         [
-            (_consumer, (out_desc, out2_desc, side_desc, bias, stats, sums, partial, w_bufs, x_bufs, bufs, full, empty, side_bars, M, N, tiles_n, tiles_m, KT, 0, ROWS, TOKENS, SN, S, NL, NO, MODE, FOLD, HAS_BIAS, WT)),
-            (_consumer, (out_desc, out2_desc, side_desc, bias, stats, sums, partial, w_bufs, x_bufs, bufs, full, empty, side_bars, M, N, tiles_n, tiles_m, KT, 1, ROWS, TOKENS, SN, S, NL, NO, MODE, FOLD, HAS_BIAS, WT)),
+            (_consumer, (out_desc, out2_desc, side_desc, bias, stats, sums, partial, moments, w_bufs, x_bufs, bufs, side_bufs, full, empty, side_bars, M, N, tiles_n, tiles_m, KT, 0, ROWS, TOKENS, SN, S, NL, NO, MODE, FOLD, HAS_BIAS, WT, MOMENTS)),
+            (_consumer, (out_desc, out2_desc, side_desc, bias, stats, sums, partial, moments, w_bufs, x_bufs, bufs, side_bufs, full, empty, side_bars, M, N, tiles_n, tiles_m, KT, 1, ROWS, TOKENS, SN, S, NL, NO, MODE, FOLD, HAS_BIAS, WT, MOMENTS)),
             (_producer, (w_desc, x_desc, x2_desc, w_bufs, x_bufs, full, empty, tiles_n, tiles_m, KT, KT1, DUAL, WT, S)),
         ],
         [4, 1],
@@ -308,6 +347,7 @@ def arguments(
     x2: Tensor | None = None,
     fold: tuple[Tensor, Tensor] | None = None,
     side: Tensor | None = None,
+    moments: Tensor | None = None,
     *,
     overwrite: bool = False,
     transposed: bool = False,
@@ -339,6 +379,7 @@ def arguments(
         stats,
         sums,
         partial,
+        partial if moments is None else moments,
         M,
         N,
         tiles_n,
@@ -353,6 +394,7 @@ def arguments(
         bias is not None,
         x2 is not None,
         transposed,
+        moments is not None,
     )
     return args, {"num_warps": 4, "maxnreg": 168}, tiles_n * tiles_m, (out, out2, partial)
 
@@ -377,10 +419,11 @@ def linear(
     fold: tuple[Tensor, Tensor] | None = None,
     residual: Tensor | None = None,
     overwrite: bool = False,
+    moments: Tensor | None = None,
 ) -> Tensor:
     """x @ w.T + bias, with the sources and the epilogue that are given: see `gemm_ampere.linear`."""
     mode = PLAIN if residual is None else RESIDUAL
-    return _run(mode, x, w, bias=bias, x2=x2, fold=fold, side=residual, overwrite=overwrite)[0]
+    return _run(mode, x, w, bias=bias, x2=x2, fold=fold, side=residual, overwrite=overwrite, moments=moments)[0]
 
 
 def linear_gelu(

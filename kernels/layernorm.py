@@ -15,6 +15,8 @@ from torch import Tensor
 
 from . import launch
 
+MERGED = 32  # tokens whose statistics a program makes out of their moments
+
 
 @functools.cache
 def _split(D: int) -> tuple[int, int]:
@@ -47,6 +49,7 @@ def _prepare_kernel(
     folded,  # (N, D): gamma * weight
     sums,  # (N,) fp32: row sums of `folded` as rounded
     offset,  # (N,) fp32: bias + weight @ beta
+    moments,  # (D / 64, 2, M) fp32, read with MOMENTS in the place of x
     M,
     N,
     eps,
@@ -54,7 +57,9 @@ def _prepare_kernel(
     LO: tl.constexpr,
     HI: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    MOMENTS: tl.constexpr,
     ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):
     pid = tl.program_id(0)
     weight_programs = tl.cdiv(N, ROWS)
@@ -72,6 +77,18 @@ def _prepare_kernel(
             shift += tl.load(bias + row, mask=row < N, other=0.0).to(tl.float32)
         tl.store(sums + row, total, mask=row < N)
         tl.store(offset + row, shift, mask=row < N)
+    elif MOMENTS:
+        token = (pid - weight_programs) * TOKENS + tl.arange(0, TOKENS)
+        chunk = tl.arange(0, MOMENTS)
+        where = chunk[:, None] * 2 * M + token[None, :]
+        known = (chunk < D // 64)[:, None] & (token < M)[None, :]
+        summed = tl.load(moments + where, mask=known, other=0.0)
+        squares = tl.load(moments + M + where, mask=known, other=0.0)
+        mean = tl.sum(summed, axis=0) / D
+        apart = tl.where(known, summed / 64 - mean[None, :], 0.0)  # a chunk's mean from that of all
+        variance = tl.sum(squares + 64 * apart * apart, axis=0)
+        tl.store(stats + token, mean, mask=token < M)
+        tl.store(stats + M + token, 1.0 / tl.sqrt(variance / D + eps), mask=token < M)
     else:
         row = (pid - weight_programs) * ROWS + tl.arange(0, ROWS)
         at = row.to(tl.int64)[:, None] * D
@@ -104,13 +121,38 @@ def folded_once() -> Iterator[None]:
         _kept.reset(token)
 
 
+def new_moments(like: Tensor, M: int, D: int) -> Tensor | None:
+    """Where a GEMM whose result (M, D) is handed on puts what a LayerNorm's statistics follow from, on the way: for every 64 features
+    of a token their sum, and the sum of their squared distances from their mean. (D / 64, 2, M) fp32; None where that cannot be.
+    """
+    if D % 64 or torch.is_inference_mode_enabled():  # whose tensors do not tell whether somebody changed them
+        return None
+    return like.new_empty(D // 64, 2, M, dtype=launch.ACCUMULATE)
+
+
+def hand_on(y: Tensor, moments: Tensor | None) -> Tensor:
+    """y, which knows its moments until somebody takes them or changes it."""
+    if moments is not None:
+        y.moments = moments, y._version
+    return y
+
+
+def handed_on(x: Tensor) -> Tensor | None:
+    """The moments of x where the op that wrote it left them; whoever asks first takes them, so that they do not live as long as x."""
+    moments, version = vars(x).pop("moments", (None, None))
+    return moments if moments is not None and version == x._version else None
+
+
 def prepare(
-    x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor | None, eps: float, moments: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Row statistics of x and the weight with the LayerNorm's affine part folded in, in one launch; within `folded_once` the
     statistics alone, from the second time on.
 
     Linear(LN(x)) = rstd * (x @ folded.T - mean * sums) + offset.
+
+    Args:
+        moments: of x, if its writer left them: x is not read then.
 
     Returns:
         stats (2, M) fp32 (mean, rstd); folded (N, D); sums (N,) fp32; offset (N,) fp32.
@@ -128,14 +170,18 @@ def prepare(
             kept[key] = folded, sums, offset
     tuned = launch.choice(x.device, "prepare", D)
     low, high = _split(D)
-    grid = (launch.cdiv(N, tuned["rows"]) + launch.cdiv(M, tuned["rows"]),)
-    args = (x, gamma, beta, weight, x if bias is None else bias, stats, folded, sums, offset, M, N, eps)
+    tokens = tuned["rows"] if moments is None else MERGED
+    grid = (launch.cdiv(N, tuned["rows"]) + launch.cdiv(M, tokens),)
+    args = (x, gamma, beta, weight, x if bias is None else bias, stats, folded, sums, offset)
+    args += (stats if moments is None else moments, M, N, eps)
     options = {
         "D": D,
         "LO": low,
         "HI": high,
         "HAS_BIAS": bias is not None,
+        "MOMENTS": 0 if moments is None else triton.next_power_of_2(moments.shape[0]),
         "ROWS": tuned["rows"],
+        "TOKENS": MERGED,
         "num_warps": tuned["warps"],
     }
     launch.run(x.device, _prepare_kernel, grid, args, options)

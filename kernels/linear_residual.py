@@ -1,9 +1,11 @@
 """A linear layer with the residual added in its epilogue: attention's output projection."""
 
+import functools
+
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import launch
+from . import launch, layernorm
 from .op import Op, empty
 
 
@@ -43,8 +45,15 @@ def linear_residual(a: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tenso
 
 
 def _forward(a: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
-    y = launch.core(a.device).linear(launch.rows(a), launch.rows(weight), bias, residual=launch.rows(x))  # (M, D)
-    return y.view(x.shape)
+    return compute(a, weight, bias, x)
+
+
+def compute(a: Tensor, weight: Tensor, bias: Tensor, x: Tensor, hand_on: bool = False) -> Tensor:
+    """The result, which knows its moments with `hand_on`."""
+    core, flat = launch.core(a.device), launch.rows(x)
+    moments = layernorm.new_moments(flat, *flat.shape) if hand_on else None
+    y = core.linear(launch.rows(a), launch.rows(weight), bias, residual=flat, moments=moments)  # (M, D)
+    return layernorm.hand_on(y.view(x.shape), moments)
 
 
 def _fake(a, weight, bias, x):
@@ -70,4 +79,5 @@ def _gradient(ctx, backward, dy):
     return *backward(dy, *ctx.saved_tensors), dy
 
 
-_op = Op("linear_residual", _forward, _fake, _backward, _fake_backward, _save, _gradient)
+_eager = functools.partial(compute, hand_on=True)
+_op = Op("linear_residual", _forward, _fake, _backward, _fake_backward, _save, _gradient, eager=_eager)

@@ -31,7 +31,8 @@ def ln_linear(
 ) -> Tensor:
     """The fused op, `reference` in one GEMM: rstd * (x @ (gamma * W).T - mean * sums) + (bias + W @ beta).
 
-    The statistics, gamma * W and its row sums come from one pass over x and W before it. Saves x and the fp32 statistics.
+    gamma * W and its row sums come from a pass over W before it, the statistics from one over x in the same launch, or from the fused
+    op that wrote x. Saves x and the fp32 statistics.
 
     Args:
         x: (..., D), bf16 or fp16; every other tensor has its dtype.
@@ -54,7 +55,9 @@ def _forward(
     x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     flat = launch.rows(x)
-    stats, folded, sums, offset = layernorm.prepare(flat, gamma, beta, launch.rows(weight), bias, eps)
+    stats, folded, sums, offset = layernorm.prepare(
+        flat, gamma, beta, launch.rows(weight), bias, eps, layernorm.handed_on(x)
+    )
     y = launch.core(x.device).linear(flat, folded, offset, fold=(stats, sums))  # (M, N)
     return y.view(*x.shape[:-1], weight.shape[0]), stats
 

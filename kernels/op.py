@@ -18,10 +18,11 @@ class Op:
         fake, fake_backward: empty tensors like their outputs.
         save: save(ctx, inputs, output), as in torch.autograd.Function.setup_context.
         gradient: gradient(ctx, backward, *grads) -> the gradients of the inputs, by a call of `backward`.
+        eager: `forward` for eager code, where it differs: there an output reaches the next op as the object that it is.
     """
 
     def __init__(
-        self, name: str, forward: Callable, fake: Callable, backward: Callable, fake_backward: Callable, save: Callable, gradient: Callable
+        self, name: str, forward: Callable, fake: Callable, backward: Callable, fake_backward: Callable, save: Callable, gradient: Callable, eager: Callable | None = None
     ):  # fmt: skip
         library = torch.library.custom_op(f"uvit_fast::{name}", forward, mutates_args=())
         library_backward = torch.library.custom_op(f"uvit_fast::{name}_backward", backward, mutates_args=())
@@ -29,10 +30,12 @@ class Op:
         library_backward.register_fake(fake_backward)
         library.register_autograd(lambda ctx, *grads: gradient(ctx, library_backward, *grads), setup_context=save)
 
+        eager = eager or forward
+
         class Function(torch.autograd.Function):
             @staticmethod
             def forward(ctx, *args):  # with a setup_context of its own it would inspect the signature at every call
-                output = forward(*args)
+                output = eager(*args)
                 save(ctx, args, output)
                 return output
 
@@ -40,7 +43,7 @@ class Op:
             def backward(ctx, *grads):
                 return gradient(ctx, backward, *grads)
 
-        self.forward, self.function = forward, Function
+        self.eager, self.function = eager, Function
         self.library = getattr(torch.ops.uvit_fast, name).default
 
     def __call__(self, *args: Any) -> Any:
@@ -48,7 +51,7 @@ class Op:
             return self.library(*args)
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             return self.function.apply(*args)
-        return self.forward(*args)
+        return self.eager(*args)
 
 
 def is_last_backward(gradient: Tensor) -> bool:

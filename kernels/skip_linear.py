@@ -1,10 +1,12 @@
 """The linear layer over concatenated skips, without the concatenation."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import launch
+from . import launch, layernorm
 from .op import Op, empty
 
 
@@ -43,8 +45,16 @@ def skip_linear(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor
 
 
 def _forward(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    y = launch.core(x.device).linear(launch.rows(x), launch.rows(weight), bias, x2=launch.rows(skip))  # (M, N)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return compute(x, skip, weight, bias)
+
+
+def compute(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, hand_on: bool = False) -> Tensor:
+    """The result, which knows its moments with `hand_on`."""
+    layernorm.handed_on(x)  # no LayerNorm reads x
+    flat, N = launch.rows(x), weight.shape[0]
+    moments = layernorm.new_moments(flat, flat.shape[0], N) if hand_on else None
+    y = launch.core(x.device).linear(flat, launch.rows(weight), bias, x2=launch.rows(skip), moments=moments)  # (M, N)
+    return layernorm.hand_on(y.view(*x.shape[:-1], N), moments)
 
 
 def _fake(x, skip, weight, bias):
@@ -74,4 +84,5 @@ def _gradient(ctx, backward, dy):
     return backward(dy, *ctx.saved_tensors)
 
 
-_op = Op("skip_linear", _forward, _fake, _backward, _fake_backward, _save, _gradient)
+_eager = functools.partial(compute, hand_on=True)
+_op = Op("skip_linear", _forward, _fake, _backward, _fake_backward, _save, _gradient, eager=_eager)

@@ -181,7 +181,7 @@ def sampling(cfg: Config, batch: int, trace: Path) -> list[Row]:
             eps_fn = Guidance(model, condition, null, scale) if scale else lambda x, t: model(x, t, **condition)
             sampler(eps_fn, x)
 
-    with torch.inference_mode(), _profiler(device, schedule(wait=1, warmup=1, active=1), trace) as profiler:
+    with torch.no_grad(), _profiler(device, schedule(wait=1, warmup=1, active=1), trace) as profiler:
         for _ in range(3):  # the first compiles and captures
             draw()
             _wait(device)

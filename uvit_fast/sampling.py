@@ -91,7 +91,7 @@ def check_guidance(scale: float, cfg: Config) -> None:
         )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def sample(
     model: UViT,
     cfg: Config,

@@ -61,7 +61,7 @@ def batch(size, seed=0):
     return sample_noise(seed, range(size), SHAPE).cuda(), y, sample_generators(seed, range(size), "cuda")
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def plain(net, sampler, x_T, y, scale, keys=None, interval=(0.0, 1.0)):
     return sampler(class_guidance(net, y, NULL, scale, interval), x_T, keys)
 

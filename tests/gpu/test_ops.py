@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from uvit_fast.kernels import linear_residual, ln_linear, ln_mlp, proj_ln_mlp, skip_linear
+from uvit_fast.kernels import layernorm, linear_residual, ln_linear, ln_mlp, proj_ln_mlp, skip_linear
 
 pytestmark = pytest.mark.gpu
 
@@ -186,3 +186,14 @@ def test_the_last_backward_which_overwrites_gives_what_others_give():
         first = torch.autograd.grad(y, arguments, dy, retain_graph=True)
         last = torch.autograd.grad(y, arguments, dy)
         assert all(torch.equal(a, b) for a, b in zip(first, last))
+
+
+@pytest.mark.parametrize("name", ["linear_residual", "skip_linear", "proj_ln_mlp", "ln_mlp"])
+def test_what_an_op_leaves_of_its_result_are_the_moments_of_its_result(name):
+    """Large and small tiles, cut off in tokens and in features; a mean that squares alone would not survive."""
+    for shape in ((37, 257, 1152), (3, 257, 768), (1, 258, 1024), (1, 1, 64)):
+        with torch.no_grad():
+            y = OPS[name][0](*tensors(name, shape, torch.bfloat16, mean=20.0))
+        found, parts = layernorm.handed_on(y), y.double().view(-1, shape[-1] // 64, 64)
+        expected = torch.stack([parts.sum(2), parts.var(2, unbiased=False) * 64])
+        torch.testing.assert_close(found, expected.permute(2, 0, 1).float(), rtol=2e-5, atol=1e-3)

@@ -37,13 +37,19 @@ def choice(table: dict, case: str, width: int) -> dict:
 
 def hopper() -> dict:
     """name -> what compiles it: every epilogue with the table's choices at D = 1152."""
-    g, stats, x = gemm_hopper, fp32(2, M), meta(M, D)
+    g, stats, x, moments = gemm_hopper, fp32(2, M), meta(M, D), fp32(D // 64, 2, M)
     fold = {N: (stats, fp32(N)) for N in (3 * D, H)}
     cases = {
         "gemm": (g.PLAIN, x, meta(3 * D, D), {"bias": fp32(3 * D), "fold": fold[3 * D]}),
-        "gemm_two_sources": (g.PLAIN, x, meta(D, 2 * D), {"bias": meta(D), "x2": meta(M, D)}),
+        "gemm_two_sources": (g.PLAIN, x, meta(D, 2 * D), {"bias": meta(D), "x2": meta(M, D), "moments": moments}),
         "gemm_input_gradient": (g.PLAIN, meta(M, H), meta(H, D), {"transposed": True}),
         "gemm_residual": (g.RESIDUAL, meta(M, H), meta(D, H), {"bias": meta(D), "side": meta(M, D)}),
+        "gemm_residual_moments": (
+            g.RESIDUAL,
+            meta(M, H),
+            meta(D, H),
+            {"bias": meta(D), "side": meta(M, D), "moments": moments},
+        ),
         "gemm_gelu": (g.GELU, x, meta(H, D), {"bias": fp32(H), "fold": fold[H]}),
         "gemm_gelu_save": (g.GELU_SAVE, x, meta(H, D), {"bias": fp32(H), "fold": fold[H]}),
         "gemm_gelu_backward": (g.GELU_BACKWARD, x, meta(D, H), {"side": meta(M, H), "transposed": True}),
@@ -74,10 +80,11 @@ def plain(arch: int) -> dict:
     low, high = layernorm._split(D)
     x, v, w, stats = meta(M, D), meta(D), meta(H, D), fp32(2, M)
 
-    def prepare():
-        args = (x, v, v, w, meta(H), stats, w, fp32(H), fp32(H), M, H, 1e-5, D, low, high, True)
+    def prepare(moments):
+        args = (x, v, v, w, meta(H), stats, w, fp32(H), fp32(H), fp32(D // 64, 2, M), M, H, 1e-5, D, low, high, True)
         tuned = choice(table, "prepare", D)
-        return layernorm._prepare_kernel, (*args, tuned["rows"]), {"num_warps": tuned["warps"]}
+        last = (moments, tuned["rows"], layernorm.MERGED)
+        return layernorm._prepare_kernel, (*args, *last), {"num_warps": tuned["warps"]}
 
     def backward():
         tuned = choice(table, "ln_backward", D)
@@ -97,7 +104,13 @@ def plain(arch: int) -> dict:
         args = (fp32(528, 3, D), meta(D), meta(D), meta(D), 528, 3 * D, D, 128, 32)
         return layernorm._totals_kernel, args, {"num_warps": 4}
 
-    found = {"prepare": prepare, "ln_backward": backward, "column_sums": sums, "totals": totals}
+    found = {
+        "prepare": lambda: prepare(0),
+        "prepare_moments": lambda: prepare(32),
+        "ln_backward": backward,
+        "column_sums": sums,
+        "totals": totals,
+    }
     return found | ({"wgrad_sum": split_sum} if arch == 90 else {})
 
 
@@ -105,19 +118,20 @@ def ampere() -> dict:
     table = launch.table(80)
     x, h, sums, partial = meta(M, D), meta(M, H), fp32(H), fp32(258, H)
 
-    def gemm(mode, x, w, N, K, K2=0, fold=False, strides=None):
+    def gemm(mode, x, w, N, K, K2=0, fold=False, strides=None, moments=False):
         strides = strides or (K + K2, 1)
         tuned = choice(table, gemm_ampere.CASES[mode], K)
         out = meta(M, N)
-        args = (x, x, w, meta(N), fp32(2, M), sums, out, out, out, partial, M, N, K, K2, *strides)
-        flags = (fold, mode != gemm_ampere.GELU_BACKWARD, K2 > 0, mode, *tuned["tile"], tuned["group"])
+        args = (x, x, w, meta(N), fp32(2, M), sums, out, out, out, partial, fp32(N // 64, 2, M), M, N, K, K2, *strides)
+        flags = (fold, mode != gemm_ampere.GELU_BACKWARD, K2 > 0, mode, moments, *tuned["tile"], tuned["group"])
         return gemm_ampere.gemm_kernel, (*args, *flags), {"num_warps": tuned["warps"], "num_stages": tuned["stages"]}
 
     a = gemm_ampere
     return {
         "gemm": lambda: gemm(a.PLAIN, x, meta(3 * D, D), 3 * D, D, fold=True),
-        "gemm_two_sources": lambda: gemm(a.PLAIN, x, meta(D, 2 * D), D, D, K2=D),
+        "gemm_two_sources": lambda: gemm(a.PLAIN, x, meta(D, 2 * D), D, D, K2=D, moments=True),
         "gemm_residual": lambda: gemm(a.RESIDUAL, h, meta(D, H), D, H),
+        "gemm_residual_moments": lambda: gemm(a.RESIDUAL, h, meta(D, H), D, H, moments=True),
         "gemm_gelu": lambda: gemm(a.GELU, x, meta(H, D), H, D, fold=True),
         "gemm_gelu_save": lambda: gemm(a.GELU_SAVE, x, meta(H, D), H, D, fold=True),
         "gemm_gelu_backward": lambda: gemm(a.GELU_BACKWARD, x, meta(D, H), H, D, strides=(1, H)),

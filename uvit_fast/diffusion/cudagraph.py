@@ -99,11 +99,11 @@ class GraphSampler:
             ValueError: a batch of no sample, or guidance without a condition or its null.
         """
         interval = tuple(interval) if scale else ALWAYS
-        with torch.inference_mode(), _current(x_T.device):
+        with torch.no_grad(), _current(x_T.device):
             inputs = self._inputs(sampler, x_T, condition or {}, null or {}, scale, keys)
             capture = self._find(sampler, inputs, interval)
             output = self._run(sampler, inputs, interval) if capture is None else _replay(capture, inputs)
-        return output.clone()  # outside inference mode, and outside the graph's memory
+        return output.clone()  # outside the graph's memory
 
     def prepare(
         self,
@@ -120,7 +120,7 @@ class GraphSampler:
         Returns:
             Whether such a call replays; where it will not, a warning has said why.
         """
-        with torch.inference_mode(), _current(x_T.device):
+        with torch.no_grad(), _current(x_T.device):
             inputs = self._inputs(sampler, x_T, condition or {}, null or {}, scale, keys)
             return self._find(sampler, inputs, tuple(interval) if scale else ALWAYS) is not None
 
