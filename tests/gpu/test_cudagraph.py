@@ -167,9 +167,10 @@ def test_a_network_that_syncs_runs_uncaptured_and_leaves_the_device_well(net):
 
 def test_memory_stays_within_the_bound(net):
     """Each capture has its own pool; a dropped one gives it back."""
-    first = GraphSampler(net)
     x_T, y, _ = batch(64)
-    first(DPMSolverPPMultistep(SDSchedule(), 10), x_T, {"y": y})  # of the size of those that follow
+    for _ in range(2):  # the first one holds what libraries ask for once, too
+        first = GraphSampler(net)
+        first(DPMSolverPPMultistep(SDSchedule(), 10), x_T, {"y": y})  # of the size of those that follow
     assert first.bytes > x_T.nbytes
     bound = 2 * first.bytes + first.bytes // 2
     first.clear()
