@@ -23,7 +23,7 @@ LINES = [
     ("sampling", "H:500:nocfg:latent", "peak", "  its peak memory, GB"),
     ("sampling", "H:500:cfg:latent", "time", "  with guidance, s"),
     ("sampling", "H:1:nocfg:latent", "time", "  one at a time, s"),
-    ("training", "H:128:none", "img_per_s", "H/2 training step, batch 128, images/s (eager: an earlier run)"),
+    ("training", "H:128:none", "img_per_s", "H/2 training step, batch 128, images/s"),
     ("training", "H:128:none", "peak_gb", "  its peak memory, GB"),
     ("training", "H:128:block", "img_per_s", "  with block checkpointing, images/s"),
     ("training", "H:128:block", "peak_gb", "  its peak memory, GB"),
