@@ -80,9 +80,9 @@ def training(results: Results) -> Any | None:
         kept = policy == "none"
         look = {"color": COLOURS[provider], "marker": MARKERS[provider], "markersize": 7, "linestyle": ""}
         ax.plot(peak, speed, **look, markerfacecolor=COLOURS[provider] if kept else "white")
-        ax.annotate(
-            f"{size}/2{'' if kept else ', ' + policy}", (peak, speed), (6, 3), textcoords="offset points", fontsize=7
-        )
+        place = (6, -9 if policy == "selective" else 3)  # which may keep all that none keeps, at the same point
+        label = f"{size}/2{'' if kept else ', ' + policy}"
+        ax.annotate(label, (peak, speed), place, textcoords="offset points", fontsize=7)
     for provider in dict.fromkeys(p[2] for p in points):
         label = {"eager": "published network, eager", "compiled": "published network, compiled"}.get(provider, provider)
         ax.plot([], [], color=COLOURS[provider], marker=MARKERS[provider], linestyle="", label=label)
@@ -118,10 +118,13 @@ def memory(results: Results) -> Any | None:
     colours = [COLOURS["ours" if provider == "ours" else "eager"] for _, provider, *_ in found]
     at = range(len(found))
     ax.bar(at, [static for *_, static in found], 0.7, color=colours, alpha=0.45)
-    top = ax.bar(at, [p - s for *_, p, s in found], 0.7, bottom=[s for *_, s in found], color=colours)
-    ax.bar_label(top, [f"{peak:.3g}" for _, _, peak, _ in found], fontsize=8, padding=1)
-    for i, (case, provider, *_) in enumerate(found):
-        if published := MEMORY_A100.get((case, provider)):
+    ax.bar(at, [p - s for *_, p, s in found], 0.7, bottom=[s for *_, s in found], color=colours)
+    for i, (case, provider, peak, _) in enumerate(found):
+        published = MEMORY_A100.get((case, provider))
+        inside = published is not None and peak < published  # whose line would cross the number
+        place = {"textcoords": "offset points", "ha": "center", "va": "top" if inside else "bottom", "fontsize": 8}
+        ax.annotate(f"{peak:.3g}", (i, peak), (0, -2 if inside else 1), **place)
+        if published:
             ax.plot([i - 0.42, i + 0.42], [published] * 2, color=INK, linewidth=1.2, linestyle=(0, (3, 2)))
             ax.annotate(f"{published:g}", (i + 0.42, published), (1, -2), textcoords="offset points", fontsize=7)
     ax.plot([], [], color=INK, linestyle=(0, (3, 2)), label="published, A100")
