@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from uvit_fast.kernels import layernorm, linear_residual, ln_linear, ln_mlp, proj_ln_mlp, skip_linear
+from uvit_fast.kernels import assemble, layernorm, linear_residual, ln_linear, ln_mlp, proj_ln_mlp, skip_linear
 
 pytestmark = pytest.mark.gpu
 
@@ -197,3 +197,31 @@ def test_what_an_op_leaves_of_its_result_are_the_moments_of_its_result(name):
         found, parts = layernorm.handed_on(y), y.double().view(-1, shape[-1] // 64, 64)
         expected = torch.stack([parts.sum(2), parts.var(2, unbiased=False) * 64])
         torch.testing.assert_close(found, expected.permute(2, 0, 1).float(), rtol=2e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "B, C, side, p, extras, D",
+    [
+        (128, 4, 32, 2, 2, 1152),  # H/2 at its batch: latents, a label and the time
+        (37, 3, 64, 4, 1, 512),  # pixels, a product of 48 values, an odd number of tokens
+        (3, 4, 32, 2, 78, 512),  # text
+        (1, 1, 8, 2, 2, 64),  # one small image: four values, padded to sixteen
+    ],
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_assembled_tokens_are_no_worse_than_pytorchs(B, C, side, p, extras, D, compiled):
+    x, w = random(B, C, side, side), random(D, C, p, p) * (C * p * p) ** -0.5
+    args = [t.bfloat16() for t in (x, w, random(D), random(B, extras, D), random(1, extras + (side // p) ** 2, D))]
+    dy = random(B, extras + (side // p) ** 2, D).bfloat16()
+
+    def results(op, dtype):
+        made = [t.to(dtype).requires_grad_(i > 0) for i, t in enumerate(args)]
+        y = op(*made)
+        return [y, *torch.autograd.grad(y, made[1:], dy.to(dtype))]
+
+    torch.backends.cudnn.allow_tf32 = False
+    ours = results(torch.compile(assemble.assemble, fullgraph=True) if compiled else assemble.assemble, torch.bfloat16)
+    peers, exact = (results(assemble.reference, dtype) for dtype in (torch.bfloat16, torch.float32))
+    for out, peer, r in zip(ours, peers, exact):
+        error, allowed = (out.float() - r).norm(), 2 * (peer.float() - r).norm() + 1e-4 * r.norm()
+        assert out.shape == r.shape and error <= allowed

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from tests.kernels.interpreted import INTERPRETED
-from uvit_fast.kernels import aot, gemm_ampere, launch, layernorm
+from uvit_fast.kernels import aot, assemble, gemm_ampere, launch, layernorm
 
 if not INTERPRETED:  # the interpreter knows no Gluon
     from uvit_fast.kernels import gemm_hopper, wgrad_hopper
@@ -104,7 +104,12 @@ def plain(arch: int) -> dict:
         args = (fp32(528, 3, D), meta(D), meta(D), meta(D), 528, 3 * D, D, 128, 32)
         return layernorm._totals_kernel, args, {"num_warps": 4}
 
+    def tokens():
+        args = (meta(128, 4, 32, 32), meta(D, 4, 2, 2), v, meta(128, 2, D), meta(1, 258, D), x, M, 258, 2, D, 32, 32)
+        return assemble._assemble_kernel, args, {"K": 16, "P": 2, "PADDED": 16, **assemble._TILE}
+
     found = {
+        "assemble": tokens,
         "prepare": lambda: prepare(0),
         "prepare_moments": lambda: prepare(32),
         "ln_backward": backward,

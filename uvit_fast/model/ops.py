@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from uvit_fast.config import UserError
+from uvit_fast.kernels import assemble as _assemble
 from uvit_fast.kernels import layernorm as _layernorm
 from uvit_fast.kernels import linear_residual as _linear_residual
 from uvit_fast.kernels import ln_linear as _ln_linear
@@ -23,6 +24,11 @@ from uvit_fast.model.attention import choose
 def fixed_weights() -> AbstractContextManager[None]:
     """While open, no weight changes: what the fused ops derive from weights alone is derived once."""
     return _layernorm.folded_once()
+
+
+def assemble(x: Tensor, w: Tensor, b: Tensor, extras: Tensor, positions: Tensor, *, kernels: str = "auto") -> Tensor:
+    """Concat(extras, patches of x) + positions: x (B, C, H, W), w (D, C, p, p), extras (B, E, D) -> (B, E + N, D)."""
+    return _run(_assemble, kernels, x, w, b, extras, positions)
 
 
 def ln_linear(x: Tensor, gamma: Tensor, beta: Tensor, w: Tensor, b: Tensor | None, *, kernels: str = "auto") -> Tensor:
@@ -57,7 +63,7 @@ def linear_residual(a: Tensor, w: Tensor, b: Tensor, x: Tensor, *, kernels: str 
 def describe(
     embed_dim: int, num_heads: int, attention: str, kernels: str, device: torch.device | str
 ) -> dict[str, str]:
-    """What would run for each op of a block on `device`, and why: op -> "backend: reason". bf16 on a GPU, fp32 elsewhere.
+    """What would run for each op of a network on `device`, and why: op -> "backend: reason". bf16 on a GPU, fp32 elsewhere.
 
     Raises:
         UserError: the backend or the fused kernels were asked for and cannot run there.
@@ -73,6 +79,7 @@ def describe(
         "ln_mlp": _ln_mlp.why_not(x, v, v, hidden, new(4 * D), new(D, 4 * D), v),
         "skip_linear": _skip_linear.why_not(x, x, new(D, 2 * D), v),
         "linear_residual": _linear_residual.why_not(x, new(D, D), v, x),
+        "assemble": _assemble.why_not(new(1, 4, 32, 32), new(D, 4, 2, 2), v, new(1, 2, D), new(1, 258, D)),
     }
     chosen = {"attention": ": ".join(choose(new(1, 258, 3, num_heads, D // num_heads), attention))}
     for op, reason in reasons.items():

@@ -36,14 +36,19 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
 
 
 class PatchEmbed(nn.Module):
-    """An image as tokens: a linear map of each patch, row-major."""
+    """All tokens: those that are given, then a linear map of each patch of the image, row-major; positions are added.
 
-    def __init__(self, in_chans: int, embed_dim: int, patch_size: int):
+    It reads its convolution's weights itself: see `Block`.
+    """
+
+    def __init__(self, in_chans: int, embed_dim: int, patch_size: int, kernels: str):
         super().__init__()
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.kernels = kernels
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rearrange(self.proj(x), "B D h w -> B (h w) D")
+    def forward(self, x: Tensor, extras: Tensor, positions: Tensor) -> Tensor:
+        """x (B, C, H, W), extras (B, E, D), positions (1, L, D) -> (B, L, D)."""
+        return ops.assemble(x, self.proj.weight, self.proj.bias, extras, positions, kernels=self.kernels)
 
 
 class Attention(nn.Module):
@@ -122,7 +127,8 @@ class UViT(nn.Module):
         activation_checkpointing: what every block keeps for the backward, see `model.recompute`.
     """
 
-    block_class = Block  # what a sharding engine must gather as one unit
+    block_class = Block  # a backward may be cut between these
+    fused_classes = [Block, PatchEmbed]  # each is what a sharding engine must gather as one unit
     fixed_weights = staticmethod(ops.fixed_weights)  # for loops over `forward` that change no weight
 
     def __init__(
@@ -150,7 +156,7 @@ class UViT(nn.Module):
         self.num_classes, self.context_dim, self.context_tokens = num_classes, context_dim, context_tokens
         self.skip = skip
 
-        self.patch_embed = PatchEmbed(in_chans, D, patch_size)
+        self.patch_embed = PatchEmbed(in_chans, D, patch_size, kernels)
         self.time_embed = (
             nn.Sequential(nn.Linear(D, 4 * D), nn.SiLU(), nn.Linear(4 * D, D)) if mlp_time_embed else nn.Identity()
         )
@@ -204,15 +210,14 @@ class UViT(nn.Module):
         """
         self._check(x, t, y, context)
         dtype = self.pos_embed.dtype
-        patches = self.patch_embed(x.to(dtype))  # (B, N, D)
         time = self.time_embed(timestep_embedding(t, self.embed_dim).to(dtype)).unsqueeze(1)  # (B, 1, D)
         if self.label_emb is not None:
-            tokens = [self.label_emb(y).unsqueeze(1), time, patches]
+            extras = torch.cat([self.label_emb(y).unsqueeze(1), time], dim=1)  # (B, E, D)
         elif self.context_embed is not None:
-            tokens = [time, self.context_embed(context.to(dtype)), patches]
+            extras = torch.cat([time, self.context_embed(context.to(dtype))], dim=1)
         else:
-            tokens = [time, patches]
-        h = torch.cat([token.to(patches.dtype) for token in tokens], dim=1) + self.pos_embed  # (B, L, D)
+            extras = time
+        h = self.patch_embed(x.to(dtype), extras, self.pos_embed)  # (B, L, D)
 
         skips = []
         for block in self.in_blocks:

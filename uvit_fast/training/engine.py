@@ -114,7 +114,8 @@ class Engine:
     """DeepSpeed around one model.
 
     Args:
-        model: fp32, on the CPU or the device. Its class may name `block_class`, the module that ZeRO-3 gathers as a whole.
+        model: fp32, on the CPU or the device. Its class may name `block_class`, between whose modules a backward may be cut, and
+            `fused_classes`, modules that ZeRO-3 gathers as a whole.
         config: train.zero_stage, precision, batch and optimizer settings.
         world: from `start`.
     """
@@ -127,8 +128,8 @@ class Engine:
         self.micro_batch, self.accumulation = batch_plan(train, world.size)
         self.bf16 = computes_in_bf16(train, world.device)
         assert not list(model.buffers()), "buffers are neither averaged nor saved"
-        if self.stage == 3 and hasattr(model, "block_class"):
-            deepspeed.utils.set_z3_leaf_modules(model, [model.block_class])
+        if self.stage == 3 and hasattr(model, "fused_classes"):
+            deepspeed.utils.set_z3_leaf_modules(model, model.fused_classes)
         model.to(world.device)
         if train.compile:
             model.compile(dynamic=False)
