@@ -254,11 +254,12 @@ def _consumer(out_desc, out2_desc, side_desc, bias, stats, sums, partial, moment
                 else:
                     t, u = _gelu_terms(h)
                     slope = u * (u * (5.0 * A2) + 3.0 * A1) + A0
-                    x = x * ((0.5 * t + 0.5) + (0.5 * h - 0.5 * h * t * t) * slope)
+                    y = 0.5 * h * t + 0.5 * h
+                    x = x * ((y - y * t) * slope + (0.5 * t + 0.5))  # y (1 - t) is h (1 - t^2) / 2
                     total += gl.sum(x, axis=1)
                     tma.store_wait(2 * (NO - 1))  # the value sent from the next buffer, NO parts ago, has left
                     value = bufs.index(FIRST + j % NO)
-                    _send_two(x, out_desc, buf, 0.5 * h * t + 0.5 * h, out2_desc, value, at, feature)
+                    _send_two(x, out_desc, buf, y, out2_desc, value, at, feature)
                     if j + NL < NP:
                         tma.store_wait(1)
                         _fetch(side_desc, at + NL * SN, feature, bar, buf)
