@@ -14,7 +14,6 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -23,15 +22,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from . import gemm_ampere, launch, layernorm, wgrad_hopper
-from .gemm_ampere import A0 as _A0
-from .gemm_ampere import A1 as _A1
-from .gemm_ampere import A2 as _A2
 from .gemm_ampere import CASES, GELU, GELU_BACKWARD, GELU_SAVE, PLAIN, RESIDUAL
+from .gemm_hopper_pieces import A0, A1, A2, fetch, gelu_terms, parts, read_statistics, send, send_two, write_moments
 from .tma import descriptor
 
-A0: gl.constexpr = gl.constexpr(_A0.value)
-A1: gl.constexpr = gl.constexpr(_A1.value)
-A2: gl.constexpr = gl.constexpr(_A2.value)
 M_PLAIN: gl.constexpr = gl.constexpr(PLAIN)
 M_RESIDUAL: gl.constexpr = gl.constexpr(RESIDUAL)
 M_GELU: gl.constexpr = gl.constexpr(GELU)
@@ -41,51 +35,6 @@ M_GELU_BACKWARD: gl.constexpr = gl.constexpr(GELU_BACKWARD)
 ROWS, TOKENS, BK = 64, 256, 64  # features a consumer, tokens a tile, K a stage
 STAGING = {8: 128, 4: 128, 3: 320}  # stages -> tokens that a consumer's staging buffers hold together
 FEW = {"tokens": 64, "part": 32, "stages": 8}  # a tile where tokens are few
-
-
-@gluon.jit
-def _tanh(x):
-    return gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def _gelu_terms(x):
-    """tanh of GELU's argument, and u (see gemm_ampere)."""
-    u = gl.minimum(x * x, 50.0)
-    return _tanh(x * (u * (u * A2 + A1) + A0)), u
-
-
-@gluon.jit
-def _layout(n: gl.constexpr):
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, n, 16])
-
-
-@gluon.jit
-def _halves(x, rows: gl.constexpr, cols: gl.constexpr):
-    """[rows, cols] -> its left and right half; no data moves between threads."""
-    a, b = x.reshape([rows, 2, cols // 2]).permute([0, 2, 1]).split()
-    lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, cols // 2, 16])
-    return gl.convert_layout(a, lay, assert_trivial=True), gl.convert_layout(b, lay, assert_trivial=True)
-
-
-@gluon.jit
-def _parts(acc, rows: gl.constexpr, tokens: gl.constexpr, part: gl.constexpr):
-    """[rows, tokens] -> a tuple of [rows, part]; tokens 256 and part 64 or 32, or 64 and 32."""
-    if tokens == 64:
-        found = _halves(acc, rows, 64)
-    else:
-        a, b = _halves(acc, rows, 256)
-        c, d = _halves(a, rows, 128)
-        e, f = _halves(b, rows, 128)
-        if part == 64:
-            found = (c, d, e, f)
-        else:
-            c0, c1 = _halves(c, rows, 64)
-            d0, d1 = _halves(d, rows, 64)
-            e0, e1 = _halves(e, rows, 64)
-            f0, f1 = _halves(f, rows, 64)
-            found = (c0, c1, d0, d1, e0, e1, f0, f1)
-    return found
 
 
 @gluon.jit
@@ -145,54 +94,6 @@ def _main_loop(w_bufs, x_bufs, full, empty, step, KT, WHO: gl.constexpr, ROWS: g
 
 
 @gluon.jit
-def _tokens(stats, token, M, SN: gl.constexpr):
-    """mean and rstd of SN tokens, in the layout of a part's columns."""
-    lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SN, 16])
-    at = token + gl.arange(0, SN, layout=gl.SliceLayout(0, lay))
-    return gl.load(stats + at, mask=at < M, other=0.0), gl.load(stats + M + at, mask=at < M, other=0.0)
-
-
-@gluon.jit
-def _fetch(side_desc, token, feature, bar, buf):
-    mbarrier.expect(bar, side_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(side_desc, [token, feature], bar, buf)
-
-
-@gluon.jit
-def _send(x, out_desc, token, feature, buf):
-    """A part [ROWS, SN] through its staging buffer [SN, ROWS] to out[token:, feature:]."""
-    buf.permute([1, 0]).store(x.to(out_desc.dtype))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(out_desc, [token, feature], buf)
-
-
-@gluon.jit
-def _moments(buf, moments, chunk, token, inside, M, ROWS: gl.constexpr, SN: gl.constexpr):
-    """Sums of a part's tokens over its ROWS features, as rounded, and of their squared distances from the mean of these ROWS.
-
-    Read back from the staging buffer, where a thread finds many features of one token: in the accumulator they are everyone's.
-    """
-    lay: gl.constexpr = gl.BlockedLayout([1, SN * ROWS // 128], [SN // 4, 128 // SN], [4, 1], [1, 0])
-    x = buf.load(lay).to(gl.float32)
-    total = gl.sum(x, axis=1)
-    x = x - gl.expand_dims(total * (1.0 / ROWS), 1)
-    at = token + gl.arange(0, SN, layout=gl.SliceLayout(1, lay))
-    first = moments + chunk * 2 * M + at
-    gl.store(first, total, mask=(at < M) & inside)
-    gl.store(first + M, gl.sum(x * x, axis=1), mask=(at < M) & inside)
-
-
-@gluon.jit
-def _send_two(x, x_desc, x_buf, y, y_desc, y_buf, token, feature):
-    """Two parts at once: one fence and one barrier for both."""
-    x_buf.permute([1, 0]).store(x.to(x_desc.dtype))
-    y_buf.permute([1, 0]).store(y.to(y_desc.dtype))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(x_desc, [token, feature], x_buf)
-    tma.async_copy_shared_to_global(y_desc, [token, feature], y_buf)
-
-
-@gluon.jit
 def _consumer(out_desc, out2_desc, side_desc, bias, stats, sums, partial, moments, w_bufs, x_bufs, bufs, side_bufs, full, empty, side_bars, M, N, tiles_n, tiles_m, KT, WHO: gl.constexpr, ROWS: gl.constexpr, TOKENS: gl.constexpr, SN: gl.constexpr, S: gl.constexpr, NL: gl.constexpr, NO: gl.constexpr, MODE: gl.constexpr, FOLD: gl.constexpr, HAS_BIAS: gl.constexpr, WT: gl.constexpr, MOMENTS: gl.constexpr):  # fmt: skip
     NP: gl.constexpr = TOKENS // SN
     SIDE: gl.constexpr = MODE == M_RESIDUAL or MODE == M_GELU_BACKWARD
@@ -209,14 +110,14 @@ def _consumer(out_desc, out2_desc, side_desc, bias, stats, sums, partial, moment
         if SIDE:
             tma.store_wait(0)
             for b in gl.static_range(NL):
-                _fetch(side_desc, token + b * SN, feature, side_bars.index(SIDE0 + b), side_bufs.index(SIDE0 + b))
+                fetch(side_desc, token + b * SN, feature, side_bars.index(SIDE0 + b), side_bufs.index(SIDE0 + b))
         if HAS_BIAS:
             shift = gl.load(bias + row, mask=row < N, other=0.0).to(gl.float32)
         if FOLD:
             s = gl.load(sums + row, mask=row < N, other=0.0)
-            mean, rstd = _tokens(stats, token, M, SN)
+            mean, rstd = read_statistics(stats, token, M, SN)
         acc = _main_loop(w_bufs, x_bufs, full, empty, step, KT, WHO, ROWS, TOKENS, WT, S)
-        xs = _parts(acc, ROWS, TOKENS, SN)
+        xs = parts(acc, ROWS, TOKENS, SN)
         if MODE == M_GELU_BACKWARD:
             total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, lay))
         for j in gl.static_range(NP):
@@ -225,53 +126,53 @@ def _consumer(out_desc, out2_desc, side_desc, bias, stats, sums, partial, moment
             if FOLD:
                 x = (x - gl.expand_dims(s, 1) * gl.expand_dims(mean, 0)) * gl.expand_dims(rstd, 0)
                 if j + 1 < NP:
-                    mean, rstd = _tokens(stats, at + SN, M, SN)
+                    mean, rstd = read_statistics(stats, at + SN, M, SN)
             if HAS_BIAS:
                 x = x + gl.expand_dims(shift, 1)
             if MODE == M_GELU_SAVE:
                 # The backward sees the rounded argument: round before the GELU.
                 x = x.to(out_desc.dtype).to(gl.float32)
-                t, u = _gelu_terms(x)
+                t, u = gelu_terms(x)
                 tma.store_wait(NO - 2)
                 first, second = bufs.index(FIRST + (2 * j) % NO), bufs.index(FIRST + (2 * j + 1) % NO)
-                _send_two(x, out2_desc, first, 0.5 * x * t + 0.5 * x, out_desc, second, at, feature)
+                send_two(x, out2_desc, first, 0.5 * x * t + 0.5 * x, out_desc, second, at, feature)
             elif SIDE:
                 buf = side_bufs.index(SIDE0 + j % NL)
                 bar = side_bars.index(SIDE0 + j % NL)
                 mbarrier.wait(bar, (done * (NP // NL) + j // NL) & 1)
                 h = buf.permute([1, 0]).load(lay).to(gl.float32)
                 if MODE == M_RESIDUAL:
-                    _send(x + h, out_desc, at, feature, buf)
+                    send(x + h, out_desc, at, feature, buf)
                     if MOMENTS:
-                        _moments(buf, moments, feature // ROWS, at, feature < N, M, ROWS, SN)
+                        write_moments(buf, moments, feature // ROWS, at, feature < N, M, ROWS, SN)
                     if j >= 1:
                         if j - 1 + NL < NP:  # the buffer sent before this one is free soonest
                             tma.store_wait(1)
                             before = SIDE0 + (j - 1) % NL
-                            _fetch(
+                            fetch(
                                 side_desc, at + (NL - 1) * SN, feature, side_bars.index(before), side_bufs.index(before)
                             )
                 else:
-                    t, u = _gelu_terms(h)
+                    t, u = gelu_terms(h)
                     slope = u * (u * (5.0 * A2) + 3.0 * A1) + A0
                     y = 0.5 * h * t + 0.5 * h
                     x = x * ((y - y * t) * slope + (0.5 * t + 0.5))  # y (1 - t) is h (1 - t^2) / 2
                     total += gl.sum(x, axis=1)
                     tma.store_wait(2 * (NO - 1))  # the value sent from the next buffer, NO parts ago, has left
                     value = bufs.index(FIRST + j % NO)
-                    _send_two(x, out_desc, buf, y, out2_desc, value, at, feature)
+                    send_two(x, out_desc, buf, y, out2_desc, value, at, feature)
                     if j + NL < NP:
                         tma.store_wait(1)
-                        _fetch(side_desc, at + NL * SN, feature, bar, buf)
+                        fetch(side_desc, at + NL * SN, feature, bar, buf)
             else:
                 if MODE == M_GELU:
-                    t, u = _gelu_terms(x)
+                    t, u = gelu_terms(x)
                     x = 0.5 * x * t + 0.5 * x
                 tma.store_wait(NO - 1)
                 buf = bufs.index(FIRST + j % NO)
-                _send(x, out_desc, at, feature, buf)
+                send(x, out_desc, at, feature, buf)
                 if MOMENTS:
-                    _moments(buf, moments, feature // ROWS, at, feature < N, M, ROWS, SN)
+                    write_moments(buf, moments, feature // ROWS, at, feature < N, M, ROWS, SN)
         if MODE == M_GELU_BACKWARD:
             gl.store(partial + (tile // tiles_n) * N + row, total, mask=row < N)
         step += KT
