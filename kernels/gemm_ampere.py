@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, layernorm
+from .layernorm import CHUNK
 
 # GELU(x) = x (1 + tanh(x (A0 + A1 u + A2 u^2))) / 2, u = min(x^2, 50): within 2.6e-5 of the erf form everywhere, its derivative
 # within 1.1e-4.
@@ -118,12 +119,12 @@ def gemm_kernel(
     rounded = acc.to(out.dtype.element_ty)
     tl.store(out + at, rounded, mask=inside)
     if MOMENTS:
-        chunks = tl.reshape(rounded.to(tl.float32), (BM, BN // 64, 64))
+        chunks = tl.reshape(rounded.to(tl.float32), (BM, BN // CHUNK, CHUNK))
         total = tl.sum(chunks, axis=2)
-        chunks -= (total * (1 / 64))[:, :, None]
-        chunk = tile_n * (BN // 64) + tl.arange(0, BN // 64)
+        chunks -= (total * (1 / CHUNK))[:, :, None]
+        chunk = tile_n * (BN // CHUNK) + tl.arange(0, BN // CHUNK)
         first = moments + chunk[None, :] * 2 * M + row[:, None]
-        inside = (row < M)[:, None] & (chunk < N // 64)[None, :]
+        inside = (row < M)[:, None] & (chunk < N // CHUNK)[None, :]
         tl.store(first, total, mask=inside)
         tl.store(first + M, tl.sum(chunks * chunks, axis=2), mask=inside)
 

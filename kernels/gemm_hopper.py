@@ -33,6 +33,7 @@ M_GELU_SAVE: gl.constexpr = gl.constexpr(GELU_SAVE)
 M_GELU_BACKWARD: gl.constexpr = gl.constexpr(GELU_BACKWARD)
 
 ROWS, TOKENS, BK = 64, 256, 64  # features a consumer, tokens a tile, K a stage
+assert ROWS == layernorm.CHUNK.value, "a consumer's features are those whose moments are taken together"
 STAGING = {8: 128, 4: 128, 3: 320}  # stages -> tokens that a consumer's staging buffers hold together
 FEW = {"tokens": 64, "part": 32, "stages": 8}  # a tile where tokens are few
 
@@ -214,12 +215,11 @@ def gemm_kernel(
     SN: gl.constexpr = out_desc.block_type.shape[0]
     w_bufs = gl.allocate_shared_memory(w_desc.dtype, [2 * S] + w_desc.block_type.shape, w_desc.layout)
     x_bufs = gl.allocate_shared_memory(x_desc.dtype, [S] + x_desc.block_type.shape, x_desc.layout)
-    # Two allocations: the compiler puts a barrier between any two uses of one.
-    bufs = gl.allocate_shared_memory(
-        out_desc.dtype, [2 * (NO if NO else NL)] + out_desc.block_type.shape, out_desc.layout
-    )
+    # Two allocations: the compiler puts a barrier between any two uses of one. A residual's result leaves from the residual's buffer.
+    shape: gl.constexpr = out_desc.block_type.shape
+    bufs = gl.allocate_shared_memory(out_desc.dtype, [2 * (NO if NO else NL)] + shape, out_desc.layout)
     if NL > 0 and NO > 0:
-        side_bufs = gl.allocate_shared_memory(out_desc.dtype, [2 * NL] + out_desc.block_type.shape, out_desc.layout)
+        side_bufs = gl.allocate_shared_memory(out_desc.dtype, [2 * NL] + shape, out_desc.layout)
     else:
         side_bufs = bufs
     full = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())

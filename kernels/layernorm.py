@@ -14,7 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .op import runs_eagerly
 
+CHUNK = tl.constexpr(64)  # features whose moments are taken together
 MERGED = 32  # tokens whose statistics a program makes out of their moments
 
 
@@ -81,12 +83,12 @@ def _prepare_kernel(
         token = (pid - weight_programs) * TOKENS + tl.arange(0, TOKENS)
         chunk = tl.arange(0, MOMENTS)
         where = chunk[:, None] * 2 * M + token[None, :]
-        known = (chunk < D // 64)[:, None] & (token < M)[None, :]
+        known = (chunk < D // CHUNK)[:, None] & (token < M)[None, :]
         summed = tl.load(moments + where, mask=known, other=0.0)
         squares = tl.load(moments + M + where, mask=known, other=0.0)
         mean = tl.sum(summed, axis=0) / D
-        apart = tl.where(known, summed / 64 - mean[None, :], 0.0)  # a chunk's mean from that of all
-        variance = tl.sum(squares + 64 * apart * apart, axis=0)
+        apart = tl.where(known, summed / CHUNK - mean[None, :], 0.0)  # a chunk's mean from that of all
+        variance = tl.sum(squares + CHUNK * apart * apart, axis=0)
         tl.store(stats + token, mean, mask=token < M)
         tl.store(stats + M + token, 1.0 / tl.sqrt(variance / D + eps), mask=token < M)
     else:
@@ -123,11 +125,12 @@ def folded_once() -> Iterator[None]:
 
 def new_moments(like: Tensor, M: int, D: int) -> Tensor | None:
     """Where a GEMM whose result (M, D) is handed on puts what a LayerNorm's statistics follow from, on the way: for every 64 features
-    of a token their sum, and the sum of their squared distances from their mean. (D / 64, 2, M) fp32; None where that cannot be.
+    of a token their sum, and the sum of their squared distances from their mean. (D / 64, 2, M) fp32; None where nobody could take
+    them, or a change would go unseen, as inference mode does not count them.
     """
-    if D % 64 or torch.is_inference_mode_enabled():  # whose tensors do not tell whether somebody changed them
+    if D % CHUNK.value or not runs_eagerly() or torch.is_inference_mode_enabled():
         return None
-    return like.new_empty(D // 64, 2, M, dtype=launch.ACCUMULATE)
+    return like.new_empty(D // CHUNK.value, 2, M, dtype=launch.ACCUMULATE)
 
 
 def hand_on(y: Tensor, moments: Tensor | None) -> Tensor:

@@ -1,7 +1,5 @@
 """A linear layer with the residual added in its epilogue: attention's output projection."""
 
-import functools
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -45,13 +43,8 @@ def linear_residual(a: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tenso
 
 
 def _forward(a: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
-    return compute(a, weight, bias, x)
-
-
-def compute(a: Tensor, weight: Tensor, bias: Tensor, x: Tensor, hand_on: bool = False) -> Tensor:
-    """The result, which knows its moments with `hand_on`."""
     core, flat = launch.core(a.device), launch.rows(x)
-    moments = layernorm.new_moments(flat, *flat.shape) if hand_on else None
+    moments = layernorm.new_moments(flat, *flat.shape)
     y = core.linear(launch.rows(a), launch.rows(weight), bias, residual=flat, moments=moments)  # (M, D)
     return layernorm.hand_on(y.view(x.shape), moments)
 
@@ -79,5 +72,4 @@ def _gradient(ctx, backward, dy):
     return *backward(dy, *ctx.saved_tensors), dy
 
 
-_eager = functools.partial(compute, hand_on=True)
-_op = Op("linear_residual", _forward, _fake, _backward, _fake_backward, _save, _gradient, eager=_eager)
+_op = Op("linear_residual", _forward, _fake, _backward, _fake_backward, _save, _gradient)

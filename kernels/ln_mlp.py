@@ -1,7 +1,5 @@
 """x + MLP(LayerNorm(x)), the second half of a transformer block."""
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -71,15 +69,13 @@ def _forward(
 
 
 def compute(
-    x: Tensor, gamma: Tensor, beta: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, eps: float, save: bool, overwrite: bool = False, hand_on: bool = False
+    x: Tensor, gamma: Tensor, beta: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, eps: float, save: bool, overwrite: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The result, which takes x's place with `overwrite` and knows its moments with `hand_on`; the statistics; the GELU's argument,
-    empty unless `save` asks for it.
-    """
+    """The result, which takes x's place with `overwrite`; the statistics; the GELU's argument, empty unless `save` asks for it."""
     core, flat = launch.core(x.device), launch.rows(x)
     stats, folded, sums, offset = layernorm.prepare(flat, gamma, beta, launch.rows(w1), b1, eps, layernorm.handed_on(x))
     act, h = core.linear_gelu(flat, folded, offset, fold=(stats, sums), save=save)  # (M, H)
-    moments = layernorm.new_moments(flat, *flat.shape) if hand_on else None
+    moments = layernorm.new_moments(flat, *flat.shape)
     y = core.linear(act, launch.rows(w2), b2, residual=flat, overwrite=overwrite, moments=moments)  # (M, D)
     return layernorm.hand_on(y.view(x.shape), moments), stats, x.new_empty(0) if h is None else h
 
@@ -120,5 +116,4 @@ def _gradient(ctx, backward, dy, *_):
     return *backward(dy, *ctx.saved_tensors, is_last_backward(dy)), None, None
 
 
-_eager = functools.partial(compute, hand_on=True)
-_op = Op("ln_mlp", _forward, _fake, _backward, _fake_backward, _save, _gradient, eager=_eager)
+_op = Op("ln_mlp", _forward, _fake, _backward, _fake_backward, _save, _gradient)

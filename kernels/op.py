@@ -1,6 +1,8 @@
 """A fused op as PyTorch sees it: a `torch.library` op where something traces or intercepts ops, a plain function elsewhere."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,11 +20,10 @@ class Op:
         fake, fake_backward: empty tensors like their outputs.
         save: save(ctx, inputs, output), as in torch.autograd.Function.setup_context.
         gradient: gradient(ctx, backward, *grads) -> the gradients of the inputs, by a call of `backward`.
-        eager: `forward` for eager code, where it differs: there an output reaches the next op as the object that it is.
     """
 
     def __init__(
-        self, name: str, forward: Callable, fake: Callable, backward: Callable, fake_backward: Callable, save: Callable, gradient: Callable, eager: Callable | None = None
+        self, name: str, forward: Callable, fake: Callable, backward: Callable, fake_backward: Callable, save: Callable, gradient: Callable
     ):  # fmt: skip
         library = torch.library.custom_op(f"uvit_fast::{name}", forward, mutates_args=())
         library_backward = torch.library.custom_op(f"uvit_fast::{name}_backward", backward, mutates_args=())
@@ -30,12 +31,11 @@ class Op:
         library_backward.register_fake(fake_backward)
         library.register_autograd(lambda ctx, *grads: gradient(ctx, library_backward, *grads), setup_context=save)
 
-        eager = eager or forward
-
         class Function(torch.autograd.Function):
             @staticmethod
             def forward(ctx, *args):  # with a setup_context of its own it would inspect the signature at every call
-                output = eager(*args)
+                with eagerly():
+                    output = forward(*args)
                 save(ctx, args, output)
                 return output
 
@@ -43,7 +43,7 @@ class Op:
             def backward(ctx, *grads):
                 return gradient(ctx, backward, *grads)
 
-        self.eager, self.function = eager, Function
+        self.forward, self.function = forward, Function
         self.library = getattr(torch.ops.uvit_fast, name).default
 
     def __call__(self, *args: Any) -> Any:
@@ -51,7 +51,26 @@ class Op:
             return self.library(*args)
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             return self.function.apply(*args)
-        return self.eager(*args)
+        with eagerly():
+            return self.forward(*args)
+
+
+_eager: ContextVar[bool] = ContextVar("eager", default=False)
+
+
+@contextlib.contextmanager
+def eagerly() -> Iterator[None]:
+    """While open, an op's result reaches the next op as the object that it is: nothing traces, copies or reuses it."""
+    token = _eager.set(True)
+    try:
+        yield
+    finally:
+        _eager.reset(token)
+
+
+def runs_eagerly() -> bool:
+    """Whether the op that runs was called in eager code."""
+    return _eager.get()
 
 
 def is_last_backward(gradient: Tensor) -> bool:

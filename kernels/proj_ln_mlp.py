@@ -1,12 +1,10 @@
 """The rest of a block after its attention, projection and MLP, with less kept for the backward."""
 
-import functools
-
 import torch
 from torch import Tensor
 
 from . import linear_residual, ln_mlp
-from .op import Op, empty, is_last_backward
+from .op import Op, eagerly, empty, is_last_backward
 
 
 def reference(
@@ -53,12 +51,9 @@ def proj_ln_mlp(
 def _forward(
     a: Tensor, weight: Tensor, bias: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, eps: float, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _compute(a, weight, bias, x, gamma, beta, w1, b1, w2, b2, eps, save)
-
-
-def _compute(a: Tensor, weight: Tensor, bias: Tensor, x: Tensor, *mlp: Tensor | float | bool, hand_on: bool = False) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    middle = linear_residual.compute(a, weight, bias, x, hand_on=True)
-    return ln_mlp.compute(middle, *mlp, overwrite=True, hand_on=hand_on)
+    with eagerly():  # whatever called: the middle stays in here
+        middle = linear_residual._forward(a, weight, bias, x)
+    return ln_mlp.compute(middle, gamma, beta, w1, b1, w2, b2, eps, save, overwrite=True)
 
 
 def _fake(a, weight, bias, x, *rest):
@@ -87,5 +82,4 @@ def _gradient(ctx, backward, dy, *_):
     return *backward(dy, *ctx.saved_tensors, is_last_backward(dy)), None, None
 
 
-_eager = functools.partial(_compute, hand_on=True)
-_op = Op("proj_ln_mlp", _forward, _fake, _backward, _fake_backward, _save, _gradient, eager=_eager)
+_op = Op("proj_ln_mlp", _forward, _fake, _backward, _fake_backward, _save, _gradient)

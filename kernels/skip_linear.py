@@ -1,7 +1,5 @@
 """The linear layer over concatenated skips, without the concatenation."""
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,14 +43,9 @@ def skip_linear(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor
 
 
 def _forward(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return compute(x, skip, weight, bias)
-
-
-def compute(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, hand_on: bool = False) -> Tensor:
-    """The result, which knows its moments with `hand_on`."""
     layernorm.handed_on(x)  # no LayerNorm reads x
     flat, N = launch.rows(x), weight.shape[0]
-    moments = layernorm.new_moments(flat, flat.shape[0], N) if hand_on else None
+    moments = layernorm.new_moments(flat, flat.shape[0], N)
     y = launch.core(x.device).linear(flat, launch.rows(weight), bias, x2=launch.rows(skip), moments=moments)  # (M, N)
     return layernorm.hand_on(y.view(*x.shape[:-1], N), moments)
 
@@ -84,5 +77,4 @@ def _gradient(ctx, backward, dy):
     return backward(dy, *ctx.saved_tensors)
 
 
-_eager = functools.partial(compute, hand_on=True)
-_op = Op("skip_linear", _forward, _fake, _backward, _fake_backward, _save, _gradient, eager=_eager)
+_op = Op("skip_linear", _forward, _fake, _backward, _fake_backward, _save, _gradient)

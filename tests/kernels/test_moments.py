@@ -64,6 +64,11 @@ def test_a_result_that_was_changed_since_or_is_another_tensor_has_none():
     assert layernorm.handed_on(written_by("linear_residual").clone()) is None
     with torch.inference_mode():  # whose tensors do not count their changes
         assert layernorm.handed_on(written_by("linear_residual")) is None
+    x, (w,) = random(*SHAPE), weights((D, D))
+    traced = torch.ops.uvit_fast.linear_residual.default(
+        x, w, random(D), x
+    )  # as compiled code calls it, which reuses results
+    assert layernorm.handed_on(traced) is None
 
 
 @in_the_interpreter
