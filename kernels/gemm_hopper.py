@@ -5,9 +5,8 @@ and both read the same stages. A consumer frees the stages it has read by itself
 behind the main loop of the other. The epilogue goes through the accumulator in parts of SN tokens; each leaves, and what it needs
 beside (residual, GELU's argument) arrives, by TMA through staging buffers of the consumer's own.
 
-Shared memory: 4 stages x (2 x 64 + 256) x 64 values + 2 x 16 KB of staging = 224 KB, and the barriers; or 3 stages + 2 x 40 KB,
-where the whole side input of a tile then arrives during the main loop. Where such tiles would leave multiprocessors idle, as with a
-single image, a tile has 64 tokens and eight stages.
+Shared memory: 4 stages x (2 x 64 + 256) x 64 values + 2 x 16 KB of staging = 224 KB, and the barriers. Where such tiles would leave
+multiprocessors idle, as with a single image, a tile has 64 tokens and eight stages.
 """
 
 from torch import Tensor
@@ -23,7 +22,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from . import gemm_ampere, launch, layernorm, wgrad_hopper
 from .gemm_ampere import CASES, GELU, GELU_BACKWARD, GELU_SAVE, PLAIN, RESIDUAL
-from .gemm_hopper_pieces import A0, A1, A2, fetch, gelu_terms, parts, read_statistics, send, send_two, write_moments
+from .gemm_hopper_pieces import (
+    A0,
+    A1,
+    A2,
+    fetch,
+    parts,
+    read_statistics,
+    rounded,
+    send,
+    send_two,
+    sigmoid2,
+    write_moments,
+)
 from .tma import descriptor
 
 M_PLAIN: gl.constexpr = gl.constexpr(PLAIN)
@@ -34,8 +45,9 @@ M_GELU_BACKWARD: gl.constexpr = gl.constexpr(GELU_BACKWARD)
 
 ROWS, TOKENS, BK = 64, 256, 64  # features a consumer, tokens a tile, K a stage
 assert ROWS == layernorm.CHUNK.value, "a consumer's features are those whose moments are taken together"
-STAGING = {8: 128, 4: 128, 3: 320}  # stages -> tokens that a consumer's staging buffers hold together
-FEW = {"tokens": 64, "part": 32, "stages": 8}  # a tile where tokens are few
+STAGES = {TOKENS: 4, 64: 8}
+STAGING = 128  # tokens that a consumer's staging buffers hold together
+FEW = {"tokens": 64, "part": 32}  # a tile where tokens are few
 
 
 @gluon.jit
@@ -95,10 +107,12 @@ def _main_loop(w_bufs, x_bufs, full, empty, step, KT, WHO: gl.constexpr, ROWS: g
 
 
 @gluon.jit
-def _consumer(out_desc, out2_desc, side_desc, bias, stats, sums, partial, moments, w_bufs, x_bufs, bufs, side_bufs, full, empty, side_bars, M, N, tiles_n, tiles_m, KT, WHO: gl.constexpr, ROWS: gl.constexpr, TOKENS: gl.constexpr, SN: gl.constexpr, S: gl.constexpr, NL: gl.constexpr, NO: gl.constexpr, MODE: gl.constexpr, FOLD: gl.constexpr, HAS_BIAS: gl.constexpr, WT: gl.constexpr, MOMENTS: gl.constexpr):  # fmt: skip
+def _consumer(out_desc, out2_desc, side_desc, bias, stats, sums, partial, moments, w_bufs, x_bufs, bufs, bufs2, side_bufs, full, empty, side_bars, M, N, tiles_n, tiles_m, KT, WHO: gl.constexpr, ROWS: gl.constexpr, TOKENS: gl.constexpr, SN: gl.constexpr, S: gl.constexpr, NL: gl.constexpr, NO: gl.constexpr, MODE: gl.constexpr, FOLD: gl.constexpr, HAS_BIAS: gl.constexpr, WT: gl.constexpr, MOMENTS: gl.constexpr):  # fmt: skip
     NP: gl.constexpr = TOKENS // SN
     SIDE: gl.constexpr = MODE == M_RESIDUAL or MODE == M_GELU_BACKWARD
-    FIRST: gl.constexpr = WHO * NO  # of the consumer's buffers that only leave
+    FIRST: gl.constexpr = (
+        WHO * NO
+    )  # of the consumer's buffers that results leave from, in bufs and where there are two in bufs2
     SIDE0: gl.constexpr = WHO * NL  # of those that the side input arrives in
     lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SN, 16])
     step = 0
@@ -108,8 +122,9 @@ def _consumer(out_desc, out2_desc, side_desc, bias, stats, sums, partial, moment
         token = (tile // tiles_n) * TOKENS
         row = feature + gl.arange(0, ROWS, layout=gl.SliceLayout(1, lay))
         # What the epilogue reads from global memory is on its way during the main loop.
-        if SIDE:
+        if MODE == M_RESIDUAL:
             tma.store_wait(0)
+        if SIDE:
             for b in gl.static_range(NL):
                 fetch(side_desc, token + b * SN, feature, side_bars.index(SIDE0 + b), side_bufs.index(SIDE0 + b))
         if HAS_BIAS:
@@ -132,11 +147,11 @@ def _consumer(out_desc, out2_desc, side_desc, bias, stats, sums, partial, moment
                 x = x + gl.expand_dims(shift, 1)
             if MODE == M_GELU_SAVE:
                 # The backward sees the rounded argument: round before the GELU.
-                x = x.to(out_desc.dtype).to(gl.float32)
-                t, u = gelu_terms(x)
-                tma.store_wait(NO - 2)
-                first, second = bufs.index(FIRST + (2 * j) % NO), bufs.index(FIRST + (2 * j + 1) % NO)
-                send_two(x, out2_desc, first, 0.5 * x * t + 0.5 * x, out_desc, second, at, feature)
+                x = rounded(x, out_desc.dtype)
+                p, u = sigmoid2(x)
+                tma.store_wait(2 * (NO - 1))
+                b = FIRST + j % NO
+                send_two(x * p, out_desc, bufs.index(b), x, out2_desc, bufs2.index(b), at, feature)
             elif SIDE:
                 buf = side_bufs.index(SIDE0 + j % NL)
                 bar = side_bars.index(SIDE0 + j % NL)
@@ -154,21 +169,19 @@ def _consumer(out_desc, out2_desc, side_desc, bias, stats, sums, partial, moment
                                 side_desc, at + (NL - 1) * SN, feature, side_bars.index(before), side_bufs.index(before)
                             )
                 else:
-                    t, u = gelu_terms(h)
-                    slope = u * (u * (5.0 * A2) + 3.0 * A1) + A0
-                    y = 0.5 * h * t + 0.5 * h
-                    x = x * ((y - y * t) * slope + (0.5 * t + 0.5))  # y (1 - t) is h (1 - t^2) / 2
-                    total += gl.sum(x, axis=1)
-                    tma.store_wait(2 * (NO - 1))  # the value sent from the next buffer, NO parts ago, has left
-                    value = bufs.index(FIRST + j % NO)
-                    send_two(x, out_desc, buf, y, out2_desc, value, at, feature)
-                    if j + NL < NP:
-                        tma.store_wait(1)
+                    if j + NL < NP:  # h is in registers: its buffer is free
                         fetch(side_desc, at + NL * SN, feature, bar, buf)
+                    p, u = sigmoid2(h)
+                    y = h * p
+                    x = x * ((y - y * p) * (u * (u * (10.0 * A2) + 6.0 * A1) + 2.0 * A0) + p)
+                    total += gl.sum(x, axis=1)
+                    tma.store_wait(2 * (NO - 1))
+                    b = FIRST + j % NO
+                    send_two(x, out_desc, bufs.index(b), y, out2_desc, bufs2.index(b), at, feature)
             else:
                 if MODE == M_GELU:
-                    t, u = gelu_terms(x)
-                    x = 0.5 * x * t + 0.5 * x
+                    p, u = sigmoid2(x)
+                    x = x * p
                 tma.store_wait(NO - 1)
                 buf = bufs.index(FIRST + j % NO)
                 send(x, out_desc, at, feature, buf)
@@ -215,13 +228,15 @@ def gemm_kernel(
     SN: gl.constexpr = out_desc.block_type.shape[0]
     w_bufs = gl.allocate_shared_memory(w_desc.dtype, [2 * S] + w_desc.block_type.shape, w_desc.layout)
     x_bufs = gl.allocate_shared_memory(x_desc.dtype, [S] + x_desc.block_type.shape, x_desc.layout)
-    # Two allocations: the compiler puts a barrier between any two uses of one. A residual's result leaves from the residual's buffer.
+    # Allocations apart: the compiler puts a barrier between any two uses of one. A residual's result leaves from the residual's buffer.
     shape: gl.constexpr = out_desc.block_type.shape
     bufs = gl.allocate_shared_memory(out_desc.dtype, [2 * (NO if NO else NL)] + shape, out_desc.layout)
+    bufs2 = bufs
+    if MODE == M_GELU_SAVE or MODE == M_GELU_BACKWARD:
+        bufs2 = gl.allocate_shared_memory(out_desc.dtype, [2 * NO] + shape, out_desc.layout)
+    side_bufs = bufs
     if NL > 0 and NO > 0:
         side_bufs = gl.allocate_shared_memory(out_desc.dtype, [2 * NL] + shape, out_desc.layout)
-    else:
-        side_bufs = bufs
     full = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
     side_bars = gl.allocate_shared_memory(gl.int64, [2 * max(NL, 1), 1], mbarrier.MBarrierLayout())
@@ -232,8 +247,8 @@ def gemm_kernel(
         mbarrier.init(side_bars.index(i), count=1)
     gl.warp_specialize(
         [
-            (_consumer, (out_desc, out2_desc, side_desc, bias, stats, sums, partial, moments, w_bufs, x_bufs, bufs, side_bufs, full, empty, side_bars, M, N, tiles_n, tiles_m, KT, 0, ROWS, TOKENS, SN, S, NL, NO, MODE, FOLD, HAS_BIAS, WT, MOMENTS)),
-            (_consumer, (out_desc, out2_desc, side_desc, bias, stats, sums, partial, moments, w_bufs, x_bufs, bufs, side_bufs, full, empty, side_bars, M, N, tiles_n, tiles_m, KT, 1, ROWS, TOKENS, SN, S, NL, NO, MODE, FOLD, HAS_BIAS, WT, MOMENTS)),
+            (_consumer, (out_desc, out2_desc, side_desc, bias, stats, sums, partial, moments, w_bufs, x_bufs, bufs, bufs2, side_bufs, full, empty, side_bars, M, N, tiles_n, tiles_m, KT, 0, ROWS, TOKENS, SN, S, NL, NO, MODE, FOLD, HAS_BIAS, WT, MOMENTS)),
+            (_consumer, (out_desc, out2_desc, side_desc, bias, stats, sums, partial, moments, w_bufs, x_bufs, bufs, bufs2, side_bufs, full, empty, side_bars, M, N, tiles_n, tiles_m, KT, 1, ROWS, TOKENS, SN, S, NL, NO, MODE, FOLD, HAS_BIAS, WT, MOMENTS)),
             (_producer, (w_desc, x_desc, x2_desc, w_bufs, x_bufs, full, empty, tiles_n, tiles_m, KT, KT1, DUAL, WT, S)),
         ],
         [4, 1],
@@ -255,15 +270,16 @@ def arguments(
     transposed: bool = False,
     tokens: int = TOKENS,
     part: int = 64,
-    stages: int = 4,
 ) -> tuple[tuple, dict, int, tuple[Tensor, Tensor, Tensor]]:
     """The kernel's arguments, its launch options, the number of tiles, and the outputs (out, out2, partial)."""
-    buffers = STAGING[stages] // part
-    out_buffers = 0 if mode == RESIDUAL else 2 if mode == GELU_BACKWARD else min(tokens // part, buffers)
-    side_buffers = 0
-    if mode in (RESIDUAL, GELU_BACKWARD):  # a power of two: each is filled equally often in a tile
-        side_buffers = 1 << (min(tokens // part, buffers - out_buffers).bit_length() - 1)
-    assert mode != GELU_BACKWARD or side_buffers >= 2, "the side input's buffers are filled again two parts later"
+    buffers = min(tokens, STAGING) // part
+    arriving, leaving = {
+        PLAIN: (0, buffers),
+        GELU: (0, buffers),
+        GELU_SAVE: (0, buffers // 2),  # of either output
+        RESIDUAL: (buffers, 0),  # the result leaves from where the residual arrived
+        GELU_BACKWARD: (2, 1),
+    }[mode]
     (M, K), N = x.shape, w.shape[1 if transposed else 0]
     tiles_n, tiles_m = launch.cdiv(N, 2 * ROWS), launch.cdiv(M, tokens)
     out, out2 = gemm_ampere.outputs(mode, x, N, side, overwrite)
@@ -288,9 +304,9 @@ def arguments(
         tiles_m,
         launch.cdiv(K + (0 if x2 is None else x2.shape[1]), BK),
         K // BK,
-        stages,
-        side_buffers,
-        out_buffers,
+        STAGES[tokens],
+        arriving,
+        leaving,
         mode,
         fold is not None,
         bias is not None,
@@ -305,8 +321,7 @@ def _run(mode: int, x: Tensor, w: Tensor, **sources) -> tuple[Tensor, Tensor, Te
     features, programs = w.shape[1 if sources.get("transposed") else 0], launch.multiprocessors(x.device)
     tile = FEW
     if launch.cdiv(features, 2 * ROWS) * launch.cdiv(x.shape[0], TOKENS) >= programs:
-        tuned = launch.choice(x.device, CASES[mode], x.shape[1])
-        tile = {"part": tuned["part"], "stages": tuned["stages"]}
+        tile = {"part": launch.choice(x.device, CASES[mode], x.shape[1])["part"]}
     args, options, tiles, outputs = arguments(mode, x, w, **sources, **tile)
     launch.run(x.device, gemm_kernel, (min(tiles, programs),), args, options)
     return outputs

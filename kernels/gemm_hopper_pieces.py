@@ -19,10 +19,21 @@ def tanh(x):
 
 
 @gluon.jit
-def gelu_terms(x):
-    """tanh of GELU's argument, and u (see gemm_ampere)."""
+def sigmoid2(x):
+    """(1 + tanh(v)) / 2 with GELU's v, and u (see gemm_ampere)."""
     u = gl.minimum(x * x, 50.0)
-    return tanh(x * (u * (u * A2 + A1) + A0)), u
+    return 0.5 * tanh(x * (u * (u * A2 + A1) + A0)) + 0.5, u
+
+
+@gluon.jit
+def rounded(x, dtype: gl.constexpr):
+    """x as `dtype` holds it, in fp32. Two bfloat16 values at a time: one at a time they share a slow unit with tanh."""
+    if dtype == gl.bfloat16:
+        pair: gl.constexpr = "{.reg .b32 p; cvt.rn.bf16x2.f32 p, $3, $2; shl.b32 $0, p, 16; and.b32 $1, p, 0xffff0000;}"
+        y = gl.inline_asm_elementwise(pair, "=f,=f,f,f", [x], dtype=gl.float32, is_pure=True, pack=2)
+    else:
+        y = x.to(dtype).to(gl.float32)
+    return y
 
 
 @gluon.jit

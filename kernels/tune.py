@@ -30,8 +30,8 @@ def _grid(**values: list) -> list[dict]:
 def candidates(arch: int) -> dict[str, list[dict]]:
     """case -> the choices that are tried on an architecture."""
     if arch == 90:
-        gemm = _grid(part=[32, 64], stages=[3, 4])
-        gelu_backward = [c for c in gemm if c != {"part": 64, "stages": 4}]  # two side buffers do not fit
+        gemm = _grid(part=[32, 64])
+        gelu_backward = _grid(part=[32])  # in parts of 64 its buffers would not fit
         products = {"input_gradient": _OURS, "weight_gradient": _OURS}
     else:
         gemm = _grid(tile=[[128, 128, 32], [128, 64, 64], [128, 256, 32]], group=[8], warps=[4, 8], stages=[3, 4])

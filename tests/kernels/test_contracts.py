@@ -58,7 +58,7 @@ def hopper() -> dict:
 
     def gemm(mode, x, w, sources):
         tuned = choice(table, gemm_ampere.CASES[mode], x.shape[1])
-        args, options, *_ = g.arguments(mode, x, w, part=tuned["part"], stages=tuned["stages"], **sources)
+        args, options, *_ = g.arguments(mode, x, w, part=tuned["part"], **sources)
         return g.gemm_kernel, args, options
 
     def wgrad(bias):
