@@ -33,6 +33,7 @@ from .gemm_hopper_pieces import (
     send,
     send_two,
     sigmoid2,
+    touch,
     write_moments,
 )
 from .tma import descriptor
@@ -47,6 +48,7 @@ ROWS, TOKENS, BK = 64, 256, 64  # features a consumer, tokens a tile, K a stage
 assert ROWS == layernorm.CHUNK.value, "a consumer's features are those whose moments are taken together"
 STAGES = {TOKENS: 4, 64: 8}
 STAGING = 128  # tokens that a consumer's staging buffers hold together
+SHORT = 12  # steps of K, up to which asking for a tile's statistics ahead measured faster
 FEW = {"tokens": 64, "part": 32}  # a tile where tokens are few
 
 
@@ -107,7 +109,7 @@ def _main_loop(w_bufs, x_bufs, full, empty, step, KT, WHO: gl.constexpr, ROWS: g
 
 
 @gluon.jit
-def _consumer(out_desc, out2_desc, side_desc, bias, stats, sums, partial, moments, w_bufs, x_bufs, bufs, bufs2, side_bufs, full, empty, side_bars, M, N, tiles_n, tiles_m, KT, WHO: gl.constexpr, ROWS: gl.constexpr, TOKENS: gl.constexpr, SN: gl.constexpr, S: gl.constexpr, NL: gl.constexpr, NO: gl.constexpr, MODE: gl.constexpr, FOLD: gl.constexpr, HAS_BIAS: gl.constexpr, WT: gl.constexpr, MOMENTS: gl.constexpr):  # fmt: skip
+def _consumer(out_desc, out2_desc, side_desc, bias, stats, sums, partial, moments, w_bufs, x_bufs, bufs, bufs2, side_bufs, full, empty, side_bars, M, N, tiles_n, tiles_m, KT, WHO: gl.constexpr, ROWS: gl.constexpr, TOKENS: gl.constexpr, SN: gl.constexpr, S: gl.constexpr, NL: gl.constexpr, NO: gl.constexpr, MODE: gl.constexpr, FOLD: gl.constexpr, AHEAD: gl.constexpr, HAS_BIAS: gl.constexpr, WT: gl.constexpr, MOMENTS: gl.constexpr):  # fmt: skip
     NP: gl.constexpr = TOKENS // SN
     SIDE: gl.constexpr = MODE == M_RESIDUAL or MODE == M_GELU_BACKWARD
     FIRST: gl.constexpr = (
@@ -131,6 +133,8 @@ def _consumer(out_desc, out2_desc, side_desc, bias, stats, sums, partial, moment
             shift = gl.load(bias + row, mask=row < N, other=0.0).to(gl.float32)
         if FOLD:
             s = gl.load(sums + row, mask=row < N, other=0.0)
+            if AHEAD:
+                touch(stats, token, M, TOKENS)
             mean, rstd = read_statistics(stats, token, M, SN)
         acc = _main_loop(w_bufs, x_bufs, full, empty, step, KT, WHO, ROWS, TOKENS, WT, S)
         xs = parts(acc, ROWS, TOKENS, SN)
@@ -218,6 +222,7 @@ def gemm_kernel(
     NO: gl.constexpr,
     MODE: gl.constexpr,
     FOLD: gl.constexpr,
+    AHEAD: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     DUAL: gl.constexpr,
     WT: gl.constexpr,
@@ -247,8 +252,8 @@ def gemm_kernel(
         mbarrier.init(side_bars.index(i), count=1)
     gl.warp_specialize(
         [
-            (_consumer, (out_desc, out2_desc, side_desc, bias, stats, sums, partial, moments, w_bufs, x_bufs, bufs, bufs2, side_bufs, full, empty, side_bars, M, N, tiles_n, tiles_m, KT, 0, ROWS, TOKENS, SN, S, NL, NO, MODE, FOLD, HAS_BIAS, WT, MOMENTS)),
-            (_consumer, (out_desc, out2_desc, side_desc, bias, stats, sums, partial, moments, w_bufs, x_bufs, bufs, bufs2, side_bufs, full, empty, side_bars, M, N, tiles_n, tiles_m, KT, 1, ROWS, TOKENS, SN, S, NL, NO, MODE, FOLD, HAS_BIAS, WT, MOMENTS)),
+            (_consumer, (out_desc, out2_desc, side_desc, bias, stats, sums, partial, moments, w_bufs, x_bufs, bufs, bufs2, side_bufs, full, empty, side_bars, M, N, tiles_n, tiles_m, KT, 0, ROWS, TOKENS, SN, S, NL, NO, MODE, FOLD, AHEAD, HAS_BIAS, WT, MOMENTS)),
+            (_consumer, (out_desc, out2_desc, side_desc, bias, stats, sums, partial, moments, w_bufs, x_bufs, bufs, bufs2, side_bufs, full, empty, side_bars, M, N, tiles_n, tiles_m, KT, 1, ROWS, TOKENS, SN, S, NL, NO, MODE, FOLD, AHEAD, HAS_BIAS, WT, MOMENTS)),
             (_producer, (w_desc, x_desc, x2_desc, w_bufs, x_bufs, full, empty, tiles_n, tiles_m, KT, KT1, DUAL, WT, S)),
         ],
         [4, 1],
@@ -286,6 +291,7 @@ def arguments(
     partial = x.new_empty(tiles_m, N, dtype=launch.ACCUMULATE) if mode == GELU_BACKWARD else out
     stats, sums = fold or (out, out)
     out_desc = descriptor(out, part, ROWS)
+    steps = launch.cdiv(K + (0 if x2 is None else x2.shape[1]), BK)
     args = (
         descriptor(w, BK, ROWS) if transposed else descriptor(w, ROWS, BK),
         x_desc := descriptor(x, tokens, BK),
@@ -302,13 +308,14 @@ def arguments(
         N,
         tiles_n,
         tiles_m,
-        launch.cdiv(K + (0 if x2 is None else x2.shape[1]), BK),
+        steps,
         K // BK,
         STAGES[tokens],
         arriving,
         leaving,
         mode,
         fold is not None,
+        fold is not None and steps <= SHORT,
         bias is not None,
         x2 is not None,
         transposed,

@@ -73,6 +73,17 @@ def read_statistics(stats, token, M, SN: gl.constexpr):
 
 
 @gluon.jit
+def touch(stats, token, M, TOKENS: gl.constexpr):
+    """A tile's statistics on their way into L1, where `read_statistics` will look for them after the main loop."""
+    lay: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
+    at = gl.minimum(token + gl.arange(0, TOKENS, layout=lay), M - 1)
+    hint: gl.constexpr = "prefetch.global.L1 [$1]; mov.b32 $0, 0;"
+    for half in gl.static_range(2):
+        line = (stats + half * M + at).to(gl.int64)
+        gl.inline_asm_elementwise(hint, "=r,l", [line], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def fetch(side_desc, token, feature, bar, buf):
     mbarrier.expect(bar, side_desc.block_type.nbytes)
     tma.async_copy_global_to_shared(side_desc, [token, feature], bar, buf)

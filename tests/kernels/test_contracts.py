@@ -52,6 +52,7 @@ def hopper() -> dict:
         ),
         "gemm_gelu": (g.GELU, x, meta(H, D), {"bias": fp32(H), "fold": fold[H]}),
         "gemm_gelu_save": (g.GELU_SAVE, x, meta(H, D), {"bias": fp32(H), "fold": fold[H]}),
+        "gemm_gelu_short": (g.GELU, meta(M, 768), meta(H, 768), {"bias": fp32(H), "fold": fold[H]}),
         "gemm_gelu_backward": (g.GELU_BACKWARD, x, meta(D, H), {"side": meta(M, H), "transposed": True}),
     }
     table = launch.table(90)
