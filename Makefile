@@ -24,7 +24,7 @@ format: .venv/test.done
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/test.done  ## the whole benchmark suite on this machine; make bench BENCH=--quick on a GPU for six minutes
+bench: .venv/test.done  ## the whole benchmark suite on this machine; make bench BENCH=--quick on an H100 for seven minutes
 	$(BIN)/uvit-fast bench $(BENCH)
 
 report: .venv/test.done  ## tables and plots anew from benchmarks/results/*.csv

@@ -94,6 +94,7 @@ def decoders(rows: Rows, folder: Path, sizes: list[int], threads: int) -> None:
     for size in sizes:
         for n in (1, threads):
             os.sched_setaffinity(0, cores[:n])  # DALI takes as many threads as there are cores
+            torch.set_num_threads(1)  # else PyTorch's, one a core, wait for each other on the n that are left
             pillow = ImageFolder(str(images), size, "center", flip=False, labelled=False)
             times: dict[str, list[float]] = {}
             items = [(i, 0) for i in range(len(pillow))]

@@ -116,7 +116,7 @@ def training(results: Results, folder: Path) -> Iterator[str]:
     )
     yield from picture("training", "Images a second against peak memory", folder)
     rows = []
-    for case in results.cases("training"):
+    for case in sorted(results.cases("training"), key=lambda case: "HLMS".find(case[0])):
         for provider in results.providers("training", PEERS):
             speed = results.value("training", case, provider, "img_per_s")
             if speed is None:
@@ -166,8 +166,8 @@ def ops(results: Results, folder: Path) -> Iterator[str]:
     )
     yield from picture("ops", "Time of the fused ops at D = 1152 over eager", folder)
     rows = []
-    for case in results.cases("ops"):
-        op, part, width = (case.split(":") + ["", ""])[:3]
+    for case in sorted(results.cases("ops"), key=lambda case: -int(case.split(":")[2])):
+        op, part, width = case.split(":")
         found = {p: results.value("ops", case, p, "time") for p in ("ours", "eager", "compiled", "cublas")}
         rows.append([
             f"{op} {part}, D = {width}", *map(number, found.values()), times(found["eager"], found["ours"]),
