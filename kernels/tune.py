@@ -1,7 +1,7 @@
 """Measure the choices of the tuning tables on the GPU at hand and write its table: `uvit-fast tune`.
 
-Each case is run as the ops run it, with every candidate that compiles. What the table says now stays where nothing beats it by
-more than the noise.
+Each case is run as the ops run it, with every candidate that compiles, in turns: a GPU's clock moves by more than candidates differ.
+What the table says now stays where nothing beats it by more than the noise.
 """
 
 import itertools
@@ -9,7 +9,9 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,9 +94,20 @@ def times(f: Callable, repeats: int = 25, warmup: int = 3, cycles: int = 60_000_
     return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
 
 
-def milliseconds(f: Callable) -> float:
-    """The median of a few calls, which Python queues in about 10 ms."""
-    return statistics.median(times(f, repeats=9, warmup=1, cycles=20_000_000))
+def milliseconds(calls: list[Callable], rounds: int = 9, cycles: int = 3_000_000) -> list[float]:
+    """The median of each on the GPU, taken in turns; it sleeps for `cycles` a call while Python queues a round."""
+    turns = []
+    for _ in range(rounds):
+        torch.cuda._sleep(cycles * len(calls))
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
+        events[0].record()
+        for call, event in zip(calls, events[1:]):
+            call()
+            event.record()
+        turns.append(events)
+    torch.cuda.synchronize()
+    spans = [[a.elapsed_time(b) for a, b in itertools.pairwise(events)] for events in turns]
+    return [statistics.median(taken) for taken in zip(*spans)]
 
 
 def tune(
@@ -118,22 +131,31 @@ def tune(
         for case, width, f in cases(D, device):
             if case not in tried:
                 continue
+            entry = f"{case}:{width}"
             before = launch.choice(device, case, width)
             before = {name: before[name] for name in tried[case][0]}
-            times = []
-            for choice in (before, *tried[case]):
-                table[f"{case}:{width}"] = choice
+            choices, calls = [before, *tried[case]], {}
+            for i, choice in enumerate(choices):
+                call = partial(_run_with, table, entry, choice, f)
                 try:
-                    times.append(milliseconds(f))
+                    call()
+                    calls[i] = call
                 except Exception as error:  # what this compiler or GPU does not take is no candidate
-                    times.append(math.inf)
-                    report(f"{case}:{width}: {choice} cannot run: {str(error).splitlines()[0][:80]}")
+                    report(f"{entry}: {choice} cannot run: {str(error).splitlines()[0][:80]}")
+            times = [math.inf] * len(choices)
+            for i, time in zip(calls, milliseconds([*calls.values()])):
+                times[i] = time
             best = min(times)
-            choice = before if best > (1 - NOISE) * times[0] else tried[case][times[1:].index(best)]
-            table[f"{case}:{width}"] = choice
+            choice = before if best > (1 - NOISE) * times[0] else choices[times.index(best)]
+            table[entry] = choice
             found.setdefault(case, {})[width] = choice
-            report(f"{f'{case}:{width}':32s} {times[0]:8.4f} -> {best:8.4f} ms  {json.dumps(choice)}")
+            report(f"{entry:32s} {times[0]:8.4f} -> {best:8.4f} ms  {json.dumps(choice)}")
     return kept | compact(table["default"], found)
+
+
+def _run_with(table: dict, entry: str, choice: dict, f: Callable) -> Any:
+    table[entry] = choice
+    return f()
 
 
 def compact(default: dict, found: dict[str, dict[str, dict]]) -> dict[str, dict]:

@@ -17,15 +17,15 @@ def small_gpu(monkeypatch):
     table = {"default": {"rows": 1, "warps": 1}, "prepare": {"rows": 1, "warps": 2}}
     monkeypatch.setattr(launch, "table", lambda arch: table)
     monkeypatch.setattr(tune, "candidates", lambda arch: {"prepare": tune._grid(rows=[1, 2], warps=[2, 4, 8])})
-    monkeypatch.setattr(tune, "cases", lambda D, device: [("prepare", str(D), lambda: D), ("unknown", "1", None)])
 
-    def clock(f):
-        choice = launch.choice(CPU, "prepare", f())
+    def run(D):
+        choice = launch.choice(CPU, "prepare", D)
         if choice["warps"] == 8:
             raise RuntimeError("too many warps")
-        return 1.0 - 0.1 * (choice["warps"] == 4) - 0.1 * (choice["rows"] == 2 and f() == 64)
+        return 1.0 - 0.1 * (choice["warps"] == 4) - 0.1 * (choice["rows"] == 2 and D == 64)
 
-    monkeypatch.setattr(tune, "milliseconds", clock)
+    monkeypatch.setattr(tune, "cases", lambda D, device: [("prepare", str(D), lambda: run(D)), ("unknown", "1", None)])
+    monkeypatch.setattr(tune, "milliseconds", lambda calls: [call() for call in calls])
 
 
 def test_the_fastest_that_runs_is_chosen_for_each_width(small_gpu):
@@ -43,7 +43,7 @@ def test_cases_that_are_not_measured_stay(small_gpu):
 
 
 def test_a_gain_within_the_noise_changes_nothing(small_gpu, monkeypatch):
-    monkeypatch.setattr(tune, "milliseconds", lambda f: 1.0 - 0.01 * (launch.choice(CPU, "prepare", 64)["warps"] == 4))
+    monkeypatch.setattr(tune, "milliseconds", lambda calls: [1 - 0.05 * (1 - call()) for call in calls])
     assert tune.tune([64], CPU, lambda line: None)["prepare"] == {"rows": 1, "warps": 2}
 
 
