@@ -79,35 +79,30 @@ def cases(D: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> 
         yield "weight_gradient", size, lambda g=gradient, s=source, b=bias: core.weight_gradient(g, s, bias=b)
 
 
-def times(f: Callable, repeats: int = 25, warmup: int = 3, cycles: int = 60_000_000) -> list[float]:
-    """Milliseconds of `repeats` calls on the GPU, back to back; it sleeps for `cycles` while Python queues them."""
-    for _ in range(warmup):
-        f()
-    torch.cuda.synchronize()
+def _timed(calls: list[Callable], cycles: int) -> list[float]:
+    """Milliseconds of each call on the GPU, back to back; it sleeps for `cycles` while Python queues them."""
     torch.cuda._sleep(cycles)
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
     events[0].record()
-    for event in events[1:]:
-        f()
+    for call, event in zip(calls, events[1:]):
+        call()
         event.record()
     torch.cuda.synchronize()
     return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
 
 
-def milliseconds(calls: list[Callable], rounds: int = 9, cycles: int = 3_000_000) -> list[float]:
-    """The median of each on the GPU, taken in turns; it sleeps for `cycles` a call while Python queues a round."""
-    turns = []
-    for _ in range(rounds):
-        torch.cuda._sleep(cycles * len(calls))
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
-        events[0].record()
-        for call, event in zip(calls, events[1:]):
-            call()
-            event.record()
-        turns.append(events)
+def times(f: Callable, repeats: int = 25, warmup: int = 3, cycles: int = 60_000_000) -> list[float]:
+    """Milliseconds of `repeats` calls on the GPU, back to back, after `warmup` more."""
+    for _ in range(warmup):
+        f()
     torch.cuda.synchronize()
-    spans = [[a.elapsed_time(b) for a, b in itertools.pairwise(events)] for events in turns]
-    return [statistics.median(taken) for taken in zip(*spans)]
+    return _timed([f] * repeats, cycles)
+
+
+def milliseconds(calls: list[Callable], rounds: int = 9, cycles: int = 3_000_000) -> list[float]:
+    """The median of each on the GPU, taken in turns; it sleeps for `cycles` a call before a round."""
+    turns = [_timed(calls, cycles * len(calls)) for _ in range(rounds)]
+    return [statistics.median(taken) for taken in zip(*turns)]
 
 
 def tune(
