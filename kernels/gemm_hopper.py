@@ -112,9 +112,7 @@ def _main_loop(w_bufs, x_bufs, full, empty, step, KT, WHO: gl.constexpr, ROWS: g
 def _consumer(out_desc, out2_desc, side_desc, bias, stats, sums, partial, moments, w_bufs, x_bufs, bufs, bufs2, side_bufs, full, empty, side_bars, M, N, tiles_n, tiles_m, KT, WHO: gl.constexpr, ROWS: gl.constexpr, TOKENS: gl.constexpr, SN: gl.constexpr, S: gl.constexpr, NL: gl.constexpr, NO: gl.constexpr, MODE: gl.constexpr, FOLD: gl.constexpr, AHEAD: gl.constexpr, HAS_BIAS: gl.constexpr, WT: gl.constexpr, MOMENTS: gl.constexpr):  # fmt: skip
     NP: gl.constexpr = TOKENS // SN
     SIDE: gl.constexpr = MODE == M_RESIDUAL or MODE == M_GELU_BACKWARD
-    FIRST: gl.constexpr = (
-        WHO * NO
-    )  # of the consumer's buffers that results leave from, in bufs and where there are two in bufs2
+    FIRST: gl.constexpr = WHO * NO  # of the consumer's buffers in bufs, and in bufs2 where two results leave
     SIDE0: gl.constexpr = WHO * NL  # of those that the side input arrives in
     lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SN, 16])
     step = 0
