@@ -12,22 +12,22 @@ from torch import Tensor
 from . import launch, layernorm
 from .layernorm import CHUNK
 
-# GELU(x) = x (1 + tanh(x (A0 + A1 u + A2 u^2))) / 2, u = min(x^2, 50): within 2.6e-5 of the erf form everywhere, its derivative
-# within 1.1e-4.
-A0 = tl.constexpr(0.7975078698098526)
-A1 = tl.constexpr(0.037005658189945986)
-A2 = tl.constexpr(-0.00035151862450346087)
+# GELU(2 h) = h + h tanh(v), v = h (G0 + w max(G1 + G2 w, 0)), w = h^2: within 2.6e-5 of the erf form, its derivative within 1.1e-4.
+# The kernels take and keep h, half the argument: it costs no instruction, as the weights before it are halved.
+G0 = tl.constexpr(1.5950157396197052)
+G1 = tl.constexpr(0.2960452655195679)
+G2 = tl.constexpr(-0.011248595984110748)
 
 PLAIN, RESIDUAL, GELU, GELU_SAVE, GELU_BACKWARD = 0, 1, 2, 3, 4
 CASES = ("gemm", "gemm_residual", "gemm_gelu", "gemm_gelu_save", "gemm_gelu_backward")  # mode -> its name in the tables
 
 
 @triton.jit
-def _sigmoid2(x):
-    """(1 + tanh(v)) / 2 with GELU's v, and u."""
-    u = tl.minimum(x * x, 50.0)
-    v = x * (A0 + u * (A1 + u * A2))
-    return 1.0 / (1.0 + tl.exp(-2.0 * v)), u
+def _gate(h):
+    """(1 + tanh(v)) / 2 with GELU's v, and w."""
+    w = h * h
+    v = h * (w * tl.maximum(w * G2 + G1, 0.0) + G0)
+    return 1.0 / (1.0 + tl.exp(-2.0 * v)), w
 
 
 @triton.jit
@@ -51,11 +51,11 @@ def gemm_kernel(
     x2,  # (M, K2): the second source of the contraction, unread without DUAL
     w,  # (N, K + K2), by strides
     bias,  # (N,)
-    stats,  # (2, M) fp32: mean, rstd
+    stats,  # (2, at least M) fp32: mean, rstd
     sums,  # (N,) fp32
-    side,  # (M, N): the residual, or GELU's argument
+    side,  # (M, N): the residual, or GELU's h
     out,  # (M, N)
-    out2,  # (M, N): GELU's argument (GELU_SAVE), GELU's value (GELU_BACKWARD)
+    out2,  # (M, N): GELU's h (GELU_SAVE), GELU's value (GELU_BACKWARD)
     partial,  # (ceil(M / BM), N) fp32: column sums of out (GELU_BACKWARD)
     moments,  # (N / 64, 2, M) fp32, written with MOMENTS: see layernorm.new_moments
     M,
@@ -64,6 +64,7 @@ def gemm_kernel(
     K2,
     stride_wn,
     stride_wk,
+    stride_stats,
     FOLD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DUAL: tl.constexpr,
@@ -93,7 +94,7 @@ def gemm_kernel(
     at = row.to(tl.int64)[:, None] * N + col[None, :]
     if FOLD:
         mean = tl.load(stats + row, mask=row < M, other=0.0)
-        rstd = tl.load(stats + M + row, mask=row < M, other=0.0)
+        rstd = tl.load(stats + stride_stats + row, mask=row < M, other=0.0)
         s = tl.load(sums + col, mask=col < N, other=0.0)
         acc = (acc - mean[:, None] * s[None, :]) * rstd[:, None]
     if HAS_BIAS:
@@ -102,17 +103,17 @@ def gemm_kernel(
         acc += tl.load(side + at, mask=inside, other=0.0).to(tl.float32)
     elif MODE == 2 or MODE == 3:
         if MODE == 3:
-            # The backward sees the rounded argument: round before the GELU.
+            # The backward sees h as rounded: round before the GELU.
             kept = acc.to(out2.dtype.element_ty)
             tl.store(out2 + at, kept, mask=inside)
             acc = kept.to(tl.float32)
-        phi, _ = _sigmoid2(acc)
-        acc = acc * phi
+        phi, _ = _gate(acc)
+        acc = 2.0 * acc * phi
     elif MODE == 4:
         h = tl.load(side + at, mask=inside, other=0.0).to(tl.float32)
-        phi, u = _sigmoid2(h)
-        tl.store(out2 + at, (h * phi).to(out2.dtype.element_ty), mask=inside)
-        slope = A0 + u * (3.0 * A1 + u * (5.0 * A2))
+        phi, w2 = _gate(h)
+        tl.store(out2 + at, (2.0 * h * phi).to(out2.dtype.element_ty), mask=inside)
+        slope = w2 * (w2 * (5.0 * G2) + 3.0 * G1) + G0
         acc = acc * (phi + 2.0 * h * phi * (1.0 - phi) * slope)
         total = tl.sum(tl.where(inside, acc, 0.0), axis=0)
         tl.store(partial + tile_m * N + col, total, mask=col < N)
@@ -181,6 +182,7 @@ def _run(
         0 if x2 is None else x2.shape[1],
         w.stride(0),
         w.stride(1),
+        stats.stride(0),
     )
     options = {
         "FOLD": fold is not None,
@@ -217,7 +219,7 @@ def linear(
         w: (N, K), or (N, K + K2) with x2; may be a transposed view.
         bias: (N,), any float dtype.
         x2: (M, K2): contracted with the last K2 columns of w.
-        fold: stats (2, M) and sums (N,), fp32, of `layernorm.prepare`: the LayerNorm of x goes into the epilogue.
+        fold: stats and sums (N,), fp32, of `layernorm.prepare`: the LayerNorm of x goes into the epilogue.
         residual: (M, N), contiguous, added last.
         overwrite: the result takes the residual's place.
         moments: of `layernorm.new_moments`, filled with those of the result.
@@ -231,7 +233,7 @@ def linear(
 def linear_gelu(
     x: Tensor, w: Tensor, bias: Tensor, *, fold: tuple[Tensor, Tensor], save: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """GELU(LN(x) @ w.T + bias), with the LayerNorm folded in; its argument too where `save` asks for it. Both (M, N)."""
+    """GELU(2 h), h = LN(x) @ w.T + bias, with the LayerNorm folded in; h too where `save` asks for it. Both (M, N)."""
     act, pre, _ = _run(GELU_SAVE if save else GELU, x, w, bias, fold=fold)
     return act, pre if save else None
 
@@ -240,16 +242,17 @@ def linear_gelu_backward(dy: Tensor, w: Tensor, h: Tensor, *, overwrite: bool = 
     """Back through the linear layer after a GELU, and through the GELU.
 
     Args:
-        dy: (M, K), the gradient of GELU(h) @ w.T.
+        dy: (M, K), the gradient of GELU(2 h) @ w.T.
         w: (K, N), that layer's weight.
-        h: (M, N), the GELU's argument.
-        overwrite: GELU(h) takes h's place, each value that of the one it was computed from.
+        h: (M, N), half the GELU's argument.
+        overwrite: GELU(2 h) takes h's place, each value that of the one it was computed from.
 
     Returns:
-        dh = (dy @ w) * GELU'(h), (M, N); GELU(h), (M, N), which the weight gradient needs; the column sums of dh, (N,).
+        The argument's gradient (dy @ w) * GELU'(2 h), (M, N); GELU(2 h), (M, N), which the weight gradient needs; the column sums of
+        the first, (N,).
     """
-    dh, act, partial = _run(GELU_BACKWARD, dy, w.t(), side=h, overwrite=overwrite)
-    return dh, act, *layernorm.totals(partial, 1, dy.dtype)
+    gradient, act, partial = _run(GELU_BACKWARD, dy, w.t(), side=h, overwrite=overwrite)
+    return gradient, act, *layernorm.totals(partial, 1, dy.dtype)
 
 
 def input_gradient(dy: Tensor, w: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 A tile is transposed, 128 features x 256 tokens: each consumer holds 64 weight rows x 256 tokens in one accumulator (wgmma n = 256),
 and both read the same stages. A consumer frees the stages it has read by itself, so the two drift apart and the epilogue of one hides
 behind the main loop of the other. The epilogue goes through the accumulator in parts of SN tokens; each leaves, and what it needs
-beside (residual, GELU's argument) arrives, by TMA through staging buffers of the consumer's own.
+beside (residual, GELU's h) arrives, by TMA through staging buffers of the consumer's own.
 
 Shared memory: 4 stages x (2 x 64 + 256) x 64 values + 2 x 16 KB of staging = 224 KB, and the barriers. Where such tiles would leave
 multiprocessors idle, as with a single image, a tile has 64 tokens and eight stages.
@@ -23,16 +23,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from . import gemm_ampere, launch, layernorm, wgrad_hopper
 from .gemm_ampere import CASES, GELU, GELU_BACKWARD, GELU_SAVE, PLAIN, RESIDUAL
 from .gemm_hopper_pieces import (
-    A0,
-    A1,
-    A2,
+    G0,
+    G1,
+    G2,
     fetch,
+    gate,
     parts,
     read_statistics,
     rounded,
     send,
     send_two,
-    sigmoid2,
     touch,
     write_moments,
 )
@@ -45,6 +45,7 @@ M_GELU_SAVE: gl.constexpr = gl.constexpr(GELU_SAVE)
 M_GELU_BACKWARD: gl.constexpr = gl.constexpr(GELU_BACKWARD)
 
 ROWS, TOKENS, BK = 64, 256, 64  # features a consumer, tokens a tile, K a stage
+assert TOKENS == layernorm.TILE, "statistics fill whole tiles"
 assert ROWS == layernorm.CHUNK.value, "a consumer's features are those whose moments are taken together"
 STAGES = {TOKENS: 4, 64: 8}
 STAGING = 128  # tokens that a consumer's staging buffers hold together
@@ -109,7 +110,7 @@ def _main_loop(w_bufs, x_bufs, full, empty, step, KT, WHO: gl.constexpr, ROWS: g
 
 
 @gluon.jit
-def _consumer(out_desc, out2_desc, side_desc, bias, stats, sums, partial, moments, w_bufs, x_bufs, bufs, bufs2, side_bufs, full, empty, side_bars, M, N, tiles_n, tiles_m, KT, WHO: gl.constexpr, ROWS: gl.constexpr, TOKENS: gl.constexpr, SN: gl.constexpr, S: gl.constexpr, NL: gl.constexpr, NO: gl.constexpr, MODE: gl.constexpr, FOLD: gl.constexpr, AHEAD: gl.constexpr, HAS_BIAS: gl.constexpr, WT: gl.constexpr, MOMENTS: gl.constexpr):  # fmt: skip
+def _consumer(out_desc, out2_desc, side_desc, bias, stats, sums, partial, moments, w_bufs, x_bufs, bufs, bufs2, side_bufs, full, empty, side_bars, M, N, stride, tiles_n, tiles_m, KT, WHO: gl.constexpr, ROWS: gl.constexpr, TOKENS: gl.constexpr, SN: gl.constexpr, S: gl.constexpr, NL: gl.constexpr, NO: gl.constexpr, MODE: gl.constexpr, FOLD: gl.constexpr, AHEAD: gl.constexpr, HAS_BIAS: gl.constexpr, WT: gl.constexpr, MOMENTS: gl.constexpr):  # fmt: skip
     NP: gl.constexpr = TOKENS // SN
     SIDE: gl.constexpr = MODE == M_RESIDUAL or MODE == M_GELU_BACKWARD
     FIRST: gl.constexpr = WHO * NO  # of the consumer's buffers in bufs, and in bufs2 where two results leave
@@ -132,8 +133,8 @@ def _consumer(out_desc, out2_desc, side_desc, bias, stats, sums, partial, moment
         if FOLD:
             s = gl.load(sums + row, mask=row < N, other=0.0)
             if AHEAD:
-                touch(stats, token, M, TOKENS)
-            mean, rstd = read_statistics(stats, token, M, SN)
+                touch(stats, token, stride, TOKENS)
+            mean, rstd = read_statistics(stats, token, stride, SN)
         acc = _main_loop(w_bufs, x_bufs, full, empty, step, KT, WHO, ROWS, TOKENS, WT, S)
         xs = parts(acc, ROWS, TOKENS, SN)
         if MODE == M_GELU_BACKWARD:
@@ -144,16 +145,16 @@ def _consumer(out_desc, out2_desc, side_desc, bias, stats, sums, partial, moment
             if FOLD:
                 x = (x - gl.expand_dims(s, 1) * gl.expand_dims(mean, 0)) * gl.expand_dims(rstd, 0)
                 if j + 1 < NP:
-                    mean, rstd = read_statistics(stats, at + SN, M, SN)
+                    mean, rstd = read_statistics(stats, at + SN, stride, SN)
             if HAS_BIAS:
                 x = x + gl.expand_dims(shift, 1)
             if MODE == M_GELU_SAVE:
-                # The backward sees the rounded argument: round before the GELU.
+                # The backward sees h as rounded: round before the GELU.
                 x = rounded(x, out_desc.dtype)
-                p, u = sigmoid2(x)
+                t, w = gate(x)
                 tma.store_wait(2 * (NO - 1))
                 b = FIRST + j % NO
-                send_two(x * p, out_desc, bufs.index(b), x, out2_desc, bufs2.index(b), at, feature)
+                send_two(x * t + x, out_desc, bufs.index(b), x, out2_desc, bufs2.index(b), at, feature)
             elif SIDE:
                 buf = side_bufs.index(SIDE0 + j % NL)
                 bar = side_bars.index(SIDE0 + j % NL)
@@ -173,17 +174,18 @@ def _consumer(out_desc, out2_desc, side_desc, bias, stats, sums, partial, moment
                 else:
                     if j + NL < NP:  # h is in registers: its buffer is free
                         fetch(side_desc, at + NL * SN, feature, bar, buf)
-                    p, u = sigmoid2(h)
-                    y = h * p
-                    x = x * ((y - y * p) * (u * (u * (10.0 * A2) + 6.0 * A1) + 2.0 * A0) + p)
+                    t, w = gate(h)
+                    y = h * t + h
+                    slope = w * (w * (2.5 * G2) + 1.5 * G1) + 0.5 * G0  # of v, halved
+                    x = x * ((y - y * t) * slope + (0.5 * t + 0.5))
                     total += gl.sum(x, axis=1)
                     tma.store_wait(2 * (NO - 1))
                     b = FIRST + j % NO
                     send_two(x, out_desc, bufs.index(b), y, out2_desc, bufs2.index(b), at, feature)
             else:
                 if MODE == M_GELU:
-                    p, u = sigmoid2(x)
-                    x = x * p
+                    t, w = gate(x)
+                    x = x * t + x
                 tma.store_wait(NO - 1)
                 buf = bufs.index(FIRST + j % NO)
                 send(x, out_desc, at, feature, buf)
@@ -202,15 +204,16 @@ def gemm_kernel(
     x_desc,  # (M, K1), tiles [TOKENS, BK]
     x2_desc,  # (M, K - K1), read with DUAL
     out_desc,  # (M, N), tiles [SN, ROWS]
-    out2_desc,  # (M, N): GELU's argument (GELU_SAVE), GELU's value (GELU_BACKWARD)
-    side_desc,  # (M, N): the residual, or GELU's argument
+    out2_desc,  # (M, N): GELU's h (GELU_SAVE), GELU's value (GELU_BACKWARD)
+    side_desc,  # (M, N): the residual, or GELU's h
     bias,  # (N,)
-    stats,  # (2, M) fp32: mean, rstd
+    stats,  # (2, M, rounded up to whole tiles) fp32: mean, rstd
     sums,  # (N,) fp32
     partial,  # (ceil(M / TOKENS), N) fp32: column sums of out (GELU_BACKWARD)
     moments,  # (N / ROWS, 2, M) fp32, written with MOMENTS: see layernorm.new_moments
     M,
     N,
+    stride_stats,
     tiles_n,
     tiles_m,
     KT,  # steps of K
@@ -250,8 +253,8 @@ def gemm_kernel(
         mbarrier.init(side_bars.index(i), count=1)
     gl.warp_specialize(
         [
-            (_consumer, (out_desc, out2_desc, side_desc, bias, stats, sums, partial, moments, w_bufs, x_bufs, bufs, bufs2, side_bufs, full, empty, side_bars, M, N, tiles_n, tiles_m, KT, 0, ROWS, TOKENS, SN, S, NL, NO, MODE, FOLD, AHEAD, HAS_BIAS, WT, MOMENTS)),
-            (_consumer, (out_desc, out2_desc, side_desc, bias, stats, sums, partial, moments, w_bufs, x_bufs, bufs, bufs2, side_bufs, full, empty, side_bars, M, N, tiles_n, tiles_m, KT, 1, ROWS, TOKENS, SN, S, NL, NO, MODE, FOLD, AHEAD, HAS_BIAS, WT, MOMENTS)),
+            (_consumer, (out_desc, out2_desc, side_desc, bias, stats, sums, partial, moments, w_bufs, x_bufs, bufs, bufs2, side_bufs, full, empty, side_bars, M, N, stride_stats, tiles_n, tiles_m, KT, 0, ROWS, TOKENS, SN, S, NL, NO, MODE, FOLD, AHEAD, HAS_BIAS, WT, MOMENTS)),
+            (_consumer, (out_desc, out2_desc, side_desc, bias, stats, sums, partial, moments, w_bufs, x_bufs, bufs, bufs2, side_bufs, full, empty, side_bars, M, N, stride_stats, tiles_n, tiles_m, KT, 1, ROWS, TOKENS, SN, S, NL, NO, MODE, FOLD, AHEAD, HAS_BIAS, WT, MOMENTS)),
             (_producer, (w_desc, x_desc, x2_desc, w_bufs, x_bufs, full, empty, tiles_n, tiles_m, KT, KT1, DUAL, WT, S)),
         ],
         [4, 1],
@@ -304,6 +307,7 @@ def arguments(
         partial if moments is None else moments,
         M,
         N,
+        stats.stride(0),
         tiles_n,
         tiles_m,
         steps,
@@ -351,15 +355,15 @@ def linear(
 def linear_gelu(
     x: Tensor, w: Tensor, bias: Tensor, *, fold: tuple[Tensor, Tensor], save: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """GELU(LN(x) @ w.T + bias), and its argument where `save` asks for it: see `gemm_ampere.linear_gelu`."""
+    """GELU(2 h), h = LN(x) @ w.T + bias, and h where `save` asks for it: see `gemm_ampere.linear_gelu`."""
     act, pre, _ = _run(GELU_SAVE if save else GELU, x, w, bias=bias, fold=fold)
     return act, pre if save else None
 
 
 def linear_gelu_backward(dy: Tensor, w: Tensor, h: Tensor, *, overwrite: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """dh, GELU(h) and the column sums of dh: see `gemm_ampere.linear_gelu_backward`."""
-    dh, act, partial = _run(GELU_BACKWARD, dy, w, side=h, overwrite=overwrite, transposed=True)
-    return dh, act, *layernorm.totals(partial, 1, dy.dtype)
+    """GELU's argument's gradient, its value and the column sums of the first: see `gemm_ampere.linear_gelu_backward`."""
+    gradient, act, partial = _run(GELU_BACKWARD, dy, w, side=h, overwrite=overwrite, transposed=True)
+    return gradient, act, *layernorm.totals(partial, 1, dy.dtype)
 
 
 def input_gradient(dy: Tensor, w: Tensor) -> Tensor:

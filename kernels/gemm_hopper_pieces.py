@@ -1,16 +1,26 @@
 """What the Hopper GEMM's epilogue is made of: parts of an accumulator, GELU, and ways between a part and memory."""
 
+import struct
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from .gemm_ampere import A0 as _A0
-from .gemm_ampere import A1 as _A1
-from .gemm_ampere import A2 as _A2
+from .gemm_ampere import G0 as _G0
+from .gemm_ampere import G1 as _G1
+from .gemm_ampere import G2 as _G2
 
-A0: gl.constexpr = gl.constexpr(_A0.value)
-A1: gl.constexpr = gl.constexpr(_A1.value)
-A2: gl.constexpr = gl.constexpr(_A2.value)
+G0: gl.constexpr = gl.constexpr(_G0.value)
+G1: gl.constexpr = gl.constexpr(_G1.value)
+G2: gl.constexpr = gl.constexpr(_G2.value)
+
+
+def _immediate(value: float) -> str:
+    return "0f" + struct.pack(">f", value).hex().upper()
+
+
+# max(G1 + G2 w, 0) for nothing: the instruction clamps to [0, 1], and G1 is below 1
+CLAMPED: gl.constexpr = gl.constexpr(f"fma.rn.sat.f32 $0, $1, {_immediate(_G2.value)}, {_immediate(_G1.value)};")
 
 
 @gluon.jit
@@ -19,10 +29,11 @@ def tanh(x):
 
 
 @gluon.jit
-def sigmoid2(x):
-    """(1 + tanh(v)) / 2 with GELU's v, and u (see gemm_ampere)."""
-    u = gl.minimum(x * x, 50.0)
-    return 0.5 * tanh(x * (u * (u * A2 + A1) + A0)) + 0.5, u
+def gate(h):
+    """tanh(v) with GELU's v, and w (see gemm_ampere)."""
+    w = h * h
+    clamped = gl.inline_asm_elementwise(CLAMPED, "=f,f", [w], dtype=gl.float32, is_pure=True, pack=1)
+    return tanh(h * (w * clamped + G0)), w
 
 
 @gluon.jit
@@ -65,21 +76,21 @@ def parts(acc, rows: gl.constexpr, tokens: gl.constexpr, part: gl.constexpr):
 
 
 @gluon.jit
-def read_statistics(stats, token, M, SN: gl.constexpr):
-    """mean and rstd of SN tokens, in the layout of a part's columns."""
+def read_statistics(stats, token, stride, SN: gl.constexpr):
+    """mean and rstd of SN tokens, in the layout of a part's columns; there is memory, if no sense, for those past the last."""
     lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SN, 16])
-    at = token + gl.arange(0, SN, layout=gl.SliceLayout(0, lay))
-    return gl.load(stats + at, mask=at < M, other=0.0), gl.load(stats + M + at, mask=at < M, other=0.0)
+    at = stats + token + gl.arange(0, SN, layout=gl.SliceLayout(0, lay))
+    return gl.load(at), gl.load(at + stride)
 
 
 @gluon.jit
-def touch(stats, token, M, TOKENS: gl.constexpr):
+def touch(stats, token, stride, TOKENS: gl.constexpr):
     """A tile's statistics on their way into L1, where `read_statistics` will look for them after the main loop."""
     lay: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
-    at = gl.minimum(token + gl.arange(0, TOKENS, layout=lay), M - 1)
+    at = token + gl.arange(0, TOKENS, layout=lay)
     hint: gl.constexpr = "prefetch.global.L1 [$1]; mov.b32 $0, 0;"
     for half in gl.static_range(2):
-        line = (stats + half * M + at).to(gl.int64)
+        line = (stats + half * stride + at).to(gl.int64)
         gl.inline_asm_elementwise(hint, "=r,l", [line], dtype=gl.int32, is_pure=False, pack=1)
 
 

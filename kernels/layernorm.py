@@ -17,6 +17,7 @@ from . import launch
 from .op import runs_eagerly
 
 CHUNK = tl.constexpr(64)  # features whose moments are taken together
+TILE = 256  # statistics have room for a multiple of so many tokens: a GEMM reads them unmasked
 MERGED = 32  # tokens whose statistics a program makes out of their moments
 
 
@@ -28,13 +29,13 @@ def _split(D: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _fold(weight, gamma, beta, folded, first, inside, col, D: tl.constexpr):
-    """Columns `col` of some rows of gamma * weight; returns their sums as rounded, and weight @ beta's share of them."""
+def _fold(weight, gamma, beta, folded, first, inside, col, scale, D: tl.constexpr):
+    """Columns `col` of some rows of scale * gamma * weight; returns their sums as rounded, and scale * weight @ beta's share."""
     mask = inside[:, None] & (col < D)[None, :]
     at = first[:, None] + col[None, :]
     w = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(gamma + col, mask=col < D, other=0.0).to(tl.float32)
-    b = tl.load(beta + col, mask=col < D, other=0.0).to(tl.float32)
+    g = tl.load(gamma + col, mask=col < D, other=0.0).to(tl.float32) * scale
+    b = tl.load(beta + col, mask=col < D, other=0.0).to(tl.float32) * scale
     rounded = (w * g[None, :]).to(folded.dtype.element_ty)
     tl.store(folded + at, rounded, mask=mask)
     return tl.sum(rounded.to(tl.float32), axis=1), tl.sum(w * b[None, :], axis=1)
@@ -47,13 +48,15 @@ def _prepare_kernel(
     beta,  # (D,)
     weight,  # (N, D)
     bias,  # (N,), unread without HAS_BIAS
-    stats,  # (2, M) fp32: mean, rstd
-    folded,  # (N, D): gamma * weight
+    stats,  # (2, at least M) fp32: mean, rstd
+    folded,  # (N, D): scale * gamma * weight
     sums,  # (N,) fp32: row sums of `folded` as rounded
-    offset,  # (N,) fp32: bias + weight @ beta
+    offset,  # (N,) fp32: scale * (bias + weight @ beta)
     moments,  # (D / 64, 2, M) fp32, read with MOMENTS in the place of x
     M,
     N,
+    stride,  # of stats
+    scale,
     eps,
     D: tl.constexpr,
     LO: tl.constexpr,
@@ -70,13 +73,13 @@ def _prepare_kernel(
     if pid < weight_programs:
         row = pid * ROWS + tl.arange(0, ROWS)
         first = row.to(tl.int64) * D
-        total, shift = _fold(weight, gamma, beta, folded, first, row < N, lo, D)
+        total, shift = _fold(weight, gamma, beta, folded, first, row < N, lo, scale, D)
         if HI:
-            more, more_shift = _fold(weight, gamma, beta, folded, first, row < N, hi, D)
+            more, more_shift = _fold(weight, gamma, beta, folded, first, row < N, hi, scale, D)
             total += more
             shift += more_shift
         if HAS_BIAS:
-            shift += tl.load(bias + row, mask=row < N, other=0.0).to(tl.float32)
+            shift += scale * tl.load(bias + row, mask=row < N, other=0.0).to(tl.float32)
         tl.store(sums + row, total, mask=row < N)
         tl.store(offset + row, shift, mask=row < N)
     elif MOMENTS:
@@ -90,7 +93,7 @@ def _prepare_kernel(
         apart = tl.where(known, summed / CHUNK - mean[None, :], 0.0)  # a chunk's mean from that of all
         variance = tl.sum(squares + CHUNK * apart * apart, axis=0)
         tl.store(stats + token, mean, mask=token < M)
-        tl.store(stats + M + token, 1.0 / tl.sqrt(variance / D + eps), mask=token < M)
+        tl.store(stats + stride + token, 1.0 / tl.sqrt(variance / D + eps), mask=token < M)
     else:
         row = (pid - weight_programs) * ROWS + tl.arange(0, ROWS)
         at = row.to(tl.int64)[:, None] * D
@@ -107,7 +110,7 @@ def _prepare_kernel(
             b = tl.where((hi < D)[None, :], b - mean[:, None], 0.0)
             variance += tl.sum(b * b, axis=1)
         tl.store(stats + row, mean, mask=row < M)
-        tl.store(stats + M + row, 1.0 / tl.sqrt(variance / D + eps), mask=row < M)
+        tl.store(stats + stride + row, 1.0 / tl.sqrt(variance / D + eps), mask=row < M)
 
 
 _kept: ContextVar[dict[tuple, tuple[Tensor, Tensor, Tensor]] | None] = ContextVar("kept", default=None)
@@ -146,24 +149,30 @@ def handed_on(x: Tensor) -> Tensor | None:
     return moments if moments is not None and version == x._version else None
 
 
+def new_statistics(x: Tensor, M: int) -> Tensor:
+    """Where the mean and rstd of M tokens go, (2, M rounded up to a multiple of TILE) fp32."""
+    return x.new_empty(2, launch.cdiv(M, TILE) * TILE, dtype=launch.ACCUMULATE)
+
+
 def prepare(
-    x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor | None, eps: float, moments: Tensor | None = None
+    x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor | None, eps: float, moments: Tensor | None = None, scale: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Row statistics of x and the weight with the LayerNorm's affine part folded in, in one launch; within `folded_once` the
     statistics alone, from the second time on.
 
-    Linear(LN(x)) = rstd * (x @ folded.T - mean * sums) + offset.
+    scale * Linear(LN(x)) = rstd * (x @ folded.T - mean * sums) + offset.
 
     Args:
         moments: of x, if its writer left them: x is not read then.
+        scale: a power of two, which rounds nothing.
 
     Returns:
-        stats (2, M) fp32 (mean, rstd); folded (N, D); sums (N,) fp32; offset (N,) fp32.
+        stats (2, at least M) fp32 (mean, rstd), of `new_statistics`; folded (N, D); sums (N,) fp32; offset (N,) fp32.
     """
     (M, D), N = x.shape, weight.shape[0]
-    stats = x.new_empty(2, M, dtype=launch.ACCUMULATE)
+    stats = new_statistics(x, M)
     kept = _kept.get()
-    key = (weight.shape, *(t if t is None else t.data_ptr() for t in (gamma, beta, weight, bias)))
+    key = (weight.shape, scale, *(t if t is None else t.data_ptr() for t in (gamma, beta, weight, bias)))
     if kept is not None and key in kept:
         (folded, sums, offset), N = kept[key], 0
     else:
@@ -176,7 +185,7 @@ def prepare(
     tokens = tuned["rows"] if moments is None else MERGED
     grid = (launch.cdiv(N, tuned["rows"]) + launch.cdiv(M, tokens),)
     args = (x, gamma, beta, weight, x if bias is None else bias, stats, folded, sums, offset)
-    args += (stats if moments is None else moments, M, N, eps)
+    args += (stats if moments is None else moments, M, N, stats.stride(0), scale, eps)
     options = {
         "D": D,
         "LO": low,
@@ -232,13 +241,14 @@ def _backward_kernel(
     g,  # (M, D): gradient of the normalised, affine output
     x,  # (M, D)
     dy,  # (M, D): gradient that passes the LayerNorm by, unread without RESIDUAL
-    stats,  # (2, M) fp32: mean, rstd
+    stats,  # (2, at least M) fp32: mean, rstd
     gamma,  # (D,)
     beta,  # (D,)
     dx,  # (M, D)
     normed,  # (M, D): LayerNorm(x), for the weight gradient
     partial,  # (programs, 3, D) fp32: sums of g * x_hat, of g, and of dy
     M,
+    stride,  # of stats
     D: tl.constexpr,
     LO: tl.constexpr,
     HI: tl.constexpr,
@@ -254,7 +264,7 @@ def _backward_kernel(
         g_next2, x_next2, dy_next2 = _fetch(g, x, dy, pid, hi, M, D, RESIDUAL)
     for row in range(pid, M, tl.num_programs(0)):
         mean = tl.load(stats + row)
-        rstd = tl.load(stats + M + row)
+        rstd = tl.load(stats + stride + row)
         gv, hat, dyv = g_next.to(tl.float32), (x_next.to(tl.float32) - mean) * rstd, dy_next.to(tl.float32)
         g_next, x_next, dy_next = _fetch(g, x, dy, row + tl.num_programs(0), lo, M, D, RESIDUAL)
         c1 = tl.sum(gv * scale, axis=0)
@@ -287,7 +297,7 @@ def backward(
 
     Args:
         g: (M, D), the gradient of LayerNorm(x).
-        stats: (2, M) fp32, as `prepare` wrote them.
+        stats: as `prepare` wrote them.
         dy: (M, D), added to the gradient of x: the residual's way around the LayerNorm.
 
     Returns:
@@ -299,7 +309,7 @@ def backward(
     tuned = launch.choice(x.device, "ln_backward", D)
     programs, (low, high) = min(M, tuned["programs"]), _split(D)
     partial = x.new_empty(programs, 3, D, dtype=launch.ACCUMULATE)
-    args = (g, x, g if dy is None else dy, stats, gamma, beta, dx, normed, partial, M)
+    args = (g, x, g if dy is None else dy, stats, gamma, beta, dx, normed, partial, M, stats.stride(0))
     options = {"D": D, "LO": low, "HI": high, "RESIDUAL": dy is not None, "num_warps": tuned["warps"]}
     launch.run(x.device, _backward_kernel, (programs,), args, options)
     return dx, normed, *totals(partial, 2 if dy is None else 3, x.dtype)

@@ -33,8 +33,8 @@ def ln_mlp(
 ) -> Tensor:
     """The fused op, `reference` in two GEMMs: LayerNorm, bias and GELU in the first, bias and residual in the second.
 
-    A tensor of shape (tokens, 4D) is written once, twice where a gradient is wanted: the GELU's argument is kept for the
-    backward, its value is computed again there, in its place. Saves x, the fp32 statistics and the GELU's argument: 5 D a token.
+    A tensor of shape (tokens, 4D) is written once, twice where a gradient is wanted: half the GELU's argument is kept for
+    the backward, its value is computed again there, in its place. Saves x, the fp32 statistics and that half: 5 D a token.
 
     Args:
         x: (..., D), bf16 or fp16; every other tensor has its dtype.
@@ -71,9 +71,9 @@ def _forward(
 def compute(
     x: Tensor, gamma: Tensor, beta: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, eps: float, save: bool, overwrite: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The result, which takes x's place with `overwrite`; the statistics; the GELU's argument, empty unless `save` asks for it."""
-    core, flat = launch.core(x.device), launch.rows(x)
-    stats, folded, sums, offset = layernorm.prepare(flat, gamma, beta, launch.rows(w1), b1, eps, layernorm.handed_on(x))
+    """The result, which takes x's place with `overwrite`; the statistics; half the GELU's argument, empty unless `save` asks for it."""
+    core, flat, moments = launch.core(x.device), launch.rows(x), layernorm.handed_on(x)
+    stats, folded, sums, offset = layernorm.prepare(flat, gamma, beta, launch.rows(w1), b1, eps, moments, scale=0.5)
     act, h = core.linear_gelu(flat, folded, offset, fold=(stats, sums), save=save)  # (M, H)
     moments = layernorm.new_moments(flat, *flat.shape)
     y = core.linear(act, launch.rows(w2), b2, residual=flat, overwrite=overwrite, moments=moments)  # (M, D)
@@ -82,22 +82,21 @@ def compute(
 
 def _fake(x, gamma, beta, w1, b1, w2, b2, eps, save):
     M = x.numel() // x.shape[-1]
-    stats = x.new_empty(2, M, dtype=launch.ACCUMULATE)
-    return x.new_empty(x.shape), stats, x.new_empty(M, w1.shape[0]) if save else x.new_empty(0)
+    return x.new_empty(x.shape), layernorm.new_statistics(x, M), x.new_empty(M, w1.shape[0]) if save else x.new_empty(0)
 
 
 def _backward(
     dy: Tensor, x: Tensor, stats: Tensor, h: Tensor, gamma: Tensor, beta: Tensor, w1: Tensor, w2: Tensor, last: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     core, flat, dy = launch.core(x.device), launch.rows(x), launch.rows(dy)
-    dh, act, db1 = core.linear_gelu_backward(dy, launch.rows(w2), h, overwrite=last)  # (M, H), (M, H), (H,)
+    da, act, db1 = core.linear_gelu_backward(dy, launch.rows(w2), h, overwrite=last)  # (M, H), (M, H), (H,)
     dw2, _ = core.weight_gradient(dy, act, bias=False)  # (D, H)
     if last:  # autograd holds on to h, which is act by now, until this returns
         h.untyped_storage().resize_(0)
     del act
-    g = core.input_gradient(dh, launch.rows(w1))  # (M, D)
+    g = core.input_gradient(da, launch.rows(w1))  # (M, D)
     dx, normed, dgamma, dbeta, db2 = layernorm.backward(g, flat, stats, gamma, beta, dy)
-    dw1, _ = core.weight_gradient(dh, normed, bias=False)  # (H, D); fc1's bias came with dh, fc2's with dx
+    dw1, _ = core.weight_gradient(da, normed, bias=False)  # (H, D); fc1's bias came with da, fc2's with dx
     return dx.view(x.shape), dgamma, dbeta, dw1, db1, dw2, db2
 
 

@@ -27,8 +27,8 @@ def proj_ln_mlp(
 ) -> Tensor:  # fmt: skip
     """`linear_residual`, then `ln_mlp`, with what is between them computed again in the backward.
 
-    The projection is the cheapest GEMM of a block: D values a token less for 2% of its time. Saves a, x, the fp32 statistics and the
-    GELU's argument.
+    The projection is the cheapest GEMM of a block: D values a token less for 2% of its time. Saves a, x, the fp32 statistics and half
+    the GELU's argument.
 
     Args:
         a: (..., K), bf16 or fp16, the attention's output; every other tensor has its dtype.

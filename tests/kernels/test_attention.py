@@ -59,8 +59,10 @@ def test_very_negative_scores_leave_no_nan():
     torch.manual_seed(0)
     qkv, dout = torch.randn(1, 70, 3, 1, 64), torch.randn(1, 70, 64)
     qkv[:, :, 0], qkv[:, :, 1] = 12 + 0.1 * qkv[:, :, 0], -12 + 0.1 * qkv[:, :, 1]
-    for ours, exact in zip(gradients(attention.attention, qkv, dout), gradients(attention.reference, qkv, dout)):
-        torch.testing.assert_close(ours, exact, rtol=1e-3, atol=1e-4)
+    got, peer = gradients(attention.attention, qkv, dout), gradients(attention.reference, qkv, dout)
+    for ours, theirs, exact in zip(got, peer, gradients(attention.reference, qkv.double(), dout.double())):
+        floor = 1e-5 * exact.norm()  # fp32 rounds such scores by 6e-5, in the peer too
+        assert (ours - exact).norm() <= 2 * (theirs - exact).norm() + floor
 
 
 @in_the_interpreter

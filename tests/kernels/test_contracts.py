@@ -82,14 +82,14 @@ def plain(arch: int) -> dict:
     x, v, w, stats = meta(M, D), meta(D), meta(H, D), fp32(2, M)
 
     def prepare(moments):
-        args = (x, v, v, w, meta(H), stats, w, fp32(H), fp32(H), fp32(D // 64, 2, M), M, H, 1e-5, D, low, high, True)
+        args = (x, v, v, w, meta(H), stats, w, fp32(H), fp32(H), fp32(D // 64, 2, M), M, H, M, 1.0, 1e-5, D, low, high, True)
         tuned = choice(table, "prepare", D)
         last = (moments, tuned["rows"], layernorm.MERGED)
         return layernorm._prepare_kernel, (*args, *last), {"num_warps": tuned["warps"]}
 
     def backward():
         tuned = choice(table, "ln_backward", D)
-        args = (x, x, x, stats, v, v, x, x, fp32(tuned["programs"], 3, D), M, D, low, high, True)
+        args = (x, x, x, stats, v, v, x, x, fp32(tuned["programs"], 3, D), M, M, D, low, high, True)
         return layernorm._backward_kernel, args, {"num_warps": tuned["warps"]}
 
     def sums():
@@ -128,7 +128,7 @@ def ampere() -> dict:
         strides = strides or (K + K2, 1)
         tuned = choice(table, gemm_ampere.CASES[mode], K)
         out = meta(M, N)
-        args = (x, x, w, meta(N), fp32(2, M), sums, out, out, out, partial, fp32(N // 64, 2, M), M, N, K, K2, *strides)
+        args = (x, x, w, meta(N), fp32(2, M), sums, out, out, out, partial, fp32(N // 64, 2, M), M, N, K, K2, *strides, M)
         flags = (fold, mode != gemm_ampere.GELU_BACKWARD, K2 > 0, mode, moments, *tuned["tile"], tuned["group"])
         return gemm_ampere.gemm_kernel, (*args, *flags), {"num_warps": tuned["warps"], "num_stages": tuned["stages"]}
 
