@@ -34,6 +34,7 @@ from .gemm_hopper_pieces import (
     send,
     send_two,
     touch,
+    widened,
     write_moments,
 )
 from .tma import descriptor
@@ -159,7 +160,7 @@ def _consumer(out_desc, out2_desc, side_desc, bias, stats, sums, partial, moment
                 buf = side_bufs.index(SIDE0 + j % NL)
                 bar = side_bars.index(SIDE0 + j % NL)
                 mbarrier.wait(bar, (done * (NP // NL) + j // NL) & 1)
-                h = buf.permute([1, 0]).load(lay).to(gl.float32)
+                h = widened(buf.permute([1, 0]).load(lay))
                 if MODE == M_RESIDUAL:
                     send(x + h, out_desc, at, feature, buf)
                     if MOMENTS:

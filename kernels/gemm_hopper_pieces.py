@@ -48,6 +48,17 @@ def rounded(x, dtype: gl.constexpr):
 
 
 @gluon.jit
+def widened(x):
+    """x in fp32. A pair of bfloat16 values takes two instructions; one at a time it takes three."""
+    if x.dtype == gl.bfloat16:
+        pair: gl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
+        y = gl.inline_asm_elementwise(pair, "=f,=f,r", [x], dtype=gl.float32, is_pure=True, pack=2)
+    else:
+        y = x.to(gl.float32)
+    return y
+
+
+@gluon.jit
 def halves(x, rows: gl.constexpr, cols: gl.constexpr):
     """[rows, cols] -> its left and right half; no data moves between threads."""
     a, b = x.reshape([rows, 2, cols // 2]).permute([0, 2, 1]).split()
@@ -115,7 +126,7 @@ def write_moments(buf, moments, chunk, token, inside, M, ROWS: gl.constexpr, SN:
     Read back from the staging buffer, where a thread finds many features of one token: in the accumulator they are everyone's.
     """
     lay: gl.constexpr = gl.BlockedLayout([1, SN * ROWS // 128], [SN // 4, 128 // SN], [4, 1], [1, 0])
-    x = buf.load(lay).to(gl.float32)
+    x = widened(buf.load(lay))
     total = gl.sum(x, axis=1)
     x = x - gl.expand_dims(total * (1.0 / ROWS), 1)
     at = token + gl.arange(0, SN, layout=gl.SliceLayout(1, lay))

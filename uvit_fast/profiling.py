@@ -139,7 +139,6 @@ class Profiled(Trainer):
         self.first = WARM_UP + 1  # one more, in which the profiler itself warms up
         self.profiler = _profiler(self.world.device, schedule(wait=WARM_UP, warmup=1, active=steps), trace)
         self.engine.step = _recorded(self.engine.step)
-        self.ema.update = _recorded(self.ema.update)
 
     def train(self) -> dict[str, float]:
         with self.profiler:

@@ -11,7 +11,7 @@ from benchmarks import guards
 from tests.kernels import test_contracts
 from uvit_fast.kernels import layernorm
 from uvit_fast.model.uvit import Block
-from uvit_fast.training.ema import EMA
+from uvit_fast.training.engine import Engine
 
 FORWARD = "s2_coco forward"
 TRAINING = "s2_coco forward and backward, checkpointing none"
@@ -72,12 +72,12 @@ def test_a_wait_in_the_sampling_loop_is_seen_and_placed(was, wait):
 
 
 def read_ema(stack: ExitStack) -> None:
-    plain = EMA.update
+    plain = Engine.step
 
-    def update(self, weights, refused):
-        plain(self, weights, refused * float(self.values[0].item() > -1e30))
+    def step(self, lr):
+        plain(self, lr * float(self.ema.values[0].item() > -1e30))
 
-    stack.enter_context(mock.patch.object(EMA, "update", update))
+    stack.enter_context(mock.patch.object(Engine, "step", step))
 
 
 def test_a_wait_in_the_training_step_is_seen_and_placed():

@@ -33,6 +33,7 @@ def tensors(name: str, shape: tuple[int, ...], dtype: torch.dtype, mean: float =
     made = {
         "ln_linear": lambda: (x, gamma, beta, random(3 * D, D) * D**-0.5, None),
         "ln_linear_bias": lambda: (x, gamma, beta, random(D, D) * D**-0.5, random(D)),
+        "ln_linear_narrow": lambda: (x, gamma, beta, random(16, D) * D**-0.5, random(16)),  # the last layer's width
         "ln_mlp": lambda: (
             *(x, gamma, beta, random(4 * D, D) * D**-0.5, random(4 * D)),
             *(random(D, 4 * D) * D**-0.5, random(D)),
@@ -50,6 +51,7 @@ def tensors(name: str, shape: tuple[int, ...], dtype: torch.dtype, mean: float =
 OPS = {
     "ln_linear": (ln_linear.ln_linear, ln_linear.reference),
     "ln_linear_bias": (ln_linear.ln_linear, ln_linear.reference),
+    "ln_linear_narrow": (ln_linear.ln_linear, ln_linear.reference),
     "ln_mlp": (ln_mlp.ln_mlp, ln_mlp.reference),
     "proj_ln_mlp": (proj_ln_mlp.proj_ln_mlp, proj_ln_mlp.reference),
     "skip_linear": (skip_linear.skip_linear, skip_linear.reference),

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from tests.kernels.interpreted import INTERPRETED
-from uvit_fast.kernels import aot, assemble, gemm_ampere, launch, layernorm
+from uvit_fast.kernels import adamw, aot, assemble, gemm_ampere, launch, layernorm
 
 if not INTERPRETED:  # the interpreter knows no Gluon
     from uvit_fast.kernels import gemm_hopper, wgrad_hopper
@@ -82,7 +82,27 @@ def plain(arch: int) -> dict:
     x, v, w, stats = meta(M, D), meta(D), meta(H, D), fp32(2, M)
 
     def prepare(moments):
-        args = (x, v, v, w, meta(H), stats, w, fp32(H), fp32(H), fp32(D // 64, 2, M), M, H, M, 1.0, 1e-5, D, low, high, True)
+        args = (
+            x,
+            v,
+            v,
+            w,
+            meta(H),
+            stats,
+            w,
+            fp32(H),
+            fp32(H),
+            fp32(D // 64, 2, M),
+            M,
+            H,
+            M,
+            1.0,
+            1e-5,
+            D,
+            low,
+            high,
+            True,
+        )
         tuned = choice(table, "prepare", D)
         last = (moments, tuned["rows"], layernorm.MERGED)
         return layernorm._prepare_kernel, (*args, *last), {"num_warps": tuned["warps"]}
@@ -109,7 +129,12 @@ def plain(arch: int) -> dict:
         args = (meta(128, 4, 32, 32), meta(D, 4, 2, 2), v, meta(128, 2, D), meta(1, 258, D), x, M, 258, 2, D, 32, 32)
         return assemble._assemble_kernel, args, {"K": 16, "P": 2, "PADDED": 16, **assemble._TILE}
 
+    def optimizer():
+        args = (*[fp32(M * D)] * 4, meta(M * D), meta(M * D), fp32(4), M * D, 2e-4, 0.99, 0.999, 1e-8, 0.03, 0.9999)
+        return adamw._kernel, args, {"BLOCK": 1024, "num_warps": 4}
+
     found = {
+        "adamw": optimizer,
         "assemble": tokens,
         "prepare": lambda: prepare(0),
         "prepare_moments": lambda: prepare(32),
@@ -128,7 +153,25 @@ def ampere() -> dict:
         strides = strides or (K + K2, 1)
         tuned = choice(table, gemm_ampere.CASES[mode], K)
         out = meta(M, N)
-        args = (x, x, w, meta(N), fp32(2, M), sums, out, out, out, partial, fp32(N // 64, 2, M), M, N, K, K2, *strides, M)
+        args = (
+            x,
+            x,
+            w,
+            meta(N),
+            fp32(2, M),
+            sums,
+            out,
+            out,
+            out,
+            partial,
+            fp32(N // 64, 2, M),
+            M,
+            N,
+            K,
+            K2,
+            *strides,
+            M,
+        )
         flags = (fold, mode != gemm_ampere.GELU_BACKWARD, K2 > 0, mode, moments, *tuned["tile"], tuned["group"])
         return gemm_ampere.gemm_kernel, (*args, *flags), {"num_warps": tuned["warps"], "num_stages": tuned["stages"]}
 

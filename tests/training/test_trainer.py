@@ -79,16 +79,16 @@ def averaged_by_hand(run_dir, cfg):
     """Train, and beside it average the whole weights after each step in fp64; (the trainer's averages, those)."""
     trainer = tiny.trainer(run_dir, cfg)
     plain = {name: w.double() for name, w in trainer.engine.gather(trainer.engine.partition).items()}
-    update = trainer.ema.update
+    step = trainer._step
 
-    def both(weights, refused):
-        update(weights, refused)
+    def both(stream):
+        step(stream)
         for name, w in trainer.engine.gather(trainer.engine.partition).items():
             plain[name].mul_(cfg.train.ema_decay).add_(w.double(), alpha=1 - cfg.train.ema_decay)
 
-    trainer.ema.update = both
+    trainer._step = both
     trainer.train()
-    return trainer.engine.gather(trainer.ema.values), plain
+    return trainer.engine.gather(trainer.engine.ema.values), plain
 
 
 @pytest.mark.parametrize("stage, ranks", [(1, 2), (2, 2), (3, 2), (3, 1)])
@@ -147,7 +147,7 @@ def poisoned(run_dir, cfg, bad_steps):
 
     def watched(stream):
         step(stream)
-        parts = [trainer.engine.partition, *trainer.engine.moments().values(), trainer.ema.values]
+        parts = [trainer.engine.partition, *trainer.engine.moments().values(), trainer.engine.ema.values]
         seen.append([part.detach().clone() for part in parts])
 
     trainer.loss, trainer._step = bad_loss, watched

@@ -152,7 +152,7 @@ def train(run_dir: Path, cfg: Config) -> dict[str, Any]:
     run = trainer(run_dir, cfg)
     first_step = run.step
     run.train()
-    weights, ema = run.engine.gather(run.engine.partition), run.engine.gather(run.ema.values)
+    weights, ema = run.engine.gather(run.engine.partition), run.engine.gather(run.engine.ema.values)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows]
     return {"first_step": first_step, "rows": rows, "losses": losses, "weights": weights, "ema": ema}

@@ -154,7 +154,7 @@ class UViT(nn.Module):
         D = embed_dim
         self.img_size, self.in_chans, self.patch_size, self.embed_dim = img_size, in_chans, patch_size, D
         self.num_classes, self.context_dim, self.context_tokens = num_classes, context_dim, context_tokens
-        self.skip = skip
+        self.skip, self.kernels = skip, kernels
 
         self.patch_embed = PatchEmbed(in_chans, D, patch_size, kernels)
         self.time_embed = (
@@ -227,7 +227,12 @@ class UViT(nn.Module):
         for block in self.out_blocks:  # last in, first out
             h = block(h, skips.pop() if self.skip != "none" else None)
 
-        h = self.decoder_pred(self.norm(h))[:, self.extras :]  # (B, N, p*p*C); cut here, where a token is narrow
+        norm, decoder = self.norm, self.decoder_pred
+        if torch.is_grad_enabled():  # ZeRO-3 gathers the weights of a module where it is called
+            h = decoder(norm(h))  # (B, L, p*p*C)
+        else:
+            h = ops.ln_linear(h, norm.weight, norm.bias, decoder.weight, decoder.bias, kernels=self.kernels)
+        h = h[:, self.extras :]  # (B, N, p*p*C); cut here, where a token is narrow
         p, side = self.patch_size, self.img_size // self.patch_size
         eps = rearrange(h, "B (h w) (p1 p2 C) -> B C (h p1) (w p2)", h=side, p1=p, p2=p)  # (B, C, H, W)
         if self.final_layer is not None:

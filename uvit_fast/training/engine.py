@@ -1,8 +1,8 @@
 """A process of a training run and its DeepSpeed engine: device, process group, ZeRO, optimizer.
 
-Whatever the ZeRO stage, a rank owns one flat fp32 partition of the weights (N / ranks values, plus padding) and AdamW updates it in place. EMA and
-checkpoints work on that partition and never need to know the stage: `gather` and `scatter` turn anything laid out like it into
-named tensors and back.
+Whatever the ZeRO stage, a rank owns one flat fp32 partition of the weights (N / ranks values, plus padding); AdamW updates it in place,
+and the EMA averages it. Checkpoints work on that partition and never need to know the stage: `gather` and `scatter` turn anything laid
+out like it into named tensors and back.
 """
 
 import logging
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from uvit_fast.config import Config, TrainConfig, UserError
 from uvit_fast.training.captured import Captured
+from uvit_fast.training.ema import EMA
+from uvit_fast.training.optimizer import GuardedAdamW
 
 PARTS = 4  # graphs of the backward with several GPUs: while one runs, the gradients of those before it are reduced
 KEEP_WHOLE = 100_000  # ZeRO-3 leaves parameters of fewer values whole on every rank: biases, norms
@@ -83,33 +85,6 @@ def computes_in_bf16(train: TrainConfig, device: torch.device) -> bool:
     return train.precision == "bf16" or (train.precision == "auto" and device.type == "cuda")
 
 
-class GuardedAdamW(torch.optim.AdamW):
-    """AdamW on this rank's partition. Gradient norm, clipping and the refusal of non-finite gradients stay on the device.
-
-    After `step`: `grad_norm`, the norm over all ranks before clipping; `refused`, 1. where it was not finite and so nothing
-    changed, else 0.; both 0-d fp32 tensors where the partition is: on `device`, or on the host with an offloaded optimizer.
-    """
-
-    def __init__(self, parameters: list[nn.Parameter], train: TrainConfig, device: torch.device):
-        super().__init__(parameters, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=True)
-        self.clip, self.device = train.grad_clip, device
-        self.grad_norm = torch.zeros((), device="cpu" if train.offload_optimizer else device)
-        self.refused = torch.zeros_like(self.grad_norm)
-
-    def step(self, closure: None = None) -> None:
-        gradients = [p.grad for group in self.param_groups for p in group["params"]]
-        square = torch.stack([torch.linalg.vector_norm(g) for g in gradients]).square().sum()
-        if dist.get_world_size() > 1:
-            square = square.to(self.device)  # NCCL takes nothing on the host
-            dist.all_reduce(square)
-        self.grad_norm = square.sqrt().to(self.grad_norm.device)
-        self.refused = (~self.grad_norm.isfinite()).float()
-        self.found_inf = self.refused  # the fused kernels' own switch, meant for loss scaling
-        if self.clip > 0:
-            self.grad_scale = (self.grad_norm / self.clip).clamp(min=1)
-        super().step()
-
-
 class Engine:
     """DeepSpeed around one model.
 
@@ -142,6 +117,11 @@ class Engine:
         flat = self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
         assert len(flat) == 1, "one parameter group, one flat partition"
         self.partition: Tensor = flat[0]
+        self.ema = EMA(self.partition, train.ema_decay)
+        if not self.watched:
+            self.zero.step = self._update
+            if world.size == 1:  # nobody to reduce with: it would copy every gradient to a bucket and back
+                self.zero.buffered_reduce_fallback = lambda *_, **__: None
         self._parameters = list(self.deepspeed.module.named_parameters())
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._parameters}  # whole
 
@@ -165,10 +145,45 @@ class Engine:
         """End a micro-step; the last one of a step reduces, updates and clears the gradients."""
         for group in self.zero.param_groups:
             group["lr"] = lr
+        ends = self.deepspeed.is_gradient_accumulation_boundary()
         self.deepspeed.step()
-        if self.watched and self.zero.overflow:  # and did not call AdamW
-            self.adamw.grad_norm = torch.full_like(self.adamw.grad_norm, torch.inf)
-            self.adamw.refused = torch.ones_like(self.adamw.refused)
+        if self.watched and ends:
+            if self.zero.overflow:  # and did not call AdamW
+                self.adamw.grad_norm = torch.full_like(self.adamw.grad_norm, torch.inf)
+                self.adamw.refused = torch.ones_like(self.adamw.refused)
+            self.ema.update(self.partition, self.adamw.refused)
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        """DeepSpeed's step under ZeRO 1 and 2, in one pass over the partition where it has one each for the gradient's cast, AdamW,
+        the network's weights and the EMA.
+        """
+        from deepspeed.runtime.utils import all_gather_dp_groups
+        from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
+
+        zero, rank = self.zero, self.world.rank
+        zero.micro_step_id = INITIAL_MICRO_STEP_ID
+        zero.free_grad_in_param_list(zero.params_not_in_partition[0])
+        gradient = zero._get_preflattened_grad_partition(0)
+        if gradient is None:
+            parts = zero.averaged_gradients[0]
+            last = rank == self.world.size - 1
+            gradient = (
+                zero.flatten_dense_tensors_aligned(parts, zero.partition_size[0]) if last else zero.flatten(parts)
+            )
+            del parts
+        zero.free_grad_in_param_list(zero.params_in_partition[0])
+        zero.averaged_gradients[0] = zero.all_grad_tensors[0] = None
+        self.moments()
+        self.adamw.update(self.partition, gradient, zero.parallel_partitioned_bit16_groups[0][rank], self.ema)
+        zero._release_preflattened_grad_buffers(0)
+        all_gather_dp_groups(
+            groups_flat=zero.bit16_groups_flat,
+            partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
+            dp_process_group=zero.real_dp_process_group,
+            start_alignment_factor=zero.nccl_start_alignment_factor,
+            allgather_bucket_size=zero.allgather_bucket_size,
+        )
 
     @property
     def grad_norm(self) -> Tensor:

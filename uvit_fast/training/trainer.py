@@ -21,7 +21,6 @@ from torch import Tensor
 from uvit_fast.config import Config, UserError
 from uvit_fast.training import activations, checkpoint
 from uvit_fast.training.best import Best
-from uvit_fast.training.ema import EMA
 from uvit_fast.training.engine import Engine, batch_plan, computes_in_bf16, start
 from uvit_fast.training.folder import Claim, describe_run
 from uvit_fast.training.interrupt import Interrupt
@@ -74,7 +73,6 @@ class Trainer:
         if config.train.activation_memory_gb:
             self._plan_activations(model, config.train.activation_memory_gb * 1e9)
         self.engine = Engine(model, config, self.world)
-        self.ema = EMA(self.engine.partition, config.train.ema_decay)
         self.generator = torch.Generator(self.world.device)
         null_context = getattr(dataset, "null_context", None)
         self.null_context = None if null_context is None else null_context.to(self.world.device)
@@ -183,7 +181,6 @@ class Trainer:
             engine.backward(loss)
             engine.step(self.learning_rate(self.step))
             row.add_loss(self.step, loss.detach())
-        self.ema.update(engine.partition, engine.adamw.refused)
         refused = engine.refused
         row.refused += refused
         self.refused_in_a_row = (self.refused_in_a_row + refused) * refused
@@ -285,7 +282,7 @@ class Trainer:
         self._say(activations.describe(chosen[0], network, budget))
 
     def _parts(self) -> dict[str, Tensor]:
-        return {"model": self.engine.partition, **self.engine.moments(), "ema": self.ema.values}
+        return {"model": self.engine.partition, **self.engine.moments(), "ema": self.engine.ema.values}
 
     def _save(self) -> None:
         """Start a checkpoint. All ranks gather, rank 0 writes, beside the training."""
@@ -332,7 +329,7 @@ class Trainer:
 
     def _look_at_ema(self, show: bool, judge: bool) -> None:
         """Hand the EMA weights to `preview` and `measure`, in a copy of the model that is on the device for that time only."""
-        weights = self.engine.gather(self.ema.values)  # by all ranks
+        weights = self.engine.gather(self.engine.ema.values)  # by all ranks
         if self.ema_model is not None:
             self.ema_model.load_state_dict(weights)
             self.ema_model.to(self.world.device, torch.bfloat16 if self.engine.bf16 else torch.float32)

@@ -1,0 +1,62 @@
+"""AdamW on this rank's flat partition of the weights, which refuses gradients that are not finite without asking the host."""
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
+
+from uvit_fast.config import TrainConfig
+from uvit_fast.kernels import adamw
+from uvit_fast.training.ema import EMA
+
+
+class GuardedAdamW(torch.optim.AdamW):
+    """Gradient norm, clipping and the refusal of non-finite gradients stay on the device.
+
+    After a step: `grad_norm`, the norm over all ranks before clipping; `refused`, 1. where it was not finite and so nothing
+    changed, else 0.; both 0-d fp32 tensors where the partition is: on `device`, or on the host with an offloaded optimizer.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], train: TrainConfig, device: torch.device):
+        super().__init__(parameters, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=True)
+        self.clip, self.device = train.grad_clip, device
+        self.grad_norm = torch.zeros((), device="cpu" if train.offload_optimizer else device)
+        self.refused = torch.zeros_like(self.grad_norm)
+        self.double_betas = torch.tensor(train.betas, dtype=torch.float64, device=device)
+
+    def step(self, closure: None = None) -> None:
+        """PyTorch's own, on the gradients of the parameters."""
+        self._look_at([p.grad for group in self.param_groups for p in group["params"]])
+        self.found_inf = self.refused  # the fused kernels' own switch, meant for loss scaling
+        if self.clip > 0:
+            self.grad_scale = self._excess()
+        super().step()
+
+    def update(self, weights: Tensor, gradient: Tensor, computed: Tensor, ema: EMA) -> None:
+        """The same step and that of the EMA, in one pass.
+
+        Args:
+            weights: (n,) fp32, the partition, whose state has been made.
+            gradient: (n,) as the network computed it.
+            computed: (n,), which gets the new weights for the network to compute with.
+        """
+        self._look_at([gradient])
+        keep, (group,), state = 1 - self.refused, self.param_groups, self.state[weights]
+        state["step"] += keep
+        scale = self._excess().reciprocal() if self.clip > 0 else torch.ones_like(keep)
+        numbers = adamw.numbers(keep, scale, state["step"], self.double_betas)
+        settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+        moments = (state["exp_avg"], state["exp_avg_sq"])
+        adamw.adamw(weights.detach(), gradient, *moments, ema.values, computed, numbers, **settings, decay=ema.decay)
+
+    def _look_at(self, gradients: list[Tensor]) -> None:
+        square = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]).square().sum()
+        if dist.get_world_size() > 1:
+            square = square.to(self.device)  # NCCL takes nothing on the host
+            dist.all_reduce(square)
+        self.grad_norm = square.sqrt().to(self.grad_norm.device)
+        self.refused = (~self.grad_norm.isfinite()).float()
+
+    def _excess(self) -> Tensor:
+        """By how much the gradient is too long, at least 1."""
+        return (self.grad_norm / self.clip).clamp(min=1)
