@@ -335,7 +335,7 @@ def plot() -> Path:
     most = max(int(row["case"].split(":")[3].removesuffix("gpu")) for row in rows)
     ax.plot([1, most], [1, most], color="#999999", linewidth=0.8, linestyle="--", label="linear")
     stages = sorted({row["case"].split(":")[2] for row in rows})
-    for stage, colour in zip(stages, (COLOURS["ours"], COLOURS["compiled"], COLOURS["cudnn"])):
+    for width, stage, colour in zip((4, 2, 1), stages, (COLOURS["ours"], COLOURS["compiled"], COLOURS["cudnn"])):
         points = [(1, 1.0, "ours")]
         for row in rows:
             if f":{stage}:" in row["case"]:
@@ -345,11 +345,12 @@ def plot() -> Path:
             [p[0] for p in points],
             [p[1] for p in points],
             color=colour,
-            linewidth=1,
+            linewidth=width,  # curves may lie on each other
             label=stage.replace("zero", "ZeRO "),
         )
         for gpus, value, provider in points:
-            ax.plot(gpus, value, "o", color=colour, markerfacecolor="white" if provider == "calculated" else colour)
+            face = "white" if provider == "calculated" else colour
+            ax.plot(gpus, value, "o", color=colour, markerfacecolor=face, markersize=4 + 2 * width)
     ax.set_xticks(sorted({1, *(int(row["case"].split(":")[3].removesuffix("gpu")) for row in rows)}))
     ax.set_xlabel("GPUs of one host")
     ax.set_ylabel("images/s over one GPU's")

@@ -8,7 +8,7 @@ block keeps without one.
 
 Metrics: img_per_s; mfu and tflops of the matrix products, recomputed ones not counted; peak_gb, the most that was allocated, in the
 step that captures too; reserved_gb, what the allocator held of the device; static_gb: weights, optimizer, EMA, without gradients;
-activation_gb, peak_gb without static_gb, which the budget is about (or the optimizer's own 8 bytes a parameter, where blocks keep less),
+activation_gb, peak_gb without static_gb, which the budget is about (or the optimizer's own 4 bytes a parameter, where blocks keep less),
 expected_activation_gb and budget_gb. GB are 10^9 bytes. A CPU has no memory metrics.
 """
 

@@ -65,10 +65,10 @@ def table() -> str:
             what = text.replace("  ", "&nbsp;&nbsp;", 1) if text[0] == " " else text
             cells = [what, number(APPENDIX.get((question, case, metric))), *map(number, found)]
             lines.append("| " + " | ".join(cells) + " |")
-    stacks = {
-        f"{r['device']}, torch {r['torch']}, triton {r['triton']}, {r['date']}" for rows in used.values() for r in rows
-    }
-    said = "Medians, bf16: " + "; ".join(sorted(stacks)) + "."
+    dates: dict[str, set[str]] = {}
+    for r in (row for rows in used.values() for row in rows):
+        dates.setdefault(f"{r['device']}, torch {r['torch']}, triton {r['triton']}", set()).add(r["date"])
+    said = "Medians, bf16: " + "; ".join(f"{on}, {' / '.join(sorted(days))}" for on, days in sorted(dates.items())) + "."
     return "\n".join([*lines, "", f"{said} {results.extrapolated()}".rstrip()])
 
 
