@@ -96,7 +96,9 @@ def sampling(results: Results, folder: Path) -> Iterator[str]:
     if results.extrapolated():
         yield from (results.extrapolated(), "")
     single = {case: says for case, says in results.sampling().items() if says.batch == 1}
-    alone = sorted(single, key=lambda case: ("SMLH".index(single[case].size), single[case].decoded, single[case].guided))
+    alone = sorted(
+        single, key=lambda case: ("SMLH".index(single[case].size), single[case].decoded, single[case].guided)
+    )
     if alone:
         yield from ("One image at a time, ms an image of 50 evaluations:", "")
         providers = [p for p in PEERS if p in results.providers("sampling")]

@@ -68,7 +68,9 @@ def table() -> str:
     dates: dict[str, set[str]] = {}
     for r in (row for rows in used.values() for row in rows):
         dates.setdefault(f"{r['device']}, torch {r['torch']}, triton {r['triton']}", set()).add(r["date"])
-    said = "Medians, bf16: " + "; ".join(f"{on}, {' / '.join(sorted(days))}" for on, days in sorted(dates.items())) + "."
+    said = (
+        "Medians, bf16: " + "; ".join(f"{on}, {' / '.join(sorted(days))}" for on, days in sorted(dates.items())) + "."
+    )
     return "\n".join([*lines, "", f"{said} {results.extrapolated()}".rstrip()])
 
 
