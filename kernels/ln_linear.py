@@ -48,21 +48,20 @@ def ln_linear(
     reason = why_not(x, gamma, beta, weight, bias, eps)
     if reason:
         raise ValueError(f"ln_linear: {reason}")
-    return _op(x, gamma, beta, weight, bias, eps)[0]
+    return _op(x, gamma, beta, weight, bias, eps, 1.0)[0]
 
 
 def _forward(
-    x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+    x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor | None, eps: float, scale: float
 ) -> tuple[Tensor, Tensor]:
-    flat = launch.rows(x)
-    stats, folded, sums, offset = layernorm.prepare(
-        flat, gamma, beta, launch.rows(weight), bias, eps, layernorm.handed_on(x)
-    )
+    """scale * Linear(LayerNorm(x)), of which whoever computes a fused MLP's first half again wants half; and the statistics."""
+    flat, moments = launch.rows(x), layernorm.handed_on(x)
+    stats, folded, sums, offset = layernorm.prepare(flat, gamma, beta, launch.rows(weight), bias, eps, moments, scale)
     y = launch.core(x.device).linear(flat, folded, offset, fold=(stats, sums))  # (M, N)
     return y.view(*x.shape[:-1], weight.shape[0]), stats
 
 
-def _fake(x, gamma, beta, weight, bias, eps):
+def _fake(x, gamma, beta, weight, bias, eps, scale):
     return x.new_empty(*x.shape[:-1], weight.shape[0]), layernorm.new_statistics(x, x.numel() // x.shape[-1])
 
 
@@ -81,7 +80,8 @@ def _fake_backward(dy, x, stats, gamma, beta, weight, has_bias):
 
 
 def _save(ctx, inputs, output):
-    x, gamma, beta, weight, bias, _ = inputs
+    x, gamma, beta, weight, bias, _, scale = inputs
+    assert scale == 1, "only what needs no gradient is scaled"
     ctx.set_materialize_grads(False)  # no zeros for the gradients of what only the backward reads
     ctx.save_for_backward(x, output[1], gamma, beta, weight)
     ctx.has_bias = bias is not None
@@ -90,7 +90,7 @@ def _save(ctx, inputs, output):
 def _gradient(ctx, backward, dy, _):
     x, stats, gamma, beta, weight = ctx.saved_tensors
     *grads, dbias = backward(dy, x, stats, gamma, beta, weight, ctx.has_bias)
-    return *grads, dbias if ctx.has_bias else None, None
+    return *grads, dbias if ctx.has_bias else None, None, None
 
 
 _op = Op("ln_linear", _forward, _fake, _backward, _fake_backward, _save, _gradient)

@@ -47,6 +47,7 @@ class _WithoutFc2(TorchDispatchMode):
         if func.name() != "uvit_fast::ln_mlp":
             return func(*args, **(kwargs or {}))
         x, gamma, beta, w1, b1, _, _, eps, _ = args
-        half = (w1 / 2, b1 / 2)  # what the fused MLP keeps is half the GELU's argument; halving rounds nothing
-        h, statistics = torch.ops.uvit_fast.ln_linear.default(x, gamma, beta, *half, eps)
+        h, statistics = torch.ops.uvit_fast.ln_linear.default(
+            x, gamma, beta, w1, b1, eps, 0.5
+        )  # half, as the fused MLP keeps it
         return x.new_empty(x.shape), statistics, h.view(-1, h.shape[-1])
