@@ -114,7 +114,7 @@ def training(results: Results, folder: Path) -> Iterator[str]:
     yield from ("## Training: a whole step", "")
     yield from (
         "Images a second of forward, backward, AdamW and EMA; GB at the peak. MFU counts three forwards' products an image: recomputed "
-        "activations are no work. Published, A100: images/s of the published code's README.",
+        "activations are no work. `selective` keeps what fits the budget that is named, all of it where that is enough. Published, A100: images/s of the published code's README.",
         "",
     )
     yield from picture("training", "Images a second against peak memory", folder)
@@ -128,8 +128,9 @@ def training(results: Results, folder: Path) -> Iterator[str]:
             rate = 3 * image_flops(size) * speed if size in SAMPLING_A100 else None
             memory = [number(results.value("training", case, provider, m)) for m in ("peak_gb", "activation_gb")]
             published = ", ".join(f"{number(v)} ({how})" for how, v in TRAINING_A100.get(case, {}).items())
+            budget = results.value("training", case, provider, "budget_gb")
             rows.append([
-                case, provider, number(speed), times(speed, eager), *memory,
+                f"{case}, {number(budget)} GB" if budget else case, provider, number(speed), times(speed, eager), *memory,
                 percent(rate, results.peak("training")), percent(rate, results.ceiling("training", "matmul")), published or "–",
             ])  # fmt: skip
     if rows:

@@ -282,6 +282,10 @@ def test_two_processes_finish_what_one_began(checkpoint, tmp_path, monkeypatch):
         (["sample", "--config", DIGITS, "--set", "device=cuda"], "no CUDA device was found"),
         (["sample", "--config", DIGITS], "x.pth: no such checkpoint"),
         (["sample", "--config", DIGITS, "--checkpoint", "configs"], "configs: no EMA weights"),
+        (
+            ["sample", "--config", DIGITS, "--checkpoint", "a/exp_avg.safetensors"],
+            "expected weights, as in ema.safetensors",
+        ),
         (["demo", "--run-dir", "configs"], "configs: no run"),
     ],
 )

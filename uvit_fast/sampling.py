@@ -59,9 +59,11 @@ def find_weights(checkpoint: str | Path) -> Path:
     """The weight file that a name means: itself, a run folder's newest EMA weights, a checkpoint's, or a pipeline's network.
 
     Raises:
-        UserError: a folder that is neither.
+        UserError: a folder that is neither, or a checkpoint's file that holds no weights.
     """
     path = Path(checkpoint)
+    if path.name in ("exp_avg.safetensors", "exp_avg_sq.safetensors"):  # under the weights' names
+        raise UserError(f"{path}: expected weights, as in ema.safetensors beside it; these are AdamW's moments")
     if not path.is_dir():
         return path
     if (path / "model_index.json").is_file():

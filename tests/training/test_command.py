@@ -47,7 +47,11 @@ def test_a_run_is_continued_finished_and_put_aside(tmp_path):
     (run / "checkpoints" / "step_00000004" / "model.safetensors").write_bytes(b"short")
     code, lines = tiny.launch(call, arguments(run))
     assert code == 0 and "step_00000004 is damaged (model.safetensors: expected" in lines[0]
-    assert "continuing from" in lines[1] and "step_00000002" in lines[1]
+    assert "continuing from" in lines[1] and lines[1].endswith("step_00000002")
+
+    _, lines = tiny.launch(call, arguments(run, "train.iterations=5", "train.lr=0.5"))
+    continued = next(line for line in lines if "continuing from" in line)
+    assert "with train.lr" in continued and continued.endswith("there, 0.5 now")
 
     code, lines = tiny.launch(call, arguments(run, "model.embed_dim=32"))
     assert (code, len(lines)) == (2, 1) and "model.embed_dim 16 there, 32 in the config" in lines[0]

@@ -22,6 +22,18 @@ from torch import Tensor
 from uvit_fast.config import UserError
 
 Tensors = dict[str, Tensor]
+LEARNING = (
+    "batch_size",
+    "lr",
+    "warmup_steps",
+    "betas",
+    "weight_decay",
+    "ema_decay",
+    "p_uncond",
+    "grad_clip",
+    "precision",
+    "seed",
+)
 HOW_NOT_WHAT = {"attention", "kernels", "activation_checkpointing"}  # of the model section: same weights, other ways
 
 
@@ -150,6 +162,12 @@ def check_architecture(path: Path, shapes: dict[str, tuple[int, ...]], config: d
         f"{path}: a checkpoint of another architecture: {'; '.join(keys) or 'same model section'}; "
         f"{len(differing)} parameters differ ({example}); --fresh starts the run anew"
     )
+
+
+def other_settings(config: dict, manifest: dict[str, Any]) -> str:
+    """What a run continues with otherwise than its checkpoint was trained, for a log; empty where all is the same."""
+    then, now = manifest["config"]["train"], config["train"]
+    return ", ".join(f"train.{k} {then[k]} there, {now[k]} now" for k in LEARNING if k in then and then[k] != now[k])
 
 
 def _verify(path: Path) -> tuple[str | None, dict[str, Any]]:

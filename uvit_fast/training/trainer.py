@@ -325,7 +325,8 @@ class Trainer:
         self.engine.refresh()
         self.step, self.samples, self.saved = manifest["step"], manifest["samples"], manifest["step"]
         if self.step < self.config.train.iterations:
-            self._say(f"continuing from {path}")
+            other = checkpoint.other_settings(self.config.model_dump(mode="json"), manifest)
+            self._say(f"continuing from {path}" + (f", with {other}" if other else ""))
 
     def _look_at_ema(self, show: bool, judge: bool) -> None:
         """Hand the EMA weights to `preview` and `measure`, in a copy of the model that is on the device for that time only."""
