@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.kernels import interpreted
-from tests.kernels.interpreted import compiles, in_the_interpreter
+from tests.kernels.interpreted import INTERPRETED, compiles
 from uvit_fast.kernels import adamw
 
 SETTINGS = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.03}
@@ -20,10 +20,10 @@ def state(dtype, device="cpu"):
 
 def numbers(step, keep=1.0, scale=1.0, device="cpu"):
     betas = torch.tensor(SETTINGS["betas"], dtype=torch.float64, device=device)
-    return adamw.numbers(*(torch.tensor(v, device=device) for v in (keep, scale, float(step))), betas)
+    return adamw.factors(*(torch.tensor(v, device=device) for v in (keep, scale, float(step))), betas)
 
 
-def pytorchs(weights, gradients, device="cpu"):
+def pytorchs(weights, gradients):
     """The weights after PyTorch's AdamW, in fp64, and their average after each step."""
     p = weights.double().requires_grad_()
     optimizer, average = torch.optim.AdamW([p], **SETTINGS), weights.double()
@@ -34,48 +34,38 @@ def pytorchs(weights, gradients, device="cpu"):
     return p.detach(), average
 
 
-def follows_pytorch(update, dtype, device="cpu"):
+def follows_pytorch(dtype, device="cpu"):
     """Three steps with gradients of their own, the first of them scaled."""
     values, scales = state(dtype, device), (0.1, 1.0, 1.0)
     start, gradients = values[0].clone(), [torch.randn(N, device=device).to(dtype) for _ in scales]
     for step, (g, scale) in enumerate(zip(gradients, scales), 1):
         values[1] = g
-        update(*values, numbers(step, scale=scale, device=device), **SETTINGS, decay=0.9)
+        adamw.adamw(*values, numbers(step, scale=scale, device=device), **SETTINGS, decay=0.9)
     weights, average = pytorchs(start, [g.double() * scale for g, scale in zip(gradients, scales)])
     torch.testing.assert_close(values[0].double(), weights, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(values[4].double(), average, rtol=1e-6, atol=1e-6)
     assert torch.equal(values[5], values[0].to(dtype))
 
 
-def is_refused(update, device="cpu"):
+def is_refused(device="cpu"):
     values = state(torch.float32, device)
-    update(*values, numbers(1, device=device), **SETTINGS, decay=0.9)
+    adamw.adamw(*values, numbers(1, device=device), **SETTINGS, decay=0.9)
     values[1] = values[1] * float("nan")
     before = [v.clone() for v in values]
-    update(*values, numbers(2, keep=0.0, scale=float("nan"), device=device), **SETTINGS, decay=0.9)
+    adamw.adamw(*values, numbers(2, keep=0.0, scale=float("nan"), device=device), **SETTINGS, decay=0.9)
     assert all(torch.equal(a, b) for a, b in zip(values[:1] + values[2:], before[:1] + before[2:]))
 
 
-@compiles
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_reference_is_pytorchs_adamw(dtype):
-    follows_pytorch(adamw.adamw, dtype)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_step_is_pytorchs_adamw(dtype):
+    """The kernel in the interpreter, plain PyTorch on the CPU."""
+    if INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("the interpreter's bfloat16 is wrong")
+    follows_pytorch(dtype)
 
 
-@compiles
 def test_a_refused_step_changes_nothing():
-    is_refused(adamw.adamw)
-
-
-@in_the_interpreter
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_the_kernel_is_pytorchs_adamw(dtype):
-    follows_pytorch(adamw.adamw, dtype)
-
-
-@in_the_interpreter
-def test_a_step_that_the_kernel_refuses_changes_nothing():
-    is_refused(adamw.adamw)
+    is_refused()
 
 
 @compiles

@@ -82,27 +82,8 @@ def plain(arch: int) -> dict:
     x, v, w, stats = meta(M, D), meta(D), meta(H, D), fp32(2, M)
 
     def prepare(moments):
-        args = (
-            x,
-            v,
-            v,
-            w,
-            meta(H),
-            stats,
-            w,
-            fp32(H),
-            fp32(H),
-            fp32(D // 64, 2, M),
-            M,
-            H,
-            M,
-            1.0,
-            1e-5,
-            D,
-            low,
-            high,
-            True,
-        )
+        args = (x, v, v, w, meta(H), stats, w, fp32(H), fp32(H), fp32(D // 64, 2, M))
+        args += (M, H, M, 1.0, 1e-5, D, low, high, True)
         tuned = choice(table, "prepare", D)
         last = (moments, tuned["rows"], layernorm.MERGED)
         return layernorm._prepare_kernel, (*args, *last), {"num_warps": tuned["warps"]}
@@ -131,7 +112,7 @@ def plain(arch: int) -> dict:
 
     def optimizer():
         args = (*[fp32(M * D)] * 4, meta(M * D), meta(M * D), fp32(4), M * D, 2e-4, 0.99, 0.999, 1e-8, 0.03, 0.9999)
-        return adamw._kernel, args, {"BLOCK": 1024, "num_warps": 4}
+        return adamw._adamw_kernel, args, {"BLOCK": 1024, "num_warps": 4}
 
     found = {
         "adamw": optimizer,
@@ -153,25 +134,8 @@ def ampere() -> dict:
         strides = strides or (K + K2, 1)
         tuned = choice(table, gemm_ampere.CASES[mode], K)
         out = meta(M, N)
-        args = (
-            x,
-            x,
-            w,
-            meta(N),
-            fp32(2, M),
-            sums,
-            out,
-            out,
-            out,
-            partial,
-            fp32(N // 64, 2, M),
-            M,
-            N,
-            K,
-            K2,
-            *strides,
-            M,
-        )
+        args = (x, x, w, meta(N), fp32(2, M), sums, out, out, out, partial, fp32(N // 64, 2, M))
+        args += (M, N, K, K2, *strides, M)
         flags = (fold, mode != gemm_ampere.GELU_BACKWARD, K2 > 0, mode, moments, *tuned["tile"], tuned["group"])
         return gemm_ampere.gemm_kernel, (*args, *flags), {"num_warps": tuned["warps"], "num_stages": tuned["stages"]}
 

@@ -47,7 +47,6 @@ class _WithoutFc2(TorchDispatchMode):
         if func.name() != "uvit_fast::ln_mlp":
             return func(*args, **(kwargs or {}))
         x, gamma, beta, w1, b1, _, _, eps, _ = args
-        h, statistics = torch.ops.uvit_fast.ln_linear.default(
-            x, gamma, beta, w1, b1, eps, 0.5
-        )  # half, as the fused MLP keeps it
+        half = 0.5  # of the GELU's argument is what the fused MLP keeps
+        h, statistics = torch.ops.uvit_fast.ln_linear.default(x, gamma, beta, w1, b1, eps, half)
         return x.new_empty(x.shape), statistics, h.view(-1, h.shape[-1])

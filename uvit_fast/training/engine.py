@@ -119,6 +119,7 @@ class Engine:
         self.partition: Tensor = flat[0]
         self.ema = EMA(self.partition, train.ema_decay)
         if not self.watched:
+            assert self.zero.loss_scale == 1, "the step in one pass unscales nothing"
             self.zero.step = self._update
             if world.size == 1:  # nobody to reduce with: it would copy every gradient to a bucket and back
                 self.zero.buffered_reduce_fallback = lambda *_, **__: None

@@ -44,7 +44,7 @@ class GuardedAdamW(torch.optim.AdamW):
         keep, (group,), state = 1 - self.refused, self.param_groups, self.state[weights]
         state["step"] += keep
         scale = self._excess().reciprocal() if self.clip > 0 else torch.ones_like(keep)
-        numbers = adamw.numbers(keep, scale, state["step"], self.double_betas)
+        numbers = adamw.factors(keep, scale, state["step"], self.double_betas)
         settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
         moments = (state["exp_avg"], state["exp_avg_sq"])
         adamw.adamw(weights.detach(), gradient, *moments, ema.values, computed, numbers, **settings, decay=ema.decay)
