@@ -76,10 +76,7 @@ class Run:
 
     def losses(self) -> list[float]:
         """Of all steps so far, over all ranks."""
-        t = self.trainer
-        sums = t.row.losses[:, : t.step - t.row.first_step].clone()
-        if t.world.size > 1:
-            dist.all_reduce(sums)
+        sums = self.trainer.row.over_ranks(self.trainer.step)
         return (sums[0] / sums[1]).tolist()
 
 

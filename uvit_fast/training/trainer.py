@@ -216,9 +216,7 @@ class Trainer:
     def _start_row(self) -> None:
         """Send the scalars since the last row on their way to the host."""
         self._finish_row(wait=True)
-        row, losses = self.row, self.row.losses[:, : self.step - self.row.first_step].clone()  # (2, steps)
-        if self.world.size > 1:
-            dist.all_reduce(losses)
+        row, losses = self.row, self.row.over_ranks(self.step)  # (2, steps)
         mean = losses.sum(1)
         scalars = [mean[0] / mean[1], self.engine.grad_norm, row.refused, self.refused_in_a_row]
         reading = Reading(torch.cat([torch.stack(scalars), losses[0] / losses[1]]))
@@ -364,6 +362,17 @@ class Row:
     def add_loss(self, step: int, loss: Tensor) -> None:
         finite = loss.isfinite()
         self.losses[:, step - self.first_step].add_(torch.stack([loss.where(finite, 0.0), finite.float()]))
+
+    def over_ranks(self, end: int) -> Tensor:
+        """`losses` of the steps before `end`, (2, steps), added up over the ranks in their order: an all-reduce's order depends on where a
+        value stands among the others, and a run that was interrupted has other rows.
+        """
+        mine = self.losses[:, : end - self.first_step].clone()
+        if dist.get_world_size() == 1:
+            return mine
+        everyones = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyones, mine)
+        return sum(everyones[1:], everyones[0])
 
 
 def mix(*numbers: int) -> int:
