@@ -51,8 +51,7 @@ def gemm_kernel(
     x2,  # (M, K2): the second source of the contraction, unread without DUAL
     w,  # (N, K + K2), by strides
     bias,  # (N,)
-    stats,  # (2, at least M) fp32: mean, rstd
-    sums,  # (N,) fp32
+    stats,  # (2, at least M) fp32, whose second row, rstd, is read with FOLD
     side,  # (M, N): the residual, or GELU's h
     out,  # (M, N)
     out2,  # (M, N): GELU's h (GELU_SAVE), GELU's value (GELU_BACKWARD)
@@ -93,10 +92,7 @@ def gemm_kernel(
     inside = (row < M)[:, None] & (col < N)[None, :]
     at = row.to(tl.int64)[:, None] * N + col[None, :]
     if FOLD:
-        mean = tl.load(stats + row, mask=row < M, other=0.0)
-        rstd = tl.load(stats + stride_stats + row, mask=row < M, other=0.0)
-        s = tl.load(sums + col, mask=col < N, other=0.0)
-        acc = (acc - mean[:, None] * s[None, :]) * rstd[:, None]
+        acc *= tl.load(stats + stride_stats + row, mask=row < M, other=0.0)[:, None]
     if HAS_BIAS:
         acc += tl.load(bias + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
     if MODE == 1:
@@ -152,7 +148,7 @@ def _run(
     w: Tensor,
     bias: Tensor | None = None,
     x2: Tensor | None = None,
-    fold: tuple[Tensor, Tensor] | None = None,
+    stats: Tensor | None = None,
     side: Tensor | None = None,
     overwrite: bool = False,
     moments: Tensor | None = None,
@@ -163,14 +159,12 @@ def _run(
     BM, BN, BK = tuned["tile"]
     out, out2 = outputs(mode, x, N, side, overwrite)
     partial = x.new_empty(launch.cdiv(M, BM), N, dtype=launch.ACCUMULATE) if mode == GELU_BACKWARD else out
-    stats, sums = fold or (x, x)
     args = (
         x,
         x if x2 is None else x2,
         w,
         x if bias is None else bias,
-        stats,
-        sums,
+        x if stats is None else stats,
         x if side is None else side,
         out,
         out2,
@@ -182,10 +176,10 @@ def _run(
         0 if x2 is None else x2.shape[1],
         w.stride(0),
         w.stride(1),
-        stats.stride(0),
+        0 if stats is None else stats.stride(0),
     )
     options = {
-        "FOLD": fold is not None,
+        "FOLD": stats is not None,
         "HAS_BIAS": bias is not None,
         "DUAL": x2 is not None,
         "MODE": mode,
@@ -207,7 +201,7 @@ def linear(
     bias: Tensor | None = None,
     *,
     x2: Tensor | None = None,
-    fold: tuple[Tensor, Tensor] | None = None,
+    stats: Tensor | None = None,
     residual: Tensor | None = None,
     overwrite: bool = False,
     moments: Tensor | None = None,
@@ -219,7 +213,7 @@ def linear(
         w: (N, K), or (N, K + K2) with x2; may be a transposed view.
         bias: (N,), any float dtype.
         x2: (M, K2): contracted with the last K2 columns of w.
-        fold: stats and sums (N,), fp32, of `layernorm.prepare`: the LayerNorm of x goes into the epilogue.
+        stats: of `layernorm.prepare`, as w and bias are: the LayerNorm of x is folded in.
         residual: (M, N), contiguous, added last.
         overwrite: the result takes the residual's place.
         moments: of `layernorm.new_moments`, filled with those of the result.
@@ -227,14 +221,12 @@ def linear(
     Returns:
         (M, N) in x's dtype, accumulated in fp32.
     """
-    return _run(PLAIN if residual is None else RESIDUAL, x, w, bias, x2, fold, residual, overwrite, moments)[0]
+    return _run(PLAIN if residual is None else RESIDUAL, x, w, bias, x2, stats, residual, overwrite, moments)[0]
 
 
-def linear_gelu(
-    x: Tensor, w: Tensor, bias: Tensor, *, fold: tuple[Tensor, Tensor], save: bool
-) -> tuple[Tensor, Tensor | None]:
+def linear_gelu(x: Tensor, w: Tensor, bias: Tensor, *, stats: Tensor, save: bool) -> tuple[Tensor, Tensor | None]:
     """GELU(2 h), h = LN(x) @ w.T + bias, with the LayerNorm folded in; h too where `save` asks for it. Both (M, N)."""
-    act, pre, _ = _run(GELU_SAVE if save else GELU, x, w, bias, fold=fold)
+    act, pre, _ = _run(GELU_SAVE if save else GELU, x, w, bias, stats=stats)
     return act, pre if save else None
 
 

@@ -29,7 +29,7 @@ from .gemm_hopper_pieces import (
     fetch,
     gate,
     parts,
-    read_statistics,
+    read_rstd,
     rounded,
     send,
     send_two,
@@ -111,7 +111,7 @@ def _main_loop(w_bufs, x_bufs, full, empty, step, KT, WHO: gl.constexpr, ROWS: g
 
 
 @gluon.jit
-def _consumer(out_desc, out2_desc, side_desc, bias, stats, sums, partial, moments, w_bufs, x_bufs, bufs, bufs2, side_bufs, full, empty, side_bars, M, N, stride, tiles_n, tiles_m, KT, WHO: gl.constexpr, ROWS: gl.constexpr, TOKENS: gl.constexpr, SN: gl.constexpr, S: gl.constexpr, NL: gl.constexpr, NO: gl.constexpr, MODE: gl.constexpr, FOLD: gl.constexpr, AHEAD: gl.constexpr, HAS_BIAS: gl.constexpr, WT: gl.constexpr, MOMENTS: gl.constexpr):  # fmt: skip
+def _consumer(out_desc, out2_desc, side_desc, bias, stats, partial, moments, w_bufs, x_bufs, bufs, bufs2, side_bufs, full, empty, side_bars, M, N, stride, tiles_n, tiles_m, KT, WHO: gl.constexpr, ROWS: gl.constexpr, TOKENS: gl.constexpr, SN: gl.constexpr, S: gl.constexpr, NL: gl.constexpr, NO: gl.constexpr, MODE: gl.constexpr, FOLD: gl.constexpr, AHEAD: gl.constexpr, HAS_BIAS: gl.constexpr, WT: gl.constexpr, MOMENTS: gl.constexpr):  # fmt: skip
     NP: gl.constexpr = TOKENS // SN
     SIDE: gl.constexpr = MODE == M_RESIDUAL or MODE == M_GELU_BACKWARD
     FIRST: gl.constexpr = WHO * NO  # of the consumer's buffers in bufs, and in bufs2 where two results leave
@@ -132,10 +132,9 @@ def _consumer(out_desc, out2_desc, side_desc, bias, stats, sums, partial, moment
         if HAS_BIAS:
             shift = gl.load(bias + row, mask=row < N, other=0.0).to(gl.float32)
         if FOLD:
-            s = gl.load(sums + row, mask=row < N, other=0.0)
             if AHEAD:
-                touch(stats, token, stride, TOKENS)
-            mean, rstd = read_statistics(stats, token, stride, SN)
+                touch(stats + stride + token, TOKENS)
+            rstd = read_rstd(stats, token, stride, SN)
         acc = _main_loop(w_bufs, x_bufs, full, empty, step, KT, WHO, ROWS, TOKENS, WT, S)
         xs = parts(acc, ROWS, TOKENS, SN)
         if MODE == M_GELU_BACKWARD:
@@ -144,9 +143,9 @@ def _consumer(out_desc, out2_desc, side_desc, bias, stats, sums, partial, moment
             x = xs[j]
             at = token + j * SN
             if FOLD:
-                x = (x - gl.expand_dims(s, 1) * gl.expand_dims(mean, 0)) * gl.expand_dims(rstd, 0)
+                x = x * gl.expand_dims(rstd, 0)
                 if j + 1 < NP:
-                    mean, rstd = read_statistics(stats, at + SN, stride, SN)
+                    rstd = read_rstd(stats, at + SN, stride, SN)
             if HAS_BIAS:
                 x = x + gl.expand_dims(shift, 1)
             if MODE == M_GELU_SAVE:
@@ -208,8 +207,7 @@ def gemm_kernel(
     out2_desc,  # (M, N): GELU's h (GELU_SAVE), GELU's value (GELU_BACKWARD)
     side_desc,  # (M, N): the residual, or GELU's h
     bias,  # (N,)
-    stats,  # (2, M, rounded up to whole tiles) fp32: mean, rstd
-    sums,  # (N,) fp32
+    stats,  # (2, M, rounded up to whole tiles) fp32, whose second row, rstd, is read with FOLD
     partial,  # (ceil(M / TOKENS), N) fp32: column sums of out (GELU_BACKWARD)
     moments,  # (N / ROWS, 2, M) fp32, written with MOMENTS: see layernorm.new_moments
     M,
@@ -254,8 +252,8 @@ def gemm_kernel(
         mbarrier.init(side_bars.index(i), count=1)
     gl.warp_specialize(
         [
-            (_consumer, (out_desc, out2_desc, side_desc, bias, stats, sums, partial, moments, w_bufs, x_bufs, bufs, bufs2, side_bufs, full, empty, side_bars, M, N, stride_stats, tiles_n, tiles_m, KT, 0, ROWS, TOKENS, SN, S, NL, NO, MODE, FOLD, AHEAD, HAS_BIAS, WT, MOMENTS)),
-            (_consumer, (out_desc, out2_desc, side_desc, bias, stats, sums, partial, moments, w_bufs, x_bufs, bufs, bufs2, side_bufs, full, empty, side_bars, M, N, stride_stats, tiles_n, tiles_m, KT, 1, ROWS, TOKENS, SN, S, NL, NO, MODE, FOLD, AHEAD, HAS_BIAS, WT, MOMENTS)),
+            (_consumer, (out_desc, out2_desc, side_desc, bias, stats, partial, moments, w_bufs, x_bufs, bufs, bufs2, side_bufs, full, empty, side_bars, M, N, stride_stats, tiles_n, tiles_m, KT, 0, ROWS, TOKENS, SN, S, NL, NO, MODE, FOLD, AHEAD, HAS_BIAS, WT, MOMENTS)),
+            (_consumer, (out_desc, out2_desc, side_desc, bias, stats, partial, moments, w_bufs, x_bufs, bufs, bufs2, side_bufs, full, empty, side_bars, M, N, stride_stats, tiles_n, tiles_m, KT, 1, ROWS, TOKENS, SN, S, NL, NO, MODE, FOLD, AHEAD, HAS_BIAS, WT, MOMENTS)),
             (_producer, (w_desc, x_desc, x2_desc, w_bufs, x_bufs, full, empty, tiles_n, tiles_m, KT, KT1, DUAL, WT, S)),
         ],
         [4, 1],
@@ -269,7 +267,7 @@ def arguments(
     w: Tensor,
     bias: Tensor | None = None,
     x2: Tensor | None = None,
-    fold: tuple[Tensor, Tensor] | None = None,
+    stats: Tensor | None = None,
     side: Tensor | None = None,
     moments: Tensor | None = None,
     *,
@@ -291,7 +289,6 @@ def arguments(
     tiles_n, tiles_m = launch.cdiv(N, 2 * ROWS), launch.cdiv(M, tokens)
     out, out2 = gemm_ampere.outputs(mode, x, N, side, overwrite)
     partial = x.new_empty(tiles_m, N, dtype=launch.ACCUMULATE) if mode == GELU_BACKWARD else out
-    stats, sums = fold or (out, out)
     out_desc = descriptor(out, part, ROWS)
     steps = launch.cdiv(K + (0 if x2 is None else x2.shape[1]), BK)
     args = (
@@ -302,13 +299,12 @@ def arguments(
         out_desc if out2 is out else descriptor(out2, part, ROWS),
         out_desc if side is None else descriptor(side, part, ROWS),
         out if bias is None else bias,
-        stats,
-        sums,
+        out if stats is None else stats,
         partial,
         partial if moments is None else moments,
         M,
         N,
-        stats.stride(0),
+        0 if stats is None else stats.stride(0),
         tiles_n,
         tiles_m,
         steps,
@@ -317,8 +313,8 @@ def arguments(
         arriving,
         leaving,
         mode,
-        fold is not None,
-        fold is not None and steps <= SHORT,
+        stats is not None,
+        stats is not None and steps <= SHORT,
         bias is not None,
         x2 is not None,
         transposed,
@@ -343,21 +339,19 @@ def linear(
     bias: Tensor | None = None,
     *,
     x2: Tensor | None = None,
-    fold: tuple[Tensor, Tensor] | None = None,
+    stats: Tensor | None = None,
     residual: Tensor | None = None,
     overwrite: bool = False,
     moments: Tensor | None = None,
 ) -> Tensor:
     """x @ w.T + bias, with the sources and the epilogue that are given: see `gemm_ampere.linear`."""
     mode = PLAIN if residual is None else RESIDUAL
-    return _run(mode, x, w, bias=bias, x2=x2, fold=fold, side=residual, overwrite=overwrite, moments=moments)[0]
+    return _run(mode, x, w, bias=bias, x2=x2, stats=stats, side=residual, overwrite=overwrite, moments=moments)[0]
 
 
-def linear_gelu(
-    x: Tensor, w: Tensor, bias: Tensor, *, fold: tuple[Tensor, Tensor], save: bool
-) -> tuple[Tensor, Tensor | None]:
+def linear_gelu(x: Tensor, w: Tensor, bias: Tensor, *, stats: Tensor, save: bool) -> tuple[Tensor, Tensor | None]:
     """GELU(2 h), h = LN(x) @ w.T + bias, and h where `save` asks for it: see `gemm_ampere.linear_gelu`."""
-    act, pre, _ = _run(GELU_SAVE if save else GELU, x, w, bias=bias, fold=fold)
+    act, pre, _ = _run(GELU_SAVE if save else GELU, x, w, bias=bias, stats=stats)
     return act, pre if save else None
 
 

@@ -87,22 +87,19 @@ def parts(acc, rows: gl.constexpr, tokens: gl.constexpr, part: gl.constexpr):
 
 
 @gluon.jit
-def read_statistics(stats, token, stride, SN: gl.constexpr):
-    """mean and rstd of SN tokens, in the layout of a part's columns; there is memory, if no sense, for those past the last."""
+def read_rstd(stats, token, stride, SN: gl.constexpr):
+    """rstd of SN tokens, in the layout of a part's columns; there is memory, if no sense, for those past the last."""
     lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SN, 16])
-    at = stats + token + gl.arange(0, SN, layout=gl.SliceLayout(0, lay))
-    return gl.load(at), gl.load(at + stride)
+    return gl.load(stats + stride + token + gl.arange(0, SN, layout=gl.SliceLayout(0, lay)))
 
 
 @gluon.jit
-def touch(stats, token, stride, TOKENS: gl.constexpr):
-    """A tile's statistics on their way into L1, where `read_statistics` will look for them after the main loop."""
+def touch(rstd, TOKENS: gl.constexpr):
+    """A tile's rstd on its way into L1, where `read_rstd` will look for it after the main loop."""
     lay: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
-    at = token + gl.arange(0, TOKENS, layout=lay)
     hint: gl.constexpr = "prefetch.global.L1 [$1]; mov.b32 $0, 0;"
-    for half in gl.static_range(2):
-        line = (stats + half * stride + at).to(gl.int64)
-        gl.inline_asm_elementwise(hint, "=r,l", [line], dtype=gl.int32, is_pure=False, pack=1)
+    line = (rstd + gl.arange(0, TOKENS, layout=lay)).to(gl.int64)
+    gl.inline_asm_elementwise(hint, "=r,l", [line], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit

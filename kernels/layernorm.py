@@ -29,16 +29,57 @@ def _split(D: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _fold(weight, gamma, beta, folded, first, inside, col, scale, D: tl.constexpr):
-    """Columns `col` of some rows of scale * gamma * weight; returns their sums as rounded, and scale * weight @ beta's share."""
-    mask = inside[:, None] & (col < D)[None, :]
-    at = first[:, None] + col[None, :]
+def _scaled(weight, gamma, beta, at, mask, col, scale, D: tl.constexpr):
+    """Some columns of scale * gamma * weight, and of scale * weight @ beta the share of these columns."""
     w = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(gamma + col, mask=col < D, other=0.0).to(tl.float32) * scale
     b = tl.load(beta + col, mask=col < D, other=0.0).to(tl.float32) * scale
-    rounded = (w * g[None, :]).to(folded.dtype.element_ty)
-    tl.store(folded + at, rounded, mask=mask)
-    return tl.sum(rounded.to(tl.float32), axis=1), tl.sum(w * b[None, :], axis=1)
+    return w * g[None, :], tl.sum(w * b[None, :], axis=1)
+
+
+@triton.jit
+def _rounded(w, centre, mask, dtype: tl.constexpr):
+    """w - centre as rounded, of each row the sum and the largest magnitude."""
+    w = tl.where(mask, w - centre[:, None], 0.0).to(dtype).to(tl.float32)
+    return w, tl.sum(w, axis=1), tl.max(tl.abs(w), axis=1)
+
+
+@triton.jit
+def _small(w, top, mask):
+    """Which values are below 1/64 of the row's largest: of a thousand normal ones some forty."""
+    return mask & (tl.abs(w) < top[:, None] / 64)
+
+
+@triton.jit
+def _fold(weight, gamma, beta, bias, folded, offset, row, lo, hi, N, scale, D: tl.constexpr, HI: tl.constexpr, HAS_BIAS: tl.constexpr):  # fmt: skip
+    """Some rows of the weight, in columns `lo` and, with HI, `hi`: see `prepare`."""
+    first = row.to(tl.int64)[:, None] * D
+    mask = (row < N)[:, None] & (lo < D)[None, :]
+    mask2 = (row < N)[:, None] & (hi < D)[None, :]
+    w, shift = _scaled(weight, gamma, beta, first + lo[None, :], mask, lo, scale, D)
+    centre = tl.sum(w, axis=1)
+    if HI:
+        w2, shift2 = _scaled(weight, gamma, beta, first + hi[None, :], mask2, hi, scale, D)
+        centre += tl.sum(w2, axis=1)
+        shift += shift2
+    w, left, top = _rounded(w, centre / D, mask, folded.dtype.element_ty)
+    if HI:
+        w2, left2, top2 = _rounded(w2, centre / D, mask2, folded.dtype.element_ty)
+        left += left2
+        top = tl.maximum(top, top2)
+    # Rounding leaves a sum, with which the mean of x would come through: the smallest weights, which are rounded least, take it up.
+    small = _small(w, top, mask)
+    count = tl.sum(small.to(tl.float32), axis=1)
+    if HI:
+        small2 = _small(w2, top, mask2)
+        count += tl.sum(small2.to(tl.float32), axis=1)
+    left = (left / tl.maximum(count, 1.0))[:, None]
+    tl.store(folded + first + lo[None, :], tl.where(small, w - left, w).to(folded.dtype.element_ty), mask=mask)
+    if HI:
+        tl.store(folded + first + hi[None, :], tl.where(small2, w2 - left, w2).to(folded.dtype.element_ty), mask=mask2)
+    if HAS_BIAS:
+        shift += scale * tl.load(bias + row, mask=row < N, other=0.0).to(tl.float32)
+    tl.store(offset + row, shift, mask=row < N)
 
 
 @triton.jit
@@ -49,8 +90,7 @@ def _prepare_kernel(
     weight,  # (N, D)
     bias,  # (N,), unread without HAS_BIAS
     stats,  # (2, at least M) fp32: mean, rstd
-    folded,  # (N, D): scale * gamma * weight
-    sums,  # (N,) fp32: row sums of `folded` as rounded
+    folded,  # (N, D): scale * gamma * weight, centred: its rows sum up to 0
     offset,  # (N,) fp32: scale * (bias + weight @ beta)
     moments,  # (D / 64, 2, M) fp32, read with MOMENTS in the place of x
     M,
@@ -72,16 +112,7 @@ def _prepare_kernel(
     hi = LO + tl.arange(0, HI if HI else 1)
     if pid < weight_programs:
         row = pid * ROWS + tl.arange(0, ROWS)
-        first = row.to(tl.int64) * D
-        total, shift = _fold(weight, gamma, beta, folded, first, row < N, lo, scale, D)
-        if HI:
-            more, more_shift = _fold(weight, gamma, beta, folded, first, row < N, hi, scale, D)
-            total += more
-            shift += more_shift
-        if HAS_BIAS:
-            shift += scale * tl.load(bias + row, mask=row < N, other=0.0).to(tl.float32)
-        tl.store(sums + row, total, mask=row < N)
-        tl.store(offset + row, shift, mask=row < N)
+        _fold(weight, gamma, beta, bias, folded, offset, row, lo, hi, N, scale, D, HI, HAS_BIAS)
     elif MOMENTS:
         token = (pid - weight_programs) * TOKENS + tl.arange(0, TOKENS)
         chunk = tl.arange(0, MOMENTS)
@@ -113,7 +144,7 @@ def _prepare_kernel(
         tl.store(stats + stride + row, 1.0 / tl.sqrt(variance / D + eps), mask=row < M)
 
 
-_kept: ContextVar[dict[tuple, tuple[Tensor, Tensor, Tensor]] | None] = ContextVar("kept", default=None)
+_kept: ContextVar[dict[tuple, tuple[Tensor, Tensor]] | None] = ContextVar("kept", default=None)
 
 
 @contextlib.contextmanager
@@ -156,35 +187,36 @@ def new_statistics(x: Tensor, M: int) -> Tensor:
 
 def prepare(
     x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor | None, eps: float, moments: Tensor | None = None, scale: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Row statistics of x and the weight with the LayerNorm's affine part folded in, in one launch; within `folded_once` the
-    statistics alone, from the second time on.
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Row statistics of x and the weight with the LayerNorm folded in, in one launch; within `folded_once` the statistics alone, from
+    the second time on.
 
-    scale * Linear(LN(x)) = rstd * (x @ folded.T - mean * sums) + offset.
+    scale * Linear(LN(x)) = rstd * (x @ folded.T) + offset: as LayerNorm takes the mean off x, the same number may be taken off every
+    weight of a row, and with weights that sum up to 0 the mean of x no longer matters.
 
     Args:
         moments: of x, if its writer left them: x is not read then.
         scale: a power of two, which rounds nothing.
 
     Returns:
-        stats (2, at least M) fp32 (mean, rstd), of `new_statistics`; folded (N, D); sums (N,) fp32; offset (N,) fp32.
+        stats (2, at least M) fp32 (mean, rstd), of `new_statistics`; folded (N, D); offset (N,) fp32.
     """
     (M, D), N = x.shape, weight.shape[0]
     stats = new_statistics(x, M)
     kept = _kept.get()
     key = (weight.shape, scale, *(t if t is None else t.data_ptr() for t in (gamma, beta, weight, bias)))
     if kept is not None and key in kept:
-        (folded, sums, offset), N = kept[key], 0
+        (folded, offset), N = kept[key], 0
     else:
         folded = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        sums, offset = (x.new_empty(N, dtype=launch.ACCUMULATE) for _ in range(2))
+        offset = x.new_empty(N, dtype=launch.ACCUMULATE)
         if kept is not None:
-            kept[key] = folded, sums, offset
+            kept[key] = folded, offset
     tuned = launch.choice(x.device, "prepare", D)
     low, high = _split(D)
     tokens = tuned["rows"] if moments is None else MERGED
     grid = (launch.cdiv(N, tuned["rows"]) + launch.cdiv(M, tokens),)
-    args = (x, gamma, beta, weight, x if bias is None else bias, stats, folded, sums, offset)
+    args = (x, gamma, beta, weight, x if bias is None else bias, stats, folded, offset)
     args += (stats if moments is None else moments, M, N, stats.stride(0), scale, eps)
     options = {
         "D": D,
@@ -197,7 +229,7 @@ def prepare(
         "num_warps": tuned["warps"],
     }
     launch.run(x.device, _prepare_kernel, grid, args, options)
-    return stats, folded, sums, offset
+    return stats, folded, offset
 
 
 @triton.jit

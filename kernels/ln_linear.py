@@ -29,9 +29,9 @@ def why_not(
 def ln_linear(
     x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
-    """The fused op, `reference` in one GEMM: rstd * (x @ (gamma * W).T - mean * sums) + (bias + W @ beta).
+    """The fused op, `reference` in one GEMM: rstd * (x @ V.T) + (bias + W @ beta), V = gamma * W less the mean of each row.
 
-    gamma * W and its row sums come from a pass over W before it, the statistics from one over x in the same launch, or from the fused
+    V comes from a pass over W before it, the statistics from one over x in the same launch, or from the fused
     op that wrote x. Saves x and the fp32 statistics.
 
     Args:
@@ -56,8 +56,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """scale * Linear(LayerNorm(x)), of which whoever computes a fused MLP's first half again wants half; and the statistics."""
     flat, moments = launch.rows(x), layernorm.handed_on(x)
-    stats, folded, sums, offset = layernorm.prepare(flat, gamma, beta, launch.rows(weight), bias, eps, moments, scale)
-    y = launch.core(x.device).linear(flat, folded, offset, fold=(stats, sums))  # (M, N)
+    stats, folded, offset = layernorm.prepare(flat, gamma, beta, launch.rows(weight), bias, eps, moments, scale)
+    y = launch.core(x.device).linear(flat, folded, offset, stats=stats)  # (M, N)
     return y.view(*x.shape[:-1], weight.shape[0]), stats
 
 

@@ -73,8 +73,8 @@ def compute(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The result, which takes x's place with `overwrite`; the statistics; half the GELU's argument, empty unless `save` asks for it."""
     core, flat, moments = launch.core(x.device), launch.rows(x), layernorm.handed_on(x)
-    stats, folded, sums, offset = layernorm.prepare(flat, gamma, beta, launch.rows(w1), b1, eps, moments, scale=0.5)
-    act, h = core.linear_gelu(flat, folded, offset, fold=(stats, sums), save=save)  # (M, H)
+    stats, folded, offset = layernorm.prepare(flat, gamma, beta, launch.rows(w1), b1, eps, moments, scale=0.5)
+    act, h = core.linear_gelu(flat, folded, offset, stats=stats, save=save)  # (M, H)
     moments = layernorm.new_moments(flat, *flat.shape)
     y = core.linear(act, launch.rows(w2), b2, residual=flat, overwrite=overwrite, moments=moments)  # (M, D)
     return layernorm.hand_on(y.view(x.shape), moments), stats, x.new_empty(0) if h is None else h

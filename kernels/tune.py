@@ -57,19 +57,19 @@ def cases(D: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> 
     x, dy, wide, h = random(TOKENS, D), random(TOKENS, D), random(TOKENS, 3 * D), random(TOKENS, 4 * D)
     gamma, beta, b, hidden_b = random(D), random(D), random(D), random(4 * D)
     qkv, proj, up, down = (random(n, k) * k**-0.5 for n, k in ((3 * D, D), (D, D), (4 * D, D), (D, 4 * D)))
-    stats, folded, sums, offset = layernorm.prepare(x, gamma, beta, up, hidden_b, 1e-5)
+    stats, folded, offset = layernorm.prepare(x, gamma, beta, up, hidden_b, 1e-5)
     narrow = layernorm.prepare(x, gamma, beta, qkv, None, 1e-5)
 
     yield "prepare", str(D), lambda: layernorm.prepare(x, gamma, beta, up, hidden_b, 1e-5)
     yield "ln_backward", str(D), lambda: layernorm.backward(dy, x, stats, gamma, beta, dy)
     yield "column_sums", str(D), lambda: layernorm.column_sums(dy)
-    yield "gemm", str(D), lambda: core.linear(x, narrow[1], narrow[3], fold=(narrow[0], narrow[2]))
+    yield "gemm", str(D), lambda: core.linear(x, narrow[1], narrow[2], stats=narrow[0])
     with eagerly():
         moments = layernorm.new_moments(x, TOKENS, D)
     yield "gemm_residual", str(D), lambda: core.linear(x, proj, b, residual=dy, moments=moments)
     yield "gemm_residual", str(4 * D), lambda: core.linear(h, down, b, residual=dy, moments=moments)
-    yield "gemm_gelu", str(D), lambda: core.linear_gelu(x, folded, offset, fold=(stats, sums), save=False)
-    yield "gemm_gelu_save", str(D), lambda: core.linear_gelu(x, folded, offset, fold=(stats, sums), save=True)
+    yield "gemm_gelu", str(D), lambda: core.linear_gelu(x, folded, offset, stats=stats, save=False)
+    yield "gemm_gelu_save", str(D), lambda: core.linear_gelu(x, folded, offset, stats=stats, save=True)
     yield "gemm_gelu_backward", str(D), lambda: core.linear_gelu_backward(dy, down, h)
     for gradient, weight in ((wide, qkv), (h, up), (dy, proj)):
         size = f"{weight.shape[0]}x{weight.shape[1]}"

@@ -38,9 +38,8 @@ def choice(table: dict, case: str, width: int) -> dict:
 def hopper() -> dict:
     """name -> what compiles it: every epilogue with the table's choices at D = 1152."""
     g, stats, x, moments = gemm_hopper, fp32(2, M), meta(M, D), fp32(D // 64, 2, M)
-    fold = {N: (stats, fp32(N)) for N in (3 * D, H)}
     cases = {
-        "gemm": (g.PLAIN, x, meta(3 * D, D), {"bias": fp32(3 * D), "fold": fold[3 * D]}),
+        "gemm": (g.PLAIN, x, meta(3 * D, D), {"bias": fp32(3 * D), "stats": stats}),
         "gemm_two_sources": (g.PLAIN, x, meta(D, 2 * D), {"bias": meta(D), "x2": meta(M, D), "moments": moments}),
         "gemm_input_gradient": (g.PLAIN, meta(M, H), meta(H, D), {"transposed": True}),
         "gemm_residual": (g.RESIDUAL, meta(M, H), meta(D, H), {"bias": meta(D), "side": meta(M, D)}),
@@ -50,9 +49,9 @@ def hopper() -> dict:
             meta(D, H),
             {"bias": meta(D), "side": meta(M, D), "moments": moments},
         ),
-        "gemm_gelu": (g.GELU, x, meta(H, D), {"bias": fp32(H), "fold": fold[H]}),
-        "gemm_gelu_save": (g.GELU_SAVE, x, meta(H, D), {"bias": fp32(H), "fold": fold[H]}),
-        "gemm_gelu_short": (g.GELU, meta(M, 768), meta(H, 768), {"bias": fp32(H), "fold": fold[H]}),
+        "gemm_gelu": (g.GELU, x, meta(H, D), {"bias": fp32(H), "stats": stats}),
+        "gemm_gelu_save": (g.GELU_SAVE, x, meta(H, D), {"bias": fp32(H), "stats": stats}),
+        "gemm_gelu_short": (g.GELU, meta(M, 768), meta(H, 768), {"bias": fp32(H), "stats": stats}),
         "gemm_gelu_backward": (g.GELU_BACKWARD, x, meta(D, H), {"side": meta(M, H), "transposed": True}),
     }
     table = launch.table(90)
@@ -82,7 +81,7 @@ def plain(arch: int) -> dict:
     x, v, w, stats = meta(M, D), meta(D), meta(H, D), fp32(2, M)
 
     def prepare(moments):
-        args = (x, v, v, w, meta(H), stats, w, fp32(H), fp32(H), fp32(D // 64, 2, M))
+        args = (x, v, v, w, meta(H), stats, w, fp32(H), fp32(D // 64, 2, M))
         args += (M, H, M, 1.0, 1e-5, D, low, high, True)
         tuned = choice(table, "prepare", D)
         last = (moments, tuned["rows"], layernorm.MERGED)
@@ -128,13 +127,13 @@ def plain(arch: int) -> dict:
 
 def ampere() -> dict:
     table = launch.table(80)
-    x, h, sums, partial = meta(M, D), meta(M, H), fp32(H), fp32(258, H)
+    x, h, partial = meta(M, D), meta(M, H), fp32(258, H)
 
     def gemm(mode, x, w, N, K, K2=0, fold=False, strides=None, moments=False):
         strides = strides or (K + K2, 1)
         tuned = choice(table, gemm_ampere.CASES[mode], K)
         out = meta(M, N)
-        args = (x, x, w, meta(N), fp32(2, M), sums, out, out, out, partial, fp32(N // 64, 2, M))
+        args = (x, x, w, meta(N), fp32(2, M), out, out, out, partial, fp32(N // 64, 2, M))
         args += (M, N, K, K2, *strides, M)
         flags = (fold, mode != gemm_ampere.GELU_BACKWARD, K2 > 0, mode, moments, *tuned["tile"], tuned["group"])
         return gemm_ampere.gemm_kernel, (*args, *flags), {"num_warps": tuned["warps"], "num_stages": tuned["stages"]}
