@@ -10,6 +10,8 @@ Metrics: img_per_s; mfu and tflops of the matrix products, recomputed ones not c
 step that captures too; reserved_gb, what the allocator held of the device; static_gb: weights, optimizer, EMA, without gradients;
 activation_gb, peak_gb without static_gb, which the budget is about (or the optimizer's own 4 bytes a parameter, where blocks keep less),
 expected_activation_gb and budget_gb. GB are 10^9 bytes. A CPU has no memory metrics.
+
+    --cases all --providers ours,eager,compiled --missing     the rest of the grid: compiling takes a minute or more a case
 """
 
 import argparse
@@ -192,6 +194,7 @@ def main() -> None:
     )
     parser.add_argument("--sizes", default="S,M,L,H", help="of those cases, the ones of these sizes")
     parser.add_argument("--providers", default=",".join(PROVIDERS), help="and of these")
+    parser.add_argument("--missing", action="store_true", help="only cases that the file does not have")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--budget", type=float, help="GB for activations in selective cases; default: by size")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no case after that long")
@@ -206,6 +209,9 @@ def main() -> None:
         case for case in asked if case.split(":")[0] in args.sizes and case.split(":")[2] in args.providers.split(",")
     ]
     rows, began, left_out = Rows("training", args.out), time.monotonic(), []
+    if args.missing:
+        there = {(row["case"], row["provider"]) for row in rows.before}
+        asked = [c for c in asked if (f"{c.split(':')[0]}:{args.batch}:{c.split(':')[1]}", c.split(":")[2]) not in there]
 
     def late(case: str) -> bool:
         if time.monotonic() - began > args.seconds:
