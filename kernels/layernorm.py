@@ -39,15 +39,15 @@ def _scaled(weight, gamma, beta, at, mask, col, scale, D: tl.constexpr):
 
 @triton.jit
 def _rounded(w, centre, mask, dtype: tl.constexpr):
-    """w - centre as rounded, of each row the sum and the largest magnitude."""
+    """w - centre as rounded, of each row the sum and the sum of magnitudes."""
     w = tl.where(mask, w - centre[:, None], 0.0).to(dtype).to(tl.float32)
-    return w, tl.sum(w, axis=1), tl.max(tl.abs(w), axis=1)
+    return w, tl.sum(w, axis=1), tl.sum(tl.abs(w), axis=1)
 
 
 @triton.jit
-def _small(w, top, mask):
-    """Which values are below 1/64 of the row's largest: of a thousand normal ones some forty."""
-    return mask & (tl.abs(w) < top[:, None] / 64)
+def _small(w, typical, mask):
+    """Which values are below 1/16 of the row's mean magnitude: of a thousand normal ones forty."""
+    return mask & (tl.abs(w) < typical[:, None] / 16)
 
 
 @triton.jit
@@ -62,16 +62,16 @@ def _fold(weight, gamma, beta, bias, folded, offset, row, lo, hi, N, scale, D: t
         w2, shift2 = _scaled(weight, gamma, beta, first + hi[None, :], mask2, hi, scale, D)
         centre += tl.sum(w2, axis=1)
         shift += shift2
-    w, left, top = _rounded(w, centre / D, mask, folded.dtype.element_ty)
+    w, left, size = _rounded(w, centre / D, mask, folded.dtype.element_ty)
     if HI:
-        w2, left2, top2 = _rounded(w2, centre / D, mask2, folded.dtype.element_ty)
+        w2, left2, size2 = _rounded(w2, centre / D, mask2, folded.dtype.element_ty)
         left += left2
-        top = tl.maximum(top, top2)
+        size += size2
     # Rounding leaves a sum, with which the mean of x would come through: the smallest weights, which are rounded least, take it up.
-    small = _small(w, top, mask)
+    small = _small(w, size / D, mask)
     count = tl.sum(small.to(tl.float32), axis=1)
     if HI:
-        small2 = _small(w2, top, mask2)
+        small2 = _small(w2, size / D, mask2)
         count += tl.sum(small2.to(tl.float32), axis=1)
     left = (left / tl.maximum(count, 1.0))[:, None]
     tl.store(folded + first + lo[None, :], tl.where(small, w - left, w).to(folded.dtype.element_ty), mask=mask)
