@@ -211,7 +211,9 @@ def main() -> None:
     rows, began, left_out = Rows("training", args.out), time.monotonic(), []
     if args.missing:
         there = {(row["case"], row["provider"]) for row in rows.before}
-        asked = [c for c in asked if (f"{c.split(':')[0]}:{args.batch}:{c.split(':')[1]}", c.split(":")[2]) not in there]
+        asked = [
+            c for c in asked if (f"{c.split(':')[0]}:{args.batch}:{c.split(':')[1]}", c.split(":")[2]) not in there
+        ]
 
     def late(case: str) -> bool:
         if time.monotonic() - began > args.seconds:
