@@ -37,10 +37,11 @@ def main(argv: list[str] | None = None) -> int:
         cfg = load_config(args.config, args.set)
         run_dir = args.run_dir or Path("runs") / cfg.name
         world = start(cfg)
-        if args.fresh:
-            set_aside(run_dir, world)
         looks = (training_preview(cfg), training_evaluation(cfg)) if world.rank == 0 else ()
-        trainer = Trainer(cfg, build_model(cfg), build_schedule(cfg), build_dataset(cfg), run_dir, *looks)
+        parts = build_model(cfg), build_schedule(cfg), build_dataset(cfg)
+        if args.fresh:  # what cannot start leaves the older run in its place
+            set_aside(run_dir, world)
+        trainer = Trainer(cfg, *parts, run_dir, *looks)
         if world.rank == 0 and trainer.step < cfg.train.iterations:
             say(summary(cfg, trainer.engine.shapes, trainer.dataset, world))
         trainer.train()

@@ -1,6 +1,6 @@
 """The whole suite on the machine at hand: measures, then writes the tables and the plots. `uvit-fast bench` or
 
-    python -m benchmarks.suite --quick       # an H100 takes seven minutes
+    python -m benchmarks.suite --quick       # an H100 takes six minutes
     python -m benchmarks.suite --only sampling,memory
 
 Each benchmark is a process of its own, so that none inherits another's memory, compiled code or clocks. How long one takes is
@@ -141,7 +141,7 @@ def run(plans: list[Plan], out: Path, rows: Rows) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer sizes and peers: an H100 takes seven minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and peers: an H100 takes six minutes")
     parser.add_argument("--only", default="", help="names with commas, such as sampling,memory")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV files; the report lies beside it")
     args = parser.parse_args(argv)

@@ -17,6 +17,7 @@ from uvit_fast import build_model, cli, load_config, sampling
 from uvit_fast.config import dump_config
 from uvit_fast.images import to_uint8
 from uvit_fast.jobs import Job
+from uvit_fast.training import checkpoint as checkpoints
 
 DIGITS = "configs/digits.yaml"
 SMALL = ["--set", "model.embed_dim=32", "--set", "model.depth=2"]
@@ -155,7 +156,7 @@ def test_an_interrupted_job_continues_without_repeating_or_losing_a_sample(check
     assert "--resume expected seed 0, got 1" in capsys.readouterr().err
     cut = tmp_path / "resumed.npz.parts" / "0000003_0000006.npy"
     os.truncate(cut, cut.stat().st_size - 10)  # as a full disk leaves it
-    assert sample(checkpoint, resumed, *common, "--resume") == 0
+    assert sample(os.path.relpath(checkpoint), resumed, *common, "--resume") == 0
     assert drawn == [0, 3, 6, 3, 6, 9]  # what was under way or is not whole is drawn again, the rest is not
     assert np.array_equal(np.load(whole)["arr_0"], np.load(resumed)["arr_0"])
     assert not (tmp_path / "resumed.npz.parts").exists()
@@ -229,6 +230,21 @@ def test_a_newer_checkpoint_does_not_slip_into_an_interrupted_job(checkpoint, tm
     assert sample(checkpoint.parent, out, "--num", "2", "--steps", "1", "--resume") == 0
 
 
+def test_a_runs_damaged_weights_are_passed_over_and_refused_by_name(checkpoint, tmp_path, capsys):
+    run = checkpoint.parents[2]
+    weights = load_file(checkpoint)
+    for step in (30, 40):
+        checkpoints.write(run / "checkpoints", step, {"ema": weights}, {}, keep=9)
+    file = run / "checkpoints" / "step_00000040" / "ema.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.warns(UserWarning, match="step_00000040/ema.safetensors is damaged .*SHA-256"):
+        assert sampling.find_weights(run).parent.name == "step_00000030"
+    assert sample(file, tmp_path / "out.npz", "--num", "1", "--steps", "1") == 2
+    assert "ema.safetensors: damaged (ema.safetensors: its SHA-256" in capsys.readouterr().err
+
+
 def test_two_processes_finish_what_one_began(checkpoint, tmp_path, monkeypatch):
     """--resume with another number of processes: the same images, and the first part is not drawn again."""
     alone, together = tmp_path / "alone.npz", tmp_path / "together.npz"
@@ -267,6 +283,9 @@ def test_two_processes_finish_what_one_began(checkpoint, tmp_path, monkeypatch):
             "expected labels from 0 to 9, got 10",
         ),  # 10 is the null label
         (["sample", "--config", DIGITS, "--classes", "three"], "expected whole numbers"),
+        (["sample", "--config", DIGITS, "--classes", ""], "expected whole numbers"),
+        (["sample", "--config", DIGITS, "--cfg-scale", "nan"], "expected at least 1"),
+        (["convert", "--config", DIGITS, "--checkpoint", "x.pth", "--out", "x.safetensors"], "expected a .pth file"),
         (["sample", "--config", "configs/s2_cifar10.yaml", "--classes", "3"], "not class-conditional"),
         (["sample", "--config", DIGITS, "--cfg-scale", "0.4"], "expected at least 1"),
         (["sample", "--config", DIGITS, "--set", "sample.guidance_interval=[0.7, 0.2]"], "0 <= first <= last <= 1"),
@@ -305,8 +324,10 @@ def test_a_users_mistake_is_one_line_and_exit_code_two(arguments, words, capsys,
 def test_convert_to_a_pipeline_and_back_keeps_every_weight(checkpoint, tmp_path, capsys):
     common = ["convert", "--config", DIGITS, *SMALL]
     assert cli.main([*common, "--checkpoint", str(checkpoint), "--out", str(tmp_path / "pipe")]) == 0
-    assert cli.main([*common, "--checkpoint", str(tmp_path / "pipe"), "--out", str(tmp_path / "back.pth")]) == 0
-    before, after = load_file(checkpoint), torch.load(tmp_path / "back.pth", weights_only=True)
+    back = tmp_path / "new" / "back.pth"
+    assert cli.main([*common, "--checkpoint", str(tmp_path / "pipe"), "--out", str(back)]) == 0
+    before, after = load_file(checkpoint), torch.load(back, weights_only=True)
+    assert [path.name for path in back.parent.iterdir()] == ["back.pth"]
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
     assert sample(tmp_path / "pipe", tmp_path / "out.npz", "--num", "1", "--steps", "1") == 0
     assert cli.main([*common, "--checkpoint", str(checkpoint), "--out", str(tmp_path / "pipe")]) == 2
@@ -326,6 +347,9 @@ def test_numbers_below_one_are_refused_by_the_parser(capsys):
             sample("x.pth", "out", option, "0")
         assert stop.value.code == 2
         assert "expected a whole number of at least 1, got '0'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        sample("x.pth", "out", "--seed=-1")
+    assert "expected a whole number from 0 to 2^63 - 1, got '-1'" in capsys.readouterr().err
 
 
 def test_info_says_what_would_run_and_why(capsys):

@@ -223,7 +223,13 @@ def test_unconditional_models_take_a_number_of_images():
         ({"class_labels": [1], "latents": torch.zeros(1, 4, 4, 4)}, r"expected \(1, 4, 8, 8\), got \(1, 4, 4, 4\)"),
         ({"class_labels": [1], "guidance_scale": 0.4}, "expected at least 1"),
         ({"class_labels": [1], "guidance_interval": (0.6, 0.2)}, "expected 0 <= first <= last <= 1"),
+        ({"class_labels": [1], "num_inference_steps": 2.5}, "num_inference_steps: expected a whole number, got 2.5"),
         ({"class_labels": [1], "num_images": 0}, "num_images: expected at least 1, got 0"),
+        ({"class_labels": [1, 2], "num_images": 3}, "num_images: expected one image a label or prompt, 2, got 3"),
+        ({"class_labels": "cat"}, "class_labels: expected a whole number, got 'cat'"),
+        ({"class_labels": [1.5]}, "class_labels: expected a whole number, got 1.5"),
+        ({"class_labels": [1, 2], "generator": [seeded()]}, "generator: expected one, or one a sample, 2, got 1"),
+        ({"class_labels": [1], "guidance_scale": float("nan")}, "expected at least 1 .no guidance., got nan"),
         ({"class_labels": [1], "output_type": "jpeg"}, "expected pil, np, pt or latent"),
     ],
 )

@@ -130,6 +130,7 @@ class SampleConfig(Section):
     guidance_scale: float = Field(
         0.0,
         ge=0,
+        allow_inf_nan=False,
         description="The paper's s in cond + s (cond - uncond); diffusers' guidance_scale is 1 + s. 0: no guidance.",
     )
     guidance_interval: tuple[float, float] = Field(
@@ -265,6 +266,8 @@ class Config(Section):
             raise ValueError("train.activation_memory_gb needs model.activation_checkpointing selective")
         if self.train.compile and self.train.zero_stage == 3:
             raise ValueError("train.compile needs train.zero_stage 1 or 2: stage 3 moves the weights between blocks")
+        if self.data.name in ("latents", "text_latents") and not self.latent:
+            raise ValueError(f"data.name {self.data.name} needs the section latent: decoder and scale_factor")
         if self.sample.sampler == "euler_maruyama" and self.diffusion.schedule != "vp":
             raise ValueError("sample.sampler euler_maruyama solves the VP-SDE: it needs diffusion.schedule vp")
         return self

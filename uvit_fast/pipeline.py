@@ -3,7 +3,9 @@
 Needs the extra `diffusers`. Guidance here follows diffusers: `guidance_scale` is 1 + s for the paper's s, and 1 is none.
 """
 
-from collections.abc import Callable
+import math
+import operator
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -123,19 +125,22 @@ class UViTPipeline(DiffusionPipeline):
         """
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type: expected pil, np, pt or latent, got {output_type!r}")
-        if num_inference_steps is not None and num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps: expected at least 1, got {num_inference_steps}")
-        if num_images < 1:
-            raise ValueError(f"num_images: expected at least 1, got {num_images}")
+        if num_inference_steps is not None:
+            num_inference_steps = _whole("num_inference_steps", num_inference_steps)
+        num_images = _whole("num_images", num_images)
         if output_type != "latent" and self.vae is None and self.config.scale_factor != 1:
             raise ValueError(f"output_type {output_type!r}: the pipeline has no vae to decode with; expected 'latent'")
         s = (self.config.guidance_scale if guidance_scale is None else guidance_scale) - 1  # the paper's
-        if s < 0:
+        if not 0 <= s < math.inf:
             raise ValueError(f"guidance_scale: expected at least 1 (no guidance), got {guidance_scale}")
         condition, null = self._condition(class_labels, prompt, guided=s > 0)
         if s > 0 and (not condition or None in null.values()):
             raise ValueError(f"guidance_scale: the model has no null condition; expected 1 (no guidance), got {1 + s}")
         batch = len(next(iter(condition.values()))) if condition else num_images
+        if num_images not in (1, batch):
+            raise ValueError(f"num_images: expected one image a label or prompt, {batch}, got {num_images}")
+        if isinstance(generator, list) and len(generator) != batch:
+            raise ValueError(f"generator: expected one, or one a sample, {batch}, got {len(generator)}")
         net = self.model
         shape = (batch, net.in_chans, net.img_size, net.img_size)
         if latents is not None and latents.shape != shape:
@@ -172,8 +177,9 @@ class UViTPipeline(DiffusionPipeline):
                 kind = {"prompt": "text", "class_labels": "classes", None: "no condition"}[wants]
                 raise ValueError(f"{name}: the model takes {kind}; {'got' if value is not None else 'expected'} {name}")
         if wants == "class_labels":
-            labels = [class_labels] if isinstance(class_labels, int) else list(class_labels)
+            several = isinstance(class_labels, Sequence | Tensor | np.ndarray) and np.ndim(class_labels)
             classes = net.num_classes - (self.config.null_label is not None)
+            labels = [_whole("class_labels", v, least=None) for v in (class_labels if several else [class_labels])]
             if not labels or not all(0 <= label < classes for label in labels):
                 raise ValueError(f"class_labels: expected labels from 0 to {classes - 1}, got {labels}")
             return {"y": torch.tensor(labels, device=device)}, {"y": self.config.null_label}
@@ -206,6 +212,17 @@ class UViTPipeline(DiffusionPipeline):
             return images
         pixels = np.round(images * 255).astype(np.uint8)
         return [Image.fromarray(p if p.shape[-1] == 3 else p[..., 0]) for p in pixels]
+
+
+def _whole(name: str, value: Any, least: int | None = 1) -> int:
+    """A whole number, of Python's, NumPy's or torch's kind."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}: expected a whole number, got {value!r}") from None
+    if least is not None and number < least:
+        raise ValueError(f"{name}: expected at least {least}, got {number}")
+    return number
 
 
 def _keys(generator: torch.Generator | list[torch.Generator] | None, batch: int) -> Tensor:

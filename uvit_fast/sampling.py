@@ -1,6 +1,8 @@
 """Samples from a trained model: conditions in, images out. Used by the commands, the demo and the training previews."""
 
+import math
 import os
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +25,7 @@ from uvit_fast.extras import missing
 from uvit_fast.images import save_grid, to_uint8
 from uvit_fast.model.uvit import UViT
 from uvit_fast.model.weights import load_weights, read_weights
+from uvit_fast.training import checkpoint as checkpoints
 
 
 def pick_device(name: str) -> torch.device:
@@ -56,22 +59,29 @@ def load_for_sampling(cfg: Config, checkpoint: str | Path, device: torch.device)
 
 
 def find_weights(checkpoint: str | Path) -> Path:
-    """The weight file that a name means: itself, a run folder's newest EMA weights, a checkpoint's, or a pipeline's network.
+    """The weight file that a name means: itself, a run folder's newest intact EMA weights, a checkpoint's, or a pipeline's network.
 
     Raises:
-        UserError: a folder that is neither, or a checkpoint's file that holds no weights.
+        UserError: a folder that is neither, a checkpoint's file that holds no weights, or one that is not as its manifest says.
     """
     path = Path(checkpoint)
     if path.name in ("exp_avg.safetensors", "exp_avg_sq.safetensors"):  # under the weights' names
         raise UserError(f"{path}: expected weights, as in ema.safetensors beside it; these are AdamW's moments")
     if not path.is_dir():
+        if wrong := checkpoints.damage(path):
+            raise UserError(f"{path}: damaged ({wrong}); expected the file that training wrote")
         return path
     if (path / "model_index.json").is_file():
         return path / "model" / "diffusion_pytorch_model.safetensors"
     found = sorted([*path.glob("checkpoints/step_*/ema.safetensors"), *path.glob("ema.safetensors")])
     if not found:
         raise UserError(f"{path}: no EMA weights; expected checkpoints/step_*/ema.safetensors, which train.py writes")
-    return found[-1]
+    for file in reversed(found):
+        wrong = checkpoints.damage(file)
+        if wrong is None:
+            return file
+        warnings.warn(f"{file} is damaged ({wrong}); trying the one before", stacklevel=2)
+    raise UserError(f"{path}: none of its {len(found)} EMA weights is intact")
 
 
 def check_labels(labels: list[int], cfg: Config) -> list[int]:
@@ -86,7 +96,9 @@ def check_labels(labels: list[int], cfg: Config) -> list[int]:
 
 
 def check_guidance(scale: float, cfg: Config) -> None:
-    """Refuse a scale, the paper's s, of a model that has no unconditional branch."""
+    """Refuse a scale, the paper's s, that is no number of at least 0, or of a model that has no unconditional branch."""
+    if not 0 <= scale < math.inf:
+        raise UserError(f"guidance: expected a scale of at least 0 (none), got {scale:g}")
     if scale > 0 and cfg.train.p_uncond == 0:
         raise UserError(
             f"guidance: {cfg.name} was trained without dropping its condition; expected a scale of 0 (none), got {scale:g}"

@@ -123,6 +123,27 @@ def test_what_the_system_refuses_to_write_leaves_the_older_ones(folder):
     assert names(folder) == ["step_00000020", "step_00000030"]
 
 
+def test_damaged_ones_do_not_stay_in_the_place_of_intact_ones(folder):
+    """A run that fell back leaves them under another name, whatever it keeps."""
+    truncate(folder / "step_00000030" / "ema.safetensors")
+    path, _ = checkpoint.newest_intact(folder, lambda text: None)
+    for _ in range(2):  # it may happen again
+        checkpoint.set_aside_newer(path)
+        assert names(folder) == ["damaged_step_00000030", "step_00000020"]
+    checkpoint.write(folder, 25, PARTS, STATE, keep=1)
+    assert names(folder) == ["damaged_step_00000030", "step_00000025"]
+
+
+def test_weights_of_another_meaning_are_refused_though_they_fit(folder):
+    path, manifest = checkpoint.newest_intact(folder, pytest.fail)
+    manifest["config"] = {"model": {"num_heads": 4, "kernels": "auto"}, "diffusion": {"schedule": "vp"}}
+    now = {"model": {"num_heads": 2, "kernels": "fused"}, "diffusion": {"schedule": "sd"}}
+    with pytest.raises(UserError) as error:
+        checkpoint.check_architecture(path, {"w": (2, 3)}, now, manifest)
+    assert "model.num_heads 4 there, 2 in the config; diffusion.schedule vp there, sd in the config" in str(error.value)
+    assert "kernels" not in str(error.value)
+
+
 def test_another_architecture_names_the_keys(folder):
     path, manifest = checkpoint.newest_intact(folder, pytest.fail)
     checkpoint.check_architecture(path, {"w": (2, 3)}, STATE["config"], manifest)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.training import tiny
+from uvit_fast.training.folder import Claim
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = ["train.iterations=4", "train.batch_size=8", "train.checkpoint_every=2", "train.log_every=1", "model.depth=2"]
@@ -39,8 +40,10 @@ def test_a_run_is_continued_finished_and_put_aside(tmp_path):
     run = tmp_path / "run"
     assert tiny.launch(call, arguments(run, "train.iterations=2"))[0] == 0
     assert "continuing from" in " ".join(tiny.launch(call, arguments(run))[1])
-    code, lines = tiny.launch(call, arguments(run))
+    before = (run / "config.yaml").read_text()
+    code, lines = tiny.launch(call, arguments(run, "train.lr=0.5"))
     assert (code, len(lines)) == (0, 1) and "finished, 4 of 4 steps" in lines[0]
+    assert (run / "config.yaml").read_text() == before  # of what ran, and nothing did
     assert tiny.launch(call, [*arguments(run), "--fresh"])[0] == 0
     assert (tmp_path / "run.1" / "config.yaml").exists() and (run / "checkpoints" / "step_00000004").exists()
 
@@ -49,12 +52,23 @@ def test_a_run_is_continued_finished_and_put_aside(tmp_path):
     assert code == 0 and "step_00000004 is damaged (model.safetensors: expected" in lines[0]
     assert "continuing from" in lines[1] and lines[1].endswith("step_00000002")
 
-    _, lines = tiny.launch(call, arguments(run, "train.iterations=5", "train.lr=0.5"))
+    _, lines = tiny.launch(call, arguments(run, "train.iterations=5", "train.lr=0.5", "data.flip=true"))
     continued = next(line for line in lines if "continuing from" in line)
-    assert "with train.lr" in continued and continued.endswith("there, 0.5 now")
+    assert "with train.lr" in continued and continued.endswith("there, 0.5 now, data.flip False there, True now")
 
     code, lines = tiny.launch(call, arguments(run, "model.embed_dim=32"))
     assert (code, len(lines)) == (2, 1) and "model.embed_dim 16 there, 32 in the config" in lines[0]
+
+
+def test_a_fresh_start_takes_nothing_from_a_run_that_goes_on_nor_from_one_it_cannot_replace(tmp_path):
+    run = tmp_path / "run"
+    claim = Claim(run)
+    code, lines = tiny.launch(call, [*arguments(run), "--fresh"])
+    claim.release()
+    assert (code, len(lines)) == (2, 1) and "another process trains here" in lines[0]
+    code, lines = tiny.launch(call, [*arguments(run, "data.name=cifar10"), "--fresh"])
+    assert (code, len(lines)) == (2, 1) and "expected a folder" in lines[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 @pytest.mark.parametrize(
@@ -64,6 +78,7 @@ def test_a_run_is_continued_finished_and_put_aside(tmp_path):
         ("train.micro_batch_size=3", "batch_size 8, micro_batch_size 3, GPUs 1"),
         ("train.itrations=3", "did you mean 'iterations'"),
         ("data.name=cifar10", "expected a folder"),
+        ("data.name=latents", "data.name latents needs the section latent"),
         ("model.attention=cudnn", "model.attention=cudnn cannot run"),
         ("model.kernels=fused", "model.kernels=fused: ln_linear cannot run"),
     ],

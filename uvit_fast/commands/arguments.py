@@ -50,6 +50,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^63 - 1, got {text!r}")
+    return int(text)
+
+
 def numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]

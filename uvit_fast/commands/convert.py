@@ -1,6 +1,7 @@
 """`uvit-fast convert`: a checkpoint as a diffusers pipeline folder, or back as a .pth."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from uvit_fast.commands.arguments import CLIP, checkpoint_arguments, config_of
@@ -27,11 +28,13 @@ def run(args: argparse.Namespace) -> None:
     cfg, out = config_of(args.config, args.checkpoint, args.set), Path(args.out)
     if out.exists():
         raise UserError(f"{out}: there already; expected a new name")
+    if out.suffix in (".pt", ".ckpt", ".bin", ".safetensors"):
+        raise UserError(f"--out {out}: expected a .pth file, or a name for the pipeline's folder")
     source = sampling.find_weights(args.checkpoint)
     state = read_weights(source)
     if out.suffix == ".pth":
         load_weights(build_model(cfg), state, source=str(source))  # refuses what does not fit
-        torch.save(state, out)
+        _write(out, lambda path: torch.save(state, path))
     else:
         from uvit_fast.pipeline import make_pipeline
 
@@ -43,5 +46,16 @@ def run(args: argparse.Namespace) -> None:
         if clip != "none":
             sampling.load_text(cfg, clip, torch.device("cpu"))  # refuses what does not fit
             components["tokenizer"], components["text_encoder"] = load_clip(clip)
-        make_pipeline(cfg, state, **components).save_pretrained(out)
+        _write(out, make_pipeline(cfg, state, **components).save_pretrained)
     print(f"wrote {out}")
+
+
+def _write(out: Path, write: Callable[[Path], object]) -> None:
+    """Under a temporary name first: what has its own name is whole."""
+    temporary = out.with_name(f".{out.name}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        temporary.rename(out)
+    except OSError as error:
+        raise UserError(f"--out {out}: expected a place that can be written to ({error})") from None

@@ -2,9 +2,11 @@
 
 import argparse
 import hashlib
+import math
+import os
 from pathlib import Path
 
-from uvit_fast.commands.arguments import CLIP, checkpoint_arguments, config_of, numbers, positive
+from uvit_fast.commands.arguments import CLIP, checkpoint_arguments, config_of, numbers, positive, seed
 from uvit_fast.config import Config, UserError
 
 HELP = "draw images from a checkpoint"
@@ -19,7 +21,9 @@ def arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--prompt", action="append", help="of a text model; may be given again, for equal shares")
     command.add_argument("--prompts", metavar="FILE", help="of a text model: one prompt a line")
     command.add_argument("--clip", default=CLIP, help="text encoder: a folder, or a hub name")
-    command.add_argument("--seed", type=int, default=0, help="sample i depends on the seed and i only (default 0)")
+    command.add_argument(
+        "--seed", type=seed, default=0, help="sample i depends on the seed, i and its class only (default 0)"
+    )
     command.add_argument("--steps", type=positive, help="network evaluations a sample; default: the config's")
     command.add_argument(
         "--cfg-scale",
@@ -49,7 +53,7 @@ def _run(args: argparse.Namespace, ranks) -> None:
     cfg = config_of(args.config, args.checkpoint, args.set)
     out = _out(args)
     scale = None if args.cfg_scale is None else args.cfg_scale - 1  # the paper's s
-    if scale is not None and scale < 0:
+    if scale is not None and not 0 <= scale < math.inf:
         raise UserError(f"--cfg-scale: expected at least 1 (no guidance), got {args.cfg_scale}")
     sampling.check_guidance(scale or 0.0, cfg)
     prompts = _prompts(args, cfg)
@@ -57,9 +61,9 @@ def _run(args: argparse.Namespace, ranks) -> None:
     labels = None
     if cfg.model.num_classes:
         every = range(cfg.model.num_classes - (cfg.null_label is not None))
-        classes = sampling.check_labels(numbers(args.classes) if args.classes else list(every), cfg)
+        classes = sampling.check_labels(list(every) if args.classes is None else numbers(args.classes), cfg)
         labels = sampling.spread_labels(args.num, classes)
-    elif args.classes:
+    elif args.classes is not None:
         sampling.check_labels(numbers(args.classes), cfg)
     checkpoint = sampling.find_weights(args.checkpoint)
     model = sampling.load_for_sampling(cfg, checkpoint, device)
@@ -79,7 +83,10 @@ def _run(args: argparse.Namespace, ranks) -> None:
         return np.concatenate([to_uint8(decode(x)) for x in batches])
 
     settings = {name: getattr(args, name) for name in ("config", "set", "num", "classes", "seed", "steps", "cfg_scale")}
-    settings["checkpoint"] = str(checkpoint)  # of a run that goes on, the newest may be another one tomorrow
+    settings["config"] = args.config and os.path.abspath(args.config)
+    settings["checkpoint"] = os.path.abspath(
+        checkpoint
+    )  # of a run that goes on, the newest may be another one tomorrow
     settings["prompts"] = prompts and hashlib.sha256("\n".join([args.clip, *prompts]).encode()).hexdigest()
     job = jobs.Job(out, settings, args.num, batch, args.resume, ranks)
     if not job.run(draw):  # another rank writes

@@ -274,8 +274,8 @@ def find_weights(download: bool = False) -> Path:
             return folder / name
     if not download:
         raise UserError(
-            f"Inception weights: none of {', '.join(FILES)} in {folder}; name the file (--inception, evaluate.inception) or fetch it (--download); "
-            "digits and Fashion-MNIST have --features digits-fid"
+            f"Inception weights: none of {', '.join(FILES)} in {folder}; name the file (evaluate.inception; --inception of uvit-fast evaluate, whose --download fetches it); "
+            "digits and Fashion-MNIST have digits-fid (evaluate.features; --features)"
         )
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -27,7 +27,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise their own kinds for truncated and foreign files
-        raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}: {error})".split("\n")[0]) from None
+        raise UserError(
+            f"{path}: not a readable checkpoint ({type(error).__name__}); expected a state dict as a .pth or .safetensors file"
+        ) from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path}: expected a state dict of tensors, got {type(state).__name__}")
     return state

@@ -34,7 +34,8 @@ LEARNING = (
     "precision",
     "seed",
 )
-HOW_NOT_WHAT = {"attention", "kernels", "activation_checkpointing"}  # of the model section: same weights, other ways
+DATA = ("name", "path", "crop", "flip")
+HOW_NOT_WHAT = {"attention", "kernels", "activation_checkpointing", "decoder"}  # same weights, other ways
 
 
 class Writer:
@@ -125,13 +126,24 @@ def newest_intact(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[
     """
     found = steps(folder)
     for path in reversed(found):
-        damage, manifest = _verify(path)
-        if damage is None:
+        wrong, manifest = _verify(path)
+        if wrong is None:
             return path, manifest
-        say(f"checkpoint {path} is damaged ({damage}); trying the one before")
+        say(f"checkpoint {path} is damaged ({wrong}); trying the one before")
     if found:
         raise UserError(f"{folder}: none of the {len(found)} checkpoints is intact; --fresh starts the run anew")
     return None
+
+
+def set_aside_newer(path: Path) -> None:
+    """Rename the checkpoints after `path`, which a run that continues from it found damaged, to `damaged_step_...`: or they would
+    still be the newest to whoever samples, and stay while intact ones make room.
+    """
+    for newer in steps(path.parent):
+        if newer.name > path.name:
+            aside = newer.with_name(f"damaged_{newer.name}")
+            _remove(aside)
+            newer.rename(aside)
 
 
 def read(path: Path, name: str) -> Tensors:
@@ -140,44 +152,60 @@ def read(path: Path, name: str) -> Tensors:
 
 
 def check_architecture(path: Path, shapes: dict[str, tuple[int, ...]], config: dict, manifest: dict[str, Any]) -> None:
-    """Refuse a checkpoint of another network.
+    """Refuse a checkpoint of another network, or of another diffusion.
 
     Raises:
-        UserError: names or shapes of parameters differ; the message names them and the config keys that differ.
+        UserError: names or shapes of parameters differ, or config keys that decide what the weights mean; the message names them.
     """
+    keys = [
+        f"{section}.{k} {then[k]} there, {config[section][k]} in the config"
+        for section, then in ((name, manifest["config"].get(name) or {}) for name in ("model", "diffusion", "latent"))
+        for k in then
+        if k not in HOW_NOT_WHAT and k in (config.get(section) or {}) and config[section][k] != then[k]
+    ]
     with safe_open(path / "model.safetensors", framework="pt") as file:
         theirs = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, no mapping
     differing = [name for name in sorted(shapes.keys() | theirs.keys()) if shapes.get(name) != theirs.get(name)]
-    if not differing:
+    if not differing and not keys:
         return
-    then, now = manifest["config"]["model"], config["model"]
-    keys = [
-        f"model.{k} {then.get(k)} there, {now[k]} in the config"
-        for k in now
-        if then.get(k) != now[k] and k not in HOW_NOT_WHAT
-    ]
-    name = differing[0]
-    example = f"{name} is {theirs.get(name, 'missing')} there, expected {shapes.get(name, 'no such parameter')}"
+    example = ""
+    if differing:
+        name = differing[0]
+        example = f"{name} is {theirs.get(name, 'missing')} there, expected {shapes.get(name, 'no such parameter')}"
+        example = f"; {len(differing)} parameters differ ({example})"
     raise UserError(
-        f"{path}: a checkpoint of another architecture: {'; '.join(keys) or 'same model section'}; "
-        f"{len(differing)} parameters differ ({example}); --fresh starts the run anew"
+        f"{path}: a checkpoint of another model: {'; '.join(keys) or 'same model section'}{example}; "
+        "--run-dir takes another folder, --fresh starts the run anew"
     )
 
 
 def other_settings(config: dict, manifest: dict[str, Any]) -> str:
     """What a run continues with otherwise than its checkpoint was trained, for a log; empty where all is the same."""
-    then, now = manifest["config"]["train"], config["train"]
-    return ", ".join(f"train.{k} {then[k]} there, {now[k]} now" for k in LEARNING if k in then and then[k] != now[k])
+    then = manifest["config"]
+    return ", ".join(
+        f"{section}.{k} {then[section][k]} there, {config[section][k]} now"
+        for section, keys in (("train", LEARNING), ("data", DATA))
+        for k in keys
+        if k in then.get(section, {}) and then[section][k] != config[section][k]
+    )
 
 
-def _verify(path: Path) -> tuple[str | None, dict[str, Any]]:
-    """(what is wrong or None, the manifest)."""
+def damage(file: Path) -> str | None:
+    """What is wrong with a file of a checkpoint by its manifest; None where nothing is, or it is of none with a manifest."""
+    ours = file.parent.name.startswith("step_") and (file.parent / "manifest.json").is_file()
+    return _verify(file.parent, file.name)[0] if ours else None
+
+
+def _verify(path: Path, only: str | None = None) -> tuple[str | None, dict[str, Any]]:
+    """(what is wrong or None, the manifest), of all files or of one."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         files = manifest["files"]
     except (OSError, ValueError, KeyError) as error:
         return f"manifest.json: {type(error).__name__}", {}
     for name, expected in files.items():
+        if only not in (None, name):
+            continue
         file = path / name
         if not file.is_file():
             return f"{name}: missing", manifest

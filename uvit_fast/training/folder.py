@@ -142,12 +142,24 @@ def _commit() -> str | None:
 
 
 def set_aside(run_dir: Path, world: Any) -> None:
-    """Rename an existing run folder to `<run_dir>.1`, or the first number that is free. All ranks must call it."""
+    """Rename an existing run folder to `<run_dir>.1`, or the first number that is free. All ranks must call it.
+
+    Raises:
+        UserError: another process trains in it.
+    """
+    refusal: list[UserError | None] = [None]
     if world.rank == 0 and run_dir.exists():
-        number = next(n for n in itertools.count(1) if not run_dir.with_name(f"{run_dir.name}.{n}").exists())
-        aside = run_dir.rename(run_dir.with_name(f"{run_dir.name}.{number}"))
-        say(f"{run_dir}: the older run is now {aside}")
-    dist.barrier(device_ids=[world.local_rank] if world.device.type == "cuda" else None)
+        try:
+            Claim(run_dir).release()
+            number = next(n for n in itertools.count(1) if not run_dir.with_name(f"{run_dir.name}.{n}").exists())
+            aside = run_dir.rename(run_dir.with_name(f"{run_dir.name}.{number}"))
+            say(f"{run_dir}: the older run is now {aside}")
+        except UserError as error:
+            refusal[0] = error
+    if world.size > 1:
+        dist.broadcast_object_list(refusal, src=0)
+    if refusal[0]:
+        raise refusal[0]
 
 
 def _state(run_dir: Path) -> RunState:

@@ -84,8 +84,6 @@ class Trainer:
         self.refused_in_a_row = torch.zeros((), device=self.world.device)
         self.step = self.samples = self.saved = 0
         self._resume()
-        if self.main:
-            describe_run(self.run_dir, config, self.world)
 
     def train(self) -> dict[str, float]:
         """Train to the end.
@@ -110,6 +108,7 @@ class Trainer:
         if getattr(self.dataset, "synthetic", False):
             self._say("synthetic data: measures speed and memory, learns nothing")
         if self.main:
+            describe_run(self.run_dir, config, self.world)
             wandb = self.config.model_dump(mode="json") if train.wandb else None
             self.monitor = Monitor(self.run_dir, self.step, train.iterations, wandb)
         self.spikes = Spikes(train.spike_deviations, self._samples_of, self.run_dir / "spikes.jsonl")
@@ -308,6 +307,7 @@ class Trainer:
                     checkpoint.check_architecture(
                         found[0][0], self.engine.shapes, self.config.model_dump(mode="json"), found[0][1]
                     )
+                    checkpoint.set_aside_newer(found[0][0])
             except ValueError as error:  # a UserError, which every rank must raise
                 found[0] = error
         if self.world.size > 1:
