@@ -9,9 +9,7 @@ HELP = "run the benchmark suite on this machine and write its report"
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--quick", action="store_true", help="fewer sizes and peers: an H100 takes six minutes"
-    )
+    command.add_argument("--quick", action="store_true", help="fewer sizes and peers: an H100 takes six minutes")
     command.add_argument("--only", default="", help="benchmarks by name, with commas, such as sampling,memory")
     command.add_argument(
         "--out", type=Path, help="folder of the CSV files, the report beside it (default benchmarks/results)"
