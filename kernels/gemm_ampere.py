@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, layernorm
+from . import launch, sums
 from .layernorm import CHUNK
 
 # GELU(2 h) = h + h tanh(v), v = h (G0 + w max(G1 + G2 w, 0)), w = h^2: within 2.6e-5 of the erf form, its derivative within 1.1e-4.
@@ -244,7 +244,7 @@ def linear_gelu_backward(dy: Tensor, w: Tensor, h: Tensor, *, overwrite: bool = 
         the first, (N,).
     """
     gradient, act, partial = _run(GELU_BACKWARD, dy, w.t(), side=h, overwrite=overwrite)
-    return gradient, act, *layernorm.totals(partial, 1, dy.dtype)
+    return gradient, act, *sums.totals(partial, 1, dy.dtype)
 
 
 def input_gradient(dy: Tensor, w: Tensor) -> Tensor:
@@ -261,4 +261,4 @@ def weight_gradient(dy: Tensor, x: Tensor, *, bias: bool, out: Tensor | None = N
     """
     out = dy.new_empty(dy.shape[1], x.shape[1]) if out is None else out
     torch.mm(dy.t(), x, out=out)
-    return out, layernorm.column_sums(dy) if bias else None
+    return out, sums.column_sums(dy) if bias else None

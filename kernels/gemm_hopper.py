@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from . import gemm_ampere, launch, layernorm, wgrad_hopper
+from . import gemm_ampere, launch, layernorm, sums, wgrad_hopper
 from .gemm_ampere import CASES, GELU, GELU_BACKWARD, GELU_SAVE, PLAIN, RESIDUAL
 from .gemm_hopper_pieces import (
     G0,
@@ -358,7 +358,7 @@ def linear_gelu(x: Tensor, w: Tensor, bias: Tensor, *, stats: Tensor, save: bool
 def linear_gelu_backward(dy: Tensor, w: Tensor, h: Tensor, *, overwrite: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """GELU's argument's gradient, its value and the column sums of the first: see `gemm_ampere.linear_gelu_backward`."""
     gradient, act, partial = _run(GELU_BACKWARD, dy, w, side=h, overwrite=overwrite, transposed=True)
-    return gradient, act, *layernorm.totals(partial, 1, dy.dtype)
+    return gradient, act, *sums.totals(partial, 1, dy.dtype)
 
 
 def input_gradient(dy: Tensor, w: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import launch, layernorm
+from . import launch, layernorm, sums
 from .op import eagerly
 
 TOKENS = 33024  # 128 images of 258 tokens
@@ -62,7 +62,7 @@ def cases(D: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> 
 
     yield "prepare", str(D), lambda: layernorm.prepare(x, gamma, beta, up, hidden_b, 1e-5)
     yield "ln_backward", str(D), lambda: layernorm.backward(dy, x, stats, gamma, beta, dy)
-    yield "column_sums", str(D), lambda: layernorm.column_sums(dy)
+    yield "column_sums", str(D), lambda: sums.column_sums(dy)
     yield "gemm", str(D), lambda: core.linear(x, narrow[1], narrow[2], stats=narrow[0])
     with eagerly():
         moments = layernorm.new_moments(x, TOKENS, D)

@@ -19,7 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from . import launch, layernorm
+from . import launch
+from .sums import totals
 from .tma import descriptor
 
 ROWS, COLS, BK, STAGES = 64, 256, 64, 4  # rows of a tile a consumer, its columns, tokens a stage, stages
@@ -250,4 +251,4 @@ def weight_gradient(dy: Tensor, x: Tensor, out: Tensor, bias: bool) -> Tensor | 
         layout = [p[name] for name in ("whole", "ragged", "splits", "tiles_n", "plain", "strip_at")]
         args = (parts, out, dy.shape[1], x.shape[1], out.stride(0), *layout)
         launch.run(dy.device, sum_kernel, (p["ragged"], 8), args, {"HEIGHT": 16})
-    return layernorm.totals(bias_parts, 1, dy.dtype)[0] if bias else None
+    return totals(bias_parts, 1, dy.dtype)[0] if bias else None

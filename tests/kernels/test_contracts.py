@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from tests.kernels.interpreted import INTERPRETED
-from uvit_fast.kernels import adamw, aot, assemble, gemm_ampere, launch, layernorm
+from uvit_fast.kernels import adamw, aot, assemble, gemm_ampere, launch, layernorm, sums
 
 if not INTERPRETED:  # the interpreter knows no Gluon
     from uvit_fast.kernels import gemm_hopper, wgrad_hopper
@@ -92,10 +92,10 @@ def plain(arch: int) -> dict:
         args = (x, x, x, stats, v, v, x, x, fp32(tuned["programs"], 3, D), M, M, D, low, high, True)
         return layernorm._backward_kernel, args, {"num_warps": tuned["warps"]}
 
-    def sums():
+    def bias_sums():
         tuned = choice(table, "column_sums", D)
         args = (x, fp32(tuned["programs"], D), M, D, tuned["rows"], tuned["block"])
-        return layernorm._column_sums_kernel, args, {"num_warps": tuned["warps"]}
+        return sums._column_sums_kernel, args, {"num_warps": tuned["warps"]}
 
     def split_sum():
         args = (fp32(123, 128, 256), meta(D, D), D, D, D, 0, 41, 3, 9, 36, 1024)
@@ -103,7 +103,7 @@ def plain(arch: int) -> dict:
 
     def totals():
         args = (fp32(528, 3, D), meta(D), meta(D), meta(D), 528, 3 * D, D, 128, 32)
-        return layernorm._totals_kernel, args, {"num_warps": 4}
+        return sums._totals_kernel, args, {"num_warps": 4}
 
     def tokens():
         args = (meta(128, 4, 32, 32), meta(D, 4, 2, 2), v, meta(128, 2, D), meta(1, 258, D), x, M, 258, 2, D, 32, 32)
@@ -119,7 +119,7 @@ def plain(arch: int) -> dict:
         "prepare": lambda: prepare(0),
         "prepare_moments": lambda: prepare(32),
         "ln_backward": backward,
-        "column_sums": sums,
+        "column_sums": bias_sums,
         "totals": totals,
     }
     return found | ({"wgrad_sum": split_sum} if arch == 90 else {})
