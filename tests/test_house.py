@@ -10,6 +10,7 @@ LEVELS = {
     "kernels": 0,
     "config": 0,
     "extras": 0,
+    "files": 0,
     "graphs": 0,
     "ranks": 0,
     "model": 1,

@@ -4,7 +4,6 @@ Sample i depends on the seed and i only, so who draws a part, and when, makes no
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from uvit_fast.config import UserError
+from uvit_fast.files import write_whole
 from uvit_fast.ranks import ALONE, Ranks
 
 
@@ -56,7 +56,7 @@ class Job:
         with tqdm(total=self.num, initial=done, unit="image", desc="sample", disable=self.ranks.rank > 0) as bar:
             for part in mine:
                 images = draw(*part)
-                _write(self._file(part), lambda file, images=images: np.save(file, images))
+                write_whole(self._file(part), lambda file, images=images: np.save(file, images))
                 bar.update(min((part[1] - part[0]) * self.ranks.count, self.num - bar.n))  # the others keep pace
                 self.ranks.check()
         return self.ranks.gather(None) is not None
@@ -84,7 +84,7 @@ class Job:
             return f"{self.out}: there already, finished or of something else; expected a new name or an empty folder"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write(note, lambda file: file.write_text(json.dumps(settings)))
+            write_whole(note, lambda file: file.write_text(json.dumps(settings)))
         except OSError as error:
             return f"{self.out}: expected a place that can be written to ({error})"
         return None
@@ -98,10 +98,3 @@ class Job:
 
     def _file(self, part: tuple[int, int]) -> Path:
         return self.folder / f"{part[0]:07d}_{part[1]:07d}.npy"
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Under a temporary name first, so that what has its own name is whole."""
-    temporary = path.with_name(f".{os.getpid()}_{path.name}")
-    write(temporary)
-    temporary.rename(path)

@@ -179,8 +179,8 @@ class UViTPipeline(DiffusionPipeline):
         if wants == "class_labels":
             several = isinstance(class_labels, Sequence | Tensor | np.ndarray) and np.ndim(class_labels)
             classes = net.num_classes - (self.config.null_label is not None)
-            labels = [_whole("class_labels", v, least=None) for v in (class_labels if several else [class_labels])]
-            if not labels or not all(0 <= label < classes for label in labels):
+            labels = [_whole("class_labels", v, least=0) for v in (class_labels if several else [class_labels])]
+            if not labels or not all(label < classes for label in labels):
                 raise ValueError(f"class_labels: expected labels from 0 to {classes - 1}, got {labels}")
             return {"y": torch.tensor(labels, device=device)}, {"y": self.config.null_label}
         if wants == "prompt":
@@ -214,13 +214,13 @@ class UViTPipeline(DiffusionPipeline):
         return [Image.fromarray(p if p.shape[-1] == 3 else p[..., 0]) for p in pixels]
 
 
-def _whole(name: str, value: Any, least: int | None = 1) -> int:
+def _whole(name: str, value: Any, least: int = 1) -> int:
     """A whole number, of Python's, NumPy's or torch's kind."""
     try:
         number = operator.index(value)
     except TypeError:
         raise ValueError(f"{name}: expected a whole number, got {value!r}") from None
-    if least is not None and number < least:
+    if number < least:
         raise ValueError(f"{name}: expected at least {least}, got {number}")
     return number
 

@@ -22,6 +22,7 @@ from uvit_fast.diffusion.cudagraph import GraphSampler
 from uvit_fast.diffusion.guidance import Guidance
 from uvit_fast.diffusion.noise import sample_generators, sample_noise
 from uvit_fast.extras import missing
+from uvit_fast.files import write_whole
 from uvit_fast.images import save_grid, to_uint8
 from uvit_fast.model.uvit import UViT
 from uvit_fast.model.weights import load_weights, read_weights
@@ -52,7 +53,11 @@ def load_for_sampling(cfg: Config, checkpoint: str | Path, device: torch.device)
     Raises:
         UserError: no such checkpoint, or one of another architecture.
     """
-    path = find_weights(checkpoint)
+    return load_found(cfg, find_weights(checkpoint), device)
+
+
+def load_found(cfg: Config, path: Path, device: torch.device) -> UViT:
+    """`load_for_sampling` of the file that `find_weights` gave, which has looked at it."""
     model = load_weights(build_model(cfg), read_weights(path), source=str(path))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return model.to(device, dtype).eval().requires_grad_(False)
@@ -288,18 +293,20 @@ def save_npz(path: Path, batches: Iterable[np.ndarray], num: int, labels: np.nda
     Args:
         batches: of `num` images together, (B, H, W, C) uint8 each; one at a time is in memory.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, written = path.with_name(path.name + ".tmp.npz"), 0
-    with zipfile.ZipFile(temporary, "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            for images in batches:
-                if not written:
-                    header = {"descr": "|u1", "fortran_order": False, "shape": (num, *images.shape[1:])}
-                    np.lib.format.write_array_header_1_0(file, header)
-                file.write(np.ascontiguousarray(images, np.uint8).data)
-                written += len(images)
-        if labels is not None:
-            with archive.open("arr_1.npy", "w") as file:
-                np.lib.format.write_array(file, labels)
-    assert written == num
-    temporary.rename(path)
+
+    def write(temporary: Path) -> None:
+        written = 0
+        with zipfile.ZipFile(temporary, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                for images in batches:
+                    if not written:
+                        header = {"descr": "|u1", "fortran_order": False, "shape": (num, *images.shape[1:])}
+                        np.lib.format.write_array_header_1_0(file, header)
+                    file.write(np.ascontiguousarray(images, np.uint8).data)
+                    written += len(images)
+            if labels is not None:
+                with archive.open("arr_1.npy", "w") as file:
+                    np.lib.format.write_array(file, labels)
+        assert written == num
+
+    write_whole(path, write)

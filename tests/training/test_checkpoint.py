@@ -139,15 +139,13 @@ def test_weights_of_another_meaning_are_refused_though_they_fit(folder):
     manifest["config"] = {"model": {"num_heads": 4, "kernels": "auto"}, "diffusion": {"schedule": "vp"}}
     now = {"model": {"num_heads": 2, "kernels": "fused"}, "diffusion": {"schedule": "sd"}}
     with pytest.raises(UserError) as error:
-        checkpoint.check_architecture(path, {"w": (2, 3)}, now, manifest)
-    assert "model.num_heads 4 there, 2 in the config; diffusion.schedule vp there, sd in the config" in str(error.value)
+        checkpoint.check_model(path, {"w": (2, 3)}, now, manifest)
+    assert "model.num_heads 4 there, 2 now; diffusion.schedule vp there, sd now" in str(error.value)
     assert "kernels" not in str(error.value)
 
 
 def test_another_architecture_names_the_keys(folder):
     path, manifest = checkpoint.newest_intact(folder, pytest.fail)
-    checkpoint.check_architecture(path, {"w": (2, 3)}, STATE["config"], manifest)
-    with pytest.raises(
-        UserError, match=r"model.embed_dim 3 there, 4 in the config.*w is \(2, 3\) there, expected \(2, 4\)"
-    ):
-        checkpoint.check_architecture(path, {"w": (2, 4)}, {"model": {"embed_dim": 4}}, manifest)
+    checkpoint.check_model(path, {"w": (2, 3)}, STATE["config"], manifest)
+    with pytest.raises(UserError, match=r"model.embed_dim 3 there, 4 now.*w is \(2, 3\) there, expected \(2, 4\)"):
+        checkpoint.check_model(path, {"w": (2, 4)}, {"model": {"embed_dim": 4}}, manifest)

@@ -57,7 +57,7 @@ def test_a_run_is_continued_finished_and_put_aside(tmp_path):
     assert "with train.lr" in continued and continued.endswith("there, 0.5 now, data.flip False there, True now")
 
     code, lines = tiny.launch(call, arguments(run, "model.embed_dim=32"))
-    assert (code, len(lines)) == (2, 1) and "model.embed_dim 16 there, 32 in the config" in lines[0]
+    assert (code, len(lines)) == (2, 1) and "model.embed_dim 16 there, 32 now" in lines[0]
 
 
 def test_a_fresh_start_takes_nothing_from_a_run_that_goes_on_nor_from_one_it_cannot_replace(tmp_path):

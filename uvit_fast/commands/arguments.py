@@ -45,14 +45,16 @@ def config_of(config: str | None, checkpoint: str, overrides: list[str]) -> Conf
 
 
 def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
+    return _whole(text, range(1, 2**63), "of at least 1")
 
 
 def seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^63 - 1, got {text!r}")
+    return _whole(text, range(2**63), "from 0 to 2^63 - 1")
+
+
+def _whole(text: str, allowed: range, which: str) -> int:
+    if not text.isdecimal() or int(text) not in allowed:
+        raise argparse.ArgumentTypeError(f"expected a whole number {which}, got {text!r}")
     return int(text)
 
 

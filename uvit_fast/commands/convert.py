@@ -1,11 +1,12 @@
 """`uvit-fast convert`: a checkpoint as a diffusers pipeline folder, or back as a .pth."""
 
 import argparse
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from uvit_fast.commands.arguments import CLIP, checkpoint_arguments, config_of
 from uvit_fast.config import UserError
+from uvit_fast.files import write_whole
 
 HELP = "a checkpoint as a diffusers pipeline folder, or back as a .pth"
 
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     state = read_weights(source)
     if out.suffix == ".pth":
         load_weights(build_model(cfg), state, source=str(source))  # refuses what does not fit
-        _write(out, lambda path: torch.save(state, path))
+        write = partial(torch.save, state)
     else:
         from uvit_fast.pipeline import make_pipeline
 
@@ -46,16 +47,9 @@ def run(args: argparse.Namespace) -> None:
         if clip != "none":
             sampling.load_text(cfg, clip, torch.device("cpu"))  # refuses what does not fit
             components["tokenizer"], components["text_encoder"] = load_clip(clip)
-        _write(out, make_pipeline(cfg, state, **components).save_pretrained)
-    print(f"wrote {out}")
-
-
-def _write(out: Path, write: Callable[[Path], object]) -> None:
-    """Under a temporary name first: what has its own name is whole."""
-    temporary = out.with_name(f".{out.name}.partial")
+        write = make_pipeline(cfg, state, **components).save_pretrained
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        temporary.rename(out)
+        write_whole(out, write)
     except OSError as error:
         raise UserError(f"--out {out}: expected a place that can be written to ({error})") from None
+    print(f"wrote {out}")

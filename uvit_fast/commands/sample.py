@@ -66,7 +66,7 @@ def _run(args: argparse.Namespace, ranks) -> None:
     elif args.classes is not None:
         sampling.check_labels(numbers(args.classes), cfg)
     checkpoint = sampling.find_weights(args.checkpoint)
-    model = sampling.load_for_sampling(cfg, checkpoint, device)
+    model = sampling.load_found(cfg, checkpoint, device)
     decode = sampling.load_decoder(cfg, device) if cfg.latent else None
 
     options = {"steps": args.steps, "guidance_scale": scale, "seed": args.seed, "labels": labels}
@@ -82,11 +82,10 @@ def _run(args: argparse.Namespace, ranks) -> None:
         batches = sampling.sample(model, cfg, last, first=first, batch=batch, graphs=graphs, **options)
         return np.concatenate([to_uint8(decode(x)) for x in batches])
 
-    settings = {name: getattr(args, name) for name in ("config", "set", "num", "classes", "seed", "steps", "cfg_scale")}
+    settings = {name: getattr(args, name) for name in ("set", "num", "classes", "seed", "steps", "cfg_scale")}
     settings["config"] = args.config and os.path.abspath(args.config)
-    settings["checkpoint"] = os.path.abspath(
-        checkpoint
-    )  # of a run that goes on, the newest may be another one tomorrow
+    # of a run that goes on, the newest may be another one tomorrow
+    settings["checkpoint"] = os.path.abspath(checkpoint)
     settings["prompts"] = prompts and hashlib.sha256("\n".join([args.clip, *prompts]).encode()).hexdigest()
     job = jobs.Job(out, settings, args.num, batch, args.resume, ranks)
     if not job.run(draw):  # another rank writes

@@ -5,7 +5,7 @@ under one classifier, and are no FID.
 """
 
 import hashlib
-import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from uvit_fast.config import UserError
 from uvit_fast.evaluation.inception import Features
+from uvit_fast.files import write_whole
 
 STEPS, BATCH, LEARNING_RATE = 600, 128, 2e-3
 HELD_OUT = 0.1  # share of the images that the reported accuracy is of
@@ -142,8 +143,5 @@ def cached_classifier(
         return model.eval().requires_grad_(False)
     model, accuracy = train_classifier(images, labels, device)
     print(f"digits-fid: trained a classifier on {len(images):,} images, held-out accuracy {accuracy:.3f}")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    torch.save({name: value.cpu() for name, value in model.state_dict().items()}, temporary)
-    temporary.rename(file)
+    write_whole(file, partial(torch.save, {name: value.cpu() for name, value in model.state_dict().items()}))
     return model

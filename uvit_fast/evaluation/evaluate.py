@@ -9,6 +9,7 @@ from uvit_fast.config import UserError
 from uvit_fast.evaluation.features import Extractor, Images, extract
 from uvit_fast.evaluation.metrics import Moments, frechet_distance, inception_score, kernel_distance, precision_recall
 from uvit_fast.evaluation.reference import Reference
+from uvit_fast.files import write_whole
 from uvit_fast.ranks import ALONE, Ranks
 
 USUAL = 50_000  # samples of published figures
@@ -119,7 +120,4 @@ def table(result: dict) -> str:
 
 def write(result: dict, path: Path) -> None:
     """The result as JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
-    temporary.rename(path)
+    write_whole(path, lambda file: file.write_text(json.dumps(result, indent=2) + "\n"))

@@ -13,6 +13,7 @@ from torch import Tensor
 from uvit_fast.config import UserError
 from uvit_fast.evaluation.features import Extracted, Extractor, Images, extract, open_images
 from uvit_fast.evaluation.metrics import Moments
+from uvit_fast.files import write_whole
 from uvit_fast.ranks import ALONE, Ranks
 
 NEIGHBOURS = 10_000  # reference images for precision, recall and KID, as ADM takes
@@ -139,19 +140,11 @@ def _reference(found: Extracted, images: Images, extractor: Extractor) -> Refere
 
 
 def _write_statistics(file: Path, reference: Reference) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
     (mu, sigma), (mu_s, sigma_s) = reference.pool_moments, reference.spatial_moments
     arrays = {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s, "pool": reference.pool}
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp.npz")
-    np.savez(
-        temporary,
-        **{name: value.cpu().numpy() for name, value in arrays.items()},
-        count=reference.count,
-        size=reference.size,
-        like=reference.like,
-        features=reference.features,
-    )
-    temporary.rename(file)
+    saved = {name: value.cpu().numpy() for name, value in arrays.items()}
+    saved |= {name: getattr(reference, name) for name in ("count", "size", "like", "features")}
+    write_whole(file, lambda path: np.savez(path, **saved))
 
 
 def _read_statistics(path: Path) -> Reference:

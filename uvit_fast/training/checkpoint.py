@@ -22,20 +22,12 @@ from torch import Tensor
 from uvit_fast.config import UserError
 
 Tensors = dict[str, Tensor]
-LEARNING = (
-    "batch_size",
-    "lr",
-    "warmup_steps",
-    "betas",
-    "weight_decay",
-    "ema_decay",
-    "p_uncond",
-    "grad_clip",
-    "precision",
-    "seed",
-)
-DATA = ("name", "path", "crop", "flip")
-HOW_NOT_WHAT = {"attention", "kernels", "activation_checkpointing", "decoder"}  # same weights, other ways
+LEARNING = {  # section -> what a run may be continued with otherwise, and learns from
+    "train": {"batch_size", "lr", "warmup_steps", "betas", "weight_decay", "ema_decay", "p_uncond", "grad_clip", "precision", "seed"},
+    "data": {"name", "path", "crop", "flip"},
+}  # fmt: skip
+MEANING = {"model", "diffusion", "latent"}  # sections that say what the weights mean, but for
+HOW_NOT_WHAT = {"attention", "kernels", "activation_checkpointing", "decoder"}  # other ways to the same
 
 
 class Writer:
@@ -151,18 +143,13 @@ def read(path: Path, name: str) -> Tensors:
     return load_file(path / f"{name}.safetensors")
 
 
-def check_architecture(path: Path, shapes: dict[str, tuple[int, ...]], config: dict, manifest: dict[str, Any]) -> None:
+def check_model(path: Path, shapes: dict[str, tuple[int, ...]], config: dict, manifest: dict[str, Any]) -> None:
     """Refuse a checkpoint of another network, or of another diffusion.
 
     Raises:
         UserError: names or shapes of parameters differ, or config keys that decide what the weights mean; the message names them.
     """
-    keys = [
-        f"{section}.{k} {then[k]} there, {config[section][k]} in the config"
-        for section, then in ((name, manifest["config"].get(name) or {}) for name in ("model", "diffusion", "latent"))
-        for k in then
-        if k not in HOW_NOT_WHAT and k in (config.get(section) or {}) and config[section][k] != then[k]
-    ]
+    keys = _differing(config, manifest, lambda section, key: section in MEANING and key not in HOW_NOT_WHAT)
     with safe_open(path / "model.safetensors", framework="pt") as file:
         theirs = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, no mapping
     differing = [name for name in sorted(shapes.keys() | theirs.keys()) if shapes.get(name) != theirs.get(name)]
@@ -181,13 +168,18 @@ def check_architecture(path: Path, shapes: dict[str, tuple[int, ...]], config: d
 
 def other_settings(config: dict, manifest: dict[str, Any]) -> str:
     """What a run continues with otherwise than its checkpoint was trained, for a log; empty where all is the same."""
-    then = manifest["config"]
-    return ", ".join(
-        f"{section}.{k} {then[section][k]} there, {config[section][k]} now"
-        for section, keys in (("train", LEARNING), ("data", DATA))
-        for k in keys
-        if k in then.get(section, {}) and then[section][k] != config[section][k]
-    )
+    return ", ".join(_differing(config, manifest, lambda section, key: key in LEARNING.get(section, ())))
+
+
+def _differing(config: dict, manifest: dict[str, Any], asked: Callable[[str, str], bool]) -> list[str]:
+    """The keys, of those asked for by section and name and known to both, whose values are others than the checkpoint's."""
+    return [
+        f"{name}.{key} {then} there, {section[key]} now"
+        for name, section in config.items()
+        if isinstance(section, dict)
+        for key, then in (manifest["config"].get(name) or {}).items()
+        if asked(name, key) and key in section and section[key] != then
+    ]
 
 
 def damage(file: Path) -> str | None:

@@ -304,7 +304,7 @@ class Trainer:
                 self.claim = Claim(self.run_dir)
                 found[0] = checkpoint.newest_intact(self.run_dir / "checkpoints", say)
                 if found[0]:
-                    checkpoint.check_architecture(
+                    checkpoint.check_model(
                         found[0][0], self.engine.shapes, self.config.model_dump(mode="json"), found[0][1]
                     )
                     checkpoint.set_aside_newer(found[0][0])
