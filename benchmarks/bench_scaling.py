@@ -2,11 +2,12 @@
 
 Sections (`--sections`):
 
-scaling   U-ViT-H/2, `--batch` images a GPU: ZeRO 1, 2 and 3 on all GPUs and ZeRO 2 on one. steps_per_s and img_per_s of `--steps`
-          steps; speedup, images/s over those of one GPU; over_paper, steps_per_s over the
-          paper's at its global batch; peak_gb and static_gb, the largest of the ranks; comm_gb, bytes a rank hands to
+scaling   U-ViT-H/2, `--batch` images a GPU: ZeRO 1, 2 and 3 on all GPUs and ZeRO 2 on one, with each of `--policies` of activation
+          checkpointing. steps_per_s and img_per_s of `--steps` steps; speedup, images/s over those of one GPU; over_paper, steps_per_s
+          over the paper's at its global batch; peak_gb and static_gb, the largest of the ranks; comm_gb, bytes a rank hands to
           collectives in a step; comm_share, of the step's time in which one runs, and exposed_share, in which nothing else does (both of a
-          profile of three steps); loss_difference, the largest relative one from the first stage's losses over all steps. Rows of the
+          profile of three steps); loss_difference, the largest relative one from the first stage's losses over all steps. Cases
+          `H:<global batch>:zero<stage>:<GPUs>gpu:<policy>`. Rows of the
           provider `calculated` are no measurements: what `--also` GPUs would do, see `calculate`.
 resume    U-ViT-S/2: steps on all GPUs, stopped in the middle and continued in a new engine: resume_difference, which must be 0; and
           continued on fewer GPUs with the same global batch: resume_fewer_difference.
@@ -80,13 +81,14 @@ class Run:
         return (sums[0] / sums[1]).tolist()
 
 
-def speed(stage: int, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Worker: time, memory, communication and losses of one ZeRO stage."""
+def speed(stage: int, policy: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Worker: time, memory, communication and losses of one ZeRO stage and one policy of activation checkpointing."""
     gpus = int(os.environ["WORLD_SIZE"])
     steps = WARMUP + args.steps + PROFILED + 1
     overrides = [f"train.batch_size={args.batch * gpus}", f"train.iterations={steps}", f"train.zero_stage={stage}"]
+    overrides.append(f"model.activation_checkpointing={policy}")
     run = Run(LARGE, [f"device={args.device}", *overrides, "train.warmup_steps=20", *args.set], folder)
-    result: dict[str, Any] = {"gpus": gpus, "stage": stage}
+    result: dict[str, Any] = {"gpus": gpus, "stage": stage, "policy": policy}
     if run.cuda:
         run.trainer.engine.moments()
         result["static_gb"] = (torch.cuda.memory_allocated() - run.before) / 1e9
@@ -139,7 +141,7 @@ def worker(args: argparse.Namespace) -> None:
         began = time.monotonic()
         if what == "speed":
             answer = [None] * int(os.environ["WORLD_SIZE"])
-            mine = speed(argument, args, folder / f"speed_{os.environ['WORLD_SIZE']}_{number}")
+            mine = speed(*argument, args, folder / f"speed_{os.environ['WORLD_SIZE']}_{number}")
             dist.all_gather_object(answer, mine)
         else:
             answer = resumed(args, folder, argument)
@@ -182,7 +184,7 @@ def environment() -> dict[str, str]:
 
 
 def scaling(rows: Rows, args: argparse.Namespace, answers: list[list[dict]], one: dict) -> list[str]:
-    """The rows of the scaling section, and what is wrong."""
+    """The rows of one policy in the scaling section, and what is wrong."""
     wrong, dtype = [], "bf16" if args.device == "cuda" else "fp32"
     alone = sorted(one["times"])[len(one["times"]) // 2]
     first = answers[0][0]["losses"]
@@ -190,7 +192,7 @@ def scaling(rows: Rows, args: argparse.Namespace, answers: list[list[dict]], one
         r, gpus = ranks[0], ranks[0]["gpus"]
 
         def add(metric: str, values: list[float], unit: str, r=r, gpus=gpus, provider: str = "ours") -> None:
-            case = f"H:{args.batch * gpus}:zero{r['stage']}:{gpus}gpu"
+            case = f"H:{args.batch * gpus}:zero{r['stage']}:{gpus}gpu:{r['policy']}"
             rows.add(case, provider, values, metric=metric, unit=unit, dtype=dtype, batch=args.batch * gpus)
 
         add("steps_per_s", [1e3 / t for t in r["times"]], "1/s")
@@ -297,18 +299,17 @@ def run_all(args: argparse.Namespace) -> int:
     rows, wrong, sections = Rows("scaling", args.out), [], args.sections.split(",")
     with tempfile.TemporaryDirectory(dir=args.scratch) as name:
         folder = Path(name)
-        tasks: list[tuple[str, Any]] = []
-        if "scaling" in sections:
-            tasks += [("speed", int(stage)) for stage in args.stages.split(",")]
+        stages, policies = args.stages.split(","), args.policies.split(",") if "scaling" in sections else []
+        tasks: list[tuple[str, Any]] = [("speed", (int(stage), p)) for p in policies for stage in stages]
         if "resume" in sections or "sampling" in sections:
             tasks.append(("resume", [("straight", 2 * HALF), ("halves", HALF), ("continued", 2 * HALF)]))
         answers = ask(args.gpus, args, folder, tasks)
-        lone: list[tuple[str, Any]] = [("speed", 2)] if "scaling" in sections else []
+        lone: list[tuple[str, Any]] = [("speed", (2, p)) for p in policies]
         if "resume" in sections:
             lone.append(("resume", [("fewer", 2 * HALF)]))
         alone = ask(1, args, folder, lone) if lone else []
-        if "scaling" in sections:
-            wrong += scaling(rows, args, answers[: len(args.stages.split(","))], alone[0][0])
+        for i in range(len(policies)):
+            wrong += scaling(rows, args, answers[i * len(stages) : (i + 1) * len(stages)], alone[i][0])
             rows.write()
         if "resume" in sections:
             wrong += resume(rows, args, answers[-1], alone[-1])
@@ -327,7 +328,7 @@ def plot() -> Path:
     from benchmarks.report import PLOTS
 
     with open(RESULTS / "scaling.csv") as file:
-        rows = [row for row in csv.DictReader(file) if row["metric"] == "speedup"]
+        rows = [r for r in csv.DictReader(file) if r["metric"] == "speedup" and r["case"].endswith(":block")]
     figure, ax = axes(5.0, 3.4)
     most = max(int(row["case"].split(":")[3].removesuffix("gpu")) for row in rows)
     ax.plot([1, most], [1, most], color="#999999", linewidth=0.8, linestyle="--", label="linear")
@@ -351,7 +352,9 @@ def plot() -> Path:
     ax.set_xticks(sorted({1, *(int(row["case"].split(":")[3].removesuffix("gpu")) for row in rows)}))
     ax.set_xlabel("GPUs of one host")
     ax.set_ylabel("images/s over one GPU's")
-    ax.set_title(f"H/2 training; hollow: calculated, not measured\n{rows[0]['device']}", fontsize=9)
+    ax.set_title(
+        f"H/2 training, block checkpointing; hollow: calculated, not measured\n{rows[0]['device']}", fontsize=9
+    )
     ax.legend(frameon=False, fontsize=8)
     path = Path(__file__).parent / PLOTS / "scaling.png"
     path.parent.mkdir(exist_ok=True)
@@ -364,6 +367,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--sections", default="scaling,resume,sampling")
     parser.add_argument("--stages", default="1,2,3", help="of ZeRO")
+    parser.add_argument("--policies", default="block,none", help="of activation checkpointing")
     parser.add_argument("--batch", type=int, default=128, help="images a GPU and step")
     parser.add_argument("--steps", type=int, default=26, help="that are timed, after four that are not")
     parser.add_argument("--also", default="4,8", help="numbers of GPUs to calculate")

@@ -21,6 +21,11 @@ COLOURS = {  # told apart by the colour-blind too (Okabe and Ito)
 }
 LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}  # keeps a line from crossing out a number
 MARKERS = {"ours": "o", "eager": "s", "compiled": "^"}
+KEPT = {  # policy of activation checkpointing -> how a marker is filled, and what it says
+    "none": ("full", "nothing computed again"),
+    "selective": ("left", "selective"),
+    "block": ("none", "block checkpointing"),
+}
 
 
 def axes(width: float = 7.0, height: float = 3.4) -> tuple[Any, Any]:
@@ -65,40 +70,42 @@ def sampling(results: Results) -> Any | None:
 
 
 def training(results: Results) -> Any | None:
-    """Images a second against the peak memory, a panel's worth of points: provider by colour, hollow where checkpointed."""
-    points = []
+    """Images a second against the peak memory, a panel a size: provider by colour, what blocks keep by how full a marker is."""
+    providers = {"ours": "ours", "eager": "published network, eager", "compiled": "published network, compiled"}
+    points: dict[
+        str, dict[str, list[tuple[float, float, str]]]
+    ] = {}  # size -> provider -> (GB, images/s, what blocks keep)
     for case in results.cases("training"):
         size, _, policy = (case.split(":") + ["", ""])[:3]
-        for provider in MARKERS:
-            speed, peak = (results.value("training", case, provider, metric) for metric in ("img_per_s", "peak_gb"))
-            if speed and peak:
-                points.append((size, policy, provider, speed, peak))
+        for provider in providers:
+            peak, speed = (results.value("training", case, provider, metric) for metric in ("peak_gb", "img_per_s"))
+            if speed and peak and policy in KEPT:
+                points.setdefault(size, {}).setdefault(provider, []).append((peak, speed, policy))
     if not points:
         return None
-    figure, ax = axes(height=3.8)
-    for size, policy, provider, speed, peak in points:
-        kept = policy == "none"
-        look = {"color": COLOURS[provider], "marker": MARKERS[provider], "markersize": 7, "linestyle": ""}
-        ax.plot(peak, speed, **look, markerfacecolor=COLOURS[provider] if kept else "white")
-        place = (6, -9 if policy == "selective" else 3)  # which may keep all that none keeps, at the same point
-        label = f"{size}/2{'' if kept else ', ' + policy}"
-        ax.annotate(label, (peak, speed), place, textcoords="offset points", fontsize=7)
-    for provider in dict.fromkeys(p[2] for p in points):
-        label = {"eager": "published network, eager", "compiled": "published network, compiled"}.get(provider, provider)
-        ax.plot([], [], color=COLOURS[provider], marker=MARKERS[provider], linestyle="", label=label)
-    ax.set_xlabel("peak memory, GB")
-    ax.set_ylabel("images/s, logarithmic")
-    ax.set_yscale("log")
-    ax.set_xlim(left=0, right=ax.get_xlim()[1] * 1.1)
-    ticks = [
-        t
-        for t in (100, 200, 300, 500, 1000, 2000, 3000, 5000, 10000)
-        if min(p[3] for p in points) * 0.5 <= t <= max(p[3] for p in points) * 2
-    ]
-    ax.set_yticks(ticks, map(str, ticks))
-    ax.minorticks_off()
-    ax.legend(frameon=False, fontsize=8)
-    ax.set_title(f"A training step, batch 128, hollow: checkpointed; {results.device('training')}", fontsize=9)
+    sizes = [size for size in SAMPLING_A100 if size in points]
+    figure, panels = pyplot().subplots(
+        1, len(sizes), figsize=(2.9 * len(sizes), 3.4), layout="constrained", squeeze=False
+    )
+    for ax, size in zip(panels[0], sizes):
+        ax.grid(True)
+        for provider, found in points[size].items():
+            colour = COLOURS[provider]
+            ax.plot(*zip(*[p[:2] for p in sorted(found)]), color=colour, linewidth=1)
+            for peak, speed, policy in found:
+                look = {"fillstyle": KEPT[policy][0], "markerfacecoloralt": "white", "markersize": 8}
+                ax.plot(peak, speed, MARKERS[provider], color=colour, **look)
+        ax.set_xlim(0, ax.get_xlim()[1])
+        ax.set_ylim(0, ax.get_ylim()[1] * 1.05)
+        ax.set_xlabel("peak memory, GB")
+        ax.set_title(f"{size}/2", fontsize=9)
+    panels[0][0].set_ylabel("images/s")
+    figure.suptitle(f"A training step, batch 128; {results.device('training')}", fontsize=9)
+    drawn = dict.fromkeys(provider for size in sizes for provider in points[size])
+    looks = [{"color": COLOURS[p], "marker": MARKERS[p], "label": providers[p]} for p in drawn]
+    looks += [{"color": INK, "marker": "o", "fillstyle": fill, "label": label} for fill, label in KEPT.values()]
+    handles = [pyplot().Line2D([], [], linestyle="", markerfacecoloralt="white", **look) for look in looks]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
     return figure
 
 
