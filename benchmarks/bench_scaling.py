@@ -2,11 +2,11 @@
 
 Sections (`--sections`):
 
-scaling   U-ViT-H/2, `--batch` images a GPU: ZeRO 1, 2 and 3 on all GPUs and ZeRO 2 on one, with each of `--policies` of activation
-          checkpointing. steps_per_s and img_per_s of `--steps` steps; speedup, images/s over those of one GPU; over_paper, steps_per_s
-          over the paper's at its global batch; peak_gb and static_gb, the largest of the ranks; comm_gb, bytes a rank hands to
-          collectives in a step; comm_share, of the step's time in which one runs, and exposed_share, in which nothing else does (both of a
-          profile of three steps); loss_difference, the largest relative one from the first stage's losses over all steps. Cases
+scaling   U-ViT-H/2, `--batch` images a GPU: ZeRO 1, 2 and 3 on all GPUs and ZeRO 2 on each GPU for itself at the same time, with each
+          of `--policies` of activation checkpointing. steps_per_s and img_per_s of `--steps` steps; speedup, images/s over those of one
+          GPU, the median of all of them, which may differ by some per cent; over_paper, steps_per_s over the paper's at its global batch; peak_gb and static_gb, the largest of the ranks; comm_gb, bytes a rank hands to
+          collectives in a step; comm_share, of the step's time in which one runs, exposed_share, in which nothing else does, and
+          idle_share, in which nothing runs (of a profile of three steps, the largest of the ranks); loss_difference, the largest relative one from the first stage's losses over all steps. Cases
           `H:<global batch>:zero<stage>:<GPUs>gpu:<policy>`. Rows of the
           provider `calculated` are no measurements: what `--also` GPUs would do, see `calculate`.
 resume    U-ViT-S/2: steps on all GPUs, stopped in the middle and continued in a new engine: resume_difference, which must be 0; and
@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -161,8 +162,8 @@ def torchrun(gpus: int, module: str, *arguments: str) -> list[str]:
     return [*launcher, "-m", "--", module, *arguments]
 
 
-def ask(gpus: int, args: argparse.Namespace, folder: Path, tasks: list[tuple[str, Any]]) -> list[Any]:
-    """What workers on so many GPUs answer."""
+def ask(gpus: int, args: argparse.Namespace, folder: Path, tasks: list[tuple[str, Any]], first: int = 0) -> list[Any]:
+    """What workers on so many GPUs answer, of which the first is number `first`."""
     passed = [part for setting in args.set for part in ("--set", setting)]
     passed += [
         "--batch",
@@ -175,7 +176,11 @@ def ask(gpus: int, args: argparse.Namespace, folder: Path, tasks: list[tuple[str
         str(args.gpus),
     ]
     passed += ["--folder", str(folder), "--worker", json.dumps(tasks)]
-    subprocess.run(torchrun(gpus, "benchmarks.bench_scaling", *passed), check=True, env=environment())
+    env = environment()
+    if args.device == "cuda":
+        names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(names[first : first + gpus])
+    subprocess.run(torchrun(gpus, "benchmarks.bench_scaling", *passed), check=True, env=env)
     return json.loads((folder / "answers.json").read_text())
 
 
@@ -183,9 +188,14 @@ def environment() -> dict[str, str]:
     return {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONWARNINGS": "ignore"}
 
 
-def scaling(rows: Rows, args: argparse.Namespace, answers: list[list[dict]], one: dict) -> list[str]:
-    """The rows of one policy in the scaling section, and what is wrong."""
+def scaling(rows: Rows, args: argparse.Namespace, answers: list[list[dict]], each: list[dict]) -> list[str]:
+    """The rows of one policy in the scaling section, and what is wrong.
+
+    Args:
+        answers: by stage, of all ranks. each: of every GPU for itself.
+    """
     wrong, dtype = [], "bf16" if args.device == "cuda" else "fp32"
+    one = each[0] | {"times": [time for e in each for time in e["times"]]}
     alone = sorted(one["times"])[len(one["times"]) // 2]
     first = answers[0][0]["losses"]
     for ranks in [[one], *answers]:
@@ -214,7 +224,7 @@ def scaling(rows: Rows, args: argparse.Namespace, answers: list[list[dict]], one
                 add(name, [max(rank[name] for rank in ranks)], "GB")
         if "comm_share" not in r:
             continue
-        for name in ("comm_share", "exposed_share"):
+        for name in ("comm_share", "exposed_share", "idle_share"):
             add(name, [max(rank[name] for rank in ranks)], "of step")
         for more in (int(n) for n in args.also.split(",") if int(n) > gpus):
             then = calculate(more, gpus, alone, step, max(rank["exposed_share"] for rank in ranks))
@@ -307,12 +317,16 @@ def run_all(args: argparse.Namespace) -> int:
         lone: list[tuple[str, Any]] = [("speed", (2, p)) for p in policies]
         if "resume" in sections:
             lone.append(("resume", [("fewer", 2 * HALF)]))
-        alone = ask(1, args, folder, lone) if lone else []
+        others = range(1, args.gpus) if policies and args.device == "cuda" else []
+        with ThreadPoolExecutor() as pool:
+            jobs = [pool.submit(ask, 1, args, folder, lone)] if lone else []
+            jobs += [pool.submit(ask, 1, args, folder / f"gpu{i}", lone[: len(policies)], i) for i in others]
+        alone = [job.result() for job in jobs]
         for i in range(len(policies)):
-            wrong += scaling(rows, args, answers[i * len(stages) : (i + 1) * len(stages)], alone[i][0])
+            wrong += scaling(rows, args, answers[i * len(stages) : (i + 1) * len(stages)], [a[i][0] for a in alone])
             rows.write()
         if "resume" in sections:
-            wrong += resume(rows, args, answers[-1], alone[-1])
+            wrong += resume(rows, args, answers[-1], alone[0][-1])
             rows.write()
         if "sampling" in sections:
             wrong += sampling(rows, args, folder)

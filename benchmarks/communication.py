@@ -23,7 +23,7 @@ class Volume(TorchDispatchMode):
 
 
 def profiled_shares(step: Callable[[], object], steps: int) -> dict[str, float]:
-    """Shares of some steps' time on the device: a collective runs; nothing but a collective runs."""
+    """Shares of some steps' time on the device: a collective runs; nothing but a collective runs; nothing runs."""
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
@@ -40,12 +40,13 @@ def profiled_shares(step: Callable[[], object], steps: int) -> dict[str, float]:
 
 
 def shares(collectives: list[tuple[float, float]], others: list[tuple[float, float]]) -> dict[str, float]:
-    """From (start, end) of what ran on a device: comm_share and exposed_share of the whole time."""
+    """From (start, end) of what ran on a device: comm_share, exposed_share and idle_share of the whole time."""
     both = collectives + others
     whole = max(end for _, end in both) - min(start for start, _ in both)
     return {
         "comm_share": _covered(collectives) / whole,
         "exposed_share": (_covered(both) - _covered(others)) / whole,
+        "idle_share": 1 - _covered(both) / whole,
     }
 
 

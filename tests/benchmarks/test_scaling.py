@@ -13,7 +13,7 @@ from benchmarks.communication import calculate, shares
 def test_communication_is_exposed_where_nothing_else_runs():
     """Two collectives, the first half hidden, the second hidden whole; a gap in which the device idles."""
     found = shares([(0, 4), (6, 8)], [(2, 9), (10, 20)])
-    assert found == {"comm_share": pytest.approx(6 / 20), "exposed_share": pytest.approx(2 / 20)}
+    assert found == pytest.approx({"comm_share": 6 / 20, "exposed_share": 2 / 20, "idle_share": 1 / 20})
 
 
 def test_the_calculation_grows_what_is_exposed_and_nothing_else():
@@ -34,17 +34,20 @@ def answers(stage: int, last_loss: float) -> list[dict]:
         "comm_bytes": {"allreduce": 10**9},
     }
     return [
-        common | {"peak_gb": 12 + i, "static_gb": 6, "comm_share": 0.2, "exposed_share": 0.05 * (i + 1)}
+        common
+        | {"peak_gb": 12 + i, "static_gb": 6, "comm_share": 0.2, "exposed_share": 0.05 * (i + 1), "idle_share": 0}
         for i in range(2)
     ]
 
 
 @pytest.mark.parametrize(("loss", "complaints"), [(0.9001, 0), (0.95, 1), (float("nan"), 1)])
 def test_what_is_calculated_is_marked_and_losses_that_differ_are_named(loss, complaints, tmp_path):
-    one = {"gpus": 1, "stage": 2, "policy": "block", "times": [100.0] * 5, "losses": [1.0, 0.9]}
+    each = [
+        {"gpus": 1, "stage": 2, "policy": "block", "times": [t] * 5, "losses": [1.0, 0.9]} for t in (95.0, 100.0, 104.0)
+    ]
     args = SimpleNamespace(device="cuda", batch=128, also="4,8")
     rows = Rows("scaling", tmp_path)
-    assert len(scaling(rows, args, [answers(1, 0.9), answers(2, loss)], one)) == complaints
+    assert len(scaling(rows, args, [answers(1, 0.9), answers(2, loss)], each)) == complaints
     found = {(row["case"], row["provider"], row["metric"]): float(row["p50"]) for row in rows.rows}
     assert found["H:256:zero1:2gpu:block", "ours", "speedup"] == pytest.approx(200 / 110, rel=1e-5)
     assert found["H:256:zero1:2gpu:block", "ours", "peak_gb"] == 13

@@ -192,7 +192,8 @@ class _Cuts:
     """
 
     def __init__(self, blocks: list[nn.Module], parts: int):
-        self.part_of = {block: i * parts // len(blocks) for i, block in enumerate(blocks)}
+        # the first part is half of another: nothing runs after its backward that its gradients' reduction could hide behind
+        self.part_of = {block: (i * (2 * parts - 1) // len(blocks) + 1) // 2 for i, block in enumerate(blocks)}
         self.parts = parts
 
     def __enter__(self) -> None:

@@ -5,9 +5,11 @@ and the EMA averages it. Checkpoints work on that partition and never need to kn
 out like it into named tensors and back.
 """
 
+import contextlib
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -100,6 +102,7 @@ class Engine:
         train = config.train
         self.world, self.stage = world, train.zero_stage
         self.watched = self.stage == 3 or train.offload_optimizer  # DeepSpeed looks at the gradient's norm itself
+        self.overlaps = world.device.type == "cuda" and world.size > 1  # the backward and its reductions
         self.micro_batch, self.accumulation = batch_plan(train, world.size)
         self.bf16 = computes_in_bf16(train, world.device)
         assert not list(model.buffers()), "buffers are neither averaged nor saved"
@@ -140,7 +143,9 @@ class Engine:
         return self.deepspeed(*inputs, **conditions)
 
     def backward(self, loss: Tensor) -> None:
-        self.deepspeed.backward(loss)
+        queue_on = self.overlaps and not self.watched and self.deepspeed.is_gradient_accumulation_boundary()
+        with _device_waits(self.zero) if queue_on else contextlib.nullcontext():
+            self.deepspeed.backward(loss)
 
     def step(self, lr: float) -> None:
         """End a micro-step; the last one of a step reduces, updates and clears the gradients."""
@@ -163,6 +168,7 @@ class Engine:
         from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 
         zero, rank = self.zero, self.world.rank
+        reduced = torch.cuda.current_stream().record_event() if self.overlaps else None
         zero.micro_step_id = INITIAL_MICRO_STEP_ID
         zero.free_grad_in_param_list(zero.params_not_in_partition[0])
         gradient = zero._get_preflattened_grad_partition(0)
@@ -185,6 +191,8 @@ class Engine:
             start_alignment_factor=zero.nccl_start_alignment_factor,
             allgather_bucket_size=zero.allgather_bucket_size,
         )
+        if reduced:  # no further ahead: until then the reductions' buffers cannot be used again
+            reduced.synchronize()
 
     @property
     def grad_norm(self) -> Tensor:
@@ -277,9 +285,23 @@ def _import_deepspeed(world: World) -> Any:
     return deepspeed
 
 
+@contextlib.contextmanager
+def _device_waits(zero: Any) -> Iterator[None]:
+    """Where DeepSpeed has the host wait for the reductions at the end of a backward, its device waits instead, with the optimizer's step
+    already in its queue.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    accelerator.synchronize = lambda *_: torch.cuda.current_stream().wait_stream(zero.reduction_stream)
+    try:
+        yield
+    finally:
+        del accelerator.synchronize  # the class has its own
+
+
 def _settings(engine: Engine, train: TrainConfig, parameters: int) -> dict[str, Any]:
     """DeepSpeed's configuration. What it would wait for the host for, and can be told not to, is off."""
-    overlap = engine.world.device.type == "cuda" and engine.world.size > 1
     settings = {
         "train_batch_size": train.batch_size,
         "train_micro_batch_size_per_gpu": engine.micro_batch,
@@ -289,7 +311,7 @@ def _settings(engine: Engine, train: TrainConfig, parameters: int) -> dict[str, 
         "timers": {"throughput": {"enabled": False}},  # it synchronises every step
         "zero_optimization": {
             "stage": engine.stage,
-            "overlap_comm": overlap,
+            "overlap_comm": engine.overlaps,
             "contiguous_gradients": engine.world.size > 1,
             # no bucket is larger than the model: it would only be memory
             "reduce_bucket_size": min(parameters, 50_000_000),  # twice that much memory: one is sent, one filled
