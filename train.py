@@ -15,12 +15,11 @@ from pathlib import Path  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from uvit_fast.build import build_dataset, build_model, build_schedule  # noqa: E402
-from uvit_fast.config import UserError, load_config  # noqa: E402
+from uvit_fast.config import RankError, UserError, load_config  # noqa: E402
 from uvit_fast.measuring import training_evaluation  # noqa: E402
 from uvit_fast.sampling import training_preview  # noqa: E402
 from uvit_fast.training.engine import start  # noqa: E402
-from uvit_fast.training.folder import set_aside, summary  # noqa: E402
-from uvit_fast.training.loader import DataError  # noqa: E402
+from uvit_fast.training.folder import summary  # noqa: E402
 from uvit_fast.training.monitor import say  # noqa: E402
 from uvit_fast.training.trainer import Trainer  # noqa: E402
 
@@ -37,17 +36,17 @@ def main(argv: list[str] | None = None) -> int:
         cfg = load_config(args.config, args.set)
         run_dir = args.run_dir or Path("runs") / cfg.name
         world = start(cfg)
-        looks = (training_preview(cfg), training_evaluation(cfg)) if world.rank == 0 else ()
-        parts = build_model(cfg), build_schedule(cfg), build_dataset(cfg)
-        if args.fresh:  # what cannot start leaves the older run in its place
-            set_aside(run_dir, world)
-        trainer = Trainer(cfg, *parts, run_dir, *looks)
+        looks: list = []
+        world.on_first(lambda: looks.extend((training_preview(cfg), training_evaluation(cfg))))
+        model, schedule, dataset = build_model(cfg), build_schedule(cfg), build_dataset(cfg)
+        about = world.on_first(lambda: summary(cfg, model, dataset, world))
+        trainer = Trainer(cfg, model, schedule, dataset, run_dir, *looks, fresh=args.fresh)
         if world.rank == 0 and trainer.step < cfg.train.iterations:
-            say(summary(cfg, trainer.engine.shapes, trainer.dataset, world))
+            say(about)
         trainer.train()
         dist.destroy_process_group()
     except (UserError, ImportError) as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, DataError):  # others meet every rank
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
             print(f"train.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -56,7 +56,6 @@ class Run:
         from uvit_fast import build_model, load_config
         from uvit_fast.build import build_dataset, build_schedule
         from uvit_fast.training.engine import start
-        from uvit_fast.training.loader import Order, batches
         from uvit_fast.training.trainer import Row, Trainer
 
         cfg = load_config(path, ["data.name=synthetic", "data.num_workers=0", *overrides])
@@ -67,11 +66,7 @@ class Run:
             net = build_model(cfg)
         self.trainer = t = Trainer(cfg, net, build_schedule(cfg), build_dataset(cfg), folder)
         t.monitor, t.row = SimpleNamespace(advance=lambda step: None), Row(t.step, cfg.train.iterations, self.device)
-        left, world = cfg.train.iterations - t.step, t.world
-        order = Order(
-            len(t.dataset), cfg.train.seed, t.engine.micro_batch, t.engine.accumulation, world.rank, world.size, t.samples, left
-        )  # fmt: skip
-        self.stream = batches(t.dataset, order, 0, self.device)
+        self.stream = t.stream()
 
     def step(self) -> None:
         self.trainer._step(self.stream)

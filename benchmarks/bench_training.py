@@ -33,7 +33,6 @@ from uvit_fast.config import Config
 from uvit_fast.diffusion.schedules import noise_loss
 from uvit_fast.training import activations
 from uvit_fast.training.captured import Captured
-from uvit_fast.training.loader import Order, batches
 from uvit_fast.training.monitor import forward_flops, utilisation
 from uvit_fast.training.trainer import Row, Trainer
 
@@ -68,8 +67,7 @@ class Ours:
         self.trainer = Trainer(cfg, self.net, build_schedule(cfg), build_dataset(cfg), Path(self.folder.name))
         self.trainer.monitor = SimpleNamespace(advance=lambda step: None)
         self.trainer.row = Row(0, cfg.train.iterations, device)
-        order = Order(len(self.trainer.dataset), 0, cfg.train.batch_size, 1, 0, 1, 0, cfg.train.iterations)
-        self.stream = batches(self.trainer.dataset, order, 0, device)
+        self.stream = self.trainer.stream()
 
     def keep(self, policy: str, budget: float) -> float | None:
         """Set what blocks keep; the bytes that were predicted to be the activations' peak."""

@@ -59,11 +59,11 @@ def _adamw_kernel(
     numbers,  # (4,) fp32
     n,
     lr,
-    beta1,
-    beta2,
+    rate1,  # 1 - beta1, by the host: in fp32 1 - 0.9999 is 0.0001 to 4 digits only; rate2, rate_average alike
+    rate2,
     eps,
     weight_decay,
-    decay,
+    rate_average,
     BLOCK: tl.constexpr,
 ):
     if tl.load(numbers) > 0:
@@ -74,11 +74,11 @@ def _adamw_kernel(
         m = tl.load(exp_avg + at, mask=inside, other=0.0)
         v = tl.load(exp_avg_sq + at, mask=inside, other=0.0)
         a = tl.load(average + at, mask=inside, other=0.0)
-        m += (1 - beta1) * (g - m)
-        v += (1 - beta2) * (g * g - v)
+        m += rate1 * (g - m)
+        v += rate2 * (g * g - v)
         p *= 1 - lr * weight_decay
         p -= tl.div_rn(m, tl.sqrt_rn(v) * tl.load(numbers + 3) + eps) * (lr * tl.load(numbers + 2))
-        a += (1 - decay) * (p - a)
+        a += rate_average * (p - a)
         tl.store(exp_avg + at, m, mask=inside)
         tl.store(exp_avg_sq + at, v, mask=inside)
         tl.store(weights + at, p, mask=inside)
@@ -101,5 +101,5 @@ def adamw(
     if weights.device.type != "cuda" and not launch.interpreting():
         return reference(weights, gradient, exp_avg, exp_avg_sq, average, computed, numbers, betas=betas, **settings)
     n, block = weights.numel(), 1024
-    args = (*tensors, numbers, n, lr, *betas, eps, weight_decay, decay)
+    args = (*tensors, numbers, n, lr, 1 - betas[0], 1 - betas[1], eps, weight_decay, 1 - decay)
     launch.run(weights.device, _adamw_kernel, (launch.cdiv(n, block),), args, {"BLOCK": block, "num_warps": 4})

@@ -17,6 +17,10 @@ class UserError(ValueError):
     """Something the user can mend. The commands print its message on one line, without a traceback, and exit with 2."""
 
 
+class RankError(UserError):
+    """One that a single rank of a job may meet, which then has to say it itself; others meet every rank alike."""
+
+
 class ConfigError(UserError):
     """A configuration that cannot be used. The message names the file, the key, what was expected and what came."""
 
@@ -177,6 +181,9 @@ class DataConfig(Section):
     num_workers: int = Field(2, ge=0, description="Loader processes a rank; 0 loads in the training process.")
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class TrainConfig(Section):
     """The optimisation (paper, Appendix, Table 1)."""
 
@@ -190,7 +197,7 @@ class TrainConfig(Section):
     lr: float = Field(2e-4, gt=0, description="Learning rate after warm-up.")
     warmup_steps: int = Field(5000, ge=0, description="Steps of linear warm-up from 0; the rate then stays constant.")
     weight_decay: float = Field(0.03, ge=0, description="AdamW's, on every parameter.")
-    betas: tuple[float, float] = Field((0.99, 0.99), description="AdamW's.")
+    betas: tuple[Beta, Beta] = Field((0.99, 0.99), description="AdamW's, in [0, 1).")
     grad_clip: float = Field(0.0, ge=0, description="Largest gradient norm; 0: no clipping.")
     ema_decay: float = Field(0.9999, ge=0, lt=1, description="Decay a step of the weights' moving average.")
     p_uncond: float = Field(0.0, ge=0, le=1, description="Probability of training a sample without its condition.")

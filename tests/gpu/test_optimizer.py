@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.kernels.test_adamw import follows_pytorch, is_refused
+from tests.kernels.test_adamw import averages_slowly, follows_pytorch, is_refused
 
 pytestmark = pytest.mark.gpu
 
@@ -11,6 +11,10 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_step_is_pytorchs_adamw(dtype):
     follows_pytorch(dtype, "cuda")
+
+
+def test_the_average_moves_by_one_minus_its_decay():
+    averages_slowly("cuda")
 
 
 def test_a_refused_step_changes_nothing():

@@ -48,6 +48,14 @@ def follows_pytorch(dtype, device="cpu"):
     assert torch.equal(values[5], values[0].to(dtype))
 
 
+def averages_slowly(device="cpu"):
+    """The paper's 0.9999: a ten thousandth of the way to the weights, to five digits, though in fp32 1 - 0.9999 is off in the fourth."""
+    values = state(torch.float32, device)
+    values[4] = torch.zeros_like(values[0])
+    adamw.adamw(*values, numbers(1, device=device), **SETTINGS, decay=0.9999)
+    torch.testing.assert_close(values[4].double(), 1e-4 * values[0].double(), rtol=1e-5, atol=0)
+
+
 def is_refused(device="cpu"):
     values = state(torch.float32, device)
     adamw.adamw(*values, numbers(1, device=device), **SETTINGS, decay=0.9)
@@ -61,6 +69,10 @@ def is_refused(device="cpu"):
 def test_a_step_is_pytorchs_adamw(dtype):
     """The kernel in the interpreter, plain PyTorch on the CPU."""
     follows_pytorch(dtype)
+
+
+def test_the_average_moves_by_one_minus_its_decay():
+    averages_slowly()
 
 
 def test_a_refused_step_changes_nothing():

@@ -21,6 +21,7 @@ def test_the_best_weights_stay_and_worse_ones_change_nothing(tmp_path):
     assert torch.equal(load_file(tmp_path / "best" / "ema.safetensors")["w"], b["w"])
     assert json.loads((tmp_path / "best" / "figures.json").read_text()) == {"step": 30, "fid": 2.0, "kid": 0.2}
     assert sorted(p.name for p in (tmp_path / "best").iterdir()) == ["ema.safetensors", "figures.json"]
+    assert best.offer(a, {"digits-fid": 9.0}, 40)  # another figure: nothing to compare with
 
 
 def test_train_measures_the_ema_weights_every_so_many_steps(tmp_path, monkeypatch, capsys):

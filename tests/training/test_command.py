@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -52,7 +53,10 @@ def test_a_run_is_continued_finished_and_put_aside(tmp_path):
     assert code == 0 and "step_00000004 is damaged (model.safetensors: expected" in lines[0]
     assert "continuing from" in lines[1] and lines[1].endswith("step_00000002")
 
-    _, lines = tiny.launch(call, arguments(run, "train.iterations=5", "train.lr=0.5", "data.flip=true"))
+    (run / "checkpoints" / "step_00000004" / "ema.safetensors").write_bytes(b"short")
+    _, lines = tiny.launch(call, arguments(run, "train.iterations=3", "train.lr=0.5", "data.flip=true"))
+    names = [path.name for path in sorted((run / "checkpoints").iterdir())]
+    assert names == ["damaged_step_00000004", "step_00000002", "step_00000003"]
     continued = next(line for line in lines if "continuing from" in line)
     assert "with train.lr" in continued and continued.endswith("there, 0.5 now, data.flip False there, True now")
 
@@ -66,8 +70,13 @@ def test_a_fresh_start_takes_nothing_from_a_run_that_goes_on_nor_from_one_it_can
     code, lines = tiny.launch(call, [*arguments(run), "--fresh"])
     claim.release()
     assert (code, len(lines)) == (2, 1) and "another process trains here" in lines[0]
-    code, lines = tiny.launch(call, [*arguments(run, "data.name=cifar10"), "--fresh"])
-    assert (code, len(lines)) == (2, 1) and "expected a folder" in lines[0]
+    for mistake, message in (
+        ("data.name=cifar10", "expected a folder"),
+        ("train.micro_batch_size=3", "micro_batch_size 3"),
+        ("model.kernels=fused", "cannot run"),
+    ):
+        code, lines = tiny.launch(call, [*arguments(run, mistake), "--fresh"])
+        assert (code, len(lines)) == (2, 1) and message in lines[0]
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -77,6 +86,7 @@ def test_a_fresh_start_takes_nothing_from_a_run_that_goes_on_nor_from_one_it_can
         ("device=cuda", "expected a GPU"),
         ("train.micro_batch_size=3", "batch_size 8, micro_batch_size 3, GPUs 1"),
         ("train.itrations=3", "did you mean 'iterations'"),
+        ("train.betas=[1.0,0.9]", "train.betas.0: expected"),
         ("data.name=cifar10", "expected a folder"),
         ("data.name=latents", "data.name latents needs the section latent"),
         ("model.attention=cudnn", "model.attention=cudnn cannot run"),
@@ -86,6 +96,23 @@ def test_a_fresh_start_takes_nothing_from_a_run_that_goes_on_nor_from_one_it_can
 def test_a_users_mistake_is_one_line_and_exit_code_2(setting, message, tmp_path):
     code, lines = tiny.launch(call, arguments(tmp_path / "run", setting))
     assert (code, len(lines)) == (2, 1) and message in lines[0]
+
+
+def test_a_run_folder_that_cannot_be_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    code, lines = tiny.launch(call, arguments(tmp_path / "file" / "run"))
+    assert (code, len(lines)) == (2, 1) and "expected a folder to write the run to" in lines[0]
+
+
+def on_a_host_with_one_gpu(argv):
+    os.environ.update(RANK="1", LOCAL_RANK="1")
+    with mock.patch("torch.cuda.is_available", lambda: True), mock.patch("torch.cuda.device_count", lambda: 1):
+        return call(argv)
+
+
+def test_a_rank_without_a_gpu_says_so_itself(tmp_path):
+    code, lines = tiny.launch(on_a_host_with_one_gpu, arguments(tmp_path, "device=auto"))
+    assert (code, lines) == (2, ["train.py: launcher: expected a GPU for local rank 1, got 1 GPUs"])
 
 
 def test_synthetic_data_says_so(tmp_path):

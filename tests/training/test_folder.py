@@ -61,6 +61,10 @@ def test_runs_lists_what_runs_what_stopped_and_what_ended(tmp_path, capsys):
     assert main(["runs", str(tmp_path)]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [line[:3] for line in lines[1:]] == [["b", "stopped", "2/20"], ["a", "finished", "4/4"]]
+    assert [path.name for path in tmp_path.glob("*/.lock")] == [".lock"] * 2
+    (tmp_path / "b" / ".lock").unlink()
+    assert run_states(tmp_path)[0].state == "stopped"
+    assert not (tmp_path / "b" / ".lock").exists()  # looking leaves nothing
     assert main(["runs", str(tmp_path / "a")]) == 2
     assert "no runs" in capsys.readouterr().err
 
@@ -79,6 +83,6 @@ def test_a_run_begins_by_naming_its_labels():
     cfg = load_config("configs/custom.yaml", ["model.num_classes=13"])
     world = SimpleNamespace(device=torch.device("cpu"), size=1)
     dataset = Folders()
-    text = summary(cfg, {"a": (500, 1000), "b": (1000,)}, dataset, world)
+    text = summary(cfg, torch.nn.Linear(500, 1000), dataset, world)
     assert text.startswith("custom: 0.5 M parameters, 24 images, 1 x CPU")
     assert "\nlabels          0 kind0, 1 kind1, " in text and text.endswith(" 9 kind9, ... 12 classes")

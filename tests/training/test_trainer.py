@@ -1,8 +1,13 @@
 """The training loop: what is computed, and that neither interruption nor sharding changes it."""
 
 import json
+import math
 import os
+import re
 import signal
+import time
+from datetime import timedelta
+from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
@@ -13,10 +18,11 @@ from safetensors.torch import load_file
 
 from tests.training import tiny
 from uvit_fast.config import UserError, load_config
-from uvit_fast.training import checkpoint
+from uvit_fast.training import checkpoint, engine
 from uvit_fast.training.engine import batch_plan, start
 from uvit_fast.training.loader import Order, batches
-from uvit_fast.training.trainer import Row, Trainer
+from uvit_fast.training.monitor import Reading
+from uvit_fast.training.trainer import Row, Trainer, mix
 
 STEPS = 20
 
@@ -129,37 +135,108 @@ def test_checkpoint_holds_the_ema_under_the_models_names(tmp_path):
     assert all(torch.equal(saved[name], value) for name, value in result["ema"].items())
 
 
-def test_the_step_is_plain_adamw(whole):
-    """A loop in plain PyTorch over the same batches: loss, warm-up from 0, accumulation, weight decay on all parameters."""
-    cfg, dataset, model = config(), tiny.Points(), tiny.TinyModel()
-    optimizer = torch.optim.AdamW(model.parameters(), betas=cfg.train.betas, weight_decay=cfg.train.weight_decay)
-    world = SimpleNamespace(rank=0, size=1)
-    plain = SimpleNamespace(
-        config=cfg, world=world, dataset=dataset, schedule=tiny.Schedule(), engine=model, generator=torch.Generator()
+def with_network(cfg, network, dataset=None, null_context=None):
+    """What of a trainer its loss looks at, with this network for the engine."""
+    return SimpleNamespace(
+        config=cfg,
+        world=SimpleNamespace(rank=0, size=1),
+        dataset=dataset or tiny.Points(),
+        schedule=tiny.Schedule(),
+        engine=network,
+        generator=torch.Generator(),
+        null_context=null_context,
     )
+
+
+class Answering:
+    """A network that gives one answer, and remembers what it was asked."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def __call__(self, x_t, t, **conditions):
+        self.x_t, self.t, self.conditions = x_t, t, conditions
+        return self.answer
+
+
+def test_the_loss_is_the_error_of_the_predicted_noise():
+    """0 for who predicts it; the noised image and its time are those of u; all drawn in the order that continued runs rely on."""
+    dataset, raw = tiny.Points(), tiny.Points().__getitems__([(i, 0) for i in range(8)])
+    g = torch.Generator().manual_seed(mix(0, 5, 1))
+    x_0, u = dataset.finish(raw, g)["x"], torch.rand(8, generator=g)
+    noise = torch.randn(x_0.shape, generator=g)
+    knowing = Answering(noise)
+    assert Trainer.loss(with_network(config(), knowing), raw, 5, 1) == 0
+    x_t, t = tiny.Schedule().add_noise(x_0, noise, u)
+    assert torch.equal(knowing.x_t, x_t) and torch.equal(knowing.t, t)
+    guess = torch.full_like(noise, 0.5)
+    loss = Trainer.loss(with_network(config(), Answering(guess)), raw, 5, 1)
+    assert loss.item() == pytest.approx((guess - noise).square().mean().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("p_uncond", [0.0, 0.5, 1.0])
+def test_conditions_are_dropped_with_their_probability(p_uncond):
+    """For the null label, and for the features of the empty text."""
+    items, many = [(i % 50, 0) for i in range(400)], torch.zeros(400, *tiny.IMAGE)
+    raw, network = tiny.Points().__getitems__(items), Answering(many)
+    cfg = config(p_uncond=p_uncond)
+    Trainer.loss(with_network(cfg, network), raw, 0, 0)
+    dropped = network.conditions["y"] == 3
+    assert torch.equal(network.conditions["y"][~dropped], raw["y"][~dropped])
+    assert dropped.float().mean().item() == pytest.approx(p_uncond, abs=0.1 if p_uncond == 0.5 else 0)
+
+    text = cfg.model.model_copy(update={"num_classes": 0, "context_dim": 5, "context_tokens": 2})
+    raw["context"], null = torch.randn(400, 2, 5), torch.ones(2, 5)
+    Trainer.loss(with_network(cfg.model_copy(update={"model": text}), network, null_context=null), raw, 0, 0)
+    assert torch.equal(network.conditions["context"][dropped], null.expand(400, 2, 5)[dropped])
+    assert torch.equal(network.conditions["context"][~dropped], raw["context"][~dropped])
+
+
+def plain_loop(cfg, grad_clip=None):
+    """Losses, gradient norms and weights of a loop in plain PyTorch over the batches of `config`."""
+    dataset, model = tiny.Points(), tiny.TinyModel()
+    optimizer = torch.optim.AdamW(model.parameters(), betas=cfg.train.betas, weight_decay=cfg.train.weight_decay)
+    plain = with_network(cfg, model, dataset)
     raws = batches(dataset, Order(len(dataset), 0, 4, 2, 0, 1, 0, STEPS), 0, torch.device("cpu"))
-    losses = []
+    losses, norms = [], []
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = 0.01 * min(step / 3, 1)
         optimizer.zero_grad()
         pair = [Trainer.loss(plain, next(raws), step, k) for k in range(2)]
         sum(pair).div(2).backward()
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item())
         optimizer.step()
         losses.append(sum(loss.item() for loss in pair) / 2)
+    return losses, norms, {name: p.detach() for name, p in model.named_parameters()}
+
+
+def test_the_step_is_plain_adamw(whole):
+    """Loss, warm-up from 0, accumulation, weight decay on all parameters."""
+    losses, norms, _ = plain_loop(config())
+    assert [row["grad_norm"] for row in whole["rows"]] == pytest.approx(norms, rel=1e-4)
     assert whole["losses"] == pytest.approx(losses, rel=1e-5)
     assert whole["rows"][0]["lr"] == 0 and whole["rows"][1]["lr"] == pytest.approx(0.01 / 3)
 
 
-def test_clipping_is_by_the_global_norm(whole, tmp_path):
-    """lr 0 in the first step, so the first two gradients are those of the run without clipping; then it differs."""
-    clipped = tiny.launch(tiny.train, tmp_path, config(iterations=4, grad_clip=0.05), ranks=2)
-    norms = [row["grad_norm"] for row in clipped["rows"]]
-    assert norms[:2] == pytest.approx([row["grad_norm"] for row in whole["rows"]][:2], rel=1e-5)
-    assert all(norm > 0.05 for norm in norms)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_clipping_is_by_the_global_norm(stage, tmp_path):
+    """Against the plain loop, at a norm that some gradients exceed and others do not: AdamW would not notice a constant factor."""
+    clipped = tiny.launch(tiny.train, tmp_path, config(zero_stage=stage, grad_clip=1.5), ranks=2)
+    losses, norms, weights = plain_loop(config(), grad_clip=1.5)
+    assert min(norms) < 1.3 and max(norms) > 2
+    assert [row["grad_norm"] for row in clipped["rows"]] == pytest.approx(norms, rel=1e-4)
+    assert clipped["losses"] == pytest.approx(losses, rel=1e-5)
+    for name, weight in weights.items():
+        torch.testing.assert_close(clipped["weights"][name], weight, rtol=1e-4, atol=1e-5)
 
 
-def poisoned(run_dir, cfg, bad_steps):
-    """Train with a loss that is not a number in some steps; the weights before and after the first of them, and the rows."""
+def poisoned(run_dir, cfg, bad_steps, late_rank=None):
+    """Train with a loss that is not a number in some steps; the weights before and after the first of them, and the rows.
+
+    On `late_rank` scalars arrive when they are waited for, as they may on a device.
+    """
+    if os.environ["RANK"] == str(late_rank):
+        Reading.ready = lambda self: False
     trainer = tiny.trainer(run_dir, cfg)
     loss, step, seen = trainer.loss, trainer._step, []
 
@@ -176,25 +253,28 @@ def poisoned(run_dir, cfg, bad_steps):
         trainer.train()
     except UserError as error:
         return str(error)
+    finally:
+        torch.distributed.barrier()
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return seen, rows
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_a_step_without_a_finite_gradient_changes_nothing(stage, tmp_path):
+@pytest.mark.parametrize("how, ranks", [({}, 1), ({"zero_stage": 3}, 2), ({"offload_optimizer": True}, 1)], ids=str)
+def test_a_step_without_a_finite_gradient_changes_nothing(how, ranks, tmp_path):
     """Neither weights nor moments nor averages; the run goes on and says what it did."""
-    seen, rows = tiny.launch(poisoned, tmp_path, config(iterations=6, zero_stage=stage), {3})
+    seen, rows = tiny.launch(poisoned, tmp_path, config(iterations=6, **how), {3}, ranks=ranks)
     assert all(torch.equal(a, b) for a, b in zip(seen[2], seen[3]))
     assert not any(torch.equal(a, b) for a, b in zip(seen[3], seen[4]))
     assert [row.get("refused", 0) for row in rows] == [0, 0, 0, 1, 0, 0]
     assert all(row["loss"] == row["loss"] for i, row in enumerate(rows) if i != 3)
 
 
-def test_a_run_without_finite_gradients_ends(tmp_path):
-    message = tiny.launch(
-        poisoned, tmp_path, config(iterations=60, checkpoint_every=5, max_refused=7), set(range(10, 60))
-    )
-    assert "not finite for 7 steps in a row" in message
+@pytest.mark.parametrize("ranks, late_rank", [(1, None), (2, 0)])
+def test_a_run_without_finite_gradients_ends(ranks, late_rank, tmp_path):
+    """On every rank at the same step, though one sees the losses later than the other."""
+    settings = {"iterations": 60, "checkpoint_every": 5, "max_refused": 7, "log_every": 2}
+    message = tiny.launch(poisoned, tmp_path, config(**settings), set(range(10, 60)), late_rank, ranks=ranks)
+    assert re.match(r"step 1[89]: loss or gradient not finite for [89] steps in a row", message)
     newest, _ = checkpoint.newest_intact(tmp_path / "checkpoints", pytest.fail)
     assert all(value.isfinite().all() for value in checkpoint.read(newest, "model").values())
 
@@ -267,6 +347,52 @@ def test_a_signal_saves_and_ends_the_run(ranks, rank, number, whole, tmp_path):
     continued = tiny.launch(tiny.train, tmp_path, config(), ranks=ranks)
     assert continued["first_step"] == stopped
     assert continued["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+
+
+def late(run_dir, cfg):
+    """Scalars arrive when they are waited for; a signal at step 5."""
+    Reading.ready = lambda self: False
+    return signalled(run_dir, cfg, 0, signal.SIGTERM)
+
+
+def test_the_last_row_before_a_signal_is_written(tmp_path):
+    assert tiny.launch(late, tmp_path, config()) == 5
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+
+
+def fails_to_preview(run_dir, cfg):
+    def preview(model, step, folder):
+        raise UserError("no decoder")
+
+    try:
+        tiny.trainer(run_dir, cfg, preview).train()
+    except UserError as error:
+        return str(error)
+
+
+def test_what_fails_after_the_last_step_does_not_take_it_along(tmp_path):
+    """Every rank ends with the mistake that one of them met."""
+    assert tiny.launch(fails_to_preview, tmp_path, config(iterations=4, sample_every=4), ranks=2) == "no decoder"
+    assert checkpoint.newest_intact(tmp_path / "checkpoints", pytest.fail)[1]["step"] == 4
+
+
+def waits_for_the_first():
+    """Two seconds and a half, where a collective gives up after one; then its result, and its mistake."""
+    engine.dist.init_process_group = partial(torch.distributed.init_process_group, timeout=timedelta(seconds=1))
+    world = start(config())
+
+    def mistaken():
+        raise UserError("expected more")
+
+    answer = world.on_first(lambda: time.sleep(2.5) or "rank 0's")
+    with pytest.raises(UserError, match="expected more"):
+        world.on_first(mistaken)
+    return answer
+
+
+def test_ranks_wait_for_what_the_first_does_alone():
+    assert tiny.launch(waits_for_the_first, ranks=2) == "rank 0's"
 
 
 def test_previews_show_the_ema_weights(tmp_path):

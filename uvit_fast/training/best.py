@@ -2,11 +2,12 @@
 
 import json
 import math
-import os
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
+
+from uvit_fast.files import write_whole
 
 
 class Best:
@@ -16,17 +17,13 @@ class Best:
         self.folder = Path(run_dir) / "best"
 
     def offer(self, weights: dict[str, Tensor], figures: dict[str, float], step: int) -> bool:
-        """Keep these weights if none were better and their figure is a number; both files are replaced whole, the weights first."""
+        """Keep these weights if none had a better one and their figure is a number; files are replaced whole, the weights first."""
         name = next(iter(figures))
         known = self.folder / "figures.json"
         if not math.isfinite(figures[name]):
             return False
-        if known.exists() and json.loads(known.read_text())[name] <= figures[name]:
+        if known.exists() and json.loads(known.read_text()).get(name, math.inf) <= figures[name]:
             return False
-        self.folder.mkdir(parents=True, exist_ok=True)
-        new = {path: path.with_name(path.name + ".new") for path in (self.folder / "ema.safetensors", known)}
-        save_file(weights, new[self.folder / "ema.safetensors"])
-        new[known].write_text(json.dumps({"step": step, **figures}, indent=2) + "\n")
-        for path, temporary in new.items():
-            os.replace(temporary, path)
+        write_whole(self.folder / "ema.safetensors", lambda path: save_file(weights, path))
+        write_whole(known, lambda path: path.write_text(json.dumps({"step": step, **figures}, indent=2) + "\n"))
         return True

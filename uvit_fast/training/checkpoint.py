@@ -66,7 +66,7 @@ class Writer:
 
 def write(
     folder: Path, step: int, parts: dict[str, Tensors], state: dict[str, Any], keep: int, keep_every: int = 0
-) -> Path:
+) -> None:
     """Write the checkpoint of `step` below `folder` and remove the older ones.
 
     Args:
@@ -99,12 +99,11 @@ def write(
     for old in steps(folder)[:-keep]:
         if not keep_every or int(old.name.removeprefix("step_")) % keep_every:
             _remove(old)
-    return final
 
 
 def steps(folder: Path) -> list[Path]:
-    """The checkpoints below `folder`, oldest first."""
-    return sorted(folder.glob("step_*"))
+    """The checkpoints below `folder`, oldest first; what somebody called step_00001000.old is his."""
+    return sorted(path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdigit())
 
 
 def newest_intact(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:

@@ -1,7 +1,7 @@
 """Exponential moving average of the weights (paper, Appendix: 0.9999, every step, no warm-up).
 
 It averages the flat fp32 partition that each rank owns: no gather a step, 4 bytes a parameter divided by the ranks, and the
-same arithmetic under every ZeRO stage. Under ZeRO 1 and 2 it is part of the optimizer's pass (`GuardedAdamW.update`).
+same average under every ZeRO stage. Under ZeRO 1 and 2 it is part of the optimizer's pass (`GuardedAdamW.update`).
 """
 
 import torch

@@ -6,10 +6,12 @@ out like it into named tensors and back.
 """
 
 import contextlib
+import functools
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +19,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 
-from uvit_fast.config import Config, TrainConfig, UserError
+from uvit_fast.config import Config, RankError, TrainConfig, UserError
 from uvit_fast.training.captured import Captured
 from uvit_fast.training.ema import EMA
 from uvit_fast.training.optimizer import GuardedAdamW
@@ -34,12 +36,37 @@ class World(NamedTuple):
     local_rank: int
     device: torch.device
 
+    def on_first(self, work: Callable[[], Any]) -> Any:
+        """What `work()` returns on rank 0, where alone it runs, on every rank; so is a mistake of the user's that it meets.
+
+        The others wait however long it takes: a collective on the devices would give up after ten minutes.
+        """
+        result, mistake = None, None
+        if self.rank == 0:
+            try:
+                result = work()
+            except (UserError, ImportError) as error:
+                mistake = error
+        if self.size > 1:
+            told = [result, mistake]
+            dist.broadcast_object_list(told, src=0, group=host_group())
+            result, mistake = told
+        if mistake:
+            raise mistake
+        return result
+
+
+@functools.cache
+def host_group() -> dist.ProcessGroup:
+    """All ranks, on their hosts. All must call it, the first time."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=1))
+
 
 def start(config: Config) -> World:
     """Choose the device and join the process group; alone, without a launcher, this process makes its own.
 
     Raises:
-        UserError: a GPU was asked for and there is none, or fewer than processes.
+        UserError: a GPU was asked for and there is none; RankError: there are fewer than processes.
     """
     cuda = config.device != "cpu" and torch.cuda.is_available()
     if config.device == "cuda" and not cuda:
@@ -50,7 +77,7 @@ def start(config: Config) -> World:
     )
     if cuda:
         if local_rank >= torch.cuda.device_count():
-            raise UserError(
+            raise RankError(
                 f"launcher: expected a GPU for local rank {local_rank}, got {torch.cuda.device_count()} GPUs"
             )
         torch.cuda.set_device(local_rank)

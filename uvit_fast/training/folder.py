@@ -3,7 +3,6 @@
 import fcntl
 import itertools
 import json
-import math
 import os
 import platform
 import subprocess
@@ -11,10 +10,10 @@ import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import torch
-import torch.distributed as dist
+import torch.nn as nn
 import yaml
 
 from uvit_fast.config import Config, ModelConfig, UserError, dump_config
@@ -29,22 +28,43 @@ class Claim:
     """This process trains in a folder, and no other may. The system gives it up with the process, however that ends.
 
     Raises:
-        UserError: another process has it.
+        UserError: another process has it, or it is no folder that can be written to.
     """
 
     def __init__(self, run_dir: Path):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._file = open(run_dir / LOCK, "w")
         try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise UserError(f"{run_dir}: another process trains here; --run-dir takes another folder") from None
-        except OSError:  # a file system without locks
-            pass
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._file = open(run_dir / LOCK, "w")
+        except OSError as error:
+            raise UserError(f"{run_dir}: expected a folder to write the run to: {error}") from None
+        if not _lock(self._file, fcntl.LOCK_EX):
+            time.sleep(0.5)  # somebody may only have looked
+            if not _lock(self._file, fcntl.LOCK_EX):
+                self._file.close()
+                raise UserError(f"{run_dir}: another process trains here; --run-dir takes another folder")
 
     def release(self) -> None:
         self._file.close()
+
+
+def claimed(run_dir: Path) -> bool:
+    """Whether another process trains there. Looking changes nothing."""
+    try:
+        with open(run_dir / LOCK) as file:
+            return not _lock(file, fcntl.LOCK_SH)
+    except OSError:  # never trained in, or not ours to read
+        return False
+
+
+def _lock(file: TextIO, how: int) -> bool:
+    """Whether nobody else has it; on a file system without locks it looks so."""
+    try:
+        fcntl.lockf(file, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 class RunState(NamedTuple):
@@ -76,11 +96,8 @@ def run_states(folder: Path) -> list[RunState]:
     return sorted(runs, key=lambda run: run.changed)
 
 
-def summary(config: Config, shapes: dict[str, tuple[int, ...]], dataset: Any, world: Any) -> str:
+def summary(config: Config, model: nn.Module, dataset: Any, world: Any) -> str:
     """What trains on what and where, and which kernels run and why, for the user to read as a run begins.
-
-    Args:
-        shapes: of the network's parameters.
 
     Raises:
         UserError: kernels or attention were asked for that cannot run here.
@@ -88,7 +105,7 @@ def summary(config: Config, shapes: dict[str, tuple[int, ...]], dataset: Any, wo
     net, device = config.model, world.device
     cuda = device.type == "cuda"
     where = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
-    millions = sum(map(math.prod, shapes.values())) / 1e6
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
     about = {}
     if isinstance(net, ModelConfig):  # U-Nets have ops of their own
         about = ops.describe(net.embed_dim, net.num_heads, net.attention, net.kernels, device)
@@ -141,25 +158,18 @@ def _commit() -> str | None:
         return None
 
 
-def set_aside(run_dir: Path, world: Any) -> None:
-    """Rename an existing run folder to `<run_dir>.1`, or the first number that is free. All ranks must call it.
+def set_aside(run_dir: Path) -> None:
+    """Rename an existing run folder to `<run_dir>.1`, or the first number that is free.
 
     Raises:
         UserError: another process trains in it.
     """
-    refusal: list[UserError | None] = [None]
-    if world.rank == 0 and run_dir.exists():
-        try:
-            Claim(run_dir).release()
-            number = next(n for n in itertools.count(1) if not run_dir.with_name(f"{run_dir.name}.{n}").exists())
-            aside = run_dir.rename(run_dir.with_name(f"{run_dir.name}.{number}"))
-            say(f"{run_dir}: the older run is now {aside}")
-        except UserError as error:
-            refusal[0] = error
-    if world.size > 1:
-        dist.broadcast_object_list(refusal, src=0)
-    if refusal[0]:
-        raise refusal[0]
+    if not run_dir.exists():
+        return
+    Claim(run_dir).release()
+    number = next(n for n in itertools.count(1) if not run_dir.with_name(f"{run_dir.name}.{n}").exists())
+    aside = run_dir.rename(run_dir.with_name(f"{run_dir.name}.{number}"))
+    say(f"{run_dir}: the older run is now {aside}")
 
 
 def _state(run_dir: Path) -> RunState:
@@ -172,11 +182,8 @@ def _state(run_dir: Path) -> RunState:
         lines = [line for line in rows.read_text().splitlines(keepends=True) if line.endswith("\n")]
         last = json.loads(lines[-1]) if lines else {}
     touched = (rows if rows.exists() else run_dir / "environment.json").stat().st_mtime
-    try:
-        Claim(run_dir).release()
-        state = "no checkpoint" if newest is None else "finished" if newest >= steps else "stopped"
-    except UserError:
-        state = "running"
+    state = "no checkpoint" if newest is None else "finished" if newest >= steps else "stopped"
+    state = "running" if claimed(run_dir) else state
     return RunState(
         run_dir.name, state, last.get("step", 0), steps, last.get("loss"), last.get("images_per_second"),
         newest, environment.get("commit"), time.time() - touched,

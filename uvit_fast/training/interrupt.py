@@ -16,24 +16,34 @@ class Interrupt:
 
     Which rank hears the signal first is chance, so ranks agree by an all-reduce on the host that runs beside the next step: with several ranks
     the answer is one step late, and no rank waits.
+
+    Attributes:
+        name: of the signal that this rank got, or None.
+        wanted: set where a rank has a reason of its own.
     """
 
-    def __init__(self, ranks: int):
-        self.name: str | None = None  # of the signal that this rank got
-        self._group = dist.new_group(backend="gloo") if ranks > 1 else None
+    def __init__(self, group: dist.ProcessGroup | None):
+        """
+        Args:
+            group: all ranks, on their hosts; None alone.
+        """
+        self.name: str | None = None
+        self.wanted = False
+        self._group = group
         self._flag, self._work = torch.zeros(1, dtype=torch.int32), None
         in_main = threading.current_thread() is threading.main_thread()  # Python allows handlers there only
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS} if in_main else {}
 
     def asked(self) -> bool:
         """All ranks must call it once a step."""
+        mine = self.wanted or self.name is not None
         if self._group is None:
-            return self.name is not None
+            return mine
         answer = False
         if self._work is not None:
             self._work.wait()
             answer = bool(self._flag)
-        self._flag = torch.tensor([self.name is not None], dtype=torch.int32)
+        self._flag = torch.tensor([mine], dtype=torch.int32)
         self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return answer
 

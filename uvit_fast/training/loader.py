@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from uvit_fast.config import UserError
+from uvit_fast.config import RankError, UserError
 from uvit_fast.training.interrupt import SIGNALS
 
 
-class DataError(UserError):
-    """Data that cannot be read: unlike other mistakes, one that a single rank may meet."""
+class DataError(RankError):
+    """Data that cannot be read."""
 
 
 class Order:

@@ -1,8 +1,8 @@
 """The training loop (paper, Section 2 and Appendix): predict the noise, AdamW, warm-up, EMA.
 
 A step draws everything random from one generator on the device, seeded by (seed, step, micro-batch of the global batch): there is no
-random state to save, and a run that continues is the run that was never interrupted. Nothing of ours makes the host wait for the
-device in a step; DeepSpeed does so once under ZeRO-3 (it looks at the gradient norm) and once a backward with several GPUs.
+random state to save, and a run that continues is the run that was never interrupted. Nothing in a step makes the host wait for a
+device that has nothing queued, but for DeepSpeed under ZeRO-3 (it looks at the gradient norm) and with an offloaded optimizer.
 """
 
 import copy
@@ -21,8 +21,8 @@ from torch import Tensor
 from uvit_fast.config import Config, UserError
 from uvit_fast.training import activations, checkpoint
 from uvit_fast.training.best import Best
-from uvit_fast.training.engine import Engine, batch_plan, computes_in_bf16, start
-from uvit_fast.training.folder import Claim, describe_run
+from uvit_fast.training.engine import Engine, batch_plan, computes_in_bf16, host_group, start
+from uvit_fast.training.folder import Claim, describe_run, set_aside
 from uvit_fast.training.interrupt import Interrupt
 from uvit_fast.training.loader import Order, batches
 from uvit_fast.training.monitor import Mark, Monitor, Reading, forward_flops, rate, say, utilisation
@@ -46,10 +46,11 @@ class Trainer:
             returns is shown in TensorBoard too.
         measure: `measure(model with EMA weights, step)` every `evaluate.every` steps, on rank 0, while the others wait: figures by
             name. The weights with the lowest of the first one stay in best/.
+        fresh: rename what is in the folder and begin anew, once all but the folder is known to work.
 
     Raises:
         UserError: a GPU that is not there, a batch that does not divide, activations that do not fit their budget, a folder that
-            another process trains in, a checkpoint of another architecture or none intact.
+            another process trains in or that cannot be written to, a checkpoint of another architecture or none intact.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Trainer:
         run_dir: Path,
         preview: Preview | None = None,
         measure: Measure | None = None,
+        fresh: bool = False,
     ):
         self.config, self.schedule, self.dataset, self.run_dir = config, schedule, dataset, Path(run_dir)
         self.world = start(config)
@@ -82,16 +84,21 @@ class Trainer:
         )
         self.pending: tuple[Reading, Row, int] | None = None
         self.refused_in_a_row = torch.zeros((), device=self.world.device)
-        self.step = self.samples = self.saved = 0
+        self.step = self.samples = self.saved = self.most_refused = 0
+        if fresh:
+            self.world.on_first(lambda: set_aside(self.run_dir))
         self._resume()
 
     def train(self) -> dict[str, float]:
         """Train to the end.
 
         Returns:
-            "step", "seconds" and "images_per_second" of this call, and on a GPU "peak_memory_gb", "static_memory_gb" and
-            "reserved_memory_gb" of this rank: the most that was allocated, what stays allocated between two steps, and the most that
-            the process held of the device.
+            "step", "seconds" and "images_per_second" of this call, and on a GPU, if it trained, "peak_memory_gb", "static_memory_gb"
+            and "reserved_memory_gb" of this rank: the most that was allocated, what stays allocated between two steps, and the most
+            that the process held of the device.
+
+        Raises:
+            UserError: `train.max_refused` steps in a row had no finite gradient, or the last checkpoint could not be written.
         """
         config, train, engine = self.config, self.config.train, self.engine
         if self.step >= train.iterations:
@@ -113,25 +120,22 @@ class Trainer:
             self.monitor = Monitor(self.run_dir, self.step, train.iterations, wandb)
         self.spikes = Spikes(train.spike_deviations, self._samples_of, self.run_dir / "spikes.jsonl")
         self.first = (self.step, self.samples)
-        interrupt = Interrupt(self.world.size)
-        order = Order(
-            len(self.dataset), train.seed, engine.micro_batch, engine.accumulation,
-            self.world.rank, self.world.size, self.samples, train.iterations - self.step,
-        )  # fmt: skip
-        stream = batches(self.dataset, order, self.config.data.num_workers, self.world.device)
+        interrupt = Interrupt(host_group() if self.world.size > 1 else None)
+        stream = self.stream()
         first_step, begin = self.step, Mark(self.world.device)
         self.row = Row(self.step, train.log_every, self.world.device)
         try:
             while self.step < train.iterations and not interrupt.asked():
                 self._step(stream)
                 done = self.step == train.iterations
-                save = self.step % train.checkpoint_every == 0 and not done
+                save = done or self.step % train.checkpoint_every == 0  # before what others may fail at
                 show = train.sample_every > 0 and (done or self.step % train.sample_every == 0)
                 judge = config.evaluate is not None and (done or self.step % config.evaluate.every == 0)
                 # a row ends where other work begins, so that images/s is the training's
                 if save or show or judge or done or self.step % train.log_every == 0:
                     self._start_row()
-                self._finish_row(wait=save or done)
+                self._finish_row(wait=save)
+                interrupt.wanted = self.most_refused >= train.max_refused
                 if save:
                     self._save()
                 if show or judge:
@@ -139,7 +143,12 @@ class Trainer:
             stopped = self.step < train.iterations
             if self.row.first_step < self.step:
                 self._start_row()
-                self._finish_row(wait=True)
+            self._finish_row(wait=True)
+            if self.most_refused >= train.max_refused:  # by now on every rank
+                raise UserError(
+                    f"step {self.step}: loss or gradient not finite for {self.most_refused:.0f} steps in a row, stopped; the newest "
+                    f"checkpoint in {self.run_dir} is unharmed; a lower train.lr or train.grad_clip=1 may help"
+                )
             seconds = Mark(self.world.device).seconds_since(begin)
             if self.step > self.saved:
                 self._save()
@@ -168,6 +177,15 @@ class Trainer:
         speed = rate(result["images_per_second"])
         self._say(f"{self.step} steps, {seconds:.0f} s, {speed}{memory}: {self.run_dir}")
         return result
+
+    def stream(self) -> Iterator[dict[str, Tensor]]:
+        """This rank's batches, from where the run is to its end."""
+        engine, train, world = self.engine, self.config.train, self.world
+        order = Order(
+            len(self.dataset), train.seed, engine.micro_batch, engine.accumulation,
+            world.rank, world.size, self.samples, train.iterations - self.step,
+        )  # fmt: skip
+        return batches(self.dataset, order, self.config.data.num_workers, world.device)
 
     def _step(self, stream: Iterator[dict[str, Tensor]]) -> None:
         """One optimizer step. The host waits for nothing but data."""
@@ -223,16 +241,13 @@ class Trainer:
         self.row = Row(self.step, self.config.train.log_every, self.world.device, reading.time)
 
     def _finish_row(self, wait: bool) -> None:
-        """Write the row that is under way, once its scalars have arrived.
-
-        Raises:
-            UserError: too many steps in a row had no finite gradient.
-        """
+        """Write the row that is under way, once its scalars have arrived."""
         if self.pending is None or not (wait or self.pending[0].ready()):
             return
         reading, row, step = self.pending
         self.pending = None
         loss, grad_norm, refused, in_a_row, *losses = reading.read()
+        self.most_refused = max(self.most_refused, in_a_row)
         if self.main:
             seconds = reading.time.seconds_since(row.began)
             speed = (step - row.first_step) * self.config.train.batch_size / seconds
@@ -252,11 +267,6 @@ class Trainer:
             for number, value in enumerate(losses, row.first_step + 1):
                 if line := self.spikes.look(number, value):
                     self.monitor.say(line)
-        if in_a_row >= self.config.train.max_refused:
-            raise UserError(
-                f"step {step}: loss or gradient not finite for {in_a_row:.0f} steps in a row, stopped; the newest "
-                f"checkpoint in {self.run_dir} is unharmed; a lower train.lr or train.grad_clip=1 may help"
-            )
 
     def _samples_of(self, step: int) -> list[int]:
         """The dataset's indices in the batch that ended with this step of this call."""
@@ -268,15 +278,17 @@ class Trainer:
         """Choose what each block keeps for the backward; the same on every rank."""
         micro_batch, _ = batch_plan(self.config.train, self.world.size)
         dtype = torch.bfloat16 if computes_in_bf16(self.config.train, self.world.device) else torch.float32
-        network = activations.inspect(model, self.config.model, micro_batch, self.world.device, dtype)
-        chosen = [activations.plan_within(budget, network)]
-        if self.world.device.type == "cuda":
-            torch.cuda.empty_cache()  # of the copy that was looked at
-        if self.world.size > 1:
-            dist.broadcast_object_list(chosen, src=0)
-        for block, policy in zip(model.blocks, chosen[0]):
+
+        def plan() -> activations.Plan:
+            network = activations.inspect(model, self.config.model, micro_batch, self.world.device, dtype)
+            if self.world.device.type == "cuda":
+                torch.cuda.empty_cache()  # of the copy that was looked at
+            chosen = activations.plan_within(budget, network)
+            self._say(activations.describe(chosen, network, budget))
+            return chosen
+
+        for block, policy in zip(model.blocks, self.world.on_first(plan)):
             block.checkpointing = policy
-        self._say(activations.describe(chosen[0], network, budget))
 
     def _parts(self) -> dict[str, Tensor]:
         return {"model": self.engine.partition, **self.engine.moments(), "ema": self.engine.ema.values}
@@ -298,25 +310,19 @@ class Trainer:
 
     def _resume(self) -> None:
         """Continue from the newest intact checkpoint, if there is one. Rank 0 reads, all ranks get their share."""
-        found: list[Any] = [None]
-        if self.main:
-            try:
-                self.claim = Claim(self.run_dir)
-                found[0] = checkpoint.newest_intact(self.run_dir / "checkpoints", say)
-                if found[0]:
-                    checkpoint.check_model(
-                        found[0][0], self.engine.shapes, self.config.model_dump(mode="json"), found[0][1]
-                    )
-                    checkpoint.set_aside_newer(found[0][0])
-            except ValueError as error:  # a UserError, which every rank must raise
-                found[0] = error
-        if self.world.size > 1:
-            dist.broadcast_object_list(found, src=0)
-        if isinstance(found[0], ValueError):
-            raise found[0]
-        if found[0] is None:
+
+        def look() -> tuple[Path, dict[str, Any]] | None:
+            self.claim = Claim(self.run_dir)
+            found = checkpoint.newest_intact(self.run_dir / "checkpoints", say)
+            if found:
+                checkpoint.check_model(found[0], self.engine.shapes, self.config.model_dump(mode="json"), found[1])
+                checkpoint.set_aside_newer(found[0])
+            return found
+
+        found = self.world.on_first(look)
+        if found is None:
             return
-        path, manifest = found[0]
+        path, manifest = found
         for name, flat in self._parts().items():
             self.engine.scatter(checkpoint.read(path, name) if self.main else {}, flat)
         self.engine.adam_step = manifest["adam_step"]
@@ -329,7 +335,10 @@ class Trainer:
     def _look_at_ema(self, show: bool, judge: bool) -> None:
         """Hand the EMA weights to `preview` and `measure`, in a copy of the model that is on the device for that time only."""
         weights = self.engine.gather(self.engine.ema.values)  # by all ranks
-        if self.ema_model is not None:
+
+        def look() -> None:
+            if self.ema_model is None:
+                return
             self.ema_model.load_state_dict(weights)
             self.ema_model.to(self.world.device, torch.bfloat16 if self.engine.bf16 else torch.float32)
             if show and self.preview:
@@ -343,6 +352,8 @@ class Trainer:
                 self.monitor.figures(figures, self.step)
                 Best(self.run_dir).offer(weights, figures, self.step)
             self.ema_model.to("cpu", torch.float32)
+
+        self.world.on_first(look)
         self.row.began = Mark(self.world.device)
 
     def _say(self, text: str) -> None:
