@@ -2,7 +2,8 @@
 
 A step draws everything random from one generator on the device, seeded by (seed, step, micro-batch of the global batch): there is no
 random state to save, and a run that continues is the run that was never interrupted. Nothing in a step makes the host wait for a
-device that has nothing queued, but for DeepSpeed under ZeRO-3 (it looks at the gradient norm) and with an offloaded optimizer.
+device that has nothing queued, but for DeepSpeed under ZeRO-3 (it looks at the gradient norm), with an offloaded optimizer, and
+between the accumulated micro-batches of several GPUs.
 """
 
 import copy
