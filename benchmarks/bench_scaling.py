@@ -56,7 +56,8 @@ class Run:
         from uvit_fast import build_model, load_config
         from uvit_fast.build import build_dataset, build_schedule
         from uvit_fast.training.engine import start
-        from uvit_fast.training.trainer import Row, Trainer
+        from uvit_fast.training.row import Row
+        from uvit_fast.training.trainer import Trainer
 
         cfg = load_config(path, ["data.name=synthetic", "data.num_workers=0", *overrides])
         self.device = start(cfg).device

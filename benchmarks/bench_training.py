@@ -34,7 +34,8 @@ from uvit_fast.diffusion.schedules import noise_loss
 from uvit_fast.training import activations
 from uvit_fast.training.captured import Captured
 from uvit_fast.training.monitor import forward_flops, utilisation
-from uvit_fast.training.trainer import Row, Trainer
+from uvit_fast.training.row import Row
+from uvit_fast.training.trainer import Trainer
 
 MAIN = "H:none:ours H:block:ours H:selective:ours L:none:ours L:block:ours L:selective:ours "
 MAIN += "S:none:ours S:none:ours_uncaptured M:none:ours H:none:ours_uncaptured H:none:eager H:block:eager L:none:eager L:block:eager "

@@ -1,10 +1,10 @@
-"""What has its name is whole."""
+"""What has its name is whole, and rows outlive one that is not."""
 
 from pathlib import Path
 
 import pytest
 
-from uvit_fast.files import write_whole
+from uvit_fast.files import append_row, read_rows, write_whole
 
 
 @pytest.mark.parametrize("folder", [False, True])
@@ -22,3 +22,16 @@ def test_a_write_that_fails_leaves_what_was_there(folder, tmp_path):
     with pytest.raises(OSError, match="disk full"):
         write_whole(path, write)
     assert [each.read_text() for each in path.parent.iterdir()] == ["whole"]
+
+
+def test_a_row_that_was_cut_short_costs_itself_only(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    assert read_rows(path) == []
+    append_row(path, {"step": 1})
+    with open(path, "ab") as file:
+        file.write(b'{"step": 2, "lo')  # a full disk
+    append_row(path, {"step": 3})
+    with open(path, "ab") as file:
+        file.write(b"\0\0\0\n[4]\n")  # a power cut
+    append_row(path, {"step": 5})
+    assert read_rows(path) == [{"step": 1}, {"step": 3}, {"step": 5}]

@@ -28,7 +28,7 @@ class ConfigError(UserError):
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, and a loaded config does not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class NetworkConfig(Section):
@@ -178,7 +178,7 @@ class DataConfig(Section):
         "auto",
         description="Of `images`: DALI, on all cores, or Pillow, on one a loader process; auto: DALI if cores would be idle.",
     )
-    num_workers: int = Field(2, ge=0, description="Loader processes a rank; 0 loads in the training process.")
+    num_workers: int = Field(2, ge=0, le=256, description="Loader processes a rank; 0 loads in the training process.")
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -221,7 +221,7 @@ class TrainConfig(Section):
         ge=0,
         description="Standard deviations above the recent losses that make a spike, which is logged; 0: none.",
     )
-    seed: int = Field(0, ge=0, description="Seed of initialisation, data order, noise and timesteps.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of initialisation, data order, noise and timesteps.")
     log_every: int = Field(50, gt=0, description="Steps between two rows of scalars.")
     checkpoint_every: int = Field(
         10000, gt=0, description="Steps between two checkpoints; the last step always has one."
@@ -387,5 +387,7 @@ def _fields_at(loc: tuple) -> list[str]:
 
 
 def _description(loc: tuple) -> str:
+    while isinstance(loc[-1], int):  # an item of a list
+        loc = loc[:-1]
     field = _section_at(loc[:-1]).model_fields[loc[-1]]
     return (field.description or f"a section with {', '.join(_fields_at(loc))}").rstrip(".")

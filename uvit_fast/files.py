@@ -1,9 +1,11 @@
-"""Files and folders that are whole or not there."""
+"""Files and folders that are whole or not there, and files of rows that outlive a row that is not."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -20,3 +22,27 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         if temporary.is_dir():
             shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """A line of JSON, on a line of its own also where the one before was cut short."""
+    with open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            whole = file.read() == b"\n"
+        else:
+            whole = True
+        file.write((b"" if whole else b"\n") + json.dumps(row).encode() + b"\n")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines, without those that a crash or a full disk cut short; none where there is no file."""
+    rows = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows

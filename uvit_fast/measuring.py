@@ -13,6 +13,7 @@ from uvit_fast import sampling
 from uvit_fast.build import build_dataset
 from uvit_fast.config import Config, UserError
 from uvit_fast.diffusion.cudagraph import GraphSampler
+from uvit_fast.diffusion.noise import Draws
 from uvit_fast.evaluation import evaluate as figures
 from uvit_fast.evaluation import reference
 from uvit_fast.evaluation.classifier import ClassifierFeatures, cached_classifier
@@ -37,7 +38,7 @@ def real_images(cfg: Config, name: str) -> tuple[Images, np.ndarray | None]:
     def read(parts: list[range]) -> Iterator[np.ndarray]:
         for part in parts:
             raw = dataset.__getitems__([(i, 0) for i in part])
-            yield to_uint8(dataset.finish(raw, torch.Generator())["x"])
+            yield to_uint8(dataset.finish(raw, Draws(torch.Generator()))["x"])
 
     def identity() -> str:
         digest = hashlib.sha256(repr((cfg.data.name, cfg.data.crop, dataset.shape)).encode())

@@ -15,6 +15,7 @@ from uvit_fast.build import build_dataset
 from uvit_fast.config import UserError, load_config
 from uvit_fast.data import dali
 from uvit_fast.data.datasets import ImageFolder
+from uvit_fast.diffusion.noise import Draws
 from uvit_fast.training.loader import Order, batches
 
 pytest.importorskip("nvidia.dali", reason="a Linux package; the test extra installs it")
@@ -142,7 +143,7 @@ def test_imagenet_64_and_celeba_train_on_it(name, labels, photos, tmp_path, monk
     def batch(decoder):
         sets = [f"data.path={tmp_path}", f"data.decoder={decoder}", "data.flip=true"]
         dataset = build_dataset(load_config(f"configs/{name}.yaml", sets))
-        return dataset.finish(dataset.__getitems__([(0, 0), (1, 0)]), torch.Generator().manual_seed(1))
+        return dataset.finish(dataset.__getitems__([(0, 0), (1, 0)]), Draws(torch.Generator().manual_seed(1)))
 
     expected, got = batch("pillow"), batch("dali")
     assert got["x"].shape == (2, 3, 64, 64) and got["x"].dtype == torch.float32

@@ -12,6 +12,7 @@ from uvit_fast.build import build_dataset
 from uvit_fast.config import UserError, load_config
 from uvit_fast.data.datasets import center_crop, random_flip, square_crop
 from uvit_fast.data.shards import pack
+from uvit_fast.diffusion.noise import Draws
 
 DIGITS, CIFAR, CELEBA, IMAGENET = (f"configs/{n}.yaml" for n in ("digits", "s2_cifar10", "s4_celeba64", "l4_64"))
 
@@ -22,7 +23,7 @@ def _from_the_root(monkeypatch, pytestconfig):
 
 
 def finished(dataset, items):
-    return dataset.finish(dataset.__getitems__(items), torch.Generator().manual_seed(0))
+    return dataset.finish(dataset.__getitems__(items), Draws(torch.Generator().manual_seed(0)))
 
 
 def test_digits_are_all_of_scikit_learns_in_the_networks_range():
@@ -76,7 +77,7 @@ def test_centre_crop_keeps_the_centre_and_the_aspect():
 
 def test_flips_mirror_half_of_the_images_and_repeat_with_the_seed():
     x = torch.arange(1000.0 * 4).view(1000, 1, 1, 4)
-    a, b = (random_flip(x, torch.Generator().manual_seed(3)) for _ in range(2))
+    a, b = (random_flip(x, Draws(torch.Generator().manual_seed(3))) for _ in range(2))
     flipped = (a != x).flatten(1).any(1)
     assert torch.equal(a, b) and 430 < flipped.sum() < 570
     assert torch.equal(a[flipped], x[flipped].flip(-1))

@@ -56,6 +56,16 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(folder, damage, file):
     if file == "manifest.json" and damage is flip_a_bit:
         damage = lambda path: path.write_text("{")  # noqa: E731, any bit may be white space
     damage(folder / "step_00000030" / file)
+    is_passed_over(folder, file)
+
+
+@pytest.mark.parametrize("text", ["null", "[]", '{"files": {}}', '{"step": 30, "config": {}, "files": {}}'])
+def test_a_manifest_of_something_else_is_damage(folder, text):
+    (folder / "step_00000030" / "manifest.json").write_text(text)
+    is_passed_over(folder, "manifest.json")
+
+
+def is_passed_over(folder, file):
     said = []
     assert checkpoint.newest_intact(folder, said.append)[0].name == "step_00000020"
     assert len(said) == 1 and "step_00000030" in said[0] and file in said[0]

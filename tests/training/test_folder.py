@@ -65,6 +65,12 @@ def test_runs_lists_what_runs_what_stopped_and_what_ended(tmp_path, capsys):
     (tmp_path / "b" / ".lock").unlink()
     assert run_states(tmp_path)[0].state == "stopped"
     assert not (tmp_path / "b" / ".lock").exists()  # looking leaves nothing
+    with open(tmp_path / "a" / "metrics.jsonl", "ab") as file:
+        file.write(b"\0\0\n")  # a power cut
+    (tmp_path / "b" / "config.yaml").write_text("")
+    assert main(["runs", str(tmp_path)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[:3] for line in lines[1:]] == [["a", "finished", "4/4"], ["b", "unreadable", "0/0"]]
     assert main(["runs", str(tmp_path / "a")]) == 2
     assert "no runs" in capsys.readouterr().err
 

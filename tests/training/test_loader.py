@@ -1,12 +1,16 @@
 """The order of the data: decided by seed and position alone."""
 
 import multiprocessing
+import os
+import signal
+import time
 
 import pytest
 import torch
 
 from tests.training.tiny import Points
 from uvit_fast.config import UserError
+from uvit_fast.training import loader
 from uvit_fast.training.loader import DataError, Order, batches
 
 CPU = torch.device("cpu")
@@ -59,3 +63,27 @@ def test_loader_processes_change_nothing():
     one, two = (list(batches(Points(), order(), workers, CPU)) for workers in (0, 2))
     assert len(one) == len(two) == 10
     assert all(torch.equal(a["x"], b["x"]) for a, b in zip(one, two))
+
+
+class Slow(Points):
+    def __getitems__(self, items):
+        time.sleep(2.5)
+        return super().__getitems__(items)
+
+
+def test_a_stalled_loader_is_named_while_it_stalls_and_goes_on(monkeypatch, capsys):
+    monkeypatch.setattr(loader, "STALLED", 1)
+    found = list(batches(Slow(), order(steps=1), 1, CPU))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and lines[1].startswith("no batch for 2 s: this waits for the data")
+    assert torch.equal(found[0]["x"], next(batches(Points(), order(steps=1), 0, CPU))["x"])
+
+
+class Killed(Points):
+    def __getitems__(self, items):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_loader_process_that_was_killed_is_one_line():
+    with pytest.raises(DataError, match=r"DataLoader worker .* too little memory for data.num_workers"):
+        next(batches(Killed(), order(), 1, CPU))

@@ -1,9 +1,12 @@
 """The training loop: what is computed, and that neither interruption nor sharding changes it."""
 
+import contextlib
+import io
 import json
 import math
 import os
 import re
+import resource
 import signal
 import time
 from datetime import timedelta
@@ -18,11 +21,14 @@ from safetensors.torch import load_file
 
 from tests.training import tiny
 from uvit_fast.config import UserError, load_config
+from uvit_fast.diffusion.noise import Draws
+from uvit_fast.files import read_rows
 from uvit_fast.training import checkpoint, engine
 from uvit_fast.training.engine import batch_plan, start
 from uvit_fast.training.loader import Order, batches
 from uvit_fast.training.monitor import Reading
-from uvit_fast.training.trainer import Row, Trainer, mix
+from uvit_fast.training.row import Row
+from uvit_fast.training.trainer import Trainer, mix
 
 STEPS = 20
 
@@ -93,11 +99,11 @@ def test_an_offloaded_optimizer_follows_one_process_and_resumes(stage, whole, tm
 
 
 def test_resume_on_other_ranks_and_stage(whole, tmp_path):
-    """Two ranks under ZeRO-3, then one under ZeRO-2, then two under ZeRO-3 again: still the same run."""
+    """Two ranks under ZeRO-3, then one under ZeRO-2, then four under ZeRO-3: still the same run, though with other micro-batches."""
     third = STEPS // 3
-    tiny.launch(tiny.train, tmp_path, config(iterations=third, zero_stage=3), ranks=2)
-    tiny.launch(tiny.train, tmp_path, config(iterations=2 * third, zero_stage=2))
-    continued = tiny.launch(tiny.train, tmp_path, config(zero_stage=3), ranks=2)
+    tiny.launch(tiny.train, tmp_path, config(iterations=third, zero_stage=3, micro_batch_size=None), ranks=2)
+    tiny.launch(tiny.train, tmp_path, config(iterations=2 * third, zero_stage=2, micro_batch_size=None))
+    continued = tiny.launch(tiny.train, tmp_path, config(zero_stage=3, micro_batch_size=None), ranks=4)
     assert continued["first_step"] == 2 * third
     assert continued["losses"] == pytest.approx(whole["losses"], rel=1e-4)
 
@@ -151,6 +157,8 @@ def with_network(cfg, network, dataset=None, null_context=None):
 class Answering:
     """A network that gives one answer, and remembers what it was asked."""
 
+    micro_batch = 4
+
     def __init__(self, answer):
         self.answer = answer
 
@@ -160,18 +168,19 @@ class Answering:
 
 
 def test_the_loss_is_the_error_of_the_predicted_noise():
-    """0 for who predicts it; the noised image and its time are those of u; all drawn in the order that continued runs rely on."""
-    dataset, raw = tiny.Points(), tiny.Points().__getitems__([(i, 0) for i in range(8)])
-    g = torch.Generator().manual_seed(mix(0, 5, 1))
-    x_0, u = dataset.finish(raw, g)["x"], torch.rand(8, generator=g)
-    noise = torch.randn(x_0.shape, generator=g)
-    knowing = Answering(noise)
-    assert Trainer.loss(with_network(config(), knowing), raw, 5, 1) == 0
+    """0 for who predicts it; the noised image and its time are those of u; all drawn in the order that continued runs rely on: for the
+    whole batch of 8, of which the second micro-batch has the last four.
+    """
+    dataset, items = tiny.Points(), [(i, 0) for i in range(8)]
+    draws = Draws(torch.Generator().manual_seed(mix(0, 5)))
+    x_0, u, noise = dataset.finish(dataset.__getitems__(items), draws)["x"], draws.rand(8), draws.randn(8, *tiny.IMAGE)
     x_t, t = tiny.Schedule().add_noise(x_0, noise, u)
-    assert torch.equal(knowing.x_t, x_t) and torch.equal(knowing.t, t)
-    guess = torch.full_like(noise, 0.5)
+    raw, knowing = dataset.__getitems__(items[4:]), Answering(noise[4:])
+    assert Trainer.loss(with_network(config(), knowing), raw, 5, 1) == 0
+    assert torch.equal(knowing.x_t, x_t[4:]) and torch.equal(knowing.t, t[4:])
+    guess = torch.full_like(noise[4:], 0.5)
     loss = Trainer.loss(with_network(config(), Answering(guess)), raw, 5, 1)
-    assert loss.item() == pytest.approx((guess - noise).square().mean().item(), rel=1e-6)
+    assert loss.item() == pytest.approx((guess - noise[4:]).square().mean().item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("p_uncond", [0.0, 0.5, 1.0])
@@ -179,7 +188,7 @@ def test_conditions_are_dropped_with_their_probability(p_uncond):
     """For the null label, and for the features of the empty text."""
     items, many = [(i % 50, 0) for i in range(400)], torch.zeros(400, *tiny.IMAGE)
     raw, network = tiny.Points().__getitems__(items), Answering(many)
-    cfg = config(p_uncond=p_uncond)
+    cfg = config(p_uncond=p_uncond, batch_size=400)
     Trainer.loss(with_network(cfg, network), raw, 0, 0)
     dropped = network.conditions["y"] == 3
     assert torch.equal(network.conditions["y"][~dropped], raw["y"][~dropped])
@@ -196,6 +205,7 @@ def plain_loop(cfg, grad_clip=None):
     """Losses, gradient norms and weights of a loop in plain PyTorch over the batches of `config`."""
     dataset, model = tiny.Points(), tiny.TinyModel()
     optimizer = torch.optim.AdamW(model.parameters(), betas=cfg.train.betas, weight_decay=cfg.train.weight_decay)
+    model.micro_batch = 4  # as the engine has it
     plain = with_network(cfg, model, dataset)
     raws = batches(dataset, Order(len(dataset), 0, 4, 2, 0, 1, 0, STEPS), 0, torch.device("cpu"))
     losses, norms = [], []
@@ -275,8 +285,41 @@ def test_a_run_without_finite_gradients_ends(ranks, late_rank, tmp_path):
     settings = {"iterations": 60, "checkpoint_every": 5, "max_refused": 7, "log_every": 2}
     message = tiny.launch(poisoned, tmp_path, config(**settings), set(range(10, 60)), late_rank, ranks=ranks)
     assert re.match(r"step 1[89]: loss or gradient not finite for [89] steps in a row", message)
-    newest, _ = checkpoint.newest_intact(tmp_path / "checkpoints", pytest.fail)
-    assert all(value.isfinite().all() for value in checkpoint.read(newest, "model").values())
+    names = [path.name for path in sorted((tmp_path / "checkpoints").iterdir())]
+    assert names == ["step_00000005", "step_00000010"]  # none of what was refused, which would push these out
+
+
+def test_steps_in_a_row_are_counted_within_a_row_of_scalars_too(tmp_path):
+    cfg = config(iterations=20, max_refused=4, log_every=20)
+    assert "not finite for 4 steps in a row" in tiny.launch(poisoned, tmp_path, cfg, {7, 8, 9, 10})
+
+
+def on_a_full_disk(run_dir, cfg):
+    """Nothing can be written any more, to a file of ours or of TensorBoard's, once the run has begun; then its rows."""
+    trainer = tiny.trainer(run_dir, cfg)
+    step = trainer._step
+
+    def filling(stream):
+        step(stream)
+        if trainer.step == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
+        if trainer.step == 12:  # somebody makes room
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        if trainer.step > 3:
+            time.sleep(0.2)  # TensorBoard's thread may write
+
+    trainer._step = filling
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        trainer.train()
+    return said.getvalue(), [row["step"] for row in read_rows(run_dir / "metrics.jsonl")]
+
+
+def test_a_full_disk_costs_rows_and_checkpoints_not_the_run(tmp_path):
+    said, rows = tiny.launch(on_a_full_disk, tmp_path, config(checkpoint_every=2))
+    assert "checkpoint of step 6 was not written" in said and "step 5: not written to" in said
+    assert rows[:2] == [1, 2] and set(range(14, 21)) <= set(rows) and not {6, 7, 8} & set(rows)
+    assert checkpoint.newest_intact(tmp_path / "checkpoints", pytest.fail)[1]["step"] == STEPS
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) > 1
 
 
 def spiked(run_dir, cfg, bad_step):

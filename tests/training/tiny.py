@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from uvit_fast.config import Config
+from uvit_fast.diffusion.noise import Draws
 from uvit_fast.training import engine
 from uvit_fast.training.trainer import Trainer
 
@@ -67,7 +68,7 @@ class Schedule:
 
 
 class Points:
-    """50 items; finish() draws from the generator of the step, as flips and posteriors do."""
+    """50 items; finish() draws from the numbers of the step, as flips and posteriors do."""
 
     synthetic = False
 
@@ -85,8 +86,8 @@ class Points:
         index = torch.tensor([i for i, _ in items])
         return {"x": self.x[index], "y": self.y[index]}
 
-    def finish(self, raw: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        return {**raw, "x": raw["x"] + 0.1 * torch.randn(raw["x"].shape, generator=generator)}
+    def finish(self, raw: dict[str, Tensor], draws: Draws) -> dict[str, Tensor]:
+        return {**raw, "x": raw["x"] + 0.1 * draws.randn(*raw["x"].shape)}
 
 
 def config(**train: Any) -> Config:

@@ -7,6 +7,7 @@ from pathlib import Path
 from uvit_fast.commands.arguments import config_of, positive
 from uvit_fast.commands.drawing import pyplot
 from uvit_fast.config import UserError
+from uvit_fast.diffusion.noise import Draws
 
 HELP = "CKA between the representations after every block, a matrix a checkpoint"
 COLUMNS = ["checkpoint", "data", "skip", "block", "other_block", "cka"]
@@ -66,15 +67,15 @@ def _matrix(args: argparse.Namespace, checkpoint: str) -> list[dict]:
     after: list[torch.Tensor] = []
     for block in model.blocks:
         block.register_forward_hook(lambda block, inputs, output: after.append(output))
-    g = torch.Generator(device).manual_seed(0)  # the same images and noise for every checkpoint
+    draws = Draws(torch.Generator(device).manual_seed(0))  # the same images and noise for every checkpoint
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[: args.images]
 
     @torch.inference_mode()
     def minibatches():
         for indices in order.split(args.batch)[: args.images // args.batch]:
             raw = dataset.__getitems__([(int(i), 0) for i in indices])
-            batch = dataset.finish({name: value.to(device) for name, value in raw.items()}, g)
-            noise = torch.randn(batch["x"].shape, device=device, generator=g)
+            batch = dataset.finish({name: value.to(device) for name, value in raw.items()}, draws)
+            noise = draws.randn(*batch["x"].shape)
             x_t, t = schedule.add_noise(batch["x"], noise, torch.full((len(indices),), args.time, device=device))
             names = [
                 name for name, wanted in (("y", cfg.model.num_classes), ("context", cfg.model.context_dim)) if wanted

@@ -1,6 +1,7 @@
 """`uvit-fast runs`: the training runs of a folder and their state."""
 
 import argparse
+import math
 from pathlib import Path
 
 from uvit_fast.config import UserError
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
                 "–" if each.images_per_second is None else f"{each.images_per_second:.0f}",
                 "–" if each.checkpoint is None else str(each.checkpoint),
                 "–" if each.commit is None else each.commit[:8] + "+" * each.commit.endswith("+"),
-                f"{_ago(each.changed)} ago",
+                "–" if each.changed == math.inf else f"{_ago(each.changed)} ago",
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -2,9 +2,9 @@
 
 A dataset has a length and three more things:
 - `__getitems__([(index, epoch), ...])` gives a raw batch: a dict of CPU tensors. The same pair always gives the same values.
-- `finish(raw, generator)` turns the raw batch, already on the device, into the network's inputs: `x` fp32 in [-1, 1] (or
+- `finish(raw, draws)` turns the raw batch, already on the device, into the network's inputs: `x` fp32 in [-1, 1] (or
   scaled latents), (B, C, H, W); `y` int64 (B,) where there are labels; `context` fp32 (B, T, C) where there is text. Whatever is
-  random (flips, the posterior of latents) is drawn here, from the generator of the step.
+  random (flips, the posterior of latents) is drawn here, from the `Draws` of the step.
 - `shape`, the (C, H, W) of x; `num_classes`, labels it can give (0: none); `synthetic`, whether the data is random.
 """
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from uvit_fast.config import Config, UserError
 from uvit_fast.data.reading import BadImage, list_images, read_image
+from uvit_fast.diffusion.noise import Draws
 from uvit_fast.extras import missing
 
 Batch = dict[str, Tensor]
@@ -55,9 +56,9 @@ class TensorImages:
             raw["y"] = self.labels[index]
         return raw
 
-    def finish(self, raw: Batch, generator: torch.Generator) -> Batch:
+    def finish(self, raw: Batch, draws: Draws) -> Batch:
         x = raw["x"].float() * (2 / self.peak) - 1
-        return {**raw, "x": random_flip(x, generator) if self.flip else x}
+        return {**raw, "x": random_flip(x, draws) if self.flip else x}
 
 
 def digits() -> TensorImages:
@@ -153,9 +154,9 @@ class ImageFolder:
             raw["y"] = torch.tensor([self.labels[i] for _, i in found])
         return raw
 
-    def finish(self, raw: Batch, generator: torch.Generator) -> Batch:
+    def finish(self, raw: Batch, draws: Draws) -> Batch:
         x = raw["x"].float() / 127.5 - 1
-        return {**raw, "x": random_flip(x, generator) if self.flip else x}
+        return {**raw, "x": random_flip(x, draws) if self.flip else x}
 
     def _read_all(self, indices: list[int]) -> list[tuple[Tensor, int]]:
         return [self._read(index) for index in indices]
@@ -205,13 +206,13 @@ class Synthetic:
             raw["context"] = self.text[index % len(self.text)]
         return raw
 
-    def finish(self, raw: Batch, generator: torch.Generator) -> Batch:
+    def finish(self, raw: Batch, draws: Draws) -> Batch:
         return raw
 
 
-def random_flip(x: Tensor, generator: torch.Generator) -> Tensor:
+def random_flip(x: Tensor, draws: Draws) -> Tensor:
     """Mirror each image of (B, C, H, W) with probability 1/2."""
-    coin = torch.rand(len(x), 1, 1, 1, device=x.device, generator=generator) < 0.5
+    coin = draws.rand(len(x), 1, 1, 1) < 0.5
     return torch.where(coin, x.flip(-1), x)
 
 

@@ -18,6 +18,7 @@ import torch
 from uvit_fast.config import UserError
 from uvit_fast.data.datasets import Batch, require_folder
 from uvit_fast.data.shards import Packed, read_manifest, unchecked_faults
+from uvit_fast.diffusion.noise import Draws
 
 
 class Latents:
@@ -71,10 +72,10 @@ class Latents:
             raw["y"] = torch.from_numpy(self.labels[index])
         return raw
 
-    def finish(self, raw: Batch, generator: torch.Generator) -> Batch:
+    def finish(self, raw: Batch, draws: Draws) -> Batch:
         mean, logvar = raw.pop("moments").float().chunk(2, dim=1)  # (B, C, h, w) each
         std = (0.5 * logvar.clamp(-30, 20)).exp()
-        eps = torch.randn(mean.shape, device=mean.device, generator=generator)
+        eps = draws.randn(*mean.shape)
         return {**raw, "x": self.scale_factor * (mean + std * eps)}
 
     def _leave_out(self, lost: np.ndarray) -> None:
@@ -133,6 +134,6 @@ class TextLatents(Latents):
         context = torch.from_numpy(self.text.take(picks))
         return {**super().__getitems__(items), "context": context}
 
-    def finish(self, raw: Batch, generator: torch.Generator) -> Batch:
-        batch = super().finish(raw, generator)
+    def finish(self, raw: Batch, draws: Draws) -> Batch:
+        batch = super().finish(raw, draws)
         return {**batch, "context": batch["context"].float()}

@@ -83,7 +83,7 @@ def describe(plan: Plan, network: Network, budget: float) -> str:
     counts = Counter(plan)
     kinds = {"none": "everything", "selective": "attention's output and fc1's", "block": "their input"}
     parts = [f"{counts[policy]} keep {text}" for policy, text in kinds.items() if counts[policy]]
-    sizes = f"{network.peak(plan) / 1e9:.2f} GB expected of {budget / 1e9:g} GB"
+    sizes = f"{network.peak(plan) / 1e9:.3g} GB expected of {budget / 1e9:g} GB"
     return f"activations: of {len(plan)} blocks {', '.join(parts)}; {sizes}"
 
 

@@ -191,8 +191,9 @@ def _verify(path: Path, only: str | None = None) -> tuple[str | None, dict[str, 
     """(what is wrong or None, the manifest), of all files or of one."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError) as error:
+        files, _, _ = manifest["files"], manifest["step"], manifest["config"]
+        files["model.safetensors"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"manifest.json: {type(error).__name__}", {}
     for name, expected in files.items():
         if only not in (None, name):

@@ -3,6 +3,7 @@
 import fcntl
 import itertools
 import json
+import math
 import os
 import platform
 import subprocess
@@ -17,6 +18,7 @@ import torch.nn as nn
 import yaml
 
 from uvit_fast.config import Config, ModelConfig, UserError, dump_config
+from uvit_fast.files import read_rows
 from uvit_fast.model import ops
 from uvit_fast.training import checkpoint
 from uvit_fast.training.monitor import say
@@ -71,7 +73,7 @@ class RunState(NamedTuple):
     """A run as its folder shows it.
 
     Attributes:
-        state: "running", "finished", "stopped" (the same command continues it), or "no checkpoint".
+        state: "running", "finished", "stopped" (the same command continues it), "no checkpoint", or "unreadable" where its files are not.
         step, steps: of the last row of scalars, and where the run ends.
         loss, images_per_second: of that row; None before the first.
         checkpoint: step of the newest checkpoint; None without one.
@@ -92,7 +94,8 @@ class RunState(NamedTuple):
 
 def run_states(folder: Path) -> list[RunState]:
     """The runs below a folder, the one that changed last first."""
-    runs = [_state(path.parent) for path in folder.glob("*/config.yaml") if (path.parent / "environment.json").exists()]
+    found = [path.parent for path in folder.glob("*/config.yaml") if (path.parent / "environment.json").exists()]
+    runs = [_state(path) or RunState(path.name, "unreadable", 0, 0, None, None, None, None, math.inf) for path in found]
     return sorted(runs, key=lambda run: run.changed)
 
 
@@ -172,19 +175,22 @@ def set_aside(run_dir: Path) -> None:
     say(f"{run_dir}: the older run is now {aside}")
 
 
-def _state(run_dir: Path) -> RunState:
-    steps = yaml.safe_load((run_dir / "config.yaml").read_text())["train"]["iterations"]  # whatever keys it had then
-    environment = json.loads((run_dir / "environment.json").read_text())
+def _state(run_dir: Path) -> RunState | None:
+    try:
+        steps = yaml.safe_load((run_dir / "config.yaml").read_text())["train"][
+            "iterations"
+        ]  # whatever keys it had then
+        commit = json.loads((run_dir / "environment.json").read_text()).get("commit")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        return None
     found = checkpoint.steps(run_dir / "checkpoints")
     newest = int(found[-1].name.removeprefix("step_")) if found else None
-    last, rows = {}, run_dir / "metrics.jsonl"
-    if rows.exists():
-        lines = [line for line in rows.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        last = json.loads(lines[-1]) if lines else {}
+    rows = run_dir / "metrics.jsonl"
+    last = (read_rows(rows) or [{}])[-1]
     touched = (rows if rows.exists() else run_dir / "environment.json").stat().st_mtime
     state = "no checkpoint" if newest is None else "finished" if newest >= steps else "stopped"
     state = "running" if claimed(run_dir) else state
     return RunState(
         run_dir.name, state, last.get("step", 0), steps, last.get("loss"), last.get("images_per_second"),
-        newest, environment.get("commit"), time.time() - touched,
+        newest, commit, time.time() - touched,
     )  # fmt: skip

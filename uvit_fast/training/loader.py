@@ -17,6 +17,9 @@ from torch.utils.data import DataLoader
 
 from uvit_fast.config import RankError, UserError
 from uvit_fast.training.interrupt import SIGNALS
+from uvit_fast.training.monitor import say
+
+STALLED = 30  # seconds without a batch after which the loader is named
 
 
 class DataError(RankError):
@@ -76,7 +79,7 @@ def batches(dataset: Any, order: Order, num_workers: int, device: torch.device) 
     """The raw batches of `order` on `device`; copies to a GPU overlap with it. Closing the iterator ends its loader processes.
 
     Raises:
-        DataError: in place of a UserError of the dataset, also from a loader process.
+        DataError: in place of a UserError of the dataset, also from a loader process, and where one of these has died.
     """
     loader = iter(
         DataLoader(
@@ -87,20 +90,35 @@ def batches(dataset: Any, order: Order, num_workers: int, device: torch.device) 
             pin_memory=device.type == "cuda",
             prefetch_factor=4 if num_workers else None,
             worker_init_fn=_outlive_signals,
+            timeout=STALLED if num_workers else 0,
         )
     )
     try:
         for _ in range(len(order)):
-            try:
-                raw, problem = next(loader), ""
-            except UserError as error:  # a loader process sends its traceback as the message
-                problem = str(error).strip().split("\n")[-1].split("UserError: ")[-1]
-            if problem:
-                raise DataError(problem)
+            raw = _next(loader)
             yield {name: value.to(device, non_blocking=True) for name, value in raw.items()}
     finally:  # not left to the garbage collector: at exit they would be sent SIGTERM, which they outlive
         if num_workers:
             loader._shutdown_workers()
+
+
+def _next(loader: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
+    waited = 0
+    while True:
+        try:
+            return next(loader)
+        except UserError as error:  # a loader process sends its traceback as the message
+            problem = str(error).strip().split("\n")[-1].split("UserError: ")[-1]
+        except RuntimeError as error:
+            problem = str(error).split("\n")[0]
+            if "timed out" in problem:  # it goes on where it was
+                waited += STALLED
+                say(f"no batch for {waited} s: this waits for the data and its loader processes, not for a GPU")
+                continue
+            if "DataLoader worker" not in problem:
+                raise
+            problem += "; was there too little memory for data.num_workers?"
+        raise DataError(problem)
 
 
 def _as_it_is(raw: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from uvit_fast.config import Config
 from uvit_fast.extras import missing
+from uvit_fast.files import append_row, read_rows, write_whole
 from uvit_fast.training.activations import example
 
 # Dense bf16 FLOP/s of the data sheets, by what the device's name holds.
@@ -25,7 +27,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Monitor:
-    """Rank 0's screen and files.
+    """Rank 0's screen and files. What cannot be written, on a full disk, costs its row and a line on the screen, not the run.
 
     Args:
         run_dir: gets metrics.jsonl and TensorBoard's events.
@@ -38,19 +40,16 @@ class Monitor:
     """
 
     def __init__(self, run_dir: Path, step: int, total: int, wandb: dict[str, Any] | None = None):
-        from torch.utils.tensorboard import SummaryWriter
-
+        package = None if wandb is None else _wandb()  # before anything is written
         self.total, self.start, self.step, self.run_dir = total, step, step, run_dir
         self.began = self.last_line = time.perf_counter()
         self.text, self.shown = "", -1  # of the last line: its figures, its step
         for path in (run_dir / "evaluation.jsonl", run_dir / "metrics.jsonl"):
-            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
             if path.exists():
-                path.write_text("".join(kept))
-        self.rows = open(run_dir / "metrics.jsonl", "a", buffering=1)
-        self.board = SummaryWriter(run_dir, purge_step=step + 1)
-        self.wandb = None if wandb is None else _start_wandb(run_dir, wandb)
+                kept = "".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step)
+                write_whole(path, lambda temporary, kept=kept: temporary.write_text(kept))
+        self.board: Any = None
+        self.wandb = None if wandb is None else _start(package, run_dir, wandb)
         self.bar = None
         if sys.stderr.isatty():
             from tqdm import tqdm
@@ -69,10 +68,9 @@ class Monitor:
 
     def row(self, row: dict[str, float]) -> None:
         """Scalars of a step: "step", "loss", "images_per_second" and whatever else."""
-        self.rows.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if name != "step":
-                self.board.add_scalar(name, value, row["step"])
+        step = int(row["step"])
+        self._write(lambda: append_row(self.run_dir / "metrics.jsonl", row))
+        self._show(lambda board: [board.add_scalar(name, row[name], step) for name in row if name != "step"])
         if self.wandb is not None:
             self.wandb.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
         first = not self.text
@@ -84,12 +82,10 @@ class Monitor:
 
     def figures(self, figures: dict[str, float], step: int) -> None:
         """What an evaluation found: a line, TensorBoard, evaluation.jsonl."""
-        for name, value in figures.items():
-            self.board.add_scalar(f"evaluation/{name}", value, step)
+        self._show(lambda board: [board.add_scalar(f"evaluation/{name}", figures[name], step) for name in figures])
         if self.wandb is not None:
             self.wandb.log({f"evaluation/{name}": value for name, value in figures.items()}, step=step)
-        with open(self.run_dir / "evaluation.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, **figures}) + "\n")
+        self._write(lambda: append_row(self.run_dir / "evaluation.jsonl", {"step": step, **figures}))
         self.say(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
 
     def say(self, text: str) -> None:
@@ -102,17 +98,38 @@ class Monitor:
     def picture(self, path: Path, step: int) -> None:
         """An image file, for TensorBoard."""
         with Image.open(path) as image:
-            self.board.add_image("samples", np.array(image.convert("RGB")), step, dataformats="HWC")
+            pixels = np.array(image.convert("RGB"))
+        self._show(lambda board: board.add_image("samples", pixels, step, dataformats="HWC"))
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
         elif self.text and self.shown < self.step:
             self._line()
-        self.rows.close()
-        self.board.close()
+        if self.board is not None:
+            self._show(lambda board: board.close())
         if self.wandb is not None:
             self.wandb.finish()
+
+    def _write(self, write: Callable[[], object]) -> bool:
+        try:
+            write()
+        except OSError as error:
+            self.say(f"step {self.step}: not written to {self.run_dir}: {error}")
+            return False
+        return True
+
+    def _show(self, show: Callable[[Any], object]) -> None:
+        """`show(board)`; a board that could not write never writes again, and the next one is another."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        def on_the_board() -> None:
+            if self.board is None:
+                self.board = SummaryWriter(self.run_dir, purge_step=self.step)
+            show(self.board)
+
+        if not self._write(on_the_board):
+            self.board = None
 
     def _line(self) -> None:
         self.last_line, self.shown = time.perf_counter(), self.step
@@ -122,11 +139,15 @@ class Monitor:
         say("  ".join(filter(None, (f"step {self.step}/{self.total}", self.text, f"{clock} left"))))
 
 
-def _start_wandb(run_dir: Path, config: dict[str, Any]) -> Any:
+def _wandb() -> Any:
     try:
         import wandb
     except ImportError:
         raise missing("train.wandb", "wandb", "wandb") from None
+    return wandb
+
+
+def _start(wandb: Any, run_dir: Path, config: dict[str, Any]) -> Any:
     name = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]  # the same run when it continues
     return wandb.init(project="uvit-fast", name=run_dir.name, id=name, resume="allow", dir=run_dir, config=config)
 

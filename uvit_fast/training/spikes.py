@@ -3,11 +3,12 @@
 It looks at losses when they have reached the host for the log, never before.
 """
 
-import json
 import statistics
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+
+from uvit_fast.files import append_row
 
 WINDOW, FEWEST = 1000, 50  # losses that make what is usual; fewer than that say nothing
 
@@ -39,8 +40,11 @@ class Spikes:
                     "deviation": deviation,
                     "samples": self.samples(step),
                 }
-                with open(self.path, "a") as file:
-                    file.write(json.dumps(found) + "\n")
-                return f"step {step}: loss {loss:.4g} where {mean:.4g} ± {deviation:.2g} is usual; its samples: {self.path}"
+                try:
+                    append_row(self.path, found)
+                    where = f"its samples: {self.path}"
+                except OSError as error:
+                    where = f"its samples were not written: {error}"
+                return f"step {step}: loss {loss:.4g} where {mean:.4g} ± {deviation:.2g} is usual; {where}"
         self.usual.append(loss)
         return None

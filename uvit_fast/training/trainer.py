@@ -1,7 +1,7 @@
 """The training loop (paper, Section 2 and Appendix): predict the noise, AdamW, warm-up, EMA.
 
-A step draws everything random from one generator on the device, seeded by (seed, step, micro-batch of the global batch): there is no
-random state to save, and a run that continues is the run that was never interrupted. Nothing in a step makes the host wait for a
+A step draws everything random from one generator on the device, seeded by (seed, step), for the whole batch, of which a micro-batch takes
+its rows: there is no random state to save, and a run that continues, on however many ranks, is the run that was never interrupted. Nothing in a step makes the host wait for a
 device that has nothing queued, but for DeepSpeed under ZeRO-3 (it looks at the gradient norm), with an offloaded optimizer, and
 between the accumulated micro-batches of several GPUs.
 """
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 
 from uvit_fast.config import Config, UserError
+from uvit_fast.diffusion.noise import Draws
 from uvit_fast.training import activations, checkpoint
 from uvit_fast.training.best import Best
 from uvit_fast.training.engine import Engine, batch_plan, computes_in_bf16, host_group, start
@@ -27,6 +27,7 @@ from uvit_fast.training.folder import Claim, describe_run, set_aside
 from uvit_fast.training.interrupt import Interrupt
 from uvit_fast.training.loader import Order, batches
 from uvit_fast.training.monitor import Mark, Monitor, Reading, forward_flops, rate, say, utilisation
+from uvit_fast.training.row import Row
 from uvit_fast.training.spikes import Spikes
 
 SLOW_DATA = 0.5  # share of the time that the host waits for data, above which the loader is named as the slow part
@@ -85,7 +86,8 @@ class Trainer:
         )
         self.pending: tuple[Reading, Row, int] | None = None
         self.refused_in_a_row = torch.zeros((), device=self.world.device)
-        self.step = self.samples = self.saved = self.most_refused = 0
+        self.step = self.samples = self.saved = 0
+        self.in_a_row = self.most_refused = 0.0  # refused steps: at the end of the last row that was read, and so far
         if fresh:
             self.world.on_first(lambda: set_aside(self.run_dir))
         self._resume()
@@ -115,10 +117,7 @@ class Trainer:
             )
         if getattr(self.dataset, "synthetic", False):
             self._say("synthetic data: measures speed and memory, learns nothing")
-        if self.main:
-            describe_run(self.run_dir, config, self.world)
-            wandb = self.config.model_dump(mode="json") if train.wandb else None
-            self.monitor = Monitor(self.run_dir, self.step, train.iterations, wandb)
+        self.world.on_first(self._open_folder)
         self.spikes = Spikes(train.spike_deviations, self._samples_of, self.run_dir / "spikes.jsonl")
         self.first = (self.step, self.samples)
         interrupt = Interrupt(host_group() if self.world.size > 1 else None)
@@ -137,7 +136,11 @@ class Trainer:
                     self._start_row()
                 self._finish_row(wait=save)
                 interrupt.wanted = self.most_refused >= train.max_refused
-                if save:
+                if save and self.in_a_row and not done:
+                    self._say(
+                        f"step {self.step}: no checkpoint: the gradient is not finite, and the older ones would go"
+                    )
+                elif save:
                     self._save()
                 if show or judge:
                     self._look_at_ema(show, judge)
@@ -147,8 +150,8 @@ class Trainer:
             self._finish_row(wait=True)
             if self.most_refused >= train.max_refused:  # by now on every rank
                 raise UserError(
-                    f"step {self.step}: loss or gradient not finite for {self.most_refused:.0f} steps in a row, stopped; the newest "
-                    f"checkpoint in {self.run_dir} is unharmed; a lower train.lr or train.grad_clip=1 may help"
+                    f"step {self.step}: loss or gradient not finite for {self.most_refused:.0f} steps in a row, stopped; no "
+                    "checkpoint was written in between; a lower train.lr or train.grad_clip=1 may help"
                 )
             seconds = Mark(self.world.device).seconds_since(begin)
             if self.step > self.saved:
@@ -179,6 +182,19 @@ class Trainer:
         self._say(f"{self.step} steps, {seconds:.0f} s, {speed}{memory}: {self.run_dir}")
         return result
 
+    def _open_folder(self) -> None:
+        """The monitor, and what describes the run.
+
+        Raises:
+            UserError: the folder cannot be written to. ImportError: wandb is not installed.
+        """
+        wandb = self.config.model_dump(mode="json") if self.config.train.wandb else None
+        try:
+            self.monitor = Monitor(self.run_dir, self.step, self.config.train.iterations, wandb)
+            describe_run(self.run_dir, self.config, self.world)
+        except OSError as error:
+            raise UserError(f"{self.run_dir}: expected a folder to write the run to: {error}") from None
+
     def stream(self) -> Iterator[dict[str, Tensor]]:
         """This rank's batches, from where the run is to its end."""
         engine, train, world = self.engine, self.config.train, self.world
@@ -202,6 +218,7 @@ class Trainer:
         refused = engine.refused
         row.refused += refused
         self.refused_in_a_row = (self.refused_in_a_row + refused) * refused
+        row.longest = torch.maximum(row.longest, self.refused_in_a_row)
         self.step += 1
         self.samples += self.config.train.batch_size
         if self.main:
@@ -214,20 +231,21 @@ class Trainer:
 
     def loss(self, raw: dict[str, Tensor], step: int, k: int) -> Tensor:
         """Mean of (eps - eps_pred)^2 over this rank's k-th micro-batch of a step, 0-d fp32."""
-        p_uncond = self.config.train.p_uncond
-        g = self.generator.manual_seed(mix(self.config.train.seed, step, k * self.world.size + self.world.rank))
-        batch = self.dataset.finish(raw, g)
+        train, before = self.config.train, (k * self.world.size + self.world.rank) * self.engine.micro_batch
+        draws = Draws(self.generator.manual_seed(mix(train.seed, step)), train.batch_size, before)
+        batch = self.dataset.finish(raw, draws)
         x_0 = batch["x"]  # (B, C, H, W)
-        u = torch.rand(len(x_0), device=x_0.device, generator=g)  # (B,)
-        noise = torch.randn(x_0.shape, device=x_0.device, generator=g)  # (B, C, H, W)
+        u, noise = draws.rand(len(x_0)), draws.randn(*x_0.shape)  # (B,), (B, C, H, W)
         x_t, t = self.schedule.add_noise(x_0, noise, u)
-        drop = torch.rand(len(x_0), device=x_0.device, generator=g) < p_uncond  # (B,)
+        drop = draws.rand(len(x_0)) < train.p_uncond  # (B,)
         conditions = {}
         if self.config.model.num_classes:
-            conditions["y"] = batch["y"].masked_fill(drop, self.config.null_label) if p_uncond else batch["y"]
+            conditions["y"] = batch["y"].masked_fill(drop, self.config.null_label) if train.p_uncond else batch["y"]
         if self.config.model.context_dim:
             text = batch["context"]  # (B, T, C)
-            conditions["context"] = torch.where(drop[:, None, None], self.null_context, text) if p_uncond else text
+            conditions["context"] = (
+                torch.where(drop[:, None, None], self.null_context, text) if train.p_uncond else text
+            )
         eps = self.engine(x_t, t, **conditions)  # (B, C, H, W)
         return (eps.float() - noise).square().mean(dim=(1, 2, 3)).mean()
 
@@ -236,7 +254,7 @@ class Trainer:
         self._finish_row(wait=True)
         row, losses = self.row, self.row.over_ranks(self.step)  # (2, steps)
         mean = losses.sum(1)
-        scalars = [mean[0] / mean[1], self.engine.grad_norm, row.refused, self.refused_in_a_row]
+        scalars = [mean[0] / mean[1], self.engine.grad_norm, row.refused, row.longest, self.refused_in_a_row]
         reading = Reading(torch.cat([torch.stack(scalars), losses[0] / losses[1]]))
         self.pending = (reading, row, self.step)
         self.row = Row(self.step, self.config.train.log_every, self.world.device, reading.time)
@@ -247,8 +265,8 @@ class Trainer:
             return
         reading, row, step = self.pending
         self.pending = None
-        loss, grad_norm, refused, in_a_row, *losses = reading.read()
-        self.most_refused = max(self.most_refused, in_a_row)
+        loss, grad_norm, refused, longest, self.in_a_row, *losses = reading.read()
+        self.most_refused = max(self.most_refused, longest)
         if self.main:
             seconds = reading.time.seconds_since(row.began)
             speed = (step - row.first_step) * self.config.train.batch_size / seconds
@@ -342,16 +360,19 @@ class Trainer:
                 return
             self.ema_model.load_state_dict(weights)
             self.ema_model.to(self.world.device, torch.bfloat16 if self.engine.bf16 else torch.float32)
-            if show and self.preview:
-                folder = self.run_dir / "samples"
-                folder.mkdir(exist_ok=True)
-                picture = self.preview(self.ema_model, self.step, folder)
-                if picture:
-                    self.monitor.picture(picture, self.step)
-            if judge and self.measure:
-                figures = self.measure(self.ema_model, self.step)
-                self.monitor.figures(figures, self.step)
-                Best(self.run_dir).offer(weights, figures, self.step)
+            try:
+                if show and self.preview:
+                    folder = self.run_dir / "samples"
+                    folder.mkdir(exist_ok=True)
+                    picture = self.preview(self.ema_model, self.step, folder)
+                    if picture:
+                        self.monitor.picture(picture, self.step)
+                if judge and self.measure:
+                    figures = self.measure(self.ema_model, self.step)
+                    self.monitor.figures(figures, self.step)
+                    Best(self.run_dir).offer(weights, figures, self.step)
+            except OSError as error:  # a full disk
+                self._say(f"step {self.step}: samples or figures were not written: {error}")
             self.ema_model.to("cpu", torch.float32)
 
         self.world.on_first(look)
@@ -360,31 +381,6 @@ class Trainer:
     def _say(self, text: str) -> None:
         if self.main:
             (self.monitor.say if self.monitor else say)(text)
-
-
-class Row:
-    """What one row of metrics.jsonl sums up on the device, from `first_step` on."""
-
-    def __init__(self, first_step: int, most: int, device: torch.device, began: Mark | None = None):
-        self.first_step, self.began = first_step, began or Mark(device)
-        self.losses = torch.zeros(2, most, device=device)  # sum and number of the finite ones, for each step
-        self.refused = torch.zeros((), device=device)
-        self.waited = 0.0  # seconds of this rank's host for data
-
-    def add_loss(self, step: int, loss: Tensor) -> None:
-        finite = loss.isfinite()
-        self.losses[:, step - self.first_step].add_(torch.stack([loss.where(finite, 0.0), finite.float()]))
-
-    def over_ranks(self, end: int) -> Tensor:
-        """`losses` of the steps before `end`, (2, steps), added up over the ranks in their order: an all-reduce's order depends on where a
-        value stands among the others, and a run that was interrupted has other rows.
-        """
-        mine = self.losses[:, : end - self.first_step].clone()
-        if dist.get_world_size() == 1:
-            return mine
-        everyones = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(everyones, mine)
-        return sum(everyones[1:], everyones[0])
 
 
 def mix(*numbers: int) -> int:
