@@ -42,7 +42,7 @@ def reference(
     g = torch.where(keep > 0, gradient.float() * scale, 0)
     exp_avg.lerp_(g, (1 - betas[0]) * keep)
     exp_avg_sq.lerp_(g.square_(), (1 - betas[1]) * keep)
-    weights.mul_(1 - lr * weight_decay * keep)
+    weights.sub_(weights * (lr * weight_decay * keep))
     weights.sub_(exp_avg / (exp_avg_sq.sqrt() * second + eps) * (lr * first * keep))
     average.lerp_(weights, (1 - decay) * keep)
     computed.copy_(weights)
@@ -76,7 +76,7 @@ def _adamw_kernel(
         a = tl.load(average + at, mask=inside, other=0.0)
         m += rate1 * (g - m)
         v += rate2 * (g * g - v)
-        p *= 1 - lr * weight_decay
+        p -= lr * weight_decay * p
         p -= tl.div_rn(m, tl.sqrt_rn(v) * tl.load(numbers + 3) + eps) * (lr * tl.load(numbers + 2))
         a += rate_average * (p - a)
         tl.store(exp_avg + at, m, mask=inside)

@@ -191,10 +191,12 @@ def _verify(path: Path, only: str | None = None) -> tuple[str | None, dict[str, 
     """(what is wrong or None, the manifest), of all files or of one."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        files, _, _ = manifest["files"], manifest["step"], manifest["config"]
-        files["model.safetensors"]
+        files = manifest["files"]
+        whole = only or ({"step", "config"} <= manifest.keys() and "model.safetensors" in files)
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"manifest.json: {type(error).__name__}", {}
+    if not whole:
+        return "manifest.json: not of a checkpoint", {}
     for name, expected in files.items():
         if only not in (None, name):
             continue

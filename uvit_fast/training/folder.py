@@ -177,9 +177,8 @@ def set_aside(run_dir: Path) -> None:
 
 def _state(run_dir: Path) -> RunState | None:
     try:
-        steps = yaml.safe_load((run_dir / "config.yaml").read_text())["train"][
-            "iterations"
-        ]  # whatever keys it had then
+        config = yaml.safe_load((run_dir / "config.yaml").read_text())  # whatever keys it had then
+        steps = config["train"]["iterations"]
         commit = json.loads((run_dir / "environment.json").read_text()).get("commit")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         return None

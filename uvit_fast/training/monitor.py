@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -46,9 +47,10 @@ class Monitor:
         self.text, self.shown = "", -1  # of the last line: its figures, its step
         for path in (run_dir / "evaluation.jsonl", run_dir / "metrics.jsonl"):
             if path.exists():
-                kept = "".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step)
+                kept = "".join(json.dumps(row) + "\n" for row in read_rows(path) if row.get("step", math.inf) <= step)
                 write_whole(path, lambda temporary, kept=kept: temporary.write_text(kept))
-        self.board: Any = None
+        self.board: Any = None  # TensorBoard's writer, made when it is needed
+        self.purge = step + 1  # whatever a board has of this step and later ones is void
         self.wandb = None if wandb is None else _start(package, run_dir, wandb)
         self.bar = None
         if sys.stderr.isatty():
@@ -125,11 +127,11 @@ class Monitor:
 
         def on_the_board() -> None:
             if self.board is None:
-                self.board = SummaryWriter(self.run_dir, purge_step=self.step)
+                self.board = SummaryWriter(self.run_dir, purge_step=self.purge)
             show(self.board)
 
         if not self._write(on_the_board):
-            self.board = None
+            self.board, self.purge = None, self.step
 
     def _line(self) -> None:
         self.last_line, self.shown = time.perf_counter(), self.step

@@ -1,9 +1,9 @@
 """The training loop (paper, Section 2 and Appendix): predict the noise, AdamW, warm-up, EMA.
 
 A step draws everything random from one generator on the device, seeded by (seed, step), for the whole batch, of which a micro-batch takes
-its rows: there is no random state to save, and a run that continues, on however many ranks, is the run that was never interrupted. Nothing in a step makes the host wait for a
-device that has nothing queued, but for DeepSpeed under ZeRO-3 (it looks at the gradient norm), with an offloaded optimizer, and
-between the accumulated micro-batches of several GPUs.
+its rows: there is no random state to save, and a run that continues, on however many ranks, is the run that was never interrupted.
+Nothing in a step makes the host wait for a device that has nothing queued, but for DeepSpeed under ZeRO-3 (it looks at the gradient
+norm), with an offloaded optimizer, and between the accumulated micro-batches of several GPUs.
 """
 
 import copy
@@ -135,11 +135,9 @@ class Trainer:
                 if save or show or judge or done or self.step % train.log_every == 0:
                     self._start_row()
                 self._finish_row(wait=save)
-                interrupt.wanted = self.most_refused >= train.max_refused
-                if save and self.in_a_row and not done:
-                    self._say(
-                        f"step {self.step}: no checkpoint: the gradient is not finite, and the older ones would go"
-                    )
+                interrupt.wanted = broken = self.most_refused >= train.max_refused
+                if save and (broken or (self.in_a_row and not done)):
+                    self._say(f"step {self.step}: no checkpoint while gradients are not finite: older ones would go")
                 elif save:
                     self._save()
                 if show or judge:
@@ -150,8 +148,8 @@ class Trainer:
             self._finish_row(wait=True)
             if self.most_refused >= train.max_refused:  # by now on every rank
                 raise UserError(
-                    f"step {self.step}: loss or gradient not finite for {self.most_refused:.0f} steps in a row, stopped; no "
-                    "checkpoint was written in between; a lower train.lr or train.grad_clip=1 may help"
+                    f"step {self.step}: loss or gradient not finite for {self.most_refused:.0f} steps in a row, stopped "
+                    "without another checkpoint; a lower train.lr or train.grad_clip=1 may help"
                 )
             seconds = Mark(self.world.device).seconds_since(begin)
             if self.step > self.saved:
