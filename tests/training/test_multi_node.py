@@ -2,11 +2,11 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
+from tests.training import tiny
 from tests.training.test_command import ROOT, arguments
 
 BIN = Path(sys.executable).parent
@@ -28,9 +28,7 @@ def hostfile(rank: int, port: str, hosts: Path) -> tuple[list[str], dict[str, st
 
 def test_two_launchers_train_one_model(tmp_path):
     """One of each kind, which is one run to the ranks: what a launcher says is all that they know."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(tiny.free_port())
     common = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     common["PATH"] = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     nodes = []

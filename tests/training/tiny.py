@@ -4,10 +4,12 @@ Every training run is a process of its own, since DeepSpeed and the process grou
 imported everything once starts them in a moment.
 """
 
+import contextlib
 import io
 import json
 import multiprocessing
 import os
+import random
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -111,9 +113,7 @@ def launch(function: Callable[..., Any], *args: Any, ranks: int = 1) -> Any:
     os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")  # before the server starts, for all its children
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     receiver, sender = context.Pipe(duplex=False)
     processes = [context.Process(target=_rank, args=(sender, function, args, r, ranks, port)) for r in range(ranks)]
     for process in processes:
@@ -129,6 +129,15 @@ def launch(function: Callable[..., Any], *args: Any, ranks: int = 1) -> Any:
             process.kill()
     assert all(process.exitcode == 0 for process in processes), f"exit codes {[p.exitcode for p in processes]}"
     return result
+
+
+def free_port() -> int:
+    """One that nobody listens on, below those that the system gives to outgoing connections: such a one may go before it is used."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as free:
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def _rank(sender: Any, function: Callable[..., Any], args: tuple, rank: int, ranks: int, port: int) -> None:
