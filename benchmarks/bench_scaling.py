@@ -3,12 +3,13 @@
 Sections (`--sections`):
 
 scaling   U-ViT-H/2, `--batch` images a GPU: ZeRO 1, 2 and 3 on all GPUs and ZeRO 2 on each GPU for itself at the same time, with each
-          of `--policies` of activation checkpointing. steps_per_s and img_per_s of `--steps` steps; speedup, images/s over those of one
-          GPU, the median of all of them, which may differ by some per cent; over_paper, steps_per_s over the paper's at its global batch; peak_gb and static_gb, the largest of the ranks; comm_gb, bytes a rank hands to
-          collectives in a step; comm_share, of the step's time in which one runs, exposed_share, in which nothing else does, and
-          idle_share, in which nothing runs (of a profile of three steps, the largest of the ranks); loss_difference, the largest relative one from the first stage's losses over all steps. Cases
-          `H:<global batch>:zero<stage>:<GPUs>gpu:<policy>`. Rows of the
-          provider `calculated` are no measurements: what `--also` GPUs would do, see `calculate`.
+          of `--policies` of activation checkpointing: cases `H:<global batch>:zero<stage>:<GPUs>gpu:<policy>`. steps_per_s and img_per_s
+          of `--steps` steps; speedup, images/s over those of one GPU, the median of all of them, which may differ by some per cent;
+          over_paper, steps_per_s over the paper's at its global batch; peak_gb and static_gb, the largest of the ranks; comm_gb, bytes a
+          rank hands to collectives in a step; comm_share, of the step's time in which one runs, exposed_share, in which nothing else
+          does, and idle_share, in which nothing runs (of a profile of three steps, the largest of the ranks); loss_difference, the
+          largest relative one from the first stage's losses over all steps. Rows of the provider `calculated` are no measurements: what
+          `--also` GPUs would do, see `calculate`.
 resume    U-ViT-S/2: steps on all GPUs, stopped in the middle and continued in a new engine: resume_difference, which must be 0; and
           continued on fewer GPUs with the same global batch: resume_fewer_difference.
 sampling  `--samples` images of that network on all GPUs by `uvit-fast sample`, ended half way by a signal and continued with --resume:
@@ -305,7 +306,9 @@ def run_all(args: argparse.Namespace) -> int:
     rows, wrong, sections = Rows("scaling", args.out), [], args.sections.split(",")
     with tempfile.TemporaryDirectory(dir=args.scratch) as name:
         folder = Path(name)
-        stages, policies = args.stages.split(","), args.policies.split(",") if "scaling" in sections else []
+        stages, policies = args.stages.split(","), args.policies.split(",")
+        if "scaling" not in sections:
+            policies = []
         tasks: list[tuple[str, Any]] = [("speed", (int(stage), p)) for p in policies for stage in stages]
         if "resume" in sections or "sampling" in sections:
             tasks.append(("resume", [("straight", 2 * HALF), ("halves", HALF), ("continued", 2 * HALF)]))

@@ -72,9 +72,7 @@ def sampling(results: Results) -> Any | None:
 def training(results: Results) -> Any | None:
     """Images a second against the peak memory, a panel a size: provider by colour, what blocks keep by how full a marker is."""
     providers = {"ours": "ours", "eager": "published network, eager", "compiled": "published network, compiled"}
-    points: dict[
-        str, dict[str, list[tuple[float, float, str]]]
-    ] = {}  # size -> provider -> (GB, images/s, what blocks keep)
+    points: dict[str, dict[str, list]] = {}  # size -> provider -> (GB, images/s, what blocks keep)
     for case in results.cases("training"):
         size, _, policy = (case.split(":") + ["", ""])[:3]
         for provider in providers:

@@ -48,7 +48,7 @@ SUITE = [
     Bench("memory", ("", 45), ("", 45)),
     Bench("evaluation", ("", 60), ("--samples 10000 --reference 2000", 20), ("--samples 5000 --reference 1000 --images 32", 60)),
     Bench("data", ("", 60), ("--items 4000 --latents 32 --sizes 256", 15), ("", 60)),
-    Bench("scaling", ("", 240), ("--sections scaling --steps 10", 120), gpus=2),
+    Bench("scaling", ("", 400), ("--sections scaling --policies block --steps 10", 120), gpus=2),
 ]  # fmt: skip
 
 
