@@ -12,8 +12,6 @@ sys.path[:] = [p for p in sys.path if os.path.realpath(p or ".") != os.path.dirn
 import argparse  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-import torch.distributed as dist  # noqa: E402
-
 from uvit_fast.build import build_dataset, build_model, build_schedule  # noqa: E402
 from uvit_fast.config import RankError, UserError, load_config  # noqa: E402
 from uvit_fast.measuring import training_evaluation  # noqa: E402
@@ -44,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         if world.rank == 0 and trainer.step < cfg.train.iterations:
             say(about)
         trainer.train()
-        dist.destroy_process_group()
+        world.leave()
     except (UserError, ImportError) as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
             print(f"train.py: {error}", file=sys.stderr)

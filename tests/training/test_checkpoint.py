@@ -59,7 +59,16 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(folder, damage, file):
     is_passed_over(folder, file)
 
 
-@pytest.mark.parametrize("text", ["null", "[]", '{"files": {}}', '{"step": 30, "config": {}, "files": {}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "null",
+        "[]",
+        '{"files": {}}',
+        '{"step": 30, "config": {}, "files": {}}',
+        '{"files": {"model.safetensors": null}}',
+    ],
+)
 def test_a_manifest_of_something_else_is_damage(folder, text):
     (folder / "step_00000030" / "manifest.json").write_text(text)
     is_passed_over(folder, "manifest.json")

@@ -73,6 +73,7 @@ def test_a_fresh_start_takes_nothing_from_a_run_that_goes_on_nor_from_one_it_can
         ("data.name=cifar10", "expected a folder"),
         ("train.micro_batch_size=3", "micro_batch_size 3"),
         ("model.kernels=fused", "cannot run"),
+        ("train.wandb=true", "train.wandb needs wandb"),
     ):
         code, lines = tiny.launch(call, [*arguments(run, mistake), "--fresh"])
         assert (code, len(lines)) == (2, 1) and message in lines[0]

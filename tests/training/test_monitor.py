@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.tensorboard import SummaryWriter
 
 from tests.training import tiny
 from uvit_fast.build import build_model
@@ -60,6 +61,23 @@ def test_rows_of_a_lost_continuation_are_dropped(tmp_path):
     watch.close()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [1, 2, 3, 4] and rows[-1]["loss"] == 0.25
+
+
+def test_a_board_that_could_not_write_is_replaced(tmp_path, monkeypatch, capsys):
+    """TensorBoard's writer never writes again after an error."""
+    plain, calls = SummaryWriter.add_scalar, []
+
+    def full_at_first(board, *args):
+        calls.append(board)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+        plain(board, *args)
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full_at_first)
+    run(Monitor(tmp_path, 0, 3), 3)
+    assert "step 1: not written to" in capsys.readouterr().err
+    assert len(set(calls)) == 2 and len(calls) == 1 + 2 * 2  # two scalars in each of the other rows
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 2
 
 
 def test_wandb_gets_the_rows_where_it_is_asked_for(tmp_path, monkeypatch):

@@ -192,20 +192,21 @@ def _verify(path: Path, only: str | None = None) -> tuple[str | None, dict[str, 
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         files = manifest["files"]
+        known = {name: (each["bytes"], each["sha256"]) for name, each in files.items()}
         whole = only or ({"step", "config"} <= manifest.keys() and "model.safetensors" in files)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"manifest.json: {type(error).__name__}", {}
     if not whole:
         return "manifest.json: not of a checkpoint", {}
-    for name, expected in files.items():
+    for name, (size, digest) in known.items():
         if only not in (None, name):
             continue
         file = path / name
         if not file.is_file():
             return f"{name}: missing", manifest
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name}: expected {expected['bytes']} bytes, got {file.stat().st_size}", manifest
-        if _sha256(file) != expected["sha256"]:
+        if file.stat().st_size != size:
+            return f"{name}: expected {size} bytes, got {file.stat().st_size}", manifest
+        if _sha256(file) != digest:
             return f"{name}: its SHA-256 is not the manifest's", manifest
     return None, manifest
 

@@ -55,6 +55,12 @@ class World(NamedTuple):
             raise mistake
         return result
 
+    def leave(self) -> None:
+        """End the process group, all ranks together: one that goes first may take along what others still wait for."""
+        if self.size > 1:
+            dist.barrier(group=host_group())
+        dist.destroy_process_group()
+
 
 @functools.cache
 def host_group() -> dist.ProcessGroup:

@@ -47,6 +47,12 @@ class Interrupt:
         self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return answer
 
+    def settle(self) -> None:
+        """Wait for the last exchange, of which nobody wants the answer. All ranks must call it, or none."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+
     def close(self) -> None:
         """Give the signals back to whom they belonged."""
         for number, handler in self._before.items():

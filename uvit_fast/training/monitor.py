@@ -41,7 +41,7 @@ class Monitor:
     """
 
     def __init__(self, run_dir: Path, step: int, total: int, wandb: dict[str, Any] | None = None):
-        package = None if wandb is None else _wandb()  # before anything is written
+        package = None if wandb is None else require_wandb()
         self.total, self.start, self.step, self.run_dir = total, step, step, run_dir
         self.began = self.last_line = time.perf_counter()
         self.text, self.shown = "", -1  # of the last line: its figures, its step
@@ -71,8 +71,10 @@ class Monitor:
     def row(self, row: dict[str, float]) -> None:
         """Scalars of a step: "step", "loss", "images_per_second" and whatever else."""
         step = int(row["step"])
-        self._write(lambda: append_row(self.run_dir / "metrics.jsonl", row))
-        self._show(lambda board: [board.add_scalar(name, row[name], step) for name in row if name != "step"])
+        if self._write(
+            lambda: append_row(self.run_dir / "metrics.jsonl", row)
+        ):  # TensorBoard's thread complains at length
+            self._show(lambda board: [board.add_scalar(name, row[name], step) for name in row if name != "step"])
         if self.wandb is not None:
             self.wandb.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
         first = not self.text
@@ -141,7 +143,12 @@ class Monitor:
         say("  ".join(filter(None, (f"step {self.step}/{self.total}", self.text, f"{clock} left"))))
 
 
-def _wandb() -> Any:
+def require_wandb() -> Any:
+    """The package.
+
+    Raises:
+        ImportError: it is not installed; the message names the extra.
+    """
     try:
         import wandb
     except ImportError:

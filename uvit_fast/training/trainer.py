@@ -26,7 +26,7 @@ from uvit_fast.training.engine import Engine, batch_plan, computes_in_bf16, host
 from uvit_fast.training.folder import Claim, describe_run, set_aside
 from uvit_fast.training.interrupt import Interrupt
 from uvit_fast.training.loader import Order, batches
-from uvit_fast.training.monitor import Mark, Monitor, Reading, forward_flops, rate, say, utilisation
+from uvit_fast.training.monitor import Mark, Monitor, Reading, forward_flops, rate, require_wandb, say, utilisation
 from uvit_fast.training.row import Row
 from uvit_fast.training.spikes import Spikes
 
@@ -88,6 +88,8 @@ class Trainer:
         self.refused_in_a_row = torch.zeros((), device=self.world.device)
         self.step = self.samples = self.saved = 0
         self.in_a_row = self.most_refused = 0.0  # refused steps: at the end of the last row that was read, and so far
+        if train.wandb:
+            self.world.on_first(require_wandb)
         if fresh:
             self.world.on_first(lambda: set_aside(self.run_dir))
         self._resume()
@@ -142,6 +144,7 @@ class Trainer:
                     self._save()
                 if show or judge:
                     self._look_at_ema(show, judge)
+            interrupt.settle()
             stopped = self.step < train.iterations
             if self.row.first_step < self.step:
                 self._start_row()
@@ -149,7 +152,8 @@ class Trainer:
             if self.most_refused >= train.max_refused:  # by now on every rank
                 raise UserError(
                     f"step {self.step}: loss or gradient not finite for {self.most_refused:.0f} steps in a row, stopped "
-                    "without another checkpoint; a lower train.lr or train.grad_clip=1 may help"
+                    "without another checkpoint; a lower train.lr or train.grad_clip=1 may help, and where the newest checkpoint "
+                    "is of weights that had diverged, removing it"
                 )
             seconds = Mark(self.world.device).seconds_since(begin)
             if self.step > self.saved:
