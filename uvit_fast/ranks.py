@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+PATIENCE = timedelta(days=1)  # with a rank that works alone, or finishes long after the others
 FAILED, ENDED = "uvit_fast/failed", "uvit_fast/ended"  # the first that failed; how many have ended because of it
 
 
@@ -29,8 +30,7 @@ class Ranks:
     def __enter__(self) -> "Ranks":
         if self.count > 1:
             self._store, *_ = next(iter(dist.rendezvous("env://", self.rank, self.count)))
-            timeout = timedelta(days=1)  # ranks finish far apart
-            dist.init_process_group("gloo", store=self._store, rank=self.rank, world_size=self.count, timeout=timeout)
+            dist.init_process_group("gloo", store=self._store, rank=self.rank, world_size=self.count, timeout=PATIENCE)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:

@@ -11,7 +11,6 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from uvit_fast.config import Config, RankError, TrainConfig, UserError
+from uvit_fast.ranks import PATIENCE
 from uvit_fast.training.captured import Captured
 from uvit_fast.training.ema import EMA
 from uvit_fast.training.optimizer import GuardedAdamW
@@ -65,7 +65,7 @@ class World(NamedTuple):
 @functools.cache
 def host_group() -> dist.ProcessGroup:
     """All ranks, on their hosts. All must call it, the first time."""
-    return dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def start(config: Config) -> World:
