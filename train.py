@@ -15,6 +15,7 @@ from pathlib import Path  # noqa: E402
 from uvit_fast.build import build_dataset, build_model, build_schedule  # noqa: E402
 from uvit_fast.config import RankError, UserError, load_config  # noqa: E402
 from uvit_fast.measuring import training_evaluation  # noqa: E402
+from uvit_fast.provenance import Provenance  # noqa: E402
 from uvit_fast.sampling import training_preview  # noqa: E402
 from uvit_fast.training.engine import start  # noqa: E402
 from uvit_fast.training.folder import summary  # noqa: E402
@@ -34,9 +35,10 @@ def main(argv: list[str] | None = None) -> int:
         cfg = load_config(args.config, args.set)
         run_dir = args.run_dir or Path("runs") / cfg.name
         world = start(cfg)
-        looks: list = []
-        world.on_first(lambda: looks.extend((training_preview(cfg), training_evaluation(cfg))))
         model, schedule, dataset = build_model(cfg), build_schedule(cfg), build_dataset(cfg)
+        learned_from = Provenance.of(dataset, cfg.model.num_classes > 0)
+        looks: list = []
+        world.on_first(lambda: looks.extend((training_preview(cfg, learned_from), training_evaluation(cfg))))
         about = world.on_first(lambda: summary(cfg, model, dataset, world))
         trainer = Trainer(cfg, model, schedule, dataset, run_dir, *looks, fresh=args.fresh)
         if world.rank == 0 and trainer.step < cfg.train.iterations:

@@ -17,6 +17,7 @@ LEVELS = {
     "diffusion": 1,
     "evaluation": 1,
     "images": 1,
+    "provenance": 1,
     "data": 2,
     "build": 2,
     "training": 2,

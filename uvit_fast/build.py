@@ -32,7 +32,7 @@ DATASETS: dict[str, Callable[[Config], Any]] = {
         num_classes=cfg.model.num_classes,
         text_shape=(cfg.model.context_tokens, cfg.model.context_dim) if cfg.model.context_dim else None,
     ),
-    "cifar10": lambda cfg: datasets.cifar10(cfg.data.path, cfg.data.flip),
+    "cifar10": lambda cfg: datasets.cifar10(cfg.data.path, cfg.data.flip, labelled=cfg.model.num_classes > 0),
     "fashion_mnist": lambda cfg: datasets.fashion_mnist(cfg.data.path, cfg.data.flip),
     "images": lambda cfg: dali.image_folder(
         cfg.data.decoder,

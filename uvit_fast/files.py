@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,15 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         if temporary.is_dir():
             shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
+
+
+def file_name(text: str, most: int = 80) -> str:
+    """What of a text can stand in a file's name on any system: letters, marks and digits of all scripts, others as hyphens; at most
+    `most` bytes of UTF-8.
+    """
+    kept = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in unicodedata.normalize("NFC", text))
+    short = "-".join(kept.split()).encode()[:most].decode(errors="ignore")
+    return short.rstrip("-")
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:

@@ -15,17 +15,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from uvit_fast import provenance
 from uvit_fast.build import build_model, build_sampler
 from uvit_fast.config import Config, UserError
+from uvit_fast.data.datasets import CLASSES
 from uvit_fast.data.encoders import load_text_encoder
 from uvit_fast.diffusion.cudagraph import GraphSampler
 from uvit_fast.diffusion.guidance import Guidance
 from uvit_fast.diffusion.noise import sample_generators, sample_noise
 from uvit_fast.extras import missing
-from uvit_fast.files import write_whole
+from uvit_fast.files import file_name, write_whole
 from uvit_fast.images import save_grid, to_uint8
 from uvit_fast.model.uvit import UViT
 from uvit_fast.model.weights import load_weights, read_weights
+from uvit_fast.provenance import Provenance
 from uvit_fast.training import checkpoint as checkpoints
 
 
@@ -87,6 +90,26 @@ def find_weights(checkpoint: str | Path) -> Path:
             return file
         warnings.warn(f"{file} is damaged ({wrong}); trying the one before", stacklevel=2)
     raise UserError(f"{path}: none of its {len(found)} EMA weights is intact")
+
+
+def provenance_of(cfg: Config, weights: Path) -> Provenance:
+    """What a model learned from, as it is written beside its weights, or as the names of its dataset's classes are known."""
+    known = provenance.read(weights)
+    if cfg.model.num_classes and cfg.data.name in CLASSES:
+        known = known.joined(Provenance(CLASSES[cfg.data.name]))
+    return known
+
+
+def chosen_labels(text: str | None, cfg: Config, known: Provenance) -> list[int]:
+    """The labels that a text names, as `Provenance.labels` takes it; None: all that the model has.
+
+    Raises:
+        UserError: a class that the model does not have, or a model without classes.
+    """
+    if text is not None and not cfg.model.num_classes:
+        raise UserError(f"classes {text}: the model of {cfg.name} is not class-conditional")
+    classes = cfg.model.num_classes - (cfg.null_label is not None)
+    return list(range(classes)) if text is None else check_labels(known.labels(text, classes), cfg)
 
 
 def check_labels(labels: list[int], cfg: Config) -> list[int]:
@@ -184,8 +207,9 @@ def spread_labels(num: int, classes: list[int]) -> Tensor:
     return torch.tensor(spread(num, classes))
 
 
-def training_preview(cfg: Config) -> Callable[[UViT, int, Path], Path] | None:
-    """What the trainer calls every `train.sample_every` steps: a grid of 64 samples, eight a row; None where it is 0.
+def training_preview(cfg: Config, known: Provenance) -> Callable[[UViT, int, Path], Path] | None:
+    """What the trainer calls every `train.sample_every` steps: a grid of 64 samples, eight a row, with the names of their classes;
+    None where it is 0.
 
     Raises:
         UserError, ImportError: latents cannot be decoded here, or the model takes text. Before training, not after hours.
@@ -195,13 +219,13 @@ def training_preview(cfg: Config) -> Callable[[UViT, int, Path], Path] | None:
     if cfg.model.context_dim:
         raise UserError("train.sample_every: previews need classes or no condition; expected 0 for a model of text")
     decode = load_decoder(cfg, pick_device(cfg.device)) if cfg.latent else lambda x: x
-    classes = cfg.model.num_classes - (cfg.null_label is not None)
-    labels = spread_labels(64, list(range(classes))) if cfg.model.num_classes else None
+    labels = spread_labels(64, chosen_labels(None, cfg, known)) if cfg.model.num_classes else None
+    captions = None if labels is None else [known.name(label) for label in labels.tolist()]
 
     def preview(model: UViT, step: int, folder: Path) -> Path:
         batches = sample(model, cfg, 64, labels=labels, batch=64)
         path = folder / f"step_{step:08d}.png"
-        save_grid(to_uint8(torch.cat([decode(x) for x in batches])), path, columns=8)
+        save_grid(to_uint8(torch.cat([decode(x) for x in batches])), path, columns=8, captions=captions)
         return path
 
     return preview
@@ -271,13 +295,24 @@ def load_autoencoder(name: str) -> Any:
         raise UserError(f"autoencoder {name}: neither a local folder nor found on the hub ({reason})") from None
 
 
-def save_pngs(folder: Path, batches: Iterable[np.ndarray], labels: np.ndarray | None) -> None:
-    """One PNG an image of batches (B, H, W, C) uint8: 000000.png, or 000000_class207.png where there are labels."""
+def sample_names(labels: list[int] | None, prompts: list[str] | None, known: Provenance) -> list[str] | None:
+    """What the samples' files are called after their numbers: class207_otter, or class207 where it has no name; or of the prompt
+    what a file's name can hold. None where there is neither.
+    """
+    if labels is None:
+        return prompts and [file_name(prompt) for prompt in prompts]
+    numbers = {label: f"class{label}" for label in set(labels)}
+    named = {i: file_name(known.name(i)) if known.name(i) != str(i) else "" for i in numbers}
+    return ["_".join(filter(None, (numbers[label], named[label]))) for label in labels]
+
+
+def save_pngs(folder: Path, batches: Iterable[np.ndarray], names: list[str] | None) -> None:
+    """One PNG an image of batches (B, H, W, C) uint8: 000000.png, or 000000_name.png where they have `names`."""
     folder.mkdir(parents=True, exist_ok=True)
 
     def save(numbered: tuple[int, np.ndarray]) -> None:
         i, image = numbered
-        name = f"{i:06d}" + ("" if labels is None else f"_class{labels[i]}")
+        name = f"{i:06d}" + (f"_{names[i]}" if names and names[i] else "")
         Image.fromarray(image if image.shape[-1] == 3 else image[..., 0]).save(folder / f"{name}.png")
 
     first = 0

@@ -51,7 +51,9 @@ def test_cifar10_reads_the_python_batches(tmp_path):
     batch = finished(dataset, [(3, 0)])
     expected = torch.from_numpy(pixels[1, 1]).float().view(1, 3, 32, 32) / 127.5 - 1
     torch.testing.assert_close(batch["x"], expected)
-    assert "y" not in batch  # the paper's CIFAR-10 model is unconditional
+    assert "y" not in batch and not dataset.classes  # the paper's CIFAR-10 model is unconditional
+    dataset = build_dataset(load_config(CIFAR, [f"data.path={tmp_path}", "model.num_classes=10"]))
+    assert finished(dataset, [(3, 0)])["y"].tolist() == [1] and dataset.classes[1] == "automobile"
 
 
 def test_image_folder_takes_class_folders_and_crops_to_size(tmp_path):

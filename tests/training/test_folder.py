@@ -1,11 +1,13 @@
 """Whose a run's folder is, and what it says about the run."""
 
+import json
 import os
 from types import SimpleNamespace
 
 import torch
 
 from tests.training import tiny
+from uvit_fast import provenance
 from uvit_fast.cli import main
 from uvit_fast.config import UserError, load_config
 from uvit_fast.training.folder import Claim, run_states, summary
@@ -92,3 +94,23 @@ def test_a_run_begins_by_naming_its_labels():
     text = summary(cfg, torch.nn.Linear(500, 1000), dataset, world)
     assert text.startswith("custom: 0.5 M parameters, 24 images, 1 x CPU")
     assert "\nlabels          0 kind0, 1 kind1, " in text and text.endswith(" 9 kind9, ... 12 classes")
+
+
+def continued_with(run_dir, *lists) -> list[str]:
+    """What a run says when it is started with one list of classes after the other."""
+    said = []
+    for number, classes in enumerate(lists, 1):
+        try:
+            tiny.trainer(run_dir, tiny.config(iterations=number), classes=classes).train()
+        except UserError as error:
+            said.append(str(error))
+    return said
+
+
+def test_classes_belong_to_the_run(tmp_path):
+    """Another list would give labels another meaning; a run from before lists were kept takes the first that it meets."""
+    old, known, moved = (), ("ant", "bee", "cat"), ("bee", "cat", "dog")
+    (refusal,) = tiny.launch(continued_with, tmp_path / "run", old, known, known, moved)
+    assert "removed ant; added dog; label 0 was ant, now bee" in refusal and "--run-dir" in refusal
+    assert provenance.read(tmp_path / "run" / "checkpoints" / "step_00000003" / "ema.safetensors").classes == known
+    assert json.loads((tmp_path / "run" / "data.json").read_text())["classes"] == list(known)

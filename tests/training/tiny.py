@@ -153,8 +153,12 @@ def _rank(sender: Any, function: Callable[..., Any], args: tuple, rank: int, ran
         sender.send_bytes(file.getvalue())
 
 
-def trainer(run_dir: Path, cfg: Config, preview: Callable[..., None] | None = None) -> Trainer:
-    return Trainer(cfg, TinyModel(), Schedule(), Points(), run_dir, preview)
+def trainer(
+    run_dir: Path, cfg: Config, preview: Callable[..., None] | None = None, classes: tuple[str, ...] = ()
+) -> Trainer:
+    dataset = Points()
+    dataset.classes = classes
+    return Trainer(cfg, TinyModel(), Schedule(), dataset, run_dir, preview)
 
 
 def train(run_dir: Path, cfg: Config) -> dict[str, Any]:

@@ -56,10 +56,3 @@ def _whole(text: str, allowed: range, which: str) -> int:
     if not text.isdecimal() or int(text) not in allowed:
         raise argparse.ArgumentTypeError(f"expected a whole number {which}, got {text!r}")
     return int(text)
-
-
-def numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"--classes: expected whole numbers with commas, such as 207,360, got {text!r}") from None

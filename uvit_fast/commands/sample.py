@@ -6,7 +6,7 @@ import math
 import os
 from pathlib import Path
 
-from uvit_fast.commands.arguments import CLIP, checkpoint_arguments, config_of, numbers, positive, seed
+from uvit_fast.commands.arguments import CLIP, checkpoint_arguments, config_of, positive, seed
 from uvit_fast.config import Config, UserError
 
 HELP = "draw images from a checkpoint"
@@ -17,7 +17,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", required=True, help="a new folder for the images, or a new .npz file in ADM's format")
     command.add_argument("--format", choices=["png", "npz"], help="default: npz where --out ends in .npz, else png")
     command.add_argument("--num", type=positive, default=16, help="images to draw (default 16)")
-    command.add_argument("--classes", help="labels, as 207,360; default: all of the model's classes in equal shares")
+    command.add_argument("--classes", help="names or labels, as cat,dog or 207,360; default: all in equal shares")
     command.add_argument("--prompt", action="append", help="of a text model; may be given again, for equal shares")
     command.add_argument("--prompts", metavar="FILE", help="of a text model: one prompt a line")
     command.add_argument("--clip", default=CLIP, help="text encoder: a folder, or a hub name")
@@ -58,14 +58,10 @@ def _run(args: argparse.Namespace, ranks) -> None:
     sampling.check_guidance(scale or 0.0, cfg)
     prompts = _prompts(args, cfg)
     device = sampling.pick_device(cfg.device)
-    labels = None
-    if cfg.model.num_classes:
-        every = range(cfg.model.num_classes - (cfg.null_label is not None))
-        classes = sampling.check_labels(list(every) if args.classes is None else numbers(args.classes), cfg)
-        labels = sampling.spread_labels(args.num, classes)
-    elif args.classes is not None:
-        sampling.check_labels(numbers(args.classes), cfg)
     checkpoint = sampling.find_weights(args.checkpoint)
+    known, labels = sampling.provenance_of(cfg, checkpoint), None
+    if cfg.model.num_classes or args.classes is not None:
+        labels = sampling.spread_labels(args.num, sampling.chosen_labels(args.classes, cfg, known))
     model = sampling.load_found(cfg, checkpoint, device)
     decode = sampling.load_decoder(cfg, device) if cfg.latent else None
 
@@ -90,14 +86,15 @@ def _run(args: argparse.Namespace, ranks) -> None:
     job = jobs.Job(out, settings, args.num, batch, args.resume, ranks)
     if not job.run(draw):  # another rank writes
         return
-    names = None if labels is None else labels.numpy()
     if out.suffix == ".npz":
-        sampling.save_npz(out, job.images(), args.num, names)
+        sampling.save_npz(out, job.images(), args.num, None if labels is None else labels.numpy())
     else:
-        sampling.save_pngs(out, job.images(), names)
-        _save_grid(out, job.images(), args.num, prompts if labels is None else [str(label) for label in names])
+        numbers = None if labels is None else labels.tolist()
+        sampling.save_pngs(out, job.images(), sampling.sample_names(numbers, prompts, known))
+        captions = prompts if numbers is None else [known.name(label) for label in numbers]
+        _save_grid(out, job.images(), args.num, captions)
         if prompts:
-            (out / "prompts.txt").write_text("\n".join(prompts) + "\n")
+            (out / "prompts.txt").write_text("\n".join(prompts) + "\n", "utf-8")
     job.close()
     print(f"wrote {args.num} images to {out}")
 

@@ -5,7 +5,8 @@ A dataset has a length and three more things:
 - `finish(raw, draws)` turns the raw batch, already on the device, into the network's inputs: `x` fp32 in [-1, 1] (or
   scaled latents), (B, C, H, W); `y` int64 (B,) where there are labels; `context` fp32 (B, T, C) where there is text. Whatever is
   random (flips, the posterior of latents) is drawn here, from the `Draws` of the step.
-- `shape`, the (C, H, W) of x; `num_classes`, labels it can give (0: none); `synthetic`, whether the data is random.
+- `shape`, the (C, H, W) of x; `num_classes`, labels it can give (0: none); `synthetic`, whether the data is random; where they are
+  known `classes`, the labels' names, and `encoders`, the identities of what made latents and text features.
 """
 
 import gzip
@@ -27,6 +28,13 @@ from uvit_fast.diffusion.noise import Draws
 from uvit_fast.extras import missing
 
 Batch = dict[str, Tensor]
+CLASSES = {  # of datasets whose files have numbers only
+    "digits": tuple("0123456789"),
+    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    "fashion_mnist": (
+        "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+    ),
+}  # fmt: skip
 
 
 class TensorImages:
@@ -37,12 +45,14 @@ class TensorImages:
         labels: (N,) int64, or None.
         peak: the value that means white; [0, peak] becomes [-1, 1].
         flip: mirror each image with probability 1/2.
+        classes: the labels' names.
     """
 
     synthetic = False
 
-    def __init__(self, images: Tensor, labels: Tensor | None, peak: float, flip: bool):
+    def __init__(self, images: Tensor, labels: Tensor | None, peak: float, flip: bool, classes: tuple[str, ...] = ()):
         self.images, self.labels, self.peak, self.flip = images, labels, peak, flip
+        self.classes = classes if labels is not None else ()
         self.shape = tuple(images.shape[1:])
         self.num_classes = 0 if labels is None else int(labels.max()) + 1
 
@@ -73,20 +83,26 @@ def digits() -> TensorImages:
         raise missing("data.name=digits", "scikit-learn", "digits") from None
     images, labels = load_digits(return_X_y=True)  # (N, 64) in 0..16
     return TensorImages(
-        torch.from_numpy(images).float().view(-1, 1, 8, 8), torch.from_numpy(labels).long(), 16.0, False
+        torch.from_numpy(images).float().view(-1, 1, 8, 8),
+        torch.from_numpy(labels).long(),
+        16.0,
+        False,
+        CLASSES["digits"],
     )
 
 
-def cifar10(path: str | None, flip: bool) -> TensorImages:
-    """CIFAR-10's training set from the "python version" batches in `path`: 50,000 of (3, 32, 32), without labels."""
+def cifar10(path: str | None, flip: bool, labelled: bool) -> TensorImages:
+    """CIFAR-10's training set from the "python version" batches in `path`: 50,000 of (3, 32, 32), labels 0-9 where `labelled`."""
     folder = require_folder(path, "the CIFAR-10 python batches, data_batch_1 to data_batch_5")
-    images = []
+    images, labels = [], []
     for name in [f"data_batch_{i}" for i in range(1, 6)]:
         if not (folder / name).is_file():
             raise UserError(f"data.path {folder}: no {name}; expected the CIFAR-10 python batches")
         with open(folder / name, "rb") as file:
-            images.append(torch.from_numpy(pickle.load(file, encoding="bytes")[b"data"]).view(-1, 3, 32, 32))
-    return TensorImages(torch.cat(images), None, 255.0, flip)
+            batch = pickle.load(file, encoding="bytes")
+        images.append(torch.from_numpy(batch[b"data"]).view(-1, 3, 32, 32))
+        labels.append(torch.tensor(batch[b"labels"]))
+    return TensorImages(torch.cat(images), torch.cat(labels) if labelled else None, 255.0, flip, CLASSES["cifar10"])
 
 
 def fashion_mnist(path: str | None, flip: bool) -> TensorImages:
@@ -98,7 +114,7 @@ def fashion_mnist(path: str | None, flip: bool) -> TensorImages:
     images, labels = _idx(folder, "train-images-idx3-ubyte", 3), _idx(folder, "train-labels-idx1-ubyte", 1)
     if len(images) != len(labels):
         raise UserError(f"data.path {folder}: expected a label for each of {len(images)} images, got {len(labels)}")
-    return TensorImages(images[:, None], labels.long(), 255.0, flip)
+    return TensorImages(images[:, None], labels.long(), 255.0, flip, CLASSES["fashion_mnist"])
 
 
 def _idx(folder: Path, name: str, dims: int) -> Tensor:

@@ -56,7 +56,12 @@ class Latents:
         has_labels = "labels" in self.manifest["arrays"]
         self.labels = self._array("labels", dims=0, length=len(self)).all() if has_labels else None
         self.shape = (self.moments.shape[0] // 2, *self.moments.shape[1:])
-        self.num_classes = 0 if self.labels is None else int(self.labels.max()) + 1
+        self.classes = tuple(self.manifest.get("classes") or ()) if has_labels else ()
+        self.encoders = {role: self.manifest.get(role) for role in ("vae", "text_encoder")}
+        found = 0 if self.labels is None else int(self.labels.max()) + 1
+        if self.classes and found > len(self.classes):
+            raise UserError(f"{self.folder}: expected labels of {len(self.classes)} classes, got {found}")
+        self.num_classes = len(self.classes) or found
         if self.faults and not skip_damaged:
             raise UserError(f"{self._damage()}; data.unreadable=skip would leave these out")
         self._place: np.ndarray | None = None
@@ -116,7 +121,7 @@ class TextLatents(Latents):
 
     def __init__(self, path: str | None, scale_factor: float, skip_damaged: bool = False):
         super().__init__(path, scale_factor, skip_damaged)
-        self.labels, self.num_classes = None, 0
+        self.labels, self.num_classes, self.classes = None, 0, ()
         self.text = self._array("text", dims=2)
         self.captions = self._array("captions", dims=0, length=len(self) + 1).all()
         self.null_context = torch.from_numpy(self._array("null_text", dims=2, length=1).all()[0]).float()

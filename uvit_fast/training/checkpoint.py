@@ -19,7 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from uvit_fast import provenance
 from uvit_fast.config import UserError
+from uvit_fast.provenance import Provenance
 
 Tensors = dict[str, Tensor]
 LEARNING = {  # section -> what a run may be continued with otherwise, and learns from
@@ -165,6 +167,21 @@ def check_model(path: Path, shapes: dict[str, tuple[int, ...]], config: dict, ma
     )
 
 
+def check_data(path: Path, now: Provenance) -> Provenance:
+    """What a run that continues from a checkpoint learned from: the checkpoint's, and of the data's what it does not know.
+
+    Raises:
+        UserError: the data's labels or latents mean something else than they did; the message names the difference.
+    """
+    before = provenance.read(path / "model.safetensors")
+    if difference := before.difference(now):
+        raise UserError(
+            f"{path}: the run cannot continue on other data: {difference}; expected the classes and encoders that it began with, "
+            "--run-dir to name another folder, or --fresh to start it anew"
+        )
+    return before.joined(now)
+
+
 def other_settings(config: dict, manifest: dict[str, Any]) -> str:
     """What a run continues with otherwise than its checkpoint was trained, for a log; empty where all is the same."""
     return ", ".join(_differing(config, manifest, lambda section, key: key in LEARNING.get(section, ())))
@@ -193,6 +210,7 @@ def _verify(path: Path, only: str | None = None) -> tuple[str | None, dict[str, 
         manifest = json.loads((path / "manifest.json").read_text())
         files = manifest["files"]
         known = {name: (each["bytes"], each["sha256"]) for name, each in files.items()}
+        Provenance.from_json(manifest.get("data") or {})
         whole = only or ({"step", "config"} <= manifest.keys() and "model.safetensors" in files)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"manifest.json: {type(error).__name__}", {}

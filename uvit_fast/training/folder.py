@@ -20,6 +20,7 @@ import yaml
 from uvit_fast.config import Config, ModelConfig, UserError, dump_config
 from uvit_fast.files import read_rows
 from uvit_fast.model import ops
+from uvit_fast.provenance import RUN_FILE, Provenance, shown
 from uvit_fast.training import checkpoint
 from uvit_fast.training.monitor import say
 
@@ -114,17 +115,19 @@ def summary(config: Config, model: nn.Module, dataset: Any, world: Any) -> str:
         about = ops.describe(net.embed_dim, net.num_heads, net.attention, net.kernels, device)
     if hasattr(dataset, "decoder"):
         about["images"] = dataset.decoder
-    if names := getattr(dataset, "classes", None):
-        some = ", ".join(f"{label} {name}" for label, name in enumerate(names[:10]))
-        about["labels"] = some + (f", ... {len(names)} classes" if len(names) > 10 else "")
+    if names := Provenance.of(dataset, net.num_classes > 0).classes:
+        about["labels"] = shown((f"{label} {name}" for label, name in enumerate(names)), kind="classes")
     lines = [f"{config.name}: {millions:,.1f} M parameters, {len(dataset):,} images, {world.size} x {where}"]
     return "\n".join([*lines, *(f"{name:16s}{what}" for name, what in about.items())])
 
 
-def describe_run(run_dir: Path, config: Config, world: Any) -> None:
-    """Write config.yaml, resolved, and environment.json: versions, device, ranks, command, git commit."""
+def describe_run(run_dir: Path, config: Config, world: Any, provenance: Provenance) -> None:
+    """Write config.yaml, resolved; data.json: what its labels and latents mean; environment.json: versions, device, ranks, command,
+    git commit.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(dump_config(config))
+    provenance.write(run_dir / RUN_FILE)
     versions = {}
     for package in ("uvit-fast", "torch", "triton", "deepspeed", "numpy"):
         try:

@@ -18,8 +18,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from uvit_fast.config import Config, UserError
+from uvit_fast.config import Config, RankError, UserError
 from uvit_fast.diffusion.noise import Draws
+from uvit_fast.provenance import Provenance
 from uvit_fast.training import activations, checkpoint
 from uvit_fast.training.best import Best
 from uvit_fast.training.engine import Engine, batch_plan, computes_in_bf16, host_group, start
@@ -52,7 +53,8 @@ class Trainer:
 
     Raises:
         UserError: a GPU that is not there, a batch that does not divide, activations that do not fit their budget, a folder that
-            another process trains in or that cannot be written to, a checkpoint of another architecture or none intact.
+            another process trains in or that cannot be written to, a checkpoint of another architecture, of other classes or
+            encoders, or none intact.
     """
 
     def __init__(
@@ -90,6 +92,8 @@ class Trainer:
         self.in_a_row = self.most_refused = 0.0  # refused steps: at the end of the last row that was read, and so far
         if train.wandb:
             self.world.on_first(require_wandb)
+        self.provenance = Provenance.of(dataset, config.model.num_classes > 0)
+        self._agree()
         if fresh:
             self.world.on_first(lambda: set_aside(self.run_dir))
         self._resume()
@@ -193,7 +197,7 @@ class Trainer:
         wandb = self.config.model_dump(mode="json") if self.config.train.wandb else None
         try:
             self.monitor = Monitor(self.run_dir, self.step, self.config.train.iterations, wandb)
-            describe_run(self.run_dir, self.config, self.world)
+            describe_run(self.run_dir, self.config, self.world, self.provenance)
         except OSError as error:
             raise UserError(f"{self.run_dir}: expected a folder to write the run to: {error}") from None
 
@@ -323,6 +327,7 @@ class Trainer:
             "world_size": self.world.size,
             "zero_stage": self.engine.stage,
             "config": self.config.model_dump(mode="json"),
+            "data": self.provenance.as_json(),
         }
         if self.main:
             self.writer.submit(self.step, parts, state)
@@ -337,6 +342,7 @@ class Trainer:
             found = checkpoint.newest_intact(self.run_dir / "checkpoints", say)
             if found:
                 checkpoint.check_model(found[0], self.engine.shapes, self.config.model_dump(mode="json"), found[1])
+                self.provenance = checkpoint.check_data(found[0], self.provenance)
                 checkpoint.set_aside_newer(found[0])
             return found
 
@@ -352,6 +358,12 @@ class Trainer:
         if self.step < self.config.train.iterations:
             other = checkpoint.other_settings(self.config.model_dump(mode="json"), manifest)
             self._say(f"continuing from {path}" + (f", with {other}" if other else ""))
+
+    def _agree(self) -> None:
+        """Refuse data whose labels or latents mean something else than those of rank 0."""
+        first = self.world.on_first(lambda: self.provenance)
+        if difference := first.difference(self.provenance):
+            raise RankError(f"rank {self.world.rank}: its data are not those of rank 0: {difference}")
 
     def _look_at_ema(self, show: bool, judge: bool) -> None:
         """Hand the EMA weights to `preview` and `measure`, in a copy of the model that is on the device for that time only."""

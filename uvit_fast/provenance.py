@@ -1,0 +1,197 @@
+"""What the labels, latents and text features of a model mean: the names of its classes, and the encoders that made its data.
+
+The dataset brings it, the run keeps it in data.json and in each checkpoint's manifest, a pipeline in its model_index.json, and whoever
+samples reads it beside the weights. Runs and data from before it was kept go without: what is not known agrees with everything.
+"""
+
+import difflib
+import json
+import re
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from uvit_fast.config import UserError
+from uvit_fast.files import write_whole
+
+RUN_FILE = "data.json"  # in the folder of a run; beside a .pth x.data.json
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a model learned from.
+
+    Attributes:
+        classes: names by label; empty where the model has no classes or their names are not known.
+        encoders: identities by role, "vae" and "text_encoder", as `data.encoders` makes them; those that are known.
+    """
+
+    classes: tuple[str, ...] = ()
+    encoders: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, dataset: Any, labelled: bool = True) -> "Provenance":
+        """That of a dataset; without its classes for a model that takes none."""
+        classes = tuple(getattr(dataset, "classes", ())) if labelled else ()
+        return cls(classes, {role: who for role, who in getattr(dataset, "encoders", {}).items() if who})
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Provenance":
+        """What `as_json` gave, or a part of it.
+
+        Raises:
+            TypeError, ValueError: it is something else.
+        """
+        classes, encoders = value.get("classes", []), value.get("encoders", {})
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise TypeError("classes: expected a list of names")
+        if not all(isinstance(part, str) for who in encoders.values() for item in who.items() for part in item):
+            raise TypeError("encoders: expected texts")
+        return cls(tuple(classes), encoders)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"classes": list(self.classes), "encoders": self.encoders}
+
+    def write(self, file: Path) -> None:
+        write_whole(file, lambda path: path.write_text(json.dumps(self.as_json(), indent=1), "utf-8"))
+
+    def joined(self, other: "Provenance") -> "Provenance":
+        """This, and of the other what is not known here."""
+        return Provenance(self.classes or other.classes, {**other.encoders, **self.encoders})
+
+    def difference(self, now: "Provenance") -> str | None:
+        """How `now` contradicts this, in words; None where it does not."""
+        if self.classes and now.classes and self.classes != now.classes:
+            return classes_difference(self.classes, now.classes)
+        for role in self.encoders.keys() & now.encoders.keys():
+            if not same_encoder(before := self.encoders[role], after := now.encoders[role]):
+                return f"another {ROLES[role]}: {describe_encoder(before)}, now {describe_encoder(after)}"
+        return None
+
+    def name(self, label: int) -> str:
+        """What a label is called; its number where that is not known."""
+        return self.classes[label] if label < len(self.classes) else str(label)
+
+    def label(self, name: str) -> int:
+        """The label of a class's name, however its accents are encoded.
+
+        Raises:
+            UserError: no class is called so.
+        """
+        if (found := self._find(name)) is not None:
+            return found
+        if not self.classes:
+            raise UserError(f"classes: expected whole numbers, such as 207,360, since no names are known, got {name!r}")
+        near = difflib.get_close_matches(name, self.classes, n=1)
+        some = f"did you mean {shown(near)}?" if near else f"expected whole numbers, or names: {shown(self.classes, 5)}"
+        raise UserError(f"classes: none is called {name!r}; {some}")
+
+    def labels(self, text: str, count: int) -> list[int]:
+        """The labels that a text names: names and numbers with commas, as "ant,bee" or "0,7"; names may hold commas themselves.
+
+        Where a number is also the name of another label, "label:7" and "name:7" say which is meant.
+
+        Raises:
+            UserError: no such class, or a number that could mean two. A number beyond `count` is left to `check_labels`.
+        """
+        parts, labels, first = text.split(","), [], 0
+        while first < len(parts):
+            # the longest piece that is a name, else the next part alone
+            ends = range(len(parts), first + 1, -1)
+            last = next((end for end in ends if self._find(",".join(parts[first:end])) is not None), first + 1)
+            labels.append(self._meant(",".join(parts[first:last]).strip(), count))
+            first = last
+        return labels
+
+    def _find(self, name: str) -> int | None:
+        wanted = _folded(name)
+        return next((label for label, each in enumerate(self.classes) if _folded(each) == wanted), None)
+
+    def _meant(self, text: str, count: int) -> int:
+        named = self._find(text)
+        how, _, rest = text.partition(":")
+        if named is None and how == "name" and rest:
+            return self.label(rest)
+        number = rest if named is None and how == "label" else text
+        if not re.fullmatch(r"[+-]?[0-9]+", number):
+            return self.label(text)
+        if named is None or named == int(number) or (number == text and not 0 <= int(number) < count):
+            return int(number) if named is None else named
+        raise UserError(
+            f"classes: {text} is label {text}, {self.name(int(text))}, and the name of label {named}; "
+            f"expected label:{text} or name:{text}"
+        )
+
+
+ROLES = {"vae": "autoencoder", "text_encoder": "text encoder"}
+
+
+def read(weights: Path) -> Provenance:
+    """What is written beside a weight file: in its checkpoint's manifest, its run's or its own data.json, or its pipeline's index.
+
+    Raises:
+        UserError: one of these files is damaged.
+    """
+    folder = weights.parent
+    for file, of in (
+        (weights.with_name(f"{weights.stem}.{RUN_FILE}"), lambda tree: tree),
+        (folder / "manifest.json", lambda tree: tree.get("data")),
+        (_above(weights, "best") / RUN_FILE, lambda tree: tree),
+        (_above(weights, "checkpoints") / RUN_FILE, lambda tree: tree),
+        (_above(weights, "model") / "model_index.json", _of_pipeline),
+    ):
+        if not file.is_file():
+            continue
+        try:
+            if (found := of(json.loads(file.read_text("utf-8")))) is not None:
+                return Provenance.from_json(found)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{file}: damaged; expected the classes of a model ({error})") from None
+    return Provenance()
+
+
+def _above(file: Path, name: str) -> Path:
+    """The folder that holds the folder `name` in which a file lies; a folder that is not there where it lies in no such one."""
+    return next((folder.parent for folder in list(file.parents)[:2] if folder.name == name), file / "nowhere")
+
+
+def _of_pipeline(tree: dict[str, Any]) -> dict[str, Any]:
+    names = tree.get("id2label") or {}
+    return {"classes": [names[str(label)] for label in range(len(names))], "encoders": tree.get("encoders") or {}}
+
+
+def classes_difference(before: Iterable[str], now: Iterable[str]) -> str:
+    """In words, how one list of classes differs from another, with a label that would come to mean something else."""
+    before, now = list(before), list(now)
+    added, removed = [n for n in now if n not in set(before)], [n for n in before if n not in set(now)]
+    said = [f"{len(before)} classes, now {len(now)}"] if len(before) != len(now) else []
+    said += [f"removed {shown(removed, 5)}"] if removed else []
+    said += [f"added {shown(added, 5)}"] if added else []
+    moved = next((i for i, (a, b) in enumerate(zip(before, now)) if a != b), None)
+    said += [] if moved is None else [f"label {moved} was {shown([before[moved]])}, now {shown([now[moved]])}"]
+    return "; ".join(said)
+
+
+def same_encoder(a: dict[str, str], b: dict[str, str]) -> bool:
+    """Whether two identities may be of one encoder: a checksum that both know agrees, or there is none."""
+    known = [key for key in a.keys() & b.keys() if key.endswith("sha256")]
+    return not known or any(a[key] == b[key] for key in known)
+
+
+def describe_encoder(who: dict[str, str]) -> str:
+    checksum = next((value for key, value in who.items() if key.endswith("sha256")), "")
+    return f"{who.get('name', 'unnamed')} ({checksum[:8]})"
+
+
+def shown(names: Iterable[str], most: int = 10, kind: str = "in all") -> str:
+    """Names on one line, printable whatever a folder's name holds, the first ones of many."""
+    names = list(names)
+    clean = [name.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for name in names[:most]]
+    clean = ["".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name) for name in clean]
+    return ", ".join(clean) + (f", ... {len(names)} {kind}" if len(names) > most else "")
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).strip()
