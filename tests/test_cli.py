@@ -17,6 +17,7 @@ from uvit_fast import build_model, cli, load_config, sampling
 from uvit_fast.config import dump_config
 from uvit_fast.images import to_uint8
 from uvit_fast.jobs import Job
+from uvit_fast.provenance import Provenance, read
 from uvit_fast.training import checkpoint as checkpoints
 
 DIGITS = "configs/digits.yaml"
@@ -322,12 +323,14 @@ def test_a_users_mistake_is_one_line_and_exit_code_two(arguments, words, capsys,
 
 
 def test_convert_to_a_pipeline_and_back_keeps_every_weight(checkpoint, tmp_path, capsys):
-    common = ["convert", "--config", DIGITS, *SMALL]
+    common, run = ["convert", "--config", DIGITS, *SMALL], checkpoint.parents[2]
+    Provenance(("zero", "one")).write(run / "data.json")
     assert cli.main([*common, "--checkpoint", str(checkpoint), "--out", str(tmp_path / "pipe")]) == 0
     back = tmp_path / "new" / "back.pth"
     assert cli.main([*common, "--checkpoint", str(tmp_path / "pipe"), "--out", str(back)]) == 0
     before, after = load_file(checkpoint), torch.load(back, weights_only=True)
-    assert [path.name for path in back.parent.iterdir()] == ["back.pth"]
+    assert sorted(path.name for path in back.parent.iterdir()) == ["back.data.json", "back.pth"]
+    assert read(back) == read(checkpoint) == Provenance(("zero", "one"))  # the names of its classes come back too
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
     assert sample(tmp_path / "pipe", tmp_path / "out.npz", "--num", "1", "--steps", "1") == 0
     assert cli.main([*common, "--checkpoint", str(checkpoint), "--out", str(tmp_path / "pipe")]) == 2

@@ -14,6 +14,7 @@ from uvit_fast.data.encoders import load_clip
 from uvit_fast.diffusion.cudagraph import GraphSampler
 from uvit_fast.diffusion.guidance import text_guidance
 from uvit_fast.pipeline import UViTModel, UViTPipeline, make_pipeline
+from uvit_fast.provenance import Provenance
 
 SMALL = ["model.embed_dim=32", "model.depth=2", "model.num_heads=2", "model.img_size=8", "sample.steps=4"]
 
@@ -41,6 +42,24 @@ def test_save_and_load_round_trip_gives_the_same_images(tmp_path):
     a, b = (p(class_labels=[3, 999], generator=seeded(), output_type="pt").images for p in (pipe, again))
     assert a.shape == (2, 3, 16, 16) and torch.equal(a, b)
     assert again.config.null_label == 1000 and again.scheduler.config.sampler == "dpmpp_fast"
+
+
+def test_classes_go_by_their_names(tmp_path):
+    """Also from a saved folder, whose JSON has no whole numbers for keys."""
+    cfg = load_config("configs/digits.yaml", SMALL)
+    names = Provenance(("zero", "one", "two, or a pair"))
+    make_pipeline(cfg, build_model(cfg).state_dict(), names).save_pretrained(tmp_path)
+    pipe = UViTPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.get_label_ids(["two, or a pair", "zero"]) == [2, 0] and pipe.get_label_ids("one") == [1]
+    a, b, c = (
+        pipe(class_labels=y, num_inference_steps=1, generator=seeded(), output_type="pt").images
+        for y in ("one", ["one"], 1)
+    )
+    assert torch.equal(a, b) and torch.equal(a, c)
+    with pytest.raises(ValueError, match="none is called 'zerro'; did you mean zero"):
+        pipe(class_labels=["zerro"])
+    assert pipe.config.id2label["1"] == "one"
 
 
 def test_output_types_are_views_of_the_same_images():
@@ -226,7 +245,7 @@ def test_unconditional_models_take_a_number_of_images():
         ({"class_labels": [1], "num_inference_steps": 2.5}, "num_inference_steps: expected a whole number, got 2.5"),
         ({"class_labels": [1], "num_images": 0}, "num_images: expected at least 1, got 0"),
         ({"class_labels": [1, 2], "num_images": 3}, "num_images: expected one image a label or prompt, 2, got 3"),
-        ({"class_labels": "cat"}, "class_labels: expected a whole number, got 'cat'"),
+        ({"class_labels": "cat"}, "expected whole numbers, such as 207,360, since no names are known, got 'cat'"),
         ({"class_labels": [1.5]}, "class_labels: expected a whole number, got 1.5"),
         ({"class_labels": [1, 2], "generator": [seeded()]}, "generator: expected one, or one a sample, 2, got 1"),
         ({"class_labels": [1], "guidance_scale": float("nan")}, "expected at least 1 .no guidance., got nan"),

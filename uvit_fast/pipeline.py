@@ -24,6 +24,7 @@ from uvit_fast.diffusion.guidance import ALWAYS, Guidance
 from uvit_fast.diffusion.samplers import Sampler
 from uvit_fast.model.uvit import UViT
 from uvit_fast.model.weights import load_weights
+from uvit_fast.provenance import UNKNOWN, Provenance
 from uvit_fast.sampling import decoder
 
 
@@ -59,6 +60,7 @@ class UViTPipeline(DiffusionPipeline):
         scale_factor: what latents are multiplied with before the network (0.18215; 0.23010 for COCO).
         null_label: the label that means none, of a model trained with label dropping, else None.
         guidance_scale: the default of a call, 1 + s for the s that the model was published with.
+        id2label: the classes' names by label, as DiT's pipeline has them; None where they are not known.
     """
 
     model_cpu_offload_seq = "text_encoder->model->vae"
@@ -74,11 +76,24 @@ class UViTPipeline(DiffusionPipeline):
         scale_factor: float = 0.18215,
         null_label: int | None = None,
         guidance_scale: float = 1.0,
+        id2label: dict[int, str] | None = None,
     ):
         super().__init__()
         self.register_modules(model=model, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
-        self.register_to_config(scale_factor=scale_factor, null_label=null_label, guidance_scale=guidance_scale)
+        self.register_to_config(
+            scale_factor=scale_factor, null_label=null_label, guidance_scale=guidance_scale, id2label=id2label
+        )
+        names = {int(label): name for label, name in (id2label or {}).items()}  # JSON's keys are texts
+        self._known = Provenance(tuple(names.get(label, str(label)) for label in range(max(names, default=-1) + 1)))
         self._graphs: GraphSampler | None = None
+
+    def get_label_ids(self, label: str | list[str]) -> list[int]:
+        """The labels of classes' names.
+
+        Raises:
+            ValueError: no class is called so.
+        """
+        return [self._known.label(name) for name in ([label] if isinstance(label, str) else label)]
 
     def enable_cuda_graphs(self, max_bytes: int | None = None) -> None:
         """Replay each loop as one captured CUDA graph from its second call on: a small batch is several times as fast. The first call
@@ -92,7 +107,7 @@ class UViTPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: list[int] | int | None = None,
+        class_labels: list[int | str] | int | str | None = None,
         prompt: list[str] | str | None = None,
         num_images: int = 1,
         num_inference_steps: int | None = None,
@@ -107,7 +122,7 @@ class UViTPipeline(DiffusionPipeline):
         """Draw one image a label or prompt; `num_images` of an unconditional model.
 
         Args:
-            class_labels: of a class-conditional model. prompt: of a text-conditional one.
+            class_labels: of a class-conditional model, or their names. prompt: of a text-conditional one.
             num_inference_steps: network evaluations (NFE); default: the scheduler's.
             guidance_scale: 1 + s for the paper's s, as in diffusers; 1 runs without guidance; default: the pipeline's, which is
                 what its model was published with.
@@ -179,7 +194,8 @@ class UViTPipeline(DiffusionPipeline):
         if wants == "class_labels":
             several = isinstance(class_labels, Sequence | Tensor | np.ndarray) and np.ndim(class_labels)
             classes = net.num_classes - (self.config.null_label is not None)
-            labels = [_whole("class_labels", v, least=0) for v in (class_labels if several else [class_labels])]
+            each = class_labels if several else [class_labels]
+            labels = [self._known.label(v) if isinstance(v, str) else _whole("class_labels", v, least=0) for v in each]
             if not labels or not all(label < classes for label in labels):
                 raise ValueError(f"class_labels: expected labels from 0 to {classes - 1}, got {labels}")
             return {"y": torch.tensor(labels, device=device)}, {"y": self.config.null_label}
@@ -234,10 +250,16 @@ def _keys(generator: torch.Generator | list[torch.Generator] | None, batch: int)
     return torch.cat([draw(g, 1) for g in generator]) if isinstance(generator, list) else draw(generator, batch)
 
 
-def make_pipeline(cfg: Config, weights: dict[str, Tensor], **components: Any) -> UViTPipeline:
+def make_pipeline(
+    cfg: Config,
+    weights: dict[str, Tensor],
+    known: Provenance = UNKNOWN,
+    **components: Any,
+) -> UViTPipeline:
     """The pipeline of a config and a state dict with the published names.
 
     Args:
+        known: the names of its classes.
         components: `vae` for a latent model; `text_encoder` and `tokenizer` for a text model.
 
     Raises:
@@ -249,6 +271,8 @@ def make_pipeline(cfg: Config, weights: dict[str, Tensor], **components: Any) ->
     scheduler = UViTScheduler(cfg.diffusion.schedule, cfg.sample.sampler, cfg.sample.steps)
     factor = cfg.latent.scale_factor if cfg.latent else 1.0
     scale = 1 + cfg.sample.guidance_scale
+    names = dict(enumerate(known.classes)) or None
     return UViTPipeline(
-        model.eval(), scheduler, scale_factor=factor, null_label=cfg.null_label, guidance_scale=scale, **components
-    )
+        model.eval(), scheduler, scale_factor=factor, null_label=cfg.null_label, guidance_scale=scale, id2label=names,
+        **components,
+    )  # fmt: skip

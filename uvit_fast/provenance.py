@@ -125,6 +125,7 @@ class Provenance:
         )
 
 
+UNKNOWN = Provenance()
 ROLES = {"vae": "autoencoder", "text_encoder": "text encoder"}
 
 
@@ -149,7 +150,7 @@ def read(weights: Path) -> Provenance:
                 return Provenance.from_json(found)
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{file}: damaged; expected the classes of a model ({error})") from None
-    return Provenance()
+    return UNKNOWN
 
 
 def _above(file: Path, name: str) -> Path:

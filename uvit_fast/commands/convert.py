@@ -7,6 +7,7 @@ from pathlib import Path
 from uvit_fast.commands.arguments import CLIP, checkpoint_arguments, config_of
 from uvit_fast.config import UserError
 from uvit_fast.files import write_whole
+from uvit_fast.provenance import RUN_FILE, UNKNOWN
 
 HELP = "a checkpoint as a diffusers pipeline folder, or back as a .pth"
 
@@ -19,7 +20,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write weights as a pipeline folder (safetensors), or as a .pth with the published names."""
+    """Write weights as a pipeline folder (safetensors), or as a .pth with the published names and, beside it, what its labels mean."""
     import torch
 
     from uvit_fast import build_model, sampling
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     if out.suffix in (".pt", ".ckpt", ".bin", ".safetensors"):
         raise UserError(f"--out {out}: expected a .pth file, or a name for the pipeline's folder")
     source = sampling.find_weights(args.checkpoint)
-    state = read_weights(source)
+    state, known = read_weights(source), sampling.provenance_of(cfg, source)
     if out.suffix == ".pth":
         load_weights(build_model(cfg), state, source=str(source))  # refuses what does not fit
         write = partial(torch.save, state)
@@ -47,9 +48,11 @@ def run(args: argparse.Namespace) -> None:
         if clip != "none":
             sampling.load_text(cfg, clip, torch.device("cpu"))  # refuses what does not fit
             components["tokenizer"], components["text_encoder"] = load_clip(clip)
-        write = make_pipeline(cfg, state, **components).save_pretrained
+        write = make_pipeline(cfg, state, known, **components).save_pretrained
     try:
         write_whole(out, write)
+        if out.suffix == ".pth" and known != UNKNOWN:  # which tensors alone cannot hold
+            known.write(out.with_suffix(f".{RUN_FILE}"))
     except OSError as error:
         raise UserError(f"--out {out}: expected a place that can be written to ({error})") from None
     print(f"wrote {out}")
