@@ -10,8 +10,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     package_dir={"uvit_fast.kernels": "kernels"},
-    packages=[*find_packages(include=["uvit_fast", "uvit_fast.*"]), "uvit_fast.kernels"],
-    package_data={"uvit_fast.kernels": ["tuning/*.json", "contracts/*.json"]},
+    packages=[
+        *find_packages(include=["uvit_fast", "uvit_fast.*"]),
+        "uvit_fast.kernels",
+        *(f"uvit_fast.kernels.{name}" for name in find_packages("kernels")),
+    ],
+    package_data={"uvit_fast.kernels": ["runtime/tables/*.json", "tools/contracts/*.json"]},
     install_requires=[
         "torch>=2.11",  # the model
         "triton>=3.6,<3.10; platform_system == 'Linux'",  # the kernels

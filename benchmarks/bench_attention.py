@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.common import RESULTS, Rows
-from uvit_fast.kernels import attention_ampere
-from uvit_fast.kernels.attention import attention, reference
-from uvit_fast.kernels.tune import times
+from uvit_fast.kernels.attention import sm80 as attention_ampere
+from uvit_fast.kernels.ops.attention import attention, reference
+from uvit_fast.kernels.tools.tune import times
 
 BATCH = 128
 SHAPES = [  # tokens, heads, head dim

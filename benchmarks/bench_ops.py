@@ -17,8 +17,8 @@ import torch._functorch.config as functorch_config
 from torch import Tensor
 
 from benchmarks.common import RESULTS, Rows
-from uvit_fast.kernels import linear_residual, ln_linear, ln_mlp, skip_linear
-from uvit_fast.kernels.tune import times
+from uvit_fast.kernels.ops import linear_residual, ln_linear, ln_mlp, skip_linear
+from uvit_fast.kernels.tools.tune import times
 from uvit_fast.model.uvit import Block
 
 TOKENS, BATCH = 33024, 128

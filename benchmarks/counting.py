@@ -10,6 +10,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -22,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
 from uvit_fast.diffusion import samplers
-from uvit_fast.kernels import launch
+from uvit_fast.kernels.runtime import device
 
 ROOT = Path(__file__).parent.parent
 TORCH = Path(torch.__file__).parent
@@ -158,10 +159,10 @@ def hopper(counts: Counts | None = None) -> Iterator[None]:
             counts.launches[f"triton:{self.__name__.strip('_')}"] += 1
 
     pretences = [
-        (launch, "interpreting", lambda: True),  # what lets the ops take tensors that are not on CUDA
+        (device, "_INTERPRETING", True),  # what lets the ops take tensors that are not on CUDA
         (samplers, "why_not", lambda x: None),
-        (launch, "architecture", lambda device: 90),
-        (launch, "multiprocessors", lambda device: 132),
+        (device, "_FORCED", 90),
+        (device, "_properties", lambda index: SimpleNamespace(multi_processor_count=132, major=9)),
         (JITFunction, "run", launched),
     ]
     with contextlib.ExitStack() as stack:

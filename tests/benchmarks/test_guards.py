@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import guards
 from tests.kernels import test_contracts
-from uvit_fast.kernels import layernorm
+from uvit_fast.kernels.layernorm import fold as layernorm
 from uvit_fast.model.uvit import Block
 from uvit_fast.training.engine import Engine
 
@@ -93,11 +93,11 @@ def test_a_kernel_that_takes_more_than_its_contract_is_seen(tmp_path, monkeypatc
     contract["sm_80"] = {"column_sums": contract["sm_80"]["column_sums"]}
     short = tmp_path / "linear.json"
     short.write_text(json.dumps(contract))
-    table, kernels = test_contracts.launch.table, test_contracts.kernels
+    table, kernels = test_contracts.tuning.table, test_contracts.kernels
     monkeypatch.setattr(test_contracts, "CONTRACT", short)
     monkeypatch.setattr(test_contracts, "kernels", lambda arch: {"column_sums": kernels(arch)["column_sums"]})
     test_contracts.test_every_kernel_takes_what_its_contract_says(80)
     changed = {**table(80), "column_sums": table(80)["column_sums"] | {"warps": table(80)["column_sums"]["warps"] // 2}}
-    monkeypatch.setattr(test_contracts.launch, "table", lambda arch: changed)
+    monkeypatch.setattr(test_contracts.tuning, "table", lambda arch: changed)
     with pytest.raises(AssertionError, match="column_sums on sm_80: registers was"):
         test_contracts.test_every_kernel_takes_what_its_contract_says(80)

@@ -11,7 +11,7 @@ import sys
 import torch
 
 from tests.gpu.test_ops import OPS, run, tensors
-from uvit_fast.kernels.attention import attention
+from uvit_fast.kernels.ops.attention import attention
 
 
 def main(names: list[str]) -> None:

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from uvit_fast.kernels import attention_ampere
-from uvit_fast.kernels.attention import attention, reference, why_not
+from uvit_fast.kernels.attention import sm80 as attention_ampere
+from uvit_fast.kernels.ops.attention import attention, reference, why_not
 
 pytestmark = pytest.mark.gpu
 

@@ -18,7 +18,7 @@ from uvit_fast.diffusion.samplers import (
     EulerMaruyama,
 )
 from uvit_fast.diffusion.schedules import SDSchedule, VPSchedule
-from uvit_fast.kernels.solver_step import Update, normal, reference, solver_step, why_not
+from uvit_fast.kernels.ops.solver_step import Update, normal, reference, solver_step, why_not
 
 pytestmark = pytest.mark.gpu
 NULL, SHAPE = 10, (4, 8, 8)

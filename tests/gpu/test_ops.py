@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from uvit_fast.kernels import assemble, layernorm, linear_residual, ln_linear, ln_mlp, proj_ln_mlp, skip_linear
+from uvit_fast.kernels.layernorm import fold as layernorm
+from uvit_fast.kernels.ops import assemble, linear_residual, ln_linear, ln_mlp, proj_ln_mlp, skip_linear
 
 pytestmark = pytest.mark.gpu
 

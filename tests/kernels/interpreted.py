@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from uvit_fast.kernels import launch
+from uvit_fast.kernels.runtime.device import interpreting
 
-INTERPRETED = launch.interpreting()
+INTERPRETED = interpreting()
 in_the_interpreter = pytest.mark.skipif(not INTERPRETED, reason="run by test_the_kernels_in_the_interpreter")
 compiles = pytest.mark.skipif(INTERPRETED, reason="this process is the interpreter's")
 

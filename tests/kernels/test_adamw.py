@@ -5,7 +5,7 @@ import torch
 
 from tests.kernels import interpreted
 from tests.kernels.interpreted import INTERPRETED, compiles
-from uvit_fast.kernels import adamw
+from uvit_fast.kernels.ops import adamw
 
 DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]  # whose bfloat16 is wrong
 SETTINGS = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.03}

@@ -5,7 +5,7 @@ import torch
 
 from tests.kernels import interpreted
 from tests.kernels.interpreted import compare, compiles, in_the_interpreter
-from uvit_fast.kernels import assemble
+from uvit_fast.kernels.ops import assemble
 
 
 def arguments(B, C, side, p, extras, D, dtype=torch.float32):

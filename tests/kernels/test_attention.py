@@ -14,9 +14,12 @@ import pytest
 import torch
 import triton
 
-from uvit_fast.kernels import aot, attention, launch
+from uvit_fast.kernels.ops import attention
+from uvit_fast.kernels.runtime import device
+from uvit_fast.kernels.runtime.device import interpreting
+from uvit_fast.kernels.tools import aot
 
-INTERPRETED = launch.interpreting()
+INTERPRETED = interpreting()
 in_the_interpreter = pytest.mark.skipif(not INTERPRETED, reason="run by test_the_kernels_in_the_interpreter")
 compiles = pytest.mark.skipif(INTERPRETED, reason="compiles, which the interpreter replaces")
 CONTRACT = Path(aot.__file__).parent / "contracts" / "attention.json"
@@ -110,15 +113,15 @@ def test_what_it_cannot_take_is_refused_in_a_sentence(shape, dtype, words, monke
     qkv = torch.empty(shape, dtype=dtype)
     if not INTERPRETED:
         assert attention.why_not(torch.empty(1, 8, 3, 1, 64)) == "it runs on CUDA, got a tensor on cpu"
-        monkeypatch.setattr(launch, "interpreting", lambda: True)
+        monkeypatch.setattr(device, "_INTERPRETING", True)
     with pytest.raises(ValueError, match=words):
         attention.attention(qkv)
 
 
 def kernels() -> dict[str, tuple]:
     """What is compiled for the contract: name -> (kernel, arguments, options, architecture)."""
-    from uvit_fast.kernels import attention_ampere as ampere
-    from uvit_fast.kernels import attention_hopper as hopper
+    from uvit_fast.kernels.attention import sm80 as ampere
+    from uvit_fast.kernels.attention import sm90_forward as hopper
 
     found = {}
     for arch, module, shapes in ((80, ampere, ((258, 64), (258, 72), (258, 128))), (90, hopper, HOPPER)):

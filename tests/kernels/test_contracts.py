@@ -12,10 +12,16 @@ import triton
 from torch import Tensor
 
 from tests.kernels.interpreted import INTERPRETED
-from uvit_fast.kernels import adamw, aot, assemble, gemm_ampere, launch, layernorm, sums
+from uvit_fast.kernels.gemm import sm80 as gemm_ampere
+from uvit_fast.kernels.layernorm import fold as layernorm
+from uvit_fast.kernels.ops import adamw, assemble
+from uvit_fast.kernels.runtime import reduce as sums
+from uvit_fast.kernels.runtime import tuning
+from uvit_fast.kernels.tools import aot
 
 if not INTERPRETED:  # the interpreter knows no Gluon
-    from uvit_fast.kernels import gemm_hopper, wgrad_hopper
+    from uvit_fast.kernels.gemm import sm90 as gemm_hopper
+    from uvit_fast.kernels.gemm import sm90_weight_gradient as wgrad_hopper
 
 CONTRACT = Path(aot.__file__).parent / "contracts" / "linear.json"
 M, D, H = 33024, 1152, 4608  # H/2 at batch 128
@@ -31,7 +37,7 @@ def fp32(*shape: int) -> Tensor:
 
 
 def choice(table: dict, case: str, width: int) -> dict:
-    """As launch.choice, of a table."""
+    """As tuning.choice, of a table."""
     return table["default"] | table.get(case, {}) | table.get(f"{case}:{width}", {})
 
 
@@ -54,7 +60,7 @@ def hopper() -> dict:
         "gemm_gelu_short": (g.GELU, meta(M, 768), meta(H, 768), {"bias": fp32(H), "stats": stats}),
         "gemm_gelu_backward": (g.GELU_BACKWARD, x, meta(D, H), {"side": meta(M, H), "transposed": True}),
     }
-    table = launch.table(90)
+    table = tuning.table(90)
 
     def gemm(mode, x, w, sources):
         tuned = choice(table, gemm_ampere.CASES[mode], x.shape[1])
@@ -76,7 +82,7 @@ def hopper() -> dict:
 
 def plain(arch: int) -> dict:
     """The kernels in plain Triton that an architecture runs."""
-    table = launch.table(arch)
+    table = tuning.table(arch)
     low, high = layernorm._split(D)
     x, v, w, stats = meta(M, D), meta(D), meta(H, D), fp32(2, M)
 
@@ -126,7 +132,7 @@ def plain(arch: int) -> dict:
 
 
 def ampere() -> dict:
-    table = launch.table(80)
+    table = tuning.table(80)
     x, h, partial = meta(M, D), meta(M, H), fp32(258, H)
 
     def gemm(mode, x, w, N, K, K2=0, fold=False, strides=None, moments=False):

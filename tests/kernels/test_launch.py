@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.kernels.interpreted import INTERPRETED
-from uvit_fast.kernels import launch
+from uvit_fast.kernels.runtime import launch
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")

@@ -5,7 +5,8 @@ import torch
 
 from tests.kernels import interpreted
 from tests.kernels.interpreted import compiles, in_the_interpreter
-from uvit_fast.kernels import layernorm, linear_residual, ln_linear, ln_mlp, proj_ln_mlp, skip_linear
+from uvit_fast.kernels.layernorm import fold as layernorm
+from uvit_fast.kernels.ops import linear_residual, ln_linear, ln_mlp, proj_ln_mlp, skip_linear
 
 D, SHAPE = 128, (2, 43, 128)
 

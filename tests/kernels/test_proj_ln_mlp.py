@@ -5,7 +5,8 @@ import torch
 
 from tests.kernels import interpreted
 from tests.kernels.interpreted import compare, compiles, in_the_interpreter
-from uvit_fast.kernels import layernorm, linear_residual, ln_mlp, proj_ln_mlp
+from uvit_fast.kernels.layernorm import fold as layernorm
+from uvit_fast.kernels.ops import linear_residual, ln_mlp, proj_ln_mlp
 
 D = 128
 

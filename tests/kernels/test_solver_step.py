@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from uvit_fast.kernels import launch
-from uvit_fast.kernels.solver_step import Update, normal, reference, solver_step, why_not
+from uvit_fast.kernels.ops.solver_step import Update, normal, reference, solver_step, why_not
+from uvit_fast.kernels.runtime.device import interpreting
 
-INTERPRETED = launch.interpreting()
+INTERPRETED = interpreting()
 NOISE, DATA = (0.0, 1.0), (1.7, -0.4)
 UPDATES = [
     (NOISE, 0.0, (0.3,)),  # order 1
@@ -89,8 +89,8 @@ def test_the_kernel_in_the_interpreter():
 @pytest.mark.skipif(INTERPRETED, reason="compiles, which the interpreter replaces")
 @pytest.mark.parametrize("arch", [80, 90])
 def test_the_kernel_compiles_without_spills(arch):
-    from uvit_fast.kernels import aot
-    from uvit_fast.kernels.solver_step import _kernel
+    from uvit_fast.kernels.ops.solver_step import _kernel
+    from uvit_fast.kernels.tools import aot
 
     f, b, k = (torch.empty(64, dtype=d, device="meta") for d in (torch.float32, torch.bfloat16, torch.int64))
     everything = {"GUIDED": True, "DATA": True, "PAST": 2, "NOISE": True, "KEEP": True, "BLOCK": 1024, "num_warps": 4}

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from uvit_fast import cli
-from uvit_fast.kernels import launch, tune
+from uvit_fast.kernels.runtime import launch, tuning
+from uvit_fast.kernels.tools import tune
 
 CPU = torch.device("cpu")
 
@@ -15,11 +16,11 @@ CPU = torch.device("cpu")
 def small_gpu(monkeypatch):
     """Cases that run nothing, timed by a clock that likes four warps, and more rows at D = 64; one candidate cannot run."""
     table = {"default": {"rows": 1, "warps": 1}, "prepare": {"rows": 1, "warps": 2}}
-    monkeypatch.setattr(launch, "table", lambda arch: table)
+    monkeypatch.setattr(tuning, "table", lambda arch: table)
     monkeypatch.setattr(tune, "candidates", lambda arch: {"prepare": tune._grid(rows=[1, 2], warps=[2, 4, 8])})
 
     def run(D):
-        choice = launch.choice(CPU, "prepare", D)
+        choice = tuning.choice(CPU, "prepare", D)
         if choice["warps"] == 8:
             raise RuntimeError("too many warps")
         return 1.0 - 0.1 * (choice["warps"] == 4) - 0.1 * (choice["rows"] == 2 and D == 64)
@@ -37,7 +38,7 @@ def test_the_fastest_that_runs_is_chosen_for_each_width(small_gpu):
 
 
 def test_cases_that_are_not_measured_stay(small_gpu):
-    launch.table(90)["gemm"] = {"part": 32}
+    tuning.table(90)["gemm"] = {"part": 32}
     table = tune.tune([64], CPU, lambda line: None, only=["prepare"])
     assert table["gemm"] == {"part": 32} and table["prepare"] == {"rows": 2, "warps": 4}
 
@@ -49,9 +50,9 @@ def test_a_gain_within_the_noise_changes_nothing(small_gpu, monkeypatch):
 
 def test_the_committed_tables_are_as_written_by_tune(tmp_path):
     for arch in (80, 90):
-        table = json.loads(launch.path(arch).read_text())
+        table = json.loads(tuning.path(arch).read_text())
         tune.write(table, tmp_path / "table.json")
-        assert (tmp_path / "table.json").read_text() == launch.path(arch).read_text()
+        assert (tmp_path / "table.json").read_text() == tuning.path(arch).read_text()
         names = {key.partition(":")[0] for key in table} - {"default"}
         assert names <= tune.candidates(arch).keys()
 
@@ -59,9 +60,9 @@ def test_the_committed_tables_are_as_written_by_tune(tmp_path):
 def test_every_case_calls_what_the_ops_call(monkeypatch):
     """On the CPU's core without its kernels, every case of a block runs and asks the table for its own entry."""
     asked = set()
-    choice = launch.choice
+    choice = tuning.choice
     monkeypatch.setattr(
-        launch, "choice", lambda device, case, width: asked.add(f"{case}:{width}") or choice(device, case, width)
+        tuning, "choice", lambda device, case, width: asked.add(f"{case}:{width}") or choice(device, case, width)
     )
     monkeypatch.setattr(tune, "TOKENS", 4)
     monkeypatch.setattr(launch, "run", lambda *launched: None)

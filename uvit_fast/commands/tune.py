@@ -5,6 +5,8 @@ from pathlib import Path
 
 from uvit_fast.commands.arguments import positive
 from uvit_fast.config import UserError
+from uvit_fast.kernels.runtime import tuning
+from uvit_fast.kernels.runtime.device import architecture
 
 HELP = "measure the kernels' choices on this GPU and write its architecture's tuning table"
 
@@ -14,21 +16,21 @@ def arguments(command: argparse.ArgumentParser) -> None:
         "--dims", type=positive, nargs="+", default=[512, 768, 1024, 1152], help="widths D (default: the paper's four)"
     )
     command.add_argument("--cases", nargs="+", help="kernels to measure, as prepare weight_gradient (default: all)")
-    command.add_argument("--out", help="the table's file (default: the installed one, kernels/tuning/sm_<arch>.json)")
+    command.add_argument("--out", help="the table's file (default: the installed one, kernels/runtime/tables/sm_<arch>.json)")
 
 
 def run(args: argparse.Namespace) -> None:
     """A minute or so for a width. Deterministic kernels stay deterministic; only speed changes."""
     from uvit_fast import sampling
-    from uvit_fast.kernels import launch, tune
+    from uvit_fast.kernels.tools import tune
 
     wrong = [dim for dim in args.dims if dim % 64]
     if wrong:
         raise UserError(f"--dims: expected multiples of 64, got {wrong[0]}")
     device = sampling.pick_device("cuda")
-    known = tune.candidates(launch.architecture(device))
+    known = tune.candidates(architecture(device))
     if unknown := [case for case in args.cases or () if case not in known]:
         raise UserError(f"--cases: expected some of {', '.join(known)}, got {unknown[0]}")
-    out = Path(args.out or launch.path(launch.architecture(device)))
+    out = Path(args.out or tuning.path(architecture(device)))
     tune.write(tune.tune(args.dims, device, only=args.cases), out)
     print(f"wrote {out}")

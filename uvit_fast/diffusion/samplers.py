@@ -19,7 +19,7 @@ from torch import Tensor
 
 from uvit_fast.diffusion.guidance import ALWAYS, EpsFn, evaluate
 from uvit_fast.diffusion.schedules import Schedule
-from uvit_fast.kernels.solver_step import Update, reference, solver_step, why_not
+from uvit_fast.kernels.ops.solver_step import Update, reference, solver_step, why_not
 
 Generator = torch.Generator | Tensor  # one for the batch, or the (B,) int64 keys of counter-based ones, one a sample
 NOISE = (0.0, 1.0)  # the prediction that is eps itself

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from uvit_fast.config import UserError
 from uvit_fast.extras import install
-from uvit_fast.kernels import attention as fused_attention
+from uvit_fast.kernels.ops import attention as fused_attention
 
 HALF = (torch.float16, torch.bfloat16)
 

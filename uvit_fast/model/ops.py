@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from uvit_fast.config import UserError
-from uvit_fast.kernels import assemble as _assemble
-from uvit_fast.kernels import layernorm as _layernorm
-from uvit_fast.kernels import linear_residual as _linear_residual
-from uvit_fast.kernels import ln_linear as _ln_linear
-from uvit_fast.kernels import ln_mlp as _ln_mlp
-from uvit_fast.kernels import proj_ln_mlp as _proj_ln_mlp
-from uvit_fast.kernels import skip_linear as _skip_linear
+from uvit_fast.kernels.layernorm import fold as _layernorm
+from uvit_fast.kernels.ops import assemble as _assemble
+from uvit_fast.kernels.ops import linear_residual as _linear_residual
+from uvit_fast.kernels.ops import ln_linear as _ln_linear
+from uvit_fast.kernels.ops import ln_mlp as _ln_mlp
+from uvit_fast.kernels.ops import proj_ln_mlp as _proj_ln_mlp
+from uvit_fast.kernels.ops import skip_linear as _skip_linear
 from uvit_fast.model.attention import choose
 
 

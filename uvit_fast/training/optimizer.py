@@ -6,7 +6,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from uvit_fast.config import TrainConfig
-from uvit_fast.kernels import adamw
+from uvit_fast.kernels.ops import adamw
 from uvit_fast.training.ema import EMA
 
 

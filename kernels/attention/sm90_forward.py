@@ -18,9 +18,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from . import launch
-from .attention_hopper_backward import attention_dkv_kernel, attention_dq_kernel
-from .attention_hopper_pieces import (
+from uvit_fast.kernels.attention.sm90_backward import attention_dkv_kernel, attention_dq_kernel
+from uvit_fast.kernels.attention.sm90_tiles import (
     LEFT_SMALL,
     MMA_16,
     MMA_64,
@@ -38,7 +37,8 @@ from .attention_hopper_pieces import (
     tail_store,
     to_registers,
 )
-from .tma import descriptor
+from uvit_fast.kernels.runtime import launch
+from uvit_fast.kernels.runtime.launch import cdiv, descriptor
 
 LOG2E = 1.4426950408889634
 
@@ -212,7 +212,7 @@ def shape_constants(L: int, H: int, D: int) -> dict[str, int | bool]:
     tail = L > 64 and 0 < L % 64 <= 16
     return {
         "H": H,
-        "BLOCKS": L // 64 if tail else launch.cdiv(L, 64),
+        "BLOCKS": L // 64 if tail else cdiv(L, 64),
         "TAIL": tail,
         "RAGGED": not tail and L % 64 > 0,
         "WIDE": D > 64,

@@ -1,6 +1,6 @@
 """What the Hopper attention kernels are made of: blocks in and out, products of blocks, the 16 rows of a tail.
 
-The legend is in attention_hopper.py. A name in `_w` is the same block's columns from 64 on (16 of them), there only where WIDE.
+The legend is in sm90_forward.py. A name in `_w` is the same block's columns from 64 on (16 of them), there only where WIDE.
 """
 
 from triton.experimental import gluon

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from . import linear_residual, ln_mlp
-from .op import Op, eagerly, empty, is_last_backward
+from uvit_fast.kernels.ops import linear_residual, ln_mlp
+from uvit_fast.kernels.runtime.op import Op, eagerly, empty, is_last_backward
 
 
 def reference(

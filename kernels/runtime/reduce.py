@@ -8,7 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from uvit_fast.kernels.runtime import launch, tuning
+from uvit_fast.kernels.runtime.checks import ACCUMULATE
+from uvit_fast.kernels.runtime.launch import cdiv
 
 
 @triton.jit
@@ -52,7 +54,7 @@ def totals(partial: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, ...
     sums = tuple(partial.new_empty(D, dtype=dtype) for _ in range(count))
     args = (partial, *sums, *sums[:1] * (3 - count), P, partial.stride(0), D)
     options = {"ROWS": 128, "BLOCK": 32, "num_warps": 4}
-    launch.run(partial.device, _totals_kernel, (launch.cdiv(D, 32), count), args, options)
+    launch.run(partial.device, _totals_kernel, (cdiv(D, 32), count), args, options)
     return sums
 
 
@@ -77,10 +79,10 @@ def _column_sums_kernel(
 def column_sums(x: Tensor) -> Tensor:
     """Sums over the tokens of x (M, N), accumulated in fp32, in x's dtype: a bias gradient. Deterministic."""
     M, N = x.shape
-    tuned = launch.choice(x.device, "column_sums", N)
-    programs = min(launch.cdiv(M, tuned["rows"]), tuned["programs"])
-    partial = x.new_empty(programs, N, dtype=launch.ACCUMULATE)
+    tuned = tuning.choice(x.device, "column_sums", N)
+    programs = min(cdiv(M, tuned["rows"]), tuned["programs"])
+    partial = x.new_empty(programs, N, dtype=ACCUMULATE)
     args = (x, partial, M, N)
     options = {"ROWS": tuned["rows"], "BLOCK": tuned["block"], "num_warps": tuned["warps"]}
-    launch.run(x.device, _column_sums_kernel, (programs, launch.cdiv(N, tuned["block"])), args, options)
+    launch.run(x.device, _column_sums_kernel, (programs, cdiv(N, tuned["block"])), args, options)
     return totals(partial, 1, x.dtype)[0]

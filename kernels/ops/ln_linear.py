@@ -3,8 +3,11 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import launch, layernorm
-from .op import Op, empty
+from uvit_fast.kernels import gemm
+from uvit_fast.kernels.layernorm import fold as layernorm
+from uvit_fast.kernels.runtime import checks
+from uvit_fast.kernels.runtime.checks import rows
+from uvit_fast.kernels.runtime.op import Op, empty
 
 
 def reference(
@@ -20,7 +23,7 @@ def why_not(
     """Why the fused op cannot take these tensors; None where it can."""
     N, D = weight.shape[0], x.shape[-1]
     weights = {"gamma": (gamma, (D,)), "beta": (beta, (D,)), "weight": (weight, (N, D)), "bias": (bias, (N,))}
-    reason = launch.why_not(x, weights)
+    reason = checks.why_not(x, weights)
     if reason is None and N % 8:
         return f"the output's width {N} is no multiple of 8"
     return reason
@@ -55,9 +58,9 @@ def _forward(
     x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor | None, eps: float, scale: float
 ) -> tuple[Tensor, Tensor]:
     """scale * Linear(LayerNorm(x)), of which whoever computes a fused MLP's first half again wants half; and the statistics."""
-    flat, moments = launch.rows(x), layernorm.handed_on(x)
-    stats, folded, offset = layernorm.prepare(flat, gamma, beta, launch.rows(weight), bias, eps, moments, scale)
-    y = launch.core(x.device).linear(flat, folded, offset, stats=stats)  # (M, N)
+    flat, moments = rows(x), layernorm.handed_on(x)
+    stats, folded, offset = layernorm.prepare(flat, gamma, beta, rows(weight), bias, eps, moments, scale)
+    y = gemm.core(x.device).linear(flat, folded, offset, stats=stats)  # (M, N)
     return y.view(*x.shape[:-1], weight.shape[0]), stats
 
 
@@ -68,8 +71,8 @@ def _fake(x, gamma, beta, weight, bias, eps, scale):
 def _backward(
     dy: Tensor, x: Tensor, stats: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    core, flat, dy = launch.core(x.device), launch.rows(x), launch.rows(dy)
-    g = core.input_gradient(dy, launch.rows(weight))  # (M, D)
+    core, flat, dy = gemm.core(x.device), rows(x), rows(dy)
+    g = core.input_gradient(dy, rows(weight))  # (M, D)
     dx, normed, dgamma, dbeta = layernorm.backward(g, flat, stats, gamma, beta)
     dweight, dbias = core.weight_gradient(dy, normed, bias=has_bias)  # (N, D), (N,)
     return dx.view(x.shape), dgamma, dbeta, dweight, dy.new_empty(0) if dbias is None else dbias

@@ -9,8 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, sums
-from .layernorm import CHUNK
+from uvit_fast.kernels.layernorm.fold import CHUNK
+from uvit_fast.kernels.runtime import launch, tuning
+from uvit_fast.kernels.runtime import reduce as sums
+from uvit_fast.kernels.runtime.checks import ACCUMULATE
+from uvit_fast.kernels.runtime.launch import cdiv
 
 # GELU(2 h) = h + h tanh(v), v = h (G0 + w max(G1 + G2 w, 0)), w = h^2: within 2.6e-5 of the erf form, its derivative within 1.1e-4.
 # The kernels take and keep h, half the argument: it costs no instruction, as the weights before it are halved. For |h| < 4e9, past which w^2 overflows.
@@ -155,10 +158,10 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel on x (M, K), w (N, K), which may be a transposed view."""
     (M, K), N = x.shape, w.shape[0]
-    tuned = launch.choice(x.device, CASES[mode], K)
+    tuned = tuning.choice(x.device, CASES[mode], K)
     BM, BN, BK = tuned["tile"]
     out, out2 = outputs(mode, x, N, side, overwrite)
-    partial = x.new_empty(launch.cdiv(M, BM), N, dtype=launch.ACCUMULATE) if mode == GELU_BACKWARD else out
+    partial = x.new_empty(cdiv(M, BM), N, dtype=ACCUMULATE) if mode == GELU_BACKWARD else out
     args = (
         x,
         x if x2 is None else x2,
@@ -191,7 +194,7 @@ def _run(
         "num_warps": tuned["warps"],
         "num_stages": tuned["stages"],
     }
-    launch.run(x.device, gemm_kernel, (launch.cdiv(M, BM) * launch.cdiv(N, BN),), args, options)
+    launch.run(x.device, gemm_kernel, (cdiv(M, BM) * cdiv(N, BN),), args, options)
     return out, out2, partial
 
 

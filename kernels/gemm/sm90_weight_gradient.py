@@ -19,9 +19,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from . import launch
-from .sums import totals
-from .tma import descriptor
+from uvit_fast.kernels.runtime import launch
+from uvit_fast.kernels.runtime.checks import ACCUMULATE
+from uvit_fast.kernels.runtime.device import multiprocessors
+from uvit_fast.kernels.runtime.launch import cdiv, descriptor
+from uvit_fast.kernels.runtime.reduce import totals
 
 ROWS, COLS, BK, STAGES = 64, 256, 64, 4  # rows of a tile a consumer, its columns, tokens a stage, stages
 
@@ -202,13 +204,13 @@ def sum_kernel(
 
 def plan(M: int, N: int, K: int, programs: int) -> dict[str, int]:
     """How the tiles of an (N, K) gradient over M tokens are laid out and split over this many programs."""
-    tiles_n, strip = launch.cdiv(N, 2 * ROWS), K > COLS and 0 < K % COLS <= 2 * ROWS
-    plain = tiles_n * (K // COLS if strip else launch.cdiv(K, COLS))
-    tiles, steps = plain + (launch.cdiv(N, COLS) if strip else 0), launch.cdiv(M, BK)
+    tiles_n, strip = cdiv(N, 2 * ROWS), K > COLS and 0 < K % COLS <= 2 * ROWS
+    plain = tiles_n * (K // COLS if strip else cdiv(K, COLS))
+    tiles, steps = plain + (cdiv(N, COLS) if strip else 0), cdiv(M, BK)
     whole = min(tiles, plain) // programs * programs  # the swapped tiles are stored by the sum
     ragged = tiles - whole
     # Few splits, and little idle time in the last wave: each split costs about two hundredths of a wave to write and sum.
-    waves = {n: launch.cdiv(ragged * n, programs) / n + 0.02 * n for n in range(1, min(8, steps) + 1)}
+    waves = {n: cdiv(ragged * n, programs) / n + 0.02 * n for n in range(1, min(8, steps) + 1)}
     splits = min(waves, key=waves.get)
     return {
         "whole": whole,
@@ -226,8 +228,8 @@ def arguments(dy: Tensor, x: Tensor, out: Tensor, bias: bool, programs: int) -> 
     """The kernel's arguments, its launch options and the plan."""
     (M, N), K = dy.shape, x.shape[1]
     p = plan(M, N, K, programs)
-    parts = dy.new_empty(p["ragged"] * p["splits"], 2 * ROWS, COLS, dtype=launch.ACCUMULATE)
-    bias_parts = dy.new_zeros(p["splits"], N, dtype=launch.ACCUMULATE) if bias else parts
+    parts = dy.new_empty(p["ragged"] * p["splits"], 2 * ROWS, COLS, dtype=ACCUMULATE)
+    bias_parts = dy.new_zeros(p["splits"], N, dtype=ACCUMULATE) if bias else parts
     tiles = [descriptor(t, BK, width) for t in (dy, x) for width in (ROWS, COLS)]
     args = (*tiles, out, parts, bias_parts, N, K, out.stride(0), *p.values(), STAGES, bias)
     return args, {"num_warps": 4, "maxnreg": 168}, p
@@ -243,7 +245,7 @@ def weight_gradient(dy: Tensor, x: Tensor, out: Tensor, bias: bool) -> Tensor | 
     Returns:
         (N,) with `bias`, else None.
     """
-    programs = launch.multiprocessors(dy.device)
+    programs = multiprocessors(dy.device)
     args, options, p = arguments(dy, x, out, bias, programs)
     parts, bias_parts = args[5:7]
     launch.run(dy.device, wgrad_kernel, (min(programs, p["units"]),), args, options)

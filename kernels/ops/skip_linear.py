@@ -4,8 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import launch, layernorm
-from .op import Op, empty
+from uvit_fast.kernels import gemm
+from uvit_fast.kernels.layernorm import fold as layernorm
+from uvit_fast.kernels.runtime import checks
+from uvit_fast.kernels.runtime.checks import rows
+from uvit_fast.kernels.runtime.op import Op, empty
 
 
 def reference(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -17,7 +20,7 @@ def why_not(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> str | None
     """Why the fused op cannot take these tensors; None where it can."""
     N, D = weight.shape[0], x.shape[-1]
     weights = {"skip": (skip, tuple(x.shape)), "weight": (weight, (N, 2 * D)), "bias": (bias, (N,))}
-    reason = launch.why_not(x, weights)
+    reason = checks.why_not(x, weights)
     if reason is None and N % 8:
         return f"the output's width {N} is no multiple of 8"
     return reason
@@ -44,9 +47,9 @@ def skip_linear(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor
 
 def _forward(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     layernorm.handed_on(x)  # no LayerNorm reads x
-    flat, N = launch.rows(x), weight.shape[0]
+    flat, N = rows(x), weight.shape[0]
     moments = layernorm.new_moments(flat, flat.shape[0], N)
-    y = launch.core(x.device).linear(flat, launch.rows(weight), bias, x2=launch.rows(skip), moments=moments)  # (M, N)
+    y = gemm.core(x.device).linear(flat, rows(weight), bias, x2=rows(skip), moments=moments)  # (M, N)
     return layernorm.hand_on(y.view(*x.shape[:-1], N), moments)
 
 
@@ -55,13 +58,13 @@ def _fake(x, skip, weight, bias):
 
 
 def _backward(dy: Tensor, x: Tensor, skip: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    core, dy, D = launch.core(x.device), launch.rows(dy), x.shape[-1]
+    core, dy, D = gemm.core(x.device), rows(dy), x.shape[-1]
     halves = [slice(i * D, (i + 1) * D) for i in range(2)]
-    wide = launch.rows(weight)
+    wide = rows(weight)
     dx, dskip = (core.input_gradient(dy, wide[:, half]) for half in halves)  # (M, D)
     dweight = torch.empty_like(wide)  # (N, 2D), each half written where it belongs
-    _, dbias = core.weight_gradient(dy, launch.rows(x), bias=True, out=dweight[:, halves[0]])
-    core.weight_gradient(dy, launch.rows(skip), bias=False, out=dweight[:, halves[1]])
+    _, dbias = core.weight_gradient(dy, rows(x), bias=True, out=dweight[:, halves[0]])
+    core.weight_gradient(dy, rows(skip), bias=False, out=dweight[:, halves[1]])
     return dx.view(x.shape), dskip.view(x.shape), dweight, dbias
 
 

@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from uvit_fast.kernels import launch
+from uvit_fast.kernels.runtime import launch
+from uvit_fast.kernels.runtime.device import interpreting
+from uvit_fast.kernels.runtime.launch import cdiv
 
 HISTORY = 2  # older outputs that an update may use
 _MASK = 0xFFFFFFFF
@@ -142,7 +144,7 @@ def _kernel(
 
 def why_not(x: Tensor) -> str | None:
     """Why the fused update cannot take the state x (B, ...) fp32; None where it can."""
-    if x.device.type != "cuda" and not (launch.interpreting() and x.device.type == "cpu"):
+    if x.device.type != "cuda" and not (interpreting() and x.device.type == "cpu"):
         return f"the state is on {x.device.type}; the fused update runs on CUDA"
     if x.dtype != torch.float32:
         return f"the state is {x.dtype}; the fused update takes float32"
@@ -192,5 +194,5 @@ def solver_step(
         "BLOCK": block,
         "num_warps": 4,
     }
-    launch.run(x.device, _kernel, (launch.cdiv(count, block),), args, options)
+    launch.run(x.device, _kernel, (cdiv(count, block),), args, options)
     return state, m

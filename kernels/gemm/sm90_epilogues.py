@@ -6,9 +6,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from .gemm_ampere import G0 as _G0
-from .gemm_ampere import G1 as _G1
-from .gemm_ampere import G2 as _G2
+from uvit_fast.kernels.gemm.sm80 import G0 as _G0
+from uvit_fast.kernels.gemm.sm80 import G1 as _G1
+from uvit_fast.kernels.gemm.sm80 import G2 as _G2
 
 G0: gl.constexpr = gl.constexpr(_G0.value)
 G1: gl.constexpr = gl.constexpr(_G1.value)

@@ -4,8 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import launch, layernorm
-from .op import Op, empty, is_last_backward
+from uvit_fast.kernels import gemm
+from uvit_fast.kernels.layernorm import fold as layernorm
+from uvit_fast.kernels.runtime import checks
+from uvit_fast.kernels.runtime.checks import rows
+from uvit_fast.kernels.runtime.op import Op, empty, is_last_backward
 
 
 def reference(
@@ -22,7 +25,7 @@ def why_not(
     """Why the fused op cannot take these tensors; None where it can."""
     D, H = x.shape[-1], w1.shape[0]
     weights = {"gamma": (gamma, (D,)), "beta": (beta, (D,)), "w1": (w1, (H, D)), "b1": (b1, (H,))}
-    reason = launch.why_not(x, weights | {"w2": (w2, (D, H)), "b2": (b2, (D,))})
+    reason = checks.why_not(x, weights | {"w2": (w2, (D, H)), "b2": (b2, (D,))})
     if reason is None and H % 64:
         return f"the hidden width {H} is no multiple of 64"
     return reason
@@ -72,11 +75,11 @@ def compute(
     x: Tensor, gamma: Tensor, beta: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, eps: float, save: bool, overwrite: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The result, which takes x's place with `overwrite`; the statistics; half the GELU's argument, empty unless `save` asks for it."""
-    core, flat, moments = launch.core(x.device), launch.rows(x), layernorm.handed_on(x)
-    stats, folded, offset = layernorm.prepare(flat, gamma, beta, launch.rows(w1), b1, eps, moments, scale=0.5)
+    core, flat, moments = gemm.core(x.device), rows(x), layernorm.handed_on(x)
+    stats, folded, offset = layernorm.prepare(flat, gamma, beta, rows(w1), b1, eps, moments, scale=0.5)
     act, h = core.linear_gelu(flat, folded, offset, stats=stats, save=save)  # (M, H)
     moments = layernorm.new_moments(flat, *flat.shape)
-    y = core.linear(act, launch.rows(w2), b2, residual=flat, overwrite=overwrite, moments=moments)  # (M, D)
+    y = core.linear(act, rows(w2), b2, residual=flat, overwrite=overwrite, moments=moments)  # (M, D)
     return layernorm.hand_on(y.view(x.shape), moments), stats, x.new_empty(0) if h is None else h
 
 
@@ -88,13 +91,13 @@ def _fake(x, gamma, beta, w1, b1, w2, b2, eps, save):
 def _backward(
     dy: Tensor, x: Tensor, stats: Tensor, h: Tensor, gamma: Tensor, beta: Tensor, w1: Tensor, w2: Tensor, last: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    core, flat, dy = launch.core(x.device), launch.rows(x), launch.rows(dy)
-    da, act, db1 = core.linear_gelu_backward(dy, launch.rows(w2), h, overwrite=last)  # (M, H), (M, H), (H,)
+    core, flat, dy = gemm.core(x.device), rows(x), rows(dy)
+    da, act, db1 = core.linear_gelu_backward(dy, rows(w2), h, overwrite=last)  # (M, H), (M, H), (H,)
     dw2, _ = core.weight_gradient(dy, act, bias=False)  # (D, H)
     if last:  # autograd holds on to h, which is act by now, until this returns
         h.untyped_storage().resize_(0)
     del act
-    g = core.input_gradient(da, launch.rows(w1))  # (M, D)
+    g = core.input_gradient(da, rows(w1))  # (M, D)
     dx, normed, dgamma, dbeta, db2 = layernorm.backward(g, flat, stats, gamma, beta, dy)
     dw1, _ = core.weight_gradient(da, normed, bias=False)  # (H, D); fc1's bias came with da, fc2's with dx
     return dx.view(x.shape), dgamma, dbeta, dw1, db1, dw2, db2

@@ -1,10 +1,10 @@
-"""The backward of attention on sm_90: dq with delta, then dk and dv, each its own kernel; see attention_hopper.py."""
+"""The backward of attention on sm_90: dq with delta, then dk and dv, each its own kernel; see sm90_forward.py."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
 
-from .attention_hopper_pieces import (
+from uvit_fast.kernels.attention.sm90_tiles import (
     LEFT,
     LEFT_SMALL,
     MMA_16,

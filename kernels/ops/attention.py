@@ -1,12 +1,12 @@
 """Attention of short sequences on packed qkv: every key of a head is on the chip at once."""
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from . import launch
-from .op import Op
+from uvit_fast.kernels.attention import core
+from uvit_fast.kernels.runtime.checks import ACCUMULATE
+from uvit_fast.kernels.runtime.device import capability, interpreting
+from uvit_fast.kernels.runtime.op import Op
 
 LONGEST = 512  # tokens; past it the chip no longer holds a head
 
@@ -29,9 +29,9 @@ def why_not(qkv: Tensor) -> str | None:
     """Why the fused op cannot take qkv; None where it can."""
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         return f"qkv is (B, L, 3, H, D), got {tuple(qkv.shape)}"
-    if qkv.device.type != "cuda" and not launch.interpreting():
+    if qkv.device.type != "cuda" and not interpreting():
         return f"it runs on CUDA, got a tensor on {qkv.device.type}"
-    if qkv.dtype not in (torch.bfloat16, torch.float16) and not (launch.interpreting() and qkv.dtype == torch.float32):
+    if qkv.dtype not in (torch.bfloat16, torch.float16) and not (interpreting() and qkv.dtype == torch.float32):
         return f"it takes bfloat16 and float16, got {qkv.dtype}"
     L, D = qkv.shape[1], qkv.shape[-1]
     if D % 8 or D > 128:
@@ -40,7 +40,7 @@ def why_not(qkv: Tensor) -> str | None:
         return f"it takes at most {LONGEST} tokens, got {L}"
     if qkv.numel() == 0:
         return f"qkv is empty: {tuple(qkv.shape)}"
-    if qkv.device.type == "cuda" and launch.capability(qkv.device.index) not in (8, 9):
+    if qkv.device.type == "cuda" and capability(qkv.device.index) not in (8, 9):
         return "its kernels are for compute capability 8 and 9"
     return None
 
@@ -63,24 +63,13 @@ def attention(qkv: Tensor) -> Tensor:
     return _op(qkv)[0]
 
 
-def core(device: torch.device, D: int) -> ModuleType:
-    """The kernels that run: Hopper's for its head dims there, plain Triton everywhere else."""
-    if launch.architecture(device) == 90 and D in (64, 72, 80):
-        from . import attention_hopper
-
-        return attention_hopper
-    from . import attention_ampere
-
-    return attention_ampere
-
-
 def _forward(qkv: Tensor) -> tuple[Tensor, Tensor]:
     return core(qkv.device, qkv.shape[-1]).forward(_packed(qkv))
 
 
 def _fake(qkv: Tensor) -> tuple[Tensor, Tensor]:
     B, L, _, H, D = qkv.shape
-    return qkv.new_empty(B, L, H * D), qkv.new_empty(B, H, L, dtype=launch.ACCUMULATE)
+    return qkv.new_empty(B, L, H * D), qkv.new_empty(B, H, L, dtype=ACCUMULATE)
 
 
 def _backward(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor) -> Tensor:

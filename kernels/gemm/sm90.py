@@ -20,9 +20,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from . import gemm_ampere, launch, layernorm, sums, wgrad_hopper
-from .gemm_ampere import CASES, GELU, GELU_BACKWARD, GELU_SAVE, PLAIN, RESIDUAL
-from .gemm_hopper_pieces import (
+from uvit_fast.kernels.gemm import sm80 as gemm_ampere
+from uvit_fast.kernels.gemm import sm90_weight_gradient as wgrad_hopper
+from uvit_fast.kernels.gemm.sm80 import CASES, GELU, GELU_BACKWARD, GELU_SAVE, PLAIN, RESIDUAL
+from uvit_fast.kernels.gemm.sm90_epilogues import (
     G0,
     G1,
     G2,
@@ -37,7 +38,12 @@ from .gemm_hopper_pieces import (
     widened,
     write_moments,
 )
-from .tma import descriptor
+from uvit_fast.kernels.layernorm import fold as layernorm
+from uvit_fast.kernels.runtime import launch, tuning
+from uvit_fast.kernels.runtime import reduce as sums
+from uvit_fast.kernels.runtime.checks import ACCUMULATE
+from uvit_fast.kernels.runtime.device import multiprocessors
+from uvit_fast.kernels.runtime.launch import cdiv, descriptor
 
 M_PLAIN: gl.constexpr = gl.constexpr(PLAIN)
 M_RESIDUAL: gl.constexpr = gl.constexpr(RESIDUAL)
@@ -286,11 +292,11 @@ def arguments(
         GELU_BACKWARD: (2, 1),
     }[mode]
     (M, K), N = x.shape, w.shape[1 if transposed else 0]
-    tiles_n, tiles_m = launch.cdiv(N, 2 * ROWS), launch.cdiv(M, tokens)
+    tiles_n, tiles_m = cdiv(N, 2 * ROWS), cdiv(M, tokens)
     out, out2 = gemm_ampere.outputs(mode, x, N, side, overwrite)
-    partial = x.new_empty(tiles_m, N, dtype=launch.ACCUMULATE) if mode == GELU_BACKWARD else out
+    partial = x.new_empty(tiles_m, N, dtype=ACCUMULATE) if mode == GELU_BACKWARD else out
     out_desc = descriptor(out, part, ROWS)
-    steps = launch.cdiv(K + (0 if x2 is None else x2.shape[1]), BK)
+    steps = cdiv(K + (0 if x2 is None else x2.shape[1]), BK)
     args = (
         descriptor(w, BK, ROWS) if transposed else descriptor(w, ROWS, BK),
         x_desc := descriptor(x, tokens, BK),
@@ -324,10 +330,10 @@ def arguments(
 
 
 def _run(mode: int, x: Tensor, w: Tensor, **sources) -> tuple[Tensor, Tensor, Tensor]:
-    features, programs = w.shape[1 if sources.get("transposed") else 0], launch.multiprocessors(x.device)
+    features, programs = w.shape[1 if sources.get("transposed") else 0], multiprocessors(x.device)
     tile = FEW
-    if launch.cdiv(features, 2 * ROWS) * launch.cdiv(x.shape[0], TOKENS) >= programs:
-        tile = {"part": launch.choice(x.device, CASES[mode], x.shape[1])["part"]}
+    if cdiv(features, 2 * ROWS) * cdiv(x.shape[0], TOKENS) >= programs:
+        tile = {"part": tuning.choice(x.device, CASES[mode], x.shape[1])["part"]}
     args, options, tiles, outputs = arguments(mode, x, w, **sources, **tile)
     launch.run(x.device, gemm_kernel, (min(tiles, programs),), args, options)
     return outputs
@@ -363,14 +369,14 @@ def linear_gelu_backward(dy: Tensor, w: Tensor, h: Tensor, *, overwrite: bool = 
 
 def input_gradient(dy: Tensor, w: Tensor) -> Tensor:
     """dy @ w: (M, N), (N, K) -> (M, K); w's rows may be any distance apart."""
-    if launch.choice(dy.device, "input_gradient", f"{w.shape[0]}x{w.shape[1]}")["ours"]:
+    if tuning.choice(dy.device, "input_gradient", f"{w.shape[0]}x{w.shape[1]}")["ours"]:
         return _run(PLAIN, dy, w, transposed=True)[0]
     return gemm_ampere.input_gradient(dy, w)
 
 
 def weight_gradient(dy: Tensor, x: Tensor, *, bias: bool, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """dy.T @ x and the column sums of dy: see `gemm_ampere.weight_gradient`. The table says whose kernel."""
-    if not launch.choice(dy.device, "weight_gradient", f"{dy.shape[1]}x{x.shape[1]}")["ours"]:
+    if not tuning.choice(dy.device, "weight_gradient", f"{dy.shape[1]}x{x.shape[1]}")["ours"]:
         return gemm_ampere.weight_gradient(dy, x, bias=bias, out=out)
     out = dy.new_empty(dy.shape[1], x.shape[1]) if out is None else out
     return out, wgrad_hopper.weight_gradient(dy, x, out, bias)

@@ -6,8 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
-from .op import Op, empty
+from uvit_fast.kernels.runtime import checks, launch
+from uvit_fast.kernels.runtime.checks import ACCUMULATE
+from uvit_fast.kernels.runtime.launch import cdiv
+from uvit_fast.kernels.runtime.op import Op, empty
 
 VALUES = 256  # of a patch, at most: the product has one step
 _TILE = {"TOKENS": 32, "FEATURES": 128, "num_warps": 4}  # bound by what it writes: nothing to tune
@@ -27,7 +29,7 @@ def why_not(x: Tensor, weight: Tensor, bias: Tensor, extras: Tensor, positions: 
     D, p, E = weight.shape[0], weight.shape[-1], extras.shape[1]
     weights = {"x": (x, (B, C, H, W)), "weight": (weight, (D, C, p, p)), "bias": (bias, (D,))}
     weights["positions"] = (positions, (1, E + (H // p) * (W // p), D))
-    reason = launch.why_not(extras, weights)
+    reason = checks.why_not(extras, weights)
     if reason is None and (H % p or W % p):
         return f"the image, {H} x {W}, does not divide into patches of {p} x {p}"
     if reason is None and C * p * p > VALUES:
@@ -105,7 +107,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor, extras: Tensor, positions:
     tensors = [t.contiguous() for t in (x, weight, bias, extras, positions)]
     args = (*tensors, out, B * L, L, E, D, *x.shape[2:])
     options = {"K": K, "P": weight.shape[-1], "PADDED": max(16, triton.next_power_of_2(K)), **_TILE}
-    tiles = launch.cdiv(D, _TILE["FEATURES"]) * launch.cdiv(B * L, _TILE["TOKENS"])
+    tiles = cdiv(D, _TILE["FEATURES"]) * cdiv(B * L, _TILE["TOKENS"])
     launch.run(x.device, _assemble_kernel, (tiles,), args, options)
     return out
 
@@ -117,7 +119,7 @@ def _fake(x, weight, bias, extras, positions):
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, extras: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, L, D = dy.shape
     C, p = weight.shape[1], weight.shape[-1]
-    total = dy.sum(0, dtype=launch.ACCUMULATE)  # (L, D)
+    total = dy.sum(0, dtype=ACCUMULATE)  # (L, D)
     # The patches as rows, and zeros where other tokens stand: the product then takes dy as it lies.
     rows = x.new_zeros(B, L, C * p * p)
     patches = x.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)  # (B, H/p, W/p, C, p, p)

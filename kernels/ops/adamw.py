@@ -8,7 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from uvit_fast.kernels.runtime import launch
+from uvit_fast.kernels.runtime.device import interpreting
+from uvit_fast.kernels.runtime.launch import cdiv
 
 
 def factors(keep: Tensor, scale: Tensor, step: Tensor, betas: Tensor) -> Tensor:
@@ -98,8 +100,8 @@ def adamw(
     if len({t.numel() for t in tensors}) > 1:
         raise ValueError(f"adamw: expected tensors of one length, got {[t.numel() for t in tensors]}")
     settings = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "decay": decay}
-    if weights.device.type != "cuda" and not launch.interpreting():
+    if weights.device.type != "cuda" and not interpreting():
         return reference(weights, gradient, exp_avg, exp_avg_sq, average, computed, numbers, betas=betas, **settings)
     n, block = weights.numel(), 1024
     args = (*tensors, numbers, n, lr, 1 - betas[0], 1 - betas[1], eps, weight_decay, 1 - decay)
-    launch.run(weights.device, _adamw_kernel, (launch.cdiv(n, block),), args, {"BLOCK": block, "num_warps": 4})
+    launch.run(weights.device, _adamw_kernel, (cdiv(n, block),), args, {"BLOCK": block, "num_warps": 4})

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from uvit_fast.kernels.runtime import launch
+from uvit_fast.kernels.runtime.launch import cdiv
 
 LOG2E = 1.4426950408889634
 
@@ -256,7 +257,7 @@ def forward(qkv: Tensor) -> tuple[Tensor, Tensor]:
     out = qkv.new_empty(B, L, H * D)
     lse = qkv.new_empty(B, H, L, dtype=torch.float32)
     c = constants(D)
-    grid = (B * H * launch.cdiv(L, c["BM"]),)
+    grid = (B * H * cdiv(L, c["BM"]),)
     launch.run(qkv.device, attention_forward_kernel, grid, (qkv, out, lse, L, H, D**-0.5 * LOG2E), c)
     return out, lse
 
@@ -265,7 +266,7 @@ def backward(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor) -> Tensor:
     """The gradient of qkv, packed as qkv is; every argument contiguous."""
     B, L, _, H, D = qkv.shape
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
-    grid, scalars = (B * H * launch.cdiv(L, 64),), (L, H, D**-0.5 * LOG2E)
+    grid, scalars = (B * H * cdiv(L, 64),), (L, H, D**-0.5 * LOG2E)
     by_query, by_key = (qkv, out, dout, lse, delta, dqkv, *scalars), (qkv, dout, lse, delta, dqkv, *scalars)
     launch.run(qkv.device, attention_dq_kernel, grid, by_query, constants(D, "BN"))
     launch.run(qkv.device, attention_dkv_kernel, grid, by_key, constants(D, "BM"))

@@ -13,9 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
-from .op import runs_eagerly
-from .sums import totals
+from uvit_fast.kernels.runtime import launch, tuning
+from uvit_fast.kernels.runtime.checks import ACCUMULATE
+from uvit_fast.kernels.runtime.launch import cdiv
+from uvit_fast.kernels.runtime.op import runs_eagerly
+from uvit_fast.kernels.runtime.reduce import totals
 
 CHUNK = tl.constexpr(64)  # features whose moments are taken together
 TILE = 256  # statistics have room for a multiple of so many tokens: a GEMM reads them unmasked
@@ -165,7 +167,7 @@ def new_moments(like: Tensor, M: int, D: int) -> Tensor | None:
     """
     if D % CHUNK.value or not runs_eagerly() or torch.is_inference_mode_enabled():
         return None
-    return like.new_empty(D // CHUNK.value, 2, M, dtype=launch.ACCUMULATE)
+    return like.new_empty(D // CHUNK.value, 2, M, dtype=ACCUMULATE)
 
 
 def hand_on(y: Tensor, moments: Tensor | None) -> Tensor:
@@ -183,7 +185,7 @@ def handed_on(x: Tensor) -> Tensor | None:
 
 def new_statistics(x: Tensor, M: int) -> Tensor:
     """Where the mean and rstd of M tokens go, (2, M rounded up to a multiple of TILE) fp32."""
-    return x.new_empty(2, launch.cdiv(M, TILE) * TILE, dtype=launch.ACCUMULATE)
+    return x.new_empty(2, cdiv(M, TILE) * TILE, dtype=ACCUMULATE)
 
 
 def prepare(
@@ -210,13 +212,13 @@ def prepare(
         (folded, offset), N = kept[key], 0
     else:
         folded = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        offset = x.new_empty(N, dtype=launch.ACCUMULATE)
+        offset = x.new_empty(N, dtype=ACCUMULATE)
         if kept is not None:
             kept[key] = folded, offset
-    tuned = launch.choice(x.device, "prepare", D)
+    tuned = tuning.choice(x.device, "prepare", D)
     low, high = _split(D)
     tokens = tuned["rows"] if moments is None else MERGED
-    grid = (launch.cdiv(N, tuned["rows"]) + launch.cdiv(M, tokens),)
+    grid = (cdiv(N, tuned["rows"]) + cdiv(M, tokens),)
     args = (x, gamma, beta, weight, x if bias is None else bias, stats, folded, offset)
     args += (stats if moments is None else moments, M, N, stats.stride(0), scale, eps)
     options = {
@@ -339,9 +341,9 @@ def backward(
     """
     M, D = x.shape
     dx, normed = torch.empty_like(x), torch.empty_like(x)
-    tuned = launch.choice(x.device, "ln_backward", D)
+    tuned = tuning.choice(x.device, "ln_backward", D)
     programs, (low, high) = min(M, tuned["programs"]), _split(D)
-    partial = x.new_empty(programs, 3, D, dtype=launch.ACCUMULATE)
+    partial = x.new_empty(programs, 3, D, dtype=ACCUMULATE)
     args = (g, x, g if dy is None else dy, stats, gamma, beta, dx, normed, partial, M, stats.stride(0))
     options = {"D": D, "LO": low, "HI": high, "RESIDUAL": dy is not None, "num_warps": tuned["warps"]}
     launch.run(x.device, _backward_kernel, (programs,), args, options)

@@ -16,8 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import launch, layernorm, sums
-from .op import eagerly
+from uvit_fast.kernels import gemm
+from uvit_fast.kernels.layernorm import fold as layernorm
+from uvit_fast.kernels.runtime import reduce as sums
+from uvit_fast.kernels.runtime import tuning
+from uvit_fast.kernels.runtime.device import architecture
+from uvit_fast.kernels.runtime.op import eagerly
 
 TOKENS = 33024  # 128 images of 258 tokens
 NOISE = 0.015  # a candidate must win by this share
@@ -53,7 +57,7 @@ def cases(D: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, dtype=dtype)
 
-    core = launch.core(device)
+    core = gemm.core(device)
     x, dy, wide, h = random(TOKENS, D), random(TOKENS, D), random(TOKENS, 3 * D), random(TOKENS, 4 * D)
     gamma, beta, b, hidden_b = random(D), random(D), random(D), random(4 * D)
     qkv, proj, up, down = (random(n, k) * k**-0.5 for n, k in ((3 * D, D), (D, D), (4 * D, D), (D, 4 * D)))
@@ -116,10 +120,10 @@ def tune(
         report: gets a line for each case: its choice, and the milliseconds before and after.
 
     Returns:
-        What `launch.choice` reads: "default"; case -> its commonest choice; case:width -> where a width's differs.
+        What `tuning.choice` reads: "default"; case -> its commonest choice; case:width -> where a width's differs.
     """
-    arch = launch.architecture(device)
-    table, tried, found = launch.table(arch), candidates(arch), {}
+    arch = architecture(device)
+    table, tried, found = tuning.table(arch), candidates(arch), {}
     tried = {case: choices for case, choices in tried.items() if not only or case in only}
     kept = {key: choice for key, choice in table.items() if key.partition(":")[0] not in tried}
     for D in dims:
@@ -127,7 +131,7 @@ def tune(
             if case not in tried:
                 continue
             entry = f"{case}:{width}"
-            before = launch.choice(device, case, width)
+            before = tuning.choice(device, case, width)
             before = {name: before[name] for name in tried[case][0]}
             choices, calls = [before, *tried[case]], {}
             for i, choice in enumerate(choices):

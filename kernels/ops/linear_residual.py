@@ -3,8 +3,11 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import launch, layernorm
-from .op import Op, empty
+from uvit_fast.kernels import gemm
+from uvit_fast.kernels.layernorm import fold as layernorm
+from uvit_fast.kernels.runtime import checks
+from uvit_fast.kernels.runtime.checks import rows
+from uvit_fast.kernels.runtime.op import Op, empty
 
 
 def reference(a: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
@@ -16,7 +19,7 @@ def why_not(a: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> str | None:
     """Why the fused op cannot take these tensors; None where it can."""
     D, K = weight.shape[0], a.shape[-1]
     weights = {"weight": (weight, (D, K)), "bias": (bias, (D,)), "x": (x, (*a.shape[:-1], D))}
-    reason = launch.why_not(a, weights)
+    reason = checks.why_not(a, weights)
     if reason is None and D % 8:
         return f"the output's width {D} is no multiple of 8"
     return reason
@@ -43,9 +46,9 @@ def linear_residual(a: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tenso
 
 
 def _forward(a: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
-    core, flat = launch.core(a.device), launch.rows(x)
+    core, flat = gemm.core(a.device), rows(x)
     moments = layernorm.new_moments(flat, *flat.shape)
-    y = core.linear(launch.rows(a), launch.rows(weight), bias, residual=flat, moments=moments)  # (M, D)
+    y = core.linear(rows(a), rows(weight), bias, residual=flat, moments=moments)  # (M, D)
     return layernorm.hand_on(y.view(x.shape), moments)
 
 
@@ -54,9 +57,9 @@ def _fake(a, weight, bias, x):
 
 
 def _backward(dy: Tensor, a: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    core, dy = launch.core(a.device), launch.rows(dy)
-    da = core.input_gradient(dy, launch.rows(weight))  # (M, K)
-    dweight, dbias = core.weight_gradient(dy, launch.rows(a), bias=True)  # (D, K), (D,)
+    core, dy = gemm.core(a.device), rows(dy)
+    da = core.input_gradient(dy, rows(weight))  # (M, K)
+    dweight, dbias = core.weight_gradient(dy, rows(a), bias=True)  # (D, K), (D,)
     return da.view(a.shape), dweight, dbias
 
 

@@ -1,0 +1,1 @@
+"""The fused ops, one a file: reference, public function, autograd."""

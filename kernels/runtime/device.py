@@ -1,0 +1,59 @@
+"""What runs where: the architecture of a device, its multiprocessors, and whether Triton's interpreter stands in for it."""
+
+import contextlib
+import functools
+import os
+
+import torch
+import triton
+
+# As it is when kernels are defined: slow to ask, and not to be asked by torch.compile.
+_INTERPRETING = triton.knobs.runtime.interpret
+
+
+def _forced() -> int | None:
+    asked = os.environ.get("UVIT_FAST_ARCH") or None
+    if asked not in (None, "80", "90"):
+        raise ValueError(f"UVIT_FAST_ARCH: expected 80 or 90, got {asked!r}")
+    return None if asked is None else int(asked)
+
+
+_FORCED = _forced()
+
+
+def interpreting() -> bool:
+    """Whether triton's interpreter stands in for a GPU (TRITON_INTERPRET=1)."""
+    return _INTERPRETING
+
+
+def architecture(device: torch.device) -> int:
+    """The architecture whose kernels and table a device takes: 90 on Hopper, 80 elsewhere (plain Triton runs anywhere).
+
+    UVIT_FAST_ARCH=80 in the environment takes the kernels of an A100 on Hopper too.
+    """
+    if _FORCED is not None:
+        return _FORCED
+    return 90 if device.type == "cuda" and capability(device.index) == 9 else 80
+
+
+@torch.compiler.assume_constant_result
+def capability(index: int | None) -> int:
+    """The major compute capability of a CUDA device."""
+    return _properties(index).major
+
+
+@functools.cache
+def _properties(index: int | None):
+    return torch.cuda.get_device_properties(index)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at once where one takes a whole multiprocessor."""
+    return _properties(device.index).multi_processor_count
+
+
+def guard(device: torch.device):
+    """Launch on the device that holds the tensors, whichever is current."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()

@@ -1,0 +1,30 @@
+"""The tuning tables: which tile, how many warps or programs, and whose product, by architecture, case and width."""
+
+import functools
+import json
+from pathlib import Path
+
+import torch
+
+from uvit_fast.kernels.runtime.device import architecture
+
+_FOLDER = Path(__file__).parent / "tables"
+
+
+def path(arch: int) -> Path:
+    """The file of an architecture's tuning table."""
+    return _FOLDER / f"sm_{arch}.json"
+
+
+@functools.cache
+def table(arch: int) -> dict:
+    """The tuning table of the nearest architecture that has one: case -> choices, and "default"."""
+    known = sorted(int(file.stem.removeprefix("sm_")) for file in _FOLDER.glob("sm_*.json"))
+    nearest = min(known, key=lambda a: abs(a - arch))
+    return json.loads(path(nearest).read_text())
+
+
+def choice(device: torch.device, case: str, width: int | str) -> dict:
+    """The tuned choices of one case: those of this width (or NxK) where it has its own, over the case's, over the defaults."""
+    found = table(architecture(device))
+    return found["default"] | found.get(case, {}) | found.get(f"{case}:{width}", {})
