@@ -16,7 +16,9 @@ def arguments(command: argparse.ArgumentParser) -> None:
         "--dims", type=positive, nargs="+", default=[512, 768, 1024, 1152], help="widths D (default: the paper's four)"
     )
     command.add_argument("--cases", nargs="+", help="kernels to measure, as prepare weight_gradient (default: all)")
-    command.add_argument("--out", help="the table's file (default: the installed one, kernels/runtime/tables/sm_<arch>.json)")
+    command.add_argument(
+        "--out", help="the table's file (default: the installed one, kernels/runtime/tables/sm_<arch>.json)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
