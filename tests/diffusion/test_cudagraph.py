@@ -72,6 +72,23 @@ def test_replays_are_the_plain_loop_bit_for_bit(net, sampler, guided):
     assert graphs.captures == 1
 
 
+def test_a_model_with_hooks_or_adapters_runs_uncaptured_while_it_has_them(net):
+    """A replay would not call them, nor see an adapter's scale change."""
+    graphs, (x_T, y), calls = RecordedGraphs(), batch(2), []
+    sample = GraphSampler(net, graphs=graphs)
+    sample(SAMPLERS[2], x_T, {"y": y})
+    hook = net.label.register_forward_hook(lambda module, args, out: calls.append(1) or out + 1)
+    with pytest.warns(RuntimeWarning, match="uncaptured: label has hooks"):
+        got = sample(SAMPLERS[2], x_T, {"y": y})
+    assert torch.equal(got, plain(net, SAMPLERS[2], x_T, y)) and len(calls) == 10
+    hook.remove()
+    assert torch.equal(sample(SAMPLERS[2], x_T, {"y": y}), plain(net, SAMPLERS[2], x_T, y)) and graphs.captures == 1
+    adapter = type("Adapter", (nn.Embedding,), {"__module__": "peft.somewhere"})
+    net.label = adapter(NULL + 1, 3)
+    with pytest.warns(RuntimeWarning, match="uncaptured: label is a peft.somewhere.Adapter"):
+        sample(SAMPLERS[2], x_T, {"y": y})
+
+
 def test_text_features_and_their_null_are_inputs(net):
     graphs, sampler = RecordedGraphs(), SAMPLERS[1]
     sample = GraphSampler(net, graphs=graphs)

@@ -69,7 +69,9 @@ def test_the_condition_changes_the_output(tmp_path):
         out = model(x, t, **a)
         assert not torch.allclose(out, model(x, t, **b), rtol=1e-3)
         assert not torch.allclose(out, model(x, t + 400, **a), rtol=1e-3)
-        with pytest.raises(ValueError, match="the U-Net takes"):
+        with pytest.raises(
+            ValueError, match="y: expected labels" if kind == "adm" else "context: expected text features"
+        ):
             model(x, t)
 
 

@@ -172,15 +172,22 @@ def test_half_precision_model_keeps_time_in_fp32_and_returns_the_inputs_dtype():
 @pytest.mark.parametrize(
     ("changes", "inputs", "words"),
     [
-        ({}, {"x": torch.zeros(2, 4, 8, 8)}, r"x: expected shape \(2, 3, 8, 8\), got \(2, 4, 8, 8\)"),
+        ({}, {"x": torch.zeros(2, 4, 8, 8)}, r"x: expected shape \(B, 3, 8, 8\), got \(2, 4, 8, 8\)"),
         ({}, {"t": torch.zeros(3)}, r"t: expected shape \(2,\), got \(3,\)"),
         ({}, {"y": torch.zeros(2, dtype=torch.long)}, "the model has no classes"),
         ({"num_classes": 3}, {}, r"labels of shape \(2,\), got none"),
         (
             {"context_dim": 6},
             {"context": torch.zeros(2, 7, 6)},
-            r"text features of shape \(2, 77, 6\), got \(2, 7, 6\)",
+            r"context: expected shape \(2, 77, 6\), got \(2, 7, 6\)",
         ),
+        ({}, {"t": 3}, r"t: expected shape \(2,\), got int 3"),
+        ({}, {"x": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)}, "x: expected a floating-point type, got torch.uint8"),
+        ({"num_classes": 3}, {"y": [0, 1]}, r"y: expected shape \(2,\), got list"),
+        ({"num_classes": 3}, {"y": torch.zeros(2)}, "y: expected labels of int64 or int32, got torch.float32"),
+        ({"num_classes": 3}, {"y": torch.tensor([3, 1])}, "y: expected labels from 0 to 2, got 3"),
+        ({"num_classes": 3}, {"y": torch.tensor([0, -1])}, "y: expected labels from 0 to 2, got -1"),
+        ({}, {"t": torch.zeros(2, device="meta")}, "t: expected on cpu, where x is, got meta"),
     ],
 )
 def test_wrong_inputs_are_named(changes, inputs, words):

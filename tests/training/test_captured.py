@@ -127,15 +127,36 @@ def test_a_second_backward_of_a_forward_is_refused():
         loss.backward()
 
 
+def waits(output):
+    return output + float(output.detach().sum()) * 0
+
+
 def test_what_cannot_be_captured_runs_uncaptured_after_one_warning():
-    net, _ = captured(network())
-    net.norm.register_forward_hook(lambda module, args, output: output + float(output.detach().sum()) * 0)
+    net, plain = network(), UViT.forward
+    net.forward = lambda *inputs, **conditions: waits(plain(net, *inputs, **conditions))
+    net, _ = captured(net)
     with pytest.warns(RuntimeWarning, match="training runs uncaptured: the host reads a value"):
         losses = train(net, steps=1)[0]
     assert all(type(p) is torch.nn.Parameter and p.grad is not None for p in net.parameters())  # the old ones again
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert train(net, steps=2)[0][0] < losses[0]  # it has learned, and goes on
+
+
+def test_a_network_with_hooks_runs_uncaptured_and_later_ones_are_refused():
+    """A replay would run the hook never again."""
+    net, graphs = captured(network())
+    seen = []
+    hook = net.mid_block.attn.qkv.register_forward_hook(lambda *_: seen.append(1))
+    with pytest.warns(RuntimeWarning, match="training runs uncaptured: mid_block.attn.qkv has hooks"):
+        train(net)
+    assert len(seen) == 3 and graphs.captures == 0
+    hook.remove()
+    net, _ = captured(network())
+    train(net)
+    net.mid_block.attn.qkv.register_forward_hook(lambda *_: seen.append(1))
+    with pytest.raises(RuntimeError, match="mid_block.attn.qkv has hooks.*expected changes before the first step"):
+        train(net)
 
 
 def test_ranks_replay_together_or_not_at_all():

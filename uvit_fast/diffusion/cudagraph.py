@@ -11,11 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 from uvit_fast.diffusion.guidance import ALWAYS, Guidance
 from uvit_fast.diffusion.samplers import Sampler
 from uvit_fast.graphs import CudaGraphs, Graphs
+from uvit_fast.hooks import changed
 
 Inputs = dict[str, Tensor]  # x_T, keys, scale, and "condition.<name>", "null.<name>"
 
@@ -37,7 +39,7 @@ class GraphSampler:
 
     The first call of a kind captures, later ones replay: with another batch of at most the captured size, other labels or
     text, another scale. The least recently used captures are dropped to stay within `max_bytes`. What cannot be captured
-    runs uncaptured, after one warning that says why. For batches much smaller than one captured before, take another
+    runs uncaptured, after one warning that says why, and so does a model with hooks or modules of others, such as adapters. For batches much smaller than one captured before, take another
     GraphSampler: padding costs what the full batch costs.
     """
 
@@ -59,7 +61,7 @@ class GraphSampler:
         self.model, self.decode, self.max_bytes = model, decode, max_bytes
         self.graphs: Graphs = CudaGraphs() if graphs is None else graphs
         self._captures: OrderedDict[tuple, _Capture] = OrderedDict()  # least recently used first
-        self._refused: set[tuple] = set()
+        self._refused: set[tuple | str] = set()  # kinds of calls, and what was found changed in the model
 
     @property
     def bytes(self) -> int:
@@ -146,6 +148,8 @@ class GraphSampler:
     def _find(self, sampler: Sampler, inputs: Inputs, interval: tuple[float, float]) -> _Capture | None:
         """The capture that serves `inputs`, made where there is none; None where they must run uncaptured."""
         device, batch = inputs["x_T"].device, len(inputs["x_T"])
+        if isinstance(self.model, nn.Module) and (why := changed(self.model)):
+            return self._refuse(why, f"{why}, and a replay would not run it")
         shapes = tuple((name, v.shape[1:] if _batched(name) else v.shape, v.dtype) for name, v in inputs.items())
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
         kind = (tuple(sampler.stages), sampler.keep, shapes, interval, device, autocast)
@@ -189,9 +193,14 @@ class GraphSampler:
                     self._captures[key] = _Capture(buffers, replay, output, held, weights, tables)
                     return True
                 why, refused = f"its {held:,} bytes are over the bound of {bound:,}", key
-        self._refused.add(refused)
-        warnings.warn(f"sampling runs uncaptured: {why}", RuntimeWarning, stacklevel=4)
+        self._refuse(refused, why)
         return False
+
+    def _refuse(self, what: tuple | str, why: str) -> None:
+        """Say once that it runs uncaptured."""
+        if what not in self._refused:
+            self._refused.add(what)
+            warnings.warn(f"sampling runs uncaptured: {why}", RuntimeWarning, stacklevel=5)
 
     def _run(self, sampler: Sampler, inputs: Inputs, interval: tuple[float, float]) -> Tensor:
         """The loop itself, the same whether it is being captured or not."""

@@ -7,6 +7,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from uvit_fast.extras import missing
+from uvit_fast.model.inputs import check_inputs, labels_in_range
 
 LDM_HEADS = 8  # of each attention
 ADM_HEAD_DIM = 64  # width of a head, as in ADM's models of ImageNet
@@ -50,7 +51,8 @@ class UNet(nn.Module):
             from diffusers import UNet2DConditionModel, UNet2DModel
         except ImportError:
             raise missing("model.unet", "diffusers", "diffusers") from None
-        self.num_classes, self.context_dim = num_classes, context_dim
+        self.in_chans, self.num_classes, self.context_dim = in_chans, num_classes, context_dim
+        self.text = (context_tokens, context_dim) if context_dim else None
         attend, plain = {"ldm": ("CrossAttn{}2D", "{}2D"), "adm": ("Attn{}2D", "{}2D")}[unet]
         down = [(attend if has else plain).format("DownBlock") for has in attention]
         up = [(attend if has else plain).format("UpBlock") for has in reversed(attention)]
@@ -101,11 +103,10 @@ class UNet(nn.Module):
         """Predict the noise; arguments and result as for `UViT`.
 
         Raises:
-            ValueError: a missing condition, or one that the model does not take.
+            ValueError: as `UViT.forward`; any height and width that divide through the levels are taken.
         """
-        if (y is None) != (self.num_classes == 0) or (context is None) != (self.context_dim == 0):
-            wanted = "labels" if self.num_classes else "text features" if self.context_dim else "no condition"
-            raise ValueError(f"the U-Net takes {wanted}; got y {y is not None}, context {context is not None}")
+        check_inputs(x, t, y, context, (self.in_chans, None, None), self.num_classes, self.text)
         dtype = self.net.dtype
         condition = {"encoder_hidden_states": context.to(dtype)} if self.context_dim else {"class_labels": y}
-        return self.net(x.to(dtype), t, **condition, return_dict=False)[0].to(x.dtype)  # (B, C, H, W)
+        with labels_in_range(y, self.num_classes):
+            return self.net(x.to(dtype), t, **condition, return_dict=False)[0].to(x.dtype)  # (B, C, H, W)

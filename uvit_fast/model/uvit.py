@@ -9,11 +9,15 @@ import math
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from uvit_fast.config import UserError
+from uvit_fast.hooks import hooked, hooked_everywhere, plain_weights
 from uvit_fast.model import ops
 from uvit_fast.model.attention import attend
+from uvit_fast.model.inputs import check_inputs, labels_in_range
 from uvit_fast.model.recompute import recomputed
 
 
@@ -38,7 +42,7 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
 class PatchEmbed(nn.Module):
     """All tokens: those that are given, then a linear map of each patch of the image, row-major; positions are added.
 
-    It reads its convolution's weights itself: see `Block`.
+    It reads its convolution's weights itself, or calls it: see `Block`.
     """
 
     def __init__(self, in_chans: int, embed_dim: int, patch_size: int, kernels: str):
@@ -48,31 +52,49 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor, extras: Tensor, positions: Tensor) -> Tensor:
         """x (B, C, H, W), extras (B, E, D), positions (1, L, D) -> (B, L, D)."""
-        return ops.assemble(x, self.proj.weight, self.proj.bias, extras, positions, kernels=self.kernels)
+        weights = None if hooked_everywhere() else plain_weights(self.proj)
+        if weights:
+            return ops.assemble(x, *weights, extras, positions, kernels=self.kernels)
+        patches = self.proj(x).flatten(2).transpose(1, 2)  # (B, N, D)
+        return torch.cat([extras, patches], dim=1) + positions
 
 
 class Attention(nn.Module):
-    """The weights of multi-head self-attention; `Block.forward` uses them, fused with their neighbours."""
+    """Multi-head self-attention; `Block` computes it fused with its neighbours."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, num_heads: int, backend: str):
         super().__init__()
+        self.num_heads, self.backend = num_heads, backend
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.proj = nn.Linear(dim, dim)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, D)."""
+        return self.proj(self.mix(self.qkv(x)))
+
+    def mix(self, qkv: Tensor) -> Tensor:
+        """(B, L, 3D) -> (B, L, D)."""
+        return attend(rearrange(qkv, "B L (K h d) -> B L K h d", K=3, h=self.num_heads), self.backend)
+
 
 class Mlp(nn.Module):
-    """The weights of the MLP; `Block.forward` uses them, fused with their neighbours."""
+    """The MLP; `Block` computes it fused with its neighbours."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, D)."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
 
 class Block(nn.Module):
     """A pre-norm transformer block, after the long skip where there is one (paper, Figure 1 and Section 3.1).
 
-    It reads its children's weights itself: under ZeRO-3 it must be a leaf, which the training engine sees to.
+    It reads its children's weights itself: under ZeRO-3 it must be a leaf, which the training engine sees to. Children that were changed
+    (hooks, LoRA, quantised weights) are called instead, with what is fused with them.
 
     Attributes:
         checkpointing: what it keeps for the backward, as in `model.recompute`.
@@ -80,35 +102,61 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, concat_skip: bool, attention: str, kernels: str):
         super().__init__()
-        self.num_heads, self.attention, self.kernels, self.checkpointing = num_heads, attention, kernels, "none"
+        self.kernels, self.checkpointing, self.hidden = kernels, "none", int(dim * mlp_ratio)
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = Attention(dim)
+        self.attn = Attention(dim, num_heads, attention)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = Mlp(dim, self.hidden)
         self.skip_linear = nn.Linear(2 * dim, dim) if concat_skip else None
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return self.compute(x, skip)
-        return recomputed(self.compute, self.checkpointing, self.mlp.fc1.out_features, x, skip)
+        return recomputed(self.compute, self.checkpointing, self.hidden, x, skip)
 
     def compute(self, x: Tensor, skip: Tensor | None) -> Tensor:
         """x and skip (B, L, D) -> (B, L, D)."""
-        norm1, attn, norm2, mlp, how = self.norm1, self.attn, self.norm2, self.mlp, self.kernels
-        if self.skip_linear is not None:  # Linear(Concat(h_m, h_s))
-            x = ops.skip_linear(x, skip, self.skip_linear.weight, self.skip_linear.bias, kernels=how)  # (B, L, D)
-        elif skip is not None:  # h_m + h_s, the ablation of Figure 2(a)
-            x = x + skip
-        qkv = ops.ln_linear(x, norm1.weight, norm1.bias, attn.qkv.weight, attn.qkv.bias, kernels=how)  # (B, L, 3D)
-        qkv = rearrange(qkv, "B L (K h d) -> B L K h d", K=3, h=self.num_heads)
-        a = attend(qkv, self.attention)  # (B, L, D)
-        proj = (attn.proj.weight, attn.proj.bias)
-        mlp_weights = (norm2.weight, norm2.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
-        if self.skip_linear is None or self.checkpointing != "none":
+        skip_linear, qkv, proj, mlp = self._weights()
+        how = self.kernels
+        if self.skip_linear is None:
+            x = x if skip is None else x + skip  # h_m + h_s, the ablation of Figure 2(a)
+        elif skip_linear:  # Linear(Concat(h_m, h_s))
+            x = ops.skip_linear(x, skip, *skip_linear, kernels=how)  # (B, L, D)
+        else:
+            x = self.skip_linear(torch.cat([x, skip], dim=-1))
+
+        if not qkv:
+            x = x + self.attn(self.norm1(x))
+        else:
+            a = self.attn.mix(ops.ln_linear(x, *qkv, kernels=how))  # (B, L, D)
+            if mlp and self.skip_linear is not None and self.checkpointing == "none":
+                # Both halves in one op, which keeps less for the backward: here the skip's linear layer keeps its inputs too.
+                return ops.proj_ln_mlp(a, *proj, x, *mlp, kernels=how)
             x = ops.linear_residual(a, *proj, x, kernels=how)  # x + proj(attention(norm1(x)))
-            return ops.ln_mlp(x, *mlp_weights, kernels=how)  # x + fc2(gelu(fc1(norm2(x))))
-        # The same two in one op, which keeps less for the backward: here the skip's linear layer keeps its inputs too.
-        return ops.proj_ln_mlp(a, *proj, x, *mlp_weights, kernels=how)
+        return ops.ln_mlp(x, *mlp, kernels=how) if mlp else x + self.mlp(self.norm2(x))  # x + fc2(gelu(fc1(norm2(x))))
+
+    def _weights(self) -> tuple[tuple | None, ...]:
+        """What the ops take of the skip's linear layer, of norm1 and qkv, of proj, and of norm2 and the MLP: None for those that were changed
+        and must be called.
+        """
+        attn, mlp = self.attn, self.mlp
+        skip = norm1 = qkv = proj = rest = None
+        if not hooked_everywhere():
+            skip = self.skip_linear and plain_weights(self.skip_linear)
+            if type(attn) is Attention and not hooked(attn):
+                norm1, qkv, proj = (
+                    plain_weights(self.norm1),
+                    plain_weights(attn.qkv, bias=False),
+                    plain_weights(attn.proj),
+                )
+            if type(mlp) is Mlp and not hooked(mlp):
+                rest = plain_weights(self.norm2, mlp.fc1, mlp.fc2)
+        attention = norm1 + qkv if norm1 and qkv and proj else None
+        if self.kernels == "fused" and not (attention and rest and (skip or self.skip_linear is None)):
+            raise UserError(
+                "model.kernels=fused: a block was changed (hooks, LoRA, ...), which the fused ops would not call; expected auto"
+            )
+        return skip, attention, proj, rest
 
 
 class UViT(nn.Module):
@@ -154,6 +202,7 @@ class UViT(nn.Module):
         D = embed_dim
         self.img_size, self.in_chans, self.patch_size, self.embed_dim = img_size, in_chans, patch_size, D
         self.num_classes, self.context_dim, self.context_tokens = num_classes, context_dim, context_tokens
+        self.image, self.text = (in_chans, img_size, img_size), (context_tokens, context_dim) if context_dim else None
         self.skip, self.kernels = skip, kernels
 
         self.patch_embed = PatchEmbed(in_chans, D, patch_size, kernels)
@@ -199,20 +248,24 @@ class UViT(nn.Module):
         Args:
             x: (B, C, H, W), the noisy images or latents.
             t: (B,), what the network receives as time: 999 t (VP) or n (SD); fp32 or an integer type.
-            y: (B,) labels in [0, num_classes), for class-conditional models only.
+            y: (B,) labels in [0, num_classes), int64 or int32, for class-conditional models only. On a GPU their values are not looked
+                at, for which the host would have to wait: one out of range ends in a device-side assertion.
             context: (B, context_tokens, context_dim) text features, for text-conditional models only.
 
         Returns:
             (B, C, H, W), eps, in x's dtype.
 
         Raises:
-            ValueError: a shape that does not fit the model, a missing condition, or one that the model does not take.
+            ValueError: a shape, type or device that does not fit, a missing condition or one that the model does not take, on a CPU a
+                label out of range; torch.jit.trace, for which torch.export is there.
         """
-        self._check(x, t, y, context)
+        check_inputs(x, t, y, context, self.image, self.num_classes, self.text)
         dtype = self.pos_embed.dtype
         time = self.time_embed(timestep_embedding(t, self.embed_dim).to(dtype)).unsqueeze(1)  # (B, 1, D)
         if self.label_emb is not None:
-            extras = torch.cat([self.label_emb(y).unsqueeze(1), time], dim=1)  # (B, E, D)
+            with labels_in_range(y, self.num_classes):
+                label = self.label_emb(y)  # (B, D)
+            extras = torch.cat([label.unsqueeze(1), time], dim=1)  # (B, E, D)
         elif self.context_embed is not None:
             extras = torch.cat([time, self.context_embed(context.to(dtype))], dim=1)
         else:
@@ -227,29 +280,13 @@ class UViT(nn.Module):
         for block in self.out_blocks:  # last in, first out
             h = block(h, skips.pop() if self.skip != "none" else None)
 
+        # With gradients it calls them: ZeRO-3 gathers the weights of a module where it is called.
         norm, decoder = self.norm, self.decoder_pred
-        if torch.is_grad_enabled():  # ZeRO-3 gathers the weights of a module where it is called
-            h = decoder(norm(h))  # (B, L, p*p*C)
-        else:
-            h = ops.ln_linear(h, norm.weight, norm.bias, decoder.weight, decoder.bias, kernels=self.kernels)
+        fused = not torch.is_grad_enabled() and not hooked_everywhere() and plain_weights(norm, decoder)
+        h = ops.ln_linear(h, *fused, kernels=self.kernels) if fused else decoder(norm(h))  # (B, L, p*p*C)
         h = h[:, self.extras :]  # (B, N, p*p*C); cut here, where a token is narrow
         p, side = self.patch_size, self.img_size // self.patch_size
         eps = rearrange(h, "B (h w) (p1 p2 C) -> B C (h p1) (w p2)", h=side, p1=p, p2=p)  # (B, C, H, W)
         if self.final_layer is not None:
             eps = self.final_layer(eps)
         return eps.to(x.dtype)
-
-    def _check(self, x: Tensor, t: Tensor, y: Tensor | None, context: Tensor | None) -> None:
-        B = x.shape[0]
-        image = (B, self.in_chans, self.img_size, self.img_size)
-        if x.shape != image:
-            raise ValueError(f"x: expected shape {image}, got {tuple(x.shape)}")
-        if t.shape != (B,):
-            raise ValueError(f"t: expected shape {(B,)}, got {tuple(t.shape)}")
-        if (y is None) != (self.label_emb is None) or (y is not None and y.shape != (B,)):
-            wanted = "no labels: the model has no classes" if self.label_emb is None else f"labels of shape {(B,)}"
-            raise ValueError(f"y: expected {wanted}, got {'none' if y is None else tuple(y.shape)}")
-        text = (B, self.context_tokens, self.context_dim)
-        if (context is None) != (self.context_embed is None) or (context is not None and context.shape != text):
-            wanted = "no text: the model takes none" if self.context_embed is None else f"text features of shape {text}"
-            raise ValueError(f"context: expected {wanted}, got {'none' if context is None else tuple(context.shape)}")

@@ -16,6 +16,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from uvit_fast.graphs import CudaGraphs, Graphs
+from uvit_fast.hooks import changed
 
 
 class Captured:
@@ -23,7 +24,7 @@ class Captured:
     parts, but for the order in which a tensor's gradients from different parts are added.
 
     Inputs get no gradients. Another shape of input, or weights that moved, are captured anew; what cannot be captured runs
-    uncaptured, after one warning that says why. Memory: what the uncaptured step holds at its peak, all the time.
+    uncaptured, after one warning that says why, and so does a network with hooks inside or modules of others. Memory: what the uncaptured step holds at its peak, all the time.
     """
 
     def __init__(
@@ -58,9 +59,14 @@ class Captured:
         given = [*inputs, *conditions.values()]
         key = (len(inputs), *conditions, *((v.shape, v.dtype, v.device) for v in given))
         key += tuple(p.data_ptr() for p in self.parameters)
+        module = changed(self.network, inside=True)
+        if module and self.recorded is not None:
+            raise RuntimeError(
+                f"captured network: {module}, and a replay does not run it; expected changes before the first step, or train.cuda_graphs=false"
+            )
         if self.recorded is None or self.recorded.key != key:
             self.forget()  # its memory first
-            why = self._try_to_record(key, inputs, conditions)
+            why = module or self._try_to_record(key, inputs, conditions)
             if not self.agree(why is None):
                 self.forget()  # and all that the attempt held is free
                 self.refused, why = True, why or "it cannot be captured on another rank"
