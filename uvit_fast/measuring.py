@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from uvit_fast import sampling
@@ -21,11 +20,12 @@ from uvit_fast.evaluation.features import Extractor, Images, InceptionFeatures
 from uvit_fast.evaluation.inception import load_inception
 from uvit_fast.images import to_uint8
 from uvit_fast.model.uvit import UViT
+from uvit_fast.provenance import UNKNOWN, Provenance, shown
 from uvit_fast.ranks import ALONE, Ranks
 
 
-def real_images(cfg: Config, name: str) -> tuple[Images, np.ndarray | None]:
-    """A config's training images without flips, and their labels.
+def real_images(cfg: Config, name: str) -> tuple[Images, np.ndarray | None, Provenance]:
+    """A config's training images without flips, their labels, and what these are called.
 
     Raises:
         UserError: its data are no images.
@@ -50,7 +50,25 @@ def real_images(cfg: Config, name: str) -> tuple[Images, np.ndarray | None]:
         return digest.hexdigest()
 
     labels = None if dataset.labels is None else np.asarray(dataset.labels)
-    return Images(f"the data of {name}", len(dataset), read, identity), labels
+    return Images(f"the data of {name}", len(dataset), read, identity), labels, Provenance.of(dataset)
+
+
+def of_classes(images: Images, labels: np.ndarray, names: Provenance, only: list[int], known: Provenance) -> Images:
+    """Of real images those of some of a model's classes: of the same names, or the same labels where either has none.
+
+    Raises:
+        UserError: the images have no such class.
+    """
+    wanted = [names.label(known.name(label)) if names.classes and known.classes else label for label in only]
+    rows = np.flatnonzero(np.isin(labels, wanted)).tolist()
+    if not rows:
+        raise UserError(f"{images.name}: no image of the classes {shown(map(known.name, only))}")
+    return Images(
+        f"{images.name}, {shown(map(known.name, only))}",
+        len(rows),
+        lambda parts: images.read([rows[part.start : part.stop] for part in parts]),
+        lambda: f"{images.identity()} {sorted(wanted)}",
+    )
 
 
 def drawn_images(
@@ -61,6 +79,8 @@ def drawn_images(
     decode: Callable[[Tensor], Tensor] | None = None,
     seed: int = 0,
     folder: Path | None = None,
+    classes: list[int] | None = None,
+    known: Provenance = UNKNOWN,
 ) -> Images:
     """Samples of a model, drawn while they are measured; labels uniform at random.
 
@@ -68,6 +88,7 @@ def drawn_images(
         model: on its device.
         decode: latents to pixels, for models of latents.
         folder: keep the samples there as PNGs.
+        classes: labels to draw; default: all of the model's. known: what they are called.
 
     Raises:
         UserError: the model takes text; while drawing: NaN or infinity among the samples.
@@ -76,12 +97,13 @@ def drawn_images(
         raise UserError(f"evaluate: {cfg.name} takes text features, which this command cannot make; sample first")
     labels = None
     if cfg.model.num_classes:
-        classes = cfg.model.num_classes - (cfg.null_label is not None)
-        labels = torch.randint(classes, (num,), generator=torch.Generator().manual_seed(seed))
+        classes = torch.tensor(classes or sampling.chosen_labels(None, cfg, known))
+        labels = classes[torch.randint(len(classes), (num,), generator=torch.Generator().manual_seed(seed))]
     cuda = next(model.parameters()).is_cuda
     graphs = GraphSampler(model, decode) if cuda else None
 
     options = {"labels": labels, "seed": seed, "graphs": graphs}
+    names = sampling.sample_names(None if labels is None else labels.tolist(), None, known)
 
     def read(parts: list[range]) -> Iterator[np.ndarray]:
         for part in parts:
@@ -90,9 +112,8 @@ def drawn_images(
             if not torch.isfinite(x).all():
                 raise UserError(f"{name}: samples {part.start} to {part.stop - 1} hold NaN or infinity")
             images = to_uint8(x)
-            for i, image in zip(part, images if folder else ()):
-                folder.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(image.squeeze()).save(folder / f"{i:06d}.png")
+            if folder:
+                sampling.save_pngs(folder, [images], names, part.start)
             yield images
 
     return Images(f"{name}, seed {seed}", num, read)
@@ -107,6 +128,8 @@ def yardstick(
     cache: Path,
     batch: int = 50,
     ranks: Ranks = ALONE,
+    only: list[int] | None = None,
+    known: Provenance = UNKNOWN,
 ) -> tuple[Extractor, reference.Reference]:
     """The features that samples are measured by, and the real images' statistics in them.
 
@@ -116,23 +139,25 @@ def yardstick(
         name: what messages call `real`.
         inception: its weight file (None: among torch.hub's downloads), and whether to fetch it where it is missing.
         ranks: they divide the real images; rank 0 alone fetches, trains and keeps.
+        only, known: the labels whose real images count where `real` is a config, as `of_classes` takes them; default: all.
 
     Raises:
         UserError: digits-fid without labelled data, no weight file, or a reference that cannot be read.
     """
-    images, labels = real_images(real, name) if isinstance(real, Config) else (None, None)
+    images, labels, names = real_images(real, name) if isinstance(real, Config) else (None, None, UNKNOWN)
+    counted = images if only is None or labels is None else of_classes(images, labels, names, only, known)
     if kind == "digits-fid":
         if labels is None:
             raise UserError(f"digits-fid: expected --reference to be a YAML whose data have labels, got {name}")
         pixels = np.concatenate(list(images.read([range(images.count)])))
         model = ranks.in_turn(lambda: cached_classifier(pixels, labels, images.identity(), cache, device))
         extractor = ClassifierFeatures(model, device)
-        return extractor, reference.reference_from_images(images, extractor, cache, batch, ranks=ranks)
+        return extractor, reference.reference_from_images(counted, extractor, cache, batch, ranks=ranks)
     network = ranks.in_turn(lambda: load_inception(*inception))
     like = lambda preprocessing: InceptionFeatures(*network, device, preprocessing)  # noqa: E731
     if images is not None:
         return like("tensorflow"), reference.reference_from_images(
-            images, like("tensorflow"), cache, batch, ranks=ranks
+            counted, like("tensorflow"), cache, batch, ranks=ranks
         )
     statistics = reference.load_reference(real, like, cache, batch, ranks=ranks)
     return like(statistics.like), statistics

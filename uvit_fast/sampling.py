@@ -306,8 +306,8 @@ def sample_names(labels: list[int] | None, prompts: list[str] | None, known: Pro
     return ["_".join(filter(None, (numbers[label], named[label]))) for label in labels]
 
 
-def save_pngs(folder: Path, batches: Iterable[np.ndarray], names: list[str] | None) -> None:
-    """One PNG an image of batches (B, H, W, C) uint8: 000000.png, or 000000_name.png where they have `names`."""
+def save_pngs(folder: Path, batches: Iterable[np.ndarray], names: list[str] | None, first: int = 0) -> None:
+    """One PNG an image of batches (B, H, W, C) uint8, numbered from `first`: 000000.png, or 000000_name.png where samples have `names`."""
     folder.mkdir(parents=True, exist_ok=True)
 
     def save(numbered: tuple[int, np.ndarray]) -> None:
@@ -315,7 +315,6 @@ def save_pngs(folder: Path, batches: Iterable[np.ndarray], names: list[str] | No
         name = f"{i:06d}" + (f"_{names[i]}" if names and names[i] else "")
         Image.fromarray(image if image.shape[-1] == 3 else image[..., 0]).save(folder / f"{name}.png")
 
-    first = 0
     with ThreadPoolExecutor() as pool:  # compression leaves Python's lock
         for images in batches:
             list(pool.map(save, enumerate(images, first)))

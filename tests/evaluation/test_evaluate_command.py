@@ -13,6 +13,7 @@ from tests.data.photographs import JPEG
 from tests.evaluation.test_inception import random_state
 from uvit_fast import build_model, cli, load_config, measuring
 from uvit_fast.evaluation import inception
+from uvit_fast.provenance import Provenance
 
 DIGITS = "configs/digits.yaml"
 
@@ -64,7 +65,7 @@ def test_inceptions_figures_of_two_files(run, weights, tmp_path, capsys, monkeyp
 def test_a_users_own_images_are_cropped_as_the_config_says_and_cached_under_that_crop():
     """Photographs of 640 x 427 pixels: --reference configs/custom.yaml --set data.path=DIR."""
     sets = [f"data.path={JPEG[0].parent}", "model.img_size=8"]
-    real, labels = measuring.real_images(load_config("configs/custom.yaml", sets), "custom")
+    real, labels, _ = measuring.real_images(load_config("configs/custom.yaml", sets), "custom")
     again, other = (
         measuring.real_images(load_config("configs/custom.yaml", [*sets, *more]), "custom")[0]
         for more in ([], ["data.crop=square"])
@@ -90,7 +91,7 @@ def test_digits_fid_of_a_checkpoint_and_of_its_saved_samples(run, checkpoint, tm
     folder = tmp_path / "pictures"
     assert run(*common, *checkpoint, "--num", 70, "--save-images", folder, "--out", tmp_path / "drawn.json") == 0
     assert "trained a classifier on 1,797 images" in capsys.readouterr().out
-    assert Image.open(folder / "000069.png").size == (8, 8)
+    assert Image.open(next(folder.glob("000069_class*.png"))).size == (8, 8)
     assert run(*common, "--samples", folder) == 0  # with the kept classifier and statistics
     assert "trained" not in capsys.readouterr().out
     drawn, read = (json.loads(p.read_text()) for p in (tmp_path / "drawn.json", tmp_path / "pictures.evaluation.json"))
@@ -98,6 +99,19 @@ def test_digits_fid_of_a_checkpoint_and_of_its_saved_samples(run, checkpoint, tm
     assert all(name.startswith("digits-") for name in drawn["metrics"]) and "digits-fid" in drawn["metrics"]
     for name in drawn["metrics"].keys() - {"digits-is"}:  # a folder's order is not the drawn one
         assert read["metrics"][name] == pytest.approx(drawn["metrics"][name], rel=1e-3, abs=1e-6)
+
+
+def test_classes_may_be_chosen_and_then_the_references_are_the_same(run, checkpoint, tmp_path, monkeypatch, capsys):
+    """By name, though the reference numbers them otherwise."""
+    monkeypatch.setattr("uvit_fast.evaluation.classifier.STEPS", 150)
+    Provenance(("7", "1", "null")).write(tmp_path / "ema.data.json")
+    common = ["--reference", DIGITS, "--features", "digits-fid", *checkpoint, "--num", 6, "--out", tmp_path / "x.json"]
+    assert run(*common, "--classes", "name:7,name:1", "--save-images", tmp_path / "seven") == 0
+    assert {p.name.split("_", 1)[1] for p in (tmp_path / "seven").iterdir()} == {"class0_7.png", "class1.png"}
+    result = json.loads((tmp_path / "x.json").read_text())
+    assert result["num_reference"] == 179 + 182 and result["reference"].endswith("7, 1")
+    assert run(*common, "--classes", "null") == 2 and "none is called 'null'" in capsys.readouterr().err
+    assert run("--samples", tmp_path, "--reference", DIGITS, "--classes", "label:7") == 2
 
 
 def test_samples_that_are_nan_are_refused(run, checkpoint, capsys):

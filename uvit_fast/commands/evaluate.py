@@ -16,6 +16,9 @@ def arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--checkpoint", help="its weights: .pth, .safetensors, or a run folder")
     command.add_argument("--num", type=positive, default=50_000, help="samples to draw (default 50000)")
     command.add_argument("--seed", type=int, default=0, help="of the drawn samples and their labels (default 0)")
+    command.add_argument(
+        "--classes", help="draw these only, as cat,dog or 207,360; of --reference YAML, too (default: all)"
+    )
     command.add_argument("--save-images", metavar="DIR", help="keep the drawn samples as PNGs (default: not written)")
     command.add_argument(
         "--set",
@@ -64,16 +67,22 @@ def _run(args: argparse.Namespace, ranks) -> None:
         raise UserError("evaluate: expected either --samples, or --checkpoint with the --config that it needs")
     device = pick_device(args.device)
     cache = Path(args.cache) if args.cache else reference.default_cache()
-    samples = _drawn(args, device) if args.checkpoint else features.open_images(args.samples)
+    if args.classes is not None and not args.checkpoint:
+        raise UserError("evaluate: --classes are of samples that are drawn; expected --checkpoint")
+    samples, *chosen = _drawn(args, device) if args.checkpoint else (features.open_images(args.samples),)
     is_config = Path(args.reference).suffix in (".yaml", ".yml")
     real = load_config(args.reference, args.set) if is_config else args.reference
     weights = (args.inception, args.download)
     extractor, statistics = measuring.yardstick(
-        args.features, real, args.reference, weights, device, cache, args.batch, ranks
+        args.features, real, args.reference, weights, device, cache, args.batch, ranks, *chosen
     )
     result = figures.evaluate(samples, statistics, extractor, args.batch, ranks=ranks)
     if result is None:  # rank 0 has it
         return
+    if args.classes is not None and not is_config:
+        result["warnings"].append(
+            f"classes {args.classes} only: the figures compare where the reference is of these alone"
+        )
     for warning in result["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     print(figures.table(result))
@@ -83,11 +92,16 @@ def _run(args: argparse.Namespace, ranks) -> None:
 
 
 def _drawn(args: argparse.Namespace, device):
-    """Samples of a checkpoint, drawn while they are measured."""
+    """Samples of a checkpoint, drawn while they are measured, the labels that were asked for, or None, and their names."""
     from uvit_fast import measuring, sampling
 
     cfg = config_of(args.config, args.checkpoint, args.set)
-    model = sampling.load_for_sampling(cfg, args.checkpoint, device)
+    checkpoint = sampling.find_weights(args.checkpoint)
+    known, classes = sampling.provenance_of(cfg, checkpoint), None
+    if args.classes is not None:
+        classes = sampling.chosen_labels(args.classes, cfg, known)
+    model = sampling.load_found(cfg, checkpoint, device)
     decode = sampling.load_decoder(cfg, device) if cfg.latent else None
     folder = Path(args.save_images) if args.save_images else None
-    return measuring.drawn_images(model, cfg, args.num, args.checkpoint, decode, args.seed, folder)
+    samples = measuring.drawn_images(model, cfg, args.num, args.checkpoint, decode, args.seed, folder, classes, known)
+    return samples, classes, known
