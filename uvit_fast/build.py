@@ -43,6 +43,7 @@ DATASETS: dict[str, Callable[[Config], Any]] = {
         cfg.data.flip,
         labelled=cfg.model.num_classes > 0,
         skip_unreadable=cfg.data.unreadable == "skip",
+        background=cfg.data.background,
     ),
     "latents": lambda cfg: latents.Latents(
         cfg.data.path, cfg.latent.scale_factor, skip_damaged=cfg.data.unreadable == "skip"

@@ -159,6 +159,9 @@ class LatentConfig(Section):
     )
 
 
+Byte = Annotated[int, Field(ge=0, le=255)]
+
+
 class DataConfig(Section):
     """The training data."""
 
@@ -168,6 +171,10 @@ class DataConfig(Section):
     path: str | None = Field(None, description="Folder of the dataset, for those that are read from one.")
     crop: Literal["center", "celeba", "square"] = Field(
         "center", description="Of `images` and extraction: ADM's centre crop, CelebA's face, or COCO's centre square."
+    )
+    background: tuple[Byte, Byte, Byte] = Field(
+        (255, 255, 255),
+        description="Red, green and blue behind transparent pixels of `images` and extraction, 0 to 255.",
     )
     flip: bool = Field(False, description="Mirror each image with probability 1/2.")
     unreadable: Literal["refuse", "skip"] = Field(

@@ -122,7 +122,7 @@ def test_missing_empty_and_unfitting_data_are_named(tmp_path):
     assert "no such folder; expected the CIFAR-10" in refused(CIFAR, f"data.path={tmp_path / 'nothing'}")
     assert "the folder is empty; expected images" in refused(CELEBA, f"data.path={tmp_path}")
     (tmp_path / "readme.txt").write_text("")
-    assert "no images; expected files ending in .bmp" in refused(CELEBA, f"data.path={tmp_path}")
+    assert "no images; expected files ending in .jpg, .png" in refused(CELEBA, f"data.path={tmp_path}")
     assert "no data_batch_1" in refused(CIFAR, f"data.path={tmp_path}")
     assert "not set" in refused(CIFAR, "data.path=null")
     assert "expect items of (1, 16, 16), got (1, 8, 8)" in refused(DIGITS, "model.img_size=16")

@@ -28,7 +28,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
         "--unusual",
         choices=["convert", "skip", "refuse"],
         default="convert",
-        help="greyscale, CMYK, 16-bit and EXIF-rotated images (default: converted to upright RGB)",
+        help="greyscale, CMYK, 16-bit, transparent, EXIF-rotated, ... images (default: converted to upright, opaque RGB)",
     )
     command.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="stored (default float16)")
     command.add_argument("--shard", type=positive, default=4096, help="images a shard (default 4096)")
@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> None:
         encoders.vae_encoder(vae),
         crop=CROPS[cfg.data.crop],
         size=cfg.model.img_size * 2 ** (len(vae.config.block_out_channels) - 1),
+        background=cfg.data.background,
         scale_factor=cfg.latent.scale_factor,
         vae=encoders.vae_identity(vae, name),
         mirror=not (args.no_mirror or args.captions),

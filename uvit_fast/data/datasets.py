@@ -11,6 +11,7 @@ A dataset has a length and three more things:
 
 import gzip
 import math
+import os
 import pickle
 import warnings
 import zlib
@@ -23,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from uvit_fast.config import Config, UserError
-from uvit_fast.data.reading import BadImage, list_images, read_image
+from uvit_fast.data.reading import WHITE, BadImage, list_images, read_image, shown
 from uvit_fast.diffusion.noise import Draws
 from uvit_fast.extras import missing
 
@@ -144,19 +145,29 @@ class ImageFolder:
     synthetic = False
 
     def __init__(
-        self, path: str | None, size: int, crop: str, flip: bool, labelled: bool, skip_unreadable: bool = False
+        self,
+        path: str | None,
+        size: int,
+        crop: str,
+        flip: bool,
+        labelled: bool,
+        skip_unreadable: bool = False,
+        background: tuple[int, int, int] = WHITE,
     ):
         folder = require_folder(path, "images" + (", one folder a class" if labelled else ""))
         try:
             listing = list_images(folder, labelled)
         except UserError as error:
             raise UserError(f"data.path {error}") from None
+        for note in listing.notes if os.environ.get("RANK", "0") == "0" else []:
+            warnings.warn(f"data.path {shown(str(folder))}: {note}", stacklevel=3)
         self.folder, self.files = folder, listing.files  # names below it
         self.labels = listing.labels
         self.classes = listing.classes  # the folders' names, by label
         self.num_classes = len(self.classes)
         self.shape = (3, size, size)
         self.size, self.crop_name, self.flip, self.skip_unreadable = size, crop, flip, skip_unreadable
+        self.background = background
         self.decoder = "Pillow, on one core a loader process"  # what reads the pixels, in words
         self._warned: set[Path] = set()
 
@@ -182,9 +193,9 @@ class ImageFolder:
         for other in range(index, index + len(self)):
             file = self.folder / self.files[other % len(self)]
             try:
-                image, _ = read_image(file)
+                image, _ = read_image(file, self.background)
             except BadImage as error:
-                message = f"{file}: not a readable image ({error})"
+                message = f"{shown(str(file))}: not a readable image ({error})"
                 if not self.skip_unreadable:
                     raise UserError(f"{message}; data.unreadable=skip would leave it out") from None
                 if file not in self._warned:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from uvit_fast.config import UserError
 from uvit_fast.data import shards
-from uvit_fast.data.reading import BadImage, Listing, read_image
+from uvit_fast.data.reading import WHITE, BadImage, Listing, read_image, shown
 
 Pixels = Tensor  # (B, 3, H, W) uint8
 NO_CAPTION = "no caption"
@@ -60,7 +60,7 @@ class Extraction:
     """One extraction into the folder `out`.
 
     Args:
-        listing: the images. crop: (image, size) -> image of size x size pixels.
+        listing: the images. crop: (image, size) -> image of size x size pixels. background: behind transparent ones, 8-bit RGB.
         encode: pixels (B, 3, size, size) uint8 -> moments (B, 2C, h, w).
         vae: the autoencoder's identity. scale_factor: what the latents will be multiplied by; recorded, not applied.
         mirror: store each image's mirror image, too. dtype: of the stored moments and features.
@@ -75,6 +75,7 @@ class Extraction:
         *,
         crop: Callable[[Image.Image, int], Image.Image],
         size: int,
+        background: tuple[int, int, int] = WHITE,
         scale_factor: float,
         vae: dict[str, str],
         mirror: bool,
@@ -87,6 +88,7 @@ class Extraction:
     ):
         assert not (mirror and text), "captions do not describe mirror images"
         self.listing, self.out, self.encode, self.crop, self.size = listing, out, encode, crop, size
+        self.background = background
         self.mirror, self.text, self.policy, self.dtype = mirror, text, policy, np.dtype(dtype)
         self.shard_images, self.batch, self.workers = shard_images, batch, workers
         self.rank, self.ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -96,6 +98,7 @@ class Extraction:
             "text_encoder": text.identity if text else None,
             "image_size": size,
             "crop": crop.__name__,
+            "background": list(background),
             "mirror_images": mirror,
             "classes": listing.classes,
         }
@@ -136,14 +139,17 @@ class Extraction:
 
     def _agree(self) -> None:
         """Make the folder, or check that the one that is there belongs to this extraction."""
-        names = "".join(f"{name}\0{_size(self.listing.folder / name)}\n" for name in self.listing.files)
+        names = "".join(f"{name}\n" for name in self.listing.classes)
+        names += "".join(f"{name}\0{_size(self.listing.folder / name)}\n" for name in self.listing.files)
         settings = {
             "images": len(self.listing.files),
-            "images_digest": hashlib.sha256(names.encode()).hexdigest(),
+            "images_digest": hashlib.sha256(os.fsencode(names)).hexdigest(),
             "captions_digest": _digest(self.text.captions) if self.text else None,
             "vae_encoder": self.about["vae"]["encoder_sha256"],
             "text_encoder": self.text.identity["sha256"] if self.text else None,
-            **{name: self.about[name] for name in ("image_size", "crop", "mirror_images", "scale_factor")},
+            **{
+                name: self.about[name] for name in ("image_size", "crop", "background", "mirror_images", "scale_factor")
+            },
             "dtype": str(self.dtype),
             "shard_images": self.shard_images,
         }
@@ -237,14 +243,14 @@ class Extraction:
             return None, [], NO_CAPTION
         file = self.listing.folder / self.listing.files[index]
         try:
-            image, oddities = read_image(file)
+            image, oddities = read_image(file, self.background)
             pixels = np.array(self.crop(image, self.size))
         except BadImage as error:
             if self.policy.unreadable == "refuse":
-                raise UserError(f"{file}: {error}") from None
+                raise UserError(f"{shown(str(file))}: {error}") from None
             return None, [], str(error)
         if oddities and self.policy.unusual == "refuse":
-            raise UserError(f"{file}: {', '.join(oddities)}")
+            raise UserError(f"{shown(str(file))}: {', '.join(oddities)}")
         if oddities and self.policy.unusual == "skip":
             return None, oddities, ", ".join(oddities)
         return torch.from_numpy(pixels).permute(2, 0, 1), oddities, ""
@@ -297,6 +303,7 @@ class Extraction:
             "unusual": dict(Counter(kind for _, kinds in unusual for kind in kinds.split(", "))),
             "rejected_images": dict(rejected),
             "unusual_images": dict(unusual),
+            "notes": self.listing.notes,
             "ignored_files": self.listing.ignored,
         }
         assert report["read"] == report["written"] + report["rejected"] == len(self.listing.files)
@@ -307,9 +314,8 @@ def summary(out: Path, report: dict[str, Any]) -> str:
     """A report in a few lines; the files of more than 20 rejected images are in report.json only."""
     lines = ["{}: read {read} = written {written} + rejected {rejected}".format(out, **report)]
     lines += [f"  {count} {kind}" for kind, count in report["unusual"].items()]
-    lines += [f"  rejected {file}: {reason}" for file, reason in list(report["rejected_images"].items())[:20]]
-    if report["ignored_files"]:
-        lines.append(f"  {len(report['ignored_files'])} files that are no images, ignored")
+    lines += [f"  rejected {shown(file)}: {reason}" for file, reason in list(report["rejected_images"].items())[:20]]
+    lines += [f"  {note}" for note in report["notes"]]
     return "\n".join([*lines, f"  all names: {out / 'report.json'}"])
 
 
@@ -334,7 +340,7 @@ def list_captioned(folder: Path, captions: Path) -> tuple[Listing, list[list[str
         example = f", such as {missing[0]}" if missing else ""
         raise UserError(f"{folder}: lacks {len(missing)} of {len(names)} images that {captions} names{example}")
     order = sorted(names)
-    return Listing(folder, [names[i] for i in order], None, [], []), [texts[i] for i in order]
+    return Listing(folder, [names[i] for i in order], None, []), [texts[i] for i in order]
 
 
 def _size(file: Path) -> int:

@@ -1,7 +1,11 @@
-"""One image file as 8-bit RGB, upright, or the reason why it cannot be; and the images of a folder."""
+"""The one reader of images: the images of a folder, and each as upright, opaque 8-bit RGB, or the reason why it cannot be."""
 
+import errno
+import functools
 import os
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +13,38 @@ from PIL import Image, ImageOps
 
 from uvit_fast.config import UserError
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+# What Pillow decodes itself. EPS, which it hands to Ghostscript, and what it only identifies are not pictures here.
+FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "AVIF": (".avif", ".avifs"),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "BMP": (".bmp", ".dib"),
+    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "TGA": (".tga",),
+    "QOI": (".qoi",),
+    "PCX": (".pcx",),
+    "SGI": (".sgi",),
+    "DDS": (".dds",),
+    "ICO": (".ico",),
+    "PSD": (".psd",),
+}
+IMAGE_SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+
+# Folders that operating systems and storage servers add, in lower case; others of theirs begin with a dot.
+SYSTEM_FOLDERS = frozenset(
+    "__macosx __pycache__ @eadir @recently-snapshot @recycle @sharebin @tmp #recycle #snapshot ~snapshot $recycle.bin recycler "
+    "lost+found".split()
+) | {"system volume information"}
+
+HIDDEN = "hidden, or the system's"
+NO_IMAGE = "not an image by its ending"
+DANGLING = "a link to nothing"
+
+WHITE = (255, 255, 255)
 ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 _WIDE = {"I", "I;16", "I;16B", "I;16L", "I;16N"}  # Pillow's modes of grey with more than 8 bits
 
@@ -18,8 +53,13 @@ class BadImage(Exception):
     """An image that cannot be read; the message is the reason."""
 
 
-def read_image(file: Path) -> tuple[Image.Image, list[str]]:
-    """The image as RGB, and what it took to make it so: of "greyscale", "CMYK", "16-bit", "EXIF-rotated".
+def read_image(file: Path, background: tuple[int, int, int] = WHITE) -> tuple[Image.Image, list[str]]:
+    """The image as RGB, and what it took to make it so.
+
+    Of several frames it is the first. What is transparent shows the `background`, 8-bit RGB.
+
+    Returns:
+        the image, and of "EXIF-rotated", "16-bit", "greyscale", "CMYK", "transparent" and "several frames" what it was.
 
     Raises:
         BadImage: zero bytes, truncated, or not readable for another reason.
@@ -27,33 +67,75 @@ def read_image(file: Path) -> tuple[Image.Image, list[str]]:
     try:
         if file.stat().st_size == 0:
             raise BadImage("zero bytes")
-        with Image.open(file) as image:
-            stored = str([tile.args for tile in image.tile])  # gone once the pixels are loaded
-            image.load()
-            oddities = []
-            if image.getexif().get(ORIENTATION, 1) != 1:
-                oddities.append("EXIF-rotated")
-                image = ImageOps.exif_transpose(image)
-            if image.mode in _WIDE or ";16" in stored:
-                oddities.append("16-bit")
-            if image.mode in {"1", "L", "LA", *_WIDE}:
-                oddities.append("greyscale")
-            if image.mode == "CMYK":
-                oddities.append("CMYK")
-            if image.mode in _WIDE:
-                image = _eight_bits(image)
-            return image.convert("RGB"), oddities
+        with Image.open(file, formats=_formats()) as image:
+            return _as_rgb(image, background)
+    except BadImage:
+        raise
     except Image.UnidentifiedImageError:
         raise BadImage("unreadable: no known image format") from None
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # what a decoder says of a damaged file can be any of them
+        reason = shown(" ".join(str(error).split())) or type(error).__name__
         raise BadImage(reason if "truncated" in reason else f"unreadable: {reason}") from None
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)  # AVIF is not in every build
+
+
+def _as_rgb(image: Image.Image, background: tuple[int, int, int]) -> tuple[Image.Image, list[str]]:
+    stored = str([tile.args for tile in image.tile])  # gone once the pixels are loaded, as a TIFF's orientation is
+    turned = is_turned(image)
+    oddities = ["several frames"] if getattr(image, "is_animated", False) else []
+    image.load()
+    if turned or is_turned(image):  # a PNG may say so after its pixels
+        oddities.append("EXIF-rotated")
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise BadImage("floating point values; expected 8 or 16 bits")
+    if image.mode in _WIDE or ";16" in stored:
+        oddities.append("16-bit")
+    if image.mode in {"1", "L", "LA", "La", *_WIDE}:
+        oddities.append("greyscale")
+    if image.mode == "CMYK":
+        oddities.append("CMYK")
+    if image.has_transparency_data:
+        image = _with_alpha(image, stored)
+        if image.getextrema()[3][0] < 255:
+            oddities.append("transparent")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    elif image.mode in _WIDE:
+        image = _eight_bits(image)
+    return image.convert("RGB"), oddities
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Whether an EXIF tag says how to turn or mirror the image to be upright."""
+    try:
+        return image.getexif().get(ORIENTATION, 1) in range(2, 9)
+    except Exception:  # damaged EXIF says nothing about the pixels
+        return False
+
+
+def _with_alpha(image: Image.Image, stored: str) -> Image.Image:
+    """As RGBA. A PNG may name one colour that is transparent, in the bits of the file, not of Pillow's pixels."""
+    named = image.info.get("transparency")
+    if image.mode in _WIDE:
+        alpha = Image.fromarray(np.where(np.asarray(image) == named, 0, 255).astype(np.uint8))
+        image = _eight_bits(image).convert("RGB")
+        image.putalpha(alpha)
+    elif "RGB;16" in stored and named:
+        image.info["transparency"] = tuple(value >> 8 for value in named)
+    elif isinstance(named, int) and image.mode == "L":
+        image.info["transparency"] = named * (85 if "L;2" in stored else 17 if "L;4" in stored else 1)
+    return image.convert("RGBA")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
-        raise ValueError("expected grey of at most 16 bits")
+        raise BadImage("grey of more than 16 bits")
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))  # Pillow's convert would clip, not scale
 
 
@@ -63,42 +145,139 @@ class Listing:
 
     Attributes:
         folder: theirs. files: paths below it, POSIX style. labels: one an image, or None. classes: names of the labels.
-        ignored: other files below the folder, which no one reads.
+        left_out: why -> paths below the folder of what no one reads.
+        twice: paths of folders that a link leads to again; their images count once for each way.
     """
 
     folder: Path
     files: list[str]
     labels: list[int] | None
     classes: list[str]
-    ignored: list[str]
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    twice: list[str] = field(default_factory=list)
+
+    @property
+    def ignored(self) -> list[str]:
+        """All that is left out, whatever the reason."""
+        return in_order(path for paths in self.left_out.values() for path in paths)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Images of each class; a class without any has 0."""
+        numbers = np.bincount(self.labels or [], minlength=len(self.classes)).tolist()
+        return dict(zip(self.classes, numbers))
+
+    @property
+    def notes(self) -> list[str]:
+        """A sentence on each thing about the folder that someone may not expect."""
+        notes = [f"left out {_some(paths)}: {why}" for why, paths in self.left_out.items()]
+        if empty := [name for name, count in self.counts.items() if not count]:
+            notes.append(f"classes without an image: {_some(empty)}; they keep their labels")
+        if deeper := [name for name in self.files if self.classes and name.count("/") > 1]:
+            notes.append(f"below the folders of the classes, and counted as theirs: {_some(deeper)}")
+        if self.twice:
+            notes.append(f"reached by more than one way, and read for each: {_some(self.twice)}")
+        return notes
 
 
 def list_images(folder: Path, labelled: bool) -> Listing:
     """Find the images below `folder`: one folder a class where `labelled`, classes numbered in the order of their names.
 
+    Links are followed. A class's folder counts where it holds no image, too, so that the labels behind it stay. Names with a
+    leading dot and folders that systems add (`SYSTEM_FOLDERS`) are left out.
+
     Raises:
-        UserError: no images, a folder that cannot be listed, or, where `labelled`, images that lie in no class's folder.
+        UserError: no images, a folder that cannot be listed, a link to a folder that contains it, or, where `labelled`, images that
+            lie in no class's folder or a class's folder that is a link to nothing.
     """
-    found = [
-        (os.path.relpath(directory, folder) + "/" + name).removeprefix("./")
-        for directory, _, names in os.walk(
-            folder, onerror=_refuse
-        )  # millions of strings are light; of Path objects they would not be
-        for name in names
-    ]
-    found.sort(key=lambda name: name.split("/"))
-    is_image = [os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES for name in found]
-    images = [name for name, yes in zip(found, is_image) if yes]
-    if not images:
-        raise UserError(f"{folder}: no images; expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}")
-    if labelled and any("/" not in name for name in images):
-        raise UserError(f"{folder}: expected one folder a class, got images that lie in none")
-    owners = [name.split("/", 1)[0] for name in images] if labelled else []
-    classes = sorted(set(owners))
-    number = {name: i for i, name in enumerate(classes)}
-    labels = [number[owner] for owner in owners] if labelled else None
-    return Listing(folder, images, labels, classes, [name for name, yes in zip(found, is_image) if not yes])
+    files, classes, twice, left_out = [], [], [], {}
+
+    def leave(why: str, path: str) -> None:
+        left_out.setdefault(why, []).append(path)
+
+    root = _identity(folder)
+    todo, seen = [("", (root,))], {root}  # folders below, each with the identities of those that lead there
+    while todo:
+        below, chain = todo.pop()
+        for entry in _entries(os.path.join(folder, below) if below else str(folder)):
+            path = os.path.join(below, entry.name)  # millions of strings are light; of Path objects they would not be
+            if entry.name.startswith(".") or entry.name.lower() in SYSTEM_FOLDERS:
+                leave(HIDDEN, path)
+            elif (kind := _kind(entry)) == "folder":
+                identity = _identity(entry.path)
+                if identity in chain:
+                    raise UserError(
+                        f"{shown(entry.path)}: leads back to a folder that contains it; expected no such link"
+                    )
+                if identity in seen:
+                    twice.append(path)
+                seen.add(identity)
+                todo.append((path, (*chain, identity)))
+                if not below:
+                    classes.append(entry.name)
+            elif kind != "other" and os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
+                files.append(path)  # a link to nothing, too: an image that cannot be read
+            elif kind == "nothing" and labelled and not below:
+                raise UserError(f"{shown(entry.path)}: a link to nothing; expected the folder of a class")
+            else:
+                leave(DANGLING if kind == "nothing" else NO_IMAGE, path)
+
+    files, left_out = in_order(files), {why: in_order(left_out[why]) for why in sorted(left_out)}
+    if not files:
+        usual = ", ".join(suffixes[0] for suffixes in FORMATS.values())
+        found = "; ".join(f"{_some(paths)}: {why}" for why, paths in left_out.items()) or "nothing"
+        raise UserError(f"{shown(str(folder))}: no images; expected files ending in {usual}; got {found}")
+    if labelled and (loose := [path for path in files if "/" not in path]):
+        raise UserError(
+            f"{shown(str(folder))}: expected one folder a class, got images that lie in none: {_some(loose)}"
+        )
+    if not labelled:
+        return Listing(folder, files, None, [], left_out, in_order(twice))
+    number = {name: i for i, name in enumerate(sorted(classes))}
+    labels = [number[path.split("/", 1)[0]] for path in files]
+    return Listing(folder, files, labels, list(number), left_out, in_order(twice))
 
 
-def _refuse(error: OSError) -> None:
-    raise UserError(f"{error.filename}: cannot be listed ({error.strerror}); its images would be lost")
+def in_order(paths: Iterable[str]) -> list[str]:
+    """Sorted folder by folder, in which "a/b" comes before "a-b"."""
+    return sorted(paths, key=lambda path: path.split("/"))
+
+
+def shown(name: str) -> str:
+    """A file's name on one line that any terminal prints: bytes that are not UTF-8 and control characters are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def _some(paths: list[str]) -> str:
+    """How many, of which endings, and the first of them."""
+    if len(paths) <= 3:
+        return ", ".join(map(shown, paths))
+    endings = Counter(os.path.splitext(path)[1].lower() for path in paths).most_common(4)
+    kinds = ", ".join(f"{count} {shown(ending)}" for ending, count in endings if ending)
+    return f"{len(paths)}{f' ({kinds})' if kinds else ''}, such as {shown(paths[0])}"
+
+
+def _entries(folder: str) -> Iterator[os.DirEntry]:
+    try:
+        with os.scandir(folder) as entries:
+            yield from entries
+    except OSError as error:
+        raise UserError(f"{shown(folder)}: cannot be listed ({error.strerror}); its images would be lost") from None
+
+
+def _kind(entry: os.DirEntry) -> str:
+    """ "folder", "file", "nothing" for a link to it, or "other", as pipes are, which a reader would wait for."""
+    try:
+        if entry.is_dir():
+            return "folder"
+        return "file" if entry.is_file() else "nothing" if entry.is_symlink() and not os.path.exists(entry) else "other"
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "nothing"
+        raise UserError(f"{shown(entry.path)}: cannot be listed ({error.strerror}); its images would be lost") from None
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    """The same for every way to a folder."""
+    stat = os.stat(folder)
+    return stat.st_dev, stat.st_ino
