@@ -1,5 +1,7 @@
 """The configs are the paper's, and a mistake in one is named."""
 
+import os
+import random
 from pathlib import Path
 
 import pytest
@@ -100,8 +102,23 @@ def test_overrides_win_over_the_file_and_its_base():
         ("train.betas=[0.9]", ["train.betas.1", "AdamW's, in [0, 1)"]),  # too few
         ("train.lr=.inf", ["train.lr", "finite"]),
         ("train.seed=99999999999999999999", ["train.seed", "less than 4294967296"]),
-        ("train.lr", ["--set train.lr", "expected section.key=value"]),  # no value
+        ("train.lr", ["override train.lr", "expected section.key=value"]),  # no value
         ("name.x=1", ["name", "not a section"]),  # a key below a value
+        ("train.lr=!!float abc", ["override train.lr=!!float abc", "no float that can be used in line 1, column 1"]),
+        ("name=!!timestamp abc", ["no timestamp that can be used"]),
+        ("train={lr: 1, lr: 2}", ["lr is there twice in line 1, column 9"]),
+        ("train.lr=" + "[" * 1000, ["nested too deeply"]),
+        ("train.seed=0x" + "f" * 5000, ["less than 4294967296, got an integer of 20000 bits"]),
+        (
+            "train.log_every=10000000000",
+            ["train.log_every", "expected less than or equal to 1000000"],
+        ),  # a row's memory
+        ("train.batch_size=" + "x" * 500, ["got '" + "x" * 78 + "…"]),
+        ("name=" + "a" * 5000, ["name", "at most 100 characters", "got '" + "a" * 78 + "…"]),
+        ("name=../up", ["name", "expected a folder's name, without /", "'../up'"]),
+        ('data.path="a\\0b"', ["data", "path: expected text without the character 0"]),
+        ("data.path=" + "a" * 300, ["data.path", "expected a path that a file system can hold, got 300 characters"]),
+        ("model.num_classes=1", ["model.num_classes 1 with train.p_uncond leaves no class"]),
     ],
 )
 def test_a_wrong_key_or_value_is_named_with_what_was_expected(override, words):
@@ -110,6 +127,33 @@ def test_a_wrong_key_or_value_is_named_with_what_was_expected(override, words):
     for word in words:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_overrides_may_be_a_mapping():
+    """From Python the values are values; a mapping within one overrides key by key, as a file does its base."""
+    path = CONFIGS / "digits.yaml"
+    cfg = load_config(path, {"model.depth": 2, "train": {"lr": 0.5}, "train.betas": (0.5, 0.6)})
+    assert (cfg.model.depth, cfg.train.lr, cfg.train.betas) == (2, 0.5, (0.5, 0.6))
+    assert cfg.train.batch_size == load_config(path).train.batch_size
+    assert load_config(path, "model.depth=2").model.depth == 2
+    for wrong, words in (
+        ({"model.dept": 2}, "did you mean 'depth'"),
+        ({3: 2}, "expected section.key"),
+        ([3], "expected"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            load_config(path, wrong)
+
+
+def test_paths_are_kept_absolute(tmp_path, monkeypatch):
+    """A run is continued from its config.yaml from any folder; what is no folder here is a name on the hub."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vae").mkdir()
+    settings = ["data.path=pictures", "latent.decoder=vae", "evaluate.every=1", "evaluate.reference=~/real.npz"]
+    cfg = load_config(CONFIGS / "digits.yaml", settings)
+    assert (cfg.data.path, cfg.latent.decoder) == (f"{tmp_path}/pictures", f"{tmp_path}/vae")
+    assert cfg.evaluate.reference == os.path.expanduser("~/real.npz")
+    assert load_config(CONFIGS / "digits.yaml", ["latent.decoder=owner/vae"]).latent.decoder == "owner/vae"
 
 
 def test_missing_file_names_the_nearest():
@@ -143,3 +187,128 @@ def test_every_key_is_read_somewhere():
         section = next((o for o in [section, *getattr(section, "__args__", ())] if hasattr(o, "model_fields")), None)
         for key in section.model_fields if section else []:
             assert f".{key}" in code, f"{name}.{key} is read nowhere"
+
+
+NASTY = [
+    *(
+        "!!timestamp abc",
+        "!!float abc",
+        "!!bool maybe",
+        "!!int ''",
+        "!!binary a",
+        "!!omap 3",
+        "!!set {a}",
+        "!t a",
+        "!!python/name:os.x",
+    ),
+    *(
+        "2020-13-45",
+        "2020-01-02",
+        "1:99:99",
+        "0x",
+        "0b2",
+        ".inf",
+        "-.inf",
+        ".nan",
+        "1e999",
+        "-0",
+        "~",
+        "",
+        "''",
+        '"\\0"',
+        '"\\uD800"',
+    ),
+    *(
+        "&a [*a]",
+        "&a {x: *a}",
+        "*b",
+        "<<: 3",
+        "{<<: [1]}",
+        "{a: 1, a: 2}",
+        "[[[1]]]",
+        "{1: 2}",
+        "{[1]: 2}",
+        "? a",
+        "%TAG",
+        "a: b: c",
+    ),
+    *(
+        "- x",
+        "|",
+        ">",
+        "@",
+        "`",
+        "#",
+        "---",
+        "...",
+        "\ufeff",
+        "\u2028",
+        "\x85",
+        "\x07",
+        "\ud800",
+        "ü火",
+        "9" * 5000,
+        "0x" + "f" * 5000,
+    ),
+    *(
+        "x" * 5000,
+        "x/" * 3000,
+        "[" * 600,
+        "{a: " * 600,
+        "[" + "x," * 300 + "]",
+        "-1",
+        "10000000000",
+        "1e30",
+        "true",
+        "None",
+        "../..",
+    ),
+]
+
+
+def fuzzed(rng: random.Random, text: str) -> tuple[str, list[str]]:
+    """A config's text and overrides, one of them or both with something in them that does not belong there."""
+    keys = [
+        f"{name}.{key}"
+        for name, field in Config.model_fields.items()
+        for key in getattr(field.annotation, "model_fields", ())
+    ]
+    overrides = []
+    if rng.random() < 0.5:
+        key = rng.choice(
+            [*keys, "name", "device", "model", "train", "model.img_size", "model.unet", "evaluate.every", "x", "", "."]
+        )
+        overrides = [f"{key}{rng.choice(['=', '=', '=', '.x=', ''])}{rng.choice(NASTY)}"]
+    else:
+        lines = text.split("\n")
+        for _ in range(rng.randint(1, 3)):
+            at = rng.randrange(len(lines))
+            start = rng.randint(0, len(lines[at]))
+            key = lines[at].split(":")[0]
+            lines[at] = rng.choice(
+                [
+                    lines[at][:start] + rng.choice(NASTY)[:3000] + lines[at][start + rng.randint(0, 3) :],
+                    f"{key}: {rng.choice(NASTY)}",
+                    rng.choice(lines),
+                    "",
+                ]
+            )
+        text = "\n".join(lines)
+    return text, overrides
+
+
+def test_a_thousand_fuzzed_configs_load_or_are_refused_in_short_lines(tmp_path):
+    rng, whole, fine = random.Random(0), (CONFIGS / "digits.yaml").read_text(), 0
+    whole = "\n".join(line for line in whole.splitlines() if not line.startswith("#"))
+    for i in range(1000):
+        text, overrides = fuzzed(rng, whole)
+        path = tmp_path / "x.yaml"
+        path.write_text(text, errors="surrogatepass")
+        try:
+            load_config(path, overrides)
+        except ConfigError as error:
+            lines = str(error).split("\n")
+            assert len(lines) <= 11 and all(line.isprintable() and len(line) < 500 for line in lines), (i, overrides)
+        else:
+            fine += 1
+    assert 20 < fine < 500  # some are harmless, some are not

@@ -1,4 +1,7 @@
-"""`uvit-fast <command>`: a user's mistake is one line and exit code 2, Ctrl-C one line and 130."""
+"""`uvit-fast <command>`: a user's mistake is one line and exit code 2, Ctrl-C one line and 130.
+
+Nothing here imports torch, nor does a command before it knows that its arguments make sense: a typo is answered at once.
+"""
 
 import argparse
 import sys
@@ -20,6 +23,7 @@ from uvit_fast.commands import (
     sweep,
     tune,
 )
+from uvit_fast.commands.arguments import Parser
 from uvit_fast.config import UserError
 
 COMMANDS = {
@@ -41,12 +45,12 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="uvit-fast", description="U-ViT: sample, inspect, measure.")
+    parser = Parser(prog="uvit-fast", description="U-ViT: sample, inspect, measure.", example="uvit-fast sample --help")
     parser.add_argument("--version", action="version", version=f"uvit-fast {uvit_fast.__version__}")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed's launcher says it before the command
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, module in COMMANDS.items():
-        command = commands.add_parser(name, help=module.HELP, description=module.HELP)
+        command = commands.add_parser(name, help=module.HELP, description=module.HELP, example=module.EXAMPLE)
         command.set_defaults(run=module.run)
         module.arguments(command)
 
@@ -54,6 +58,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run(args) or 0
     except (UserError, ImportError) as error:
+        print(f"uvit-fast: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # of whom it printed to
+        return 1
+    except OSError as error:
         print(f"uvit-fast: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

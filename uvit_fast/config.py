@@ -1,16 +1,22 @@
 """The configuration: these classes are the YAML schema. Every key is typed, documented with its unit, and read somewhere.
 
 A file may name one other file as `base:`; its own keys then override the base's. `--set train.batch_size=512` overrides both.
+Paths are kept absolute, so that a run can be continued from another folder.
 """
 
 from __future__ import annotations
 
 import difflib
+import os
+import reprlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+
+CUT = 80  # characters of a user's value that a message repeats
 
 
 class UserError(ValueError):
@@ -30,15 +36,44 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
+    @model_validator(mode="after")
+    def _can_name_files(self) -> Section:
+        for key, value in self:
+            if isinstance(value, str) and "\0" in value:
+                raise ValueError(f"{key}: expected text without the character 0, got {shown(value)}")
+        return self
+
+
+def _fits_a_file_system(path: str) -> str:
+    if len(path) > 4000 or any(len(os.fsencode(part)) > 255 for part in path.split("/")):
+        raise ValueError(f"expected a path that a file system can hold, got {len(path)} characters, {shown(path)}")
+    return path
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path)) if path else path
+
+
+def _absolute_folder(name: str) -> str:
+    return _absolute(name) if os.path.isdir(os.path.expanduser(name)) else name
+
+
+LocalPath = Annotated[str, AfterValidator(_fits_a_file_system), AfterValidator(_absolute)]
+FolderOrHub = Annotated[str, AfterValidator(_fits_a_file_system), AfterValidator(_absolute_folder)]
+
 
 class NetworkConfig(Section):
     """What every network has: the shapes of image and condition."""
 
-    img_size: int = Field(gt=0, description="Height and width of the network's input: pixels, or latent pixels.")
-    in_chans: int = Field(gt=0, description="Channels of the input: 3 for RGB, 4 for KL-f8 latents.")
-    num_classes: int = Field(0, ge=0, description="Rows of the label embedding, null label included; 0: no classes.")
-    context_dim: int = Field(0, ge=0, description="Width of a text token (CLIP ViT-L/14: 768); 0: no text.")
-    context_tokens: int = Field(77, gt=0, description="Text tokens an image, when context_dim > 0.")
+    img_size: int = Field(
+        gt=0, le=2**14, description="Height and width of the network's input: pixels, or latent pixels."
+    )
+    in_chans: int = Field(gt=0, le=2**14, description="Channels of the input: 3 for RGB, 4 for KL-f8 latents.")
+    num_classes: int = Field(
+        0, ge=0, le=2**24, description="Rows of the label embedding, null label included; 0: no classes."
+    )
+    context_dim: int = Field(0, ge=0, le=2**16, description="Width of a text token (CLIP ViT-L/14: 768); 0: no text.")
+    context_tokens: int = Field(77, gt=0, le=2**16, description="Text tokens an image, when context_dim > 0.")
 
     @model_validator(mode="after")
     def _one_condition(self) -> NetworkConfig:
@@ -50,11 +85,11 @@ class NetworkConfig(Section):
 class ModelConfig(NetworkConfig):
     """U-ViT (paper, Section 3 and Table 1)."""
 
-    patch_size: int = Field(gt=0, description="Side of a square patch, in (latent) pixels; divides img_size.")
-    embed_dim: int = Field(gt=0, description="Width D of a token.")
-    depth: int = Field(ge=2, description="Depth of the paper; there are 2 * (depth // 2) + 1 blocks.")
-    num_heads: int = Field(gt=0, description="Attention heads; divides embed_dim.")
-    mlp_ratio: float = Field(4.0, gt=0, description="Hidden width of the MLP over D.")
+    patch_size: int = Field(gt=0, le=2**14, description="Side of a square patch, in (latent) pixels; divides img_size.")
+    embed_dim: int = Field(gt=0, le=2**16, description="Width D of a token.")
+    depth: int = Field(ge=2, le=1000, description="Depth of the paper; there are 2 * (depth // 2) + 1 blocks.")
+    num_heads: int = Field(gt=0, le=2**16, description="Attention heads; divides embed_dim.")
+    mlp_ratio: float = Field(4.0, gt=0, le=64, description="Hidden width of the MLP over D.")
     mlp_time_embed: bool = Field(False, description="Pass the sinusoidal time embedding through an MLP.")
     conv: bool = Field(True, description="One 3x3 convolution after unpatchify (paper, Section 3.1).")
     skip: Literal["concat", "add", "none"] = Field("concat", description="Long skip connections (paper, Figure 2a).")
@@ -84,8 +119,10 @@ class UNetConfig(NetworkConfig):
     unet: Literal["ldm", "adm"] = Field(
         description="ldm: LDM's, conditioned on text. adm: ADM's, conditioned on classes or nothing."
     )
-    channels: tuple[int, ...] = Field(description="Of each level, from full resolution down; multiples of 32.")
-    layers: int = Field(gt=0, description="Residual blocks a level.")
+    channels: tuple[int, ...] = Field(
+        max_length=15, description="Of each level, from full resolution down; multiples of 32."
+    )
+    layers: int = Field(gt=0, le=1000, description="Residual blocks a level.")
     attention: tuple[bool, ...] = Field(description="For each level: whether attention follows its residual blocks.")
     activation_checkpointing: Literal["none", "block"] = Field(
         "none", description="Keep everything for the backward, or compute residual and attention blocks again."
@@ -93,8 +130,8 @@ class UNetConfig(NetworkConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> UNetConfig:
-        if not self.channels or any(c <= 0 or c % 32 for c in self.channels):
-            raise ValueError(f"channels: expected multiples of 32, got {list(self.channels)}")
+        if not self.channels or any(c % 32 or not 0 < c <= 2**16 for c in self.channels):
+            raise ValueError(f"channels: expected multiples of 32, up to 65536, got {shown(self.channels)}")
         if len(self.attention) != len(self.channels):
             raise ValueError(
                 f"attention: expected one of each of {len(self.channels)} levels, got {len(self.attention)}"
@@ -130,7 +167,7 @@ class SampleConfig(Section):
     sampler: Literal["dpm_fast", "dpmpp_fast", "dpmpp_2m", "euler_maruyama"] = Field(
         description="DPM-Solver singlestep, DPM-Solver++ singlestep, DPM-Solver++ multistep 2M, or Euler-Maruyama."
     )
-    steps: int = Field(50, ge=1, description="Network evaluations a sample (NFE).")
+    steps: int = Field(50, ge=1, le=10**5, description="Network evaluations a sample (NFE).")
     guidance_scale: float = Field(
         0.0,
         ge=0,
@@ -153,7 +190,7 @@ class LatentConfig(Section):
     """The frozen autoencoder of latent models; the training latents were made with Stable Diffusion's first."""
 
     scale_factor: float = Field(0.18215, gt=0, description="Latents are multiplied by this before the network.")
-    decoder: str = Field(
+    decoder: FolderOrHub = Field(
         "CompVis/stable-diffusion-v1-4/vae",
         description="Autoencoder that decodes samples: a local folder, or owner/repository[/subfolder] on the hub.",
     )
@@ -168,7 +205,7 @@ class DataConfig(Section):
     name: Literal["digits", "synthetic", "cifar10", "fashion_mnist", "images", "latents", "text_latents"] = Field(
         description="digits: scikit-learn's. synthetic: random data of the model's shapes. The others read `path`."
     )
-    path: str | None = Field(None, description="Folder of the dataset, for those that are read from one.")
+    path: LocalPath | None = Field(None, description="Folder of the dataset, for those that are read from one.")
     crop: Literal["center", "celeba", "square"] = Field(
         "center", description="Of `images` and extraction: ADM's centre crop, CelebA's face, or COCO's centre square."
     )
@@ -195,7 +232,7 @@ class TrainConfig(Section):
     """The optimisation (paper, Appendix, Table 1)."""
 
     iterations: int = Field(gt=0, description="Optimizer steps.")
-    batch_size: int = Field(gt=0, description="Images an optimizer step, over all GPUs.")
+    batch_size: int = Field(gt=0, le=10**7, description="Images an optimizer step, over all GPUs.")
     micro_batch_size: int | None = Field(
         None,
         gt=0,
@@ -229,7 +266,7 @@ class TrainConfig(Section):
         description="Standard deviations above the recent losses that make a spike, which is logged; 0: none.",
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of initialisation, data order, noise and timesteps.")
-    log_every: int = Field(50, gt=0, description="Steps between two rows of scalars.")
+    log_every: int = Field(50, gt=0, le=10**6, description="Steps between two rows of scalars.")
     checkpoint_every: int = Field(
         10000, gt=0, description="Steps between two checkpoints; the last step always has one."
     )
@@ -243,20 +280,24 @@ class EvaluateConfig(Section):
     """Figures of samples from the EMA weights while training; the best weights stay in the run's folder best/."""
 
     every: int = Field(gt=0, description="Steps between two evaluations; the last step always has one.")
-    samples: int = Field(10_000, gt=0, description="Samples that are drawn for one; published figures are of 50000.")
+    samples: int = Field(
+        10_000, gt=0, le=10**8, description="Samples that are drawn for one; published figures are of 50000."
+    )
     features: Literal["inception", "digits-fid"] = Field(
         "inception", description="inception: FID. digits-fid: of a small classifier of the training data's labels."
     )
-    reference: str | None = Field(
+    reference: LocalPath | None = Field(
         None, description="Statistics (.npz) or images (folder or .npz). Default: the training data."
     )
-    inception: str | None = Field(None, description="Inception's weight file. Default: among torch.hub's downloads.")
+    inception: LocalPath | None = Field(
+        None, description="Inception's weight file. Default: among torch.hub's downloads."
+    )
 
 
 class Config(Section):
     """One experiment."""
 
-    name: str = Field(description="Names the run's folder, runs/<name>.")
+    name: str = Field(min_length=1, max_length=100, description="Names the run's folder, runs/<name>.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a GPU.")
     model: Annotated[
         Annotated[ModelConfig, Tag("U-ViT")] | Annotated[UNetConfig, Tag("U-Net")], Discriminator(_network)
@@ -270,9 +311,16 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _agrees(self) -> Config:
+        if self.name in (".", "..") or "/" in self.name or not self.name.isprintable():
+            raise ValueError(f"name: expected a folder's name, without /, got {shown(self.name)}")
         conditional = bool(self.model.num_classes or self.model.context_dim)
         if self.train.p_uncond > 0 and not conditional:
             raise ValueError("train.p_uncond needs a condition: set model.num_classes or model.context_dim")
+        if self.model.num_classes == 1 and self.train.p_uncond > 0:
+            raise ValueError(
+                "model.num_classes 1 with train.p_uncond leaves no class, since the last label then means none: "
+                "expected the number of classes and one more, or train.p_uncond 0"
+            )
         if self.sample.guidance_scale > 0 and self.train.p_uncond == 0:
             raise ValueError("sample.guidance_scale needs a model trained with train.p_uncond > 0")
         selective = self.model.activation_checkpointing == "selective"
@@ -292,30 +340,48 @@ class Config(Section):
         return self.model.num_classes - 1 if self.model.num_classes and self.train.p_uncond > 0 else None
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load_config(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
     """Read a YAML config.
 
     Args:
         path: the file.
-        overrides: `section.key=value` strings, as after `--set`; values are YAML.
+        overrides: `section.key=value` strings, as after `--set`, with values in YAML; or a mapping from `section.key` to values.
 
     Raises:
         ConfigError: the file is missing or not YAML, a key is unknown or has a wrong value, or `base` names a file with a base.
     """
     path = Path(path)
     tree = _read(path)
-    if "base" in tree:
-        base_path = path.parent / str(tree.pop("base"))
-        base = _read(base_path)
-        if "base" in base:
-            raise ConfigError(f"{path}: base {base_path} has a base of its own; expected one level of base")
-        tree = _merge(base, tree)
-    for override in overrides:
-        _apply(tree, override)
     try:
+        if "base" in tree:
+            base_path = path.parent / str(tree.pop("base"))
+            base = _read(base_path)
+            if "base" in base:
+                raise ConfigError(f"{path}: base {base_path} has a base of its own; expected one level of base")
+            tree = _merge(base, tree)
+    except RecursionError:  # aliases that hold themselves
+        raise ConfigError(f"{path}: nested too deeply; expected sections with keys") from None
+    return config_from(tree, path, overrides)
+
+
+def config_from(tree: dict[str, Any], source: Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
+    """`load_config` of what a YAML file would hold.
+
+    Args:
+        source: what messages call it.
+    """
+    if isinstance(overrides, str):
+        overrides = [overrides]
+    try:
+        for key, value in overrides.items() if isinstance(overrides, Mapping) else map(_override, overrides):
+            tree = _merge(tree, _nested(tree, key, value))
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(path, item) for item in error.errors())) from None
+        lines = [_explain(source, item) for item in error.errors()]
+        more = [f"{source}: and {len(lines) - 10} more"] if len(lines) > 10 else []
+        raise ConfigError("\n".join(lines[:10] + more)) from None
+    except RecursionError:
+        raise ConfigError(f"{source}: nested too deeply; expected sections with keys") from None
 
 
 def dump_config(config: Config) -> str:
@@ -323,15 +389,77 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+def shown(value: Any) -> str:
+    """A user's value as a message repeats it: on one line, cut at 80 characters, whatever it is."""
+    return cut(repr(value[: CUT + 1]) if isinstance(value, str) else _BRIEF.repr(value))
+
+
+def cut(text: str) -> str:
+    """Text of a user's on one line of at most 80 characters."""
+    text = text[: CUT + 1]
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text if len(text) <= CUT else text[: CUT - 1] + "…"
+
+
+class _Brief(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() < 300 else f"an integer of {x.bit_length()} bits"
+
+
+_BRIEF = _Brief()
+_BRIEF.maxstring = _BRIEF.maxother = CUT
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe values. What PyYAML raises otherwise where a value does not fit its tag, or silently takes, is an error with its place."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, TypeError):
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.MarkedYAMLError(problem=f"no {kind} that can be used", problem_mark=node.start_mark) from None
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value} is there twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _parse(text: str, what: str) -> Any:
+    """A YAML value.
+
+    Raises:
+        ConfigError: it is none; `what` says of what, and after it stands what is wrong and where.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{what}: {cut(error.problem or error.context or '')}{where}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{what}: {cut(' '.join(str(error).split()))}") from None
+    except RecursionError:
+        raise ConfigError(f"{what}: nested too deeply") from None
+
+
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    try:
+        text = path.read_text("utf-8-sig") if path.is_file() else None
+    except OSError as error:
+        raise ConfigError(f"{cut(str(path))}: expected a config file ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not YAML: {error.reason} at byte {error.start}") from None
+    if text is None:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise ConfigError(f"{path}: no such config file{hint}")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    tree = _parse(text, f"{path}: not YAML")
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, got {type(tree).__name__}")
     return tree
@@ -345,26 +473,33 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not all(key.split(".")):
-        raise ConfigError(f"--set {override}: expected section.key=value, such as train.batch_size=512")
-    *sections, leaf = key.strip().split(".")
+def _override(text: Any) -> tuple[str, Any]:
+    """The key and the value of `section.key=value`."""
+    key, equals, value = text.partition("=") if isinstance(text, str) else ("", "", "")
+    if not equals:
+        raise ConfigError(f"override {cut(str(text))}: expected section.key=value, as in --set train.batch_size=512")
+    return key.strip(), _parse(value, f"override {cut(text)}: not a YAML value")
+
+
+def _nested(tree: dict[str, Any], key: Any, value: Any) -> dict[str, Any]:
+    """{section: {key: value}} of `section.key`, which must lead through sections of the tree."""
+    *sections, leaf = key.split(".") if isinstance(key, str) else [""]
+    if not all([*sections, leaf]):
+        raise ConfigError(f"override {shown(key)}: expected section.key, such as train.batch_size")
     for name in sections:
-        if tree.get(name) is None:
-            tree[name] = {}
-        tree = tree[name]
-        if not isinstance(tree, dict):
-            raise ConfigError(f"--set {override}: {name} is a value, not a section")
-    try:
-        tree[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {override}: {text!r} is not a YAML value") from None
+        tree = tree.get(name, {})
+        if not isinstance(tree, dict | None):
+            raise ConfigError(f"override {cut(key)}: {cut(name)} is a value, not a section")
+        tree = tree or {}
+    nested = {leaf: value}
+    for name in reversed(sections):
+        nested = {name: nested}
+    return nested
 
 
 def _explain(path: Path, error: Any) -> str:
     """One pydantic error as one line: file, key, what was expected, what came, the nearest key."""
-    key = ".".join(str(part) for part in error["loc"] if part not in NETWORKS)
+    key = cut(".".join(str(part) for part in error["loc"] if part not in NETWORKS))
     if error["type"] == "extra_forbidden":
         valid = _fields_at(error["loc"][:-1])
         near = difflib.get_close_matches(str(error["loc"][-1]), valid, n=1, cutoff=0.5)
@@ -373,7 +508,7 @@ def _explain(path: Path, error: Any) -> str:
     if error["type"] == "missing":
         return f"{path}: {key}: missing; expected {_description(error['loc'])}"
     message = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
-    got = "" if error["type"] == "value_error" else f", got {error['input']!r}"
+    got = "" if error["type"] == "value_error" else f", got {shown(error['input'])}"
     return f"{path}: {key + ': ' if key else ''}{message}{got}"
 
 

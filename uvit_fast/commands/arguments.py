@@ -1,11 +1,44 @@
-"""Arguments that several commands take."""
+"""Arguments that several commands take. Nothing here imports torch."""
 
 import argparse
+import difflib
+import json
+import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from uvit_fast.config import Config, UserError, load_config
+from uvit_fast.config import Config, ModelConfig, SampleConfig, UserError, config_from, cut, load_config, shown
 
 CLIP = "openai/clip-vit-large-patch14"  # whose text features the published text models were trained on
+PIPELINE_FILES = ("model_index.json", "model/config.json", "scheduler/scheduler_config.json")
+
+
+class Parser(argparse.ArgumentParser):
+    """One that answers a mistake with the command's own usage and an example, an unknown option before anything else.
+
+    Args:
+        example: a command line that works.
+    """
+
+    def __init__(self, *args: Any, example: str, **options: Any):
+        super().__init__(*args, epilog=f"example: {example}", **options)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> Any:
+        known = list(self._option_string_actions)
+        for text in sys.argv[1:] if args is None else args:
+            name = text.partition("=")[0]
+            if text == "--" or (self._subparsers and not text.startswith("-")):  # what follows is not this parser's
+                break
+            if re.match(r"--?[a-zA-Z]", text) and not any(option.startswith(name) for option in known):
+                near = difflib.get_close_matches(name, known, n=1)
+                self.error(f"{cut(name)}: no such option" + (f"; did you mean {near[0]}?" if near else ""))
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> None:
+        self.print_usage(sys.stderr)
+        self.exit(2, f"{self.prog}: error: {message[:400]}\n{self.epilog}\n")
 
 
 def config_arguments(command: argparse.ArgumentParser, required: bool = True) -> None:
@@ -27,21 +60,58 @@ def checkpoint_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def config_of(config: str | None, checkpoint: str, overrides: list[str]) -> Config:
-    """The config of a checkpoint: the one that is named, else config.yaml of the run folder that the checkpoint is.
+    """The config of a checkpoint: the one that is named, else the checkpoint's own.
+
+    A run folder has its config.yaml, and so have the checkpoints in it; a pipeline's folder says what it is made of.
 
     Raises:
-        UserError: none is named, and the checkpoint is no run folder.
+        UserError: none is named, and the checkpoint is of no run or pipeline.
     """
-    own = Path(checkpoint) / "config.yaml"
-    if config is None and not Path(checkpoint).exists():
+    if config is not None:
+        return load_config(config, overrides)
+    path = Path(checkpoint)
+    if not path.exists():
         raise UserError(
-            f"--checkpoint {checkpoint}: no such file or folder; expected weights, or a run's or pipeline's folder"
+            f"--checkpoint {cut(checkpoint)}: no such file or folder; expected weights, or a run's or pipeline's folder"
         )
-    if config is None and not own.is_file():
-        raise UserError(
-            f"--config: expected the YAML file of {checkpoint}; only a run folder, with its config.yaml, goes without"
-        )
-    return load_config(config or own, overrides)
+    for folder in [path, *path.absolute().parents[:3]]:  # run/checkpoints/step_00001000/ema.safetensors
+        if (folder / "config.yaml").is_file():
+            return load_config(folder / "config.yaml", overrides)
+        if (folder / "model_index.json").is_file():
+            return _config_of_pipeline(folder, overrides)
+    raise UserError(
+        f"--config: expected the YAML file of {checkpoint}; only runs and pipelines' folders have their own"
+    )
+
+
+def _config_of_pipeline(folder: Path, overrides: list[str]) -> Config:
+    """What a pipeline's folder says of its model, and how it was published to be sampled. Of the training it says nothing."""
+
+    def read(name: str) -> dict[str, Any]:
+        try:
+            values = json.loads((folder / name).read_text("utf-8"))
+            return values if isinstance(values, dict) else {}
+        except (OSError, ValueError, RecursionError):
+            raise UserError(
+                f"{folder / name}: expected the JSON file of a U-ViT pipeline's folder, or --config"
+            ) from None
+
+    pipeline, model, scheduler = (read(name) for name in PIPELINE_FILES)
+    model = {key: value for key, value in model.items() if key in ModelConfig.model_fields}
+    droppable = pipeline.get("null_label") is not None or bool(model.get("context_dim"))
+    tree = {
+        "name": folder.absolute().name,
+        "model": model,
+        "diffusion": {"schedule": scheduler.get("schedule")},
+        "train": {"iterations": 1, "batch_size": 1, "p_uncond": 0.1 if droppable else 0.0},
+        "sample": {key: value for key, value in scheduler.items() if key in SampleConfig.model_fields},
+        "data": {"name": "synthetic"},
+    }
+    scale = pipeline.get("guidance_scale", 1.0)
+    tree["sample"]["guidance_scale"] = scale - 1 if isinstance(scale, int | float) else scale  # the paper's
+    if (folder / "vae").is_dir():
+        tree["latent"] = {"scale_factor": pipeline.get("scale_factor"), "decoder": str(folder / "vae")}
+    return config_from(tree, folder / PIPELINE_FILES[0], overrides)
 
 
 def positive(text: str) -> int:
@@ -53,6 +123,6 @@ def seed(text: str) -> int:
 
 
 def _whole(text: str, allowed: range, which: str) -> int:
-    if not text.isdecimal() or int(text) not in allowed:
-        raise argparse.ArgumentTypeError(f"expected a whole number {which}, got {text!r}")
+    if not text.isdecimal() or len(text) > 20 or int(text) not in allowed:
+        raise argparse.ArgumentTypeError(f"expected a whole number {which}, got {shown(text)}")
     return int(text)

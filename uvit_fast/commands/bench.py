@@ -6,6 +6,7 @@ from pathlib import Path
 from uvit_fast.config import UserError
 
 HELP = "run the benchmark suite on this machine and write its report"
+EXAMPLE = "uvit-fast bench --quick --only sampling,memory"
 
 
 def arguments(command: argparse.ArgumentParser) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 from uvit_fast.commands.arguments import config_of, positive
 from uvit_fast.commands.drawing import pyplot
 from uvit_fast.config import UserError
-from uvit_fast.diffusion.noise import Draws
 
 HELP = "CKA between the representations after every block, a matrix a checkpoint"
+EXAMPLE = "uvit-fast cka --checkpoint runs/sweep_digits/base runs/sweep_digits/skip-add --out digits_cka"
 COLUMNS = ["checkpoint", "data", "skip", "block", "other_block", "cka"]
 
 
@@ -56,6 +56,7 @@ def _matrix(args: argparse.Namespace, checkpoint: str) -> list[dict]:
 
     from uvit_fast import sampling
     from uvit_fast.build import build_dataset, build_schedule
+    from uvit_fast.diffusion.noise import Draws
     from uvit_fast.evaluation.cka import linear_cka
 
     cfg = config_of(args.config, checkpoint, args.set)

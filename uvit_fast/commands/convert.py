@@ -10,6 +10,7 @@ from uvit_fast.files import write_whole
 from uvit_fast.provenance import RUN_FILE, UNKNOWN
 
 HELP = "a checkpoint as a diffusers pipeline folder, or back as a .pth"
+EXAMPLE = "uvit-fast convert --checkpoint runs/digits --out digits.pth"
 
 
 def arguments(command: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from uvit_fast.config import Config, UserError, load_config
 
 HELP = "parameters and GFLOPs (multiply-adds, as the paper counts) of configs, beside the paper's"
+EXAMPLE = "uvit-fast cost --config configs/h2_256.yaml"
 # Millions of parameters and GFLOPs, of which the paper counts one a multiply-add.
 PAPER: dict[str, tuple[float, float | None]] = {
     "s2_cifar10": (44, None),

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 HELP = "sample the digits run, and measure whether the samples are good"
+EXAMPLE = "uvit-fast demo --run-dir runs/digits"
 
 
 def arguments(command: argparse.ArgumentParser) -> None:

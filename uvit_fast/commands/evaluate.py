@@ -8,6 +8,7 @@ from uvit_fast.commands.arguments import config_of, positive
 from uvit_fast.config import UserError, load_config
 
 HELP = "FID, sFID, Inception score, precision, recall, KID of samples"
+EXAMPLE = "uvit-fast evaluate --checkpoint runs/digits --num 1797 --reference configs/digits.yaml --features digits-fid"
 
 
 def arguments(command: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ from uvit_fast.commands.arguments import config_arguments, positive
 from uvit_fast.config import UserError, load_config
 
 HELP = "images (and captions) as latents that training reads"
+EXAMPLE = "uvit-fast extract --config configs/h2_256.yaml --images imagenet/train --out latents"
 
 
 def arguments(command: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from uvit_fast.config import ModelConfig, load_config
 
 HELP = "versions, devices, and which kernels and attention would run, and why"
+EXAMPLE = "uvit-fast info --config configs/h2_256.yaml"
 
 
 def arguments(command: argparse.ArgumentParser) -> None:

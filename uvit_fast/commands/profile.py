@@ -8,6 +8,7 @@ from uvit_fast.commands.arguments import config_arguments, positive
 from uvit_fast.config import load_config
 
 HELP = "a trace, and the time by families of ops, of a training step and of sampling"
+EXAMPLE = "uvit-fast profile --config configs/digits.yaml --only training"
 
 
 def arguments(command: argparse.ArgumentParser) -> None:

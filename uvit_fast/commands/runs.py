@@ -7,6 +7,7 @@ from pathlib import Path
 from uvit_fast.config import UserError
 
 HELP = "the training runs of a folder and their state"
+EXAMPLE = "uvit-fast runs runs"
 
 
 def arguments(command: argparse.ArgumentParser) -> None:

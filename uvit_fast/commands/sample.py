@@ -10,6 +10,7 @@ from uvit_fast.commands.arguments import CLIP, checkpoint_arguments, config_of, 
 from uvit_fast.config import Config, UserError
 
 HELP = "draw images from a checkpoint"
+EXAMPLE = "uvit-fast sample --checkpoint runs/digits --num 16 --classes 3,7 --out digits"
 
 
 def arguments(command: argparse.ArgumentParser) -> None:

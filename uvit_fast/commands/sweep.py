@@ -20,6 +20,7 @@ from uvit_fast.commands.cost import count
 from uvit_fast.config import Config, Section, UserError, load_config
 
 HELP = "train and measure variations of one config, and plot the metric against each factor"
+EXAMPLE = "uvit-fast sweep --config configs/ablations/digits.yaml --only skip"
 COLUMNS = ["factor", "value", "member", "parameters", "gmacs", "steps", "images", "loss", "metric", "figure"]
 COLUMNS += ["data", "device"]
 AXES = {

@@ -9,6 +9,7 @@ from uvit_fast.kernels.runtime import tuning
 from uvit_fast.kernels.runtime.device import architecture
 
 HELP = "measure the kernels' choices on this GPU and write its architecture's tuning table"
+EXAMPLE = "uvit-fast tune --dims 1152"
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
