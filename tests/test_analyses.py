@@ -48,7 +48,17 @@ def test_cost_without_diffusers_leaves_out_the_unets_only(monkeypatch, capsys):
 def test_cka_without_matplotlib_ends_before_it_computes(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert (
-        cli.main(["cka", "--config", str(CONFIGS / "digits.yaml"), "--checkpoint", "x", "--out", str(tmp_path / "cka")])
+        cli.main(
+            [
+                "cka",
+                "--config",
+                str(CONFIGS / "digits.yaml"),
+                "--checkpoint",
+                str(CONFIGS),
+                "--out",
+                str(tmp_path / "cka"),
+            ]
+        )
         == 2
     )
     assert 'a picture needs matplotlib: pip install -e ".[plot]"' in capsys.readouterr().err

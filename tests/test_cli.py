@@ -286,7 +286,7 @@ def test_two_processes_finish_what_one_began(checkpoint, tmp_path, monkeypatch):
         (["sample", "--config", DIGITS, "--classes", "three"], "expected whole numbers"),
         (["sample", "--config", DIGITS, "--classes", ""], "expected whole numbers"),
         (["sample", "--config", DIGITS, "--cfg-scale", "nan"], "expected at least 1"),
-        (["convert", "--config", DIGITS, "--checkpoint", "x.pth", "--out", "x.safetensors"], "expected a .pth file"),
+        (["convert", "--config", DIGITS, "--checkpoint", DIGITS, "--out", "x.safetensors"], "expected a .pth file"),
         (["sample", "--config", "configs/s2_cifar10.yaml", "--classes", "3"], "not class-conditional"),
         (["sample", "--config", DIGITS, "--cfg-scale", "0.4"], "expected at least 1"),
         (["sample", "--config", DIGITS, "--set", "sample.guidance_interval=[0.7, 0.2]"], "0 <= first <= last <= 1"),
@@ -300,12 +300,12 @@ def test_two_processes_finish_what_one_began(checkpoint, tmp_path, monkeypatch):
         (["sample", "--config", "configs/s2_coco.yaml", "--prompt", "a", "--classes", "3"], "not class-conditional"),
         (["sample", "--config", DIGITS, "--format", "png", "--out", "x.npz"], "expected --out to name a folder"),
         (["sample", "--config", DIGITS, "--set", "device=cuda"], "no CUDA device was found"),
-        (["sample", "--config", DIGITS], "x.pth: no such checkpoint"),
+        (["sample", "--config", DIGITS, "--checkpoint", "x.pth"], "--checkpoint x.pth: no such file or folder"),
+        (["sample", "--config", DIGITS, "--checkpoint", "x" * 5000], "xxx…: no such file or folder"),
+        (["sample", "--config", "x" * 5000], "expected a config file (File name too long)"),
+        (["evaluate", "--samples", "x.npz", "--reference", DIGITS], "--samples x.npz: no such file or folder"),
+        (["evaluate", "--samples", DIGITS, "--reference", "x.npz"], "--reference x.npz: no such file or folder"),
         (["sample", "--config", DIGITS, "--checkpoint", "configs"], "configs: no EMA weights"),
-        (
-            ["sample", "--config", DIGITS, "--checkpoint", "a/exp_avg.safetensors"],
-            "expected weights, as in ema.safetensors",
-        ),
         (["demo", "--run-dir", "configs"], "configs: no run"),
     ],
 )
@@ -314,7 +314,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_two(arguments, words, capsys,
     if arguments[0] == "sample":
         arguments = [
             *arguments,
-            *([] if "--checkpoint" in arguments else ["--checkpoint", "x.pth"]),
+            *([] if "--checkpoint" in arguments else ["--checkpoint", DIGITS]),
             *([] if "--out" in arguments else ["--out", str(tmp_path)]),
         ]
     assert cli.main(arguments) == 2
@@ -353,6 +353,37 @@ def test_numbers_below_one_are_refused_by_the_parser(capsys):
     with pytest.raises(SystemExit):
         sample("x.pth", "out", "--seed=-1")
     assert "expected a whole number from 0 to 2^63 - 1, got '-1'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--version"], 0, ["uvit-fast 0.1.0"]),
+        (["smaple"], 2, ["invalid choice: 'smaple' (choose from 'info', 'sample'", "example: uvit-fast sample --help"]),
+        (
+            ["sample", "--out", "x", "--nme", "3"],
+            2,
+            [
+                "usage: uvit-fast sample [-h]",
+                "--nme: no such option; did you mean --num?",
+                "example: uvit-fast sample --checkpoint",
+            ],
+        ),
+        (["data", "check", "--folder", "x"], 2, ["usage: uvit-fast data check", "--folder: no such option"]),
+        (["sample", "--checkpoint", "x.pth", "--out", "x"], 2, ["x.pth: no such file or folder"]),
+        (["sample", "--checkpoint", DIGITS, "--out", "x", "--config", DIGITS, "--set", "trian.lr=1"], 2, ["'train'"]),
+        (["sample", "--checkpoint", DIGITS, "--out", "x", "--config", DIGITS, "--prompt", "x"], 2, ["takes classes"]),
+        (["evaluate", "--samples", "x.npz", "--reference", DIGITS], 2, ["x.npz: no such file or folder"]),
+        (["info", "--config", "configs/digit.yaml"], 2, ["did you mean configs/digits.yaml?"]),
+    ],
+)
+def test_typos_are_answered_before_torch_is_imported(arguments, code, words):
+    """And an unknown option before a missing one, with the command's usage and an example."""
+    script = "import sys; sys.modules['torch'] = None; from uvit_fast.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    for word in words:
+        assert word in done.stdout + done.stderr
 
 
 def test_info_says_what_would_run_and_why(capsys):

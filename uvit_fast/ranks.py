@@ -6,8 +6,6 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-import torch.distributed as dist
-
 PATIENCE = timedelta(days=1)  # with a rank that works alone, or finishes long after the others
 FAILED, ENDED = "uvit_fast/failed", "uvit_fast/ended"  # the first that failed; how many have ended because of it
 
@@ -16,7 +14,7 @@ class Ranks:
     """This process among the `count` of a job (RANK and WORLD_SIZE); alone where no launcher has said so.
 
     `with Ranks() as ranks:` brings the processes together and ends them together: the first that fails raises its error, the others
-    exit with code 2 and say nothing. They learn of it at their next `check` or exchange.
+    exit with code 2 and say nothing. They learn of it at their next `check` or exchange. Alone it needs no torch, which takes seconds to import.
 
     Args:
         alone: take no notice of a launcher.
@@ -29,6 +27,8 @@ class Ranks:
 
     def __enter__(self) -> "Ranks":
         if self.count > 1:
+            import torch.distributed as dist
+
             self._store, *_ = next(iter(dist.rendezvous("env://", self.rank, self.count)))
             dist.init_process_group("gloo", store=self._store, rank=self.rank, world_size=self.count, timeout=PATIENCE)
         return self
@@ -36,6 +36,8 @@ class Ranks:
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
         if self.count == 1:
             return
+        import torch.distributed as dist
+
         failed = kind is not None and issubclass(kind, Exception)
         first = failed and self._is_first()
         dist.destroy_process_group()  # who waits for this one in an exchange learns of it now
@@ -58,6 +60,8 @@ class Ranks:
         """Every rank's value, in their order, on rank 0; None on the others. Tensors must be on the CPU."""
         if self.count == 1:
             return [value]
+        import torch.distributed as dist
+
         values = [None] * self.count if self.rank == 0 else None
         dist.gather_object(value, values)
         return values
@@ -66,6 +70,8 @@ class Ranks:
         """Rank 0's value, on every rank. Tensors must be on the CPU."""
         if self.count == 1:
             return value
+        import torch.distributed as dist
+
         told = [value]
         dist.broadcast_object_list(told, src=0)
         return told[0]

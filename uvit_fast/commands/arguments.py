@@ -59,21 +59,32 @@ def checkpoint_arguments(command: argparse.ArgumentParser) -> None:
     )
 
 
+def existing(option: str, path: str, expected: str) -> None:
+    """Refuse a path that is mistyped before anything slow begins.
+
+    Raises:
+        UserError: there is no such file or folder.
+    """
+    try:
+        there = Path(path).exists()
+    except OSError:  # too long for a name
+        there = False
+    if not there:
+        raise UserError(f"{option} {cut(path)}: no such file or folder; expected {expected}")
+
+
 def config_of(config: str | None, checkpoint: str, overrides: list[str]) -> Config:
     """The config of a checkpoint: the one that is named, else the checkpoint's own.
 
     A run folder has its config.yaml, and so have the checkpoints in it; a pipeline's folder says what it is made of.
 
     Raises:
-        UserError: none is named, and the checkpoint is of no run or pipeline.
+        UserError: there is no such checkpoint; or none is named, and the checkpoint is of no run or pipeline.
     """
+    existing("--checkpoint", checkpoint, "weights, or a run's or pipeline's folder")
     if config is not None:
         return load_config(config, overrides)
     path = Path(checkpoint)
-    if not path.exists():
-        raise UserError(
-            f"--checkpoint {cut(checkpoint)}: no such file or folder; expected weights, or a run's or pipeline's folder"
-        )
     for folder in [path, *path.absolute().parents[:3]]:  # run/checkpoints/step_00001000/ema.safetensors
         if (folder / "config.yaml").is_file():
             return load_config(folder / "config.yaml", overrides)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from uvit_fast.commands.arguments import config_of, positive
 from uvit_fast.commands.drawing import pyplot
-from uvit_fast.config import UserError
+from uvit_fast.config import Config, UserError
 
 HELP = "CKA between the representations after every block, a matrix a checkpoint"
 EXAMPLE = "uvit-fast cka --checkpoint runs/sweep_digits/base runs/sweep_digits/skip-add --out digits_cka"
@@ -36,9 +36,10 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"--time: expected a number above 0, up to 1, got {args.time}")
         if args.batch < 4 or args.images < args.batch:
             raise UserError(f"--batch: expected 4 to {args.images}, the --images, got {args.batch}")
+        configs = [config_of(args.config, checkpoint, args.set) for checkpoint in args.checkpoint]
         pyplot()  # is matplotlib there? Better asked before the matrices than after
         table.parent.mkdir(parents=True, exist_ok=True)
-        rows = [row for checkpoint in args.checkpoint for row in _matrix(args, checkpoint)]
+        rows = [row for pair in zip(args.checkpoint, configs) for row in _matrix(args, *pair)]
         with open(table, "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"wrote {table} and {picture}")
 
 
-def _matrix(args: argparse.Namespace, checkpoint: str) -> list[dict]:
+def _matrix(args: argparse.Namespace, checkpoint: str, cfg: Config) -> list[dict]:
     """The rows of one checkpoint. Representations are all tokens after a block, as one vector an image."""
     import torch
 
@@ -59,7 +60,6 @@ def _matrix(args: argparse.Namespace, checkpoint: str) -> list[dict]:
     from uvit_fast.diffusion.noise import Draws
     from uvit_fast.evaluation.cka import linear_cka
 
-    cfg = config_of(args.config, checkpoint, args.set)
     device = sampling.pick_device(cfg.device)
     model = sampling.load_for_sampling(cfg, checkpoint, device)
     dataset, schedule = build_dataset(cfg), build_schedule(cfg)

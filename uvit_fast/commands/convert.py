@@ -22,17 +22,17 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write weights as a pipeline folder (safetensors), or as a .pth with the published names and, beside it, what its labels mean."""
+    cfg, out = config_of(args.config, args.checkpoint, args.set), Path(args.out)
+    if out.exists():
+        raise UserError(f"{out}: there already; expected a new name")
+    if out.suffix in (".pt", ".ckpt", ".bin", ".safetensors"):
+        raise UserError(f"--out {out}: expected a .pth file, or a name for the pipeline's folder")
     import torch
 
     from uvit_fast import build_model, sampling
     from uvit_fast.data.encoders import load_clip
     from uvit_fast.model.weights import load_weights, read_weights
 
-    cfg, out = config_of(args.config, args.checkpoint, args.set), Path(args.out)
-    if out.exists():
-        raise UserError(f"{out}: there already; expected a new name")
-    if out.suffix in (".pt", ".ckpt", ".bin", ".safetensors"):
-        raise UserError(f"--out {out}: expected a .pth file, or a name for the pipeline's folder")
     source = sampling.find_weights(args.checkpoint)
     state, known = read_weights(source), sampling.provenance_of(cfg, source)
     if out.suffix == ".pth":

@@ -36,9 +36,10 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("cost: no configs/*.yaml here; expected the repository's root, or --config")
     rows = [("config", "parameters", "M", "paper", "GFLOPs", "paper")]
     counted, left_out = [], {}
-    for path in found:
+    configs = {path: load_config(path) for path in found}
+    for path, config in configs.items():
         try:
-            parameters, macs = count(load_config(path))
+            parameters, macs = count(config)
         except ImportError as error:  # a U-Net, which is built of diffusers' parts
             if args.config:
                 raise

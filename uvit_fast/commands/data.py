@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from uvit_fast.commands.arguments import existing
+
 HELP = "fetch a dataset, or check one before a long run"
 EXAMPLE = "uvit-fast data check pictures"
 
@@ -22,6 +24,8 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fetch CIFAR-10, or read a whole folder and name what is wrong: exit code 1 then."""
+    if args.action == "check":
+        existing("data check", args.folder, "a folder of latents or of images")
     from uvit_fast.data import check, download
 
     if args.action == "cifar10":

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from uvit_fast.commands.arguments import existing
+
 HELP = "sample the digits run, and measure whether the samples are good"
 EXAMPLE = "uvit-fast demo --run-dir runs/digits"
 
@@ -13,6 +15,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Sample and measure the digits; see uvit_fast/demo.py."""
+    existing("--run-dir", args.run_dir, "the folder that `python train.py --config configs/digits.yaml` writes")
     from uvit_fast import demo
 
     return demo.run(Path(args.run_dir))

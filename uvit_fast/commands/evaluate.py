@@ -4,8 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from uvit_fast.commands.arguments import config_of, positive
-from uvit_fast.config import UserError, load_config
+from uvit_fast.commands.arguments import config_of, existing, positive
+from uvit_fast.config import Config, UserError, load_config
 
 HELP = "FID, sFID, Inception score, precision, recall, KID of samples"
 EXAMPLE = "uvit-fast evaluate --checkpoint runs/digits --num 1797 --reference configs/digits.yaml --features digits-fid"
@@ -59,20 +59,25 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace, ranks) -> None:
+    if bool(args.samples) == bool(args.checkpoint) or (args.config and args.samples):
+        raise UserError("evaluate: expected either --samples, or --checkpoint with the --config that it needs")
+    if args.classes is not None and not args.checkpoint:
+        raise UserError("evaluate: --classes are of samples that are drawn; expected --checkpoint")
+    if args.samples:
+        existing("--samples", args.samples, "a folder of images, or an .npz with arr_0")
+    existing("--reference", args.reference, "statistics, images, or a YAML whose data are the real images")
+    is_config = Path(args.reference).suffix in (".yaml", ".yml")
+    real = load_config(args.reference, args.set) if is_config else args.reference
+    cfg = config_of(args.config, args.checkpoint, args.set) if args.checkpoint else None
+
     from uvit_fast import measuring
     from uvit_fast.evaluation import evaluate as figures
     from uvit_fast.evaluation import features, reference
     from uvit_fast.sampling import pick_device
 
-    if bool(args.samples) == bool(args.checkpoint) or (args.config and args.samples):
-        raise UserError("evaluate: expected either --samples, or --checkpoint with the --config that it needs")
     device = pick_device(args.device)
     cache = Path(args.cache) if args.cache else reference.default_cache()
-    if args.classes is not None and not args.checkpoint:
-        raise UserError("evaluate: --classes are of samples that are drawn; expected --checkpoint")
-    samples, *chosen = _drawn(args, device) if args.checkpoint else (features.open_images(args.samples),)
-    is_config = Path(args.reference).suffix in (".yaml", ".yml")
-    real = load_config(args.reference, args.set) if is_config else args.reference
+    samples, *chosen = _drawn(args, cfg, device) if args.checkpoint else (features.open_images(args.samples),)
     weights = (args.inception, args.download)
     extractor, statistics = measuring.yardstick(
         args.features, real, args.reference, weights, device, cache, args.batch, ranks, *chosen
@@ -92,11 +97,10 @@ def _run(args: argparse.Namespace, ranks) -> None:
     print(f"wrote {out}")
 
 
-def _drawn(args: argparse.Namespace, device):
+def _drawn(args: argparse.Namespace, cfg: Config, device):
     """Samples of a checkpoint, drawn while they are measured, the labels that were asked for, or None, and their names."""
     from uvit_fast import measuring, sampling
 
-    cfg = config_of(args.config, args.checkpoint, args.set)
     checkpoint = sampling.find_weights(args.checkpoint)
     known, classes = sampling.provenance_of(cfg, checkpoint), None
     if args.classes is not None:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from uvit_fast.commands.arguments import config_arguments, positive
+from uvit_fast.commands.arguments import config_arguments, existing, positive
 from uvit_fast.config import UserError, load_config
 
 HELP = "images (and captions) as latents that training reads"
@@ -39,17 +39,19 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the shards; the report on the way to them is in their folder. `torchrun -m uvit_fast.cli extract ...` uses all GPUs."""
+    cfg = load_config(args.config, args.set)
+    if cfg.latent is None:
+        raise UserError(f"extract: {cfg.name} works on pixels; expected a config with a latent section")
+    if bool(args.captions) != bool(cfg.model.context_dim):
+        raise UserError(f"extract: {cfg.name} {'needs' if cfg.model.context_dim else 'takes no'} --captions")
+    existing("--images", args.images, "a folder of images")
+
     from uvit_fast import sampling
     from uvit_fast.data import encoders
     from uvit_fast.data.datasets import CROPS, require_folder
     from uvit_fast.data.extract import Extraction, Policy, Text, list_captioned, summary
     from uvit_fast.data.reading import list_images
 
-    cfg = load_config(args.config, args.set)
-    if cfg.latent is None:
-        raise UserError(f"extract: {cfg.name} works on pixels; expected a config with a latent section")
-    if bool(args.captions) != bool(cfg.model.context_dim):
-        raise UserError(f"extract: {cfg.name} {'needs' if cfg.model.context_dim else 'takes no'} --captions")
     folder = require_folder(args.images, "images", key="--images")
     device = sampling.pick_device(cfg.device)
     name = args.vae or cfg.latent.decoder

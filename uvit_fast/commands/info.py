@@ -16,6 +16,8 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print what is installed and what would run."""
+    names = [args.config] if args.config else sorted(map(str, Path("configs").glob("*.yaml")))
+    configs = {name: load_config(name).model for name in names}
     from importlib.metadata import PackageNotFoundError, version
 
     import torch
@@ -36,10 +38,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"  cpu           {torch.get_num_threads()} threads; no CUDA device")
 
     device = "cuda" if gpus else "cpu"
-    names = [args.config] if args.config else sorted(map(str, Path("configs").glob("*.yaml")))
     shapes = {}  # (D, heads) -> the configs that have it
-    for name in names:
-        model = load_config(name).model
+    for name, model in configs.items():
         if isinstance(model, ModelConfig):  # U-Nets have ops of their own
             shapes.setdefault((model.embed_dim, model.num_heads), []).append(Path(name).stem)
     for (dim, heads), configs in sorted(shapes.items()):

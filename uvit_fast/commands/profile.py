@@ -21,6 +21,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Profile on synthetic data and random weights; write <what>.json.gz, for ui.perfetto.dev, and <what>.csv."""
+    load_config(args.config, args.set)  # before what takes seconds
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # its own progress
     from uvit_fast import profiling
 

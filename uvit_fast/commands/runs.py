@@ -4,6 +4,7 @@ import argparse
 import math
 from pathlib import Path
 
+from uvit_fast.commands.arguments import existing
 from uvit_fast.config import UserError
 
 HELP = "the training runs of a folder and their state"
@@ -16,6 +17,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print a line a run, the one that changed last first."""
+    existing("runs", str(args.folder), "a folder of runs that train.py made")
     from uvit_fast.training.folder import run_states
 
     found = run_states(args.folder)

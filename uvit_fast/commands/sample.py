@@ -45,19 +45,20 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace, ranks) -> None:
+    cfg = config_of(args.config, args.checkpoint, args.set)
+    out = _out(args)
+    scale = None if args.cfg_scale is None else args.cfg_scale - 1  # the paper's s
+    if scale is not None and not 0 <= scale < math.inf:
+        raise UserError(f"--cfg-scale: expected at least 1 (no guidance), got {args.cfg_scale}")
+    prompts = _prompts(args, cfg)
+
     import numpy as np
 
     from uvit_fast import jobs, sampling
     from uvit_fast.diffusion.cudagraph import GraphSampler
     from uvit_fast.images import to_uint8
 
-    cfg = config_of(args.config, args.checkpoint, args.set)
-    out = _out(args)
-    scale = None if args.cfg_scale is None else args.cfg_scale - 1  # the paper's s
-    if scale is not None and not 0 <= scale < math.inf:
-        raise UserError(f"--cfg-scale: expected at least 1 (no guidance), got {args.cfg_scale}")
     sampling.check_guidance(scale or 0.0, cfg)
-    prompts = _prompts(args, cfg)
     device = sampling.pick_device(cfg.device)
     checkpoint = sampling.find_weights(args.checkpoint)
     known, labels = sampling.provenance_of(cfg, checkpoint), None
