@@ -5,8 +5,6 @@ from pathlib import Path
 
 from uvit_fast.commands.arguments import positive
 from uvit_fast.config import UserError
-from uvit_fast.kernels.runtime import tuning
-from uvit_fast.kernels.runtime.device import architecture
 
 HELP = "measure the kernels' choices on this GPU and write its architecture's tuning table"
 EXAMPLE = "uvit-fast tune --dims 1152"
@@ -24,12 +22,15 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """A minute or so for a width. Deterministic kernels stay deterministic; only speed changes."""
-    from uvit_fast import sampling
-    from uvit_fast.kernels.tools import tune
-
     wrong = [dim for dim in args.dims if dim % 64]
     if wrong:
         raise UserError(f"--dims: expected multiples of 64, got {wrong[0]}")
+
+    from uvit_fast import sampling
+    from uvit_fast.kernels.runtime import tuning
+    from uvit_fast.kernels.runtime.device import architecture
+    from uvit_fast.kernels.tools import tune
+
     device = sampling.pick_device("cuda")
     known = tune.candidates(architecture(device))
     if unknown := [case for case in args.cases or () if case not in known]:
