@@ -67,7 +67,7 @@ def test_prompts_become_images_in_equal_shares(tmp_path):
     clip, weights = save_clip(tmp_path / "clip"), tmp_path / "text.safetensors"
     model = build_model(cfg).eval()
     save_file(model.state_dict(), weights)
-    (tmp_path / "prompts.txt").write_text("a b\nb\n")
+    (tmp_path / "prompts.txt").write_text("a b\n火车 ü\n", "utf-8")
     common = [
         "sample",
         *TEXT,
@@ -82,15 +82,19 @@ def test_prompts_become_images_in_equal_shares(tmp_path):
         "--batch",
         "3",
     ]
-    given = ["--prompt", "a b", "--prompt", "b", "--format", "npz"]
+    given = ["--prompt", "a b", "--prompt", "火车 ü", "--format", "npz"]
     assert cli.main([*common, "--out", str(tmp_path / "one.npz"), *given]) == 0
     assert cli.main([*common, "--out", str(tmp_path / "two"), "--prompts", str(tmp_path / "prompts.txt")]) == 0
     images = np.load(tmp_path / "one.npz")
-    assert images.files == ["arr_0"] and (tmp_path / "two" / "prompts.txt").read_text() == "a b\na b\nb\nb\n"
+    assert (
+        images.files == ["arr_0"]
+        and (tmp_path / "two" / "prompts.txt").read_text("utf-8") == "a b\na b\n火车 ü\n火车 ü\n"
+    )
+    assert (tmp_path / "two" / "000001_a-b.png").is_file() and (tmp_path / "two" / "000002_火车-ü.png").is_file()
     drawn = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "two").glob("0*.png"))]
     assert np.array_equal(images["arr_0"], np.stack(drawn))
     encode, null = sampling.load_text(cfg, clip, torch.device("cpu"))
-    context = encode(["a b", "a b", "b", "b"])
+    context = encode(["a b", "a b", "火车 ü", "火车 ü"])
     (expected,) = sampling.sample(model, cfg, 4, context=context, null_context=null, steps=2, batch=4)
     assert np.abs(to_uint8(expected).astype(int) - images["arr_0"]).max() <= 1
     (other,) = sampling.sample(model, cfg, 4, context=context.flip(0), null_context=null, steps=2, batch=4)

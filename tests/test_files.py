@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from uvit_fast.files import append_row, read_rows, write_whole
+from uvit_fast.files import append_row, file_name, read_rows, write_whole
 
 
 @pytest.mark.parametrize("folder", [False, True])
@@ -35,3 +35,20 @@ def test_a_row_that_was_cut_short_costs_itself_only(tmp_path):
         file.write(b"\0\0\0\n[4]\n")  # a power cut
     append_row(path, {"step": 5})
     assert read_rows(path) == [{"step": 1}, {"step": 3}, {"step": 5}]
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("a green train", "a-green-train"),
+        ("Grüne 火车, Жар-птица", "Grüne-火车-Жар-птица"),
+        ("u\u0308ber नमस्ते", "über-नमस्ते"),  # vowel signs are marks, no letters
+        ("../../etc/passwd\0\n", "etc-passwd"),
+        ('C:\\con|<>*?"', "C-con"),
+        ("caf\udce9 \u202e ☺", "caf"),  # not UTF-8; turns the direction of text; no letter
+        ("...", ""),
+        ("火" * 100, "火" * 26),  # a file system counts bytes
+    ],
+)
+def test_a_files_name_keeps_letters_of_all_scripts_and_nothing_that_a_system_minds(text, name):
+    assert file_name(text) == name
