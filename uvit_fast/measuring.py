@@ -1,7 +1,10 @@
 """What is measured and against what: samples drawn while they are measured, a config's training images, the features of both."""
 
+import functools
 import hashlib
+import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +14,53 @@ from torch import Tensor
 from uvit_fast import sampling
 from uvit_fast.build import build_dataset
 from uvit_fast.config import Config, UserError
+from uvit_fast.data import reading
 from uvit_fast.diffusion.cudagraph import GraphSampler
 from uvit_fast.diffusion.noise import Draws
 from uvit_fast.evaluation import evaluate as figures
 from uvit_fast.evaluation import reference
 from uvit_fast.evaluation.classifier import ClassifierFeatures, cached_classifier
-from uvit_fast.evaluation.features import Extractor, Images, InceptionFeatures
+from uvit_fast.evaluation.features import Extractor, InceptionFeatures
 from uvit_fast.evaluation.inception import load_inception
+from uvit_fast.evaluation.sources import Images, ahead, hash_of, lossy_share, open_files, open_npz
 from uvit_fast.images import to_uint8
 from uvit_fast.model.uvit import UViT
 from uvit_fast.provenance import UNKNOWN, Provenance, shown
 from uvit_fast.ranks import ALONE, Ranks
+
+GRID = "grid.png"  # what `uvit-fast sample` adds to a folder of samples: an overview of them
+
+
+def open_images(path: Path) -> Images:
+    """A folder of images, at any depth, read as training reads them, or an .npz with `arr_0` as ADM writes samples.
+
+    Raises:
+        UserError: nothing there, or something else.
+    """
+    if os.path.isdir(path):  # False, too, where the name is none
+        listing = reading.list_images(path, labelled=False)
+        files = [name for name in listing.files if name.rsplit("/", 1)[-1] != GRID]
+        grids = [name for name in listing.files if name.endswith(f"/{GRID}")]
+        if not files:
+            raise UserError(f"{reading.shown(str(path))}: no images but {GRID}, an overview")
+        images = open_files(reading.shown(str(path)), path, files, _read_rgb)
+        notes = [
+            *listing.notes,
+            *[f"left out {reading.shown(name)}: an overview, as uvit-fast sample adds" for name in grids],
+        ]
+        images.warnings = [f"{images.name}: {note}" for note in notes]
+        return images
+    if path.suffix == ".npz":
+        return replace(open_npz(path), name=reading.shown(str(path)))
+    raise UserError(f"{reading.shown(str(path))}: no such images; expected a folder of images, or an .npz with arr_0")
+
+
+def _read_rgb(file: Path) -> np.ndarray:
+    """(H, W, 3) uint8, upright."""
+    try:
+        return np.asarray(reading.read_image(file)[0])
+    except reading.BadImage as error:
+        raise UserError(f"{reading.shown(str(file))}: not a readable image ({error})") from None
 
 
 def real_images(cfg: Config, name: str) -> tuple[Images, np.ndarray | None, Provenance]:
@@ -36,21 +75,20 @@ def real_images(cfg: Config, name: str) -> tuple[Images, np.ndarray | None, Prov
     dataset = build_dataset(cfg.model_copy(update={"data": data}))
 
     def read(parts: list[range]) -> Iterator[np.ndarray]:
-        for part in parts:
-            raw = dataset.__getitems__([(i, 0) for i in part])
+        for raw in ahead(lambda part: dataset.__getitems__([(i, 0) for i in part]), parts):
             yield to_uint8(dataset.finish(raw, Draws(torch.Generator()))["x"])
 
+    files = [dataset.folder / file for file in getattr(dataset, "files", [])]
+
+    @functools.cache
     def identity() -> str:
-        digest = hashlib.sha256(repr((cfg.data.name, cfg.data.crop, dataset.shape)).encode())
-        if hasattr(dataset, "files"):
-            for file in (dataset.folder / name for name in dataset.files):
-                digest.update(f"{file}\0{file.stat().st_size}\0{file.stat().st_mtime_ns}\n".encode())
-        else:
-            digest.update(dataset.images.numpy().tobytes())
-        return digest.hexdigest()
+        how = (cfg.data.name, cfg.data.crop, cfg.data.background, cfg.data.unreadable, dataset.shape)
+        what = hash_of(files) if files else hashlib.sha256(dataset.images.numpy().tobytes()).hexdigest()
+        return hashlib.sha256(repr((how, what)).encode()).hexdigest()
 
     labels = None if dataset.labels is None else np.asarray(dataset.labels)
-    return Images(f"the data of {name}", len(dataset), read, identity), labels, Provenance.of(dataset)
+    lossy = lossy_share(files, dataset.shape[-1]) if files else 0.0
+    return Images(f"the data of {name}", len(dataset), read, identity, lossy), labels, Provenance.of(dataset)
 
 
 def of_classes(images: Images, labels: np.ndarray, names: Provenance, only: list[int], known: Provenance) -> Images:
@@ -63,11 +101,12 @@ def of_classes(images: Images, labels: np.ndarray, names: Provenance, only: list
     rows = np.flatnonzero(np.isin(labels, wanted)).tolist()
     if not rows:
         raise UserError(f"{images.name}: no image of the classes {shown(map(known.name, only))}")
-    return Images(
-        f"{images.name}, {shown(map(known.name, only))}",
-        len(rows),
-        lambda parts: images.read([rows[part.start : part.stop] for part in parts]),
-        lambda: f"{images.identity()} {sorted(wanted)}",
+    return replace(
+        images,
+        name=f"{images.name}, {shown(map(known.name, only))}",
+        count=len(rows),
+        read=lambda parts: images.read([rows[part.start : part.stop] for part in parts]),
+        identity=lambda: f"{images.identity()} {sorted(wanted)}",
     )
 
 
@@ -149,8 +188,7 @@ def yardstick(
     if kind == "digits-fid":
         if labels is None:
             raise UserError(f"digits-fid: expected --reference to be a YAML whose data have labels, got {name}")
-        pixels = np.concatenate(list(images.read([range(images.count)])))
-        model = ranks.in_turn(lambda: cached_classifier(pixels, labels, images.identity(), cache, device))
+        model = ranks.in_turn(lambda: cached_classifier(images, labels, cache, device))
         extractor = ClassifierFeatures(model, device)
         return extractor, reference.reference_from_images(counted, extractor, cache, batch, ranks=ranks)
     network = ranks.in_turn(lambda: load_inception(*inception))
@@ -159,7 +197,8 @@ def yardstick(
         return like("tensorflow"), reference.reference_from_images(
             counted, like("tensorflow"), cache, batch, ranks=ranks
         )
-    statistics = reference.load_reference(real, like, cache, batch, ranks=ranks)
+    statistics = reference.load_reference(real, like, open_images, cache, batch, ranks=ranks)
+    statistics.name = name
     return like(statistics.like), statistics
 
 

@@ -1,4 +1,4 @@
-"""Images to features: the same from a folder, an .npz and a stream; bounded reading; failed images and references told apart."""
+"""Images to features and figures: failed images and references told apart, and what makes figures incomparable said."""
 
 import numpy as np
 import pytest
@@ -9,10 +9,12 @@ from sklearn.datasets import load_digits
 from uvit_fast.config import UserError
 from uvit_fast.evaluation.classifier import ClassifierFeatures, cached_classifier, train_classifier
 from uvit_fast.evaluation.evaluate import evaluate, table
-from uvit_fast.evaluation.features import Images, extract, open_images
+from uvit_fast.evaluation.features import extract
 from uvit_fast.evaluation.inception import Features
 from uvit_fast.evaluation.metrics import frechet_distance, inception_score, moments, precision_recall
 from uvit_fast.evaluation.reference import load_reference, reference_from_images
+from uvit_fast.evaluation.sources import Images
+from uvit_fast.measuring import open_images
 
 
 class MeanColours:

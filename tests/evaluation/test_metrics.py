@@ -8,6 +8,7 @@ import torch
 from uvit_fast.evaluation.metrics import (
     Moments,
     RunningMoments,
+    adm_inception_score,
     frechet_distance,
     inception_score,
     kernel_distance,
@@ -87,16 +88,39 @@ def test_inception_score_of_certain_and_of_uniform_predictions():
     assert inception_score(torch.full((80, 8), 1 / 8)) == pytest.approx(1)
 
 
-def test_inception_score_averages_consecutive_splits():
-    rng = np.random.default_rng(0)
-    p = rng.dirichlet(np.ones(5), 25)
-    expected = []
-    for part in (p[:10], p[10:20], p[20:]):
-        mean = part.mean(0)
-        expected.append(np.exp(np.mean([sum(q * np.log(q / m) for q, m in zip(row, mean)) for row in part])))
-    assert inception_score(torch.from_numpy(p), split_size=10) == pytest.approx(np.mean(expected), rel=1e-12)
+def score(*splits):
+    """Of splits that are given, by its definition."""
+    return np.mean([np.exp((part * np.log(part / part.mean(0))).sum(1).mean()) for part in splits])
+
+
+def labelled(count, classes=10, seed=0):
+    """Near-certain predictions of random classes, (N, K), in random order."""
+    labels = np.random.default_rng(seed).integers(classes, size=count)
+    return torch.from_numpy(np.where(labels[:, None] == np.arange(classes), 0.99, 0.01 / (classes - 1))), labels
+
+
+def test_inception_score_of_full_splits_in_random_order_is_adms_number():
+    """To the digit, also where a balanced order would do better by a little: 50,000 in the order in which ADM's samples come."""
+    p, _ = labelled(50_000, 100)
+    assert inception_score(p) == adm_inception_score(p) == pytest.approx(score(*np.split(p.numpy(), 10)), rel=1e-12)
+    p = torch.from_numpy(np.random.default_rng(0).dirichlet(np.ones(5), 25))
+    assert adm_inception_score(p, 10) == pytest.approx(score(*np.split(p.numpy(), [10, 20])), rel=1e-12)
+    assert inception_score(p[:9], 10) == adm_inception_score(p[:9], 10)  # fewer than a split are one
     with pytest.raises(ValueError, match="sum to 1"):
         inception_score(torch.ones(4, 4))
+
+
+def test_inception_score_counts_no_small_split_and_no_order():
+    """A last split of one sample would score 1, splits of one class each as well."""
+    p, labels = labelled(10_050)
+    expected = inception_score(p[:10_000])
+    for count in (10_001, 10_003, 10_050):
+        assert inception_score(p[:count]) == pytest.approx(expected, rel=2e-3)
+    assert adm_inception_score(p[:10_001]) == pytest.approx((2 * expected + 1) / 3, rel=2e-3)
+    p, labels = p[:10_000], labels[:10_000]
+    halves = labels % 2 * 100 + np.random.default_rng(1).permutation(10_000) / 1e4  # even classes first, mixed
+    for order in (labels, -labels, halves):
+        assert inception_score(p[np.argsort(order, kind="stable")]) == pytest.approx(expected, rel=3e-3)
 
 
 def brute_force(samples, reference, k):

@@ -1,10 +1,11 @@
 """`uvit-fast evaluate`: FID, sFID, Inception score, precision, recall, KID of samples."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
-from uvit_fast.commands.arguments import config_of, existing, positive
+from uvit_fast.commands.arguments import config_of, existing, positive, seed
 from uvit_fast.config import Config, UserError, load_config
 
 HELP = "FID, sFID, Inception score, precision, recall, KID of samples"
@@ -12,15 +13,17 @@ EXAMPLE = "uvit-fast evaluate --checkpoint runs/digits --num 1797 --reference co
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--samples", help="folder of PNG or JPEG, or an .npz with arr_0; or draw them, with:")
+    command.add_argument("--samples", help="a folder of images, or an .npz with arr_0; or draw them, with:")
     command.add_argument("--config", help="the YAML file of the model to sample from; a run folder has its own")
     command.add_argument("--checkpoint", help="its weights: .pth, .safetensors, or a run folder")
     command.add_argument("--num", type=positive, default=50_000, help="samples to draw (default 50000)")
-    command.add_argument("--seed", type=int, default=0, help="of the drawn samples and their labels (default 0)")
+    command.add_argument("--seed", type=seed, default=0, help="of the drawn samples and their labels (default 0)")
     command.add_argument(
         "--classes", help="draw these only, as cat,dog or 207,360; of --reference YAML, too (default: all)"
     )
-    command.add_argument("--save-images", metavar="DIR", help="keep the drawn samples as PNGs (default: not written)")
+    command.add_argument(
+        "--save-images", metavar="DIR", help="keep the drawn samples as PNGs in this new folder (default: not written)"
+    )
     command.add_argument(
         "--set",
         action="append",
@@ -71,16 +74,19 @@ def _run(args: argparse.Namespace, ranks) -> None:
     cfg = config_of(args.config, args.checkpoint, args.set) if args.checkpoint else None
 
     from uvit_fast import measuring
+    from uvit_fast.data.reading import shown
     from uvit_fast.evaluation import evaluate as figures
-    from uvit_fast.evaluation import features, reference
+    from uvit_fast.evaluation.reference import default_cache
     from uvit_fast.sampling import pick_device
 
     device = pick_device(args.device)
-    cache = Path(args.cache) if args.cache else reference.default_cache()
-    samples, *chosen = _drawn(args, cfg, device) if args.checkpoint else (features.open_images(args.samples),)
-    weights = (args.inception, args.download)
+    cache = Path(args.cache) if args.cache else default_cache()
+    samples, *chosen = (
+        _drawn(args, cfg, device, ranks) if args.checkpoint else (measuring.open_images(Path(args.samples)),)
+    )
+    weights, name = (args.inception, args.download), shown(args.reference)
     extractor, statistics = measuring.yardstick(
-        args.features, real, args.reference, weights, device, cache, args.batch, ranks, *chosen
+        args.features, real, name, weights, device, cache, args.batch, ranks, *chosen
     )
     result = figures.evaluate(samples, statistics, extractor, args.batch, ranks=ranks)
     if result is None:  # rank 0 has it
@@ -92,21 +98,33 @@ def _run(args: argparse.Namespace, ranks) -> None:
     for warning in result["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     print(figures.table(result))
-    out = Path(args.out or f"{str(args.samples or args.checkpoint).rstrip('/')}.evaluation.json")
-    figures.write(result, out)
-    print(f"wrote {out}")
+    source = os.path.normpath(args.samples or args.checkpoint)
+    if os.path.basename(source) in (os.curdir, os.pardir):
+        source = os.path.abspath(source)
+    out = Path(args.out or f"{source}.evaluation.json")
+    try:
+        figures.write(result, out)
+    except OSError as error:
+        raise UserError(f"{shown(str(out))}: cannot be written ({error.strerror}); --out names another file") from None
+    print(f"wrote {shown(str(out))}")
 
 
-def _drawn(args: argparse.Namespace, cfg: Config, device):
+def _drawn(args: argparse.Namespace, cfg: Config, device, ranks):
     """Samples of a checkpoint, drawn while they are measured, the labels that were asked for, or None, and their names."""
     from uvit_fast import measuring, sampling
+    from uvit_fast.data.reading import shown
 
     checkpoint = sampling.find_weights(args.checkpoint)
     known, classes = sampling.provenance_of(cfg, checkpoint), None
     if args.classes is not None:
         classes = sampling.chosen_labels(args.classes, cfg, known)
+    folder = Path(args.save_images) if args.save_images else None
+    if folder and ranks.rank == 0 and folder.exists() and any(folder.iterdir()):
+        raise UserError(
+            f"--save-images {shown(str(folder))}: holds files already; expected a new name or an empty folder"
+        )
     model = sampling.load_found(cfg, checkpoint, device)
     decode = sampling.load_decoder(cfg, device) if cfg.latent else None
-    folder = Path(args.save_images) if args.save_images else None
-    samples = measuring.drawn_images(model, cfg, args.num, args.checkpoint, decode, args.seed, folder, classes, known)
+    name = shown(args.checkpoint)
+    samples = measuring.drawn_images(model, cfg, args.num, name, decode, args.seed, folder, classes, known)
     return samples, classes, known

@@ -4,7 +4,10 @@ Trained here on the real training set, in seconds. Its figures are called digits
 under one classifier, and are no FID.
 """
 
+import contextlib
 import hashlib
+import pickle
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -12,18 +15,28 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm, trange
 
 from uvit_fast.config import UserError
 from uvit_fast.evaluation.inception import Features
+from uvit_fast.evaluation.sources import Images
 from uvit_fast.files import write_whole
 
 STEPS, BATCH, LEARNING_RATE = 600, 128, 2e-3
+FULL = (
+    32  # pixels a side; larger images are taken in at larger strides, and half the steps, which cost more, tell as much
+)
+PIXELS = 1 << 20  # at a time, where no gradient is kept
+BROKEN = (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError)  # what a bad file raises
+TRAINED_ON, ROOM = 60_000, 4 * 10**9  # the most images, and bytes of them
 HELD_OUT = 0.1  # share of the images that the reported accuracy is of
 ENOUGH = 0.8  # accuracy, below which the features would say nothing
 
 
 class Classifier(nn.Module):
     """Two convolutions at full, two at half resolution, 64 features, class scores.
+
+    "Full" is at most 32 pixels a side: on larger images the first convolution has a larger kernel and stride.
 
     Args:
         size: (H, W) of the images.
@@ -32,13 +45,14 @@ class Classifier(nn.Module):
     def __init__(self, size: tuple[int, int], num_classes: int, width: int = 32, dim: int = 64):
         super().__init__()
         self.size = size
+        stride = -(-max(size) // FULL)
         self.shallow = nn.Sequential(
-            nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, 2, 1), nn.ReLU()
+            nn.Conv2d(1, width, 2 * stride + 1, stride, stride), nn.ReLU(), nn.Conv2d(width, width, 3, 2, 1), nn.ReLU()
         )
         self.deep = nn.Sequential(
             nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, 2 * width, 3, 2, 1), nn.ReLU()
         )
-        h, w = (-(-side // 4) for side in size)
+        h, w = (-(-side // (4 * stride)) for side in size)
         self.pool = nn.Linear(2 * width * h * w, dim)
         self.head = nn.Linear(dim, num_classes)
         self.register_buffer("unit", torch.ones(()))
@@ -46,14 +60,14 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Features:
         """(B, H, W, 1 or 3) uint8, grey or averaged to grey -> pool (B, dim), spatial (B, h * w * 7)."""
         x = images.float().mean(3, keepdim=True).permute(0, 3, 1, 2) / 127.5 - 1  # (B, 1, H, W)
-        x = self.shallow(x)  # (B, width, H / 2, W / 2)
-        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # (B, H / 2 * W / 2 * 7)
+        x = self.shallow(x)  # (B, width, h, w): half of H and W, or of what the stride left of them
+        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # (B, h * w * 7)
         return Features(F.relu(self.pool(self.deep(x).flatten(1))) / self.unit, spatial)
 
     @torch.no_grad()
     def normalise(self, images: Tensor) -> None:
         """Scale the pool features to a mean square of 1 on (N, H, W, C) images, and the head so that its scores stay."""
-        squares = [self(rows).pool.square().mean(1) for rows in images.split(1024)]
+        squares = [self(rows).pool.square().mean(1) for rows in _in_parts(images)]
         unit = torch.cat(squares).mean().sqrt()
         self.unit.mul_(unit)
         self.head.weight.mul_(unit)
@@ -107,8 +121,9 @@ def train_classifier(images: np.ndarray, labels: np.ndarray, device: torch.devic
         model = Classifier(images.shape[1:3], int(labels.max()) + 1).to(device)
     x, y = torch.from_numpy(images).to(device), torch.from_numpy(labels).long().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS)
-    for _ in range(STEPS):
+    steps = STEPS if max(images.shape[1:3]) <= FULL else STEPS // 2
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+    for _ in trange(steps, desc=f"digits-fid: a classifier of {len(images):,} images", unit="step", delay=1):
         rows = torch.from_numpy(rng.choice(kept, BATCH)).to(device)
         loss = F.cross_entropy(model.head(model(x[rows]).pool), y[rows])
         optimizer.zero_grad()
@@ -118,7 +133,7 @@ def train_classifier(images: np.ndarray, labels: np.ndarray, device: torch.devic
     model.eval().requires_grad_(False)
     model.normalise(x)
     held = torch.from_numpy(held).to(device)
-    guesses = torch.cat([model.head(model(x[rows]).pool).argmax(1) for rows in held.split(1024)])
+    guesses = torch.cat([model.head(model(rows).pool).argmax(1) for rows in _in_parts(x[held])])
     accuracy = (guesses == y[held]).double().mean().item()
     if accuracy < ENOUGH:
         raise UserError(
@@ -128,20 +143,39 @@ def train_classifier(images: np.ndarray, labels: np.ndarray, device: torch.devic
     return model, accuracy
 
 
-def cached_classifier(
-    images: np.ndarray, labels: np.ndarray, identity: str, cache: Path, device: torch.device
-) -> Classifier:
+def _in_parts(images: Tensor) -> tuple[Tensor, ...]:
+    """(N, H, W, C) in parts that fit into memory beside their features."""
+    return images.split(max(1, PIXELS // images[0, :, :, 0].numel()))
+
+
+def cached_classifier(images: Images, labels: np.ndarray, cache: Path, device: torch.device) -> Classifier:
     """`train_classifier`, once for each dataset: figures compare only under the very same classifier.
 
+    Of very many images it takes some that lie evenly among them.
+
     Args:
-        identity: of the dataset. cache: the folder that keeps the classifier.
+        labels: (N,), one an image. cache: the folder that keeps the classifier.
     """
-    file = cache / f"classifier-{identity[:32]}.pt"
+    key = hashlib.sha256(images.identity().encode() + labels.astype(np.int64).tobytes()).hexdigest()
+    file = cache / f"classifier-{key[:32]}.pt"
+    (first,) = images.read([range(1)])
     if file.is_file():
-        model = Classifier(images.shape[1:3], int(labels.max()) + 1)
-        model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-        return model.eval().requires_grad_(False)
-    model, accuracy = train_classifier(images, labels, device)
-    print(f"digits-fid: trained a classifier on {len(images):,} images, held-out accuracy {accuracy:.3f}")
-    write_whole(file, partial(torch.save, {name: value.cpu() for name, value in model.state_dict().items()}))
+        model = Classifier(first.shape[1:3], int(labels.max()) + 1)
+        with contextlib.suppress(*BROKEN):  # trained anew
+            model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+            return model.eval().requires_grad_(False)
+    step = max(1, -(-images.count // TRAINED_ON), -(-images.count * first.nbytes // ROOM))
+    wide = 1 if step > 1 else 256
+    parts = [range(i, min(i + wide, images.count)) for i in range(0, images.count, step * wide)]
+    reading = tqdm(images.read(parts), f"digits-fid: reading {images.name}", len(parts), unit="batch", delay=1)
+    pixels = np.concatenate(list(reading))
+    model, accuracy = train_classifier(pixels, labels[::step], device)
+    print(f"digits-fid: trained a classifier on {len(pixels):,} images, held-out accuracy {accuracy:.3f}")
+    try:
+        write_whole(file, partial(torch.save, {name: value.cpu() for name, value in model.state_dict().items()}))
+    except (OSError, RuntimeError) as error:  # the latter is torch's, of a full disk
+        print(
+            f"warning: {file}: cannot be kept ({error}); figures of another run are of another classifier",
+            file=sys.stderr,
+        )
     return model

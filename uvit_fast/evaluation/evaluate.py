@@ -1,18 +1,32 @@
 """Every figure of the appendix's Table 3 from samples and a reference, with a warning for whatever makes them incomparable."""
 
 import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from uvit_fast.config import UserError
-from uvit_fast.evaluation.features import Extractor, Images, extract
-from uvit_fast.evaluation.metrics import Moments, frechet_distance, inception_score, kernel_distance, precision_recall
+from uvit_fast.evaluation.features import Extracted, Extractor, extract
+from uvit_fast.evaluation.metrics import (
+    SPLIT,
+    Moments,
+    adm_inception_score,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
 from uvit_fast.evaluation.reference import Reference
+from uvit_fast.evaluation.sources import Images
 from uvit_fast.files import write_whole
 from uvit_fast.ranks import ALONE, Ranks
 
 USUAL = 50_000  # samples of published figures
+ALIKE = 0.1  # shares of samples and reference that differ by no more are taken for equal
 
 
 def evaluate(
@@ -41,26 +55,25 @@ def evaluate(
             f"{reference.name}: expected statistics of {extractor.identity}, got {reference.features}: features of other "
             "weights or another preprocessing do not compare"
         )
-    found = extract(images, extractor, batch, progress, ranks)
-    if found is None:
-        return None
-    size, D = tuple(map(int, found.size)), found.pool.shape[1]
-    if reference.size is not None and reference.size != size:
+    D = len(reference.pool_moments.mu)
+    if extractor.pool_dim != D:
         raise UserError(
-            f"{images.name}: images of {size[1]} x {size[0]} pixels, but {reference.name} has "
-            f"{reference.size[1]} x {reference.size[0]}: the figures would measure the resizing; resample one of them"
-        )
-    if len(reference.pool_moments.mu) != D:
-        raise UserError(
-            f"{reference.name}: expected statistics of {D} dimensions, got {len(reference.pool_moments.mu)}: "
+            f"{reference.name}: expected statistics of {extractor.pool_dim} dimensions, got {D}: "
             "other features than the samples'"
         )
-    warnings = [*reference.warnings, *found.warnings, *_count_warnings(images, reference, extractor)]
+    found = extract(_of_size(images, reference), extractor, batch, progress, ranks)
+    if found is None:
+        return None
+    warnings = [*reference.warnings, *images.warnings, *found.warnings, *_differences(images, found, reference)]
+    warnings += _count_warnings(images, reference, extractor)
     device = extractor.device
     pool = found.pool.to(device)
 
     def distance(a: Moments, b: Moments) -> float:
-        return frechet_distance(Moments(*(x.to(device) for x in a)), Moments(*(x.to(device) for x in b)))
+        try:
+            return frechet_distance(Moments(*(x.to(device) for x in a)), Moments(*(x.to(device) for x in b)))
+        except (ValueError, torch.linalg.LinAlgError) as error:  # the samples' own are a covariance
+            raise UserError(f"{reference.name}: statistics that no images have: {error}") from None
 
     metrics = {"fid": distance(found.pool_moments, reference.pool_moments)}
     if reference.spatial_moments is None:
@@ -69,11 +82,13 @@ def evaluate(
         raise UserError(f"{reference.name}: its spatial statistics are of other features than the samples'")
     else:
         metrics["sfid"] = distance(found.spatial_moments, reference.spatial_moments)
-    order = torch.arange(len(pool))
-    if images.ordered_by_class:  # splits of consecutive samples must hold all classes
-        order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))
-    probabilities = torch.cat([extractor.probabilities(pool[rows.to(device)]).cpu() for rows in order.split(1000)])
+    probabilities = torch.cat([extractor.probabilities(rows).cpu() for rows in pool.split(1000)])
     metrics["is"] = inception_score(probabilities)
+    if (adms := adm_inception_score(probabilities)) != metrics["is"]:
+        warnings.append(
+            f"{images.name}: the Inception score is of full splits of {SPLIT:,}, drawn at random from the {images.count:,} images: "
+            f"{_why_not_adms(images.count)}. ADM's evaluator, which splits them in their order, would give {adms:.6g}"
+        )
     if reference.pool is None:
         warnings.append(f"{reference.name}: statistics without images: no precision, recall and KID")
     else:
@@ -92,6 +107,54 @@ def evaluate(
         "num_reference": reference.count,
         "features": extractor.identity,
     }
+
+
+def _why_not_adms(count: int) -> str:
+    rest = count % SPLIT
+    return (
+        f"the last {rest:,} would be a split that counts as much as the others"
+        if rest
+        else "their order moves the score, as classes one after another do"
+    )
+
+
+def _of_size(images: Images, reference: Reference) -> Images:
+    """The same images, of which the first that have not the reference's size are an error, before hours are spent on them."""
+
+    def read(parts: list[range]) -> Iterator[np.ndarray]:
+        for array in images.read(parts):
+            height, width = array.shape[1:3]
+            if reference.size not in (None, (height, width)):
+                raise UserError(
+                    f"{images.name}: images of {width} x {height} pixels, but {reference.name} has "
+                    f"{reference.size[1]} x {reference.size[0]}: the figures would measure the resizing; resample one of them"
+                )
+            yield array
+
+    return replace(images, read=read)
+
+
+def _differences(images: Images, found: Extracted, reference: Reference) -> list[str]:
+    """Where samples and reference differ by how they were stored or made, which every distance counts."""
+    warnings, (height, width) = [], found.size
+    if reference.size is None:
+        named = set(re.findall(r"(?<!\d)(?:32|64|128|256|512|1024)(?!\d)", Path(reference.name).name))
+        says = "" if named <= {str(height)} else f" (its name has {', '.join(sorted(named, key=int))})"
+        warnings.append(
+            f"{reference.name}: does not say what size its images had{says}; the samples have {width} x {height} pixels: "
+            "with another size the distances are those of the resizing, and no published figure compares"
+        )
+    if reference.lossy is not None and abs(images.lossy - reference.lossy) > ALIKE:
+        warnings.append(
+            f"{images.name}: {images.lossy:.0%} of the files are compressed with loss, as JPEG is, {reference.name}: "
+            f"{reference.lossy:.0%}: the distances count the losses too, which are larger than between good models; store both alike"
+        )
+    if reference.grey is not None and abs(found.grey - reference.grey) > ALIKE:
+        warnings.append(
+            f"{images.name}: {found.grey:.0%} of the images are without colour, {reference.name}: {reference.grey:.0%}: "
+            "the distances count that"
+        )
+    return warnings
 
 
 def _count_warnings(images: Images, reference: Reference, extractor: Extractor) -> list[str]:

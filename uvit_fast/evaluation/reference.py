@@ -1,5 +1,6 @@
 """What samples are compared with: statistics that others published, or those of real images, computed once and cached."""
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable
@@ -11,11 +12,15 @@ import torch
 from torch import Tensor
 
 from uvit_fast.config import UserError
-from uvit_fast.evaluation.features import Extracted, Extractor, Images, extract, open_images
+from uvit_fast.evaluation.features import Extracted, Extractor, extract
 from uvit_fast.evaluation.metrics import Moments
+from uvit_fast.evaluation.sources import Images, names_in, read_arrays
 from uvit_fast.files import write_whole
 from uvit_fast.ranks import ALONE, Ranks
 
+STATISTICS = ("mu", "sigma", "mu_s", "sigma_s", "pool")
+FACTS = ("count", "size", "like", "features", "lossy", "grey")  # what a file of the cache says besides
+ASYMMETRY = 1e-4  # of a covariance's largest entry: float32 stays far below
 NEIGHBOURS = 10_000  # reference images for precision, recall and KID, as ADM takes
 
 
@@ -29,6 +34,7 @@ class Reference:
         like: the preprocessing that the samples must have too, see `inception.preprocess`.
         count, size: images and their (height, width), where known.
         features: the identity of the extractor that made them, where known; others' files do not say.
+        lossy, grey: shares of images that are stored with loss (see `Images`), and that have no colour, where known.
     """
 
     name: str
@@ -39,6 +45,8 @@ class Reference:
     count: int | None = None
     size: tuple[int, int] | None = None
     features: str | None = None
+    lossy: float | None = None
+    grey: float | None = None
     warnings: list[str] = field(default_factory=list)
 
 
@@ -50,6 +58,7 @@ def default_cache() -> Path:
 def load_reference(
     path: str | Path,
     extractor: Callable[[str], Extractor],
+    open_images: Callable[[Path], Images],
     cache: Path,
     batch: int = 50,
     progress: bool = True,
@@ -61,23 +70,20 @@ def load_reference(
         path: ADM's .npz (`mu, sigma, mu_s, sigma_s`, and `arr_0` for precision and recall; or `arr_0` alone), pytorch-fid's
             (`mu, sigma`), one of the cache's, or a folder of images.
         extractor: preprocessing -> what makes the features, called only if some are to be made.
+        open_images: of a folder or an .npz.
         ranks: they divide the images; every one has the statistics in the end.
 
     Raises:
         UserError: no such file, one of another kind, or statistics that no images can have.
     """
     path = Path(path)
-    if path.suffix != ".npz" or not path.is_file():
-        if not path.is_dir():
+    if path.suffix != ".npz" or not os.path.isfile(path):
+        if not os.path.isdir(path):
             raise UserError(
                 f"{path}: no such reference; expected an .npz of statistics or images, or a folder of images"
             )
         return reference_from_images(open_images(path), extractor("tensorflow"), cache, batch, progress, ranks)
-    try:
-        with np.load(path) as archive:
-            keys = set(archive.files)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no readable .npz ({error})") from None
+    keys = names_in(path)
     if not {"mu", "sigma"} <= keys:
         if "arr_0" not in keys:
             raise UserError(
@@ -92,7 +98,8 @@ def load_reference(
         )
     if reference.pool is None and "arr_0" in keys:
         images = reference_from_images(open_images(path), extractor(reference.like), cache, batch, progress, ranks)
-        reference.pool, reference.size = images.pool, images.size
+        for name in ("pool", "size", "lossy", "grey"):
+            setattr(reference, name, getattr(images, name))
         reference.warnings += images.warnings
     return reference
 
@@ -114,13 +121,21 @@ def reference_from_images(
         key = hashlib.sha256(f"{images.identity()}\0{extractor.identity}".encode()).hexdigest()
         file = cache / f"reference-{key[:32]}.npz"
         if file.is_file():
-            reference = _read_statistics(file)
-            reference.name = images.name
+            with contextlib.suppress(UserError):  # broken: made anew
+                reference = _read_statistics(file)
+                reference.name, reference.lossy = images.name, images.lossy
     if not ranks.tell(reference is not None):
         found = extract(images, extractor, batch, progress, ranks)
         reference = found and _reference(found, images, extractor)
         if file is not None and not reference.warnings:  # a warning would be lost with the images
-            _write_statistics(file, reference)
+            try:
+                _write_statistics(file, reference)
+            except OSError as error:
+                reference.warnings.append(
+                    f"{cache}: cannot keep the statistics of {images.name} ({error.strerror}): they will be made anew"
+                )
+    if reference is not None:
+        reference.warnings = [*images.warnings, *reference.warnings]
     return ranks.tell(reference)
 
 
@@ -133,8 +148,10 @@ def _reference(found: Extracted, images: Images, extractor: Extractor) -> Refere
         found.pool[rows],
         getattr(extractor, "like", "none"),
         images.count,
-        tuple(map(int, found.size)),
+        found.size,
         extractor.identity,
+        images.lossy,
+        found.grey,
         found.warnings,
     )
 
@@ -143,33 +160,55 @@ def _write_statistics(file: Path, reference: Reference) -> None:
     (mu, sigma), (mu_s, sigma_s) = reference.pool_moments, reference.spatial_moments
     arrays = {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s, "pool": reference.pool}
     saved = {name: value.cpu().numpy() for name, value in arrays.items()}
-    saved |= {name: getattr(reference, name) for name in ("count", "size", "like", "features")}
+    saved |= {name: getattr(reference, name) for name in FACTS}
     write_whole(file, lambda path: np.savez(path, **saved))
 
 
 def _read_statistics(path: Path) -> Reference:
-    with np.load(path) as archive:
-        arrays = {name: archive[name] for name in archive.files if name not in ("arr_0", "arr_1")}
+    arrays = read_arrays(path, [*STATISTICS, *FACTS])
     # pytorch-fid's files hold mu and sigma alone, of images that it resized its own way
     like = "tensorflow" if "mu_s" in arrays else "pytorch-fid"
-    pool = torch.from_numpy(arrays["pool"]) if "pool" in arrays else None
+    pool_moments = _moments(path, arrays, "mu", "sigma")
     spatial = _moments(path, arrays, "mu_s", "sigma_s") if {"mu_s", "sigma_s"} <= arrays.keys() else None
-    return Reference(
-        str(path),
-        _moments(path, arrays, "mu", "sigma"),
-        spatial,
-        pool,
-        str(arrays.get("like", like)),
-        int(arrays["count"]) if "count" in arrays else None,
-        tuple(map(int, arrays["size"])) if "size" in arrays else None,
-        str(arrays["features"]) if "features" in arrays else None,
-    )
+    pool = torch.from_numpy(_numbers(path, arrays, "pool")).float() if "pool" in arrays else None
+    if pool is not None and (pool.ndim != 2 or pool.shape[1] != len(pool_moments.mu)):
+        raise UserError(f"{path}: expected pool (M, {len(pool_moments.mu)}), got {tuple(pool.shape)}")
+    kinds = {
+        "count": int,
+        "size": lambda x: (int(x[0]), int(x[1])),
+        "like": str,
+        "features": str,
+        "lossy": float,
+        "grey": float,
+    }
+    try:
+        facts = {name: kinds[name](arrays[name]) for name in FACTS if name in arrays}
+    except (TypeError, ValueError, IndexError) as error:
+        raise UserError(f"{path}: expected {', '.join(FACTS)} as uvit-fast keeps them ({error})") from None
+    facts.setdefault("like", like)
+    if facts["like"] not in ("tensorflow", "pytorch-fid", "none"):
+        raise UserError(f"{path}: expected like to be tensorflow, pytorch-fid or none, got {facts['like'][:80]}")
+    return Reference(str(path), pool_moments, spatial, pool, **facts)
 
 
 def _moments(path: Path, arrays: dict[str, np.ndarray], mean: str, covariance: str) -> Moments:
-    mu, sigma = arrays[mean], arrays[covariance]
+    mu, sigma = _numbers(path, arrays, mean), _numbers(path, arrays, covariance)
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
         raise UserError(f"{path}: expected {mean} (D,) and {covariance} (D, D), got {mu.shape} and {sigma.shape}")
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise UserError(f"{path}: expected finite statistics, got NaN or infinity")
-    return Moments(torch.from_numpy(mu).double(), torch.from_numpy(sigma).double())
+    if np.abs(sigma - sigma.T).max(initial=0) > ASYMMETRY * np.abs(sigma).max(initial=0):
+        raise UserError(f"{path}: {covariance}: expected a covariance, got a matrix that is not symmetric")
+    return Moments(torch.from_numpy(mu), torch.from_numpy(sigma))
+
+
+def _numbers(path: Path, arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
+    """As float64.
+
+    Raises:
+        UserError: no real numbers, or some that are not finite.
+    """
+    values = arrays[name]
+    if values.dtype.kind not in "fiu":
+        raise UserError(f"{path}: {name}: expected real numbers, got {values.dtype}")
+    if not np.isfinite(values).all():
+        raise UserError(f"{path}: {name}: expected finite statistics, got NaN or infinity")
+    return values.astype(np.float64)

@@ -1,0 +1,218 @@
+"""Where images come from: files of a folder, ADM's .npz, or any stream. All are read a batch at a time."""
+
+import contextlib
+import hashlib
+import math
+import zipfile
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from uvit_fast.config import UserError
+
+READERS = 8  # threads that read files
+PROBED = 200  # files of a folder that are asked how they are compressed
+BROKEN = (
+    OSError,
+    KeyError,
+    ValueError,
+    EOFError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)  # what a bad .npz raises
+
+
+@dataclass
+class Images:
+    """Images that can be read through from the start.
+
+    Args:
+        name: for messages.
+        count: how many there are.
+        read: ranges of indices, ascending -> of each its array (B, H, W, 1 or 3) uint8.
+        identity: called when needed; changes whenever the pixels do; None: never cached.
+        lossy: share of them that are stored at this size with loss, as JPEG does.
+        warnings: what a person should know of them, such as files that are none.
+    """
+
+    name: str
+    count: int
+    read: Callable[[list[range]], Iterator[np.ndarray]]
+    identity: Callable[[], str] | None = None
+    lossy: float = 0.0
+    warnings: list[str] = field(default_factory=list)
+
+
+def open_files(name: str, folder: Path, files: list[str], read_file: Callable[[Path], np.ndarray]) -> Images:
+    """Images of one size in files.
+
+    Args:
+        name: for messages. files: their names below `folder`, in the images' order. read_file: (H, W, 3) uint8 of one, or a UserError.
+    """
+
+    def read(parts: list[range]) -> Iterator[np.ndarray]:
+        first = read_file(folder / files[0]).shape
+        rows = (i for part in parts for i in part)
+        arrays = ahead(lambda i: read_file(folder / files[i]), rows)
+        for part in parts:
+            images = list(islice(arrays, len(part)))
+            for i, image in zip(part, images):
+                if image.shape != first:
+                    raise UserError(
+                        f"{folder / files[i]}: expected {first[1]} x {first[0]} pixels as in the folder's first image, "
+                        f"got {image.shape[1]} x {image.shape[0]}"
+                    )
+            yield np.stack(images)
+
+    paths = [folder / name for name in files]
+    return Images(name, len(files), read, lambda: hash_of(paths), lossy_share(paths))
+
+
+def hash_of(paths: Iterable[Path], progress: bool = True) -> str:
+    """SHA-256 of what files hold, in their order: names, places and times do not count."""
+    paths, whole = list(paths), hashlib.sha256()
+
+    def one(path: Path) -> bytes:
+        try:
+            with open(path, "rb") as file:
+                return hashlib.file_digest(file, "sha256").digest()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+    for digest in tqdm(
+        ahead(one, paths), "looking for changed images", len(paths), unit="image", delay=2, disable=not progress
+    ):
+        whole.update(digest)
+    return whole.hexdigest()
+
+
+def lossy_share(paths: list[Path], size: int | None = None) -> float:
+    """The share of files that are compressed with loss, of some that lie evenly among them.
+
+    Args:
+        size: to which the images are reduced; those that are larger do not count, as their losses are averaged away.
+    """
+    some = paths[:: -(-len(paths) // PROBED)]
+    return sum(_is_lossy(path, size) for path in some) / len(some)
+
+
+def _is_lossy(path: Path, size: int | None) -> bool:
+    """JPEG, GIF's few colours, AVIF, and WebP without its lossless chunk."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(4096)
+        if size is not None:
+            with Image.open(path) as image:
+                if min(image.size) > size:
+                    return False
+    except Exception:  # whoever reads the pixels says what is wrong with them
+        return False
+    webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
+    return head[:3] in (b"\xff\xd8\xff", b"GIF") or head[4:12] == b"ftypavif" or (webp and b"VP8L" not in head)
+
+
+def ahead(work: Callable, items: Iterable) -> Iterator:
+    """`work` of each item, in their order, done by threads that are a little ahead."""
+    with ThreadPoolExecutor(READERS) as pool:
+        waiting = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > 4 * READERS:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:  # an error, or nobody asks for more
+            for future in waiting:
+                future.cancel()
+
+
+def open_npz(path: Path) -> Images:
+    """ADM's samples: `arr_0`, uint8 (N, H, W, 3). Other arrays, such as its labels, are not read.
+
+    Raises:
+        UserError: another kind of file or array.
+    """
+    with _array(path, "arr_0") as (_, shape, dtype, size):
+        if len(shape) != 4 or shape[-1] not in (1, 3) or dtype != np.uint8 or min(shape) < 0:
+            nan = "; floating images are scaled differently by everyone" if dtype.kind == "f" else ""
+            raise UserError(f"{path}: arr_0: expected uint8 (N, H, W, 3), got {dtype} {shape}{nan}")
+        if math.prod(shape) == 0:
+            raise UserError(f"{path}: arr_0: expected images, got none: {shape}")
+        if size != math.prod(shape):
+            raise UserError(f"{path}: arr_0: expected {math.prod(shape):,} bytes of {shape}, got {size:,}: truncated")
+
+    def read(parts: list[range]) -> Iterator[np.ndarray]:
+        image = math.prod(shape[1:])  # bytes
+        with _array(path, "arr_0") as (file, *_):
+            begin = file.tell()
+            for part in parts:
+                file.seek(begin + part.start * image)
+                data = file.read(len(part) * image)
+                if len(data) < len(part) * image:
+                    raise UserError(f"{path}: arr_0: the file ends before image {part.stop} of {shape[0]}")
+                yield np.frombuffer(data, np.uint8).reshape(-1, *shape[1:])
+
+    return Images(str(path), shape[0], read, lambda: hash_of([path]))
+
+
+def names_in(path: Path) -> set[str]:
+    """The arrays of an .npz.
+
+    Raises:
+        UserError: no such file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {name.removesuffix(".npy") for name in archive.namelist()}
+    except BROKEN as error:
+        raise UserError(f"{path}: no readable .npz ({_reason(error)})") from None
+
+
+def read_arrays(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Those of the arrays that an .npz has, whole.
+
+    Raises:
+        UserError: a broken file, or one that would have to be unpickled, which can run anything.
+    """
+    arrays = {}
+    for name in sorted(names_in(path) & set(names)):
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                arrays[name] = archive[name]
+        except BROKEN as error:
+            raise UserError(f"{path}: {name}: not readable as an array of numbers ({_reason(error)})") from None
+    return arrays
+
+
+@contextlib.contextmanager
+def _array(path: Path, name: str):
+    """An array of an .npz as (file at its first byte, shape, dtype, bytes from there): np.load would read all of it."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
+            version = np.lib.format.read_magic(file)
+            old = version == (1, 0)
+            shape, fortran, dtype = (
+                np.lib.format.read_array_header_1_0(file) if old else np.lib.format.read_array_header_2_0(file)
+            )
+            if fortran:
+                raise UserError(f"{path}: {name}: expected C order, got Fortran order")
+            yield file, shape, dtype, archive.getinfo(f"{name}.npy").file_size - file.tell()
+    except UserError:
+        raise
+    except BROKEN as error:
+        raise UserError(f"{path}: no readable .npz with {name} ({_reason(error)})") from None
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error.args[0] if isinstance(error, KeyError) else error)
+    return (text.splitlines() or [type(error).__name__])[0][:200]
