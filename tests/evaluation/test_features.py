@@ -1,12 +1,18 @@
 """Images to features and figures: failed images and references told apart, and what makes figures incomparable said."""
 
+import os
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
+from tqdm import trange
 
 from uvit_fast.config import UserError
+from uvit_fast.evaluation import metrics
 from uvit_fast.evaluation.classifier import ClassifierFeatures, cached_classifier, train_classifier
 from uvit_fast.evaluation.evaluate import evaluate, table
 from uvit_fast.evaluation.features import extract
@@ -29,7 +35,7 @@ class MeanColours:
         return Features(pool, pool**2)
 
     def probabilities(self, pool):
-        bright = pool.mean(1)
+        bright = torch.sigmoid(40 * (pool.mean(1) - 0.35))
         return torch.stack([bright, 1 - bright], 1)
 
 
@@ -54,51 +60,9 @@ def npz_of(path, **arrays):
     return path
 
 
-def test_a_folder_and_an_npz_give_the_same_features(tmp_path):
-    """Also with batches that do not divide them, a compressed .npz, and the overview of `uvit-fast sample` in the folder."""
-    images = pictures(23)
-    folder = folder_of(images, tmp_path / "folder")
-    Image.new("RGB", (100, 50)).save(folder / "grid.png")
-    np.savez_compressed(tmp_path / "small.npz", arr_0=images)
-    sources = [open_images(p) for p in (folder, npz_of(tmp_path / "x.npz", arr_0=images), tmp_path / "small.npz")]
-    expected = images.reshape(23, -1, 3).mean(1) / 255
-    for source in sources:
-        first, third = source.read([range(2), range(4, 7)])  # a share of several processes
-        assert np.array_equal(first, images[:2]) and np.array_equal(third, images[4:7])
-        found = extract(source, MeanColours(), batch=5, progress=False)
-        np.testing.assert_allclose(found.pool, expected, rtol=1e-5)
-        np.testing.assert_allclose(found.pool_moments.sigma, np.cov(expected, rowvar=False), rtol=1e-5)
-        assert found.size == (8, 8) and source.count == 23 and not found.warnings
-
-
-def test_an_npz_is_read_in_pieces(tmp_path):
-    """Taking one batch of many leaves the rest of the file unread."""
-    path = npz_of(tmp_path / "x.npz", arr_0=pictures(400))
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2] + b"\0" * 1000 + whole[len(whole) // 2 + 1000 :])  # a broken checksum
-    first = next(open_images(path).read([range(10)]))
-    np.testing.assert_array_equal(first, pictures(400)[:10])
-
-
-def test_grey_images_are_taken_as_rgb(tmp_path):
-    grey = pictures(6)[..., :1]
-    found = extract(open_images(npz_of(tmp_path / "x.npz", arr_0=grey)), MeanColours(), progress=False)
-    assert (found.pool == found.pool[:, :1]).all()
-
-
-@pytest.mark.parametrize(
-    ("array", "words"),
-    [
-        (np.full((4, 8, 8, 3), np.nan, np.float32), "expected uint8"),
-        (np.zeros((4, 3, 8, 8), np.uint8), r"expected uint8 \(N, H, W, 3\), got uint8 \(4, 3, 8, 8\)"),
-        (np.zeros((0, 8, 8, 3), np.uint8), "got none"),
-        (np.zeros((9, 8, 8, 3), np.uint8), "every image is of one colour, as black ones are"),
-        (pictures(1), "at least 2 images"),
-    ],
-)
-def test_images_that_cannot_be_measured_are_refused(array, words, tmp_path):
-    with pytest.raises(UserError, match=words):
-        extract(open_images(npz_of(tmp_path / "x.npz", arr_0=array)), MeanColours(), progress=False)
+def reference_of(path, folder, extractor=None):
+    make = lambda like: extractor or MeanColours()  # noqa: E731
+    return load_reference(path, make, open_images, folder / "cache", progress=False)
 
 
 def test_some_black_images_are_a_warning():
@@ -114,20 +78,6 @@ def test_features_that_are_nan_are_refused():
 
     with pytest.raises(UserError, match="pool features are NaN"):
         extract(in_memory(pictures(4)), Broken(), progress=False)
-
-
-def test_folders_that_hold_no_equal_images_are_refused(tmp_path):
-    folder = folder_of(pictures(3), tmp_path / "a")
-    Image.new("RGB", (9, 8)).save(folder / "0001.png")
-    with pytest.raises(UserError, match="0001.png: expected 8 x 8 pixels as in the folder's first image, got 9 x 8"):
-        extract(open_images(folder), MeanColours(), progress=False)
-    (folder / "0000.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match="0000.png: not a readable image"):
-        extract(open_images(folder), MeanColours(), progress=False)
-    (tmp_path / "b").mkdir()
-    for path, words in ((tmp_path / "b", "no images"), (tmp_path / "c", "no such images")):
-        with pytest.raises(UserError, match=words):
-            open_images(path)
 
 
 def statistics(features):
@@ -149,7 +99,7 @@ def test_every_kind_of_reference_gives_the_same_figures(tmp_path):
     }
     samples, results = open_images(npz_of(tmp_path / "fake.npz", arr_0=fake)), {}
     for kind, path in paths.items():
-        reference = load_reference(path, lambda like: MeanColours(), tmp_path / "cache", progress=False)
+        reference = reference_of(path, tmp_path)
         assert reference.like == ("pytorch-fid" if kind == "pytorch-fid" else "tensorflow")
         results[kind] = evaluate(samples, reference, MeanColours(), progress=False)
     x = torch.from_numpy(fake.reshape(30, -1, 3).mean(1) / 255)
@@ -173,11 +123,12 @@ def test_every_kind_of_reference_gives_the_same_figures(tmp_path):
 
 
 def test_the_statistics_of_a_folder_are_computed_once(tmp_path):
-    """The second time they come from the cache; one changed file makes them anew; as a reference of its own the cache's file works."""
+    """The second time they come from the cache; contents that change make them anew, and neither names nor times; as a
+    reference of its own the cache's file works."""
     folder, extractor = folder_of(pictures(12), tmp_path / "real"), MeanColours()
 
     def load():
-        return load_reference(folder, lambda like: extractor, tmp_path / "cache", progress=False)
+        return reference_of(folder, tmp_path, extractor)
 
     first, calls = load(), extractor.calls
     again = load()
@@ -186,9 +137,27 @@ def test_the_statistics_of_a_folder_are_computed_once(tmp_path):
         assert all(torch.equal(x, y) for x, y in zip(a, b))
     assert torch.equal(first.pool, again.pool) and (again.count, again.size, again.like) == (12, (8, 8), "tensorflow")
     (file,) = (tmp_path / "cache").iterdir()
-    assert torch.equal(load_reference(file, lambda like: extractor, tmp_path, progress=False).pool, first.pool)
-    Image.fromarray(pictures(1, seed=5)[0]).save(folder / "0003.png")
+    assert torch.equal(reference_of(file, tmp_path, extractor).pool, first.pool)
+    other = npz_of(tmp_path / "x.npz", arr_0=pictures(12))
+    times, pool = other.stat(), reference_of(other, tmp_path, extractor).pool
+    npz_of(other, arr_0=pictures(12, seed=5))
+    os.utime(other, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert other.stat().st_size == times.st_size  # another file by its contents alone
+    assert not torch.equal(reference_of(other, tmp_path, extractor).pool, pool)
+    folder.rename(tmp_path / "elsewhere").joinpath("0003.png").rename(tmp_path / "elsewhere" / "0003b.png")
+    folder, calls = tmp_path / "elsewhere", extractor.calls
+    assert torch.equal(load().pool, first.pool) and extractor.calls == calls
+    Image.fromarray(pictures(1, seed=5)[0]).save(folder / "0003b.png")
     assert not torch.equal(load().pool, first.pool) and extractor.calls > calls
+    file.write_bytes(file.read_bytes()[:-100])  # a broken one is made anew
+    Image.fromarray(pictures(12)[3]).save(folder / "0003b.png")
+    assert torch.equal(load().pool, first.pool) and load().size == (8, 8)
+
+
+def test_a_cache_that_cannot_be_written_costs_the_cache_only(tmp_path):
+    (tmp_path / "cache").touch()
+    reference = reference_of(folder_of(pictures(12), tmp_path / "real"), tmp_path)
+    assert reference.count == 12 and "cannot keep the statistics" in reference.warnings[0]
 
 
 def test_statistics_of_other_weights_or_preprocessing_are_refused(tmp_path):
@@ -200,7 +169,7 @@ def test_statistics_of_other_weights_or_preprocessing_are_refused(tmp_path):
     source = open_images(npz_of(tmp_path / "x.npz", arr_0=pictures(9)))
     reference_from_images(source, OtherWeights(), tmp_path / "cache", progress=False)
     (file,) = (tmp_path / "cache").iterdir()
-    statistics = load_reference(file, lambda like: MeanColours(), tmp_path, progress=False)
+    statistics = reference_of(file, tmp_path)
     with pytest.raises(UserError, match="expected statistics of mean-colours, got other-weights"):
         evaluate(source, statistics, MeanColours(), progress=False)
 
@@ -218,6 +187,12 @@ def test_precision_and_recall_take_ten_thousand_references(monkeypatch, tmp_path
         ({"mean": np.zeros(3)}, "expected mu and sigma, or images arr_0, got mean"),
         ({"mu": np.zeros(3), "sigma": np.eye(4)}, r"expected mu \(D,\) and sigma \(D, D\)"),
         ({"mu": np.full(3, np.nan), "sigma": np.eye(3)}, "NaN or infinity"),
+        ({"mu": np.zeros(3), "sigma": np.triu(np.ones((3, 3)))}, "a matrix that is not symmetric"),
+        ({"mu": np.zeros(3), "sigma": -np.eye(3)}, "statistics that no images have: .* eigenvalues from -"),
+        ({"mu": np.array(["a", "b", "c"]), "sigma": np.eye(3)}, "mu: expected real numbers, got <U1"),
+        ({"mu": np.array([1, 2, None]), "sigma": np.eye(3)}, "mu: not readable as an array of numbers"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "size": np.zeros(0)}, "expected count, size, like"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "pool": np.ones((4, 2))}, r"expected pool \(M, 3\), got \(4, 2\)"),
         ({"mu": np.zeros(2048), "sigma": np.eye(2048)}, "expected statistics of 3 dimensions, got 2048"),
         ({"arr_0": pictures(9, size=16)}, "images of 8 x 8 pixels, but .* has 16 x 16"),
     ],
@@ -228,25 +203,73 @@ def test_references_of_another_kind_are_refused(arrays, words, tmp_path):
     with pytest.raises(UserError, match=words):
         evaluate(
             samples,
-            load_reference(path, lambda like: MeanColours(), tmp_path / "cache", progress=False),
+            reference_of(path, tmp_path),
             MeanColours(),
             progress=False,
         )
 
 
-def test_inception_score_of_images_sorted_by_class_splits_all_classes(tmp_path, monkeypatch):
-    """Dark images first, then bright ones: splits of consecutive images would score 1; an order without labels is kept."""
-    images = pictures(400)
+def bright_last(monkeypatch, images, split):
+    """Figures of pictures from dark to bright, against themselves, with splits of a few of them."""
     images = images[np.argsort(images.mean((1, 2, 3)))]
-    labels = np.repeat([0, 1], 200)
-    scores = {}
-    original = inception_score
-    monkeypatch.setattr("uvit_fast.evaluation.evaluate.inception_score", lambda p: original(p, split_size=40))
-    for name, arrays in {"sorted": {"arr_1": labels}, "kept": {}}.items():
-        source = open_images(npz_of(tmp_path / f"{name}.npz", arr_0=images, **arrays))
+    for name in ("inception_score", "adm_inception_score"):
+        original = getattr(metrics, name)
+        monkeypatch.setattr(f"uvit_fast.evaluation.evaluate.{name}", lambda p, f=original: f(p, split))
+    monkeypatch.setattr("uvit_fast.evaluation.evaluate.SPLIT", split)
+    return images
+
+
+@pytest.mark.parametrize(
+    ("count", "words"), [(400, "their order moves the score"), (410, "the last 10 would be a split"), (40, None)]
+)
+def test_inception_score_is_adms_or_a_sentence_says_why_not(count, words, tmp_path, monkeypatch):
+    """Images from dark to bright, whose splits of 40 would be of one class each. Labels are not asked."""
+    images = bright_last(monkeypatch, pictures(count), 40)
+    shuffled = images[np.random.default_rng(0).permutation(count)]
+    results = []
+    for name, x in (("sorted", images), ("mixed", shuffled)):
+        source = open_images(npz_of(tmp_path / f"{name}.npz", arr_0=x, arr_1=np.array([name, None])))
         reference = reference_from_images(source, MeanColours(), tmp_path / "cache", progress=False)
-        scores[name] = evaluate(source, reference, MeanColours(), progress=False)["metrics"]["is"]
-    assert scores["sorted"] - 1 > 3 * (scores["kept"] - 1)
+        results.append(evaluate(source, reference, MeanColours(), progress=False))
+    first, second = (result["metrics"]["is"] for result in results)
+    assert first == pytest.approx(second, rel=0.02) and first > 1.05
+    said = [w for w in results[0]["warnings"] if "Inception score" in w]
+    assert (len(said) == 1 and words in said[0] and "ADM's evaluator" in said[0]) if words else not said
+
+
+@pytest.mark.parametrize(
+    ("samples", "real", "words"),
+    [
+        ("a/x.png", "b/x.jpg", "a: 0% of the files are compressed with loss, as JPEG is, of .*b 100%"),
+        ("a/x.webp", "b/x.png", "a: 100% of the files are compressed with loss"),
+        ("a/x.bmp", "b/x.png", None),
+        ("a/x.jpg", "b/x.jpeg", None),
+        (
+            "a/x.jpg",
+            "statistics_256.npz",
+            r"does not say what size .* \(its name has 256\); the samples have 8 x 8 pixels",
+        ),
+        ("a/x.png", "statistics.npz", "does not say what size its images had; the samples have 8 x 8 pixels"),
+        ("a/grey.png", "b/x.png", "a: 100% of the images are without colour, of .*b 0%"),
+    ],
+)
+def test_what_makes_samples_and_reference_incomparable_is_said(samples, real, words, tmp_path):
+    """How they are stored, the size of others' statistics, colour: each a warning with its consequence."""
+    images = pictures(20)
+
+    def make(name):
+        path = tmp_path / name
+        if path.suffix == ".npz":
+            return npz_of(path, **statistics(torch.rand(20, 3))[0])
+        path.parent.mkdir()
+        for i, image in enumerate(images):
+            mode = "L" if path.stem == "grey" else "RGB"
+            Image.fromarray(image).convert(mode).save(path.with_name(f"{i}{path.suffix}"))
+        return path.parent
+
+    result = evaluate(open_images(make(samples)), reference_of(make(real), tmp_path), MeanColours(), progress=False)
+    found = [w for w in result["warnings"] if "does not say" in w or "with loss" in w or "without colour" in w]
+    assert len(found) == bool(words) and all(re.search(words, w) and "distances" in w for w in found)
 
 
 def test_the_classifier_knows_digits_and_its_distance_tells_good_samples_from_bad(tmp_path):
@@ -271,11 +294,43 @@ def test_the_classifier_knows_digits_and_its_distance_tells_good_samples_from_ba
 
 
 def test_a_cached_classifier_is_the_same_one(tmp_path, monkeypatch):
+    """Of the same images and labels: with others, or a broken file, it is trained anew."""
     pixels, labels = load_digits(return_X_y=True)
-    images = np.round(pixels.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
+    pixels = np.round(pixels.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
+    images = replace(in_memory(pixels), identity=lambda: "digits")
     device = torch.device("cpu")
     monkeypatch.setattr("uvit_fast.evaluation.classifier.STEPS", 100)
-    first, second = (cached_classifier(images, labels, "digits", tmp_path, device) for _ in range(2))
-    assert ClassifierFeatures(first, device).identity == ClassifierFeatures(second, device).identity
+
+    def identity(labels=labels):
+        return ClassifierFeatures(cached_classifier(images, labels, tmp_path, device), device).identity
+
+    first = identity()
+    assert first == identity() != identity((labels + 1) % 10)
+    for file in tmp_path.iterdir():
+        file.write_bytes(file.read_bytes()[:2000])
+    monkeypatch.setattr("uvit_fast.evaluation.classifier.STEPS", 101)
+    assert identity() != first
     with pytest.raises(UserError, match="recognises"):  # labels that say nothing
-        train_classifier(images, np.random.default_rng(0).permutation(labels), device)
+        train_classifier(pixels, np.random.default_rng(0).permutation(labels), device)
+
+
+def test_a_classifier_of_large_images_is_trained_in_fewer_and_no_slower_steps(monkeypatch, tmp_path, capsys):
+    """What follows the first convolution has the size of 32 x 32 pixels; every pixel counts; of many images some are
+    taken, of all classes. A bar says how long it takes."""
+    rng, labels = np.random.default_rng(0), np.repeat([0, 1], 100)
+    pixels = rng.integers(0, 100, (200, 70, 50, 1)).astype(np.uint8) + (100 * labels[:, None, None, None]).astype(
+        np.uint8
+    )
+    images = replace(in_memory(pixels), identity=lambda: "large")
+    for name, value in {"STEPS": 40, "TRAINED_ON": 60, "trange": lambda n, delay, **how: trange(n, **how)}.items():
+        monkeypatch.setattr(f"uvit_fast.evaluation.classifier.{name}", value)
+    model = cached_classifier(images, labels, tmp_path, torch.device("cpu"))
+    said = capsys.readouterr()
+    assert "20/20" in said.err and "a classifier of 50 images" in said.err and "on 50 images" in said.out
+    with torch.inference_mode():
+        assert model.shallow[0](torch.zeros(1, 1, 70, 50)).shape == (1, 32, 24, 17)
+        black = torch.zeros(1, 70, 50, 1, dtype=torch.uint8)
+        for corner in ((0, 0), (69, 49), (69, 0), (34, 27)):
+            white = black.clone()
+            white[0, *corner] = 255
+            assert not torch.equal(model(white).spatial, model(black).spatial)

@@ -100,7 +100,7 @@ def labelled(count, classes=10, seed=0):
 
 
 def test_inception_score_of_full_splits_in_random_order_is_adms_number():
-    """To the digit, also where a balanced order would do better by a little: 50,000 in the order in which ADM's samples come."""
+    """To the digit: 50,000 in the order in which ADM's samples come."""
     p, _ = labelled(50_000, 100)
     assert inception_score(p) == adm_inception_score(p) == pytest.approx(score(*np.split(p.numpy(), 10)), rel=1e-12)
     p = torch.from_numpy(np.random.default_rng(0).dirichlet(np.ones(5), 25))

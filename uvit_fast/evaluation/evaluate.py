@@ -86,8 +86,8 @@ def evaluate(
     metrics["is"] = inception_score(probabilities)
     if (adms := adm_inception_score(probabilities)) != metrics["is"]:
         warnings.append(
-            f"{images.name}: the Inception score is of full splits of {SPLIT:,}, drawn at random from the {images.count:,} images: "
-            f"{_why_not_adms(images.count)}. ADM's evaluator, which splits them in their order, would give {adms:.6g}"
+            f"{images.name}: the Inception score is of full splits of {SPLIT:,}, drawn at random from the "
+            f"{images.count:,} images: {_why_not_adms(images.count)}. ADM's evaluator, which splits them in their order, would give {adms:.6g}"
         )
     if reference.pool is None:
         warnings.append(f"{reference.name}: statistics without images: no precision, recall and KID")
@@ -119,7 +119,7 @@ def _why_not_adms(count: int) -> str:
 
 
 def _of_size(images: Images, reference: Reference) -> Images:
-    """The same images, of which the first that have not the reference's size are an error, before hours are spent on them."""
+    """The same images, of which the first of another size than the reference's is an error: before hours are spent."""
 
     def read(parts: list[range]) -> Iterator[np.ndarray]:
         for array in images.read(parts):
@@ -127,7 +127,8 @@ def _of_size(images: Images, reference: Reference) -> Images:
             if reference.size not in (None, (height, width)):
                 raise UserError(
                     f"{images.name}: images of {width} x {height} pixels, but {reference.name} has "
-                    f"{reference.size[1]} x {reference.size[0]}: the figures would measure the resizing; resample one of them"
+                    f"{reference.size[1]} x {reference.size[0]}: the figures would measure the resizing; "
+                    "resample one of them"
                 )
             yield array
 
@@ -141,18 +142,19 @@ def _differences(images: Images, found: Extracted, reference: Reference) -> list
         named = set(re.findall(r"(?<!\d)(?:32|64|128|256|512|1024)(?!\d)", Path(reference.name).name))
         says = "" if named <= {str(height)} else f" (its name has {', '.join(sorted(named, key=int))})"
         warnings.append(
-            f"{reference.name}: does not say what size its images had{says}; the samples have {width} x {height} pixels: "
-            "with another size the distances are those of the resizing, and no published figure compares"
+            f"{reference.name}: does not say what size its images had{says}; the samples have {width} x {height} "
+            "pixels: with another size the distances are those of the resizing, and no published figure compares"
         )
     if reference.lossy is not None and abs(images.lossy - reference.lossy) > ALIKE:
         warnings.append(
-            f"{images.name}: {images.lossy:.0%} of the files are compressed with loss, as JPEG is, {reference.name}: "
-            f"{reference.lossy:.0%}: the distances count the losses too, which are larger than between good models; store both alike"
+            f"{images.name}: {images.lossy:.0%} of the files are compressed with loss, as JPEG is, of {reference.name} "
+            f"{reference.lossy:.0%}: the distances count the losses too, which can be larger than the difference of "
+            "two models; store both alike"
         )
     if reference.grey is not None and abs(found.grey - reference.grey) > ALIKE:
         warnings.append(
-            f"{images.name}: {found.grey:.0%} of the images are without colour, {reference.name}: {reference.grey:.0%}: "
-            "the distances count that"
+            f"{images.name}: {found.grey:.0%} of the images are without colour, of {reference.name} "
+            f"{reference.grey:.0%}: the distances count that"
         )
     return warnings
 

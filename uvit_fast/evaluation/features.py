@@ -63,8 +63,8 @@ class InceptionFeatures:
 
 @dataclass
 class Extracted:
-    """Of N images: moments of both features; pool (N, D) fp32 on the CPU; their (height, width); the share without colour;
-    what was odd about them."""
+    """Of N images: moments of both features; pool (N, D) fp32 on the CPU; their (height, width); the share without
+    colour; what was odd about them."""
 
     pool_moments: Moments
     spatial_moments: Moments

@@ -12,7 +12,7 @@ from torch import Tensor
 
 NEGATIVE = 1e-6  # of the largest eigenvalue: rounding stays far below it; a covariance has nothing beyond it
 SPLIT = 5000  # samples of which ADM takes an Inception score; 10 of them are the usual 50,000
-MOVED = 0.01  # relative: an order that moves the Inception score further is not random; of 1008 classes another one moves it by 0.2%
+MOVED = 0.01  # relative: an order that moves the Inception score further is not random; random ones differ by 0.2%
 
 
 class Moments(NamedTuple):
@@ -123,9 +123,9 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 def inception_score(probabilities: Tensor, split_size: int = SPLIT) -> float:
     """exp of the mean KL(p(y|x) || p(y)) of a split, averaged over full splits of samples in random order.
 
-    Of samples in random order, a multiple of `split_size`, it is ADM's number (`adm_inception_score`). Others are put into one
-    fixed random order: where the given one moves the score, as classes one after another do, and where samples are left over,
-    so that those are no class's.
+    Of samples in random order, a multiple of `split_size`, it is ADM's number (`adm_inception_score`). Others are put
+    into one fixed random order: where the given one moves the score, as classes one after another do, and where
+    samples are left over, which must not be all of one class.
 
     Args:
         probabilities: (N, K), rows summing to 1.
@@ -145,7 +145,7 @@ def inception_score(probabilities: Tensor, split_size: int = SPLIT) -> float:
 
 
 def adm_inception_score(probabilities: Tensor, split_size: int = SPLIT) -> float:
-    """The score as ADM's evaluator takes it: splits of consecutive samples, of which a last, small one counts like the others.
+    """The score as ADM's evaluator takes it: of consecutive samples, with a last, small split that counts in full.
 
     Args, Raises: as of `inception_score`.
     """

@@ -56,7 +56,8 @@ def open_files(name: str, folder: Path, files: list[str], read_file: Callable[[P
     """Images of one size in files.
 
     Args:
-        name: for messages. files: their names below `folder`, in the images' order. read_file: (H, W, 3) uint8 of one, or a UserError.
+        name: for messages. files: their names below `folder`, in the images' order.
+        read_file: (H, W, 3) uint8 of one, or a UserError.
     """
 
     def read(parts: list[range]) -> Iterator[np.ndarray]:
