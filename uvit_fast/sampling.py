@@ -67,29 +67,45 @@ def load_found(cfg: Config, path: Path, device: torch.device) -> UViT:
 
 
 def find_weights(checkpoint: str | Path) -> Path:
-    """The weight file that a name means: itself, a run folder's newest intact EMA weights, a checkpoint's, or a pipeline's network.
+    """The weight file that a name means: itself; of a run's folder, the EMA weights of its newest intact checkpoint, which is the one
+    that training would continue from; of a checkpoint's or a run's best/, its EMA weights; of a pipeline's folder, its network.
+
+    Warns of checkpoints that are passed over, and where other files are damaged than those of the weights that were named.
 
     Raises:
-        UserError: a folder that is neither, a checkpoint's file that holds no weights, or one that is not as its manifest says.
+        UserError: a folder that is none of these, a checkpoint's file that holds no weights, or one that is not as its manifest says.
     """
     path = Path(checkpoint)
     if path.name in ("exp_avg.safetensors", "exp_avg_sq.safetensors"):  # under the weights' names
         raise UserError(f"{path}: expected weights, as in ema.safetensors beside it; these are AdamW's moments")
-    if not path.is_dir():
-        if wrong := checkpoints.damage(path):
-            raise UserError(f"{path}: damaged ({wrong}); expected the file that training wrote")
-        return path
-    if (path / "model_index.json").is_file():
+    if path.is_dir() and (path / "model_index.json").is_file():
         return path / "model" / "diffusion_pytorch_model.safetensors"
-    found = sorted([*path.glob("checkpoints/step_*/ema.safetensors"), *path.glob("ema.safetensors")])
-    if not found:
+    if not path.is_dir():
+        return _named(path)
+    folder = path if checkpoints.steps(path) else path / "checkpoints"
+    found = checkpoints.newest_intact(folder, lambda text: warnings.warn(text, stacklevel=4))
+    file = (found[0] if found else path) / "ema.safetensors"
+    if found and not file.is_file():
+        raise UserError(f"{found[0]}: expected ema.safetensors, as training writes it; got none")
+    if not found and checkpoints.step_of(path) is None and not file.is_file():
         raise UserError(f"{path}: no EMA weights; expected checkpoints/step_*/ema.safetensors, which train.py writes")
-    for file in reversed(found):
-        wrong = checkpoints.damage(file)
-        if wrong is None:
-            return file
-        warnings.warn(f"{file} is damaged ({wrong}); trying the one before", stacklevel=2)
-    raise UserError(f"{path}: none of its {len(found)} EMA weights is intact")
+    return file if found else _named(file)
+
+
+def _named(file: Path) -> Path:
+    """A file that a user named, looked at as the checkpoint says that it is in."""
+    if not file.is_file():
+        why = "a link to nothing" if file.is_symlink() else "no such checkpoint file"
+        raise UserError(f"{file}: {why}; expected a .pth or .safetensors file")
+    folder = file.parent
+    copied = folder.name.startswith(("step_", "damaged_step_")) and (folder / "manifest.json").is_file()
+    wrong = dict(checkpoints.faults(folder)) if copied or checkpoints.step_of(folder) is not None else {}
+    if file.name in wrong:
+        raise UserError(f"{file}: damaged ({wrong[file.name]}); expected the file that training wrote")
+    if wrong:
+        said = "; ".join(": ".join(each) for each in wrong.items())
+        warnings.warn(f"{folder} is damaged ({said}); {file.name}, which was asked for, is used", stacklevel=4)
+    return file
 
 
 def provenance_of(cfg: Config, weights: Path) -> Provenance:

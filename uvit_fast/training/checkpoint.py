@@ -9,9 +9,10 @@ complete. Reading verifies all the same, since disks and copies fail too.
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,17 +100,24 @@ def write(
     finally:
         _remove(partial)
     for old in steps(folder)[:-keep]:
-        if not keep_every or int(old.name.removeprefix("step_")) % keep_every:
+        if not keep_every or step_of(old) % keep_every:
             _remove(old)
 
 
+def step_of(path: Path) -> int | None:
+    """The step of a checkpoint's folder by its name; None where training gives no such names."""
+    step = int(path.name[5:]) if re.fullmatch(r"step_[0-9]{8,18}", path.name) else None
+    return step if step is not None and path.name == f"step_{step:08d}" else None
+
+
 def steps(folder: Path) -> list[Path]:
-    """The checkpoints below `folder`, oldest first; what somebody called step_00001000.old is his."""
-    return sorted(path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdigit())
+    """The checkpoints below `folder`, oldest first; what somebody called step_00001000.old or step_best is his."""
+    return sorted((path for path in folder.glob("step_*") if step_of(path) is not None), key=step_of)
 
 
 def newest_intact(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint whose files are all as its manifest says, with the manifest; None where there is no checkpoint.
+    """The newest checkpoint whose files are all as its manifest says, with the manifest; None where there is no checkpoint. The one that
+    training continues from is the one that is sampled, measured and converted.
 
     Args:
         say: gets one line for each damaged checkpoint that is passed over.
@@ -119,12 +127,15 @@ def newest_intact(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[
     """
     found = steps(folder)
     for path in reversed(found):
-        wrong, manifest = _verify(path)
+        wrong = next(faults(path), None)
         if wrong is None:
-            return path, manifest
-        say(f"checkpoint {path} is damaged ({wrong}); trying the one before")
+            return path, _manifest(path)
+        say(f"checkpoint {path} is damaged ({': '.join(wrong)}); trying the one before")
     if found:
-        raise UserError(f"{folder}: none of the {len(found)} checkpoints is intact; --fresh starts the run anew")
+        raise UserError(
+            f"{folder}: none of the {len(found)} checkpoints is intact; train.py --fresh starts the run anew, and "
+            "`--checkpoint .../ema.safetensors` takes a file that is"
+        )
     return None
 
 
@@ -133,7 +144,7 @@ def set_aside_newer(path: Path) -> None:
     still be the newest to whoever samples, and stay while intact ones make room.
     """
     for newer in steps(path.parent):
-        if newer.name > path.name:
+        if step_of(newer) > step_of(path):
             aside = newer.with_name(f"damaged_{newer.name}")
             _remove(aside)
             newer.rename(aside)
@@ -151,8 +162,7 @@ def check_model(path: Path, shapes: dict[str, tuple[int, ...]], config: dict, ma
         UserError: names or shapes of parameters differ, or config keys that decide what the weights mean; the message names them.
     """
     keys = _differing(config, manifest, lambda section, key: section in MEANING and key not in HOW_NOT_WHAT)
-    with safe_open(path / "model.safetensors", framework="pt") as file:
-        theirs = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, no mapping
+    theirs = _shapes(path / "model.safetensors")
     differing = [name for name in sorted(shapes.keys() | theirs.keys()) if shapes.get(name) != theirs.get(name)]
     if not differing and not keys:
         return
@@ -198,35 +208,49 @@ def _differing(config: dict, manifest: dict[str, Any], asked: Callable[[str, str
     ]
 
 
-def damage(file: Path) -> str | None:
-    """What is wrong with a file of a checkpoint by its manifest; None where nothing is, or it is of none with a manifest."""
-    ours = file.parent.name.startswith("step_") and (file.parent / "manifest.json").is_file()
-    return _verify(file.parent, file.name)[0] if ours else None
-
-
-def _verify(path: Path, only: str | None = None) -> tuple[str | None, dict[str, Any]]:
-    """(what is wrong or None, the manifest), of all files or of one."""
-    try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        files = manifest["files"]
-        known = {name: (each["bytes"], each["sha256"]) for name, each in files.items()}
-        Provenance.from_json(manifest.get("data") or {})
-        whole = only or ({"step", "config"} <= manifest.keys() and "model.safetensors" in files)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"manifest.json: {type(error).__name__}", {}
-    if not whole:
-        return "manifest.json: not of a checkpoint", {}
-    for name, (size, digest) in known.items():
-        if only not in (None, name):
-            continue
+def faults(path: Path) -> Iterator[tuple[str, str]]:
+    """(file, what is wrong with it) for each file of a checkpoint's folder that is not as its manifest says, the manifest among them."""
+    manifest = _manifest(path)
+    if isinstance(manifest, str):
+        yield "manifest.json", manifest
+        return
+    for name, (size, digest) in manifest["files"].items():
         file = path / name
         if not file.is_file():
-            return f"{name}: missing", manifest
-        if file.stat().st_size != size:
-            return f"{name}: expected {size} bytes, got {file.stat().st_size}", manifest
-        if _sha256(file) != digest:
-            return f"{name}: its SHA-256 is not the manifest's", manifest
-    return None, manifest
+            yield name, "missing"
+        elif file.stat().st_size != size:
+            yield name, f"expected {size} bytes, got {file.stat().st_size}"
+        elif _sha256(file) != digest:
+            yield name, "its SHA-256 is not the manifest's"
+        else:
+            try:
+                _shapes(file)
+            except SafetensorError as error:  # as whoever wrote the manifest too may have meant it
+                yield name, f"no safetensors file ({error})"
+
+
+def _manifest(path: Path) -> dict[str, Any] | str:
+    """The manifest, "files" as name -> (bytes, SHA-256); or what is wrong with it."""
+    if not (path / "manifest.json").is_file():
+        return "missing"
+    try:
+        manifest = json.loads((path / "manifest.json").read_text("utf-8"))
+        files = {name: (each["bytes"], each["sha256"]) for name, each in manifest["files"].items()}
+        Provenance.from_json(manifest.get("data") or {})
+        ours = isinstance(manifest["step"], int) and "config" in manifest and "model.safetensors" in files
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return type(error).__name__
+    if not ours or any(Path(name).name != name for name in files):
+        return "not of a checkpoint"
+    if step_of(path) not in (None, manifest["step"]):
+        return f"of step {manifest['step']}, so this is a copy"
+    return {**manifest, "files": files}
+
+
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """The tensors of a file by its header, which must account for all of it."""
+    with safe_open(file, framework="pt") as opened:
+        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118, no mapping
 
 
 def _sha256(path: Path) -> str:
@@ -243,5 +267,7 @@ def _sync(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.exists():
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
         shutil.rmtree(path)

@@ -186,7 +186,7 @@ def _state(run_dir: Path) -> RunState | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         return None
     found = checkpoint.steps(run_dir / "checkpoints")
-    newest = int(found[-1].name.removeprefix("step_")) if found else None
+    newest = checkpoint.step_of(found[-1]) if found else None
     rows = run_dir / "metrics.jsonl"
     last = (read_rows(rows) or [{}])[-1]
     touched = (rows if rows.exists() else run_dir / "environment.json").stat().st_mtime
