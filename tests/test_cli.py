@@ -1,5 +1,7 @@
 """The commands: what they write, and one clear line for each mistake."""
 
+import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -24,13 +26,19 @@ DIGITS = "configs/digits.yaml"
 SMALL = ["--set", "model.embed_dim=32", "--set", "model.depth=2"]
 
 
+def save_checkpoint(folder, step):
+    """A checkpoint of the small digits model with random weights, as training writes it."""
+    cfg = load_config(DIGITS, SMALL[1::2])
+    weights, state = build_model(cfg).state_dict(), {"config": cfg.model_dump(mode="json")}
+    checkpoints.write(folder, step, {"model": weights, "ema": weights, "exp_avg": weights}, state, keep=9)
+    return folder / f"step_{step:08d}"
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
-    """Random weights of a small digits model, as a training run saves its EMA."""
-    cfg = load_config(DIGITS, SMALL[1::2])
+    """The EMA weights of a run's only checkpoint."""
     path = tmp_path / "run" / "checkpoints" / "step_00000010" / "ema.safetensors"
-    path.parent.mkdir(parents=True)
-    save_file(build_model(cfg).state_dict(), path)
+    save_checkpoint(path.parents[1], 10)
     return path
 
 
@@ -227,27 +235,104 @@ def test_a_newer_checkpoint_does_not_slip_into_an_interrupted_job(checkpoint, tm
     run, out = checkpoint.parents[2], tmp_path / "out.npz"
     monkeypatch.setattr(Job, "close", lambda self: None)  # the parts stay, as after an interruption
     assert sample(run, out, "--num", "2", "--steps", "1") == 0
-    newer = checkpoint.parent.with_name("step_00000020")
-    newer.mkdir()
-    shutil.copy(checkpoint, newer)
+    save_checkpoint(run / "checkpoints", 20)
     assert sample(run, out, "--num", "2", "--steps", "1", "--resume") == 2
     assert "--resume expected checkpoint" in capsys.readouterr().err
     assert sample(checkpoint.parent, out, "--num", "2", "--steps", "1", "--resume") == 0
 
 
-def test_a_runs_damaged_weights_are_passed_over_and_refused_by_name(checkpoint, tmp_path, capsys):
-    run = checkpoint.parents[2]
-    weights = load_file(checkpoint)
-    for step in (30, 40):
-        checkpoints.write(run / "checkpoints", step, {"ema": weights}, {}, keep=9)
-    file = run / "checkpoints" / "step_00000040" / "ema.safetensors"
+def flip_a_bit(file):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    with pytest.warns(UserWarning, match="step_00000040/ema.safetensors is damaged .*SHA-256"):
-        assert sampling.find_weights(run).parent.name == "step_00000030"
-    assert sample(file, tmp_path / "out.npz", "--num", "1", "--steps", "1") == 2
-    assert "ema.safetensors: damaged (ema.safetensors: its SHA-256" in capsys.readouterr().err
+
+
+def link_to_nothing(file):
+    file.unlink()
+    file.symlink_to("nowhere")
+
+
+def empty_the_folder(file):
+    shutil.rmtree(file.parent)
+    file.parent.mkdir()
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, lambda file: file.unlink(), link_to_nothing, empty_the_folder])
+@pytest.mark.parametrize("part", ["ema", "exp_avg"])
+def test_the_newest_intact_checkpoint_is_the_one_that_training_continues_from(checkpoint, damage, part):
+    """Whichever file is damaged, the whole checkpoint is passed over, by all and aloud."""
+    folder, said = checkpoint.parents[1], []
+    damage(save_checkpoint(folder, 20) / f"{part}.safetensors")
+    with pytest.warns(UserWarning, match="step_00000020 is damaged"):
+        found = sampling.find_weights(folder.parent)
+    assert found == checkpoint == checkpoints.newest_intact(folder, said.append)[0] / "ema.safetensors"
+    assert len(said) == 1 and sampling.find_weights(checkpoint.parent) == checkpoint
+
+
+def test_a_copy_beside_the_checkpoints_is_nobodys_newest(checkpoint, recwarn):
+    folder = checkpoint.parents[1]
+    for name in ("step_best", "step_00000010.older", "step_99", "step_٠٠٠٠٠٠٩٩", "step_00000099_copy"):
+        shutil.copytree(checkpoint.parent, folder / name)
+    assert sampling.find_weights(folder.parent) == sampling.find_weights(folder) == checkpoint
+    assert sampling.find_weights(folder / "step_best").parent.name == "step_best" and not recwarn.list
+    for name in ("step_00000099", "step_00000098"):  # as training calls them
+        shutil.copytree(checkpoint.parent, folder / name)
+    with pytest.warns(UserWarning, match="manifest.json: of step 10, so this is a copy"):
+        assert sampling.find_weights(folder.parent) == checkpoint
+    assert checkpoints.newest_intact(folder, lambda text: None)[0] == checkpoint.parent
+
+
+def test_a_checkpoint_that_was_named_is_taken_or_refused_not_replaced(checkpoint, tmp_path, capsys):
+    """Other files' damage is said; the weights' own is an error, though there is an older checkpoint."""
+    newer = save_checkpoint(checkpoint.parents[1], 20)
+    flip_a_bit(newer / "exp_avg.safetensors")
+    for name in (newer, newer / "ema.safetensors"):
+        with pytest.warns(
+            UserWarning, match=r"damaged \(exp_avg.safetensors: its SHA-256 .*ema.safetensors, which was asked"
+        ):
+            assert sampling.find_weights(name) == newer / "ema.safetensors"
+    flip_a_bit(newer / "ema.safetensors")
+    assert sample(newer, tmp_path / "out.npz", "--num", "1", "--steps", "1") == 2
+    assert "ema.safetensors: damaged (its SHA-256" in capsys.readouterr().err
+    link_to_nothing(newer / "ema.safetensors")
+    assert sample(newer, tmp_path / "out.npz", "--num", "1", "--steps", "1") == 2
+    assert "ema.safetensors: a link to nothing" in capsys.readouterr().err
+    with pytest.raises(sampling.UserError, match="these are AdamW's moments"):
+        sampling.find_weights(newer / "exp_avg.safetensors")
+
+
+def test_a_manifest_can_neither_lie_about_a_file_nor_leave_its_folder(checkpoint, tmp_path):
+    """A file that its own maker's manifest calls right, and a name that leads elsewhere."""
+    manifest = checkpoint.with_name("manifest.json")
+    whole, content = manifest.read_text(), json.loads(manifest.read_text())
+    (tmp_path / "secret").write_bytes(b"secret")
+    data = bytearray(checkpoint.read_bytes())
+    data[:8] = (2**40).to_bytes(8, "little")  # the header's length
+    checkpoint.write_bytes(data)
+    content["files"]["ema.safetensors"]["sha256"] = hashlib.sha256(data).hexdigest()
+    manifest.write_text(json.dumps(content))
+    assert dict(checkpoints.faults(checkpoint.parent)).keys() == {"ema.safetensors"}
+    for text in (
+        whole.replace('"ema.safetensors"', '"../../../secret"'),
+        whole.replace('"ema.safetensors"', f'"{tmp_path}/secret"'),
+        "[" * 100_000,
+        "9" * 100_000,
+    ):
+        manifest.write_text(text)
+        assert dict(checkpoints.faults(checkpoint.parent)).keys() == {"manifest.json"}
+
+
+def test_weights_that_have_diverged_are_not_sampled_as_black_images(checkpoint, tmp_path, capsys):
+    weights = {name: value.clone() for name, value in load_file(checkpoint).items()}
+    weights["norm.weight"][0] = float("nan")
+    save_file(weights, tmp_path / "x.safetensors")
+    assert sample(tmp_path / "x.safetensors", tmp_path / "out.npz", "--num", "1", "--steps", "1") == 2
+    assert "tensors are with NaN or infinity (norm.weight)" in capsys.readouterr().err
+    huge = {name: value * 1e30 for name, value in load_file(checkpoint).items()}
+    save_file(huge, tmp_path / "huge.safetensors")
+    assert sample(tmp_path / "huge.safetensors", tmp_path / "out.npz", "--num", "1", "--steps", "1") == 2
+    assert "samples 0 to 0 hold NaN or infinity" in capsys.readouterr().err
+    assert not (tmp_path / "out.npz").exists()
 
 
 def test_two_processes_finish_what_one_began(checkpoint, tmp_path, monkeypatch):

@@ -148,9 +148,7 @@ def drawn_images(
         for part in parts:
             (x,) = sampling.sample(model, cfg, part.stop, first=part.start, batch=len(part), **options)
             x = decode(x) if decode and not graphs else x
-            if not torch.isfinite(x).all():
-                raise UserError(f"{name}: samples {part.start} to {part.stop - 1} hold NaN or infinity")
-            images = to_uint8(x)
+            images = to_uint8(sampling.check_finite(x, f"{name}: samples {part.start} to {part.stop - 1}"))
             if folder:
                 sampling.save_pngs(folder, [images], names, part.start)
             yield images

@@ -148,7 +148,7 @@ def read(weights: Path) -> Provenance:
         try:
             if (found := of(json.loads(file.read_text("utf-8")))) is not None:
                 return Provenance.from_json(found)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise UserError(f"{file}: damaged; expected the classes of a model ({error})") from None
     return UNKNOWN
 

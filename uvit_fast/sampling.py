@@ -213,6 +213,19 @@ def sample(
             yield sampler(eps_fn, x_T, generator=keys)
 
 
+def check_finite(images: Tensor, what: str) -> Tensor:
+    """The images, unless they would be black ones.
+
+    Raises:
+        UserError: NaN or infinity among them.
+    """
+    if not torch.isfinite(images).all():
+        raise UserError(
+            f"{what} hold NaN or infinity; expected weights, guidance and a number of steps that give images"
+        )
+    return images
+
+
 def spread(num: int, items: list) -> list:
     """`num` items that go through `items` in equal shares, in their order."""
     return [items[i * len(items) // num] for i in range(num)]

@@ -1,5 +1,9 @@
 """Published checkpoints load unchanged, and what does not fit is named."""
 
+import argparse
+import os
+import pickle
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -73,3 +77,68 @@ def test_missing_file_and_foreign_content_are_refused(tmp_path):
     torch.save({"step": 3}, tmp_path / "x.pth")
     with pytest.raises(UserError, match="expected a state dict of tensors"):
         read_weights(tmp_path / "x.pth")
+
+
+class RunsCode:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["PROOF"],)
+
+
+def wrapped(**content) -> dict:
+    return {"model": tiny().state_dict(), **content}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            lambda: wrapped(ema=tiny().state_dict(), step=3),
+            "holds model, ema, step; expected the weights alone, as .*True.*'ema'",
+        ),
+        (lambda: wrapped(args=argparse.Namespace(lr=1)), "holds model, args; .*weights_only=False.*'model'"),  # DiT's
+        (
+            lambda: {"optimizer": {"state": {}}, "step": 1},
+            "expected a state dict of tensors, got a dict of optimizer, step",
+        ),
+        (dict, "expected a state dict of tensors, got a dict of nothing"),
+        (lambda: [torch.zeros(1)], "expected a state dict of tensors, got list"),
+        (tiny, "holds uvit_fast.model.uvit.UViT, a Python object that is not loaded since it could run code"),
+        (lambda: wrapped(more=RunsCode()), "holds posix.mkdir, a Python object"),
+    ],
+)
+def test_checkpoints_as_others_save_them_are_described(tmp_path, content, words, monkeypatch):
+    """What the file holds and what to do; nothing in it is run, whichever way it was written."""
+    monkeypatch.setenv("PROOF", str(tmp_path / "ran"))
+    for zipped in (True, False):
+        torch.save(content(), tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
+        with pytest.raises(UserError, match=words) as error:
+            read_weights(tmp_path / "x.pt")
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_bare_pickle_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("PROOF", str(tmp_path / "ran"))
+    (tmp_path / "x.pth").write_bytes(pickle.dumps(RunsCode()))
+    with pytest.raises(UserError, match="expected a state dict"):
+        read_weights(tmp_path / "x.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "state.net."])
+def test_the_prefix_of_a_wrapped_model_is_named(prefix):
+    state = {prefix + key: value for key, value in tiny().state_dict().items()}
+    with pytest.raises(UserError, match=f"x.pth: its keys begin with '{prefix}'"):
+        load_weights(tiny(), {**state, "n_averaged": torch.zeros(1)}, "x.pth")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_no_numbers_are_refused(value):
+    state = tiny().state_dict()
+    state["norm.weight"] = state["norm.weight"].clone()
+    state["norm.weight"][3] = value
+    with pytest.raises(UserError, match=r"1 of \d+ tensors are with NaN or infinity \(norm.weight\)"):
+        load_weights(tiny(), state)
+    state["norm.weight"] = torch.ones(32, dtype=torch.int8)
+    with pytest.raises(UserError, match="of whole numbers"):
+        load_weights(tiny(), state)

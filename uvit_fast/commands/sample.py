@@ -78,7 +78,8 @@ def _run(args: argparse.Namespace, ranks) -> None:
 
     def draw(first: int, last: int) -> np.ndarray:
         batches = sampling.sample(model, cfg, last, first=first, batch=batch, graphs=graphs, **options)
-        return np.concatenate([to_uint8(decode(x)) for x in batches])
+        what = f"samples {first} to {last - 1}"
+        return np.concatenate([to_uint8(sampling.check_finite(decode(x), what)) for x in batches])
 
     settings = {name: getattr(args, name) for name in ("set", "num", "classes", "seed", "steps", "cfg_scale")}
     settings["config"] = args.config and os.path.abspath(args.config)

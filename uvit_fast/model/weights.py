@@ -1,6 +1,8 @@
 """Weights in and out: the published `.pth` checkpoints and our own safetensors hold the same names."""
 
+import argparse
 import math
+import re
 import warnings
 from pathlib import Path
 
@@ -9,15 +11,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from uvit_fast.config import UserError
+from uvit_fast.config import UserError, cut
 from uvit_fast.model.uvit import UViT
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """A state dict from a `.pth` (loaded with weights_only) or `.safetensors` file, on the CPU.
+    """A state dict from a `.pth` (loaded with weights_only, which runs no code of the file's) or `.safetensors` file, on the CPU.
 
     Raises:
-        UserError: no such file, or one that holds no state dict.
+        UserError: no such file, or one that holds something else than a state dict: what it holds, and what to do.
     """
     path = Path(path)
     if not path.is_file():
@@ -25,14 +27,39 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with (
+            warnings.catch_warnings(),
+            torch.serialization.safe_globals([argparse.Namespace]),
+        ):  # only to say that it is there
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise their own kinds for truncated and foreign files
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        if name or "TorchScript" in str(error):
+            what = f"{cut(name[1])}, a Python object" if name else "a TorchScript program"
+            raise UserError(
+                f"{path}: holds {what} that is not loaded since it could run code; expected a state dict of tensors, which "
+                "whoever trusts the file can load with weights_only=False and save alone"
+            ) from None
         raise UserError(
             f"{path}: not a readable checkpoint ({type(error).__name__}); expected a state dict as a .pth or .safetensors file"
         ) from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if isinstance(state, dict) and state and all(isinstance(value, Tensor) for value in state.values()):
+        return state
+    if not isinstance(state, dict):
         raise UserError(f"{path}: expected a state dict of tensors, got {type(state).__name__}")
-    return state
+    held = ", ".join(cut(str(key)) for key in list(state)[:8]) or "nothing"
+    within = [
+        key for key, value in state.items() if isinstance(value, dict) and any(map(torch.is_tensor, value.values()))
+    ]
+    if not within:
+        raise UserError(f"{path}: expected a state dict of tensors, got a dict of {held}")
+    wanted = next((key for key in within if "ema" in str(key).lower()), within[0])
+    safe = "False" if any(isinstance(value, argparse.Namespace) for value in state.values()) else "True"
+    raise UserError(
+        f"{path}: a training checkpoint, which holds {held}; expected the weights alone, as "
+        f"torch.save(torch.load({path.name!r}, 'cpu', weights_only={safe})[{wanted!r}], 'weights.pth') writes them"
+    )
 
 
 def load_weights(model: UViT, state: dict[str, Tensor], source: str = "checkpoint") -> UViT:
@@ -41,10 +68,15 @@ def load_weights(model: UViT, state: dict[str, Tensor], source: str = "checkpoin
     Where only the image size differs, the patches' position embedding is interpolated, with a warning.
 
     Raises:
-        UserError: keys that are missing, extra or of the wrong shape; all of them are named.
+        UserError: keys that are missing, extra or of the wrong shape, all of which are named, or that have a prefix; NaN or infinity.
     """
     state = dict(state)
     ours = model.state_dict()
+    if prefix := _prefix(state, ours):
+        raise UserError(
+            f"{source}: its keys begin with {prefix!r}, as those of a wrapped model do; expected them without: "
+            f"{{key.removeprefix({prefix!r}): value for key, value in state.items()}}"
+        )
     if "pos_embed" in state.keys() & ours.keys() and state["pos_embed"].shape != ours["pos_embed"].shape:
         state["pos_embed"] = _resize_pos_embed(state["pos_embed"], ours["pos_embed"], model.extras)
     wrong = [
@@ -60,8 +92,24 @@ def load_weights(model: UViT, state: dict[str, Tensor], source: str = "checkpoin
             if keys
         ]
         raise UserError(f"{source} is of another architecture than the config: keys {', '.join(parts)}")
+    for what, wrong in (
+        ("of whole numbers", [key for key in ours if state[key].is_floating_point() < ours[key].is_floating_point()]),
+        ("with NaN or infinity", [key for key in ours if not state[key].isfinite().all()]),
+    ):
+        if wrong:
+            raise UserError(
+                f"{source}: {len(wrong)} of {len(ours)} tensors are {what} ({_some(wrong)}); expected numbers to compute with, as in "
+                "a checkpoint from before the training diverged"
+            )
     model.load_state_dict(state)
     return model
+
+
+def _prefix(state: dict[str, Tensor], ours: dict[str, Tensor]) -> str:
+    """What stands before each of our names in a state dict that has them all; "" where nothing does."""
+    first = next(iter(ours))
+    prefixes = [key.removesuffix(first) for key in state if str(key).endswith(f".{first}")]
+    return next((prefix for prefix in prefixes if all(prefix + key in state for key in ours)), "")
 
 
 def _some(keys: list[str], limit: int = 4) -> str:
