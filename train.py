@@ -38,7 +38,9 @@ def main(argv: list[str] | None = None) -> int:
         model, schedule, dataset = build_model(cfg), build_schedule(cfg), build_dataset(cfg)
         learned_from = Provenance.of(dataset, cfg.model.num_classes > 0)
         looks: list = []
-        world.on_first(lambda: looks.extend((training_preview(cfg, learned_from), training_evaluation(cfg))))
+        world.on_first(
+            lambda: looks.extend((training_preview(cfg, learned_from), training_evaluation(cfg, learned_from)))
+        )
         about = world.on_first(lambda: summary(cfg, model, dataset, world))
         trainer = Trainer(cfg, model, schedule, dataset, run_dir, *looks, fresh=args.fresh)
         if world.rank == 0 and trainer.step < cfg.train.iterations:

@@ -9,7 +9,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 WORDS = ["<|startoftext|>", "<|endoftext|>", "a", "b", "a</w>", "b</w>"]
 
 
-def save_clip(folder: Path, tokens: int = 8, width: int = 16) -> str:
+def save_clip(folder: Path, tokens: int = 8, width: int = 16, seed: int = 1) -> str:
     """One layer with random weights and a vocabulary of a and b; returns the folder's name."""
     folder.mkdir()
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(WORDS)}))
@@ -22,6 +22,6 @@ def save_clip(folder: Path, tokens: int = 8, width: int = 16) -> str:
         max_position_embeddings=tokens, bos_token_id=0, eos_token_id=1, pad_token_id=1,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
+        torch.manual_seed(seed)
         CLIPTextModel(config).save_pretrained(folder)
     return str(folder)

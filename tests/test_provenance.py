@@ -90,8 +90,5 @@ def test_it_is_found_beside_weights_of_every_kind(tmp_path):
 
 
 def test_names_are_shown_on_one_line_whatever_folders_are_called():
-    assert (
-        shown(["a\nb", "\x1b[1m", "caf\udce9", "火车"])
-        == "a\N{REPLACEMENT CHARACTER}b, " + "\N{REPLACEMENT CHARACTER}[1m, caf\N{REPLACEMENT CHARACTER}, 火车"
-    )
+    assert shown(["a\nb", "\x1b[1m", "caf\udce9", "火车"]) == r"a\nb, \x1b[1m, caf\udce9, 火车"
     assert shown("abcdef", 2) == "a, b, ... 6 in all"

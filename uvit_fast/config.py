@@ -18,6 +18,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field
 
 CUT = 80  # characters of a user's value that a message repeats
 
+CLIP = "openai/clip-vit-large-patch14"  # whose text features the published text models were trained on
+
 
 class UserError(ValueError):
     """Something the user can mend. The commands print its message on one line, without a traceback, and exit with 2."""
@@ -179,6 +181,10 @@ class SampleConfig(Section):
         description="First and last time t in [0, 1] (0: data) with guidance (Kynkaanniemi et al. 2024); one branch elsewhere.",
     )
 
+    prompts: tuple[str, ...] = Field(
+        (), description="Of a text model: what its previews show, and `sample` by default."
+    )
+
     @model_validator(mode="after")
     def _in_order(self) -> SampleConfig:
         if not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1:
@@ -187,12 +193,16 @@ class SampleConfig(Section):
 
 
 class LatentConfig(Section):
-    """The frozen autoencoder of latent models; the training latents were made with Stable Diffusion's first."""
+    """The frozen networks of latent models; the training latents were made with Stable Diffusion's first autoencoder."""
 
     scale_factor: float = Field(0.18215, gt=0, description="Latents are multiplied by this before the network.")
     decoder: FolderOrHub = Field(
         "CompVis/stable-diffusion-v1-4/vae",
         description="Autoencoder that decodes samples: a local folder, or owner/repository[/subfolder] on the hub.",
+    )
+    text_encoder: str | None = Field(
+        None,
+        description=f"CLIP of a text model: a local folder, or a hub name. Default: that of the training data, else {CLIP}.",
     )
 
 
@@ -328,6 +338,8 @@ class Config(Section):
             raise ValueError("train.activation_memory_gb needs model.activation_checkpointing selective")
         if self.train.compile and self.train.zero_stage == 3:
             raise ValueError("train.compile needs train.zero_stage 1 or 2: stage 3 moves the weights between blocks")
+        if self.sample.prompts and not self.model.context_dim:
+            raise ValueError("sample.prompts needs a model of text: set model.context_dim")
         if self.data.name in ("latents", "text_latents") and not self.latent:
             raise ValueError(f"data.name {self.data.name} needs the section latent: decoder and scale_factor")
         if self.sample.sampler == "euler_maruyama" and self.diffusion.schedule != "vp":

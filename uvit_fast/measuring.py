@@ -200,7 +200,7 @@ def yardstick(
     return like(statistics.like), statistics
 
 
-def training_evaluation(cfg: Config) -> Callable[[UViT, int], dict[str, float]] | None:
+def training_evaluation(cfg: Config, known: Provenance) -> Callable[[UViT, int], dict[str, float]] | None:
     """What the trainer calls every `evaluate.every` steps on rank 0; None where the config has no such section.
 
     Returns:
@@ -214,7 +214,7 @@ def training_evaluation(cfg: Config) -> Callable[[UViT, int], dict[str, float]] 
     how, device = cfg.evaluate, sampling.pick_device(cfg.device)
     if cfg.model.context_dim:
         raise UserError("evaluate: a model of text cannot be measured while it trains; leave the section out")
-    decode = sampling.load_decoder(cfg, device) if cfg.latent else None
+    decode = sampling.load_decoder(cfg, device, known) if cfg.latent else None
     real = how.reference or cfg
     name = how.reference or "this config"
     extractor, statistics = yardstick(

@@ -189,8 +189,9 @@ def describe_encoder(who: dict[str, str]) -> str:
 def shown(names: Iterable[str], most: int = 10, kind: str = "in all") -> str:
     """Names on one line, printable whatever a folder's name holds, the first ones of many."""
     names = list(names)
-    clean = [name.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for name in names[:most]]
-    clean = ["".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name) for name in clean]
+    clean = [
+        "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name) for name in names[:most]
+    ]
     return ", ".join(clean) + (f", ... {len(names)} {kind}" if len(names) > most else "")
 
 

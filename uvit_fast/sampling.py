@@ -17,9 +17,9 @@ from torch import Tensor
 
 from uvit_fast import provenance
 from uvit_fast.build import build_model, build_sampler
-from uvit_fast.config import Config, UserError
+from uvit_fast.config import CLIP, Config, UserError
 from uvit_fast.data.datasets import CLASSES
-from uvit_fast.data.encoders import load_text_encoder
+from uvit_fast.data.encoders import check_vae, load_text_encoder
 from uvit_fast.diffusion.cudagraph import GraphSampler
 from uvit_fast.diffusion.guidance import Guidance
 from uvit_fast.diffusion.noise import sample_generators, sample_noise
@@ -28,7 +28,7 @@ from uvit_fast.files import file_name, write_whole
 from uvit_fast.images import save_grid, to_uint8
 from uvit_fast.model.uvit import UViT
 from uvit_fast.model.weights import load_weights, read_weights
-from uvit_fast.provenance import Provenance
+from uvit_fast.provenance import UNKNOWN, Provenance
 from uvit_fast.training import checkpoint as checkpoints
 
 
@@ -241,18 +241,28 @@ def training_preview(cfg: Config, known: Provenance) -> Callable[[UViT, int, Pat
     None where it is 0.
 
     Raises:
-        UserError, ImportError: latents cannot be decoded here, or the model takes text. Before training, not after hours.
+        UserError, ImportError: latents cannot be decoded here, or a model of text has no prompts or not its encoder. Before training,
+            not after hours.
     """
     if not cfg.train.sample_every:
         return None
+    device, conditions, captions = pick_device(cfg.device), {}, None
+    decode = load_decoder(cfg, device, known) if cfg.latent else lambda x: x
     if cfg.model.context_dim:
-        raise UserError("train.sample_every: previews need classes or no condition; expected 0 for a model of text")
-    decode = load_decoder(cfg, pick_device(cfg.device)) if cfg.latent else lambda x: x
-    labels = spread_labels(64, chosen_labels(None, cfg, known)) if cfg.model.num_classes else None
-    captions = None if labels is None else [known.name(label) for label in labels.tolist()]
+        if not cfg.sample.prompts:
+            raise UserError(
+                "train.sample_every: previews of a text model need sample.prompts; expected some, or 0 for no previews"
+            )
+        captions = spread(64, list(cfg.sample.prompts))
+        encode, null = load_text(cfg, None, device, known)
+        features = dict(zip(cfg.sample.prompts, encode(list(cfg.sample.prompts))))  # kept, unlike the encoder
+        conditions = {"context": torch.stack([features[prompt] for prompt in captions]), "null_context": null}
+    elif cfg.model.num_classes:
+        conditions = {"labels": spread_labels(64, chosen_labels(None, cfg, known))}
+        captions = [known.name(label) for label in conditions["labels"].tolist()]
 
     def preview(model: UViT, step: int, folder: Path) -> Path:
-        batches = sample(model, cfg, 64, labels=labels, batch=64)
+        batches = sample(model, cfg, 64, batch=64, **conditions)
         path = folder / f"step_{step:08d}.png"
         save_grid(to_uint8(torch.cat([decode(x) for x in batches])), path, columns=8, captions=captions)
         return path
@@ -260,14 +270,18 @@ def training_preview(cfg: Config, known: Provenance) -> Callable[[UViT, int, Pat
     return preview
 
 
-def load_decoder(cfg: Config, device: torch.device) -> Callable[[Tensor], Tensor]:
+def load_decoder(cfg: Config, device: torch.device, known: Provenance = UNKNOWN) -> Callable[[Tensor], Tensor]:
     """The frozen autoencoder of `cfg.latent`, as `decoder` makes it: bf16 on a GPU, fp32 on a CPU.
+
+    Args:
+        known: what the model learned from, whose latents it must be able to decode.
 
     Raises:
         ImportError: diffusers is not installed; the message names the extra.
-        UserError: the autoencoder is neither a local folder nor to be had from the hub.
+        UserError: the autoencoder is neither a local folder nor to be had from the hub, or it is one of other latents.
     """
-    vae = load_autoencoder(cfg.latent.decoder).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    vae = load_autoencoder(cfg.latent.decoder, known)
+    vae = vae.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     return decoder(vae, cfg.latent.scale_factor)
 
 
@@ -287,25 +301,38 @@ def decoder(vae: Any, scale_factor: float, chunk: int = 25) -> Callable[[Tensor]
     return decode
 
 
-def load_text(cfg: Config, name: str, device: torch.device) -> tuple[Callable[[list[str]], Tensor], Tensor]:
+def text_encoder_name(cfg: Config, known: Provenance) -> str:
+    """The config's text encoder, else the one that made what the model learned from, else the published models'."""
+    asked = cfg.latent.text_encoder if cfg.latent else None
+    return asked or known.encoders.get("text_encoder", {}).get("name") or CLIP
+
+
+def load_text(
+    cfg: Config, name: str | None, device: torch.device, known: Provenance = UNKNOWN
+) -> tuple[Callable[[list[str]], Tensor], Tensor]:
     """The text encoder of a text-conditional model: captions -> features (B, T, C) fp32, and those of "", (T, C).
 
     Args:
-        name: CLIP, a local folder or a hub name.
+        name: CLIP, a local folder or a hub name; None: as `text_encoder_name` says.
+        known: what the model learned from, whose text encoder it must be.
 
     Raises:
         ImportError: transformers is not installed; the message names the extra.
-        UserError: the encoder cannot be had, or its features do not fit the model.
+        UserError: the encoder cannot be had, its features do not fit the model, or it is not the one that the model learned from.
     """
-    encode, _ = load_text_encoder(name, device)
+    name = name or text_encoder_name(cfg, known)
+    encode = load_text_encoder(name, device, known)
     null, expected = encode([""])[0], (cfg.model.context_tokens, cfg.model.context_dim)
     if null.shape != expected:
         raise UserError(f"text encoder {name}: {cfg.name} expected features {expected}, got {tuple(null.shape)}")
     return encode, null
 
 
-def load_autoencoder(name: str) -> Any:
+def load_autoencoder(name: str, known: Provenance = UNKNOWN) -> Any:
     """diffusers' `AutoencoderKL` by a local folder, or owner/repository[/subfolder] on the hub; fp32, frozen, on the CPU.
+
+    Args:
+        known: what a model learned from, where it shall be an autoencoder of its latents.
 
     Raises:
         ImportError, UserError: as `load_decoder`.
@@ -318,10 +345,12 @@ def load_autoencoder(name: str) -> Any:
     if not Path(name).is_dir() and len(parts) > 2:
         where = {"pretrained_model_name_or_path": "/".join(parts[:2]), "subfolder": "/".join(parts[2:])}
     try:
-        return AutoencoderKL.from_pretrained(**where).eval().requires_grad_(False)
+        vae = AutoencoderKL.from_pretrained(**where).eval().requires_grad_(False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"autoencoder {name}: neither a local folder nor found on the hub ({reason})") from None
+    check_vae(vae, name, known)
+    return vae
 
 
 def sample_names(labels: list[int] | None, prompts: list[str] | None, known: Provenance) -> list[str] | None:

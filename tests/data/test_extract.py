@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from tests.clip import save_clip
 from tests.training import tiny
 from tests.training.test_command import ROOT, call
 from uvit_fast.build import build_dataset
@@ -129,6 +130,21 @@ def test_a_tiny_imagenet_is_extracted_trained_on_and_sampled(photos, vae, tmp_pa
     assert main([*command, "--num", "2", "--classes", "0,1", *sets(*overrides)]) == 0
     images = np.load(tmp_path / "samples.npz")["arr_0"]
     assert images.shape == (2, 64, 64, 3) and images.dtype == np.uint8 and images.std() > 0
+
+    # the run knows whose latents they are: a copy in half precision decodes them, another autoencoder does not
+    network = load_autoencoder(vae)
+    network.half().save_pretrained(tmp_path / "half")
+    next(network.encoder.parameters()).data += 1
+    network.save_pretrained(tmp_path / "other")
+    command = ["sample", "--checkpoint", str(run), "--num", "1", "--steps", "1", "--classes", "n02_flower"]
+    assert main([*command, "--out", str(tmp_path / "a"), "--set", f"latent.decoder={tmp_path / 'half'}"]) == 0
+    assert (tmp_path / "a" / "000000_class1_n02-flower.png").is_file()
+    capsys.readouterr()
+    for more in (["--out", str(tmp_path / "b")], ["--out", str(tmp_path / "c"), "--vae", str(tmp_path / "other")]):
+        command[0] = "convert" if "--vae" in more else "sample"
+        command = command[:3] if "--vae" in more else command
+        assert main([*command, *more, "--set", f"latent.decoder={tmp_path / 'other'}"]) == 2
+        assert f"not the one that made the latents which the model learned from, {vae}" in capsys.readouterr().err
 
 
 def test_every_kind_of_bad_image_is_counted_and_named(photos, tmp_path, capsys):
@@ -283,6 +299,12 @@ def test_other_settings_or_other_images_are_refused(photos, tmp_path):
         make(photos, tmp_path / "out", dtype="float32")[0].run()
     more = tmp_path / "images"
     shutil.copytree(photos, more)
+    (more / "n01_temple").rename(more / "n03_temple")
+    with pytest.raises(
+        UserError, match="of other classes: removed n01_temple; added n03_temple; label 0 was n01_temple"
+    ):
+        make(more, tmp_path / "out")[0].run()
+    (more / "n03_temple").rename(more / "n01_temple")
     shutil.copy(more / "n01_temple" / "0.JPEG", more / "n01_temple" / "9.JPEG")
     with pytest.raises(UserError, match="holds an extraction with images 12, got 13"):
         make(more, tmp_path / "out")[0].run()
@@ -293,9 +315,7 @@ def test_other_settings_or_other_images_are_refused(photos, tmp_path):
 
 
 def test_captions_become_features_of_every_caption_and_of_none(photos, vae, tmp_path, capsys):
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    clip = save_clip(tmp_path / "clip", CLIPTextConfig, CLIPTextModel)
+    clip = save_clip(tmp_path / "clip")
     flat = {"images": [], "annotations": []}
     for i in range(4):
         flat["images"].append({"id": 10 - i, "file_name": f"n02_flower/{i}.JPEG"})
@@ -312,7 +332,7 @@ def test_captions_become_features_of_every_caption_and_of_none(photos, vae, tmp_
         "--vae",
         vae,
         "--clip",
-        str(clip),
+        clip,
     ]
     command += ["--out", str(tmp_path / "out"), "--captions", str(tmp_path / "captions.json"), "--shard", "2"]
     assert main([*command, *sets(*overrides, "device=cpu")]) == 0
@@ -322,43 +342,31 @@ def test_captions_become_features_of_every_caption_and_of_none(photos, vae, tmp_
 
     from uvit_fast.data.encoders import load_text_encoder
 
-    encode, _ = load_text_encoder(str(clip), torch.device("cpu"))
+    encode = load_text_encoder(clip, torch.device("cpu"))
     stored = torch.from_numpy(dataset.text.all()).float()
     torch.testing.assert_close(stored, encode(["a", "b", "a b", "a b", "b a a"]), rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(dataset.null_context, encode([""])[0], rtol=2e-3, atol=2e-3)
     assert not torch.allclose(stored[0], stored[1], atol=1e-2)
 
     command = ["--config", str(ROOT / "configs" / "s2_coco.yaml"), "--run-dir", str(tmp_path / "run")]
-    code, lines = tiny.launch(call, [*command, *sets(*overrides, f"data.path={tmp_path / 'out'}", "train.log_every=1")])
+    overrides += [f"data.path={tmp_path / 'out'}", "train.log_every=1", f"latent.decoder={vae}", "device=cpu"]
+    code, lines = tiny.launch(call, [*command, *sets(*overrides, "train.sample_every=3", "sample.prompts=[a b, b]")])
     assert code == 0, lines
+    preview = np.asarray(Image.open(tmp_path / "run" / "samples" / "step_00000003.png"))
+    assert (preview[4 + 64 : 4 + 64 + 14] < 128).any()  # the prompt below each sample
     rows = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3] and np.isfinite([row["loss"] for row in rows]).all()
 
-
-def save_clip(folder, config, model):
-    """A CLIP of one small layer, with a vocabulary of a and b."""
-    folder.mkdir()
-    words = ["<|startoftext|>", "<|endoftext|>", "a", "b", "a</w>", "b</w>"]
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(
-            {
-                "tokenizer_class": "CLIPTokenizer",
-                "bos_token": words[0],
-                "eos_token": words[1],
-                "unk_token": words[1],
-                "pad_token": words[1],
-                "model_max_length": 8,
-            }
-        )
+    # the run remembers its text encoder, and knows another one of the same shapes
+    command = ["sample", "--checkpoint", str(tmp_path / "run"), "--num", "2", "--steps", "1"]
+    assert main([*command, "--out", str(tmp_path / "samples")]) == 0
+    assert (tmp_path / "samples" / "prompts.txt").read_text() == "a b\nb\n"
+    other = save_clip(tmp_path / "other", seed=2)
+    assert main([*command, "--out", str(tmp_path / "no"), "--clip", other]) == 2
+    assert (
+        f"{other}: not the one that made the text features which the model learned from, {clip}"
+        in capsys.readouterr().err
     )
-    sizes = dict(vocab_size=6, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    torch.manual_seed(1)
-    model(config(**sizes, max_position_embeddings=8, bos_token_id=0, eos_token_id=1, pad_token_id=1)).save_pretrained(
-        folder
-    )
-    return folder
 
 
 def test_the_command_names_mistakes_in_one_line(photos, vae, tmp_path, capsys):
@@ -371,7 +379,9 @@ def test_the_command_names_mistakes_in_one_line(photos, vae, tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")]
     assert "works on pixels" in refused("extract", "--config", "configs/digits.yaml", "--images", str(photos), *out)
     assert "needs --captions" in refused("extract", "--config", "configs/s2_coco.yaml", "--images", str(photos), *out)
-    assert "--images /nowhere: no such folder" in refused("extract", "--config", CONFIG, "--images", "/nowhere", *out)
+    assert "--images /nowhere: no such file or folder" in refused(
+        "extract", "--config", CONFIG, "--images", "/nowhere", *out
+    )
     assert "neither a local folder" in refused(*arguments(photos, str(tmp_path / "no" / "vae"), tmp_path / "out"))
     assert "no images" in refused(*arguments(vae, vae, tmp_path / "out"))
     assert not (tmp_path / "out").exists()

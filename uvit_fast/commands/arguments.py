@@ -11,7 +11,6 @@ from typing import Any
 
 from uvit_fast.config import Config, ModelConfig, SampleConfig, UserError, config_from, cut, load_config, shown
 
-CLIP = "openai/clip-vit-large-patch14"  # whose text features the published text models were trained on
 PIPELINE_FILES = ("model_index.json", "model/config.json", "scheduler/scheduler_config.json")
 
 

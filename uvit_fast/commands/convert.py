@@ -4,7 +4,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from uvit_fast.commands.arguments import CLIP, checkpoint_arguments, config_of
+from uvit_fast.commands.arguments import checkpoint_arguments, config_of
 from uvit_fast.config import UserError
 from uvit_fast.files import write_whole
 from uvit_fast.provenance import RUN_FILE, UNKNOWN
@@ -17,7 +17,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
     checkpoint_arguments(command)
     command.add_argument("--out", required=True, help="a new folder for the pipeline, or a .pth file")
     command.add_argument("--vae", help="the pipeline's autoencoder, or none; default: the config's decoder")
-    command.add_argument("--clip", help=f"a text model's encoder, or none; default: {CLIP}")
+    command.add_argument("--clip", help="a text model's encoder, or none; default: that of the training data")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -42,12 +42,12 @@ def run(args: argparse.Namespace) -> None:
         from uvit_fast.pipeline import make_pipeline
 
         vae = args.vae or (cfg.latent.decoder if cfg.latent else "none")
-        clip = args.clip or (CLIP if cfg.model.context_dim else "none")
+        clip = args.clip or (sampling.text_encoder_name(cfg, known) if cfg.model.context_dim else "none")
         if clip != "none" and not cfg.model.context_dim:
             raise UserError(f"--clip: {cfg.name} takes no text; expected none")
-        components = {} if vae == "none" else {"vae": sampling.load_autoencoder(vae)}
+        components = {} if vae == "none" else {"vae": sampling.load_autoencoder(vae, known)}
         if clip != "none":
-            sampling.load_text(cfg, clip, torch.device("cpu"))  # refuses what does not fit
+            sampling.load_text(cfg, clip, torch.device("cpu"), known)  # refuses what does not fit
             components["tokenizer"], components["text_encoder"] = load_clip(clip)
         write = make_pipeline(cfg, state, known, **components).save_pretrained
     try:

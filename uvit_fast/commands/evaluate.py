@@ -124,7 +124,7 @@ def _drawn(args: argparse.Namespace, cfg: Config, device, ranks):
             f"--save-images {shown(str(folder))}: holds files already; expected a new name or an empty folder"
         )
     model = sampling.load_found(cfg, checkpoint, device)
-    decode = sampling.load_decoder(cfg, device) if cfg.latent else None
+    decode = sampling.load_decoder(cfg, device, known) if cfg.latent else None
     name = shown(args.checkpoint)
     samples = measuring.drawn_images(model, cfg, args.num, name, decode, args.seed, folder, classes, known)
     return samples, classes, known

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from uvit_fast.commands.arguments import config_arguments, existing, positive
-from uvit_fast.config import UserError, load_config
+from uvit_fast.config import CLIP, UserError, load_config
 
 HELP = "images (and captions) as latents that training reads"
 EXAMPLE = "uvit-fast extract --config configs/h2_256.yaml --images imagenet/train --out latents"
@@ -21,7 +21,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--captions", metavar="JSON", help="of the images, in COCO's format, for models of text")
     command.add_argument(
-        "--clip", default="openai/clip-vit-large-patch14", help="text encoder: a folder, or a hub name"
+        "--clip", help=f"text encoder: a folder, or a hub name; default: latent.text_encoder, else {CLIP}"
     )
     command.add_argument("--no-mirror", action="store_true", help="leave out the mirror images")
     command.add_argument("--unreadable", choices=["skip", "refuse"], default="skip", help="files that are no images")
@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
     from uvit_fast.data.datasets import CROPS, require_folder
     from uvit_fast.data.extract import Extraction, Policy, Text, list_captioned, summary
     from uvit_fast.data.reading import list_images
+    from uvit_fast.provenance import UNKNOWN
 
     folder = require_folder(args.images, "images", key="--images")
     device = sampling.pick_device(cfg.device)
@@ -58,7 +59,10 @@ def run(args: argparse.Namespace) -> None:
     vae, text = sampling.load_autoencoder(name).to(device), None
     if args.captions:
         listing, captions = list_captioned(folder, Path(args.captions))
-        text = Text(captions, *encoders.load_text_encoder(args.clip, device))
+        clip = args.clip or sampling.text_encoder_name(cfg, UNKNOWN)
+        tokenizer, model = encoders.load_clip(clip)
+        identity = encoders.text_identity(model, clip)
+        text = Text(captions, encoders.text_encoder(tokenizer, model.to(device)), identity)
     else:
         listing = list_images(folder, labelled=cfg.model.num_classes > 0)
     extraction = Extraction(

@@ -6,7 +6,7 @@ import math
 import os
 from pathlib import Path
 
-from uvit_fast.commands.arguments import CLIP, checkpoint_arguments, config_of, positive, seed
+from uvit_fast.commands.arguments import checkpoint_arguments, config_of, positive, seed
 from uvit_fast.config import Config, UserError
 
 HELP = "draw images from a checkpoint"
@@ -21,7 +21,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--classes", help="names or labels, as cat,dog or 207,360; default: all in equal shares")
     command.add_argument("--prompt", action="append", help="of a text model; may be given again, for equal shares")
     command.add_argument("--prompts", metavar="FILE", help="of a text model: one prompt a line")
-    command.add_argument("--clip", default=CLIP, help="text encoder: a folder, or a hub name")
+    command.add_argument("--clip", help="text encoder: a folder, or a hub name; default: that of the training data")
     command.add_argument(
         "--seed", type=seed, default=0, help="sample i depends on the seed, i and its class only (default 0)"
     )
@@ -65,12 +65,12 @@ def _run(args: argparse.Namespace, ranks) -> None:
     if cfg.model.num_classes or args.classes is not None:
         labels = sampling.spread_labels(args.num, sampling.chosen_labels(args.classes, cfg, known))
     model = sampling.load_found(cfg, checkpoint, device)
-    decode = sampling.load_decoder(cfg, device) if cfg.latent else None
+    decode = sampling.load_decoder(cfg, device, known) if cfg.latent else None
 
     options = {"steps": args.steps, "guidance_scale": scale, "seed": args.seed, "labels": labels}
     if prompts:
-        prompts = sampling.spread(args.num, prompts)
-        encode, options["null_context"] = sampling.load_text(cfg, args.clip, device)
+        prompts, clip = sampling.spread(args.num, prompts), args.clip or sampling.text_encoder_name(cfg, known)
+        encode, options["null_context"] = sampling.load_text(cfg, clip, device, known)
         options["context"] = lambda rows: encode(prompts[rows.start : rows.stop])
     graphs = GraphSampler(model, decode) if device.type == "cuda" else None
     decode = decode if decode and not graphs else lambda x: x
@@ -85,7 +85,7 @@ def _run(args: argparse.Namespace, ranks) -> None:
     settings["config"] = args.config and os.path.abspath(args.config)
     # of a run that goes on, the newest may be another one tomorrow
     settings["checkpoint"] = os.path.abspath(checkpoint)
-    settings["prompts"] = prompts and hashlib.sha256("\n".join([args.clip, *prompts]).encode()).hexdigest()
+    settings["prompts"] = prompts and hashlib.sha256("\n".join([clip, *prompts]).encode()).hexdigest()
     job = jobs.Job(out, settings, args.num, batch, args.resume, ranks)
     if not job.run(draw):  # another rank writes
         return
@@ -117,9 +117,9 @@ def _prompts(args: argparse.Namespace, cfg: Config) -> list[str] | None:
         UserError: prompts for a model that takes none, none for one that does, or both ways of giving them.
     """
     if args.prompt is None and args.prompts is None:
-        if cfg.model.context_dim:
+        if cfg.model.context_dim and not cfg.sample.prompts:
             raise UserError(f"sample: {cfg.name} takes text; expected --prompt or --prompts")
-        return None
+        return list(cfg.sample.prompts) or None
     if not cfg.model.context_dim:
         kind = "classes" if cfg.model.num_classes else "no condition"
         raise UserError(f"--prompt: {cfg.name} takes {kind}, not text; expected no prompt")

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from uvit_fast.config import UserError
 from uvit_fast.data import shards
 from uvit_fast.data.reading import WHITE, BadImage, Listing, read_image, shown
+from uvit_fast.provenance import classes_difference
 
 Pixels = Tensor  # (B, 3, H, W) uint8
 NO_CAPTION = "no caption"
@@ -156,6 +157,12 @@ class Extraction:
         file = self.out / "notes" / "settings.json"
         if file.is_file():
             before = json.loads(file.read_text())
+            classes = before.get("classes", self.listing.classes)  # older ones kept none
+            if classes != self.listing.classes:
+                difference = classes_difference(classes, self.listing.classes)
+                raise UserError(
+                    f"{self.out}: holds an extraction of other classes: {difference}; expected a new folder"
+                )
             for name, value in settings.items():
                 if before.get(name) != value:
                     raise UserError(
@@ -166,7 +173,7 @@ class Extraction:
         if self.out.is_dir() and any(self.out.iterdir()) and not (self.out / "notes").is_dir():
             raise UserError(f"{self.out}: expected a new or empty folder, or one of an interrupted extraction")
         file.parent.mkdir(parents=True, exist_ok=True)
-        shards.write_json(file, settings)
+        shards.write_json(file, {**settings, "classes": self.listing.classes})
 
     def _note(self, shard: int) -> Path:
         return self.out / "notes" / f"{shard:05d}.json"
