@@ -1,20 +1,23 @@
-"""How long do 500 samples of 50 network evaluations take? `python -m benchmarks.bench_sampling`
+"""How long do 500 samples of 50 network evaluations take, and how long does a plain call? `python -m benchmarks.bench_sampling`
 
 Cases `<S|M|L|H>:<batch>:<nocfg|cfg>:<latent|decoded>`, with the published sampler (S: DPM-Solver) and the paper's s = 0.4 with cfg.
-Providers: `ours` is the captured loop, `ours-uncaptured` the same without its graph, `eager` and `compiled` the published network's plain
-PyTorch ops; all of them guide in one pass of twice the batch and decode with the same KL-f8 autoencoder, of random weights, in bf16.
+Providers: `ours` is the captured loop, `ours-uncaptured` the same without its graph, the peers those of `models.py`; all of them guide
+in one pass of twice the batch and decode with the same KL-f8 autoencoder, of random weights, in bf16. A network whose eps is not the
+published one's is not timed.
 
 Metrics: time, s_per_500: loops of the batch scaled to 500 samples; peak, GB (10^9 bytes) allocated, weights included; nfe_measured, of
 50: evaluations that ran in each measured loop. Where it is below 50, the time is extrapolated: evaluations of a loop are alike, so the
-loop's time is scaled to 50 of them, and decoding, timed by itself, added. By default ours and batch 1 run all 50, the rest 5.
-`decode:<batch>` is decoding alone, ms_per_image.
+loop's time is scaled to 50 of them. By default batches of at most 8, and ours without guidance, run all 50, the rest 5. Decoding is
+timed by itself and added, but for ours at such batches, where it is in the graph.
+`forward:<S|M|L|H>:<batch>` is a plain call of the network, model(x, t, y=y) without gradients, as from a user's own loop; time, ms; up to
+50 images, measured with the loop's case. `decode:<batch>` is decoding alone, ms_per_image.
 
-    --cases essential            captured S, M, L, H at 500, with and without guidance, beside eager; one image of H: about 170 s on an H100
+    --cases peers                all sizes and peers, the most telling first: two calls of nine minutes on an H100
+    --cases essential            captured S, M, L, H at 500, with and without guidance, beside compiled; one image of H
     --cases 'S:*:nocfg:latent:ours' --batches 32,64,125,250 --evaluations 10     which batch is the fastest?
-    --cases compiled             torch.compile at 500: minutes, nearly all of them compiling
-    --cases 'H:*:ours' --missing what matches <case>:<provider>, and only what the file has not
+    --cases 'H:*:ours' --missing what matches <case>:<provider>, and only what the file has not of this commit
 
-Rows are written as they come. `--seconds` ends it in time.
+Rows are written as they come. `--minutes` ends it in time; `python -m benchmarks.precompile` before it compiles in parallel.
 """
 
 import argparse
@@ -36,17 +39,39 @@ from uvit_fast.graphs import Graphs
 from uvit_fast.sampling import decoder
 
 SCALE, NULL, FACTOR = 0.4, 1000, 0.18215
+SIZES = "HSLM"  # the most telling first
+LOOPS = ("ours", "eager", "compiled", "torchao-fp8")  # who samples many images at a time
+ALONE = ("ours", "compiled-graphs", "eager", "compiled")  # and few
 PRESETS = {
     "all": ["*"],
+    "peers": [
+        *[
+            f"{size}:{batch}:nocfg:latent:{provider}"
+            for size in SIZES
+            for batch, providers in ((500, LOOPS), (1, ALONE))
+            for provider in providers
+        ],
+        *[
+            f"{size}:{batch}:nocfg:latent:{provider}"
+            for size in SIZES
+            for batch, providers in ((8, ALONE), (50, LOOPS))
+            for provider in providers
+        ],
+        *[f"{size}:500:cfg:latent:{provider}" for size in SIZES for provider in LOOPS],
+        *[f"{size}:500:*:decoded:{provider}" for size in SIZES for provider in LOOPS],
+        *[f"{size}:1:cfg:latent:{provider}" for size in SIZES for provider in ALONE],
+        *[f"{size}:{batch}:nocfg:latent:torchao-fp8" for size in SIZES for batch in (8, 1)],
+        *[f"{size}:1:*:decoded:{provider}" for size in SIZES for provider in ALONE],
+    ],
     "essential": [
         *["H:500:*:latent:ours", "H:1:nocfg:latent:ours", "H:1:nocfg:latent:ours-uncaptured"],
-        *["H:1:nocfg:latent:eager", "H:500:*:latent:eager"],
-        *[f"{size}:500:*:latent:{provider}" for size in "LMS" for provider in ("ours", "eager")],
+        *["H:1:nocfg:latent:compiled-graphs", "H:500:*:latent:compiled"],
+        *[f"{size}:500:*:latent:{provider}" for size in "LMS" for provider in ("ours", "compiled")],
     ],
-    "compiled": ["?:500:nocfg:latent:compiled"],
     "decode": ["decode:*"],
 }
-ENOUGH, MOST = 12.5, 3  # seconds, and loops, after which a case has been measured
+ENOUGH, MOST = 4, 3  # seconds, and loops, after which a case has been measured
+FEW, CALLED = 8, 50  # images: up to which a loop is measured whole, and a plain call is measured
 
 
 class Case(NamedTuple):
@@ -78,16 +103,17 @@ class Bench:
         graphs: Graphs | None = None,
     ):
         self.device, self.evaluations, self.overrides, self.graphs = device, evaluations, [*overrides], graphs
-        self.net: tuple[tuple[str, str] | None, Any, Any] = (None, None, None)
+        self.net: tuple[tuple[str, str, int] | None, Any, Any] = (None, None, None)
+        self.published: tuple[str | None, Any] = (None, None)
         self.loops: dict[Case, tuple[list[float], float]] = {}
         self.decodings: dict[int, tuple[list[float], float]] = {}
         self.vae: Any = None
 
     def run(self, case: Case) -> tuple[list[float], float, int]:
         """Seconds for 500 samples, each time that was taken; peak bytes; evaluations that ran in a loop."""
-        whole = case.provider == "ours" or case.batch == 1
+        whole = case.batch <= FEW or (case.provider == "ours" and not case.guided)
         count = self.evaluations or (50 if whole else 5)
-        together = case.decoded and case.provider == "ours" and count == 50  # the decoder is in the graph
+        together = case.decoded and case.provider == "ours" and case.batch <= FEW  # the decoder is in the graph
         key = case._replace(decoded=together)
         if key not in self.loops:
             self.loops[key] = self._loop(key, count)
@@ -115,27 +141,46 @@ class Bench:
             times = _enough(lambda: graphs(*arguments))
             graphs.clear()
         else:
-            eps_fn = Guidance(net, {"y": y}, {"y": NULL}, SCALE) if case.guided else lambda x, t: net(x, t, y=y)
 
-            def run() -> Tensor:
-                with torch.no_grad(), models.precision(case.provider, self.device):
-                    return sampler(eps_fn, x)
+            def call(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+                t = t.clone(memory_format=torch.contiguous_format)  # expanded, it would be compiled for again
+                eps = net(x, t, y=y)
+                return eps.clone() if case.provider == "compiled-graphs" else eps  # the next replay overwrites it
 
-            run()
-            times = _enough(run)
+            eps_fn = Guidance(call, {"y": y}, {"y": NULL}, SCALE) if case.guided else lambda x, t: call(x, t, y)
+            with torch.compiler.set_stance("fail_on_recompile"):  # which would be in the times
+                times = _enough(torch.no_grad()(lambda: sampler(eps_fn, x)))
         return times, self._peak()
 
+    def forward(self, case: Case) -> list[float]:
+        """Milliseconds of plain calls of the network, without gradients."""
+        cfg, net = self._network(case)
+        x, t, y = models.images(cfg, case.batch, self.device)
+        return measure(torch.no_grad()(lambda: net(x, t, y=y)), repeats=20, warmup=3)
+
     def _network(self, case: Case) -> tuple[Any, torch.nn.Module]:
-        """The config and network of a case; a compiled one anew, so that no case runs code made for several batch sizes."""
-        kind = (case.size, case.provider.removesuffix("-uncaptured"))
-        if self.net[0] != kind or case.provider == "compiled":
+        """The config and network of a case; a peer's anew for each batch, so that none runs code made for several."""
+        ours, batch = case.provider.startswith("ours"), case.batch * (2 if case.guided else 1)
+        kind = (case.size, case.provider.removesuffix("-uncaptured"), 0 if ours else batch)
+        if self.net[0] != kind:
             self.net = (None, None, None)
             gc.collect()
             torch.compiler.reset()
+            if self.published[0] != case.size:
+                plain = models.config(case.size, "eager", overrides=self.overrides)
+                self.published = (case.size, models.Agreement(plain, self.device))
             cfg = models.config(case.size, case.provider, overrides=self.overrides)
             if cfg.sample.sampler == "euler_maruyama":
                 cfg = cfg.model_copy(update={"sample": cfg.sample.model_copy(update={"sampler": "dpm_fast"})})
-            self.net = (kind, cfg, models.model(cfg, case.provider, self.device).eval())
+            net, began = models.model(cfg, case.provider, self.device, batch).eval(), time.monotonic()
+            with torch.no_grad():
+                error = self.published[1].check(net, case.provider, batch)
+            took = time.monotonic() - began
+            print(
+                f"{case.size}, {batch} images, {case.provider}: eps within {error:.1e}, first call {took:.0f} s",
+                flush=True,
+            )
+            self.net = (kind, cfg, net)
         return self.net[1], self.net[2]
 
     def _decoder(self, memory_format: torch.memory_format = torch.contiguous_format) -> Callable[[Tensor], Tensor]:
@@ -204,14 +249,14 @@ def select(patterns: list[str], every: list[Case]) -> list[Case]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="all", help="presets and patterns, with commas")
-    parser.add_argument("--sizes", default="H,L,M,S")
-    parser.add_argument("--providers", default="ours,ours-uncaptured,eager,compiled")
-    parser.add_argument("--batches", default="500,50,1")
+    parser.add_argument("--sizes", default=",".join(SIZES))
+    parser.add_argument("--providers", default=",".join(("ours", "ours-uncaptured", *models.PEERS)))
+    parser.add_argument("--batches", default="500,50,8,1")
     parser.add_argument("--guidance", default="nocfg,cfg")
     parser.add_argument("--decoding", default="latent,decoded")
     parser.add_argument("--evaluations", type=int, help="of each measured loop; below 50 the time is extrapolated")
-    parser.add_argument("--missing", action="store_true", help="only cases that the file does not have")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after so many")
+    parser.add_argument("--missing", action="store_true", help="only cases that the file does not have of this commit")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no case after so many")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of the configs")
     parser.add_argument("--out", default=RESULTS)
@@ -219,6 +264,7 @@ def main() -> None:
     rows, began = Rows("sampling", args.out), time.monotonic()
     patterns = [p for name in args.cases.split(",") for p in PRESETS.get(name, [name])]
     axes = [option.split(",") for option in (args.sizes, args.providers, args.decoding, args.batches, args.guidance)]
+    axes[1] = models.installed(axes[1])
     every = [
         Case(size, int(batch), guided == "cfg", decoding == "decoded", provider)
         for size in axes[0]
@@ -226,21 +272,24 @@ def main() -> None:
         for decoding in axes[2]
         for batch in axes[3]
         for guided in axes[4]
+        if provider != "compiled-graphs" or int(batch) <= models.MOST_IN_GRAPHS
     ]
-    there = {(row["case"], row["provider"]) for row in rows.before if args.missing}
+    there = rows.measured() if args.missing else set()
     cases = [case for case in select(patterns, every) if (case.name, case.provider) not in there]
     bench = Bench(torch.device(args.device), args.evaluations, args.set)
     if args.device == "cuda":
         rows.ceilings()
-    if any(fnmatchcase("decode:500", pattern) for pattern in patterns):
+    if any(fnmatchcase("decode:100", pattern) for pattern in patterns) and "decoded" in axes[2]:
         for provider, times in bench.decode(100).items():
             rows.add("decode:100", provider, times, metric="time", unit="ms_per_image", dtype="bf16", batch=100)
     failed = []
-    while cases and time.monotonic() - began < args.seconds:
+    while cases and time.monotonic() - began < args.minutes * 60:
         case = cases.pop(0)
-        common: dict[str, Any] = {"dtype": "bf16", "batch": case.batch}
+        common: dict[str, Any] = {"dtype": models.dtype(case.provider), "batch": case.batch}
         try:
             times, peak, count = bench.run(case)
+            called = case.batch <= CALLED and case.provider != "ours-uncaptured" and not (case.guided or case.decoded)
+            calls = bench.forward(case) if called else None
         except (torch.OutOfMemoryError, RuntimeError) as error:
             print(f"{case.name} {case.provider}: not measured: {str(error).splitlines()[0]}", flush=True)
             failed.append(case)
@@ -248,6 +297,8 @@ def main() -> None:
         rows.add(case.name, case.provider, times, metric="time", unit="s_per_500", **common)
         rows.add(case.name, case.provider, [peak / 1e9], metric="peak", unit="GB", **common)
         rows.add(case.name, case.provider, [float(count)], metric="nfe_measured", unit="of_50", **common)
+        if calls:
+            rows.add(f"forward:{case.size}:{case.batch}", case.provider, calls, metric="time", unit="ms", **common)
         rows.write()
     if cases:
         print(f"out of time; not measured: {', '.join(f'{case.name}:{case.provider}' for case in cases)}")

@@ -1,17 +1,17 @@
 """How fast is a whole training step, and what does it hold? `python -m benchmarks.bench_training`
 
-Cases `<S|M|L|H>:<none|block|selective>:<ours|ours_uncaptured|eager|compiled|compiled_graphs>` at 32 x 32 x 4 latents: forward,
-backward, AdamW and EMA. `ours` is the trainer's own step with its DeepSpeed engine, bf16 weights with fp32 masters, forward and
-backward captured; the peers keep fp32 weights under autocast and are plain PyTorch, compiled as a whole, `compiled_graphs` with
-torch.compile's own CUDA graphs (mode "reduce-overhead"). `selective` gives ours the budget of `BUDGET`, and the peers what every
-block keeps without one.
+Cases `<S|M|L|H>:<none|block|selective>:<ours|ours_uncaptured|eager|compiled|torchao-fp8>` at 32 x 32 x 4 latents: forward, backward,
+AdamW and EMA. `ours` is the trainer's own step with its DeepSpeed engine, bf16 weights with fp32 masters, forward and backward captured.
+The peers are those of `models.py` with PyTorch's fused AdamW and an average, all of it on the bf16 weights: without masters, which is
+less work than ours and no way to train for long. `selective` gives ours the budget of `BUDGET`, and the peers what every block keeps
+without one. A network whose eps is not the published one's is not timed.
 
 Metrics: img_per_s; mfu and tflops of the matrix products, recomputed ones not counted; peak_gb, the most that was allocated, in the
 step that captures too; reserved_gb, what the allocator held of the device; static_gb: weights, optimizer, EMA, without gradients;
 activation_gb, peak_gb without static_gb, which the budget is about (or the optimizer's own 4 bytes a parameter, where blocks keep less),
 expected_activation_gb and budget_gb. GB are 10^9 bytes. A CPU has no memory metrics.
 
-    --cases all --providers ours,eager,compiled --missing     the rest of the grid: compiling takes a minute or more a case
+    --cases all --missing --minutes 9     what the file has not of this commit; precompile first: python -m benchmarks.precompile
 """
 
 import argparse
@@ -37,13 +37,11 @@ from uvit_fast.training.monitor import forward_flops, utilisation
 from uvit_fast.training.row import Row
 from uvit_fast.training.trainer import Trainer
 
-MAIN = "H:none:ours H:block:ours H:selective:ours L:none:ours L:block:ours L:selective:ours "
-MAIN += "S:none:ours S:none:ours_uncaptured M:none:ours H:none:ours_uncaptured H:none:eager H:block:eager L:none:eager L:block:eager "
-MAIN += "S:none:eager H:none:compiled L:none:compiled S:none:compiled S:none:compiled_graphs"
-PROVIDERS = ("ours", "ours_uncaptured", "eager", "compiled", "compiled_graphs")
-EVERY = [
-    f"{s}:{policy}:{who}" for s in models.CONFIGS for who in PROVIDERS for policy in ("none", "block", "selective")
-]
+PROVIDERS = ("ours", "ours_uncaptured", "eager", "compiled", "torchao-fp8")
+STEPPED = ("ours", "compiled", "torchao-fp8", "eager")
+MAIN = [f"{size}:{policy}:{who}" for size in "HSLM" for who in STEPPED for policy in ("none", "block")]
+EVERY = [f"{size}:{policy}:{who}" for size in "HSLM" for who in PROVIDERS for policy in ("none", "block", "selective")]
+EVERY = [case for case in EVERY if not case.endswith("selective:torchao-fp8")]  # which finds no product of float8
 BUDGET = {"S": 1.5, "M": 5.0, "L": 14.8, "H": 12.0}  # GB for 128 images; L: 20 GB with weights and optimizer
 STEPS, WARMUP = 9, 3
 
@@ -95,46 +93,36 @@ class Ours:
 
 
 class Peer:
-    """Plain PyTorch under autocast, as the published code trains."""
+    """The published network's step as its users run it today."""
 
     def __init__(self, cfg: Config, device: torch.device, provider: str):
-        with torch.device(device):
-            self.plain = build_model(cfg).train()
-        self.net, self.compiled = self.plain, provider != "eager"
-        if self.compiled:
-            self.net = torch.compile(self.plain, mode="reduce-overhead" if provider == "compiled_graphs" else None)
-        self.weights, train = list(self.plain.parameters()), cfg.train
+        train, batch = cfg.train, cfg.train.batch_size
+        agreement = models.Agreement(cfg, device)
+        self.net = models.model(cfg, provider, device, batch, training=True)
+        print(f"{provider}: eps within {agreement.check(self.net, provider, batch):.1e}", flush=True)
+        self.weights = list(self.net.parameters())
         rate = {"lr": train.lr, "betas": train.betas, "weight_decay": train.weight_decay}
-        self.adamw, self.ema = (
-            torch.optim.AdamW(self.weights, fused=True, **rate),
-            [p.detach().clone() for p in self.weights],
-        )
-        m, batch = cfg.model, train.batch_size
-        self.x = torch.randn(batch, m.in_chans, m.img_size, m.img_size, device=device)
-        self.t, self.y = torch.rand(batch, device=device) * 999, torch.randint(1000, (batch,), device=device)
-        cuda = device.type == "cuda"
-        self.autocast = (lambda: torch.autocast("cuda", torch.bfloat16)) if cuda else contextlib.nullcontext
+        self.adamw = torch.optim.AdamW(self.weights, fused=True, **rate)
+        self.ema = [p.detach().clone() for p in self.weights]
+        self.x, self.t, self.y = models.images(cfg, batch, device)
 
     def keep(self, policy: str, budget: float) -> None:
-        for block in self.plain.blocks:
+        for block in self.net.blocks:
             block.checkpointing = policy
-        if self.compiled:
-            torch.compiler.reset()
 
     def settle(self) -> None:
         """Compile, and make the optimizer's state."""
         self.step()
 
     def step(self) -> None:
-        with self.autocast():
-            loss = noise_loss(self.net(self.x, self.t, y=self.y), self.x)
-        loss.backward()
+        noise_loss(self.net(self.x, self.t, y=self.y), self.x).backward()
         self.adamw.step()
         torch._foreach_lerp_(self.ema, [p.detach() for p in self.weights], 1e-4)
         self.adamw.zero_grad(set_to_none=True)
 
     def close(self) -> None:
-        """Nothing outlives it."""
+        """Nothing outlives it but what was compiled."""
+        torch.compiler.reset()
 
 
 def rows_of(
@@ -162,7 +150,7 @@ def rows_of(
                 static = torch.cuda.memory_allocated() - before
                 torch.cuda.reset_peak_memory_stats()
             times = measure(subject.step, STEPS, WARMUP)
-            common = {"dtype": "bf16" if cuda else "fp32", "batch": args.batch}
+            common = {"dtype": models.dtype(provider) if cuda else "fp32", "batch": args.batch}
 
             def add(metric: str, values: list[float], unit: str, policy=policy, common=common) -> None:
                 rows.add(f"{size}:{args.batch}:{policy}", provider, values, metric=metric, unit=unit, **common)
@@ -189,14 +177,14 @@ def rows_of(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--cases", default=MAIN, help="as `H:none:ours L:block:eager`, or `all`; default: the main rows"
+        "--cases", default=" ".join(MAIN), help="as `H:none:ours L:block:eager`, or `all`; default: the main rows"
     )
-    parser.add_argument("--sizes", default="S,M,L,H", help="of those cases, the ones of these sizes")
+    parser.add_argument("--sizes", default="H,S,L,M", help="of those cases, the ones of these sizes")
     parser.add_argument("--providers", default=",".join(PROVIDERS), help="and of these")
-    parser.add_argument("--missing", action="store_true", help="only cases that the file does not have")
+    parser.add_argument("--missing", action="store_true", help="only cases that the file does not have of this commit")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--budget", type=float, help="GB for activations in selective cases; default: by size")
-    parser.add_argument("--seconds", type=float, default=1e9, help="start no case after that long")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no case after that long")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of the configs")
     parser.add_argument("--out", default=RESULTS, help="folder of training.csv")
@@ -204,18 +192,17 @@ def main() -> None:
     asked = EVERY if args.cases == "all" else args.cases.replace(",", " ").split()
     if unknown := [case for case in asked if case not in EVERY]:
         parser.error(f"--cases: expected some of {' '.join(EVERY)}; got {' '.join(unknown)}")
-    asked = [
-        case for case in asked if case.split(":")[0] in args.sizes and case.split(":")[2] in args.providers.split(",")
-    ]
-    rows, began, left_out = Rows("training", args.out), time.monotonic(), []
+    providers = models.installed(args.providers.split(","))
+    asked = [case for case in asked if case.split(":")[0] in args.sizes and case.split(":")[2] in providers]
+    rows, began, left_out, failed = Rows("training", args.out), time.monotonic(), [], []
     if args.missing:
-        there = {(row["case"], row["provider"]) for row in rows.before}
+        there = rows.measured()
         asked = [
             c for c in asked if (f"{c.split(':')[0]}:{args.batch}:{c.split(':')[1]}", c.split(":")[2]) not in there
         ]
 
     def late(case: str) -> bool:
-        if time.monotonic() - began > args.seconds:
+        if time.monotonic() - began > args.minutes * 60:
             left_out.append(case)
         return bool(left_out)
 
@@ -228,11 +215,16 @@ def main() -> None:
         try:
             rows_of(rows, size, provider, policies, args, late)
         except torch.OutOfMemoryError as error:  # a result too: there is no row of it
-            print(f"{size} {provider}: out of memory: {error}".split("\n")[0])
+            print(f"{size} {provider}: out of memory: {error}".split("\n")[0], flush=True)
+        except RuntimeError as error:
+            print(f"{size} {provider}: not measured: {error}".split("\n")[0], flush=True)
+            failed.append(f"{size}:{provider}")
         gc.collect()
         if args.device == "cuda":
             torch.cuda.empty_cache()
     print(rows.write(), f"left out for time, from: {left_out[0]}" if left_out else "")
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -55,13 +55,18 @@ class Rows:
         """Add one row from repeated measurements; returns their median.
 
         Args:
-            provider: ours, ours-fp8, eager, compiled, or the name of another package.
+            provider: ours, one of `models.PEERS`, or the name of another package.
         """
         p20, p50, p80 = quantiles(values)
         row = {"case": case, "provider": provider, "dtype": dtype, "batch": batch, "metric": metric, "unit": unit}
         self.rows.append({**self.common, **row, "p20": f"{p20:.6g}", "p50": f"{p50:.6g}", "p80": f"{p80:.6g}"})
-        print(f"{case:32s} {provider:12s} {p50:12.5g} {unit}", flush=True)
+        print(f"{case:32s} {provider:15s} {p50:12.5g} {unit}", flush=True)
         return p50
+
+    def measured(self) -> set[tuple[str, str]]:
+        """Case and provider of the earlier rows that were measured on this device at this commit."""
+        now = self.common["device"], self.common["commit"]
+        return {(row["case"], row["provider"]) for row in self.before if (row["device"], row["commit"]) == now}
 
     def write(self) -> Path:
         """Write the file whole, under a temporary name first: the rows that were not measured again, and this run's."""

@@ -1,51 +1,164 @@
-"""The models that whole-model benchmarks run, by provider: ours, and the published network in eager mode and compiled.
+"""The networks that whole-model benchmarks run, by provider: ours, and the published network as its users run it today.
 
-The peer keeps fp32 weights and runs the plain PyTorch ops under autocast, as the published code does, with PyTorch's own choice
-of attention.
+All have bf16 weights, the same ones for a size. The peers call the published network's layers, with cuDNN's attention where it is
+faster than PyTorch's own choice: `eager`; `compiled`, torch.compile block by block; `compiled-graphs`, the whole network under
+torch.compile(mode="reduce-overhead"); `torchao-fp8`, the blocks' linear layers in float8 by torchao, compiled block by block.
 """
 
-import contextlib
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import torch
+from torch import Tensor, nn
 
 from uvit_fast import build_model, load_config
 from uvit_fast.config import Config
+from uvit_fast.model.attention import attend
+from uvit_fast.model.uvit import Block
 
 CONFIGS = {"S": "s2_cifar10", "M": "m4_64", "L": "l2_256", "H": "h2_256"}
 LATENT = ["model.img_size=32", "model.patch_size=2", "model.in_chans=4", "model.num_classes=1001"]  # 258 tokens for all
+PEERS = ("eager", "compiled", "compiled-graphs", "torchao-fp8")
+MOST_IN_GRAPHS = 16  # images of `compiled-graphs`: above that the GPU takes longer than Python
+FEW = 4  # images that are compared
+
+
+class PublishedBlock(Block):
+    """The block as the published code has it: its layers are called, so that a library can put others in their place."""
+
+    def compute(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        """x and skip (B, L, D) -> (B, L, D)."""
+        if self.skip_linear is not None:
+            x = self.skip_linear(torch.cat([x, skip], dim=-1))  # (B, L, D)
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
 
 
 def config(size: str, provider: str, checkpointing: str = "none", overrides: Sequence[str] = ()) -> Config:
     """The config of S, M, L or H on 32 x 32 x 4 latents with 1001 classes, with `overrides` on top."""
-    ours = provider.startswith("ours")
-    how = (
-        ["model.kernels=auto", "model.attention=auto"] if ours else ["model.kernels=reference", "model.attention=sdpa"]
-    )
+    how = ["model.kernels=reference", "model.attention=sdpa"]
+    if provider.startswith("ours"):
+        how = ["model.kernels=auto", "model.attention=auto"]
     settings = [*LATENT, *how, f"model.activation_checkpointing={checkpointing}", "data.name=synthetic"]
     return load_config(f"configs/{CONFIGS[size]}.yaml", [*settings, *overrides])
 
 
-def model(cfg: Config, provider: str, device: torch.device | str = "cuda") -> torch.nn.Module:
-    """A network on the device: bf16 weights for ours, fp32 weights for the peers."""
-    dtype = torch.bfloat16 if provider.startswith("ours") else torch.float32
+def model(
+    cfg: Config, provider: str, device: torch.device | str = "cuda", batch: int = 1, training: bool = False
+) -> nn.Module:
+    """A network on the device, bf16; its weights depend on the config alone. What is compiled is compiled at the first call.
+
+    Args:
+        batch: images of a call, by which a peer's attention is chosen.
+    """
+    torch.manual_seed(0)
     with torch.device(device):  # initialised there, which is minutes less for the large ones
-        net = build_model(cfg).to(dtype)
-    return torch.compile(net) if provider == "compiled" else net
+        net = build_model(cfg).to(torch.bfloat16).train(training)
+    if provider.startswith("ours"):
+        return net
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # and not quietly eager
+    backend = attention(cfg, batch, device, training)
+    for block in net.blocks:
+        block.__class__, block.attn.backend = PublishedBlock, backend
+        if provider == "torchao-fp8":
+            in_float8(block, training)
+        if provider in ("compiled", "torchao-fp8"):  # equal blocks share one compilation
+            block.compile(dynamic=False)
+    return torch.compile(net, mode="reduce-overhead", dynamic=False) if provider == "compiled-graphs" else net
 
 
-def precision(provider: str, device: torch.device | str = "cuda") -> contextlib.AbstractContextManager:
-    """Autocast for the peers; ours needs none."""
-    return (
-        contextlib.nullcontext()
-        if provider.startswith("ours")
-        else torch.autocast(torch.device(device).type, torch.bfloat16)
-    )
+def installed(providers: Sequence[str]) -> list[str]:
+    """Those whose packages are there; says which are left out."""
+    if "torchao-fp8" not in providers or find_spec("torchao"):
+        return [*providers]
+    print("left out: torchao-fp8, which needs torchao: pip install torchao==0.17.0", flush=True)
+    return [provider for provider in providers if provider != "torchao-fp8"]
 
 
-def images(
-    cfg: Config, batch: int, device: torch.device | str = "cuda"
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def in_float8(block: nn.Module, training: bool) -> None:
+    """Put torchao's float8 in place of the linear layers: scales by row in inference, by tensor in training."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    if training:
+        convert_to_float8_training(block, config=Float8LinearConfig.from_recipe_name("tensorwise"))
+    else:
+        quantize_(block, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+
+
+def attention(cfg: Config, batch: int, device: torch.device | str, training: bool) -> str:
+    """The faster of cuDNN's attention and the one that PyTorch chooses, as a name of `model.attention`."""
+    if torch.device(device).type != "cuda":
+        return "sdpa"
+    m, tokens = cfg.model, 2 + (cfg.model.img_size // cfg.model.patch_size) ** 2
+    shape = (batch, tokens, 3, m.num_heads, m.embed_dim // m.num_heads)
+    qkv = torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=training)
+    dout = torch.randn(batch, tokens, m.embed_dim, device=device, dtype=torch.bfloat16)
+
+    def milliseconds(name: str, calls: int = 10) -> float:
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        with torch.set_grad_enabled(training):
+            for i in range(calls + 2):
+                if i == 2:  # the GPU sleeps while Python queues the calls
+                    torch.cuda._sleep(20_000_000)
+                    marks[0].record()
+                out = attend(qkv, name)
+                if training:
+                    torch.autograd.grad(out, qkv, dout)
+        marks[1].record()
+        torch.cuda.synchronize()
+        return marks[0].elapsed_time(marks[1])
+
+    return min(("cudnn", "sdpa"), key=milliseconds)
+
+
+def dtype(provider: str) -> str:
+    """What the linear layers of the blocks compute in."""
+    return "fp8" if provider.endswith("fp8") else "bf16"
+
+
+def images(cfg: Config, batch: int, device: torch.device | str = "cuda") -> tuple[Tensor, Tensor, Tensor]:
     """Random latents (B, C, H, W), network times (B,) and labels (B,)."""
     x = torch.randn(batch, cfg.model.in_chans, cfg.model.img_size, cfg.model.img_size, device=device)
     return x, torch.rand(batch, device=device) * 999, torch.randint(1000, (batch,), device=device)
+
+
+class Agreement:
+    """Whether networks compute what the published one does: its eps of a few images, with the same weights, in fp32.
+
+    Attributes:
+        own: the relative error of the published network itself in bf16.
+    """
+
+    def __init__(self, cfg: Config, device: torch.device | str):
+        """cfg: of the provider `eager`."""
+        self.cfg, self.device = cfg, device
+        net, self.inputs = model(cfg, "eager", device).eval(), images(cfg, FEW, device)
+        with torch.no_grad():
+            x, t, y = self.inputs
+            half, self.eps = net(x, t, y=y), net.float()(x, t, y=y)
+        self.own = difference(half, self.eps)
+
+    def check(self, net: nn.Module, provider: str, batch: int) -> float:
+        """Call the network on `batch` images, which compiles it, and compare the first ones; returns the relative error.
+
+        Raises:
+            RuntimeError: the error is more than twice the published network's own in bf16, or in float8 twice the
+                rounding of a value with three bits of mantissa.
+        """
+        few, inputs = min(FEW, batch), images(self.cfg, batch, self.device)
+        for values, some in zip(inputs, self.inputs):
+            values[:few] = some[:few]
+        x, t, y = inputs
+        error = difference(net(x, t, y=y)[:few].detach(), self.eps[:few])
+        limit = 2 * 2**-4 if dtype(provider) == "fp8" else 2 * self.own + 1e-3
+        if not error <= limit:
+            raise RuntimeError(
+                f"{provider}: eps is {error:.1e} from the published network's in fp32, expected {limit:.1e}"
+            )
+        return error
+
+
+def difference(values: Tensor, wanted: Tensor) -> float:
+    """|values - wanted| / |wanted|."""
+    return ((values.float() - wanted.float()).norm() / wanted.float().norm()).item()

@@ -13,6 +13,7 @@ COLOURS = {  # told apart by the colour-blind too (Okabe and Ito)
     "published": "#999999",
     "eager": "#56b4e9",
     "compiled": "#e69f00",
+    "torchao-fp8": "#cc79a7",
     "ours": "#009e73",
     "cublas": "#cc79a7",
     "cudnn": "#0072b2",
@@ -20,7 +21,7 @@ COLOURS = {  # told apart by the colour-blind too (Okabe and Ito)
     "flash": "#f0e442",
 }
 LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}  # keeps a line from crossing out a number
-MARKERS = {"ours": "o", "eager": "s", "compiled": "^"}
+MARKERS = {"ours": "o", "eager": "s", "compiled": "^", "torchao-fp8": "D"}
 KEPT = {  # policy of activation checkpointing -> how a marker is filled, and what it says
     "none": ("full", "nothing computed again"),
     "selective": ("left", "selective"),
@@ -52,7 +53,7 @@ def bars(ax: Any, groups: list[str], series: dict[str, list[float | None]], colo
 
 def sampling(results: Results) -> Any | None:
     """Seconds for 500 samples without guidance, as latents."""
-    providers = {"published network, eager": "eager", "published network, compiled": "compiled", "ours": "ours"}
+    providers = {"eager": "eager", "compiled": "compiled", "torchao float8, compiled": "torchao-fp8", "ours": "ours"}
     series: dict[str, list[float | None]] = {"appendix, A100": list(SAMPLING_A100.values())}
     for label, provider in providers.items():
         best = [results.best(size, False, False, provider) for size in SAMPLING_A100]
@@ -71,7 +72,7 @@ def sampling(results: Results) -> Any | None:
 
 def training(results: Results) -> Any | None:
     """Images a second against the peak memory, a panel a size: provider by colour, what blocks keep by how full a marker is."""
-    providers = {"ours": "ours", "eager": "published network, eager", "compiled": "published network, compiled"}
+    providers = {"ours": "ours", "eager": "eager", "compiled": "compiled", "torchao-fp8": "torchao float8, compiled"}
     points: dict[str, dict[str, list]] = {}  # size -> provider -> (GB, images/s, what blocks keep)
     for case in results.cases("training"):
         size, _, policy = (case.split(":") + ["", ""])[:3]

@@ -4,12 +4,14 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from benchmarks import models
 from benchmarks.common import RESULTS
 from benchmarks.results import (
     A100,
     MEMORY_A100,
     SAMPLING_A100,
     TRAINING_A100,
+    Peer,
     Results,
     image_flops,
     sampling_flops,
@@ -17,7 +19,8 @@ from benchmarks.results import (
 
 HERE = Path(__file__).parent
 REPORT, PLOTS = "REPORT.md", "plots"
-PEERS = ("ours", "ours-uncaptured", "eager", "compiled", "cublas")
+MANY = ("eager", "compiled", "torchao-fp8")  # peers with many images
+ORDER = ("ours", "ours-uncaptured", *models.PEERS, "cublas")
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -34,6 +37,11 @@ def percent(part: float | None, whole: float | None) -> str:
 def times(a: float | None, b: float | None) -> str:
     """How many times faster: a over b."""
     return "–" if a is None or not b else f"{a / b:.2f}×"
+
+
+def over(peer: Peer | None) -> str:
+    """How many times better ours is than the best peer, and who that is."""
+    return f"{peer.times:.2f}× {peer.name}" if peer and peer.times else "–"
 
 
 def markdown(header: Sequence[str], rows: list[Sequence[str]]) -> list[str]:
@@ -67,16 +75,19 @@ def sampling(results: Results, folder: Path) -> Iterator[str]:
         "estimate: the same MFU of an A100's 312 TFLOP/s; it was not run on one.",
         "",
     )
-    yield from picture("sampling", "Seconds for 500 samples: the appendix, the published network, ours", folder)
+    yield from picture("sampling", "Seconds for 500 samples: the appendix, the peers, ours", folder)
     rows = []
     for decoded in (False, True):
         for guided in (False, True):
             for size, appendix in SAMPLING_A100.items():
-                found = {p: results.best(size, guided, decoded, p) for p in ("ours", "eager", "compiled")}
+                found = {p: results.best(size, guided, decoded, p) for p in ("ours", *models.PEERS)}
                 if not any(found.values()):
                     continue
                 seconds = {p: best[0] if best else None for p, best in found.items()}
-                ours, rate = seconds["ours"], None
+                ours, rate = seconds.pop("ours"), None
+                name, best = min(
+                    ((n, s) for n, s in seconds.items() if s), key=lambda pair: pair[1], default=("", None)
+                )
                 batch = found["ours"][1] if ours else None
                 case = next((c for c, s in results.sampling().items() if s == (size, batch, guided, decoded)), "")
                 if ours and not decoded:
@@ -85,79 +96,93 @@ def sampling(results: Results, folder: Path) -> Iterator[str]:
                 estimate = sampling_flops(size, guided) / (rate / peak * A100) if rate and peak else None
                 what = f"{size}, {'guided' if guided else 'no guidance'}, {'decoded' if decoded else 'latents'}"
                 rows.append([
-                    what, number(appendix * (2 if guided else 1)), number(seconds["eager"]), number(seconds["compiled"]),
-                    number(ours), str(batch or "–"), number(results.value("sampling", case, "ours", "peak")),
-                    times(seconds["eager"], ours), times(seconds["compiled"], ours), percent(rate, peak),
+                    what, number(appendix * (2 if guided else 1)), *(number(seconds[p]) for p in MANY), number(ours),
+                    over(best and Peer(name, best, ours and best / ours)), str(batch or "–"),
+                    number(results.value("sampling", case, "ours", "peak")), percent(rate, peak),
                     percent(rate, results.ceiling("sampling", "matmul")), number(estimate),
                 ])  # fmt: skip
     if rows:
-        header = "appendix, A100 | published, eager | published, compiled | ours | batch | GB | over eager | over compiled | MFU | of ceiling | A100, estimate"
-        yield from markdown(["", *header.split(" | ")], rows)
+        header = "ours | over best peer | batch | GB | MFU | of ceiling | A100, estimate"
+        yield from markdown(["", "appendix, A100", *MANY, *header.split(" | ")], rows)
     if results.extrapolated():
         yield from (results.extrapolated(), "")
-    single = {case: says for case, says in results.sampling().items() if says.batch == 1}
-    alone = sorted(
-        single, key=lambda case: ("SMLH".index(single[case].size), single[case].decoded, single[case].guided)
+    few = {case: says for case, says in results.sampling().items() if says.batch in (1, 8, 50)}
+    order = sorted(
+        few, key=lambda case: (few[case].batch, "SMLH".index(few[case].size), few[case].decoded, few[case].guided)
     )
-    if alone:
-        yield from ("One image at a time, ms an image of 50 evaluations:", "")
-        providers = [p for p in PEERS if p in results.providers("sampling")]
-        rows = [
-            [case, *(number(t and t * 2) for t in (results.value("sampling", case, p, "time") for p in providers))]
-            for case in alone  # s for 500 images is 2 ms for one
-        ]
-        yield from markdown(["", *providers], rows)
+    if order:
+        yield from ("Fewer images: ms of a loop of 50 evaluations, of 1, 8 and 50 images.", "")
+        rows = []
+        for case in order:
+            scale = 2 * few[case].batch  # from seconds of 500 images to milliseconds of a batch
+            values = (results.value("sampling", case, p, "time") for p in ("ours", *models.PEERS))
+            rows.append(
+                [case, *(number(v and v * scale) for v in values), over(results.peer("sampling", case, "time"))]
+            )
+        yield from markdown(["", "ours", *models.PEERS, "over best peer"], rows)
+    calls = [case for case in results.cases("sampling") if case.startswith("forward:")]
+    if calls:
+        yield from (
+            "A plain call of the network, model(x, t, y=y), as from a loop of one's own: nothing of ours is captured; ms.",
+            "",
+        )
+        rows = []
+        for case in sorted(calls, key=lambda case: (int(case.split(":")[2]), "SMLH".index(case.split(":")[1]))):
+            values = (number(results.value("sampling", case, p, "time")) for p in ("ours", *models.PEERS))
+            rows.append([case, *values, over(results.peer("sampling", case, "time"))])
+        yield from markdown(["", "ours", *models.PEERS, "over best peer"], rows)
     yield from measured_on(results, "sampling", "python -m benchmarks.bench_sampling")
 
 
 def training(results: Results, folder: Path) -> Iterator[str]:
     yield from ("## Training: a whole step", "")
     yield from (
-        "Images a second of forward, backward, AdamW and EMA; GB at the peak. MFU counts three forwards' products an image: recomputed "
+        "Images a second of forward, backward, AdamW and EMA; GB at the peak, ours. The peers keep no fp32 masters. MFU counts three forwards' products an image: recomputed "
         "activations are no work. `selective` keeps what fits the budget that is named, all of it where that is enough. Published, A100: images/s of the published code's README.",
         "",
     )
     yield from picture("training", "Images a second against peak memory", folder)
     rows = []
     for case in sorted(results.cases("training"), key=lambda case: "HLMS".find(case[0])):
-        for provider in results.providers("training", PEERS):
-            speed = results.value("training", case, provider, "img_per_s")
-            if speed is None:
-                continue
-            size, eager = case.split(":")[0], results.value("training", case, "eager", "img_per_s")
-            rate = 3 * image_flops(size) * speed if size in SAMPLING_A100 else None
-            memory = [number(results.value("training", case, provider, m)) for m in ("peak_gb", "activation_gb")]
-            published = ", ".join(f"{number(v)} ({how})" for how, v in TRAINING_A100.get(case, {}).items())
-            budget = results.value("training", case, provider, "budget_gb")
-            rows.append([
-                f"{case}, {number(budget)} GB" if budget else case, provider, number(speed), times(speed, eager), *memory,
-                percent(rate, results.peak("training")), percent(rate, results.ceiling("training", "matmul")), published or "–",
-            ])  # fmt: skip
+        size, speed = case.split(":")[0], results.value("training", case, "ours", "img_per_s")
+        rate = 3 * image_flops(size) * speed if speed and size in SAMPLING_A100 else None
+        peers = (number(results.value("training", case, p, "img_per_s")) for p in MANY)
+        memory = (number(results.value("training", case, "ours", m)) for m in ("peak_gb", "activation_gb"))
+        published = ", ".join(f"{number(v)} ({how})" for how, v in TRAINING_A100.get(case, {}).items())
+        budget = results.value("training", case, "ours", "budget_gb")
+        rows.append([
+            f"{case}, {number(budget)} GB" if budget else case, *peers, number(speed),
+            over(results.peer("training", case, "img_per_s")), *memory, over(results.peer("training", case, "peak_gb")),
+            percent(rate, results.peak("training")), percent(rate, results.ceiling("training", "matmul")), published or "–",
+        ])  # fmt: skip
     if rows:
-        header = (
-            "case | provider | images/s | over eager | peak, GB | activations, GB | MFU | of ceiling | published, A100"
-        )
-        yield from markdown(header.split(" | "), rows)
+        header = "ours | over best peer | peak, GB | activations, GB | less than best peer's peak | MFU | of ceiling | published, A100"
+        yield from markdown(["case", *MANY, *header.split(" | ")], rows)
     yield from measured_on(results, "training", "python -m benchmarks.bench_training")
 
 
 def memory(results: Results, folder: Path) -> Iterator[str]:
     yield from ("## Memory of a training step", "")
     yield from (
-        "GB, batch 128. `paper` is the published code's way (fp32 weights, fp16 autocast, attention as products and a softmax), "
-        "`paper-efficient` the same with memory-efficient attention. Peak: allocated; reserved: what the allocator took for it; "
-        "static: weights, optimizer, EMA; saved: what waits for the backward. The published figures do not say what they count.",
+        "Peaks in GB, batch 128. As published: fp32 weights, fp16 autocast, attention as products and a softmax, or memory-efficient "
+        "attention; both measured here to see what the published figures count. The best peer is that of the training table.",
         "",
     )
     yield from picture("memory", "Memory of a training step, and the published figures", folder)
     rows = []
     for case in results.cases("memory"):
-        for provider in results.providers("memory", ("paper", "paper-efficient", "ours")):
-            found = [results.value("memory", case, provider, m) for m in ("peak", "reserved", "static", "saved")]
-            if any(found):
-                rows.append([case, provider, number(MEMORY_A100.get((case, provider))), *map(number, found)])
+        published = [v for (c, _), v in MEMORY_A100.items() if c == case]
+        measured = (results.value("memory", case, p, "peak") for p in ("paper", "paper-efficient", "ours"))
+        best, ours = results.peer("training", case, "peak_gb"), results.value("memory", case, "ours", "peak")
+        rows.append([
+            case, " / ".join(map(number, published)) or "–", *map(number, measured), number(best and best.value),
+            over(best and best._replace(times=ours and best.value / ours)),
+        ])  # fmt: skip
     if rows:
-        yield from markdown("case | provider | published | peak | reserved | static | saved".split(" | "), rows)
+        header = (
+            "case | published | as published | with memory-efficient attention | ours | best peer | less than best peer"
+        )
+        yield from markdown(header.split(" | "), rows)
     yield from measured_on(results, "memory", "python -m benchmarks.bench_memory")
 
 
@@ -174,11 +199,11 @@ def ops(results: Results, folder: Path) -> Iterator[str]:
         op, part, width = case.split(":")
         found = {p: results.value("ops", case, p, "time") for p in ("ours", "eager", "compiled", "cublas")}
         rows.append([
-            f"{op} {part}, D = {width}", *map(number, found.values()), times(found["eager"], found["ours"]),
-            times(found["compiled"], found["ours"]), percent(found["cublas"], found["ours"]),
+            f"{op} {part}, D = {width}", *map(number, found.values()), over(results.peer("ops", case, "time")),
+            percent(found["cublas"], found["ours"]),
         ])  # fmt: skip
     if rows:
-        header = "op | ours | eager | compiled | cuBLAS | over eager | over compiled | of cuBLAS"
+        header = "op | ours | eager | compiled | cuBLAS | over best peer | of cuBLAS"
         yield from markdown(header.split(" | "), rows)
     yield from measured_on(results, "ops", "python -m benchmarks.bench_ops")
 
@@ -187,14 +212,15 @@ def generic(results: Results, folder: Path, question: str, says: str) -> Iterato
     """A row a case and metric, a column a provider."""
     yield from (f"## {question.capitalize()}", "", says, "")
     yield from picture(question, question.capitalize(), folder)
-    providers, rows = results.providers(question, PEERS), []
+    providers, rows = results.providers(question, ORDER), []
     for case in results.cases(question):
         kinds = dict.fromkeys((r["metric"], r["unit"]) for r in results.rows[question] if r["case"] == case)
         for metric, unit in kinds:
             values = (number(results.value(question, case, provider, metric)) for provider in providers)
-            rows.append([case, f"{metric}, {unit}", *values])
-    if rows:
-        yield from markdown(["case", "what", *providers], rows)
+            rows.append([case, f"{metric}, {unit}", *values, over(results.peer(question, case, metric))])
+    compared = any(row[-1] != "–" for row in rows)
+    header = ["case", "what", *providers, "over best peer"]
+    yield from markdown(header if compared else header[:-1], rows if compared else [row[:-1] for row in rows])
     yield from measured_on(results, question, f"python -m benchmarks.bench_{question}")
 
 
@@ -208,8 +234,10 @@ def text(results: Results, folder: Path) -> str:
         "# Benchmarks",
         "",
         "Generated by `python -m benchmarks.report` from `results/*.csv`; `make bench` measures and generates all of it. Medians. A dash: "
-        "not measured. `eager` is the published network's plain PyTorch ops under autocast with PyTorch's own attention, `compiled` the "
-        "same under `torch.compile`.",
+        "not measured. The peers are the published network with bf16 weights, and cuDNN's attention where it is faster than PyTorch's own choice: "
+        '`eager`; `compiled`, `torch.compile` block by block; `compiled-graphs`, `torch.compile(mode="reduce-overhead")` of the whole network, '
+        "up to 16 images; `torchao-fp8`, the blocks' linear layers in float8 by torchao (inference: a scale a row; training: one a tensor), "
+        "compiled block by block. Over best peer: how many times better ours, in bf16, is than the best of them, whoever that is.",
         "",
         *sampling(results, folder),
         *training(results, folder),

@@ -30,15 +30,25 @@ TRAINING_A100 = {
     "H:128:block": {"memory-efficient attention": 0.87 * 128},
 }
 A100 = PEAK_FLOPS["A100"]
+MORE_IS_BETTER = ("images/s", "items/s", "1/s", "TFLOP/s", "of peak", "of 1 GPU")  # units; of others less is
+NO_PEERS = ("ours", "paper", "cublas", "calculated")  # how names begin of ours, of what was published, of limits
 
 
 class Sampling(NamedTuple):
-    """What a case of sampling.csv says: `<S|M|L|H>:<batch>:<cfg|nocfg>:<latent or how it is decoded>`."""
+    """What a loop's case of sampling.csv says: `<S|M|L|H>:<batch>:<cfg|nocfg>:<latent or how it is decoded>`."""
 
     size: str
     batch: int
     guided: bool
     decoded: bool
+
+
+class Peer(NamedTuple):
+    """The best of those whom users could take in our place; times: how many times better ours is, None where ours was not measured."""
+
+    name: str
+    value: float
+    times: float | None
 
 
 class Results:
@@ -60,6 +70,16 @@ class Results:
             if (row["case"], row["provider"], row["metric"]) == (case, provider, metric):
                 return float(row["p50"])
         return None
+
+    def peer(self, question: str, case: str, metric: str) -> Peer | None:
+        """The best peer of a case; None where none was measured."""
+        rows = [row for row in self.rows.get(question, []) if (row["case"], row["metric"]) == (case, metric)]
+        found = [(float(row["p50"]), row["provider"]) for row in rows if not row["provider"].startswith(NO_PEERS)]
+        if not found:
+            return None
+        more, ours = rows[0]["unit"] in MORE_IS_BETTER, self.value(question, case, "ours", metric)
+        value, name = (max if more else min)(found)
+        return Peer(name, value, ours and (ours / value if more else value / ours))
 
     def cases(self, question: str) -> list[str]:
         """In the order of the file, without the ceilings."""

@@ -22,19 +22,20 @@ LINES = [
     ],
     ("sampling", "H:500:nocfg:latent", "peak", "  its peak memory, GB"),
     ("sampling", "H:500:cfg:latent", "time", "  with guidance, s"),
-    ("sampling", "H:1:nocfg:latent", "time", "  one at a time, s"),
-    ("training", "H:128:none", "img_per_s", "H/2 training step, batch 128, images/s"),
-    ("training", "H:128:none", "peak_gb", "  its peak memory, GB"),
-    ("training", "H:128:block", "img_per_s", "  with block checkpointing, images/s"),
-    ("training", "H:128:block", "peak_gb", "  its peak memory, GB"),
-    ("training", "L:128:none", "img_per_s", "L/2 training step, batch 128, images/s"),
-    ("training", "L:128:none", "peak_gb", "  its peak memory, GB"),
-    ("training", "L:128:block", "img_per_s", "  with block checkpointing, images/s"),
-    ("training", "L:128:block", "peak_gb", "  its peak memory, GB"),
-    ("training", "M:128:none", "img_per_s", "M/2 training step, batch 128, images/s"),
-    ("training", "S:128:none", "img_per_s", "S/2 training step, batch 128, images/s"),
-    ("memory", "L:128:none", "peak", "L/2 training step, batch 128, peak memory, GB (eager: plain attention, fp16)"),
-    ("memory", "L:128:block", "peak", "  with block checkpointing, GB"),
+    *[("sampling", f"H:{batch}:nocfg:latent", "time", f"  {batch} at a time, s") for batch in (50, 8, 1)],
+    *[("sampling", f"{size}:1:nocfg:latent", "time", f"{size}: one at a time, s") for size in "SML"],
+    *[("sampling", f"forward:H:{n}", "time", f"H/2, a plain call of the network, batch {n}, ms") for n in (1, 8, 50)],
+    ("sampling", "forward:S:50", "time", "S/2, a plain call of the network, batch 50, ms"),
+    *[
+        ("training", f"{size}:128:{policy}", metric, text)
+        for size in "HLMS"
+        for policy, metric, text in (
+            ("none", "img_per_s", f"{size}/2 training step, batch 128, images/s"),
+            ("none", "peak_gb", "  its peak memory, GB"),
+            ("block", "img_per_s", "  with block checkpointing, images/s"),
+            ("block", "peak_gb", "  its peak memory, GB"),
+        )
+    ],
     ("attention", "attention:fwd:1152", "time", "attention, 16 heads of 72, batch 128, forward, ms"),
     ("attention", "attention:fwdbwd:1152", "time", "  forward and backward, ms"),
     ("ops", "ln_mlp:fwd:1152", "time", "LayerNorm + MLP, 33,024 tokens, forward, ms"),
@@ -42,28 +43,25 @@ LINES = [
     ("ops", "ln_linear:fwd:1152", "time", "LayerNorm + qkv, forward, ms"),
     ("ops", "linear_residual:fwd:1152", "time", "projection + residual, forward, ms"),
 ]
-PROVIDERS = ["ours", "eager", "compiled", "cudnn", "flash_attn"]
 APPENDIX = {  # (question, case, metric) -> what the paper's appendix says, of one A100
     **{("sampling", f"{size}:500:nocfg:latent", "time"): seconds for size, seconds in SAMPLING_A100.items()},
     ("sampling", "H:500:cfg:latent", "time"): 2 * SAMPLING_A100["H"],
-    **{("memory", case, "peak"): gb for (case, provider), gb in MEMORY_A100.items() if case[0] == "L"},
+    **{("training", case, "peak_gb"): gb for (case, provider), gb in MEMORY_A100.items() if case[0] == "L"},
 }
 
 
 def table() -> str:
     """The table in Markdown, and the devices and versions that it was measured with."""
     results, used = Results(RESULTS), {}
-    lines = markdown(["", "appendix, A100", *PROVIDERS], [])[:-1]
+    lines = markdown(["", "appendix, A100", "ours", "best peer", "ours over it"], [])[:-1]
     for question, case, metric, text in LINES:
-        found = []
-        for provider in PROVIDERS:
-            provider = "paper" if (question, provider) == ("memory", "eager") else provider
-            values = [results.value(question, case, p, metric) for p in (provider, f"{provider}-split")]
-            found.append(min((v for v in values if v), default=None))  # cuDNN takes q, k, v apart too, and is faster
-        if any(found):
+        ours, best = results.value(question, case, "ours", metric), results.peer(question, case, metric)
+        if ours or best:
             used[question] = results.rows[question]
             what = text.replace("  ", "&nbsp;&nbsp;", 1) if text[0] == " " else text
-            cells = [what, number(APPENDIX.get((question, case, metric))), *map(number, found)]
+            peer = f"{number(best.value)} {best.name}" if best else "–"
+            times = f"{best.times:.2f}×" if best and best.times else "–"
+            cells = [what, number(APPENDIX.get((question, case, metric))), number(ours), peer, times]
             lines.append("| " + " | ".join(cells) + " |")
     dates: dict[str, set[str]] = {}
     for r in (row for rows in used.values() for row in rows):

@@ -21,3 +21,12 @@ def test_rows_of_other_cases_stay_and_those_of_another_gpu_go(tmp_path, monkeypa
     assert measured("H100", "a", 3.0) == {("H100", "a"): 3.0, ("H100", "b"): 2.0}
     assert measured("cpu", "a", 9.0) == {("H100", "a"): 3.0, ("H100", "b"): 2.0, ("cpu", "a"): 9.0}
     assert measured("A100", "b", 4.0) == {("cpu", "a"): 9.0, ("A100", "b"): 4.0}
+
+
+def test_what_this_commit_measured_is_known_to_the_next_run(tmp_path, monkeypatch):
+    for commit, case in (("old", "a"), ("new", "b")):
+        monkeypatch.setenv("COMMIT", commit)
+        rows = Rows("sampling", tmp_path)
+        rows.add(case, "eager", [1.0], metric="time", unit="ms", dtype="bf16", batch=1)
+        rows.write()
+    assert Rows("sampling", tmp_path).measured() == {("b", "eager")}

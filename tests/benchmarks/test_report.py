@@ -10,7 +10,7 @@ from benchmarks.results import Results, image_flops
 
 
 def results(folder, question, *rows, device="NVIDIA H100 80GB HBM3"):
-    """A CSV file of rows (case, provider, metric, median), with ceilings."""
+    """A CSV file of rows (case, provider, metric, median, perhaps the unit), with ceilings."""
     common = {
         "date": "2026-01-01",
         "commit": "abc",
@@ -24,8 +24,8 @@ def results(folder, question, *rows, device="NVIDIA H100 80GB HBM3"):
     with open(folder / f"{question}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="0")
         writer.writeheader()
-        for case, provider, metric, value in [*ceilings, *rows]:
-            row = {"case": case, "provider": provider, "metric": metric, "unit": "", "p50": value}
+        for case, provider, metric, value, *unit in [*ceilings, *rows]:
+            row = {"case": case, "provider": provider, "metric": metric, "unit": "".join(unit), "p50": value}
             writer.writerow(common | row)
     return Results(folder)
 
@@ -55,21 +55,22 @@ def test_an_a100_is_estimated_at_the_same_mfu_and_the_best_batch_counts(tmp_path
         ("H:500:nocfg:latent", "ours", "time", 12.0),
         ("H:500:nocfg:latent", "ours", "peak", 9.0),
         ("H:500:nocfg:latent", "eager", "time", 18.0),
+        ("H:500:nocfg:latent", "torchao-fp8", "time", 12.6),
         ("H:500:cfg:decoded", "ours", "time", 30.0),
         ("warm-up", "ours", "time", 1.0),  # of another form
     ]
     text = report.text(results(tmp_path / "results", "sampling", *rows), tmp_path)
-    _, appendix, eager, compiled, ours, batch, peak, over_eager, _, mfu, ceiling, a100 = cells(
+    _, appendix, eager, compiled, fp8, ours, over, batch, peak, mfu, ceiling, a100 = cells(
         text, "H, no guidance, latents"
     )
-    assert (appendix, eager, compiled, ours, batch, peak, over_eager) == (
-        "89.0", "18.0", "–", "12.0", "500", "9.00", "1.50×",
+    assert (appendix, eager, compiled, fp8, ours, over, batch, peak) == (
+        "89.0", "18.0", "–", "12.6", "12.0", "1.05× torchao-fp8", "500", "9.00",
     )  # fmt: skip
     rate = 500 * 50 * image_flops("H") / 12
     assert mfu == f"{rate / 989e12:.0%}" and ceiling == f"{rate / 800e12:.0%}"
     assert float(a100) == pytest.approx(12 * 989 / 312, rel=0.005)
     guided = cells(text, "H, guided, decoded")
-    assert guided[1] == "178" and guided[4] == "30.0"
+    assert guided[1] == "178" and guided[5] == "30.0"
     assert guided[-3:] == ["–", "–", "–"]  # a decoder's FLOPs are not counted
 
 
@@ -79,12 +80,46 @@ def test_the_networks_flops_are_the_papers():
     assert image_flops("L") / 2e9 == pytest.approx(76.5, rel=0.01)
 
 
-def test_memory_stands_beside_the_published_figure(tmp_path):
+def test_the_best_peer_is_named_whether_ours_is_ahead_or_not(tmp_path):
+    found = results(
+        tmp_path / "results",
+        "training",
+        ("H:128:none", "ours", "img_per_s", 600.0, "images/s"),
+        ("H:128:none", "compiled", "img_per_s", 500.0, "images/s"),
+        ("H:128:none", "torchao-fp8", "img_per_s", 750.0, "images/s"),
+        ("H:128:none", "ours_uncaptured", "img_per_s", 900.0, "images/s"),
+        ("H:128:none", "ours", "peak_gb", 30.0),
+        ("H:128:none", "compiled", "peak_gb", 45.0),
+        ("L:128:none", "eager", "img_per_s", 700.0, "images/s"),
+    )
+    assert found.peer("training", "H:128:none", "img_per_s") == ("torchao-fp8", 750.0, 0.8)
+    assert found.peer("training", "H:128:none", "peak_gb") == ("compiled", 45.0, 1.5)
+    assert found.peer("training", "L:128:none", "img_per_s") == ("eager", 700.0, None)
+    assert found.peer("training", "L:128:none", "peak_gb") is None
+    row = cells(report.text(found, tmp_path), "H:128:none")
+    assert row[:9] == ["H:128:none", "–", "500", "750", "600", "0.80× torchao-fp8", "30.0", "–", "1.50× compiled"]
+
+
+def test_few_images_and_plain_calls_stand_beside_their_best_peer(tmp_path):
     rows = [
-        ("L:128:none", "paper", m, v) for m, v in (("peak", 47.4), ("reserved", 50.0), ("static", 4.6), ("saved", 42.0))
+        ("H:8:nocfg:latent", "ours", "time", 18.0),
+        ("H:8:nocfg:latent", "compiled-graphs", "time", 20.0),
+        ("H:8:nocfg:latent", "eager", "time", 30.0),
+        ("forward:H:8", "ours", "time", 40.0),
+        ("forward:H:8", "eager", "time", 10.0),
     ]
+    text = report.text(results(tmp_path / "results", "sampling", *rows), tmp_path)
+    loop = ["H:8:nocfg:latent", "288", "480", "–", "320", "–", "1.11× compiled-graphs"]  # ms of a loop of 8 images
+    assert cells(text, "H:8:nocfg:latent") == loop
+    assert cells(text, "forward:H:8") == ["forward:H:8", "40.0", "10.0", "–", "–", "–", "0.25× eager"]
+
+
+def test_memory_stands_beside_the_published_figure(tmp_path):
+    results(tmp_path / "results", "training", ("L:128:none", "compiled", "peak_gb", 30.0))
+    rows = [("L:128:none", "paper", "peak", 47.4), ("L:128:none", "ours", "peak", 20.0)]
     text = report.text(results(tmp_path / "results", "memory", *rows), tmp_path)
-    assert cells(text, "L:128:none | paper")[2:] == ["53.0", "47.4", "50.0", "4.60", "42.0"]
+    _, _, memory = text.partition("## Memory")
+    assert cells(memory, "L:128:none")[1:] == ["53.0", "47.4", "–", "20.0", "30.0", "1.50× compiled"]
 
 
 def test_every_plot_is_drawn_from_what_there_is_and_no_plot_of_nothing(tmp_path):

@@ -1,0 +1,111 @@
+"""Compiles what the peers of the sampling and training benchmarks need, in parallel: `python -m benchmarks.precompile --workers 12`
+
+Each case is compiled by a process of its own into inductor's cache on disk (TORCHINDUCTOR_CACHE_DIR), where the benchmarks find it. Blocks
+are compiled one by one, so a network of three has the code of all; `compiled-graphs` takes the whole one.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Job(NamedTuple):
+    """A call of a peer's network.
+
+    Args:
+        batch: images of a call, the unguided ones too.
+        policy: what a training step keeps; None: a call without gradients.
+    """
+
+    size: str
+    provider: str
+    batch: int
+    policy: str | None
+
+
+def jobs(sizes: Iterable[str], what: Iterable[str]) -> list[Job]:
+    """What `--cases peers` of the sampling benchmark and the main rows of the training benchmark compile, the longest first."""
+    found = []
+    if "sampling" in what:
+        found += [Job(size, "compiled-graphs", batch, None) for size in sizes for batch in (1, 8, 2)]
+        found += [Job(size, "torchao-fp8", batch, None) for batch in (500, 50, 1000) for size in sizes]
+        found += [Job(size, "compiled", batch, None) for batch in (500, 1, 50, 8, 1000, 2) for size in sizes]
+    if "training" in what:
+        peers = ("torchao-fp8", "compiled")
+        found += [Job(size, who, 128, policy) for policy in ("none", "block") for who in peers for size in sizes]
+    return found
+
+
+def compile_one(job: Job, device: str, overrides: list[str]) -> float:
+    """Compile and run once; returns the seconds."""
+    import torch
+
+    from benchmarks import models
+    from uvit_fast.diffusion.schedules import noise_loss
+
+    began, training = time.monotonic(), job.policy is not None
+    short = [] if job.provider == "compiled-graphs" else ["model.depth=2"]
+    cfg = models.config(job.size, job.provider, job.policy or "none", [*short, *overrides])
+    net = models.model(cfg, job.provider, device, job.batch, training)
+    x, t, y = models.images(cfg, job.batch, device)
+    with torch.set_grad_enabled(training):
+        eps = net(x, t, y=y)
+        if training:
+            noise_loss(eps, x).backward()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+    del net, eps
+    torch.compiler.reset()
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+    return time.monotonic() - began
+
+
+def forget_choices() -> int:
+    """Delete which variant of each kernel was the fastest: it was timed beside other processes. The compiled variants stay."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    chosen = [*Path(cache_dir()).rglob("*.best_config")]
+    for path in chosen:
+        path.unlink()
+    return len(chosen)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--what", default="sampling,training")
+    parser.add_argument("--sizes", default="H,S,L,M")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no case after so many")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of the configs")
+    args = parser.parse_args()
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # of each worker
+    began, failed = time.monotonic(), 0
+    with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
+        asked = jobs(args.sizes.split(","), args.what.split(","))
+        futures = {pool.submit(compile_one, job, args.device, args.set): job for job in asked}
+        for future in as_completed(futures):
+            job, now = futures[future], time.monotonic() - began
+            if future.cancelled():
+                continue
+            error = future.exception()
+            failed += error is not None
+            said = f"{future.result():.0f} s" if error is None else f"not compiled: {str(error).splitlines()[0]}"
+            print(
+                f"[{now:.0f} s] {job.size}, {job.batch} images, {job.provider}, {job.policy or 'sampling'}: {said}",
+                flush=True,
+            )
+            if now > args.minutes * 60:
+                for other in futures:
+                    other.cancel()
+    print(f"{time.monotonic() - began:.0f} s, {forget_choices()} choices of kernels forgotten, {failed} cases failed")
+
+
+if __name__ == "__main__":
+    main()
