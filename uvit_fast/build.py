@@ -75,7 +75,8 @@ def build_sampler(cfg: Config, steps: int | None = None) -> Any:
     Args:
         steps: network evaluations (NFE); default `cfg.sample.steps`.
     """
-    return SAMPLERS[cfg.sample.sampler](build_schedule(cfg), cfg.sample.steps if steps is None else steps)
+    steps = cfg.sample.steps if steps is None else steps
+    return SAMPLERS[cfg.sample.sampler](build_schedule(cfg), steps, cfg.sample.spacing)
 
 
 def build_dataset(cfg: Config) -> Any:

@@ -170,6 +170,10 @@ class SampleConfig(Section):
         description="DPM-Solver singlestep, DPM-Solver++ singlestep, DPM-Solver++ multistep 2M, or Euler-Maruyama."
     )
     steps: int = Field(50, ge=1, le=10**5, description="Network evaluations a sample (NFE).")
+    spacing: Literal["time", "logsnr", "karras"] | None = Field(
+        None,
+        description="DPM-Solvers' times: uniform in t, in log-SNR, or Karras et al.'s. Default: sd time, vp logsnr.",
+    )
     guidance_scale: float = Field(
         0.0,
         ge=0,
@@ -344,6 +348,8 @@ class Config(Section):
             raise ValueError(f"data.name {self.data.name} needs the section latent: decoder and scale_factor")
         if self.sample.sampler == "euler_maruyama" and self.diffusion.schedule != "vp":
             raise ValueError("sample.sampler euler_maruyama solves the VP-SDE: it needs diffusion.schedule vp")
+        if self.sample.sampler == "euler_maruyama" and self.sample.spacing:
+            raise ValueError("sample.spacing is the DPM-Solvers'; euler_maruyama has times of its own")
         return self
 
     @property

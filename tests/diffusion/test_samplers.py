@@ -232,20 +232,71 @@ FINAL = {
 }  # no special last step, as in the published sampler
 
 
-@pytest.mark.parametrize("steps", [5, 10])
+@pytest.mark.parametrize("steps", [5, 10, 20])
 def test_multistep_agrees_with_diffusers_where_the_grids_coincide(steps):
-    """diffusers' grid is of integer times that end in alpha = 1; given our times and sigmas, its update must be ours."""
+    """diffusers' grid is of integer times that end in alpha = 1; given our times and sigmas, its update must be ours, to the last step of
+    order 1.
+    """
     schedule = SDSchedule()
-    scheduler = DPMSolverMultistepScheduler(**SD_KEYWORDS, **FINAL)
-    check_against_diffusers(scheduler, DPMSolverPPMultistep(schedule, steps), schedule, np.linspace(1, 1e-3, steps + 1))
+    scheduler = DPMSolverMultistepScheduler(**SD_KEYWORDS, **FINAL, euler_at_final=True)
+    check_against_diffusers(scheduler, DPMSolverPPMultistep(schedule, steps), schedule, schedule.grid(steps, "time"))
+
+
+@pytest.mark.parametrize(("spacing", "keyword"), [("logsnr", "use_lu_lambdas"), ("karras", "use_karras_sigmas")])
+def test_spacings_are_those_of_diffusers(spacing, keyword):
+    """The grid between the same ends, and the update on it: all steps of order 2, as none is much longer than the one before."""
+    schedule = SDSchedule()
+    scheduler = DPMSolverMultistepScheduler(**SD_KEYWORDS, **FINAL, **{keyword: True})
+    times = schedule.grid(12, spacing)
+    sigmas = schedule.sigma(times) / schedule.alpha(times)
+    if spacing == "karras":
+        np.testing.assert_allclose(scheduler._convert_to_karras(sigmas, 13), sigmas, rtol=1e-9)
+    else:
+        np.testing.assert_allclose(np.exp(scheduler._convert_to_lu(np.log(sigmas), 13)), sigmas, rtol=1e-9)
+    check_against_diffusers(scheduler, DPMSolverPPMultistep(schedule, 12, spacing), schedule, times)
+
+
+@pytest.mark.parametrize("solver", ODE)
+@pytest.mark.parametrize("spacing", ["time", "logsnr", "karras"])
+def test_every_spacing_leads_from_noise_to_the_exact_solution(solver, spacing):
+    for schedule in (VPSchedule(), SDSchedule()):
+        for steps in (1, 2, 20):
+            stages = solver(schedule, steps, spacing).stages
+            times = np.array([stage.t for stage in stages])
+            assert len(times) == steps and times[0] == pytest.approx(1) and (np.diff(times) < 0).all()
+        x_T = torch.linspace(-2, 2, 9).view(9, 1, 1, 1)
+        error = solver(schedule, 200, spacing)(gaussian_eps(schedule), x_T) - gaussian_solution(schedule, x_T)
+        assert error.abs().max() < SPREAD / 50
+    default = solver(SDSchedule(), 50)
+    assert default.stages == solver(SDSchedule(), 50, "time").stages != solver(SDSchedule(), 50, "logsnr").stages
+
+
+def test_spacings_that_do_not_exist_are_named():
+    with pytest.raises(ValueError, match="spacing: expected one of time, logsnr, karras, got 'sigma'"):
+        DPMSolverSinglestep(VPSchedule(), 10, "sigma")
+    with pytest.raises(ValueError, match="Euler-Maruyama has times of its own"):
+        EulerMaruyama(VPSchedule(), 10, "time")
 
 
 @pytest.mark.parametrize("kind", [("dpmsolver++", DPMSolverPPSinglestep), ("dpmsolver", DPMSolverSinglestep)])
 def test_singlestep_of_order_two_agrees_with_diffusers(kind):
-    """Two evaluations are one interval of order 2, which diffusers computes by the same formula for any r1."""
-    schedule = SDSchedule()
+    """An interval of order 2 by itself, which diffusers computes by the same formula for any r1."""
+    schedule, times = SDSchedule(), np.array([0.9, 0.6, 0.4])
     scheduler = DPMSolverSinglestepScheduler(**SD_KEYWORDS, algorithm_type=kind[0], solver_order=2, **FINAL)
-    check_against_diffusers(scheduler, kind[1](schedule, 2), schedule, np.linspace(1, 1e-3, 3))
+    sampler = kind[1](schedule, 2)
+    sampler.stages = sampler._interval(schedule, times)
+    check_against_diffusers(scheduler, sampler, schedule, times)
+
+
+def test_fast_lowers_orders_only_below_the_published_evaluations():
+    """Fifty keep their order-2 interval, 4.2 times as long at its end; the same times, evaluated as often, otherwise."""
+    orders = [len(stage.update.outputs) for stage in DPMSolverPPSinglestep(SDSchedule(), 50).stages]
+    assert orders == [1, 2, 3] * 16 + [1, 2]
+    few = DPMSolverPPSinglestep(SDSchedule(), 20).stages
+    assert [len(stage.update.outputs) for stage in few] == [1, 2, 3] * 6 + [1, 1]
+    np.testing.assert_allclose([stage.t for stage in few], np.linspace(1, 1e-3, 21)[:-1])
+    assert [len(s.update.outputs) for s in DPMSolverSinglestep(VPSchedule(), 2).stages] == [1, 1]
+    assert [len(s.update.outputs) for s in DPMSolverSinglestep(VPSchedule(), 20).stages] == [1, 2, 3] * 6 + [1, 2]
 
 
 def check_against_diffusers(scheduler, sampler, schedule, times):

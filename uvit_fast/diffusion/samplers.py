@@ -23,6 +23,9 @@ from uvit_fast.kernels.ops.solver_step import Update, reference, solver_step, wh
 
 Generator = torch.Generator | Tensor  # one for the batch, or the (B,) int64 keys of counter-based ones, one a sample
 NOISE = (0.0, 1.0)  # the prediction that is eps itself
+SPACINGS = ("time", "logsnr", "karras")
+PUBLISHED = 50  # evaluations of the published samplers of ODEs
+TWICE = 2 + 1e-6  # so many times a step may be as long as the one on which a slope was measured
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,11 @@ class Stage:
 class Sampler:
     """Runs stages: `sampler(eps_fn, x_T)` -> x_0.
 
+    Args:
+        steps: network evaluations.
+        spacing: of the times, for the DPM-Solvers: "time", "logsnr" or "karras", as in `Schedule.grid`; default: the schedule's own,
+            which the published samplers have.
+
     Attributes:
         stages: one a network evaluation, in order.
         draws_noise: whether a generator is used.
@@ -46,15 +54,17 @@ class Sampler:
 
     keep = 0
 
-    def __init__(self, schedule: Schedule, steps: int):
+    def __init__(self, schedule: Schedule, steps: int, spacing: str | None = None):
         if steps < 1:
             raise ValueError(f"steps: expected at least 1 network evaluation, got {steps}")
-        self.stages = self._plan(schedule, steps)
+        if spacing not in (None, *SPACINGS):
+            raise ValueError(f"spacing: expected one of {', '.join(SPACINGS)}, got {spacing!r}")
+        self.stages = self._plan(schedule, steps, spacing)
         assert len(self.stages) == steps, "a sampler spends exactly the evaluations it was given"
         self.draws_noise = any(stage.update.noise for stage in self.stages)
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
-    def _plan(self, schedule: Schedule, steps: int) -> list[Stage]:
+    def _plan(self, schedule: Schedule, steps: int, spacing: str | None) -> list[Stage]:
         raise TypeError("a sampler defines its stages")
 
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -144,23 +154,26 @@ class Sampler:
 class DPMSolverSinglestep(Sampler):
     """DPM-Solver "fast", noise prediction: intervals of order 3, the last ones lower so that the evaluations add up.
 
-    50 evaluations are 16 intervals of order 3 and one of order 2. The published sampler of the VP models.
+    50 evaluations are 16 intervals of order 3 and one of order 2. The published sampler of the VP models. With fewer, intervals too long
+    for their order (`_lowered`) become steps of order 1 between the same times.
     """
 
     data_prediction = False
 
-    def _plan(self, schedule: Schedule, steps: int) -> list[Stage]:
+    def _plan(self, schedule: Schedule, steps: int, spacing: str | None) -> list[Stage]:
         orders = fast_orders(steps)
         knots = np.cumsum([0, *orders])
-        if schedule.uniform_in == "time":  # one grid of `steps` intervals, grouped; inner times are grid points
-            grid = np.linspace(schedule.t_max, schedule.t_min, steps + 1)
-            intervals = [grid[a : b + 1] for a, b in zip(knots[:-1], knots[1:])]
-        else:  # the groups are uniform in lambda, and so are the times inside
+        if (spacing or schedule.spacing) == "logsnr":  # the groups are uniform in lambda, and so are the times inside
             ends = np.linspace(schedule.lambda_(schedule.t_max), schedule.lambda_(schedule.t_min), len(orders) + 1)
             intervals = [
                 schedule.time_of_lambda(np.linspace(a, b, order + 1))
                 for a, b, order in zip(ends[:-1], ends[1:], orders)
             ]
+        else:  # one grid of `steps` intervals, grouped; inner times are grid points
+            grid = schedule.grid(steps, spacing or schedule.spacing)
+            intervals = [grid[a : b + 1] for a, b in zip(knots[:-1], knots[1:])]
+        if steps < PUBLISHED or spacing not in (None, schedule.spacing):  # what was published stays as it is
+            intervals = [part for times in intervals for part in _lowered(schedule, times)]
         return [stage for times in intervals for stage in self._interval(schedule, times)]
 
     def _interval(self, schedule: Schedule, times: np.ndarray) -> list[Stage]:
@@ -207,16 +220,17 @@ class DPMSolverPPSinglestep(DPMSolverSinglestep):
 
 
 class DPMSolverPPMultistep(DPMSolverPPSinglestep):
-    """DPM-Solver++ 2M: one evaluation an interval, second order through the previous output; good from 10 to 25 steps."""
+    """DPM-Solver++ 2M: one evaluation an interval, second order through the previous output; good from 10 to 25 steps.
+
+    Uniform in time, the SD schedule's last interval is several times as long in lambda as the one before: a step more than twice as long
+    as the last one is of order 1, as diffusers' last one is (`euler_at_final`). A step of h > 1 in lambda, which there are with
+    ten evaluations or fewer, takes 1/h^2 of the second-order term: with all of it such steps can be worse than DDIM's.
+    """
 
     keep = 1
 
-    def _plan(self, schedule: Schedule, steps: int) -> list[Stage]:
-        if schedule.uniform_in == "time":
-            times = np.linspace(schedule.t_max, schedule.t_min, steps + 1)
-        else:
-            ends = schedule.lambda_(np.array([schedule.t_max, schedule.t_min]))
-            times = schedule.time_of_lambda(np.linspace(*ends, steps + 1))
+    def _plan(self, schedule: Schedule, steps: int, spacing: str | None) -> list[Stage]:
+        times = schedule.grid(steps, spacing or schedule.spacing)
         lam = schedule.lambda_(times)
         stages = []
         for i in range(steps):
@@ -224,7 +238,8 @@ class DPMSolverPPMultistep(DPMSolverPPSinglestep):
             h = lam[i + 1] - lam[i]
             weights = np.array([1.0])
             if i > 0:  # D = (1 + 1 / 2r) m_i - m_{i-1} / 2r, with r the last interval over this one
-                half = 0.5 * h / (lam[i] - lam[i - 1])
+                last = lam[i] - lam[i - 1]
+                half = 0.5 * h / last * min(1.0, 1 / h**2) if h <= TWICE * last else 0.0
                 weights = np.array([-half, 1 + half])
             stages.append(
                 _stage(
@@ -244,7 +259,9 @@ class EulerMaruyama(Sampler):
     x_s = x + (beta x / 2 + beta score) d + sqrt(beta d) z, with d = t - s and score = -eps / sigma_t.
     """
 
-    def _plan(self, schedule: Schedule, steps: int) -> list[Stage]:
+    def _plan(self, schedule: Schedule, steps: int, spacing: str | None) -> list[Stage]:
+        if spacing is not None:
+            raise ValueError(f"spacing: Euler-Maruyama has times of its own; expected none, got {spacing!r}")
         times = np.concatenate([[0.0], np.linspace(1e-3, 1, steps)]) if steps > 1 else np.array([0.0, 1.0])
         stages = []
         for t, s in zip(times[:0:-1], times[-2::-1]):
@@ -267,6 +284,18 @@ def fast_orders(steps: int) -> list[int]:
     threes = steps // 3
     tail = {0: [2, 1], 1: [1], 2: [2]}[steps % 3]
     return [3] * (threes - (steps % 3 == 0)) + tail
+
+
+def _lowered(schedule: Schedule, times: np.ndarray) -> list[np.ndarray]:
+    """An interval with its inner times, or the steps of order 1 between them where a higher order would follow a slope too far: over more
+    than twice the step that it was measured on (the end of a grid uniform in time), or over more than 2 in lambda.
+
+    Both overshoot, noise prediction by e^h: two evaluations of the VP schedule, h = 10.8, gave 200 times DDIM's error.
+    """
+    h = np.diff(schedule.lambda_(times))
+    if len(h) == 1 or (h.sum() <= 2 and (h[1:] <= TWICE * h[:-1]).all()):
+        return [times]
+    return [times[i : i + 2] for i in range(len(h))]
 
 
 def _stage(schedule: Schedule, t, prediction, start, outputs, noise=0.0, last=True) -> Stage:

@@ -14,7 +14,7 @@ class Schedule:
 
     t_max: float = 1.0  # where sampling starts
     t_min: float  # where sampling ends
-    uniform_in: str  # "lambda" or "time": the grid of the published samplers
+    spacing: str  # "logsnr" or "time": the grid of the published samplers
 
     def log_alpha(self, t: np.ndarray) -> np.ndarray:
         raise TypeError("a schedule defines log_alpha")
@@ -36,13 +36,24 @@ class Schedule:
         """The inverse of `lambda_`."""
         return self._time_of_log_alpha(-0.5 * np.logaddexp(0.0, -2.0 * np.asarray(lam, np.float64)))
 
+    def grid(self, intervals: int, spacing: str) -> np.ndarray:
+        """Times from t_max to t_min, (intervals + 1,): uniform in "time", in "logsnr" (lambda), or as in "karras", uniform in
+        (sigma / alpha)^(1/7) (Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", Equation 5).
+        """
+        if spacing == "time":
+            return np.linspace(self.t_max, self.t_min, intervals + 1)
+        ends = self.lambda_(np.array([self.t_max, self.t_min]))
+        if spacing == "karras":
+            return self.time_of_lambda(-7 * np.log(np.linspace(*np.exp(-ends / 7), intervals + 1)))
+        return self.time_of_lambda(np.linspace(*ends, intervals + 1))
+
 
 class VPSchedule(Schedule):
     """Variance preserving, continuous: beta(t) = 0.1 + 19.9 t; the network receives 999 t."""
 
     beta_0, beta_1 = 0.1, 20.0
     t_min = 1e-4
-    uniform_in = "lambda"
+    spacing = "logsnr"
 
     def beta(self, t: np.ndarray) -> np.ndarray:
         """The rate of the forward SDE dx = -beta x / 2 dt + sqrt(beta) dw."""
@@ -77,7 +88,7 @@ class SDSchedule(Schedule):
 
     steps = 1000
     t_min = 1e-3
-    uniform_in = "time"
+    spacing = "time"
 
     def __init__(self):
         betas = np.linspace(0.00085**0.5, 0.0120**0.5, self.steps, dtype=np.float64) ** 2
