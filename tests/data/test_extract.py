@@ -378,7 +378,7 @@ def test_the_command_names_mistakes_in_one_line(photos, vae, tmp_path, capsys):
 
     out = ["--out", str(tmp_path / "out")]
     assert "works on pixels" in refused("extract", "--config", "configs/digits.yaml", "--images", str(photos), *out)
-    assert "needs --captions" in refused("extract", "--config", "configs/s2_coco.yaml", "--images", str(photos), *out)
+    assert "no captions" in refused("extract", "--config", "configs/s2_coco.yaml", "--images", str(photos), *out)
     assert "--images /nowhere: no such file or folder" in refused(
         "extract", "--config", CONFIG, "--images", "/nowhere", *out
     )

@@ -19,7 +19,11 @@ def arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--vae", help="AutoencoderKL: a folder, or owner/repository on the hub; default: the decoder's"
     )
-    command.add_argument("--captions", metavar="JSON", help="of the images, in COCO's format, for models of text")
+    command.add_argument(
+        "--captions",
+        metavar="FILE",
+        help="for models of text: COCO's .json, or a table (docs/data.md); default: those in --images",
+    )
     command.add_argument(
         "--clip", help=f"text encoder: a folder, or a hub name; default: latent.text_encoder, else {CLIP}"
     )
@@ -42,29 +46,30 @@ def run(args: argparse.Namespace) -> None:
     cfg = load_config(args.config, args.set)
     if cfg.latent is None:
         raise UserError(f"extract: {cfg.name} works on pixels; expected a config with a latent section")
-    if bool(args.captions) != bool(cfg.model.context_dim):
-        raise UserError(f"extract: {cfg.name} {'needs' if cfg.model.context_dim else 'takes no'} --captions")
+    if args.captions and not cfg.model.context_dim:
+        raise UserError(f"extract: {cfg.name} takes no --captions")
     existing("--images", args.images, "a folder of images")
 
     from uvit_fast import sampling
     from uvit_fast.data import encoders
+    from uvit_fast.data.captions import list_captioned
     from uvit_fast.data.datasets import CROPS, require_folder
-    from uvit_fast.data.extract import Extraction, Policy, Text, list_captioned, summary
+    from uvit_fast.data.extract import Extraction, Policy, Text, summary
     from uvit_fast.data.reading import list_images
     from uvit_fast.provenance import UNKNOWN
 
     folder = require_folder(args.images, "images", key="--images")
     device = sampling.pick_device(cfg.device)
-    name = args.vae or cfg.latent.decoder
-    vae, text = sampling.load_autoencoder(name).to(device), None
-    if args.captions:
-        listing, captions = list_captioned(folder, Path(args.captions))
+    name, text = args.vae or cfg.latent.decoder, None
+    if cfg.model.context_dim:
+        listing, captions = list_captioned(folder, Path(args.captions) if args.captions else None)
         clip = args.clip or sampling.text_encoder_name(cfg, UNKNOWN)
         tokenizer, model = encoders.load_clip(clip)
         identity = encoders.text_identity(model, clip)
         text = Text(captions, encoders.text_encoder(tokenizer, model.to(device)), identity)
     else:
         listing = list_images(folder, labelled=cfg.model.num_classes > 0)
+    vae = sampling.load_autoencoder(name).to(device)
     extraction = Extraction(
         listing,
         Path(args.out),
@@ -74,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
         background=cfg.data.background,
         scale_factor=cfg.latent.scale_factor,
         vae=encoders.vae_identity(vae, name),
-        mirror=not (args.no_mirror or args.captions),
+        mirror=not (args.no_mirror or text),
         text=text,
         policy=Policy(args.unreadable, args.unusual),
         dtype=args.dtype,

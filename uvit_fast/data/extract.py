@@ -326,30 +326,6 @@ def summary(out: Path, report: dict[str, Any]) -> str:
     return "\n".join([*lines, f"  all names: {out / 'report.json'}"])
 
 
-def list_captioned(folder: Path, captions: Path) -> tuple[Listing, list[list[str]]]:
-    """The images of a COCO-format caption file, in the order of their ids, and the captions of each.
-
-    Raises:
-        UserError: not such a file, or a captioned image that is not below `folder`.
-    """
-    try:
-        tree = json.loads(captions.read_text())
-        names = {int(image["id"]): str(image["file_name"]) for image in tree["images"]}
-        texts: dict[int, list[str]] = {number: [] for number in names}
-        for note in sorted(tree["annotations"], key=lambda note: note["id"]):
-            texts[int(note["image_id"])].append(str(note["caption"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{captions}: expected COCO captions, with images and annotations ({type(error).__name__}: {error})"
-        ) from None
-    missing = [name for name in names.values() if not (folder / name).is_file()]
-    if missing or not names:
-        example = f", such as {missing[0]}" if missing else ""
-        raise UserError(f"{folder}: lacks {len(missing)} of {len(names)} images that {captions} names{example}")
-    order = sorted(names)
-    return Listing(folder, [names[i] for i in order], None, []), [texts[i] for i in order]
-
-
 def _size(file: Path) -> int:
     """Tells most changes of an image, at no cost; -1: a link to nothing, which reading it will name."""
     try:
