@@ -1,7 +1,7 @@
-"""Compiles what the peers of the sampling and training benchmarks need, in parallel: `python -m benchmarks.precompile --workers 12`
+"""Compiles what the sampling and training benchmarks need, in parallel: `python -m benchmarks.precompile --workers 12`
 
-Each case is compiled by a process of its own into inductor's cache on disk (TORCHINDUCTOR_CACHE_DIR), where the benchmarks find it. Blocks
-are compiled one by one, so a network of three has the code of all; `compiled-graphs` takes the whole one.
+Each case is compiled by one of several processes into the caches on disk of inductor and Triton (TORCHINDUCTOR_CACHE_DIR, TRITON_CACHE_DIR),
+where the benchmarks find it. Blocks are compiled one by one, so a network of three has the code of all; `compiled-graphs` takes the whole one.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 
 class Job(NamedTuple):
-    """A call of a peer's network.
+    """A call of a network.
 
     Args:
         batch: images of a call, the unguided ones too.
@@ -34,10 +34,15 @@ def jobs(sizes: Iterable[str], what: Iterable[str]) -> list[Job]:
     if "sampling" in what:
         found += [Job(size, "compiled-graphs", batch, None) for size in sizes for batch in (1, 8, 2)]
         found += [Job(size, "torchao-fp8", batch, None) for batch in (500, 50, 1000) for size in sizes]
-        found += [Job(size, "compiled", batch, None) for batch in (500, 1, 50, 8, 1000, 2) for size in sizes]
+        found += [
+            Job(size, who, batch, None)
+            for batch in (500, 1, 50, 8, 1000, 2)
+            for who in ("ours", "compiled")
+            for size in sizes
+        ]
     if "training" in what:
-        peers = ("torchao-fp8", "compiled")
-        found += [Job(size, who, 128, policy) for policy in ("none", "block") for who in peers for size in sizes]
+        compiling = ("torchao-fp8", "compiled", "ours")
+        found += [Job(size, who, 128, policy) for policy in ("none", "block") for who in compiling for size in sizes]
     return found
 
 
@@ -86,9 +91,13 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of the configs")
     args = parser.parse_args()
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # of each worker
+    from benchmarks.models import installed  # whose torch reads the line above
+
     began, failed = time.monotonic(), 0
+    asked = jobs(args.sizes.split(","), args.what.split(","))
+    there = installed({job.provider: None for job in asked})
+    asked = [job for job in asked if job.provider in there]
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
-        asked = jobs(args.sizes.split(","), args.what.split(","))
         futures = {pool.submit(compile_one, job, args.device, args.set): job for job in asked}
         for future in as_completed(futures):
             job, now = futures[future], time.monotonic() - began
