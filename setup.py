@@ -25,6 +25,7 @@ setup(
         "pydantic>=2.10",  # the config schema
         "PyYAML",  # the config files
         "pillow",  # images in and out
+        "simplejpeg",  # JPEGs with the warnings of their decoder
         "safetensors",  # EMA weights
         "tqdm",  # progress
         "tensorboard",  # training curves
@@ -32,7 +33,7 @@ setup(
     extras_require={
         "digits": ["scikit-learn"],  # the demo's dataset and its classifier
         "diffusers": ["diffusers>=0.42", "transformers>=5", "accelerate"],  # VAE, CLIP, pipeline
-        "dali": ["nvidia-dali-cuda130; platform_system == 'Linux'"],  # images decoded on all cores
+        "dali": ["nvidia-dali-cuda130; platform_system == 'Linux'"],  # images cropped on all cores
         "flash-attn": ["flash-attn>=2.8"],  # another attention backend
         "xformers": ["xformers"],  # another attention backend
         "wandb": ["wandb"],  # training curves elsewhere

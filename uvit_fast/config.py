@@ -234,7 +234,7 @@ class DataConfig(Section):
     )
     decoder: Literal["auto", "dali", "pillow"] = Field(
         "auto",
-        description="Of `images`: DALI, on all cores, or Pillow, on one a loader process; auto: DALI if cores would be idle.",
+        description="What crops `images`: DALI, on all cores, or Pillow, on one a loader process; auto: DALI if cores would be idle.",
     )
     num_workers: int = Field(2, ge=0, le=256, description="Loader processes a rank; 0 loads in the training process.")
 

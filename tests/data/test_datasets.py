@@ -141,13 +141,62 @@ def test_an_unreadable_image_is_named(tmp_path):
         dataset.__getitems__([(0, 0)])
 
 
-def test_an_unreadable_image_is_replaced_by_the_next_and_named_where_the_config_says_skip(tmp_path):
-    (tmp_path / "a.jpg").write_bytes(b"")
-    Image.new("RGB", (64, 64), (255, 0, 0)).save(tmp_path / "b.png")
-    dataset = build_dataset(load_config("configs/custom.yaml", [f"data.path={tmp_path}"]))
-    with pytest.warns(UserWarning, match="a.jpg: not a readable image \\(zero bytes\\)"):
-        raw = dataset.__getitems__([(0, 0), (1, 0)])
-    assert torch.equal(raw["x"][0], raw["x"][1])
+@pytest.mark.filterwarnings("ignore:.*not a readable image")
+def test_unreadable_images_are_replaced_evenly_and_named_where_the_config_says_skip(tmp_path):
+    for i in range(60):
+        (tmp_path / f"a{i:02}.jpg").write_bytes(b"")
+    for i in range(40):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"b{i:02}.png")
+    dataset = build_dataset(load_config("configs/custom.yaml", [f"data.path={tmp_path}", "data.decoder=pillow"]))
+    items = [(i, 0) for i in range(100)]
+    with pytest.warns(UserWarning, match="a07.jpg: not a readable image \\(zero bytes\\); another one takes its place"):
+        raw = dataset.__getitems__(items)
+    shown = raw["x"][:, 0, 0, 0].bincount(minlength=40)
+    assert shown.min() >= 1 and shown.max() <= 7  # of 2.5 on average
+    assert torch.equal(dataset.__getitems__(items)["x"], raw["x"])
+    assert not torch.equal(dataset.__getitems__([(i, 1) for i in range(100)])["x"], raw["x"])  # others in another epoch
+    for file in tmp_path.glob("b*"):
+        file.write_bytes(b"")
+    with pytest.raises(UserError, match="not one readable image among 100"):
+        dataset.__getitems__([(3, 0)])
+
+
+@pytest.mark.parametrize("size", [(64, 64), (177, 218), (218, 178), (1024, 1024)])
+def test_celebas_crop_refuses_what_it_would_fill_with_black(tmp_path, size):
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    dataset = build_dataset(load_config(CELEBA, [f"data.path={tmp_path}"]))
+    with pytest.raises(
+        UserError, match=f"a.png: data.crop=celeba expects .* got {size[0]} x {size[1]}; data.crop=center"
+    ):
+        dataset.__getitems__([(0, 0)])
+
+
+@pytest.mark.parametrize("name", ["digits", "h2_256", "s2_coco"])
+def test_an_index_and_torchs_own_loader_get_what_the_network_takes(name, tmp_path):
+    dataset = build_dataset(load_config(f"configs/{name}.yaml", [] if name == "digits" else ["data.name=synthetic"]))
+    item, last = dataset[3], dataset[-1]
+    assert item["x"].shape == dataset.shape and torch.equal(last["x"], dataset[len(dataset) - 1]["x"])
+    batch = next(iter(torch.utils.data.DataLoader(torch.utils.data.Subset(dataset, range(8)), batch_size=4)))
+    assert batch.keys() == item.keys() and all(batch[key].shape == (4, *item[key].shape) for key in item)
+    expected = dataset.finish(dataset.__getitems__([(i, 0) for i in range(4)]), Draws(torch.default_generator))
+    assert all(torch.equal(batch[key], expected[key]) for key in item)
+    with pytest.raises(IndexError, match=f"expected an index below {len(dataset)}"):
+        dataset[len(dataset)]
+
+
+def test_image_folders_and_latents_are_indexed_too(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (80, 70), "red").save(tmp_path / name / "a.png")
+    sets = [f"data.path={tmp_path}", "model.num_classes=3", "train.p_uncond=0.1"]
+    for decoder in ("pillow", "auto"):
+        dataset = build_dataset(load_config("configs/custom.yaml", [*sets, f"data.decoder={decoder}"]))
+        (batch,) = torch.utils.data.DataLoader(dataset, batch_size=2)
+        assert batch["x"].shape == (2, 3, 64, 64) and batch["y"].tolist() == [0, 1] and dataset[1]["y"] == 1
+        assert dataset[0]["x"][:, 9, 9].tolist() == [1, -1, -1]
+    pack(tmp_path / "latents", {"moments": np.zeros((2, 8, 32, 32), np.float16), "labels": np.array([5, 7])})
+    latents = build_dataset(load_config("configs/h2_256.yaml", [f"data.path={tmp_path / 'latents'}"]))
+    assert latents[1]["x"].shape == (4, 32, 32) and latents[1]["y"] == 7
 
 
 def test_fashion_mnist_reads_idx_files_and_names_a_truncated_one(tmp_path):

@@ -1,17 +1,14 @@
-"""Images decoded and cropped by NVIDIA DALI on the CPU, all cores at once, to what Pillow's path gives.
+"""Images cropped by NVIDIA DALI on the CPU, all cores at once, to what Pillow's path gives.
 
-What is ordinary goes through DALI: JPEG and PNG, 8 bits, RGB or grey, upright, whole. All else is rare and goes through Pillow, so that an
-unusual or a damaged file means the same with both. Which images, in which order, and their flips are not decided here: see
-`uvit_fast.training.loader` and `ImageFolder.finish`.
+Files are read by the one reader, in threads, so that an odd or a damaged file means the same with both; DALI resizes. Which images, in
+which order, and their flips are not decided here: see `uvit_fast.training.loader` and `ImageFolder.finish`.
 """
 
 import functools
 import gc
-import io
 import os
-import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,10 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from uvit_fast.data.datasets import ImageFolder
-from uvit_fast.data.reading import ORIENTATION
 from uvit_fast.extras import install
 
-CHUNK = 64  # images that DALI holds decoded at a time
+CHUNK = 64  # images that are held decoded at a time
 
 
 def why_not() -> str | None:
@@ -37,14 +33,13 @@ def why_not() -> str | None:
 
 @dataclass(frozen=True)
 class Plan:
-    """One image's way from a file to pixels. Sizes and corners are (height, width) and (top, left), in pixels.
+    """One image's way to its crop. Sizes and corners are (height, width) and (top, left), in pixels.
 
     Attributes:
-        data: the file. corner, box: what is cut out first. halvings: the sizes to halve it to, one after the other.
-        size: to resize it to then. start: corner of the final square.
+        corner, box: what is cut out first. halvings: the sizes to halve it to, one after the other. size: to resize it to then.
+        start: corner of the final square.
     """
 
-    data: bytes
     corner: tuple[int, int]
     box: tuple[int, int]
     halvings: list[tuple[int, int]] = field(default_factory=list)
@@ -55,7 +50,7 @@ class Plan:
 def image_folder(decoder: str, num_workers: int, *arguments: Any, **options: Any) -> ImageFolder:
     """ImageFolder with a `decoder` of "dali", "pillow", or "auto": what is faster. Its `decoder` says in words which one it is and why.
 
-    A core decodes more with Pillow, but Pillow takes one for each of the `num_workers` loader processes; DALI takes all.
+    A core crops more with Pillow, but Pillow takes one for each of the `num_workers` loader processes; DALI takes all.
     """
     reason = None
     if decoder == "auto":
@@ -83,50 +78,43 @@ class DaliImages(ImageFolder):
         import nvidia.dali
 
         self.decoder = f"DALI {nvidia.dali.__version__} on {_cores()} cores, shared by the loader processes"
-        # (halvings, pipeline) by process: a fork gets its parent's without the threads, and would wait for them to end
-        self._pipelines: dict[int, tuple[int, Any]] = {}
+        # by process: a fork gets its parent's without the threads, and would wait for them to end
+        self._readers: dict[int, ThreadPoolExecutor] = {}
+        self._pipelines: dict[int, tuple[int, Any]] = {}  # halvings, pipeline
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pipelines": {}}  # each process has its own
+        return {**self.__dict__, "_readers": {}, "_pipelines": {}}  # each process has its own
 
-    def _read_all(self, indices: list[int]) -> list[tuple[Tensor, int]]:
-        found = []
-        for first in range(0, len(indices), CHUNK):
-            chunk = indices[first : first + CHUNK]
-            plans = [self._plan(self.folder / self.files[i]) for i in chunk]
-            images = iter(self._run([plan for plan in plans if plan]))
-            for index, plan in zip(chunk, plans):
-                image = next(images) if plan else None
-                found.append(self._read(index) if image is None else (image, index))
-        return found
+    def _read_all(self, items: list[tuple[int, int]]) -> list[tuple[Tensor, int]]:
+        return [found for first in range(0, len(items), CHUNK) for found in self._chunk(items[first : first + CHUNK])]
 
-    def _plan(self, file: Path) -> Plan | None:
-        """None: a file for Pillow."""
-        try:
-            data = file.read_bytes()
-            with Image.open(io.BytesIO(data)) as image:
-                return PLANS[self.crop_name](data, image.size, self.size) if _is_ordinary(image, data) else None
-        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
-            return None  # Pillow's path names what is wrong
+    def _chunk(self, items: list[tuple[int, int]]) -> list[tuple[Tensor, int]]:
+        if os.getpid() not in self._readers:
+            self._readers[os.getpid()] = ThreadPoolExecutor(_threads())
+        jobs = [self._readers[os.getpid()].submit(self._load, *item) for item in items]
+        read = [job.result() for job in jobs]
+        large = [image for image, _ in read if self._is_large(image)]
+        cropped = iter(self._run(large) if large else [])
+        return [
+            (next(cropped), index) if self._is_large(image) else self._cropped(image, index) for image, index in read
+        ]
 
-    def _run(self, plans: list[Plan]) -> list[Tensor | None]:
-        """(3, size, size) uint8 of each plan; None where DALI failed: it does not say on which image."""
-        if not plans:
-            return []
+    def _is_large(self, image: Image.Image) -> bool:
+        """Whether DALI's filters agree with Pillow's: they are coarse where pixels become much larger."""
+        return 2 * min(image.size) >= self.size
+
+    def _run(self, images: list[Image.Image]) -> Tensor:
+        """(B, 3, size, size) uint8."""
+        plans = [PLANS[self.crop_name](image.size, self.size) for image in images]
         needed = max(len(plan.halvings) for plan in plans)
         halvings, pipeline = self._pipelines.get(os.getpid(), (0, None))
         if pipeline is None or halvings < needed:
             _survive_forks()
             halvings, pipeline = needed, _pipeline(self.crop_name, self.size, needed)
             self._pipelines[os.getpid()] = halvings, pipeline
-        try:
-            (images,) = pipeline.run(**_inputs(plans, self.crop_name, halvings))
-            pixels = torch.from_numpy(np.array(images.as_tensor()))  # (B, size, size, 3)
-        except RuntimeError as error:  # damage that the header does not show; a pipeline that failed cannot go on
-            del self._pipelines[os.getpid()]
-            warnings.warn(f"DALI failed, Pillow takes these {len(plans)} images: {_reason(error)}", stacklevel=4)
-            return [None] * len(plans)
-        return list(pixels.permute(0, 3, 1, 2))
+        pixels = [np.asarray(image) for image in images]  # (H, W, 3) uint8 each
+        (cropped,) = pipeline.run(data=pixels, **_inputs(plans, self.crop_name, halvings))
+        return torch.from_numpy(np.array(cropped.as_tensor())).permute(0, 3, 1, 2)
 
 
 @functools.cache
@@ -135,17 +123,7 @@ def _survive_forks() -> None:
     os.register_at_fork(after_in_child=gc.freeze)
 
 
-def _is_ordinary(image: Image.Image, data: bytes) -> bool:
-    """Whether an image whose pixels are not read yet is one that DALI and Pillow decode alike."""
-    if image.mode not in ("RGB", "L") or "transparency" in image.info or ";16" in str([t.args for t in image.tile]):
-        return False
-    end = data[-64:]
-    if image.format == "JPEG":  # libjpeg would fill a truncated one with grey
-        return b"\xff\xd9" in end and image.getexif().get(ORIENTATION, 1) == 1
-    return image.format == "PNG" and b"IEND" in end and b"eXIf" not in data
-
-
-def _center(data: bytes, size: tuple[int, int], side: int) -> Plan:
+def _center(size: tuple[int, int], side: int) -> Plan:
     """`datasets.center_crop`."""
     width, height = size
     halvings = []
@@ -155,29 +133,28 @@ def _center(data: bytes, size: tuple[int, int], side: int) -> Plan:
     scale = side / min(width, height)
     width, height = round(width * scale), round(height * scale)
     start = (height - side) // 2, (width - side) // 2
-    return Plan(data, (0, 0), (size[1], size[0]), halvings, (height, width), start)
+    return Plan((0, 0), (size[1], size[0]), halvings, (height, width), start)
 
 
-def _celeba(data: bytes, size: tuple[int, int], side: int) -> Plan | None:
-    """`datasets.celeba_crop`; beyond an image's edge there is black, which Pillow draws."""
-    return Plan(data, (57, 25), (128, 128), size=(side, side)) if size[0] >= 153 and size[1] >= 185 else None
+def _celeba(size: tuple[int, int], side: int) -> Plan:
+    """`datasets.celeba_crop`, for images that fit it."""
+    return Plan((57, 25), (128, 128), size=(side, side))
 
 
-def _square(data: bytes, size: tuple[int, int], side: int) -> Plan:
+def _square(size: tuple[int, int], side: int) -> Plan:
     """`datasets.square_crop`."""
     short = min(size)
-    return Plan(data, ((size[1] - short) // 2, (size[0] - short) // 2), (short, short), size=(side, side))
+    return Plan(((size[1] - short) // 2, (size[0] - short) // 2), (short, short), size=(side, side))
 
 
 PLANS = {"center": _center, "celeba": _celeba, "square": _square}
 
 
 def _pipeline(crop: str, side: int, halvings: int) -> Any:
-    """Encoded images in, uint8 (B, side, side, 3) out."""
+    """Images, uint8 (H, W, 3) each, in, uint8 (B, side, side, 3) out."""
     from nvidia.dali import fn, pipeline_def, types
 
     filters = {"center": types.INTERP_CUBIC, "celeba": types.INTERP_LINEAR, "square": types.INTERP_LANCZOS3}
-    worker = torch.utils.data.get_worker_info()
 
     def given(name: str) -> Any:
         return fn.external_source(name=name, ndim=1)
@@ -204,12 +181,12 @@ def _pipeline(crop: str, side: int, halvings: int) -> Any:
 
     @pipeline_def(
         batch_size=CHUNK,
-        num_threads=max(1, _cores() // (worker.num_workers if worker else 1)),
+        num_threads=_threads(),
         device_id=None,
         prefetch_queue_depth=1,
     )
     def graph() -> Any:
-        x = fn.decoders.image(given("data"), device="cpu", output_type=types.RGB, jpeg_fancy_upsampling=True)
+        x = fn.external_source(name="data", ndim=3, layout="HWC", no_copy=True)
         if crop != "center":
             x = fn.slice(x, start=given("corner"), shape=given("box"), axes=(0, 1))
         for i in range(halvings):
@@ -229,8 +206,7 @@ def _inputs(plans: list[Plan], crop: str, halvings: int) -> dict[str, list[np.nd
     def integers(pairs: list[tuple[int, int]]) -> list[np.ndarray]:
         return [np.array(pair, np.int32) for pair in pairs]
 
-    inputs = {"data": [np.frombuffer(plan.data, np.uint8) for plan in plans]}
-    inputs["size"] = floats([plan.size for plan in plans])
+    inputs = {"size": floats([plan.size for plan in plans])}
     if crop != "center":
         inputs["corner"], inputs["box"] = integers([p.corner for p in plans]), integers([p.box for p in plans])
         return inputs
@@ -244,12 +220,13 @@ def _inputs(plans: list[Plan], crop: str, halvings: int) -> dict[str, list[np.nd
     return inputs
 
 
-def _reason(error: Exception) -> str:
-    """DALI's errors are many lines with C++ in them."""
-    return " ".join(str(error).split())[:200]
-
-
 def _cores() -> int:
     """This rank's share of the cores of the host."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     return max(1, len(os.sched_getaffinity(0)) // ranks)
+
+
+def _threads() -> int:
+    """This loader process's share of these."""
+    worker = torch.utils.data.get_worker_info()
+    return max(1, _cores() // (worker.num_workers if worker else 1))

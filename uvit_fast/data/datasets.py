@@ -1,6 +1,6 @@
 """Images with labels, as the trainer takes them.
 
-A dataset has a length and three more things:
+A dataset has a length and three more things (`Dataset` adds what torch's own DataLoader asks for):
 - `__getitems__([(index, epoch), ...])` gives a raw batch: a dict of CPU tensors. The same pair always gives the same values.
 - `finish(raw, draws)` turns the raw batch, already on the device, into the network's inputs: `x` fp32 in [-1, 1] (or
   scaled latents), (B, C, H, W); `y` int64 (B,) where there are labels; `context` fp32 (B, T, C) where there is text. Whatever is
@@ -13,8 +13,10 @@ import gzip
 import math
 import os
 import pickle
+import random
 import warnings
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,35 @@ CLASSES = {  # of datasets whose files have numbers only
 }  # fmt: skip
 
 
-class TensorImages:
+class Dataset(torch.utils.data.Dataset):
+    """What all datasets share: `dataset[i]` and torch's DataLoader get items as the network takes them, one by one.
+
+    Such an item is a dict of `x` fp32 (C, H, W) and, where there are any, `y` int64 () and `context` fp32 (T, C); what is random about it
+    comes from torch's generator.
+    """
+
+    def raw(self, items: list[tuple[int, int]]) -> Batch:
+        """The raw batch of (index, epoch) pairs."""
+        raise NotImplementedError
+
+    def finish(self, raw: Batch, draws: Draws) -> Batch:
+        """The network's inputs of a raw batch."""
+        raise NotImplementedError
+
+    def __getitems__(self, items: list[tuple[int, int]] | list[int]) -> Batch | list[Batch]:
+        """The raw batch of pairs; of plain indices the list of their items."""
+        if items and isinstance(items[0], tuple):
+            return self.raw(items)
+        batch = self.finish(self.raw([(int(i), 0) for i in items]), Draws(torch.default_generator))
+        return [{name: value[n] for name, value in batch.items()} for n in range(len(items))]
+
+    def __getitem__(self, index: int) -> Batch:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"expected an index below {len(self)}, got {index}")
+        return self.__getitems__([index % len(self)])[0]
+
+
+class TensorImages(Dataset):
     """Images that fit in memory.
 
     Args:
@@ -60,7 +90,7 @@ class TensorImages:
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, items: list[tuple[int, int]]) -> Batch:
+    def raw(self, items: list[tuple[int, int]]) -> Batch:
         index = torch.tensor([i for i, _ in items])
         raw = {"x": self.images[index]}
         if self.labels is not None:
@@ -136,10 +166,11 @@ def _idx(folder: Path, name: str, dims: int) -> Tensor:
     return torch.frombuffer(bytearray(data[header:]), dtype=torch.uint8).view(lengths)
 
 
-class ImageFolder:
+class ImageFolder(Dataset):
     """Images below a folder: one folder a class where `labelled`, any depth otherwise. Decoded and cropped by Pillow.
 
-    An unreadable image ends the run with its name, or, where `skip_unreadable`, the next readable one takes its place with a warning.
+    An unreadable image ends the run with its name, or, where `skip_unreadable`, another one takes its place with a warning: one that is drawn
+    for the item and the epoch.
     """
 
     synthetic = False
@@ -174,8 +205,8 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitems__(self, items: list[tuple[int, int]]) -> Batch:
-        found = self._read_all([index for index, _ in items])
+    def raw(self, items: list[tuple[int, int]]) -> Batch:
+        found = self._read_all(items)
         raw = {"x": torch.stack([x for x, _ in found])}
         if self.labels is not None:
             raw["y"] = torch.tensor([self.labels[i] for _, i in found])
@@ -185,13 +216,17 @@ class ImageFolder:
         x = raw["x"].float() / 127.5 - 1
         return {**raw, "x": random_flip(x, draws) if self.flip else x}
 
-    def _read_all(self, indices: list[int]) -> list[tuple[Tensor, int]]:
-        return [self._read(index) for index in indices]
+    def _read_all(self, items: list[tuple[int, int]]) -> list[tuple[Tensor, int]]:
+        """(3, size, size) uint8 of each item, and the index that it has in truth."""
+        return [self._cropped(*self._load(*item)) for item in items]
 
-    def _read(self, index: int) -> tuple[Tensor, int]:
-        """The image at `index`, (3, size, size) uint8, and its index; another one's where it cannot be read."""
-        for other in range(index, index + len(self)):
-            file = self.folder / self.files[other % len(self)]
+    def _cropped(self, image: Image.Image, index: int) -> tuple[Tensor, int]:
+        return torch.from_numpy(np.array(CROPS[self.crop_name](image, self.size))).permute(2, 0, 1), index
+
+    def _load(self, index: int, epoch: int) -> tuple[Image.Image, int]:
+        """The image at `index` and its index; another one's where it cannot be read."""
+        for other in self._substitutes(index, epoch):
+            file = self.folder / self.files[other]
             try:
                 image, _ = read_image(file, self.background)
             except BadImage as error:
@@ -200,14 +235,24 @@ class ImageFolder:
                     raise UserError(f"{message}; data.unreadable=skip would leave it out") from None
                 if file not in self._warned:
                     self._warned.add(file)
-                    warnings.warn(f"{message}; the next one takes its place", stacklevel=3)
+                    warnings.warn(f"{message}; another one takes its place", stacklevel=4)
             else:
-                pixels = np.array(CROPS[self.crop_name](image, self.size))
-                return torch.from_numpy(pixels).permute(2, 0, 1), other % len(self)
-        raise UserError(f"{self.folder}: not one readable image among {len(self)}")
+                if reason := misfit(self.crop_name, image.size):
+                    raise UserError(f"{shown(str(file))}: {reason}")
+                return image, other
+        raise UserError(f"{shown(str(self.folder))}: not one readable image among {len(self)}")
+
+    def _substitutes(self, index: int, epoch: int) -> Iterator[int]:
+        """`index`, then all others in an order that the pair draws, so that no image takes the place of many."""
+        yield index
+        draw = random.Random(index * 1_000_003 + epoch)
+        first, step = draw.randrange(len(self)), draw.randrange(1, len(self) + 1)
+        while math.gcd(step, len(self)) > 1:
+            step = draw.randrange(1, len(self) + 1)
+        yield from ((first + i * step) % len(self) for i in range(len(self)))
 
 
-class Synthetic:
+class Synthetic(Dataset):
     """Random images of any shape, to measure speed and memory: nothing can be learned from them."""
 
     synthetic = True
@@ -224,7 +269,7 @@ class Synthetic:
     def __len__(self) -> int:
         return 1_281_167  # ImageNet's size, so that epochs are as long as the real ones
 
-    def __getitems__(self, items: list[tuple[int, int]]) -> Batch:
+    def raw(self, items: list[tuple[int, int]]) -> Batch:
         index = torch.tensor([i for i, _ in items])
         raw = {"x": self.x[index % self.pool]}
         if self.y is not None:
@@ -253,8 +298,24 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
+def misfit(crop: str, size: tuple[int, int]) -> str | None:
+    """Why an image of (width, height) `size` is none for this crop: a key of CROPS; None: it is one."""
+    if crop != "celeba" or size == (178, 218):
+        return None
+    return (
+        f"data.crop=celeba expects CelebA's aligned images of 178 x 218 pixels, got {size[0]} x {size[1]}; "
+        "data.crop=center fits images of any size"
+    )
+
+
 def celeba_crop(image: Image.Image, size: int) -> Image.Image:
-    """CelebA's 128 x 128 pixels about row 121, column 89, resized to size x size."""
+    """CelebA's 128 x 128 pixels about row 121, column 89, resized to size x size.
+
+    Raises:
+        UserError: not CelebA's 178 x 218 pixels, where alone that is the face.
+    """
+    if reason := misfit("celeba", image.size):
+        raise UserError(reason)
     row, column = 121, 89
     return image.crop((column - 64, row - 64, column + 64, row + 64)).resize((size, size), Image.Resampling.BILINEAR)
 

@@ -256,6 +256,8 @@ class Extraction:
             if self.policy.unreadable == "refuse":
                 raise UserError(f"{shown(str(file))}: {error}") from None
             return None, [], str(error)
+        except UserError as error:  # of the crop
+            raise UserError(f"{shown(str(file))}: {error}") from None
         if oddities and self.policy.unusual == "refuse":
             raise UserError(f"{shown(str(file))}: {', '.join(oddities)}")
         if oddities and self.policy.unusual == "skip":
@@ -307,7 +309,7 @@ class Extraction:
             "read": sum(note["read"] for note in notes),
             "written": sum(note["written"] for note in notes),
             "rejected": len(rejected),
-            "unusual": dict(Counter(kind for _, kinds in unusual for kind in kinds.split(", "))),
+            "unusual": dict(Counter(kind.split(" (")[0] for _, kinds in unusual for kind in kinds.split(", "))),
             "rejected_images": dict(rejected),
             "unusual_images": dict(unusual),
             "notes": self.listing.notes,

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 
 from uvit_fast.config import UserError
-from uvit_fast.data.datasets import Batch, require_folder
+from uvit_fast.data.datasets import Batch, Dataset, require_folder
 from uvit_fast.data.shards import Packed, read_manifest, unchecked_faults
 from uvit_fast.diffusion.noise import Draws
 
 
-class Latents:
+class Latents(Dataset):
     """Posterior moments; `finish` samples the posterior afresh: z = scale_factor * (mean + std * eps).
 
     Args:
@@ -70,7 +70,7 @@ class Latents:
     def __len__(self) -> int:
         return len(self.moments)
 
-    def __getitems__(self, items: list[tuple[int, int]]) -> Batch:
+    def raw(self, items: list[tuple[int, int]]) -> Batch:
         index = [i for i, _ in self._placed(items)]
         raw = {"moments": torch.from_numpy(self.moments.take(index))}
         if self.labels is not None:
@@ -131,13 +131,13 @@ class TextLatents(Latents):
         before = np.concatenate([[0], np.cumsum(self.text.lost)])[self.captions]  # lost features before each image's
         self._leave_out(self.moments.lost | (before[1:] > before[:-1]))
 
-    def __getitems__(self, items: list[tuple[int, int]]) -> Batch:
+    def raw(self, items: list[tuple[int, int]]) -> Batch:
         items, picks = self._placed(items), []
         for index, epoch in items:
             first, last = int(self.captions[index]), int(self.captions[index + 1])
             picks.append(first + int(np.random.default_rng((epoch, index)).integers(last - first)))
         context = torch.from_numpy(self.text.take(picks))
-        return {**super().__getitems__(items), "context": context}
+        return {**super().raw(items), "context": context}
 
     def finish(self, raw: Batch, draws: Draws) -> Batch:
         batch = super().finish(raw, draws)

@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import io
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -12,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from uvit_fast.config import UserError
+from uvit_fast.data import damage
 
 # What Pillow decodes itself. EPS, which it hands to Ghostscript, and what it only identifies are not pictures here.
 FORMATS = {
@@ -59,16 +61,17 @@ def read_image(file: Path, background: tuple[int, int, int] = WHITE) -> tuple[Im
     Of several frames it is the first. What is transparent shows the `background`, 8-bit RGB.
 
     Returns:
-        the image, and of "EXIF-rotated", "16-bit", "greyscale", "CMYK", "transparent" and "several frames" what it was.
+        the image, and of "EXIF-rotated", "16-bit", "greyscale", "CMYK", "transparent", "several frames" and "damaged (...)" what it was.
 
     Raises:
         BadImage: zero bytes, truncated, or not readable for another reason.
     """
     try:
-        if file.stat().st_size == 0:
+        data = file.read_bytes()
+        if not data:
             raise BadImage("zero bytes")
-        with Image.open(file, formats=_formats()) as image:
-            return _as_rgb(image, background)
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
+            return _as_rgb(image, data, background)
     except BadImage:
         raise
     except Image.UnidentifiedImageError:
@@ -84,11 +87,13 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)  # AVIF is not in every build
 
 
-def _as_rgb(image: Image.Image, background: tuple[int, int, int]) -> tuple[Image.Image, list[str]]:
+def _as_rgb(image: Image.Image, data: bytes, background: tuple[int, int, int]) -> tuple[Image.Image, list[str]]:
     stored = str([tile.args for tile in image.tile])  # gone once the pixels are loaded, as a TIFF's orientation is
     turned = is_turned(image)
     oddities = ["several frames"] if getattr(image, "is_animated", False) else []
-    image.load()
+    image, damaged = _loaded(image, data)
+    if damaged:
+        oddities.append(f"damaged ({damaged})")
     if turned or is_turned(image):  # a PNG may say so after its pixels
         oddities.append("EXIF-rotated")
         image = ImageOps.exif_transpose(image)
@@ -108,6 +113,33 @@ def _as_rgb(image: Image.Image, background: tuple[int, int, int]) -> tuple[Image
     elif image.mode in _WIDE:
         image = _eight_bits(image)
     return image.convert("RGB"), oddities
+
+
+def _loaded(image: Image.Image, data: bytes) -> tuple[Image.Image, str]:
+    """The image with its pixels, and what libjpeg has against them."""
+    if image.format not in ("JPEG", "MPO"):
+        image.load()
+        if reason := damage.lost(data, image):
+            raise BadImage(f"truncated or damaged: {reason}")
+        return image, ""
+    info, mode = image.info, image.mode
+    if damage.strict_jpeg() is None:
+        image.load()
+        return image, ""
+    try:
+        pixels = damage.decode_jpeg(data, mode)
+    except ValueError as error:
+        warning = str(error)
+        if "premature end" in warning.lower():
+            raise BadImage(f"truncated: {warning}") from None
+        image.load()  # refuses what is more than a warning
+        return image, warning if damage.is_readable_jpeg(data, mode) else ""
+    if mode == "CMYK":  # Adobe stores inks inverted
+        image.load()
+        return image, ""
+    image = Image.fromarray(pixels if mode == "RGB" else pixels[..., 0])
+    image.info = info  # with the EXIF tags
+    return image, ""
 
 
 def is_turned(image: Image.Image) -> bool:
