@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 
 import numpy as np
 import pytest
@@ -42,12 +43,14 @@ def images(path, count, seed):
 
 
 def test_inceptions_figures_of_two_files(run, weights, tmp_path, capsys, monkeypatch):
-    """All of Table 3; against itself the distances vanish. Few images: a warning with its consequence."""
-    samples, real = images(tmp_path / "fake.npz", 5, 0), images(tmp_path / "real.npz", 6, 1)
+    """All of Table 3; against itself the distances vanish. Few images: a warning with its consequence. A name that is no
+    UTF-8 can be printed and written."""
+    name = os.fsdecode(b"fake\xff.npz")
+    samples, real = images(tmp_path / name, 5, 0), images(tmp_path / "real.npz", 6, 1)
     assert run("--samples", samples, "--reference", real, "--inception", weights, "--batch", 3) == 0
     printed = capsys.readouterr()
-    assert "5 images, fewer than the 2048 feature dimensions" in printed.err
-    result = json.loads((tmp_path / "fake.npz.evaluation.json").read_text())
+    assert "5 images, fewer than the 2048 feature dimensions" in printed.err and r"fake\udcff.npz" in printed.out
+    result = json.loads((tmp_path / f"{name}.evaluation.json").read_text())
     assert set(result["metrics"]) == {"fid", "sfid", "is", "precision", "recall", "kid", "kid_std"}
     assert all(name in printed.out for name in result["metrics"])
     assert result["num_samples"] == 5 and result["num_reference"] == 6
@@ -112,6 +115,22 @@ def test_classes_may_be_chosen_and_then_the_references_are_the_same(run, checkpo
     assert result["num_reference"] == 179 + 182 and result["reference"].endswith("7, 1")
     assert run(*common, "--classes", "null") == 2 and "none is called 'null'" in capsys.readouterr().err
     assert run("--samples", tmp_path, "--reference", DIGITS, "--classes", "label:7") == 2
+
+
+def test_drawn_samples_are_not_mixed_with_others_and_figures_are_not_lost(
+    run, checkpoint, tmp_path, monkeypatch, capsys
+):
+    """A folder that holds files is refused before anything is drawn; figures that cannot be written are printed."""
+    monkeypatch.setattr("uvit_fast.evaluation.classifier.STEPS", 150)
+    common = ["--reference", DIGITS, "--features", "digits-fid", *checkpoint, "--num", 4]
+    assert run(*common, "--save-images", tmp_path) == 2
+    assert "holds files already; expected a new name or an empty folder" in capsys.readouterr().err
+    assert run(*common, "--out", tmp_path) == 2
+    printed = capsys.readouterr()
+    assert "digits-fid  " in printed.out and "cannot be written (Is a directory); --out names another" in printed.err
+    with pytest.raises(SystemExit):
+        run(*common, "--seed", -1)
+    assert "--seed: expected a whole number from 0" in capsys.readouterr().err
 
 
 def test_samples_that_are_nan_are_refused(run, checkpoint, capsys):

@@ -1,6 +1,7 @@
 """Every figure of the appendix's Table 3 from samples and a reference, with a warning for whatever makes them incomparable."""
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -71,9 +72,12 @@ def evaluate(
 
     def distance(a: Moments, b: Moments) -> float:
         try:
-            return frechet_distance(Moments(*(x.to(device) for x in a)), Moments(*(x.to(device) for x in b)))
+            found = frechet_distance(Moments(*(x.to(device) for x in a)), Moments(*(x.to(device) for x in b)))
         except (ValueError, torch.linalg.LinAlgError) as error:  # the samples' own are a covariance
             raise UserError(f"{reference.name}: statistics that no images have: {error}") from None
+        if not math.isfinite(found):
+            raise UserError(f"{reference.name}: statistics that no images have: too large for a finite distance")
+        return found
 
     metrics = {"fid": distance(found.pool_moments, reference.pool_moments)}
     if reference.spatial_moments is None:
@@ -94,10 +98,10 @@ def evaluate(
     else:
         real = reference.pool.to(device)
         if min(len(pool), len(real)) > 3:
-            metrics["precision"], metrics["recall"] = precision_recall(pool, real)
+            metrics["precision"], metrics["recall"] = precision_recall(pool, real, progress=progress)
         else:
             warnings.append("three images or fewer on a side: no precision and recall")
-        metrics["kid"], metrics["kid_std"] = kernel_distance(pool, real)
+        metrics["kid"], metrics["kid_std"] = kernel_distance(pool, real, progress=progress)
     return {
         "metrics": {extractor.prefix + name: value for name, value in metrics.items()},
         "warnings": warnings,

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm, trange
 
 NEGATIVE = 1e-6  # of the largest eigenvalue: rounding stays far below it; a covariance has nothing beyond it
 SPLIT = 5000  # samples of which ADM takes an Inception score; 10 of them are the usual 50,000
@@ -179,7 +180,9 @@ class PrecisionRecall(NamedTuple):
     recall: float
 
 
-def precision_recall(samples: Tensor, reference: Tensor, k: int = 3, block: int = 1024) -> PrecisionRecall:
+def precision_recall(
+    samples: Tensor, reference: Tensor, k: int = 3, block: int = 1024, progress: bool = False
+) -> PrecisionRecall:
     """Improved precision and recall (Kynkäänniemi et al., 2019, Equations 1 and 2).
 
     A set's manifold is the union of balls about its points, each as large as the distance to the k-th nearest neighbour in that set.
@@ -188,6 +191,7 @@ def precision_recall(samples: Tensor, reference: Tensor, k: int = 3, block: int 
         samples: (N, D); reference: (M, D). ADM takes 50K and 10K.
         k: neighbours; the point itself does not count.
         block: rows at a time; memory is block * max(N, M) float64.
+        progress: show a bar where it takes longer than two seconds.
 
     Raises:
         ValueError: different D, or sets of no more than k points.
@@ -201,12 +205,15 @@ def precision_recall(samples: Tensor, reference: Tensor, k: int = 3, block: int 
         )
     centre = reference.mean(0)  # distances do not change, and their squares lose fewer digits
     samples, reference = samples - centre, reference - centre
-    sample_radii, reference_radii = _squared_radii(samples, k, block), _squared_radii(reference, k, block)
-    precise, recalled = [], torch.zeros(len(reference), dtype=torch.bool, device=samples.device)
-    for rows, radii in zip(samples.split(block), sample_radii.split(block)):
-        d = _squared_distances(rows, reference)  # (B, M)
-        precise.append((d <= reference_radii).any(1))
-        recalled |= (d <= radii[:, None]).any(0)
+    total = 2 * len(samples) + len(reference)
+    with tqdm(total=total, desc="precision and recall", unit="row", delay=2, disable=not progress) as bar:
+        sample_radii, reference_radii = (_squared_radii(x, k, block, bar) for x in (samples, reference))
+        precise, recalled = [], torch.zeros(len(reference), dtype=torch.bool, device=samples.device)
+        for rows, radii in zip(samples.split(block), sample_radii.split(block)):
+            d = _squared_distances(rows, reference)  # (B, M)
+            precise.append((d <= reference_radii).any(1))
+            recalled |= (d <= radii[:, None]).any(0)
+            bar.update(len(rows))
     return PrecisionRecall(torch.cat(precise).double().mean().item(), recalled.double().mean().item())
 
 
@@ -217,12 +224,15 @@ class KID(NamedTuple):
     std: float
 
 
-def kernel_distance(samples: Tensor, reference: Tensor, subsets: int = 100, size: int = 1000, seed: int = 0) -> KID:
+def kernel_distance(
+    samples: Tensor, reference: Tensor, subsets: int = 100, size: int = 1000, seed: int = 0, progress: bool = False
+) -> KID:
     """KID: the unbiased squared MMD under the kernel (x·y / D + 1)³, over random subsets without replacement.
 
     Args:
         samples: (N, D); reference: (M, D).
         size: points of each set a subset; at most N and M are taken.
+        progress: show a bar where it takes longer than two seconds.
 
     Raises:
         ValueError: different D, or fewer than two points in a set.
@@ -242,7 +252,7 @@ def kernel_distance(samples: Tensor, reference: Tensor, subsets: int = 100, size
         return (x @ y.T / D + 1) ** 3  # (S, S)
 
     values = []
-    for _ in range(subsets):
+    for _ in trange(subsets, desc="KID", unit="subset", delay=2, disable=not progress):
         x, y = draw(samples), draw(reference)
         xx, yy = kernel(x, x), kernel(y, y)
         within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (S * (S - 1))
@@ -251,13 +261,14 @@ def kernel_distance(samples: Tensor, reference: Tensor, subsets: int = 100, size
     return KID(values.mean().item(), values.std(correction=0).item())
 
 
-def _squared_radii(x: Tensor, k: int, block: int) -> Tensor:
+def _squared_radii(x: Tensor, k: int, block: int, bar: tqdm) -> Tensor:
     """(N,) squared distance of each point to its k-th nearest neighbour."""
     radii = []
     for start in range(0, len(x), block):
         d = _squared_distances(x[start : start + block], x)  # (B, N)
         d[torch.arange(len(d)), torch.arange(start, start + len(d))] = torch.inf  # itself
         radii.append(d.kthvalue(k, dim=1).values)
+        bar.update(len(d))
     return torch.cat(radii)
 
 
