@@ -1,5 +1,6 @@
 """The commands: what they write, and one clear line for each mistake."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -15,7 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.clip import save_clip
-from uvit_fast import build_model, cli, load_config, sampling
+from uvit_fast import build_model, cli, commands, load_config, sampling
+from uvit_fast.commands.arguments import config_of
 from uvit_fast.config import dump_config
 from uvit_fast.images import to_uint8
 from uvit_fast.jobs import Job
@@ -75,7 +77,7 @@ def test_prompts_become_images_in_equal_shares(tmp_path):
     clip, weights = save_clip(tmp_path / "clip"), tmp_path / "text.safetensors"
     model = build_model(cfg).eval()
     save_file(model.state_dict(), weights)
-    (tmp_path / "prompts.txt").write_text("a b\n火车 ü\n", "utf-8")
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa b\r\n\r\n火车 ü".encode())  # as Windows writes it
     common = [
         "sample",
         *TEXT,
@@ -107,6 +109,25 @@ def test_prompts_become_images_in_equal_shares(tmp_path):
     assert np.abs(to_uint8(expected).astype(int) - images["arr_0"]).max() <= 1
     (other,) = sampling.sample(model, cfg, 4, context=context.flip(0), null_context=null, steps=2, batch=4)
     assert not torch.allclose(expected, other, atol=1e-3)
+
+
+def test_a_prompts_file_has_a_prompt_on_every_line_that_is_not_blank(tmp_path):
+    """Whatever else Unicode breaks lines at belongs to the prompt."""
+    file, cfg = tmp_path / "prompts.txt", load_config(TEXT[1], TEXT[3::2])
+    file.write_bytes("\ufeffa\u2028b\n\n \t\nc\x85d\x0be\r\nü 火车".encode())
+    args = argparse.Namespace(prompt=None, prompts=str(file))
+    assert commands.sample._prompts(args, cfg) == ["a\u2028b", "c\x85d\x0be", "ü 火车"]
+
+
+def test_a_prompt_that_is_cut_is_said_once_with_what_is_left_out(tmp_path):
+    cfg = load_config(TEXT[1], TEXT[3::2])
+    encode, _ = sampling.load_text(cfg, save_clip(tmp_path / "clip"), torch.device("cpu"))
+    with pytest.warns(
+        UserWarning, match="'a b a b a b a b a': 11 tokens, of which the text encoder reads 8; left out: 'a b a'"
+    ) as said:
+        for _ in range(2):
+            encode(["a b a b a b a b a", "a b"])
+    assert len(said) == 1
 
 
 def test_an_encoder_of_another_width_is_refused(tmp_path):
@@ -215,6 +236,36 @@ def test_a_run_folder_brings_its_config(checkpoint, tmp_path, capsys):
     assert sample(run, tmp_path / "named.npz", "--num", "1", "--steps", "1") == 0
     own, named = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in ("own", "named"))
     assert np.array_equal(own, named)
+
+
+def test_a_checkpoint_brings_its_runs_config_and_alone_its_own(checkpoint, tmp_path):
+    run, outs = checkpoint.parents[2], []
+    (run / "config.yaml").write_text(dump_config(load_config(DIGITS, SMALL[1::2])))
+    shutil.copytree(checkpoint.parent, run / "best")
+    alone = shutil.copytree(checkpoint.parent, tmp_path / "elsewhere" / "step_00000010")
+    for i, where in enumerate((run, checkpoint.parent, checkpoint, run / "best", alone, alone / "ema.safetensors")):
+        outs.append(tmp_path / f"{i}.npz")
+        assert (
+            cli.main(["sample", "--checkpoint", str(where), "--out", str(outs[-1]), "--num", "1", "--steps", "1"]) == 0
+        )
+    images = [np.load(out)["arr_0"] for out in outs]
+    assert all(np.array_equal(images[0], other) for other in images)
+
+
+def test_a_png_is_one_picture(checkpoint, tmp_path, capsys):
+    assert sample(checkpoint, tmp_path / "one.png", "--num", "1", "--steps", "1") == 0
+    assert Image.open(tmp_path / "one.png").size == (8, 8)
+    assert sample(checkpoint, tmp_path / "grid.PNG", "--num", "3", "--steps", "1") == 0
+    assert Image.open(tmp_path / "grid.PNG").width == 3 * (48 + 4) + 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.PNG", "one.png", "run"]
+    for name, more, words in (
+        ("one.png", (), "there already"),
+        ("x.png", ("--num", "101"), "a picture shows up to 100 images; expected a folder for 101"),
+        ("x.png", ("--format", "npz"), "expected --out to name a folder or a .npz"),
+        ("x.jpg", (), "expected a new folder, or a name that ends in .npz or .png"),
+    ):
+        assert sample(checkpoint, tmp_path / name, "--steps", "1", *more) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_a_large_job_holds_a_part_at_a_time(tmp_path):
@@ -387,7 +438,10 @@ def test_two_processes_finish_what_one_began(checkpoint, tmp_path, monkeypatch):
         (["sample", "--config", "configs/s2_coco.yaml", "--prompts", "no.txt"], "expected a text file"),
         (["sample", "--config", "configs/s2_coco.yaml", "--prompts", os.devnull], "got an empty file"),
         (["sample", "--config", "configs/s2_coco.yaml", "--prompt", "a", "--classes", "3"], "not class-conditional"),
-        (["sample", "--config", DIGITS, "--format", "png", "--out", "x.npz"], "expected --out to name a folder"),
+        (
+            ["sample", "--config", DIGITS, "--format", "png", "--out", "x.npz"],
+            "expected --out to name a folder or a .png",
+        ),
         (["sample", "--config", DIGITS, "--set", "device=cuda"], "no CUDA device was found"),
         (["sample", "--config", DIGITS, "--checkpoint", "x.pth"], "--checkpoint x.pth: no such file or folder"),
         (["sample", "--config", DIGITS, "--checkpoint", "x" * 5000], "xxx…: no such file or folder"),
@@ -422,6 +476,13 @@ def test_convert_to_a_pipeline_and_back_keeps_every_weight(checkpoint, tmp_path,
     assert read(back) == read(checkpoint) == Provenance(("zero", "one"))  # the names of its classes come back too
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
     assert sample(tmp_path / "pipe", tmp_path / "out.npz", "--num", "1", "--steps", "1") == 0
+    own = ["sample", "--checkpoint", str(tmp_path / "pipe"), "--out", str(tmp_path / "own.npz"), "--num", "1"]
+    assert cli.main([*own, "--steps", "1"]) == 0  # a pipeline's folder says what it is
+    assert np.array_equal(*(np.load(tmp_path / f"{name}.npz")["arr_0"] for name in ("out", "own")))
+    cfg, told = load_config(DIGITS, SMALL[1::2]), config_of(None, str(tmp_path / "pipe"), [])
+    assert (told.model, told.diffusion, told.null_label) == (cfg.model, cfg.diffusion, cfg.null_label)
+    assert (told.sample.sampler, told.sample.steps) == (cfg.sample.sampler, cfg.sample.steps)
+    assert told.sample.guidance_scale == pytest.approx(cfg.sample.guidance_scale)
     assert cli.main([*common, "--checkpoint", str(checkpoint), "--out", str(tmp_path / "pipe")]) == 2
     assert "there already" in capsys.readouterr().err
 

@@ -204,7 +204,7 @@ class LatentConfig(Section):
         "CompVis/stable-diffusion-v1-4/vae",
         description="Autoencoder that decodes samples: a local folder, or owner/repository[/subfolder] on the hub.",
     )
-    text_encoder: str | None = Field(
+    text_encoder: FolderOrHub | None = Field(
         None,
         description=f"CLIP of a text model: a local folder, or a hub name. Default: that of the training data, else {CLIP}.",
     )

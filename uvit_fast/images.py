@@ -24,6 +24,11 @@ def to_uint8(x: Tensor) -> np.ndarray:
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
+def as_picture(image: np.ndarray) -> Image.Image:
+    """An image (H, W, C) uint8, grey where C is 1."""
+    return Image.fromarray(image if image.shape[-1] == 3 else image[..., 0])
+
+
 def save_grid(
     images: np.ndarray,
     path: str | Path,
@@ -37,7 +42,7 @@ def save_grid(
         row_labels: a short text to the left of each row.
         captions: a text below each image, cut to its width.
     """
-    n, height, width, c = images.shape
+    n, height, width, _ = images.shape
     scale, gap = max(1, round(48 / max(height, width))), 4
     height, w, below = height * scale, width * scale, LINE if captions else 0
     h = height + below
@@ -45,7 +50,7 @@ def save_grid(
     rows = -(-n // columns)
     sheet = Image.new("RGB", (left + columns * (w + gap) + gap, rows * (h + gap) + gap), "white")
     for i, image in enumerate(images):
-        tile = Image.fromarray(image if c == 3 else image[..., 0]).resize((w, height), Image.Resampling.NEAREST)
+        tile = as_picture(image).resize((w, height), Image.Resampling.NEAREST)
         corner = left + gap + i % columns * (w + gap), gap + i // columns * (h + gap)
         sheet.paste(tile.convert("RGB"), corner)
         if captions:

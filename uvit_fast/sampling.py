@@ -12,20 +12,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from uvit_fast import provenance
 from uvit_fast.build import build_model, build_sampler
 from uvit_fast.config import CLIP, Config, UserError
 from uvit_fast.data.datasets import CLASSES
-from uvit_fast.data.encoders import check_vae, load_text_encoder
+from uvit_fast.data.encoders import check_vae, load_pretrained, load_text_encoder
 from uvit_fast.diffusion.cudagraph import GraphSampler
 from uvit_fast.diffusion.guidance import Guidance
 from uvit_fast.diffusion.noise import sample_generators, sample_noise
 from uvit_fast.extras import missing
 from uvit_fast.files import file_name, write_whole
-from uvit_fast.images import save_grid, to_uint8
+from uvit_fast.images import as_picture, save_grid, to_uint8
 from uvit_fast.model.uvit import UViT
 from uvit_fast.model.weights import load_weights, read_weights
 from uvit_fast.provenance import UNKNOWN, Provenance
@@ -344,13 +343,9 @@ def load_autoencoder(name: str, known: Provenance = UNKNOWN) -> Any:
     where, parts = {"pretrained_model_name_or_path": name}, name.split("/")
     if not Path(name).is_dir() and len(parts) > 2:
         where = {"pretrained_model_name_or_path": "/".join(parts[:2]), "subfolder": "/".join(parts[2:])}
-    try:
-        vae = AutoencoderKL.from_pretrained(**where).eval().requires_grad_(False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"autoencoder {name}: neither a local folder nor found on the hub ({reason})") from None
+    vae = load_pretrained("autoencoder", name, partial(AutoencoderKL.from_pretrained, **where))
     check_vae(vae, name, known)
-    return vae
+    return vae.eval().requires_grad_(False)
 
 
 def sample_names(labels: list[int] | None, prompts: list[str] | None, known: Provenance) -> list[str] | None:
@@ -371,7 +366,7 @@ def save_pngs(folder: Path, batches: Iterable[np.ndarray], names: list[str] | No
     def save(numbered: tuple[int, np.ndarray]) -> None:
         i, image = numbered
         name = f"{i:06d}" + (f"_{names[i]}" if names and names[i] else "")
-        Image.fromarray(image if image.shape[-1] == 3 else image[..., 0]).save(folder / f"{name}.png")
+        as_picture(image).save(folder / f"{name}.png")
 
     with ThreadPoolExecutor() as pool:  # compression leaves Python's lock
         for images in batches:

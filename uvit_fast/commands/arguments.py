@@ -89,24 +89,37 @@ def config_of(config: str | None, checkpoint: str, overrides: list[str]) -> Conf
             return load_config(folder / "config.yaml", overrides)
         if (folder / "model_index.json").is_file():
             return _config_of_pipeline(folder, overrides)
+    for folder in (path, path.parent):  # a checkpoint that was copied out of its run
+        if (folder / "manifest.json").is_file():
+            config = read_json(folder / "manifest.json").get("config")
+            if isinstance(config, dict):
+                return config_from(config, folder / "manifest.json", overrides)
     raise UserError(
-        f"--config: expected the YAML file of {checkpoint}; only runs and pipelines' folders have their own"
+        f"--config: expected the YAML file of {checkpoint}; only runs, their checkpoints and pipelines' folders have their own"
     )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a file that says what a checkpoint is.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
+    try:
+        values = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{file}: expected what training or `uvit-fast convert` writes, or --config to say what the checkpoint is"
+        )
+    return values
 
 
 def _config_of_pipeline(folder: Path, overrides: list[str]) -> Config:
     """What a pipeline's folder says of its model, and how it was published to be sampled. Of the training it says nothing."""
 
-    def read(name: str) -> dict[str, Any]:
-        try:
-            values = json.loads((folder / name).read_text("utf-8"))
-            return values if isinstance(values, dict) else {}
-        except (OSError, ValueError, RecursionError):
-            raise UserError(
-                f"{folder / name}: expected the JSON file of a U-ViT pipeline's folder, or --config"
-            ) from None
-
-    pipeline, model, scheduler = (read(name) for name in PIPELINE_FILES)
+    pipeline, model, scheduler = (read_json(folder / name) for name in PIPELINE_FILES)
     model = {key: value for key, value in model.items() if key in ModelConfig.model_fields}
     droppable = pipeline.get("null_label") is not None or bool(model.get("context_dim"))
     tree = {
@@ -121,6 +134,8 @@ def _config_of_pipeline(folder: Path, overrides: list[str]) -> Config:
     tree["sample"]["guidance_scale"] = scale - 1 if isinstance(scale, int | float) else scale  # the paper's
     if (folder / "vae").is_dir():
         tree["latent"] = {"scale_factor": pipeline.get("scale_factor"), "decoder": str(folder / "vae")}
+        if (folder / "text_encoder").is_dir():
+            tree["latent"]["text_encoder"] = str(folder)
     return config_from(tree, folder / PIPELINE_FILES[0], overrides)
 
 

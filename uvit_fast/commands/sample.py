@@ -8,6 +8,7 @@ from pathlib import Path
 
 from uvit_fast.commands.arguments import checkpoint_arguments, config_of, positive, seed
 from uvit_fast.config import Config, UserError
+from uvit_fast.files import write_whole
 
 HELP = "draw images from a checkpoint"
 EXAMPLE = "uvit-fast sample --checkpoint runs/digits --num 16 --classes 3,7 --out digits"
@@ -15,7 +16,11 @@ EXAMPLE = "uvit-fast sample --checkpoint runs/digits --num 16 --classes 3,7 --ou
 
 def arguments(command: argparse.ArgumentParser) -> None:
     checkpoint_arguments(command)
-    command.add_argument("--out", required=True, help="a new folder for the images, or a new .npz file in ADM's format")
+    command.add_argument(
+        "--out",
+        required=True,
+        help="a new folder for the images, a new .npz in ADM's format, or a .png of up to a hundred",
+    )
     command.add_argument("--format", choices=["png", "npz"], help="default: npz where --out ends in .npz, else png")
     command.add_argument("--num", type=positive, default=16, help="images to draw (default 16)")
     command.add_argument("--classes", help="names or labels, as cat,dog or 207,360; default: all in equal shares")
@@ -89,13 +94,15 @@ def _run(args: argparse.Namespace, ranks) -> None:
     job = jobs.Job(out, settings, args.num, batch, args.resume, ranks)
     if not job.run(draw):  # another rank writes
         return
-    if out.suffix == ".npz":
+    numbers = None if labels is None else labels.tolist()
+    captions = prompts if numbers is None else [known.name(label) for label in numbers]
+    if out.suffix.lower() == ".npz":
         sampling.save_npz(out, job.images(), args.num, None if labels is None else labels.numpy())
+    elif out.suffix.lower() == ".png":
+        write_whole(out, lambda path: _save_grid(path, job.images(), args.num, captions if args.num > 1 else None))
     else:
-        numbers = None if labels is None else labels.tolist()
         sampling.save_pngs(out, job.images(), sampling.sample_names(numbers, prompts, known))
-        captions = prompts if numbers is None else [known.name(label) for label in numbers]
-        _save_grid(out, job.images(), args.num, captions)
+        _save_grid(out / "grid.png", job.images(), args.num, captions)
         if prompts:
             (out / "prompts.txt").write_text("\n".join(prompts) + "\n", "utf-8")
     job.close()
@@ -103,11 +110,20 @@ def _run(args: argparse.Namespace, ranks) -> None:
 
 
 def _out(args: argparse.Namespace) -> Path:
-    """Where the images go: a folder, or a name that ends in .npz."""
+    """Where the images go: a folder, or a name that ends in .npz or .png.
+
+    Raises:
+        UserError: a name that fits neither --format nor --num, or that promises another kind of file.
+    """
     out = Path(args.out)
-    if args.format == "png" and out.suffix == ".npz":
-        raise UserError(f"--format png: expected --out to name a folder, got {out}")
-    return out.with_name(out.name + ".npz") if args.format == "npz" and out.suffix != ".npz" else out
+    suffix = out.suffix.lower()
+    if suffix in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".npy", ".zip"):
+        raise UserError(f"--out {out}: expected a new folder, or a name that ends in .npz or .png")
+    if args.format and suffix == {"png": ".npz", "npz": ".png"}[args.format]:
+        raise UserError(f"--format {args.format}: expected --out to name a folder or a .{args.format}, got {out}")
+    if suffix == ".png" and args.num > 100:
+        raise UserError(f"--out {out}: a picture shows up to 100 images; expected a folder for {args.num}")
+    return out.with_name(out.name + ".npz") if args.format == "npz" and suffix != ".npz" else out
 
 
 def _prompts(args: argparse.Namespace, cfg: Config) -> list[str] | None:
@@ -128,25 +144,29 @@ def _prompts(args: argparse.Namespace, cfg: Config) -> list[str] | None:
     if args.prompt:
         return args.prompt
     try:
-        prompts = Path(args.prompts).read_text().splitlines()
+        text = Path(args.prompts).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {args.prompts}: expected a text file with one prompt a line ({error})") from None
+    prompts = [
+        line.strip() for line in text.split("\n") if line.strip()
+    ]  # lines may hold what else Unicode breaks lines at
     if not prompts:
         raise UserError(f"--prompts {args.prompts}: expected one prompt a line, got an empty file")
     return prompts
 
 
-def _save_grid(folder: Path, batches, num: int, captions: list[str] | None) -> None:
-    """The first hundred images, ten a row, with their classes or prompts."""
+def _save_grid(path: Path, batches, num: int, captions: list[str] | None) -> None:
+    """The first hundred images, ten a row, with their classes or prompts; a single one without them as it is."""
     import numpy as np
 
-    from uvit_fast.images import save_grid
+    from uvit_fast.images import as_picture, save_grid
 
     images: list[np.ndarray] = []
     for batch in batches:
         images += [*batch[: 100 - len(images)]]
         if len(images) == min(100, num):
             break
-    save_grid(
-        np.stack(images), folder / "grid.png", columns=min(10, num), captions=captions and captions[: len(images)]
-    )
+    if num == 1 and captions is None:
+        as_picture(images[0]).save(path)
+    else:
+        save_grid(np.stack(images), path, columns=min(10, num), captions=captions and captions[: len(images)])

@@ -2,14 +2,16 @@
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from uvit_fast.config import UserError
+from uvit_fast.config import UserError, cut, shown
 from uvit_fast.data.extract import Pixels
 from uvit_fast.extras import missing
 from uvit_fast.provenance import UNKNOWN, Provenance, describe_encoder
@@ -73,17 +75,54 @@ def load_clip(name: str) -> tuple[Any, Any]:
 
     Raises:
         ImportError: transformers is not installed; the message names the extra.
-        UserError: neither a local folder nor to be had from the hub.
+        UserError: neither a local folder, or a pipeline's, nor to be had from the hub.
     """
     try:
         from transformers import CLIPTextModel, CLIPTokenizer
     except ImportError:
         raise missing("a text encoder", "transformers", "diffusers") from None
+    parts = ("tokenizer", "text_encoder") if (Path(name) / "text_encoder").is_dir() else ("", "")
+
+    def load(**where: Any) -> tuple[Any, Any]:
+        tokenizer = CLIPTokenizer.from_pretrained(name, subfolder=parts[0], **where)
+        return tokenizer, CLIPTextModel.from_pretrained(name, subfolder=parts[1], **where)
+
+    tokenizer, model = load_pretrained("text encoder", name, load)
+    return tokenizer, model.eval().requires_grad_(False)
+
+
+def load_pretrained(what: str, name: str, load: Callable[..., Any]) -> Any:
+    """`load(local_files_only=...)` of a local folder or a hub name. What is here is not looked for elsewhere, and a hub that does not
+    answer is not asked again: its libraries would retry every file for a minute.
+
+    Raises:
+        UserError: neither here nor on the hub, or damaged.
+    """
     try:
-        return CLIPTokenizer.from_pretrained(name), CLIPTextModel.from_pretrained(name).eval().requires_grad_(False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"text encoder {name}: neither a local folder nor found on the hub ({reason})") from None
+        try:
+            return load(local_files_only=True)
+        except (OSError, ValueError):
+            if Path(name).is_dir() or Path(name).is_absolute():
+                raise
+            if not _hub_answers():
+                raise OSError("the hub cannot be reached, and it was not fetched before") from None
+            return load(local_files_only=False)
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # each library has its own kinds for damaged and foreign files
+        reason = cut(str(error).strip().split("\n")[0])
+        raise UserError(f"{what} {cut(name)}: neither a local folder nor found on the hub ({reason})") from None
+
+
+def _hub_answers() -> bool:
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception:  # offline by a setting, no network, a proxy's refusal
+        return False
+    return True
 
 
 def load_text_encoder(name: str, device: torch.device, known: Provenance = UNKNOWN) -> Callable[[list[str]], Tensor]:
@@ -101,11 +140,26 @@ def load_text_encoder(name: str, device: torch.device, known: Provenance = UNKNO
 
 
 def text_encoder(tokenizer: Any, model: Any) -> Callable[[list[str]], Tensor]:
-    """CLIP's tokenizer and text transformer as a function; longer captions are cut, shorter ones padded, as the tokenizer does."""
-    length = model.config.max_position_embeddings
+    """CLIP's tokenizer and text transformer as a function; shorter captions are padded as the tokenizer does, longer ones cut, with a
+    warning of what is left out.
+    """
+    length, said = model.config.max_position_embeddings, set()
+
+    def warn_of_the_rest(caption: str) -> None:
+        tokens = tokenizer(caption, verbose=False).input_ids
+        if len(tokens) > length and caption not in said and len(said) < 5:
+            said.add(caption)
+            rest = tokenizer.decode(tokens[length - 1 : -1])
+            warnings.warn(
+                f"{shown(caption)}: {len(tokens)} tokens, of which the text encoder reads {length}; left out: {shown(rest)}",
+                stacklevel=3,
+            )
 
     @torch.inference_mode()
     def encode(captions: list[str]) -> Tensor:
+        for caption in captions:
+            if len(caption.encode()) > length - 2:  # a token is a byte at least
+                warn_of_the_rest(caption)
         tokens = tokenizer(captions, truncation=True, max_length=length, padding="max_length", return_tensors="pt")
         return model(input_ids=tokens.input_ids.to(model.device)).last_hidden_state.float()
 
