@@ -56,6 +56,16 @@ def test_sample_writes_pngs_and_a_grid(checkpoint, tmp_path):
     assert Image.open(tmp_path / "out" / "grid.png").width > 4 * 40  # scaled up for a person
 
 
+def test_rows_that_saw_no_class_are_not_sampled(checkpoint, tmp_path, capsys):
+    """A model may have more labels than its data had classes."""
+    Provenance(("ant", "bee")).write(checkpoint.parents[2] / "data.json")
+    assert sample(checkpoint, tmp_path / "out", "--num", "2", "--steps", "1") == 0
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert names == ["000000_class0_ant.png", "000001_class1_bee.png", "grid.png"]
+    assert sample(checkpoint, tmp_path / "no", "--classes", "bee,3") == 2
+    assert "saw labels from 0 to 1 only, got 3" in capsys.readouterr().err
+
+
 def test_a_format_may_be_named_and_grids_are_labelled(checkpoint, tmp_path):
     assert sample(checkpoint, tmp_path / "out", "--num", "2", "--steps", "1", "--format", "npz") == 0
     assert np.load(tmp_path / "out.npz")["arr_1"].tolist() == [0, 5]

@@ -8,6 +8,7 @@ import difflib
 import json
 import re
 import unicodedata
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,8 +133,7 @@ ROLES = {"vae": "autoencoder", "text_encoder": "text encoder"}
 def read(weights: Path) -> Provenance:
     """What is written beside a weight file: in its checkpoint's manifest, its run's or its own data.json, or its pipeline's index.
 
-    Raises:
-        UserError: one of these files is damaged.
+    Of a damaged file that is one of these a warning says so.
     """
     folder = weights.parent
     for file, of in (
@@ -149,7 +149,9 @@ def read(weights: Path) -> Provenance:
             if (found := of(json.loads(file.read_text("utf-8")))) is not None:
                 return Provenance.from_json(found)
         except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-            raise UserError(f"{file}: damaged; expected the classes of a model ({error})") from None
+            warnings.warn(
+                f"{file}: damaged ({error}); the names of the classes that it held are not known", stacklevel=3
+            )
     return UNKNOWN
 
 

@@ -27,7 +27,7 @@ from uvit_fast.files import file_name, write_whole
 from uvit_fast.images import as_picture, save_grid, to_uint8
 from uvit_fast.model.uvit import UViT
 from uvit_fast.model.weights import load_weights, read_weights
-from uvit_fast.provenance import UNKNOWN, Provenance
+from uvit_fast.provenance import UNKNOWN, Provenance, shown
 from uvit_fast.training import checkpoint as checkpoints
 
 
@@ -116,15 +116,19 @@ def provenance_of(cfg: Config, weights: Path) -> Provenance:
 
 
 def chosen_labels(text: str | None, cfg: Config, known: Provenance) -> list[int]:
-    """The labels that a text names, as `Provenance.labels` takes it; None: all that the model has.
+    """The labels that a text names, as `Provenance.labels` takes it; None: all that the model has learned.
 
     Raises:
-        UserError: a class that the model does not have, or a model without classes.
+        UserError: a class that the model does not have, or of which it saw nothing; a model without classes.
     """
     if text is not None and not cfg.model.num_classes:
         raise UserError(f"classes {text}: the model of {cfg.name} is not class-conditional")
-    classes = cfg.model.num_classes - (cfg.null_label is not None)
-    return list(range(classes)) if text is None else check_labels(known.labels(text, classes), cfg)
+    rows = cfg.model.num_classes - (cfg.null_label is not None)
+    learned = min(rows, len(known.classes) or rows)  # a model may have more rows than its data had classes
+    labels = list(range(learned)) if text is None else check_labels(known.labels(text, rows), cfg)
+    if unseen := [label for label in labels if label >= learned]:
+        raise UserError(f"classes: the model saw labels from 0 to {learned - 1} only, got {shown(map(str, unseen))}")
+    return labels
 
 
 def check_labels(labels: list[int], cfg: Config) -> list[int]:

@@ -29,6 +29,7 @@ from uvit_fast.config import Config, UserError
 from uvit_fast.data.reading import WHITE, BadImage, list_images, read_image, shown
 from uvit_fast.diffusion.noise import Draws
 from uvit_fast.extras import missing
+from uvit_fast.provenance import shown as some
 
 Batch = dict[str, Tensor]
 CLASSES = {  # of datasets whose files have numbers only
@@ -356,7 +357,11 @@ def check_fits(dataset: Any, cfg: Config) -> None:
         )
     room = cfg.model.num_classes - (cfg.null_label is not None and not dataset.synthetic)
     if cfg.model.num_classes and not 0 < dataset.num_classes <= room:
-        raise UserError(f"data {cfg.data.name}: expected labels of 1 to {room} classes, got {dataset.num_classes}")
+        names = getattr(dataset, "classes", ())
+        raise UserError(
+            f"data {cfg.data.name}: expected labels of 1 to {room} classes, got {dataset.num_classes}"
+            + (f": {some(names)}" if names else "")
+        )
     if 0 < dataset.num_classes < room:
         warnings.warn(
             f"data {cfg.data.name}: {dataset.num_classes} classes for the {room} of model.num_classes; "
