@@ -15,8 +15,10 @@ import time
 import torch
 import torch._functorch.config as functorch_config
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from benchmarks.common import RESULTS, Rows
+from uvit_fast.kernels.layers import Linear, Norm
 from uvit_fast.kernels.ops import linear_residual, ln_linear, ln_mlp, skip_linear
 from uvit_fast.kernels.tools.tune import times
 from uvit_fast.model.uvit import Block
@@ -30,23 +32,22 @@ def random(*shape: int) -> Tensor:
 
 
 def cases(D: int) -> dict:
-    """op -> (fused, reference, arguments, the GEMMs of its forward and its backward as (M, N, K))."""
-    x, skip, gamma, beta = random(TOKENS, D), random(TOKENS, D), 1 + 0.1 * random(D), 0.1 * random(D)
-    b, hidden_b, scale = random(D), random(4 * D), D**-0.5
+    """op -> (its module, arguments, the GEMMs of its forward and its backward as (M, N, K))."""
+    x, skip, norm = random(TOKENS, D), random(TOKENS, D), Norm(1 + 0.1 * random(D), 0.1 * random(D))
+
+    def linear(N: int, K: int, bias: bool = True) -> Linear:
+        return Linear(random(N, K) * D**-0.5, random(N) if bias else None)
 
     def gemms(N: int, K: int):
         return [(TOKENS, N, K)], [(TOKENS, K, N), (N, K, TOKENS)]
 
     up, down = gemms(4 * D, D), gemms(D, 4 * D)
+    mlp = (x, norm, linear(4 * D, D), linear(D, 4 * D))
     return {
-        "ln_linear": (ln_linear, (x, gamma, beta, random(3 * D, D) * scale), gemms(3 * D, D)),
-        "ln_mlp": (
-            ln_mlp,
-            (x, gamma, beta, random(4 * D, D) * scale, hidden_b, random(D, 4 * D) * scale, b),
-            (up[0] + down[0], up[1] + down[1]),
-        ),
-        "skip_linear": (skip_linear, (x, skip, random(D, 2 * D) * scale, b), gemms(D, 2 * D)),
-        "linear_residual": (linear_residual, (x, random(D, D) * scale, b, skip), gemms(D, D)),
+        "ln_linear": (ln_linear, (x, norm, linear(3 * D, D, bias=False)), gemms(3 * D, D)),
+        "ln_mlp": (ln_mlp, mlp, (up[0] + down[0], up[1] + down[1])),
+        "skip_linear": (skip_linear, (x, skip, linear(D, 2 * D)), gemms(D, 2 * D)),
+        "linear_residual": (linear_residual, (x, linear(D, D), skip), gemms(D, D)),
     }
 
 
@@ -69,9 +70,11 @@ def bench(rows: Rows, D: int, names: list[str]) -> None:
             with torch.no_grad():
                 rows.add(f"{name}:fwd:{D}", provider, times(functools.partial(f, *args)), **kw)
         rows.add(f"{name}:fwd:{D}", "cublas", times(cublas(forward)), **kw)
-        leaves = [t.detach().requires_grad_() for t in args]
+        args = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(), args)
+        leaves = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
         for provider, f in providers.items():
-            y = f(*leaves)
+            y = f(*args)
+            y = y[0] if isinstance(y, tuple) else y  # without the sums for a LayerNorm that follows
             dy = torch.randn_like(y)
             backward_of = functools.partial(torch.autograd.grad, y, leaves, dy, retain_graph=True)
             rows.add(f"{name}:bwd:{D}", provider, times(backward_of), **kw)

@@ -1,4 +1,8 @@
-"""What the Hopper GEMM's epilogue is made of: parts of an accumulator, GELU, and ways between a part and memory."""
+"""What becomes of an accumulator on sm_90: a function an epilogue, made of pieces that they share.
+
+A consumer goes through its [64 features, TOKENS] in parts of PART tokens. Each part leaves, and what it needs beside (the residual,
+GELU's h) arrives, by TMA through staging buffers of the consumer's own.
+"""
 
 import struct
 
@@ -6,13 +10,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from uvit_fast.kernels.gemm.sm80 import G0 as _G0
-from uvit_fast.kernels.gemm.sm80 import G1 as _G1
-from uvit_fast.kernels.gemm.sm80 import G2 as _G2
-
-G0: gl.constexpr = gl.constexpr(_G0.value)
-G1: gl.constexpr = gl.constexpr(_G1.value)
-G2: gl.constexpr = gl.constexpr(_G2.value)
+from uvit_fast.kernels.gemm.contract import G0, G1, G2
+from uvit_fast.kernels.runtime.aggregate import aggregate
 
 
 def _immediate(value: float) -> str:
@@ -20,7 +19,7 @@ def _immediate(value: float) -> str:
 
 
 # max(G1 + G2 w, 0) for nothing: the instruction clamps to [0, 1], and G1 is below 1
-CLAMPED: gl.constexpr = gl.constexpr(f"fma.rn.sat.f32 $0, $1, {_immediate(_G2.value)}, {_immediate(_G1.value)};")
+CLAMPED: gl.constexpr = gl.constexpr(f"fma.rn.sat.f32 $0, $1, {_immediate(G2.value)}, {_immediate(G1.value)};")
 
 
 @gluon.jit
@@ -30,7 +29,7 @@ def tanh(x):
 
 @gluon.jit
 def gate(h):
-    """tanh(v) with GELU's v, and w (see gemm_ampere)."""
+    """tanh(v) with GELU's v, and w (see `contract`)."""
     w = h * h
     clamped = gl.inline_asm_elementwise(CLAMPED, "=f,f", [w], dtype=gl.float32, is_pure=True, pack=1)
     return tanh(h * (w * clamped + G0)), w
@@ -87,56 +86,212 @@ def parts(acc, rows: gl.constexpr, tokens: gl.constexpr, part: gl.constexpr):
 
 
 @gluon.jit
-def read_rstd(stats, token, stride, SN: gl.constexpr):
-    """rstd of SN tokens, in the layout of a part's columns; there is memory, if no sense, for those past the last."""
-    lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SN, 16])
-    return gl.load(stats + stride + token + gl.arange(0, SN, layout=gl.SliceLayout(0, lay)))
-
-
-@gluon.jit
 def touch(rstd, TOKENS: gl.constexpr):
-    """A tile's rstd on its way into L1, where `read_rstd` will look for it after the main loop."""
+    """A tile's rstd on its way into L1, where `Epilogue.rstd_of` will look for it after the main loop."""
     lay: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
     hint: gl.constexpr = "prefetch.global.L1 [$1]; mov.b32 $0, 0;"
     line = (rstd + gl.arange(0, TOKENS, layout=lay)).to(gl.int64)
     gl.inline_asm_elementwise(hint, "=r,l", [line], dtype=gl.int32, is_pure=False, pack=1)
 
 
-@gluon.jit
-def fetch(side_desc, token, feature, bar, buf):
-    mbarrier.expect(bar, side_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(side_desc, [token, feature], bar, buf)
+@aggregate
+class Place:
+    """Where a consumer's part of a tile lies in the result."""
+
+    feature: gl.tensor  # its first of 64 features
+    token: gl.tensor  # its first token
+    down: gl.tensor  # which of the tiles of tokens it is in
+    WHO: gl.constexpr  # the consumer, 0 or 1
+
+
+@aggregate
+class Ahead:
+    """What a consumer has asked global memory for before the main loop."""
+
+    shift: gl.tensor  # (64,) fp32, the bias; a number where there is none
+    rstd: gl.tensor  # (PART,) fp32, of the first part's tokens; a number where no LayerNorm is folded in
+
+
+@aggregate
+class Epilogue:
+    """Where results go, and what is taken beside the accumulator."""
+
+    out: tma.tensor_descriptor  # (M, N), boxes of [PART, 64]
+    second: tma.tensor_descriptor  # (M, N), likewise: GELU's h (gelu_save), GELU's value (gelu_backward)
+    side: tma.tensor_descriptor  # (M, N), likewise: the residual, or GELU's h (gelu_backward)
+    bias: gl.tensor  # (N,)
+    rstd: gl.tensor  # (M, rounded up to whole tiles) fp32
+    partial: gl.tensor  # (ceil(M / TOKENS), N) fp32: column sums of out (gelu_backward)
+    sums: gl.tensor  # (N / 64, 2, M) fp32: see layernorm.sums
+    M: gl.tensor
+    N: gl.tensor
+    leaving: gl.shared_memory_descriptor  # (2 LEAVING, PART, 64): out on its way
+    leaving2: gl.shared_memory_descriptor  # likewise: second
+    arriving: gl.shared_memory_descriptor  # (2 ARRIVING, PART, 64): side on its way
+    arrived: gl.shared_memory_descriptor  # (2 ARRIVING) barriers
+    KIND: gl.constexpr  # of contract.CASES
+    LEAVING: gl.constexpr  # buffers a consumer
+    ARRIVING: gl.constexpr
+    TOKENS: gl.constexpr  # of a tile
+    PART: gl.constexpr
+    HAS_BIAS: gl.constexpr
+    FOLD: gl.constexpr  # whether a LayerNorm is folded in
+    AHEAD: gl.constexpr  # whether a tile's rstd is asked for into L1 ahead
+    SUMS: gl.constexpr  # whether the result's sums are written
+
+    @gluon.jit
+    def ask(self, at):
+        """Asks for what the epilogue reads from global memory, so that it comes during the main loop."""
+        lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.PART, 16])
+        if self.KIND == "residual":
+            tma.store_wait(0)
+        for b in gl.static_range(self.ARRIVING):
+            self.fetch(at, b)
+        shift = gl.to_tensor(0.0)
+        rstd = gl.to_tensor(0.0)
+        if self.HAS_BIAS:
+            row = at.feature + gl.arange(0, 64, layout=gl.SliceLayout(1, lay))
+            shift = gl.load(self.bias + row, mask=row < self.N, other=0.0).to(gl.float32)
+        if self.FOLD:
+            if self.AHEAD:
+                touch(self.rstd + at.token, self.TOKENS)
+            rstd = self.rstd_of(at, 0)
+        return Ahead(shift, rstd)
+
+    @gluon.jit
+    def rstd_of(self, at, j: gl.constexpr):
+        """rstd of part j's tokens, in the layout of its columns; there is memory, if no sense, for those past the last."""
+        lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.PART, 16])
+        return gl.load(self.rstd + at.token + j * self.PART + gl.arange(0, self.PART, layout=gl.SliceLayout(0, lay)))
+
+    @gluon.jit
+    def affine(self, x, ahead, at, j: gl.constexpr):
+        """Part j with the LayerNorm's scale and the bias, and what the next part is to be given."""
+        if self.FOLD:
+            x = x * gl.expand_dims(ahead.rstd, 0)
+            if j + 1 < self.TOKENS // self.PART:
+                ahead = Ahead(ahead.shift, self.rstd_of(at, j + 1))
+        if self.HAS_BIAS:
+            x = x + gl.expand_dims(ahead.shift, 1)
+        return x, ahead
+
+    @gluon.jit
+    def fetch(self, at, j: gl.constexpr):
+        """Asks for part j of the side input, into the buffer that is its own."""
+        b: gl.constexpr = at.WHO * self.ARRIVING + j % self.ARRIVING
+        bar = self.arrived.index(b)
+        mbarrier.expect(bar, self.side.block_type.nbytes)
+        tma.async_copy_global_to_shared(self.side, [at.token + j * self.PART, at.feature], bar, self.arriving.index(b))
+
+    @gluon.jit
+    def arrival(self, at, done, j: gl.constexpr):
+        """Part j of the side input, fp32, and its buffer; `done` tiles were before this one."""
+        lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.PART, 16])
+        rounds: gl.constexpr = self.TOKENS // self.PART // self.ARRIVING  # uses of a buffer a tile
+        b: gl.constexpr = at.WHO * self.ARRIVING + j % self.ARRIVING
+        mbarrier.wait(self.arrived.index(b), (done * rounds + j // self.ARRIVING) & 1)
+        buf = self.arriving.index(b)
+        return widened(buf.permute([1, 0]).load(lay)), buf
+
+    @gluon.jit
+    def send(self, x, at, j: gl.constexpr, buf):
+        """Part j of the result, [64, PART], through its buffer [PART, 64]; and the sums of what leaves, where a LayerNorm wants them."""
+        buf.permute([1, 0]).store(x.to(self.out.dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(self.out, [at.token + j * self.PART, at.feature], buf)
+        if self.SUMS:
+            self.write_sums(buf, at, j)
+
+    @gluon.jit
+    def send_two(self, x, y, at, j: gl.constexpr):
+        """Part j of out and of second at once: one fence and one barrier for both."""
+        tma.store_wait(2 * (self.LEAVING - 1))
+        x_buf = self.leaving.index(at.WHO * self.LEAVING + j % self.LEAVING)
+        y_buf = self.leaving2.index(at.WHO * self.LEAVING + j % self.LEAVING)
+        x_buf.permute([1, 0]).store(x.to(self.out.dtype))
+        y_buf.permute([1, 0]).store(y.to(self.out.dtype))
+        fence_async_shared()
+        token = at.token + j * self.PART
+        tma.async_copy_shared_to_global(self.out, [token, at.feature], x_buf)
+        tma.async_copy_shared_to_global(self.second, [token, at.feature], y_buf)
+
+    @gluon.jit
+    def write_sums(self, buf, at, j: gl.constexpr):
+        """Sums of a part's tokens over its 64 features, as rounded, and of their squared distances from the mean of these 64.
+
+        Read back from the staging buffer, where a thread finds many features of one token: in the accumulator they are everyone's.
+        """
+        PART: gl.constexpr = self.PART
+        lay: gl.constexpr = gl.BlockedLayout([1, PART * 64 // 128], [PART // 4, 128 // PART], [4, 1], [1, 0])
+        x = widened(buf.load(lay))
+        total = gl.sum(x, axis=1)
+        x = x - gl.expand_dims(total * (1.0 / 64), 1)
+        token = at.token + j * PART + gl.arange(0, PART, layout=gl.SliceLayout(1, lay))
+        first = self.sums + at.feature // 64 * 2 * self.M + token
+        inside = (token < self.M) & (at.feature < self.N)
+        gl.store(first, total, mask=inside)
+        gl.store(first + self.M, gl.sum(x * x, axis=1), mask=inside)
 
 
 @gluon.jit
-def send(x, out_desc, token, feature, buf):
-    """A part [ROWS, SN] through its staging buffer [SN, ROWS] to out[token:, feature:]."""
-    buf.permute([1, 0]).store(x.to(out_desc.dtype))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(out_desc, [token, feature], buf)
+def plain(e, xs, ahead, at):
+    """out = x."""
+    for j in gl.static_range(e.TOKENS // e.PART):
+        x, ahead = e.affine(xs[j], ahead, at, j)
+        tma.store_wait(e.LEAVING - 1)
+        e.send(x, at, j, e.leaving.index(at.WHO * e.LEAVING + j % e.LEAVING))
 
 
 @gluon.jit
-def write_moments(buf, moments, chunk, token, inside, M, ROWS: gl.constexpr, SN: gl.constexpr):
-    """Sums of a part's tokens over its ROWS features, as rounded, and of their squared distances from the mean of these ROWS.
-
-    Read back from the staging buffer, where a thread finds many features of one token: in the accumulator they are everyone's.
-    """
-    lay: gl.constexpr = gl.BlockedLayout([1, SN * ROWS // 128], [SN // 4, 128 // SN], [4, 1], [1, 0])
-    x = widened(buf.load(lay))
-    total = gl.sum(x, axis=1)
-    x = x - gl.expand_dims(total * (1.0 / ROWS), 1)
-    at = token + gl.arange(0, SN, layout=gl.SliceLayout(1, lay))
-    first = moments + chunk * 2 * M + at
-    gl.store(first, total, mask=(at < M) & inside)
-    gl.store(first + M, gl.sum(x * x, axis=1), mask=(at < M) & inside)
+def gelu(e, xs, ahead, at):
+    """out = GELU(2 x)."""
+    for j in gl.static_range(e.TOKENS // e.PART):
+        x, ahead = e.affine(xs[j], ahead, at, j)
+        t, w = gate(x)
+        x = x * t + x
+        tma.store_wait(e.LEAVING - 1)
+        e.send(x, at, j, e.leaving.index(at.WHO * e.LEAVING + j % e.LEAVING))
 
 
 @gluon.jit
-def send_two(x, x_desc, x_buf, y, y_desc, y_buf, token, feature):
-    """Two parts at once: one fence and one barrier for both."""
-    x_buf.permute([1, 0]).store(x.to(x_desc.dtype))
-    y_buf.permute([1, 0]).store(y.to(y_desc.dtype))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(x_desc, [token, feature], x_buf)
-    tma.async_copy_shared_to_global(y_desc, [token, feature], y_buf)
+def gelu_save(e, xs, ahead, at):
+    """out = GELU(2 h), second = h = x. The backward sees h as rounded: it is rounded before the GELU."""
+    for j in gl.static_range(e.TOKENS // e.PART):
+        x, ahead = e.affine(xs[j], ahead, at, j)
+        x = rounded(x, e.out.dtype)
+        t, w = gate(x)
+        e.send_two(x * t + x, x, at, j)
+
+
+@gluon.jit
+def residual(e, xs, ahead, at, done):
+    """out = x + side, which leaves from where the residual arrived."""
+    PARTS: gl.constexpr = e.TOKENS // e.PART
+    for j in gl.static_range(PARTS):
+        x, ahead = e.affine(xs[j], ahead, at, j)
+        h, buf = e.arrival(at, done, j)
+        e.send(x + h, at, j, buf)
+        if j >= 1 and j - 1 + e.ARRIVING < PARTS:  # the buffer sent before this one is free soonest
+            tma.store_wait(1)
+            e.fetch(at, j - 1 + e.ARRIVING)
+
+
+@gluon.jit
+def gelu_backward(e, xs, ahead, at, done):
+    """out = x GELU'(2 h), second = GELU(2 h), partial = out's column sums; h = side."""
+    PARTS: gl.constexpr = e.TOKENS // e.PART
+    row: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, e.PART, 16]))
+    total = gl.zeros([64], gl.float32, row)
+    for j in gl.static_range(PARTS):
+        x, ahead = e.affine(xs[j], ahead, at, j)
+        h, buf = e.arrival(at, done, j)
+        if j + e.ARRIVING < PARTS:  # h is in registers: its buffer is free
+            e.fetch(at, j + e.ARRIVING)
+        t, w = gate(h)
+        y = h * t + h
+        slope = w * (w * (2.5 * G2) + 1.5 * G1) + 0.5 * G0  # of v, halved
+        x = x * ((y - y * t) * slope + (0.5 * t + 0.5))
+        total += gl.sum(x, axis=1)
+        e.send_two(x, y, at, j)
+    feature = at.feature + gl.arange(0, 64, layout=row)
+    gl.store(e.partial + at.down * e.N + feature, total, mask=feature < e.N)

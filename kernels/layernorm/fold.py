@@ -1,4 +1,4 @@
-"""LayerNorm around a GEMM: what the folded forward needs before it, and the backward after it.
+"""LayerNorm folded into the linear layer after it: the row statistics, and the weight with gamma and beta in it.
 
 Plain Triton, for every architecture. Memory-bound: each kernel reads its inputs once.
 """
@@ -7,25 +7,25 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from uvit_fast.kernels.layernorm.sums import CHUNK, TILE
+from uvit_fast.kernels.layers import Linear, Norm
 from uvit_fast.kernels.runtime import launch, tuning
 from uvit_fast.kernels.runtime.checks import ACCUMULATE
 from uvit_fast.kernels.runtime.launch import cdiv
-from uvit_fast.kernels.runtime.op import runs_eagerly
-from uvit_fast.kernels.runtime.reduce import totals
 
-CHUNK = tl.constexpr(64)  # features whose moments are taken together
-TILE = 256  # statistics have room for a multiple of so many tokens: a GEMM reads them unmasked
-MERGED = 32  # tokens whose statistics a program makes out of their moments
+FEATURES: tl.constexpr = tl.constexpr(CHUNK)  # whose sums were taken together
+MERGED = 32  # tokens whose statistics a program makes out of their sums
 
 
 @functools.cache
-def _split(D: int) -> tuple[int, int]:
+def split(D: int) -> tuple[int, int]:
     """D as a power of two and what covers the rest: 1152 = 1024 + 128 leaves no lane idle, 2048 would leave 44%."""
     low = 1 << (D.bit_length() - 1)
     return low, triton.next_power_of_2(D - low) if D > low else 0
@@ -54,8 +54,11 @@ def _small(w, typical, mask):
 
 
 @triton.jit
-def _fold(weight, gamma, beta, bias, folded, offset, row, lo, hi, N, scale, D: tl.constexpr, HI: tl.constexpr, HAS_BIAS: tl.constexpr):  # fmt: skip
-    """Some rows of the weight, in columns `lo` and, with HI, `hi`: see `prepare`."""
+def _fold(layer, results, row, columns, N, scale, D: tl.constexpr, HI: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Some rows of the weight, in the first and, with HI, the last columns: see `prepare`."""
+    weight, gamma, beta, bias = layer
+    folded, offset = results
+    lo, hi = columns
     first = row.to(tl.int64)[:, None] * D
     mask = (row < N)[:, None] & (lo < D)[None, :]
     mask2 = (row < N)[:, None] & (hi < D)[None, :]
@@ -95,7 +98,7 @@ def _prepare_kernel(
     stats,  # (2, at least M) fp32: mean, rstd
     folded,  # (N, D): scale * gamma * weight, centred: its rows sum up to 0
     offset,  # (N,) fp32: scale * (bias + weight @ beta)
-    moments,  # (D / 64, 2, M) fp32, read with MOMENTS in the place of x
+    sums,  # (D / 64, 2, M) fp32, read with SUMS in the place of x
     M,
     N,
     stride,  # of stats
@@ -105,7 +108,7 @@ def _prepare_kernel(
     LO: tl.constexpr,
     HI: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    MOMENTS: tl.constexpr,
+    SUMS: tl.constexpr,  # D / 64, up to a power of two
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
@@ -115,17 +118,18 @@ def _prepare_kernel(
     hi = LO + tl.arange(0, HI if HI else 1)
     if pid < weight_programs:
         row = pid * ROWS + tl.arange(0, ROWS)
-        _fold(weight, gamma, beta, bias, folded, offset, row, lo, hi, N, scale, D, HI, HAS_BIAS)
-    elif MOMENTS:
+        layer = (weight, gamma, beta, bias)
+        _fold(layer, (folded, offset), row, (lo, hi), N, scale, D, HI, HAS_BIAS)
+    elif SUMS:
         token = (pid - weight_programs) * TOKENS + tl.arange(0, TOKENS)
-        chunk = tl.arange(0, MOMENTS)
+        chunk = tl.arange(0, SUMS)
         where = chunk[:, None] * 2 * M + token[None, :]
-        known = (chunk < D // CHUNK)[:, None] & (token < M)[None, :]
-        summed = tl.load(moments + where, mask=known, other=0.0)
-        squares = tl.load(moments + M + where, mask=known, other=0.0)
+        known = (chunk < D // FEATURES)[:, None] & (token < M)[None, :]
+        summed = tl.load(sums + where, mask=known, other=0.0)
+        squares = tl.load(sums + M + where, mask=known, other=0.0)
         mean = tl.sum(summed, axis=0) / D
-        apart = tl.where(known, summed / CHUNK - mean[None, :], 0.0)  # a chunk's mean from that of all
-        variance = tl.sum(squares + CHUNK * apart * apart, axis=0)
+        apart = tl.where(known, summed / FEATURES - mean[None, :], 0.0)  # a chunk's mean from that of all
+        variance = tl.sum(squares + FEATURES * apart * apart, axis=0)
         tl.store(stats + token, mean, mask=token < M)
         tl.store(stats + stride + token, 1.0 / tl.sqrt(variance / D + eps), mask=token < M)
     else:
@@ -147,7 +151,7 @@ def _prepare_kernel(
         tl.store(stats + stride + row, 1.0 / tl.sqrt(variance / D + eps), mask=row < M)
 
 
-_kept: ContextVar[dict[tuple, tuple[Tensor, Tensor]] | None] = ContextVar("kept", default=None)
+_kept: ContextVar[dict[tuple, Linear] | None] = ContextVar("kept", default=None)
 
 
 @contextlib.contextmanager
@@ -160,191 +164,55 @@ def folded_once() -> Iterator[None]:
         _kept.reset(token)
 
 
-def new_moments(like: Tensor, M: int, D: int) -> Tensor | None:
-    """Where a GEMM whose result (M, D) is handed on puts what a LayerNorm's statistics follow from, on the way: for every 64 features
-    of a token their sum, and the sum of their squared distances from their mean. (D / 64, 2, M) fp32; None where nobody could take
-    them, or a change would go unseen, as inference mode does not count them.
-    """
-    if D % CHUNK.value or not runs_eagerly() or torch.is_inference_mode_enabled():
-        return None
-    return like.new_empty(D // CHUNK.value, 2, M, dtype=ACCUMULATE)
-
-
-def hand_on(y: Tensor, moments: Tensor | None) -> Tensor:
-    """y, which knows its moments until somebody takes them or changes it."""
-    if moments is not None:
-        y.moments = moments, y._version
-    return y
-
-
-def handed_on(x: Tensor) -> Tensor | None:
-    """The moments of x where the op that wrote it left them; whoever asks first takes them, so that they do not live as long as x."""
-    moments, version = vars(x).pop("moments", (None, None))
-    return moments if moments is not None and version == x._version else None
-
-
 def new_statistics(x: Tensor, M: int) -> Tensor:
     """Where the mean and rstd of M tokens go, (2, M rounded up to a multiple of TILE) fp32."""
     return x.new_empty(2, cdiv(M, TILE) * TILE, dtype=ACCUMULATE)
 
 
-def prepare(
-    x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor | None, eps: float, moments: Tensor | None = None, scale: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+class Folded(NamedTuple):
+    """A linear layer with the LayerNorm before it folded in: scale * Linear(LN(x)) = rstd * (x @ weight.T) + bias."""
+
+    linear: Linear  # weight (N, D) in x's dtype, whose rows sum up to 0, and bias (N,) fp32
+    stats: Tensor  # (2, at least M) fp32: mean, rstd
+
+
+def prepare(x: Tensor, norm: Norm, linear: Linear, sums: Tensor | None = None, scale: float = 1.0) -> Folded:
     """Row statistics of x and the weight with the LayerNorm folded in, in one launch; within `folded_once` the statistics alone, from
     the second time on.
 
-    scale * Linear(LN(x)) = rstd * (x @ folded.T) + offset: as LayerNorm takes the mean off x, the same number may be taken off every
-    weight of a row, and with weights that sum up to 0 the mean of x no longer matters.
+    As LayerNorm takes the mean off x, the same number may be taken off every weight of a row, and with weights that sum up to 0 the
+    mean of x no longer matters.
 
     Args:
-        moments: of x, if its writer left them: x is not read then.
+        x: (M, D); norm, linear: what it goes through next.
+        sums: of x, where the kernel that wrote it left them: x is not read then.
         scale: a power of two, which rounds nothing.
-
-    Returns:
-        stats (2, at least M) fp32 (mean, rstd), of `new_statistics`; folded (N, D); offset (N,) fp32.
     """
-    (M, D), N = x.shape, weight.shape[0]
+    (weight, bias), (M, D), N = linear, x.shape, linear.weight.shape[0]
     stats = new_statistics(x, M)
     kept = _kept.get()
-    key = (weight.shape, scale, *(t if t is None else t.data_ptr() for t in (gamma, beta, weight, bias)))
+    key = (weight.shape, scale, *(t if t is None else t.data_ptr() for t in (norm.weight, norm.bias, weight, bias)))
     if kept is not None and key in kept:
-        (folded, offset), N = kept[key], 0
+        folded, N = kept[key], 0
     else:
-        folded = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        offset = x.new_empty(N, dtype=ACCUMULATE)
+        made = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        folded = Linear(made, x.new_empty(N, dtype=ACCUMULATE))
         if kept is not None:
-            kept[key] = folded, offset
+            kept[key] = folded
     tuned = tuning.choice(x.device, "prepare", D)
-    low, high = _split(D)
-    tokens = tuned["rows"] if moments is None else MERGED
-    grid = (cdiv(N, tuned["rows"]) + cdiv(M, tokens),)
-    args = (x, gamma, beta, weight, x if bias is None else bias, stats, folded, offset)
-    args += (stats if moments is None else moments, M, N, stats.stride(0), scale, eps)
+    low, high = split(D)
+    grid = (cdiv(N, tuned["rows"]) + cdiv(M, tuned["rows"] if sums is None else MERGED),)
+    args = (x, norm.weight, norm.bias, weight, x if bias is None else bias, stats, *folded)
+    args += (stats if sums is None else sums, M, N, stats.stride(0), scale, norm.eps)
     options = {
         "D": D,
         "LO": low,
         "HI": high,
         "HAS_BIAS": bias is not None,
-        "MOMENTS": 0 if moments is None else triton.next_power_of_2(moments.shape[0]),
+        "SUMS": 0 if sums is None else triton.next_power_of_2(sums.shape[0]),
         "ROWS": tuned["rows"],
         "TOKENS": MERGED,
         "num_warps": tuned["warps"],
     }
     launch.run(x.device, _prepare_kernel, grid, args, options)
-    return stats, folded, offset
-
-
-@triton.jit
-def _columns(gamma, beta, col, D: tl.constexpr):
-    """gamma and beta of these columns, and three sums at zero."""
-    zero = tl.zeros(col.shape, tl.float32)
-    scale = tl.load(gamma + col, mask=col < D, other=0.0).to(tl.float32)
-    shift = tl.load(beta + col, mask=col < D, other=0.0).to(tl.float32)
-    return scale, shift, zero, zero, zero
-
-
-@triton.jit
-def _fetch(g, x, dy, row, col, M, D: tl.constexpr, RESIDUAL: tl.constexpr):
-    at = tl.cast(row, tl.int64) * D + col
-    mask = (col < D) & (row < M)
-    gv = tl.load(g + at, mask=mask, other=0.0)
-    return gv, tl.load(x + at, mask=mask, other=0.0), tl.load(dy + at, mask=mask, other=0.0) if RESIDUAL else gv
-
-
-@triton.jit
-def _store(dx, normed, gv, hat, dyv, scale, shift, rstd, c1, c2, row, col, D: tl.constexpr, RESIDUAL: tl.constexpr):
-    at = tl.cast(row, tl.int64) * D + col
-    d = rstd * (gv * scale - c1 - hat * c2)
-    if RESIDUAL:
-        d += dyv
-    tl.store(dx + at, d.to(dx.dtype.element_ty), mask=col < D)
-    tl.store(normed + at, (hat * scale + shift).to(normed.dtype.element_ty), mask=col < D)
-
-
-@triton.jit
-def _keep(partial, dgamma, dbeta, passed, col, D: tl.constexpr, RESIDUAL: tl.constexpr):
-    out = partial + tl.program_id(0) * 3 * D + col
-    tl.store(out, dgamma, mask=col < D)
-    tl.store(out + D, dbeta, mask=col < D)
-    if RESIDUAL:
-        tl.store(out + 2 * D, passed, mask=col < D)
-
-
-@triton.jit
-def _backward_kernel(
-    g,  # (M, D): gradient of the normalised, affine output
-    x,  # (M, D)
-    dy,  # (M, D): gradient that passes the LayerNorm by, unread without RESIDUAL
-    stats,  # (2, at least M) fp32: mean, rstd
-    gamma,  # (D,)
-    beta,  # (D,)
-    dx,  # (M, D)
-    normed,  # (M, D): LayerNorm(x), for the weight gradient
-    partial,  # (programs, 3, D) fp32: sums of g * x_hat, of g, and of dy
-    M,
-    stride,  # of stats
-    D: tl.constexpr,
-    LO: tl.constexpr,
-    HI: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-):
-    pid = tl.program_id(0)
-    lo = tl.arange(0, LO)
-    hi = LO + tl.arange(0, HI if HI else 1)
-    scale, shift, dgamma, dbeta, passed = _columns(gamma, beta, lo, D)
-    g_next, x_next, dy_next = _fetch(g, x, dy, pid, lo, M, D, RESIDUAL)  # a row ahead of the one that is worked on
-    if HI:
-        scale2, shift2, dgamma2, dbeta2, passed2 = _columns(gamma, beta, hi, D)
-        g_next2, x_next2, dy_next2 = _fetch(g, x, dy, pid, hi, M, D, RESIDUAL)
-    for row in range(pid, M, tl.num_programs(0)):
-        mean = tl.load(stats + row)
-        rstd = tl.load(stats + stride + row)
-        gv, hat, dyv = g_next.to(tl.float32), (x_next.to(tl.float32) - mean) * rstd, dy_next.to(tl.float32)
-        g_next, x_next, dy_next = _fetch(g, x, dy, row + tl.num_programs(0), lo, M, D, RESIDUAL)
-        c1 = tl.sum(gv * scale, axis=0)
-        c2 = tl.sum(gv * scale * hat, axis=0)
-        if HI:
-            gv2, hat2, dyv2 = g_next2.to(tl.float32), (x_next2.to(tl.float32) - mean) * rstd, dy_next2.to(tl.float32)
-            g_next2, x_next2, dy_next2 = _fetch(g, x, dy, row + tl.num_programs(0), hi, M, D, RESIDUAL)
-            c1 += tl.sum(gv2 * scale2, axis=0)  # g is 0 outside
-            c2 += tl.sum(gv2 * scale2 * hat2, axis=0)
-        c1 /= D
-        c2 /= D
-        _store(dx, normed, gv, hat, dyv, scale, shift, rstd, c1, c2, row, lo, D, RESIDUAL)
-        dgamma += gv * hat
-        dbeta += gv
-        passed += dyv
-        if HI:
-            _store(dx, normed, gv2, hat2, dyv2, scale2, shift2, rstd, c1, c2, row, hi, D, RESIDUAL)
-            dgamma2 += gv2 * hat2
-            dbeta2 += gv2
-            passed2 += dyv2
-    _keep(partial, dgamma, dbeta, passed, lo, D, RESIDUAL)
-    if HI:
-        _keep(partial, dgamma2, dbeta2, passed2, hi, D, RESIDUAL)
-
-
-def backward(
-    g: Tensor, x: Tensor, stats: Tensor, gamma: Tensor, beta: Tensor, dy: Tensor | None = None
-) -> tuple[Tensor, ...]:
-    """Back through LayerNorm in one pass over the tokens.
-
-    Args:
-        g: (M, D), the gradient of LayerNorm(x).
-        stats: as `prepare` wrote them.
-        dy: (M, D), added to the gradient of x: the residual's way around the LayerNorm.
-
-    Returns:
-        dx (M, D); LayerNorm(x) (M, D), which the weight gradient needs and nobody kept; the gradients of gamma and beta, (D,)
-        each, and with dy its column sums (D,).
-    """
-    M, D = x.shape
-    dx, normed = torch.empty_like(x), torch.empty_like(x)
-    tuned = tuning.choice(x.device, "ln_backward", D)
-    programs, (low, high) = min(M, tuned["programs"]), _split(D)
-    partial = x.new_empty(programs, 3, D, dtype=ACCUMULATE)
-    args = (g, x, g if dy is None else dy, stats, gamma, beta, dx, normed, partial, M, stats.stride(0))
-    options = {"D": D, "LO": low, "HI": high, "RESIDUAL": dy is not None, "num_warps": tuned["warps"]}
-    launch.run(x.device, _backward_kernel, (programs,), args, options)
-    return dx, normed, *totals(partial, 2 if dy is None else 3, x.dtype)
+    return Folded(folded, stats)

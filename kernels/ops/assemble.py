@@ -27,9 +27,13 @@ def why_not(x: Tensor, weight: Tensor, bias: Tensor, extras: Tensor, positions: 
     """Why the fused op cannot take these tensors; None where it can."""
     B, C, H, W = x.shape
     D, p, E = weight.shape[0], weight.shape[-1], extras.shape[1]
-    weights = {"x": (x, (B, C, H, W)), "weight": (weight, (D, C, p, p)), "bias": (bias, (D,))}
-    weights["positions"] = (positions, (1, E + (H // p) * (W // p), D))
-    reason = checks.why_not(extras, weights)
+    reason = checks.why_not(
+        extras,
+        x=(x, (B, C, H, W)),
+        weight=(weight, (D, C, p, p)),
+        bias=(bias, (D,)),
+        positions=(positions, (1, E + (H // p) * (W // p), D)),
+    )
     if reason is None and (H % p or W % p):
         return f"the image, {H} x {W}, does not divide into patches of {p} x {p}"
     if reason is None and C * p * p > VALUES:
@@ -54,9 +58,7 @@ def assemble(x: Tensor, weight: Tensor, bias: Tensor, extras: Tensor, positions:
     Raises:
         ValueError: with the sentence of `why_not`.
     """
-    reason = why_not(x, weight, bias, extras, positions)
-    if reason:
-        raise ValueError(f"assemble: {reason}")
+    checks.refuse("assemble", why_not(x, weight, bias, extras, positions))
     return _op(x, weight, bias, extras, positions)
 
 
@@ -143,4 +145,12 @@ def _gradient(ctx, backward, dy):
     return None, *backward(dy, *ctx.saved_tensors, ctx.extras)
 
 
-_op = Op("assemble", _forward, _fake, _backward, _fake_backward, _save, _gradient)
+run = _op = Op(
+    "assemble",
+    forward=_forward,
+    fake=_fake,
+    backward=_backward,
+    fake_backward=_fake_backward,
+    save=_save,
+    gradient=_gradient,
+)

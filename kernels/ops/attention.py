@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from uvit_fast.kernels.attention import core
+from uvit_fast.kernels.runtime import checks
 from uvit_fast.kernels.runtime.checks import ACCUMULATE
 from uvit_fast.kernels.runtime.device import capability, interpreting
 from uvit_fast.kernels.runtime.op import Op
@@ -57,9 +58,12 @@ def attention(qkv: Tensor) -> Tensor:
     Raises:
         ValueError: with the sentence of `why_not`.
     """
-    reason = why_not(qkv)
-    if reason:
-        raise ValueError(f"attention: {reason}")
+    checks.refuse("attention", why_not(qkv))
+    return run(qkv)
+
+
+def run(qkv: Tensor) -> Tensor:
+    """`attention` of what `why_not` has nothing against."""
     return _op(qkv)[0]
 
 
@@ -87,12 +91,19 @@ def _packed(x: Tensor) -> Tensor:
 
 
 def _save(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)  # no zeros for the gradients of what only the backward reads
     ctx.save_for_backward(*inputs, *output)
 
 
-def _gradient(ctx, backward, dout: Tensor, dlse: Tensor | None) -> Tensor:
-    return backward(*ctx.saved_tensors, dout)
+def _gradient(ctx, backward, dout: Tensor) -> tuple[Tensor]:
+    return (backward(*ctx.saved_tensors, dout),)
 
 
-_op = Op("attention", _forward, _fake, _backward, _fake_backward, _save, _gradient)
+_op = Op(
+    "attention",
+    forward=_forward,
+    fake=_fake,
+    backward=_backward,
+    fake_backward=_fake_backward,
+    save=_save,
+    gradient=_gradient,
+)

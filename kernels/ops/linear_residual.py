@@ -4,56 +4,51 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from uvit_fast.kernels import gemm
-from uvit_fast.kernels.layernorm import fold as layernorm
+from uvit_fast.kernels.layernorm import sums
+from uvit_fast.kernels.layers import Linear
 from uvit_fast.kernels.runtime import checks
 from uvit_fast.kernels.runtime.checks import rows
 from uvit_fast.kernels.runtime.op import Op, empty
 
 
-def reference(a: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+def reference(a: Tensor, linear: Linear, x: Tensor) -> Tensor:
     """x + Linear(a): a (..., K), weight (D, K), x (..., D) -> (..., D)."""
-    return x + F.linear(a, weight, bias)
+    return x + F.linear(a, *linear)
 
 
-def why_not(a: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> str | None:
+def why_not(a: Tensor, linear: Linear, x: Tensor) -> str | None:
     """Why the fused op cannot take these tensors; None where it can."""
-    D, K = weight.shape[0], a.shape[-1]
-    weights = {"weight": (weight, (D, K)), "bias": (bias, (D,)), "x": (x, (*a.shape[:-1], D))}
-    reason = checks.why_not(a, weights)
-    if reason is None and D % 8:
-        return f"the output's width {D} is no multiple of 8"
-    return reason
+    D, K = linear.weight.shape[0], a.shape[-1]
+    return checks.why_not(a, linear=(linear, (D, K)), x=(x, (*a.shape[:-1], D))) or checks.narrow(D, 64)
 
 
-def linear_residual(a: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
-    """The fused op: `reference` in one GEMM.
+def linear_residual(a: Tensor, linear: Linear, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The fused op: `reference` in one GEMM, and what a LayerNorm after it wants to know.
 
     Args:
         a: (..., K), bf16 or fp16; every other tensor has its dtype.
-        weight: (D, K), bias: (D,).
+        linear: weight (D, K).
         x: (..., D), the residual.
 
     Returns:
-        (..., D).
+        (..., D), and its sums, see `layernorm.sums`.
 
     Raises:
         ValueError: with the sentence of `why_not`.
     """
-    reason = why_not(a, weight, bias, x)
-    if reason:
-        raise ValueError(f"linear_residual: {reason}")
-    return _op(a, weight, bias, x)
+    checks.refuse("linear_residual", why_not(a, linear, x))
+    return run(a, linear, x)
 
 
-def _forward(a: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
-    core, flat = gemm.core(a.device), rows(x)
-    moments = layernorm.new_moments(flat, *flat.shape)
-    y = core.linear(rows(a), rows(weight), bias, residual=flat, moments=moments)  # (M, D)
-    return layernorm.hand_on(y.view(x.shape), moments)
+def _forward(a: Tensor, linear: Linear, x: Tensor) -> tuple[Tensor, Tensor]:
+    flat, written = rows(x), sums.new(x)
+    linear = Linear(rows(linear.weight), linear.bias)
+    y = gemm.core(a.device).linear(rows(a), linear, residual=flat, sums=written)  # (M, D)
+    return y.view(x.shape), written
 
 
-def _fake(a, weight, bias, x):
-    return x.new_empty(x.shape)
+def _fake(a, linear, x):
+    return x.new_empty(x.shape), sums.new(x)
 
 
 def _backward(dy: Tensor, a: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,11 +63,21 @@ def _fake_backward(dy, a, weight):
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:2])
+    a, linear, _ = inputs
+    ctx.save_for_backward(a, linear.weight)
 
 
 def _gradient(ctx, backward, dy):
-    return *backward(dy, *ctx.saved_tensors), dy
+    da, dweight, dbias = backward(dy, *ctx.saved_tensors)
+    return da, (dweight, dbias), dy
 
 
-_op = Op("linear_residual", _forward, _fake, _backward, _fake_backward, _save, _gradient)
+run = _op = Op(
+    "linear_residual",
+    forward=_forward,
+    fake=_fake,
+    backward=_backward,
+    fake_backward=_fake_backward,
+    save=_save,
+    gradient=_gradient,
+)

@@ -4,43 +4,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from uvit_fast.kernels import gemm
-from uvit_fast.kernels.layernorm import fold as layernorm
+from uvit_fast.kernels.layernorm import backward as layernorm
+from uvit_fast.kernels.layernorm import fold
+from uvit_fast.kernels.layers import Linear, Norm
 from uvit_fast.kernels.runtime import checks
 from uvit_fast.kernels.runtime.checks import rows
 from uvit_fast.kernels.runtime.op import Op, empty
 
 
-def reference(
-    x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
-) -> Tensor:
+def reference(x: Tensor, norm: Norm, linear: Linear) -> Tensor:
     """LayerNorm over the last dimension, then a linear layer: x (..., D), weight (N, D) -> (..., N)."""
-    return F.linear(F.layer_norm(x, x.shape[-1:], gamma, beta, eps), weight, bias)
+    return F.linear(F.layer_norm(x, x.shape[-1:], *norm), *linear)
 
 
-def why_not(
-    x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
-) -> str | None:
+def why_not(x: Tensor, norm: Norm, linear: Linear) -> str | None:
     """Why the fused op cannot take these tensors; None where it can."""
-    N, D = weight.shape[0], x.shape[-1]
-    weights = {"gamma": (gamma, (D,)), "beta": (beta, (D,)), "weight": (weight, (N, D)), "bias": (bias, (N,))}
-    reason = checks.why_not(x, weights)
-    if reason is None and N % 8:
-        return f"the output's width {N} is no multiple of 8"
-    return reason
+    N, D = linear.weight.shape[0], x.shape[-1]
+    return checks.why_not(x, norm=(norm, D), linear=(linear, (N, D))) or checks.narrow(N, 8)
 
 
-def ln_linear(
-    x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
-) -> Tensor:
+def ln_linear(x: Tensor, norm: Norm, linear: Linear, sums: Tensor | None = None) -> Tensor:
     """The fused op, `reference` in one GEMM: rstd * (x @ V.T) + (bias + W @ beta), V = gamma * W less the mean of each row.
 
-    V comes from a pass over W before it, the statistics from one over x in the same launch, or from the fused
-    op that wrote x. Saves x and the fp32 statistics.
+    V comes from a pass over W before it, the statistics from one over x in the same launch, or from the sums that the fused op which
+    wrote x gave beside it. Saves x and the fp32 statistics.
 
     Args:
         x: (..., D), bf16 or fp16; every other tensor has its dtype.
-        gamma, beta: (D,).
-        weight: (N, D), bias: (N,) or None.
+        norm: of D; linear: weight (N, D).
+        sums: (D / 64, 2, tokens) fp32, of x: see `layernorm.sums`.
 
     Returns:
         (..., N).
@@ -48,24 +40,25 @@ def ln_linear(
     Raises:
         ValueError: with the sentence of `why_not`.
     """
-    reason = why_not(x, gamma, beta, weight, bias, eps)
-    if reason:
-        raise ValueError(f"ln_linear: {reason}")
-    return _op(x, gamma, beta, weight, bias, eps, 1.0)[0]
+    checks.refuse("ln_linear", why_not(x, norm, linear))
+    return run(x, norm, linear, sums)
 
 
-def _forward(
-    x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor | None, eps: float, scale: float
-) -> tuple[Tensor, Tensor]:
+def run(x: Tensor, norm: Norm, linear: Linear, sums: Tensor | None = None) -> Tensor:
+    """`ln_linear` of what `why_not` has nothing against."""
+    return _op(x, norm, linear, sums, 1.0)[0]
+
+
+def _forward(x: Tensor, norm: Norm, linear: Linear, sums: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """scale * Linear(LayerNorm(x)), of which whoever computes a fused MLP's first half again wants half; and the statistics."""
-    flat, moments = rows(x), layernorm.handed_on(x)
-    stats, folded, offset = layernorm.prepare(flat, gamma, beta, rows(weight), bias, eps, moments, scale)
-    y = gemm.core(x.device).linear(flat, folded, offset, stats=stats)  # (M, N)
-    return y.view(*x.shape[:-1], weight.shape[0]), stats
+    flat, linear = rows(x), Linear(rows(linear.weight), linear.bias)
+    folded = fold.prepare(flat, norm, linear, sums, scale)
+    y = gemm.core(x.device).linear(flat, folded.linear, stats=folded.stats)  # (M, N)
+    return y.view(*x.shape[:-1], y.shape[-1]), folded.stats
 
 
-def _fake(x, gamma, beta, weight, bias, eps, scale):
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), layernorm.new_statistics(x, x.numel() // x.shape[-1])
+def _fake(x, norm, linear, sums, scale):
+    return x.new_empty(*x.shape[:-1], linear.weight.shape[0]), fold.new_statistics(x, x.numel() // x.shape[-1])
 
 
 def _backward(
@@ -83,17 +76,23 @@ def _fake_backward(dy, x, stats, gamma, beta, weight, has_bias):
 
 
 def _save(ctx, inputs, output):
-    x, gamma, beta, weight, bias, _, scale = inputs
+    x, norm, linear, _, scale = inputs
     assert scale == 1, "only what needs no gradient is scaled"
-    ctx.set_materialize_grads(False)  # no zeros for the gradients of what only the backward reads
-    ctx.save_for_backward(x, output[1], gamma, beta, weight)
-    ctx.has_bias = bias is not None
+    ctx.save_for_backward(x, output[1], norm.weight, norm.bias, linear.weight)
+    ctx.has_bias = linear.bias is not None
 
 
-def _gradient(ctx, backward, dy, _):
-    x, stats, gamma, beta, weight = ctx.saved_tensors
-    *grads, dbias = backward(dy, x, stats, gamma, beta, weight, ctx.has_bias)
-    return *grads, dbias if ctx.has_bias else None, None, None
+def _gradient(ctx, backward, dy):
+    dx, dgamma, dbeta, dweight, dbias = backward(dy, *ctx.saved_tensors, ctx.has_bias)
+    return dx, (dgamma, dbeta, None), (dweight, dbias if ctx.has_bias else None), None, None
 
 
-_op = Op("ln_linear", _forward, _fake, _backward, _fake_backward, _save, _gradient)
+_op = Op(
+    "ln_linear",
+    forward=_forward,
+    fake=_fake,
+    backward=_backward,
+    fake_backward=_fake_backward,
+    save=_save,
+    gradient=_gradient,
+)

@@ -1,39 +1,34 @@
 """x + MLP(LayerNorm(x)), the second half of a transformer block."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from uvit_fast.kernels import gemm
-from uvit_fast.kernels.layernorm import fold as layernorm
+from uvit_fast.kernels.layernorm import backward as layernorm
+from uvit_fast.kernels.layernorm import fold
+from uvit_fast.kernels.layernorm import sums as layernorm_sums
+from uvit_fast.kernels.layers import Linear, Norm
 from uvit_fast.kernels.runtime import checks
 from uvit_fast.kernels.runtime.checks import rows
-from uvit_fast.kernels.runtime.op import Op, empty, is_last_backward
+from uvit_fast.kernels.runtime.op import Op, empty, is_last_backward, wants_gradient
 
 
-def reference(
-    x: Tensor, gamma: Tensor, beta: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, eps: float = 1e-5
-) -> Tensor:
-    """x + fc2(GELU(fc1(LayerNorm(x)))) with the exact (erf) GELU: x (..., D), w1 (4D, D), w2 (D, 4D) -> (..., D)."""
-    h = F.gelu(F.linear(F.layer_norm(x, x.shape[-1:], gamma, beta, eps), w1, b1))  # (..., 4D)
-    return x + F.linear(h, w2, b2)
+def reference(x: Tensor, norm: Norm, fc1: Linear, fc2: Linear) -> Tensor:
+    """x + fc2(GELU(fc1(LayerNorm(x)))) with the exact (erf) GELU: x (..., D), fc1 (4D, D), fc2 (D, 4D) -> (..., D)."""
+    h = F.gelu(F.linear(F.layer_norm(x, x.shape[-1:], *norm), *fc1))  # (..., 4D)
+    return x + F.linear(h, *fc2)
 
 
-def why_not(
-    x: Tensor, gamma: Tensor, beta: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, eps: float = 1e-5
-) -> str | None:
+def why_not(x: Tensor, norm: Norm, fc1: Linear, fc2: Linear) -> str | None:
     """Why the fused op cannot take these tensors; None where it can."""
-    D, H = x.shape[-1], w1.shape[0]
-    weights = {"gamma": (gamma, (D,)), "beta": (beta, (D,)), "w1": (w1, (H, D)), "b1": (b1, (H,))}
-    reason = checks.why_not(x, weights | {"w2": (w2, (D, H)), "b2": (b2, (D,))})
+    D, H = x.shape[-1], fc1.weight.shape[0]
+    reason = checks.why_not(x, norm=(norm, D), fc1=(fc1, (H, D)), fc2=(fc2, (D, H)))
     if reason is None and H % 64:
         return f"the hidden width {H} is no multiple of 64"
     return reason
 
 
-def ln_mlp(
-    x: Tensor, gamma: Tensor, beta: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, eps: float = 1e-5
-) -> Tensor:
+def ln_mlp(x: Tensor, norm: Norm, fc1: Linear, fc2: Linear, sums: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The fused op, `reference` in two GEMMs: LayerNorm, bias and GELU in the first, bias and residual in the second.
 
     A tensor of shape (tokens, 4D) is written once, twice where a gradient is wanted: half the GELU's argument is kept for
@@ -41,51 +36,48 @@ def ln_mlp(
 
     Args:
         x: (..., D), bf16 or fp16; every other tensor has its dtype.
-        gamma, beta, b2: (D,).
-        w1: (H, D), b1: (H,), w2: (D, H).
+        norm: of D; fc1: weight (H, D); fc2: weight (D, H).
+        sums: (D / 64, 2, tokens) fp32, of x: see `layernorm.sums`.
 
     Returns:
-        (..., D).
+        (..., D), and its sums.
 
     Raises:
         ValueError: with the sentence of `why_not`.
     """
-    reason = why_not(x, gamma, beta, w1, b1, w2, b2, eps)
-    if reason:
-        raise ValueError(f"ln_mlp: {reason}")
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gamma, beta, w1, b1, w2, b2))
-    return _op(x, gamma, beta, w1, b1, w2, b2, eps, save)[0]
+    checks.refuse("ln_mlp", why_not(x, norm, fc1, fc2))
+    return run(x, norm, fc1, fc2, sums)
+
+
+def run(x: Tensor, norm: Norm, fc1: Linear, fc2: Linear, sums: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`ln_mlp` of what `why_not` has nothing against."""
+    return _op(x, norm, fc1, fc2, sums, wants_gradient(x, norm, fc1, fc2))[:2]
 
 
 def _forward(
-    x: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    eps: float,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return compute(x, gamma, beta, w1, b1, w2, b2, eps, save)
+    x: Tensor, norm: Norm, fc1: Linear, fc2: Linear, sums: Tensor | None, save: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return compute(x, norm, fc1, fc2, sums, save)
 
 
 def compute(
-    x: Tensor, gamma: Tensor, beta: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, eps: float, save: bool, overwrite: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The result, which takes x's place with `overwrite`; the statistics; half the GELU's argument, empty unless `save` asks for it."""
-    core, flat, moments = gemm.core(x.device), rows(x), layernorm.handed_on(x)
-    stats, folded, offset = layernorm.prepare(flat, gamma, beta, rows(w1), b1, eps, moments, scale=0.5)
-    act, h = core.linear_gelu(flat, folded, offset, stats=stats, save=save)  # (M, H)
-    moments = layernorm.new_moments(flat, *flat.shape)
-    y = core.linear(act, rows(w2), b2, residual=flat, overwrite=overwrite, moments=moments)  # (M, D)
-    return layernorm.hand_on(y.view(x.shape), moments), stats, x.new_empty(0) if h is None else h
+    x: Tensor, norm: Norm, fc1: Linear, fc2: Linear, sums: Tensor | None, save: bool, overwrite: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The result, which takes x's place with `overwrite`; its sums; x's statistics; half the GELU's argument, empty unless `save` asks
+    for it.
+    """
+    core, flat, written = gemm.core(x.device), rows(x), layernorm_sums.new(x)
+    folded = fold.prepare(flat, norm, Linear(rows(fc1.weight), fc1.bias), sums, scale=0.5)
+    act, h = core.linear_gelu(flat, folded.linear, stats=folded.stats, save=save)  # (M, H)
+    fc2 = Linear(rows(fc2.weight), fc2.bias)
+    y = core.linear(act, fc2, residual=flat, overwrite=overwrite, sums=written)  # (M, D)
+    return y.view(x.shape), written, folded.stats, x.new_empty(0) if h is None else h
 
 
-def _fake(x, gamma, beta, w1, b1, w2, b2, eps, save):
+def _fake(x, norm, fc1, fc2, sums, save):
     M = x.numel() // x.shape[-1]
-    return x.new_empty(x.shape), layernorm.new_statistics(x, M), x.new_empty(M, w1.shape[0]) if save else x.new_empty(0)
+    h = x.new_empty(M, fc1.weight.shape[0]) if save else x.new_empty(0)
+    return x.new_empty(x.shape), layernorm_sums.new(x), fold.new_statistics(x, M), h
 
 
 def _backward(
@@ -109,13 +101,22 @@ def _fake_backward(dy, x, stats, h, gamma, beta, w1, w2, last):
 
 
 def _save(ctx, inputs, output):
-    x, gamma, beta, w1, _, w2 = inputs[:6]
-    ctx.set_materialize_grads(False)  # no zeros for the gradients of what only the backward reads
-    ctx.save_for_backward(x, output[1], output[2], gamma, beta, w1, w2)
+    x, norm, fc1, fc2 = inputs[:4]
+    _, _, stats, h = output
+    ctx.save_for_backward(x, stats, h, norm.weight, norm.bias, fc1.weight, fc2.weight)
 
 
-def _gradient(ctx, backward, dy, *_):
-    return *backward(dy, *ctx.saved_tensors, is_last_backward(dy)), None, None
+def _gradient(ctx, backward, dy):
+    dx, dgamma, dbeta, dw1, db1, dw2, db2 = backward(dy, *ctx.saved_tensors, is_last_backward(dy))
+    return dx, (dgamma, dbeta, None), (dw1, db1), (dw2, db2), None, None
 
 
-_op = Op("ln_mlp", _forward, _fake, _backward, _fake_backward, _save, _gradient)
+_op = Op(
+    "ln_mlp",
+    forward=_forward,
+    fake=_fake,
+    backward=_backward,
+    fake_backward=_fake_backward,
+    save=_save,
+    gradient=_gradient,
+)

@@ -1,30 +1,24 @@
 """The rest of a block after its attention, projection and MLP, with less kept for the backward."""
 
-import torch
 from torch import Tensor
 
+from uvit_fast.kernels.layers import Linear, Norm
 from uvit_fast.kernels.ops import linear_residual, ln_mlp
-from uvit_fast.kernels.runtime.op import Op, eagerly, empty, is_last_backward
+from uvit_fast.kernels.runtime import checks
+from uvit_fast.kernels.runtime.op import Op, empty, is_last_backward, wants_gradient
 
 
-def reference(
-    a: Tensor, weight: Tensor, bias: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, eps: float = 1e-5
-) -> Tensor:  # fmt: skip
-    """m + MLP(LayerNorm(m)) of m = x + Linear(a): a (..., K), weight (D, K), x (..., D) -> (..., D)."""
-    return ln_mlp.reference(linear_residual.reference(a, weight, bias, x), gamma, beta, w1, b1, w2, b2, eps)
+def reference(a: Tensor, proj: Linear, x: Tensor, norm: Norm, fc1: Linear, fc2: Linear) -> Tensor:
+    """m + MLP(LayerNorm(m)) of m = x + Linear(a): a (..., K), proj (D, K), x (..., D) -> (..., D)."""
+    return ln_mlp.reference(linear_residual.reference(a, proj, x), norm, fc1, fc2)
 
 
-def why_not(
-    a: Tensor, weight: Tensor, bias: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, eps: float = 1e-5
-) -> str | None:  # fmt: skip
+def why_not(a: Tensor, proj: Linear, x: Tensor, norm: Norm, fc1: Linear, fc2: Linear) -> str | None:
     """Why the fused op cannot take these tensors; None where it can."""
-    first = linear_residual.why_not(a, weight, bias, x)
-    return first or ln_mlp.why_not(x, gamma, beta, w1, b1, w2, b2, eps)
+    return linear_residual.why_not(a, proj, x) or ln_mlp.why_not(x, norm, fc1, fc2)
 
 
-def proj_ln_mlp(
-    a: Tensor, weight: Tensor, bias: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, eps: float = 1e-5
-) -> Tensor:  # fmt: skip
+def proj_ln_mlp(a: Tensor, proj: Linear, x: Tensor, norm: Norm, fc1: Linear, fc2: Linear) -> tuple[Tensor, Tensor]:
     """`linear_residual`, then `ln_mlp`, with what is between them computed again in the backward.
 
     The projection is the cheapest GEMM of a block: D values a token less for 2% of its time. Saves a, x, the fp32 statistics and half
@@ -32,38 +26,50 @@ def proj_ln_mlp(
 
     Args:
         a: (..., K), bf16 or fp16, the attention's output; every other tensor has its dtype.
-        weight: (D, K), bias: (D,), x: (..., D).
-        gamma, beta, w1, b1, w2, b2: as for `ln_mlp`.
+        proj: weight (D, K); x: (..., D).
+        norm, fc1, fc2: as for `ln_mlp`.
 
     Returns:
-        (..., D).
+        (..., D), and its sums, see `layernorm.sums`.
 
     Raises:
         ValueError: with the sentence of `why_not`.
     """
-    reason = why_not(a, weight, bias, x, gamma, beta, w1, b1, w2, b2, eps)
-    if reason:
-        raise ValueError(f"proj_ln_mlp: {reason}")
-    tensors = (a, weight, bias, x, gamma, beta, w1, b1, w2, b2)
-    return _op(*tensors, eps, torch.is_grad_enabled() and any(t.requires_grad for t in tensors))[0]
+    checks.refuse("proj_ln_mlp", why_not(a, proj, x, norm, fc1, fc2))
+    return run(a, proj, x, norm, fc1, fc2)
+
+
+def run(a: Tensor, proj: Linear, x: Tensor, norm: Norm, fc1: Linear, fc2: Linear) -> tuple[Tensor, Tensor]:
+    """`proj_ln_mlp` of what `why_not` has nothing against."""
+    return _op(a, proj, x, norm, fc1, fc2, wants_gradient(a, proj, x, norm, fc1, fc2))[:2]
 
 
 def _forward(
-    a: Tensor, weight: Tensor, bias: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, eps: float, save: bool
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    with eagerly():  # whatever called: the middle stays in here
-        middle = linear_residual._forward(a, weight, bias, x)
-    return ln_mlp.compute(middle, gamma, beta, w1, b1, w2, b2, eps, save, overwrite=True)
+    a: Tensor, proj: Linear, x: Tensor, norm: Norm, fc1: Linear, fc2: Linear, save: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    middle, sums = linear_residual._forward(a, proj, x)
+    return ln_mlp.compute(middle, norm, fc1, fc2, sums, save, overwrite=True)
 
 
-def _fake(a, weight, bias, x, *rest):
-    return ln_mlp._fake(x, *rest)
+def _fake(a, proj, x, norm, fc1, fc2, save):
+    return ln_mlp._fake(x, norm, fc1, fc2, None, save)
 
 
 def _backward(
-    dy: Tensor, a: Tensor, weight: Tensor, bias: Tensor, x: Tensor, stats: Tensor, h: Tensor, gamma: Tensor, beta: Tensor, w1: Tensor, w2: Tensor, last: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    middle = linear_residual._forward(a, weight, bias, x)
+    dy: Tensor,
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    h: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    last: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    middle, _ = linear_residual._forward(a, Linear(weight, bias), x)
     dx, *rest = ln_mlp._backward(dy, middle, stats, h, gamma, beta, w1, w2, last)
     return *linear_residual._backward(dx, a, weight), dx, *rest
 
@@ -73,13 +79,22 @@ def _fake_backward(dy, a, weight, bias, x, stats, h, gamma, beta, w1, w2, last):
 
 
 def _save(ctx, inputs, output):
-    a, weight, bias, x, gamma, beta, w1, _, w2 = inputs[:9]
-    ctx.set_materialize_grads(False)  # no zeros for the gradients of what only the backward reads
-    ctx.save_for_backward(a, weight, bias, x, output[1], output[2], gamma, beta, w1, w2)
+    a, proj, x, norm, fc1, fc2, _ = inputs
+    _, _, stats, h = output
+    ctx.save_for_backward(a, *proj, x, stats, h, norm.weight, norm.bias, fc1.weight, fc2.weight)
 
 
-def _gradient(ctx, backward, dy, *_):
-    return *backward(dy, *ctx.saved_tensors, is_last_backward(dy)), None, None
+def _gradient(ctx, backward, dy):
+    da, dw, db, dx, dgamma, dbeta, dw1, db1, dw2, db2 = backward(dy, *ctx.saved_tensors, is_last_backward(dy))
+    return da, (dw, db), dx, (dgamma, dbeta, None), (dw1, db1), (dw2, db2), None
 
 
-_op = Op("proj_ln_mlp", _forward, _fake, _backward, _fake_backward, _save, _gradient)
+_op = Op(
+    "proj_ln_mlp",
+    forward=_forward,
+    fake=_fake,
+    backward=_backward,
+    fake_backward=_fake_backward,
+    save=_save,
+    gradient=_gradient,
+)

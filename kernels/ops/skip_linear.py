@@ -5,56 +5,51 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from uvit_fast.kernels import gemm
-from uvit_fast.kernels.layernorm import fold as layernorm
+from uvit_fast.kernels.layernorm import sums
+from uvit_fast.kernels.layers import Linear
 from uvit_fast.kernels.runtime import checks
 from uvit_fast.kernels.runtime.checks import rows
 from uvit_fast.kernels.runtime.op import Op, empty
 
 
-def reference(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def reference(x: Tensor, skip: Tensor, linear: Linear) -> Tensor:
     """Linear(Concat(x, skip)): x, skip (..., D), weight (N, 2D) -> (..., N)."""
-    return F.linear(torch.cat([x, skip], dim=-1), weight, bias)
+    return F.linear(torch.cat([x, skip], dim=-1), *linear)
 
 
-def why_not(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> str | None:
+def why_not(x: Tensor, skip: Tensor, linear: Linear) -> str | None:
     """Why the fused op cannot take these tensors; None where it can."""
-    N, D = weight.shape[0], x.shape[-1]
-    weights = {"skip": (skip, tuple(x.shape)), "weight": (weight, (N, 2 * D)), "bias": (bias, (N,))}
-    reason = checks.why_not(x, weights)
-    if reason is None and N % 8:
-        return f"the output's width {N} is no multiple of 8"
-    return reason
+    N, D = linear.weight.shape[0], x.shape[-1]
+    return checks.why_not(x, skip=(skip, tuple(x.shape)), linear=(linear, (N, 2 * D))) or checks.narrow(N, 64)
 
 
-def skip_linear(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def skip_linear(x: Tensor, skip: Tensor, linear: Linear) -> tuple[Tensor, Tensor]:
     """The fused op: one accumulator over two ranges of K, and gradients that go straight into their tensors.
 
     Args:
         x, skip: (..., D), bf16 or fp16; every other tensor has their dtype.
-        weight: (N, 2D), bias: (N,).
+        linear: weight (N, 2D).
 
     Returns:
-        (..., N).
+        (..., N), and its sums, see `layernorm.sums`.
 
     Raises:
         ValueError: with the sentence of `why_not`.
     """
-    reason = why_not(x, skip, weight, bias)
-    if reason:
-        raise ValueError(f"skip_linear: {reason}")
-    return _op(x, skip, weight, bias)
+    checks.refuse("skip_linear", why_not(x, skip, linear))
+    return run(x, skip, linear)
 
 
-def _forward(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    layernorm.handed_on(x)  # no LayerNorm reads x
-    flat, N = rows(x), weight.shape[0]
-    moments = layernorm.new_moments(flat, flat.shape[0], N)
-    y = gemm.core(x.device).linear(flat, rows(weight), bias, x2=rows(skip), moments=moments)  # (M, N)
-    return layernorm.hand_on(y.view(*x.shape[:-1], N), moments)
+def _forward(x: Tensor, skip: Tensor, linear: Linear) -> tuple[Tensor, Tensor]:
+    out = (*x.shape[:-1], linear.weight.shape[0])
+    linear, written = Linear(rows(linear.weight), linear.bias), sums.new(x, out)
+    y = gemm.core(x.device).linear(rows(x), linear, x2=rows(skip), sums=written)  # (M, N)
+    return y.view(out), written
 
 
-def _fake(x, skip, weight, bias):
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+def _fake(x, skip, linear):
+    out = (*x.shape[:-1], linear.weight.shape[0])
+    return x.new_empty(out), sums.new(x, out)
 
 
 def _backward(dy: Tensor, x: Tensor, skip: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -73,11 +68,21 @@ def _fake_backward(dy, x, skip, weight):
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3])
+    x, skip, linear = inputs
+    ctx.save_for_backward(x, skip, linear.weight)
 
 
 def _gradient(ctx, backward, dy):
-    return backward(dy, *ctx.saved_tensors)
+    dx, dskip, *layer = backward(dy, *ctx.saved_tensors)
+    return dx, dskip, tuple(layer)
 
 
-_op = Op("skip_linear", _forward, _fake, _backward, _fake_backward, _save, _gradient)
+run = _op = Op(
+    "skip_linear",
+    forward=_forward,
+    fake=_fake,
+    backward=_backward,
+    fake_backward=_fake_backward,
+    save=_save,
+    gradient=_gradient,
+)

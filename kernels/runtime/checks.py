@@ -3,17 +3,18 @@
 import torch
 from torch import Tensor
 
+from uvit_fast.kernels.layers import Linear, Norm
 from uvit_fast.kernels.runtime.device import capability, interpreting
 
 ACCUMULATE = torch.float32  # statistics, sums and partial results
 
 
-def why_not(x: Tensor, weights: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> str | None:
+def why_not(x: Tensor, /, **others: tuple[Tensor | Norm | Linear, tuple[int, ...] | int]) -> str | None:
     """The objection that all fused ops share, or None.
 
     Args:
         x: (..., D), the op's first input.
-        weights: name -> tensor and the shape that it must have; the tensor may be None.
+        others: a tensor and its shape, a Norm and its width, or a Linear and its weight's shape (N, K).
     """
     if x.device.type != "cuda" and not interpreting():
         return f"the tensors are on {x.device.type}; the fused ops run on CUDA"
@@ -25,14 +26,32 @@ def why_not(x: Tensor, weights: dict[str, tuple[Tensor | None, tuple[int, ...]]]
         return f"x is empty: {tuple(x.shape)}"
     if x.shape[-1] % 64:
         return f"the width {x.shape[-1]} is no multiple of 64"
-    for name, (tensor, shape) in weights.items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape:
-            return f"{name} has the shape {tuple(tensor.shape)}, not {shape}"
-        if tensor.dtype != x.dtype or tensor.device != x.device:
-            return f"{name} is {tensor.dtype} on {tensor.device}, x is {x.dtype} on {x.device}"
+    for name, (given, shape) in others.items():
+        if isinstance(given, Norm):
+            parts = ((".weight", given.weight, (shape,)), (".bias", given.bias, (shape,)))
+        elif isinstance(given, Linear):
+            parts = ((".weight", given.weight, shape), (".bias", given.bias, shape[:1]))
+        else:
+            parts = (("", given, shape),)
+        for part, tensor, wanted in parts:
+            if tensor is None:
+                continue
+            if tensor.shape != wanted:
+                return f"{name}{part} has the shape {tuple(tensor.shape)}, not {wanted}"
+            if tensor.dtype != x.dtype or tensor.device != x.device:
+                return f"{name}{part} is {tensor.dtype} on {tensor.device}, x is {x.dtype} on {x.device}"
     return None
+
+
+def narrow(N: int, multiple: int) -> str | None:
+    """The objection to an output's width, or None."""
+    return f"the output's width {N} is no multiple of {multiple}" if N % multiple else None
+
+
+def refuse(op: str, reason: str | None) -> None:
+    """Raise a ValueError with the op's name and the reason, if there is one."""
+    if reason:
+        raise ValueError(f"{op}: {reason}")
 
 
 def rows(x: Tensor) -> Tensor:

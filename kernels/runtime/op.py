@@ -1,76 +1,126 @@
 """A fused op as PyTorch sees it: a `torch.library` op where something traces or intercepts ops, a plain function elsewhere."""
 
-import contextlib
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from uvit_fast.kernels.layers import Linear, Norm
+
+_FIELDS = {Norm: (Tensor, Tensor, float), Linear: (Tensor, Tensor | None)}  # as a schema has them
+
 
 class Op:
     """A differentiable op. Its library form serves torch.compile, fake tensors and dispatch modes; eager code skips the dispatcher,
     which takes the host as long as the launches.
 
+    This is the one place where layers are taken apart: a schema, autograd and saved tensors know single tensors only.
+
     Args:
         name: of uvit_fast::<name>; the backward is uvit_fast::<name>_backward.
-        forward, backward: the op on real tensors, with a schema's annotations; outputs never alias inputs.
-        fake, fake_backward: empty tensors like their outputs.
-        save: save(ctx, inputs, output), as in torch.autograd.Function.setup_context.
-        gradient: gradient(ctx, backward, *grads) -> the gradients of the inputs, by a call of `backward`.
+        forward: the op on real tensors, its arguments annotated as tensors, `Norm`, `Linear` and numbers. What it returns first is the
+            result; all else has no gradient. Outputs never alias inputs.
+        fake: empty tensors like its outputs, of the same arguments.
+        backward, fake_backward: of single tensors and numbers.
+        save: save(ctx, inputs, output), as in torch.autograd.Function.setup_context, of the same arguments as forward.
+        gradient: gradient(ctx, backward, dy) -> the gradients of forward's arguments, layers as tuples, by a call of `backward`.
     """
 
     def __init__(
-        self, name: str, forward: Callable, fake: Callable, backward: Callable, fake_backward: Callable, save: Callable, gradient: Callable
-    ):  # fmt: skip
-        library = torch.library.custom_op(f"uvit_fast::{name}", forward, mutates_args=())
+        self,
+        name: str,
+        *,
+        forward: Callable,
+        fake: Callable,
+        backward: Callable,
+        fake_backward: Callable,
+        save: Callable,
+        gradient: Callable,
+    ):
+        parameters = inspect.signature(forward).parameters.values()
+        self._kinds = [p.annotation if p.annotation in _FIELDS else None for p in parameters]
+        self.forward = forward
+        flat = _taken_apart(forward, self._together)
+        library = torch.library.custom_op(f"uvit_fast::{name}", flat, mutates_args=())
         library_backward = torch.library.custom_op(f"uvit_fast::{name}_backward", backward, mutates_args=())
-        library.register_fake(fake)
+        library.register_fake(lambda *args: fake(*self._together(args)))
         library_backward.register_fake(fake_backward)
-        library.register_autograd(lambda ctx, *grads: gradient(ctx, library_backward, *grads), setup_context=save)
+
+        def setup(ctx: Any, inputs: tuple, output: Any) -> None:
+            ctx.set_materialize_grads(False)  # no zeros for the gradients of what only the backward reads
+            if isinstance(output, tuple):
+                ctx.mark_non_differentiable(*output[1:])
+            save(ctx, self._together(inputs), output)
+
+        library.register_autograd(lambda ctx, dy, *_: _apart(gradient(ctx, library_backward, dy)), setup_context=setup)
 
         class Function(torch.autograd.Function):
             @staticmethod
             def forward(ctx, *args):  # with a setup_context of its own it would inspect the signature at every call
-                with eagerly():
-                    output = forward(*args)
-                save(ctx, args, output)
+                output = flat(*args)
+                setup(ctx, args, output)
                 return output
 
             @staticmethod
-            def backward(ctx, *grads):
-                return gradient(ctx, backward, *grads)
+            def backward(ctx, dy, *_):
+                return _apart(gradient(ctx, backward, dy))
 
-        self.forward, self.function = forward, Function
+        self.function = Function
         self.library = getattr(torch.ops.uvit_fast, name).default
 
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or _is_special(args[0]):
-            return self.library(*args)
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            return self.function.apply(*args)
-        with eagerly():
-            return self.forward(*args)
+            return self.library(*_apart(args))
+        if torch.is_grad_enabled():
+            single = _apart(args)
+            if any(isinstance(a, Tensor) and a.requires_grad for a in single):
+                return self.function.apply(*single)
+        return self.forward(*args)
+
+    def _together(self, single: tuple) -> list:
+        """The arguments of `forward`, of single tensors and numbers in their order."""
+        args, at = [], 0
+        for kind in self._kinds:
+            count = 1 if kind is None else len(kind._fields)
+            args.append(single[at] if kind is None else kind(*single[at : at + count]))
+            at += count
+        return args
 
 
-_eager: ContextVar[bool] = ContextVar("eager", default=False)
+def _apart(args: tuple) -> tuple:
+    single = []
+    for a in args:
+        if isinstance(a, tuple):
+            single.extend(a)
+        else:
+            single.append(a)
+    return tuple(single)
 
 
-@contextlib.contextmanager
-def eagerly() -> Iterator[None]:
-    """While open, an op's result reaches the next op as the object that it is: nothing traces, copies or reuses it."""
-    token = _eager.set(True)
-    try:
-        yield
-    finally:
-        _eager.reset(token)
+def _taken_apart(forward: Callable, together: Callable) -> Callable:
+    """`forward` of single tensors and numbers, with the signature that a schema is read from."""
+
+    def flat(*args: Any) -> Any:
+        return forward(*together(args))
+
+    signature, single = inspect.signature(forward), []
+    for p in signature.parameters.values():
+        if p.annotation in _FIELDS:
+            for field, kind in zip(p.annotation._fields, _FIELDS[p.annotation]):
+                single.append(p.replace(name=f"{p.name}_{field}", annotation=kind))
+        else:
+            single.append(p)
+    flat.__signature__ = signature.replace(parameters=single)
+    flat.__annotations__ = {p.name: p.annotation for p in single} | {"return": signature.return_annotation}
+    return flat
 
 
-def runs_eagerly() -> bool:
-    """Whether the op that runs was called in eager code."""
-    return _eager.get()
+def wants_gradient(*args: Any) -> bool:
+    """Whether autograd is on and one of these tensors or layers takes a gradient."""
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in _apart(args))
 
 
 def is_last_backward(gradient: Tensor) -> bool:

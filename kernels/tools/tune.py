@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from uvit_fast.kernels import gemm
-from uvit_fast.kernels.layernorm import fold as layernorm
-from uvit_fast.kernels.runtime import reduce as sums
-from uvit_fast.kernels.runtime import tuning
+from uvit_fast.kernels.layernorm import fold, sums
+from uvit_fast.kernels.layernorm.backward import backward
+from uvit_fast.kernels.layers import Linear, Norm
+from uvit_fast.kernels.runtime import reduce, tuning
 from uvit_fast.kernels.runtime.device import architecture
-from uvit_fast.kernels.runtime.op import eagerly
 
 TOKENS = 33024  # 128 images of 258 tokens
 NOISE = 0.015  # a candidate must win by this share
@@ -59,21 +59,20 @@ def cases(D: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> 
 
     core = gemm.core(device)
     x, dy, wide, h = random(TOKENS, D), random(TOKENS, D), random(TOKENS, 3 * D), random(TOKENS, 4 * D)
-    gamma, beta, b, hidden_b = random(D), random(D), random(D), random(4 * D)
+    norm, b = Norm(random(D), random(D)), random(D)
     qkv, proj, up, down = (random(n, k) * k**-0.5 for n, k in ((3 * D, D), (D, D), (4 * D, D), (D, 4 * D)))
-    stats, folded, offset = layernorm.prepare(x, gamma, beta, up, hidden_b, 1e-5)
-    narrow = layernorm.prepare(x, gamma, beta, qkv, None, 1e-5)
+    fc1 = Linear(up, random(4 * D))
+    folded, narrow = fold.prepare(x, norm, fc1), fold.prepare(x, norm, Linear(qkv))
+    written = sums.new(x)
 
-    yield "prepare", str(D), lambda: layernorm.prepare(x, gamma, beta, up, hidden_b, 1e-5)
-    yield "ln_backward", str(D), lambda: layernorm.backward(dy, x, stats, gamma, beta, dy)
-    yield "column_sums", str(D), lambda: sums.column_sums(dy)
-    yield "gemm", str(D), lambda: core.linear(x, narrow[1], narrow[2], stats=narrow[0])
-    with eagerly():
-        moments = layernorm.new_moments(x, TOKENS, D)
-    yield "gemm_residual", str(D), lambda: core.linear(x, proj, b, residual=dy, moments=moments)
-    yield "gemm_residual", str(4 * D), lambda: core.linear(h, down, b, residual=dy, moments=moments)
-    yield "gemm_gelu", str(D), lambda: core.linear_gelu(x, folded, offset, stats=stats, save=False)
-    yield "gemm_gelu_save", str(D), lambda: core.linear_gelu(x, folded, offset, stats=stats, save=True)
+    yield "prepare", str(D), lambda: fold.prepare(x, norm, fc1)
+    yield "ln_backward", str(D), lambda: backward(dy, x, folded.stats, *norm[:2], dy)
+    yield "column_sums", str(D), lambda: reduce.column_sums(dy)
+    yield "gemm", str(D), lambda: core.linear(x, narrow.linear, stats=narrow.stats)
+    yield "gemm_residual", str(D), lambda: core.linear(x, Linear(proj, b), residual=dy, sums=written)
+    yield "gemm_residual", str(4 * D), lambda: core.linear(h, Linear(down, b), residual=dy, sums=written)
+    yield "gemm_gelu", str(D), lambda: core.linear_gelu(x, folded.linear, stats=folded.stats, save=False)
+    yield "gemm_gelu_save", str(D), lambda: core.linear_gelu(x, folded.linear, stats=folded.stats, save=True)
     yield "gemm_gelu_backward", str(D), lambda: core.linear_gelu_backward(dy, down, h)
     for gradient, weight in ((wide, qkv), (h, up), (dy, proj)):
         size = f"{weight.shape[0]}x{weight.shape[1]}"

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import guards
 from tests.kernels import test_contracts
-from uvit_fast.kernels.layernorm import fold as layernorm
+from uvit_fast.kernels.layernorm import fold
 from uvit_fast.model.uvit import Block
 from uvit_fast.training.engine import Engine
 
@@ -40,8 +40,8 @@ def test_an_extra_kernel_is_seen_and_named(was):
 
 def test_an_extra_launch_inside_a_fused_op_is_seen(was):
     """Out of the dispatcher's sight: the weight's fold computed twice."""
-    plain = layernorm.prepare
-    with mock.patch.object(layernorm, "prepare", lambda *a, **k: (plain(*a, **k), plain(*a, **k))[1]):
+    plain = fold.prepare
+    with mock.patch.object(fold, "prepare", lambda *a, **k: (plain(*a, **k), plain(*a, **k))[1]):
         worse = guards.complaints(FORWARD, was[FORWARD], guards.CASES[FORWARD]())
     folds = was[FORWARD]["kernels"]["triton:prepare_kernel"]
     assert f"triton:prepare_kernel {folds} -> {2 * folds}" in worse[0]

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from uvit_fast.kernels.layernorm import fold as layernorm
-from uvit_fast.kernels.ops import assemble, linear_residual, ln_linear, ln_mlp, proj_ln_mlp, skip_linear
+from tests.kernels.op_cases import OPS, WITH_SUMS, arguments, result, results_and_gradients, tensors, with_tensors
+from uvit_fast.kernels.ops import assemble, linear_residual, ln_mlp
 
 pytestmark = pytest.mark.gpu
 
@@ -27,54 +27,19 @@ def random(*shape: int) -> Tensor:
     return torch.randn(*shape, device="cuda")
 
 
-def tensors(name: str, shape: tuple[int, ...], dtype: torch.dtype, mean: float = 0.3) -> list[Tensor | None]:
-    """The op's arguments: activations of this mean and deviation 1, weights that keep the deviation."""
-    D = shape[-1]
-    x, gamma, beta = random(*shape) + mean, 1 + 0.1 * random(D), 0.1 * random(D)
-    made = {
-        "ln_linear": lambda: (x, gamma, beta, random(3 * D, D) * D**-0.5, None),
-        "ln_linear_bias": lambda: (x, gamma, beta, random(D, D) * D**-0.5, random(D)),
-        "ln_linear_narrow": lambda: (x, gamma, beta, random(16, D) * D**-0.5, random(16)),  # the last layer's width
-        "ln_mlp": lambda: (
-            *(x, gamma, beta, random(4 * D, D) * D**-0.5, random(4 * D)),
-            *(random(D, 4 * D) * D**-0.5, random(D)),
-        ),
-        "proj_ln_mlp": lambda: (
-            *(random(*shape), random(D, D) * D**-0.5, random(D), x, gamma, beta),
-            *(random(4 * D, D) * D**-0.5, random(4 * D), random(D, 4 * D) * D**-0.5, random(D)),
-        ),
-        "skip_linear": lambda: (x, random(*shape), random(D, 2 * D) * D**-0.5, random(D)),
-        "linear_residual": lambda: (x, random(D, D) * D**-0.5, random(D), random(*shape)),
-    }[name]()
-    return [None if t is None else t.to(dtype).requires_grad_() for t in made]
+def on_gpu(name: str, shape: tuple[int, ...], dtype: torch.dtype, mean: float = 0.3, grad: bool = True) -> list:
+    return arguments(name, shape, dtype, mean, "cuda", grad)
 
 
-OPS = {
-    "ln_linear": (ln_linear.ln_linear, ln_linear.reference),
-    "ln_linear_bias": (ln_linear.ln_linear, ln_linear.reference),
-    "ln_linear_narrow": (ln_linear.ln_linear, ln_linear.reference),
-    "ln_mlp": (ln_mlp.ln_mlp, ln_mlp.reference),
-    "proj_ln_mlp": (proj_ln_mlp.proj_ln_mlp, proj_ln_mlp.reference),
-    "skip_linear": (skip_linear.skip_linear, skip_linear.reference),
-    "linear_residual": (linear_residual.linear_residual, linear_residual.reference),
-}
-
-
-def run(op, arguments: list[Tensor | None], dy: Tensor) -> list[Tensor]:
-    """The output and the gradient of every argument."""
-    y = op(*arguments)
-    return [y.detach(), *torch.autograd.grad(y, [t for t in arguments if t is not None], dy.to(y.dtype))]
-
-
-def check(name: str, arguments: list[Tensor | None], op=None) -> None:
+def check(name: str, args: list, op=None) -> None:
     fused, reference = OPS[name]
-    exact = [None if t is None else t.detach().float().requires_grad_() for t in arguments]
+    exact = with_tensors(lambda t: t.detach().float().requires_grad_(), args)
     with torch.no_grad():
-        dy = torch.randn_like(reference(*arguments))
+        dy = torch.randn_like(reference(*args))
     torch.backends.cuda.matmul.allow_tf32 = False
-    ref = run(reference, exact, dy)
-    eager = run(reference, arguments, dy)
-    ours = run(op or fused, arguments, dy)
+    ref = results_and_gradients(reference, exact, dy)
+    eager = results_and_gradients(reference, args, dy)
+    ours = results_and_gradients(op or fused, args, dy)
     ulp = torch.finfo(dy.dtype).eps
     for i, (out, peer, r) in enumerate(zip(ours, eager, ref)):
         assert out.shape == r.shape and out.dtype == dy.dtype
@@ -100,22 +65,22 @@ def check(name: str, arguments: list[Tensor | None], op=None) -> None:
     ids=str,
 )
 def test_bf16_error_is_at_most_twice_pytorchs(name, shape):
-    check(name, tensors(name, shape, torch.bfloat16))
+    check(name, on_gpu(name, shape, torch.bfloat16))
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_fp16_error_is_at_most_twice_pytorchs(name):
-    check(name, tensors(name, (3, 257, 768), torch.float16))
+    check(name, on_gpu(name, (3, 257, 768), torch.float16))
 
 
 @pytest.mark.parametrize("name", ["ln_linear", "ln_mlp"])
 def test_a_mean_of_eight_deviations_costs_the_fold_nothing(name):
-    check(name, tensors(name, (3, 258, 1152), torch.bfloat16, mean=8.0))
+    check(name, on_gpu(name, (3, 258, 1152), torch.bfloat16, mean=8.0))
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_strided_and_misaligned_inputs_are_taken(name):
-    args = tensors(name, (3, 257, 512), torch.bfloat16)
+    args = on_gpu(name, (3, 257, 512), torch.bfloat16)
     wide = torch.randn(257, 3, 513, device="cuda", dtype=torch.bfloat16)
     args[0] = wide.transpose(0, 1)[..., 1:].detach().requires_grad_()
     check(name, args)
@@ -123,9 +88,9 @@ def test_strided_and_misaligned_inputs_are_taken(name):
 
 def test_an_op_may_be_the_first_that_a_thread_does_on_the_gpu():
     """As in autograd's thread, where memory comes from the cache: nothing else makes a context current there."""
-    args = [t.detach() for t in tensors("linear_residual", (3, 257, 512), torch.bfloat16)]
-    expected, results = linear_residual.linear_residual(*args), []
-    thread = threading.Thread(target=lambda: results.append(linear_residual.linear_residual(*args)))
+    args = on_gpu("linear_residual", (3, 257, 512), torch.bfloat16, grad=False)
+    expected, results = linear_residual.linear_residual(*args)[0], []
+    thread = threading.Thread(target=lambda: results.append(linear_residual.linear_residual(*args)[0]))
     thread.start()
     thread.join()
     assert torch.equal(results[0], expected)
@@ -133,34 +98,35 @@ def test_an_op_may_be_the_first_that_a_thread_does_on_the_gpu():
 
 @pytest.mark.parametrize("name", OPS)
 def test_two_runs_are_bit_identical(name):
-    args = tensors(name, (16, 258, 1152), torch.bfloat16)
+    args = on_gpu(name, (16, 258, 1152), torch.bfloat16)
     dy = torch.randn_like(OPS[name][1](*args))
-    for a, b in zip(run(OPS[name][0], args, dy), run(OPS[name][0], args, dy)):
+    first, second = (results_and_gradients(OPS[name][0], args, dy) for _ in range(2))
+    for a, b in zip(first, second):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_compiled_in_one_graph(name):
-    check(name, tensors(name, (3, 257, 512), torch.bfloat16), torch.compile(OPS[name][0], fullgraph=True))
+    check(name, on_gpu(name, (3, 257, 512), torch.bfloat16), torch.compile(OPS[name][0], fullgraph=True))
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_under_activation_checkpointing(name):
     check(
         name,
-        tensors(name, (3, 257, 512), torch.bfloat16),
+        on_gpu(name, (3, 257, 512), torch.bfloat16),
         lambda *args: checkpoint(OPS[name][0], *args, use_reentrant=False),
     )
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_captured_in_a_cuda_graph(name):
-    args = [None if t is None else t.detach() for t in tensors(name, (3, 257, 512), torch.bfloat16)]
+    args = on_gpu(name, (3, 257, 512), torch.bfloat16, grad=False)
     fused = OPS[name][0]
-    expected = fused(*args)
+    expected = result(fused(*args))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = fused(*args)
+        y = result(fused(*args))
     y.fill_(float("nan"))
     graph.replay()
     assert torch.equal(y, expected)
@@ -171,11 +137,11 @@ def test_captured_in_a_cuda_graph(name):
 )
 def test_the_backward_keeps_few_values_a_token(name, most):
     """In units of D values a token; the parameters, which live anyway, are not counted."""
-    args = tensors(name, (4, 258, 512), torch.bfloat16)
+    args = on_gpu(name, (4, 258, 512), torch.bfloat16)
     tokens, kept = 4 * 258, []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         OPS[name][0](*args)
-    parameters = {t.data_ptr() for t in args if t is not None and t.dim() < 3}
+    parameters = {t.data_ptr() for t in tensors(args) if t.dim() < 3}
     values = sum(t.numel() for t in kept if t.data_ptr() not in parameters and t.dtype == torch.bfloat16)
     assert values <= most * tokens * 512
 
@@ -183,21 +149,20 @@ def test_the_backward_keeps_few_values_a_token(name, most):
 def test_the_last_backward_which_overwrites_gives_what_others_give():
     """GELU(h) in h's place, to the bit: H/2 at its batch, and tokens that leave the last tile half empty."""
     for shape in ((128, 258, 1152), (3, 258, 1152)):
-        arguments = tensors("ln_mlp", shape, torch.bfloat16)
-        y = ln_mlp.ln_mlp(*arguments)
+        args = on_gpu("ln_mlp", shape, torch.bfloat16)
+        y, _ = ln_mlp.ln_mlp(*args)
         dy = torch.randn_like(y)
-        first = torch.autograd.grad(y, arguments, dy, retain_graph=True)
-        last = torch.autograd.grad(y, arguments, dy)
+        first = torch.autograd.grad(y, tensors(args), dy, retain_graph=True)
+        last = torch.autograd.grad(y, tensors(args), dy)
         assert all(torch.equal(a, b) for a, b in zip(first, last))
 
 
-@pytest.mark.parametrize("name", ["linear_residual", "skip_linear", "proj_ln_mlp", "ln_mlp"])
-def test_what_an_op_leaves_of_its_result_are_the_moments_of_its_result(name):
+@pytest.mark.parametrize("name", WITH_SUMS)
+def test_the_sums_that_come_with_a_result_are_its_sums(name):
     """Large and small tiles, cut off in tokens and in features; a mean that squares alone would not survive."""
     for shape in ((37, 257, 1152), (3, 257, 768), (1, 258, 1024), (1, 1, 64)):
-        with torch.no_grad():
-            y = OPS[name][0](*tensors(name, shape, torch.bfloat16, mean=20.0))
-        found, parts = layernorm.handed_on(y), y.double().view(-1, shape[-1] // 64, 64)
+        y, found = OPS[name][0](*on_gpu(name, shape, torch.bfloat16, mean=20.0, grad=False))
+        parts = y.double().view(-1, shape[-1] // 64, 64)
         expected = torch.stack([parts.sum(2), parts.var(2, unbiased=False) * 64])
         torch.testing.assert_close(found, expected.permute(2, 0, 1).float(), rtol=2e-5, atol=1e-3)
 

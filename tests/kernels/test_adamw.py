@@ -3,11 +3,8 @@
 import pytest
 import torch
 
-from tests.kernels import interpreted
-from tests.kernels.interpreted import INTERPRETED, compiles
 from uvit_fast.kernels.ops import adamw
 
-DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]  # whose bfloat16 is wrong
 SETTINGS = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.03}
 N = 2500  # no multiple of a program's share
 
@@ -65,28 +62,34 @@ def is_refused(device="cpu"):
     assert all(torch.equal(a, b) for a, b in zip(values[:1] + values[2:], before[:1] + before[2:]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_step_is_pytorchs_adamw(dtype):
-    """The kernel in the interpreter, plain PyTorch on the CPU."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_step_in_plain_pytorch_is_pytorchs_adamw(dtype):
     follows_pytorch(dtype)
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_step_of_the_kernel_is_pytorchs_adamw(dtype):
+    follows_pytorch(dtype)
+
+
+@pytest.mark.interpreter
 def test_the_average_moves_by_one_minus_its_decay():
     averages_slowly()
 
 
+@pytest.mark.interpreter
 def test_a_refused_step_changes_nothing():
     is_refused()
 
 
-@compiles
+def test_without_the_kernel_too():
+    averages_slowly()
+    is_refused()
+
+
 def test_other_lengths_are_refused():
     values = state(torch.float32)
     values[1] = values[1][1:]
     with pytest.raises(ValueError, match="one length"):
         adamw.adamw(*values, numbers(1), **SETTINGS, decay=0.9)
-
-
-@compiles
-def test_the_kernels_in_the_interpreter():
-    interpreted.run(__file__)

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from tests.kernels import interpreted
-from tests.kernels.interpreted import compare, compiles, in_the_interpreter
+from tests.kernels.op_cases import compare
 from uvit_fast.kernels.ops import assemble
 
 
@@ -14,7 +13,7 @@ def arguments(B, C, side, p, extras, D, dtype=torch.float32):
     return [t.to(dtype) for t in (x, weight, *rest)]
 
 
-@in_the_interpreter
+@pytest.mark.interpreter
 @pytest.mark.parametrize(
     "sizes, dtype, tolerance",
     [
@@ -34,7 +33,7 @@ def test_forward_and_gradients_match_the_reference(sizes, dtype, tolerance):
     compare(of(assemble.assemble), of(assemble.reference), rest, tolerance)
 
 
-@in_the_interpreter
+@pytest.mark.interpreter
 def test_images_and_positions_of_any_layout_are_taken():
     torch.manual_seed(0)
     x, weight, bias, extras, positions = arguments(2, 4, 8, 2, 2, 64)
@@ -42,17 +41,12 @@ def test_images_and_positions_of_any_layout_are_taken():
     torch.testing.assert_close(assemble.assemble(*turned), assemble.assemble(x, weight, bias, extras, positions))
 
 
-@compiles
-def test_the_kernels_in_the_interpreter():
-    interpreted.run(__file__)
-
-
 def refused(*sizes, **changes):
     names = ("x", "weight", "bias", "extras", "positions")
     return assemble.why_not(*(dict(zip(names, arguments(*sizes))) | changes).values())
 
 
-@in_the_interpreter
+@pytest.mark.interpreter
 def test_what_it_cannot_take_is_named():
     assert refused(1, 4, 8, 2, 2, 64) is None
     assert "7 x 7, does not divide into patches of 2 x 2" in refused(1, 4, 7, 2, 2, 64)
@@ -63,7 +57,6 @@ def test_what_it_cannot_take_is_named():
     )
 
 
-@compiles
 def test_on_a_cpu_it_is_refused_with_the_reason():
     with pytest.raises(ValueError, match="assemble: the tensors are on cpu"):
         assemble.assemble(*arguments(1, 4, 8, 2, 2, 64))

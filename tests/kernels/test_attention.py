@@ -5,9 +5,6 @@ The kernels run in triton's interpreter, which has to be chosen before triton is
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,12 +13,8 @@ import triton
 
 from uvit_fast.kernels.ops import attention
 from uvit_fast.kernels.runtime import device
-from uvit_fast.kernels.runtime.device import interpreting
 from uvit_fast.kernels.tools import aot
 
-INTERPRETED = interpreting()
-in_the_interpreter = pytest.mark.skipif(not INTERPRETED, reason="run by test_the_kernels_in_the_interpreter")
-compiles = pytest.mark.skipif(INTERPRETED, reason="compiles, which the interpreter replaces")
 CONTRACT = Path(aot.__file__).parent / "contracts" / "attention.json"
 
 
@@ -31,7 +24,7 @@ def gradients(op, qkv: torch.Tensor, dout: torch.Tensor) -> tuple[torch.Tensor, 
     return out.detach(), torch.autograd.grad(out, qkv, dout.to(out.dtype))[0]
 
 
-@in_the_interpreter
+@pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(
     "B, L, H, D",
@@ -56,7 +49,7 @@ def test_fused_is_the_reference(B, L, H, D, dtype):
         assert (ours.float() - exact).norm() <= 2 * (theirs.float() - exact).norm() + floor
 
 
-@in_the_interpreter
+@pytest.mark.interpreter
 def test_very_negative_scores_leave_no_nan():
     """Every score is near -1000: 2 to the minus log-sum-exp overflows on a padded key unless it is masked."""
     torch.manual_seed(0)
@@ -68,14 +61,14 @@ def test_very_negative_scores_leave_no_nan():
         assert (ours - exact).norm() <= 2 * (theirs - exact).norm() + floor
 
 
-@in_the_interpreter
+@pytest.mark.interpreter
 def test_the_op_is_registered_as_torch_expects():
     """Schema, fake kernel and autograd registration, as torch.compile and checkpoint use them."""
     qkv = torch.randn(1, 20, 3, 1, 16, requires_grad=True)
     torch.library.opcheck(torch.ops.uvit_fast.attention.default, (qkv,))
 
 
-@in_the_interpreter
+@pytest.mark.interpreter
 def test_torch_compile_takes_it_whole():
     qkv, dout = torch.randn(1, 20, 3, 1, 16), torch.randn(1, 20, 16)
     compiled = torch.compile(attention.attention, fullgraph=True, backend="aot_eager")
@@ -83,19 +76,10 @@ def test_torch_compile_takes_it_whole():
         assert torch.equal(ours, eager)
 
 
-@in_the_interpreter
+@pytest.mark.interpreter
 def test_a_strided_input_is_taken():
     qkv = torch.randn(20, 2, 3, 1, 16).transpose(0, 1)
     torch.testing.assert_close(attention.attention(qkv), attention.reference(qkv), rtol=1e-4, atol=1e-5)
-
-
-@compiles
-def test_the_kernels_in_the_interpreter():
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout and "failed" not in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -111,9 +95,8 @@ def test_the_kernels_in_the_interpreter():
 )
 def test_what_it_cannot_take_is_refused_in_a_sentence(shape, dtype, words, monkeypatch):
     qkv = torch.empty(shape, dtype=dtype)
-    if not INTERPRETED:
-        assert attention.why_not(torch.empty(1, 8, 3, 1, 64)) == "it runs on CUDA, got a tensor on cpu"
-        monkeypatch.setattr(device, "_INTERPRETING", True)
+    assert attention.why_not(torch.empty(1, 8, 3, 1, 64)) == "it runs on CUDA, got a tensor on cpu"
+    monkeypatch.setattr(device, "_INTERPRETING", True)
     with pytest.raises(ValueError, match=words):
         attention.attention(qkv)
 
@@ -143,7 +126,6 @@ def measured() -> dict[str, dict[str, int]]:
     }
 
 
-@compiles
 def test_the_kernels_keep_their_resource_contract():
     """No spill, no serialised wgmma, two CTAs an SM; and no worse than committed, where this is the triton that wrote it."""
     contract = json.loads(CONTRACT.read_text())

@@ -11,17 +11,15 @@ import torch
 import triton
 from torch import Tensor
 
-from tests.kernels.interpreted import INTERPRETED
-from uvit_fast.kernels.gemm import sm80 as gemm_ampere
-from uvit_fast.kernels.layernorm import fold as layernorm
+from uvit_fast.kernels.gemm import sm80, sm90, sm90_weight_gradient
+from uvit_fast.kernels.gemm.contract import CASES
+from uvit_fast.kernels.layernorm import backward as ln_backward
+from uvit_fast.kernels.layernorm import fold
+from uvit_fast.kernels.layers import Linear
 from uvit_fast.kernels.ops import adamw, assemble
 from uvit_fast.kernels.runtime import reduce as sums
 from uvit_fast.kernels.runtime import tuning
 from uvit_fast.kernels.tools import aot
-
-if not INTERPRETED:  # the interpreter knows no Gluon
-    from uvit_fast.kernels.gemm import sm90 as gemm_hopper
-    from uvit_fast.kernels.gemm import sm90_weight_gradient as wgrad_hopper
 
 CONTRACT = Path(aot.__file__).parent / "contracts" / "linear.json"
 M, D, H = 33024, 1152, 4608  # H/2 at batch 128
@@ -43,37 +41,34 @@ def choice(table: dict, case: str, width: int) -> dict:
 
 def hopper() -> dict:
     """name -> what compiles it: every epilogue with the table's choices at D = 1152."""
-    g, stats, x, moments = gemm_hopper, fp32(2, M), meta(M, D), fp32(D // 64, 2, M)
+    stats, x, sums = fp32(2, M), meta(M, D), fp32(D // 64, 2, M)
+    qkv, up, down = Linear(meta(3 * D, D), fp32(3 * D)), Linear(meta(H, D), fp32(H)), Linear(meta(D, H), meta(D))
+    short, hidden, side = Linear(meta(H, 768), fp32(H)), meta(M, H), meta(M, D)
     cases = {
-        "gemm": (g.PLAIN, x, meta(3 * D, D), {"bias": fp32(3 * D), "stats": stats}),
-        "gemm_two_sources": (g.PLAIN, x, meta(D, 2 * D), {"bias": meta(D), "x2": meta(M, D), "moments": moments}),
-        "gemm_input_gradient": (g.PLAIN, meta(M, H), meta(H, D), {"transposed": True}),
-        "gemm_residual": (g.RESIDUAL, meta(M, H), meta(D, H), {"bias": meta(D), "side": meta(M, D)}),
-        "gemm_residual_moments": (
-            g.RESIDUAL,
-            meta(M, H),
-            meta(D, H),
-            {"bias": meta(D), "side": meta(M, D), "moments": moments},
-        ),
-        "gemm_gelu": (g.GELU, x, meta(H, D), {"bias": fp32(H), "stats": stats}),
-        "gemm_gelu_save": (g.GELU_SAVE, x, meta(H, D), {"bias": fp32(H), "stats": stats}),
-        "gemm_gelu_short": (g.GELU, meta(M, 768), meta(H, 768), {"bias": fp32(H), "stats": stats}),
-        "gemm_gelu_backward": (g.GELU_BACKWARD, x, meta(D, H), {"side": meta(M, H), "transposed": True}),
+        "gemm": ("plain", x, qkv, {"stats": stats}),
+        "gemm_two_sources": ("plain", x, Linear(meta(D, 2 * D), meta(D)), {"x2": x, "sums": sums}),
+        "gemm_input_gradient": ("plain", hidden, Linear(meta(H, D)), {"transposed": True}),
+        "gemm_residual": ("residual", hidden, down, {"side": side}),
+        "gemm_residual_sums": ("residual", hidden, down, {"side": side, "sums": sums}),
+        "gemm_gelu": ("gelu", x, up, {"stats": stats}),
+        "gemm_gelu_save": ("gelu_save", x, up, {"stats": stats}),
+        "gemm_gelu_short": ("gelu", meta(M, 768), short, {"stats": stats}),
+        "gemm_gelu_backward": ("gelu_backward", x, Linear(meta(D, H)), {"side": hidden, "transposed": True}),
     }
     table = tuning.table(90)
 
-    def gemm(mode, x, w, sources):
-        tuned = choice(table, gemm_ampere.CASES[mode], x.shape[1])
-        args, options, *_ = g.arguments(mode, x, w, part=tuned["part"], **sources)
-        return g.gemm_kernel, args, options
+    def gemm(epilogue, x, linear, sources):
+        tuned = choice(table, CASES[epilogue], x.shape[1])
+        args, options, *_ = sm90.arguments(epilogue, x, linear, part=tuned["part"], **sources)
+        return sm90.gemm_kernel, args, options
 
     def wgrad(bias):
-        args, options, _ = wgrad_hopper.arguments(meta(M, D), x, meta(D, D), bias, 132)
-        return wgrad_hopper.wgrad_kernel, args, options
+        args, options, _ = sm90_weight_gradient.arguments(meta(M, D), x, meta(D, D), bias, 132)
+        return sm90_weight_gradient.wgrad_kernel, args, options
 
-    def few(mode, x, w, sources):
-        args, options, *_ = g.arguments(mode, x, w, **sources, **g.FEW)
-        return g.gemm_kernel, args, options
+    def few(epilogue, x, linear, sources):
+        args, options, *_ = sm90.arguments(epilogue, x, linear, **sources, **sm90.FEW)
+        return sm90.gemm_kernel, args, options
 
     found = {name: lambda case=case: gemm(*case) for name, case in cases.items()}
     found |= {f"{name}_few": lambda case=case: few(*case) for name, case in cases.items()}
@@ -83,20 +78,20 @@ def hopper() -> dict:
 def plain(arch: int) -> dict:
     """The kernels in plain Triton that an architecture runs."""
     table = tuning.table(arch)
-    low, high = layernorm._split(D)
+    low, high = fold.split(D)
     x, v, w, stats = meta(M, D), meta(D), meta(H, D), fp32(2, M)
 
-    def prepare(moments):
+    def prepare(sums):
         args = (x, v, v, w, meta(H), stats, w, fp32(H), fp32(D // 64, 2, M))
         args += (M, H, M, 1.0, 1e-5, D, low, high, True)
         tuned = choice(table, "prepare", D)
-        last = (moments, tuned["rows"], layernorm.MERGED)
-        return layernorm._prepare_kernel, (*args, *last), {"num_warps": tuned["warps"]}
+        last = (sums, tuned["rows"], fold.MERGED)
+        return fold._prepare_kernel, (*args, *last), {"num_warps": tuned["warps"]}
 
     def backward():
         tuned = choice(table, "ln_backward", D)
         args = (x, x, x, stats, v, v, x, x, fp32(tuned["programs"], 3, D), M, M, D, low, high, True)
-        return layernorm._backward_kernel, args, {"num_warps": tuned["warps"]}
+        return ln_backward._backward_kernel, args, {"num_warps": tuned["warps"]}
 
     def bias_sums():
         tuned = choice(table, "column_sums", D)
@@ -105,7 +100,7 @@ def plain(arch: int) -> dict:
 
     def split_sum():
         args = (fp32(123, 128, 256), meta(D, D), D, D, D, 0, 41, 3, 9, 36, 1024)
-        return wgrad_hopper.sum_kernel, (*args, 16), {}
+        return sm90_weight_gradient.sum_kernel, (*args, 16), {}
 
     def totals():
         args = (fp32(528, 3, D), meta(D), meta(D), meta(D), 528, 3 * D, D, 128, 32)
@@ -123,7 +118,7 @@ def plain(arch: int) -> dict:
         "adamw": optimizer,
         "assemble": tokens,
         "prepare": lambda: prepare(0),
-        "prepare_moments": lambda: prepare(32),
+        "prepare_sums": lambda: prepare(32),
         "ln_backward": backward,
         "column_sums": bias_sums,
         "totals": totals,
@@ -133,26 +128,21 @@ def plain(arch: int) -> dict:
 
 def ampere() -> dict:
     table = tuning.table(80)
-    x, h, partial = meta(M, D), meta(M, H), fp32(258, H)
+    x, h, sums, stats = meta(M, D), meta(M, H), fp32(D // 64, 2, M), fp32(2, M)
+    qkv, up, down = Linear(meta(3 * D, D), meta(3 * D)), Linear(meta(H, D), meta(H)), Linear(meta(D, H), meta(D))
 
-    def gemm(mode, x, w, N, K, K2=0, fold=False, strides=None, moments=False):
-        strides = strides or (K + K2, 1)
-        tuned = choice(table, gemm_ampere.CASES[mode], K)
-        out = meta(M, N)
-        args = (x, x, w, meta(N), fp32(2, M), out, out, out, partial, fp32(N // 64, 2, M))
-        args += (M, N, K, K2, *strides, M)
-        flags = (fold, mode != gemm_ampere.GELU_BACKWARD, K2 > 0, mode, moments, *tuned["tile"], tuned["group"])
-        return gemm_ampere.gemm_kernel, (*args, *flags), {"num_warps": tuned["warps"], "num_stages": tuned["stages"]}
+    def gemm(epilogue, x, linear, **sources):
+        args, options, *_ = sm80.arguments(epilogue, x, linear, choice(table, CASES[epilogue], x.shape[1]), **sources)
+        return sm80.gemm_kernel, args, options
 
-    a = gemm_ampere
     return {
-        "gemm": lambda: gemm(a.PLAIN, x, meta(3 * D, D), 3 * D, D, fold=True),
-        "gemm_two_sources": lambda: gemm(a.PLAIN, x, meta(D, 2 * D), D, D, K2=D, moments=True),
-        "gemm_residual": lambda: gemm(a.RESIDUAL, h, meta(D, H), D, H),
-        "gemm_residual_moments": lambda: gemm(a.RESIDUAL, h, meta(D, H), D, H, moments=True),
-        "gemm_gelu": lambda: gemm(a.GELU, x, meta(H, D), H, D, fold=True),
-        "gemm_gelu_save": lambda: gemm(a.GELU_SAVE, x, meta(H, D), H, D, fold=True),
-        "gemm_gelu_backward": lambda: gemm(a.GELU_BACKWARD, x, meta(D, H), H, D, strides=(1, H)),
+        "gemm": lambda: gemm("plain", x, qkv, stats=stats),
+        "gemm_two_sources": lambda: gemm("plain", x, Linear(meta(D, 2 * D), meta(D)), x2=x, sums=sums),
+        "gemm_residual": lambda: gemm("residual", h, down, side=x),
+        "gemm_residual_sums": lambda: gemm("residual", h, down, side=x, sums=sums),
+        "gemm_gelu": lambda: gemm("gelu", x, up, stats=stats),
+        "gemm_gelu_save": lambda: gemm("gelu_save", x, up, stats=stats),
+        "gemm_gelu_backward": lambda: gemm("gelu_backward", x, Linear(meta(D, H)), side=h, transposed=True),
     }
 
 
@@ -168,7 +158,6 @@ def measure(arch: int) -> dict[str, dict[str, int]]:
     return found
 
 
-@pytest.mark.skipif(INTERPRETED, reason="compiles, which the interpreter replaces")
 @pytest.mark.parametrize("arch", [80, 90])
 def test_every_kernel_takes_what_its_contract_says(arch):
     contract = json.loads(CONTRACT.read_text())
@@ -186,7 +175,6 @@ def test_every_kernel_takes_what_its_contract_says(arch):
             )
 
 
-@pytest.mark.skipif(INTERPRETED, reason="needs Gluon")
 @pytest.mark.parametrize(
     "M, N, K",
     [
@@ -197,7 +185,7 @@ def test_every_kernel_takes_what_its_contract_says(arch):
     ],
 )
 def test_the_weight_gradients_plan_covers_every_tile_and_every_token_once(M, N, K):
-    p = wgrad_hopper.plan(M, N, K, programs=132)
+    p = sm90_weight_gradient.plan(M, N, K, programs=132)
     covered = torch.zeros(N, K, dtype=torch.int32)
     steps: dict[int, list[int]] = {}
     for unit in range(p["units"]):

@@ -5,11 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.kernels.interpreted import INTERPRETED
 from uvit_fast.kernels.runtime import launch
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
 
 class Kernel:

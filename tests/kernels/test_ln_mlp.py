@@ -1,50 +1,33 @@
-"""ln_mlp in plain Triton against its reference, and what it refuses."""
+"""What ln_mlp and proj_ln_mlp keep for their backward; what they share with the other ops is in test_ops.py."""
 
 import pytest
 import torch
 
-from tests.kernels import interpreted
-from tests.kernels.interpreted import compare, compiles, in_the_interpreter
-from uvit_fast.kernels.layernorm import fold as layernorm
-from uvit_fast.kernels.ops import ln_mlp
+from tests.kernels.op_cases import arguments, tensors
+from uvit_fast.kernels.layernorm.sums import TILE
+from uvit_fast.kernels.ops.linear_residual import linear_residual
+from uvit_fast.kernels.ops.ln_mlp import _forward, ln_mlp
+from uvit_fast.kernels.ops.proj_ln_mlp import proj_ln_mlp
 
 D = 128
-# (shape, dtype, tolerance): the paper's 257, 258 and 334 tokens, an odd batch, no multiple of a tile. fp32 is held to the GELU's fit, 2.6e-5 absolute.
-CASES = [
-    ((1, 257, D), torch.float32, 2e-4),
-    ((3, 86, D), torch.float16, 1e-3),
-    ((1, 334, D), torch.float32, 2e-4),
-]
 
 
-def arguments(shape, dtype, mean=1.0):
-    x, gamma, beta = torch.randn(shape) + mean, 1 + 0.1 * torch.randn(D), 0.1 * torch.randn(D)
-    w1, w2 = torch.randn(4 * D, D) * D**-0.5, torch.randn(D, 4 * D) * D**-0.5
-    return [t.to(dtype) for t in (x, gamma, beta, w1, torch.randn(4 * D), w2, torch.randn(D))]
+def keeping(op, args):
+    """The result, and what the op keeps for its backward beside its arguments."""
+    kept, known = [], {t.data_ptr() for t in tensors(args)}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y, _ = op(*args)
+    return y, [t for t in kept if t.data_ptr() not in known]
 
 
-@in_the_interpreter
-@pytest.mark.parametrize("shape, dtype, tolerance", CASES, ids=str)
-def test_forward_and_gradients_match_the_reference(shape, dtype, tolerance):
-    torch.manual_seed(0)
-    compare(ln_mlp.ln_mlp, ln_mlp.reference, arguments(shape, dtype), tolerance)
-
-
-@in_the_interpreter
-def test_a_large_mean_costs_nothing():
-    torch.manual_seed(0)
-    compare(ln_mlp.ln_mlp, ln_mlp.reference, arguments((1, 65, D), torch.float32, mean=8.0), 2e-4)
-
-
-@in_the_interpreter
+@pytest.mark.interpreter
 def test_the_last_backward_frees_what_was_kept_and_no_other_does():
     """Twice with retain_graph, and then once more: the same gradients; the GELU's argument is gone after the third."""
     torch.manual_seed(0)
-    leaves, kept = [t.requires_grad_() for t in arguments((1, 65, D), torch.float32)], []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        y = ln_mlp.ln_mlp(*leaves)
+    args = arguments("ln_mlp", (1, 65, D), torch.float32, grad=True)
+    y, kept = keeping(ln_mlp, args)
     (h,) = (t for t in kept if t.shape == (65, 4 * D))
-    before, dy = h.detach().clone(), torch.randn_like(y)
+    before, dy, leaves = h.detach().clone(), torch.randn_like(y), tensors(args)
     first = torch.autograd.grad(y, leaves, dy, retain_graph=True)
     assert torch.equal(h, before)
     for retain in (True, False):
@@ -53,27 +36,23 @@ def test_the_last_backward_frees_what_was_kept_and_no_other_does():
     assert h.untyped_storage().nbytes() == 0
 
 
-@compiles
-def test_the_kernels_in_the_interpreter():
-    interpreted.run(__file__)
-
-
-@compiles
-def test_on_a_cpu_it_is_refused_with_the_reason():
-    with pytest.raises(ValueError, match="ln_mlp: the tensors are on cpu"):
-        ln_mlp.ln_mlp(*arguments((1, 3, D), torch.float32))
-
-
-@in_the_interpreter
-def test_the_backward_keeps_five_values_a_token_and_inference_none():
+@pytest.mark.interpreter
+def test_the_backward_keeps_four_values_a_token_beside_x_and_inference_none():
     torch.manual_seed(0)
-    args = arguments((1, 65, D), torch.float32)
-    kept = []
     with torch.no_grad():
-        assert ln_mlp._forward(*args, 1e-5, False)[2].numel() == 0
-    leaves = [t.requires_grad_() for t in args]
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        ln_mlp.ln_mlp(*leaves)
-    parameters = {t.data_ptr() for t in leaves[1:]}
-    values = sum(t.numel() for t in kept if t.data_ptr() not in parameters)
-    assert values <= 5 * 65 * D + 2 * layernorm.TILE  # x, half the GELU's argument, and the statistics of a tile
+        assert _forward(*arguments("ln_mlp", (1, 65, D), torch.float32), None, False)[3].numel() == 0
+    _, kept = keeping(ln_mlp, arguments("ln_mlp", (1, 65, D), torch.float32, grad=True))
+    assert sum(t.numel() for t in kept) <= 4 * 65 * D + 2 * TILE  # half the GELU's argument, statistics of a tile
+
+
+@pytest.mark.interpreter
+def test_with_the_projection_it_is_the_two_ops_bit_for_bit_and_keeps_no_more():
+    torch.manual_seed(0)
+    args = arguments("proj_ln_mlp", (1, 65, D), torch.float32, grad=True)
+    y, kept = keeping(proj_ln_mlp, args)
+    assert sum(t.numel() for t in kept) <= 4 * 65 * D + 2 * TILE
+    two, _ = ln_mlp(*linear_residual(*args[:3])[:1], *args[3:])
+    assert torch.equal(y, two)
+    dy = torch.randn_like(y)
+    for one, other in zip(torch.autograd.grad(y, tensors(args), dy), torch.autograd.grad(two, tensors(args), dy)):
+        assert torch.equal(one, other)

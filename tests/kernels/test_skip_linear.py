@@ -1,47 +1,18 @@
-"""skip_linear in plain Triton against its reference, and what it refuses."""
+"""What skip_linear refuses; what it shares with the other ops is in test_ops.py."""
 
 import pytest
 import torch
 
-from tests.kernels import interpreted
-from tests.kernels.interpreted import compare, compiles, in_the_interpreter
-from uvit_fast.kernels.ops import skip_linear
+from tests.kernels.op_cases import arguments
+from uvit_fast.kernels.layers import Linear
+from uvit_fast.kernels.ops.skip_linear import why_not
 
 D = 128
-# (shape, dtype, tolerance): the paper's 257, 258 and 334 tokens, an odd batch, no multiple of a tile. fp32 shows the algebra.
-CASES = [
-    ((1, 257, D), torch.float32, 2e-6),
-    ((3, 86, D), torch.float16, 1e-3),
-    ((1, 334, D), torch.float32, 2e-6),
-]
 
 
-def arguments(shape, dtype):
-    weight = torch.randn(D, 2 * D) * D**-0.5
-    return [t.to(dtype) for t in (torch.randn(shape), torch.randn(shape), weight, torch.randn(D))]
-
-
-@in_the_interpreter
-@pytest.mark.parametrize("shape, dtype, tolerance", CASES, ids=str)
-def test_forward_and_gradients_match_the_reference(shape, dtype, tolerance):
-    torch.manual_seed(0)
-    compare(skip_linear.skip_linear, skip_linear.reference, arguments(shape, dtype), tolerance)
-
-
-@compiles
-def test_the_kernels_in_the_interpreter():
-    interpreted.run(__file__)
-
-
-@compiles
-def test_on_a_cpu_it_is_refused_with_the_reason():
-    with pytest.raises(ValueError, match="skip_linear: the tensors are on cpu"):
-        skip_linear.skip_linear(*arguments((1, 3, D), torch.float32))
-
-
-@in_the_interpreter
+@pytest.mark.interpreter
 def test_why_not_names_a_skip_of_another_shape():
-    x, skip, weight, bias = arguments((1, 3, D), torch.float16)
-    assert skip_linear.why_not(x, skip, weight, bias) is None
-    assert "skip has the shape" in skip_linear.why_not(x, skip[:, 1:], weight, bias)
-    assert "weight has the shape" in skip_linear.why_not(x, skip, weight[:, :D], bias)
+    x, skip, linear = arguments("skip_linear", (1, 3, D), torch.float16)
+    assert why_not(x, skip, linear) is None
+    assert "skip has the shape" in why_not(x, skip[:, 1:], linear)
+    assert "linear.weight has the shape" in why_not(x, skip, Linear(linear.weight[:, :D], linear.bias))

@@ -1,20 +1,11 @@
-"""The fused solver update is the reference's, guidance, data prediction, history and noise included.
-
-The kernel runs in triton's interpreter, which has to be chosen before triton is imported: in a process of its own.
-"""
-
-import os
-import subprocess
-import sys
+"""The fused solver update is the reference's, guidance, data prediction, history and noise included."""
 
 import numpy as np
 import pytest
 import torch
 
 from uvit_fast.kernels.ops.solver_step import Update, normal, reference, solver_step, why_not
-from uvit_fast.kernels.runtime.device import interpreting
 
-INTERPRETED = interpreting()
 NOISE, DATA = (0.0, 1.0), (1.7, -0.4)
 UPDATES = [
     (NOISE, 0.0, (0.3,)),  # order 1
@@ -25,7 +16,7 @@ UPDATES = [
 ]
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="run by test_the_kernel_in_the_interpreter")
+@pytest.mark.interpreter
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("update", [Update(*prediction, 0.9, noise, w) for prediction, noise, w in UPDATES])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -45,7 +36,7 @@ def test_fused_is_the_reference(update, guided, dtype):
         assert got_m is None if not keep else torch.allclose(got_m, m, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="run by test_the_kernel_in_the_interpreter")
+@pytest.mark.interpreter
 def test_numbers_come_from_the_table():
     """Another row and another scale in the same memory give another state: a captured graph can be retuned."""
     update, other = Update(0.0, 1.0, 0.9, 0.0, (0.3,)), Update(0.0, 1.0, 0.5, 0.0, (-1.0,))
@@ -57,7 +48,7 @@ def test_numbers_come_from_the_table():
     torch.testing.assert_close(got, reference(other, eps, x, x, scale=torch.tensor(2.0))[0])
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="run by test_the_kernel_in_the_interpreter")
+@pytest.mark.interpreter
 @pytest.mark.parametrize("name", ["DPMSolverSinglestep", "DPMSolverPPMultistep", "EulerMaruyama"])
 def test_a_sampler_runs_on_the_fused_update(name):
     from uvit_fast.diffusion import samplers
@@ -77,16 +68,6 @@ def test_a_sampler_runs_on_the_fused_update(name):
     assert learnable.grad.isfinite()
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this process is the interpreter's")
-def test_the_kernel_in_the_interpreter():
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout and "failed" not in done.stdout
-
-
-@pytest.mark.skipif(INTERPRETED, reason="compiles, which the interpreter replaces")
 @pytest.mark.parametrize("arch", [80, 90])
 def test_the_kernel_compiles_without_spills(arch):
     from uvit_fast.kernels.ops.solver_step import _kernel
@@ -119,11 +100,10 @@ def test_noise_is_normal_and_differs_by_key_step_and_place():
 
 def test_why_not_names_the_objection():
     assert why_not(torch.empty(2, 3, device="meta")) == "the state is on meta; the fused update runs on CUDA"
-    if not INTERPRETED:
-        assert "CUDA" in why_not(torch.empty(2, 3))
+    assert "CUDA" in why_not(torch.empty(2, 3))
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="run by test_the_kernel_in_the_interpreter")
+@pytest.mark.interpreter
 def test_two_branches_are_asked_for_where_there_is_a_scale():
     x = torch.randn(2, 8)
     update = Update(0.0, 1.0, 0.9, 0.0, (0.3,))

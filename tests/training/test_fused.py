@@ -3,14 +3,8 @@
 import pytest
 import torch
 
-from tests.kernels import interpreted
 from tests.training import test_uvit, tiny
 from uvit_fast.model.uvit import Block
-
-
-@interpreted.compiles
-def test_the_kernels_in_the_interpreter():
-    interpreted.run(__file__)
 
 
 def config(policy: str, stage: int, kernels: str):
@@ -21,7 +15,7 @@ def config(policy: str, stage: int, kernels: str):
     return cfg.model_copy(update={"model": cfg.model.model_copy(update={"embed_dim": 64, **how})})
 
 
-@interpreted.in_the_interpreter
+@pytest.mark.interpreter
 def test_fused_blocks_follow_plain_ones(tmp_path):
     """ZeRO-3 takes the weights away between the blocks; selective computes some ops again and takes others from its store."""
     plain = tiny.launch(test_uvit.train, tmp_path / "plain", config("none", 1, "reference"))
@@ -29,7 +23,7 @@ def test_fused_blocks_follow_plain_ones(tmp_path):
     assert fused == pytest.approx(plain, rel=1e-5)
 
 
-@interpreted.in_the_interpreter
+@pytest.mark.interpreter
 @pytest.mark.parametrize("policy", ["selective", "block"])
 def test_what_is_computed_again_gives_the_same_gradients(policy):
     """Also where fc1 alone is computed again, by another op than at first."""

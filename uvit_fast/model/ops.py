@@ -4,14 +4,18 @@
 PyTorch. The parameters are the same ones in every case, so a checkpoint never knows which of them ran.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import ModuleType
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 from uvit_fast.config import UserError
+from uvit_fast.hooks import plain_weights
 from uvit_fast.kernels.layernorm import fold as _layernorm
+from uvit_fast.kernels.layers import Linear, Norm
 from uvit_fast.kernels.ops import assemble as _assemble
 from uvit_fast.kernels.ops import linear_residual as _linear_residual
 from uvit_fast.kernels.ops import ln_linear as _ln_linear
@@ -26,38 +30,46 @@ def fixed_weights() -> AbstractContextManager[None]:
     return _layernorm.folded_once()
 
 
+def layer(module: nn.Module, bias: bool = True) -> Norm | Linear | None:
+    """What the ops below take of a LayerNorm or linear layer, if calling it is no more than its formula: see `hooks.plain_weights`."""
+    weights = plain_weights(module, bias=bias)
+    return None if weights is None else (Norm if type(module) is nn.LayerNorm else Linear)(*weights)
+
+
 def assemble(x: Tensor, w: Tensor, b: Tensor, extras: Tensor, positions: Tensor, *, kernels: str = "auto") -> Tensor:
     """Concat(extras, patches of x) + positions: x (B, C, H, W), w (D, C, p, p), extras (B, E, D) -> (B, E + N, D)."""
-    return _run(_assemble, kernels, x, w, b, extras, positions)
+    return _chosen(_assemble, kernels, x, w, b, extras, positions)(x, w, b, extras, positions)
 
 
-def ln_linear(x: Tensor, gamma: Tensor, beta: Tensor, w: Tensor, b: Tensor | None, *, kernels: str = "auto") -> Tensor:
-    """Linear(LayerNorm(x)): x (..., D), w (N, D) -> (..., N)."""
-    return _run(_ln_linear, kernels, x, gamma, beta, w, b)
+def ln_linear(x: Tensor, norm: Norm, linear: Linear, sums: Tensor | None = None, *, kernels: str = "auto") -> Tensor:
+    """Linear(LayerNorm(x)): x (..., D), weight (N, D) -> (..., N). `sums` are those that came with x."""
+    run = _chosen(_ln_linear, kernels, x, norm, linear)
+    return run(x, norm, linear) if run is _ln_linear.reference else run(x, norm, linear, sums)
 
 
 def ln_mlp(
-    x: Tensor, gamma: Tensor, beta: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *, kernels: str = "auto"
-) -> Tensor:
-    """x + fc2(GELU(fc1(LayerNorm(x)))): x (..., D), w1 (4D, D), w2 (D, 4D) -> (..., D)."""
-    return _run(_ln_mlp, kernels, x, gamma, beta, w1, b1, w2, b2)
+    x: Tensor, norm: Norm, fc1: Linear, fc2: Linear, sums: Tensor | None = None, *, kernels: str = "auto"
+) -> tuple[Tensor, Tensor | None]:
+    """x + fc2(GELU(fc1(LayerNorm(x)))): x (..., D) -> (..., D), and its sums for the LayerNorm after it, if a fused op took them."""
+    run = _chosen(_ln_mlp, kernels, x, norm, fc1, fc2)
+    return (run(x, norm, fc1, fc2), None) if run is _ln_mlp.reference else run(x, norm, fc1, fc2, sums)
 
 
 def proj_ln_mlp(
-    a: Tensor, w: Tensor, b: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *, kernels: str = "auto"
-) -> Tensor:  # fmt: skip
-    """`linear_residual`, then `ln_mlp`; what is between them is computed again in the backward: x (..., D) -> (..., D)."""
-    return _run(_proj_ln_mlp, kernels, a, w, b, x, gamma, beta, w1, b1, w2, b2)
+    a: Tensor, proj: Linear, x: Tensor, norm: Norm, fc1: Linear, fc2: Linear, *, kernels: str = "auto"
+) -> tuple[Tensor, Tensor | None]:
+    """`linear_residual`, then `ln_mlp`; what is between them is computed again in the backward: x (..., D) -> (..., D), sums."""
+    return _with_sums(_proj_ln_mlp, kernels, a, proj, x, norm, fc1, fc2)
 
 
-def skip_linear(x: Tensor, skip: Tensor, w: Tensor, b: Tensor, *, kernels: str = "auto") -> Tensor:
-    """Linear(Concat(x, skip)): x, skip (..., D), w (D, 2D) -> (..., D)."""
-    return _run(_skip_linear, kernels, x, skip, w, b)
+def skip_linear(x: Tensor, skip: Tensor, linear: Linear, *, kernels: str = "auto") -> tuple[Tensor, Tensor | None]:
+    """Linear(Concat(x, skip)): x, skip (..., D), weight (D, 2D) -> (..., D), sums."""
+    return _with_sums(_skip_linear, kernels, x, skip, linear)
 
 
-def linear_residual(a: Tensor, w: Tensor, b: Tensor, x: Tensor, *, kernels: str = "auto") -> Tensor:
-    """x + Linear(a): a (..., K), w (D, K), x (..., D) -> (..., D)."""
-    return _run(_linear_residual, kernels, a, w, b, x)
+def linear_residual(a: Tensor, linear: Linear, x: Tensor, *, kernels: str = "auto") -> tuple[Tensor, Tensor | None]:
+    """x + Linear(a): a (..., K), weight (D, K), x (..., D) -> (..., D), sums."""
+    return _with_sums(_linear_residual, kernels, a, linear, x)
 
 
 def describe(
@@ -73,13 +85,14 @@ def describe(
     def new(*shape: int) -> Tensor:
         return torch.empty(shape, device=device, dtype=dtype)
 
-    x, v, hidden = new(258, D), new(D), new(4 * D, D)
+    x, norm, proj = new(258, D), Norm(new(D), new(D)), Linear(new(D, D), new(D))
+    fc1, fc2 = Linear(new(4 * D, D), new(4 * D)), Linear(new(D, 4 * D), new(D))
     reasons = {
-        "ln_linear": _ln_linear.why_not(x, v, v, new(3 * D, D), None),
-        "ln_mlp": _ln_mlp.why_not(x, v, v, hidden, new(4 * D), new(D, 4 * D), v),
-        "skip_linear": _skip_linear.why_not(x, x, new(D, 2 * D), v),
-        "linear_residual": _linear_residual.why_not(x, new(D, D), v, x),
-        "assemble": _assemble.why_not(new(1, 4, 32, 32), new(D, 4, 2, 2), v, new(1, 2, D), new(1, 258, D)),
+        "ln_linear": _ln_linear.why_not(x, norm, Linear(new(3 * D, D))),
+        "ln_mlp": _ln_mlp.why_not(x, norm, fc1, fc2),
+        "skip_linear": _skip_linear.why_not(x, x, Linear(new(D, 2 * D), new(D))),
+        "linear_residual": _linear_residual.why_not(x, proj, x),
+        "assemble": _assemble.why_not(new(1, 4, 32, 32), new(D, 4, 2, 2), new(D), new(1, 2, D), new(1, 258, D)),
     }
     chosen = {"attention": ": ".join(choose(new(1, 258, 3, num_heads, D // num_heads), attention))}
     for op, reason in reasons.items():
@@ -92,14 +105,18 @@ def describe(
     return chosen
 
 
-def _run(op: ModuleType, kernels: str, *tensors: Tensor | None) -> Tensor:
-    """op.<name>, the fused op of module `op`, or op.reference."""
-    name = op.__name__.rpartition(".")[2]
+def _chosen(op: ModuleType, kernels: str, *args: Tensor | Norm | Linear) -> Callable:
+    """op.run, the fused op on what has been checked, or op.reference."""
     if kernels == "reference":
-        return op.reference(*tensors)
-    reason = op.why_not(*tensors)
+        return op.reference
+    reason = op.why_not(*args)
     if reason is None:
-        return getattr(op, name)(*tensors)
+        return op.run
     if kernels == "fused":
-        raise UserError(f"model.kernels=fused: {name} cannot run: {reason}")
-    return op.reference(*tensors)
+        raise UserError(f"model.kernels=fused: {op.__name__.rpartition('.')[2]} cannot run: {reason}")
+    return op.reference
+
+
+def _with_sums(op: ModuleType, kernels: str, *args: Tensor | Norm | Linear) -> tuple[Tensor, Tensor | None]:
+    run = _chosen(op, kernels, *args)
+    return (run(*args), None) if run is op.reference else run(*args)

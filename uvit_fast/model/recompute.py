@@ -7,6 +7,7 @@ byte, the attention's output (D values a token) and fc1's before its GELU (4 D),
 import contextlib
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 
-def recomputed(function: Callable[..., Tensor], policy: str, hidden: int, *inputs: Tensor | None) -> Tensor:
+def recomputed(function: Callable, policy: str, hidden: int, *inputs: Tensor | None) -> Any:
     """function(*inputs) with "selective" or "block" as above.
 
     Args:
@@ -46,7 +47,7 @@ class _WithoutFc2(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.name() != "uvit_fast::ln_mlp":
             return func(*args, **(kwargs or {}))
-        x, gamma, beta, w1, b1, _, _, eps, _ = args
+        x, gamma, beta, eps, w1, b1, _, _, sums, _ = args
         half = 0.5  # of the GELU's argument is what the fused MLP keeps
-        h, statistics = torch.ops.uvit_fast.ln_linear.default(x, gamma, beta, w1, b1, eps, half)
-        return x.new_empty(x.shape), statistics, h.view(-1, h.shape[-1])
+        h, statistics = torch.ops.uvit_fast.ln_linear.default(x, gamma, beta, eps, w1, b1, sums, half)
+        return x.new_empty(x.shape), statistics.new_empty(0), statistics, h.view(-1, h.shape[-1])

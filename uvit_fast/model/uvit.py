@@ -109,54 +109,70 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, self.hidden)
         self.skip_linear = nn.Linear(2 * dim, dim) if concat_skip else None
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, skip: Tensor | None = None, sums: Tensor | None = None, hand_on: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """x and skip (B, L, D) -> (B, L, D).
+
+        Args:
+            sums: of x, which the fused op that wrote it left for a LayerNorm (see `model.ops`).
+            hand_on: return the result's sums too.
+        """
         if self.checkpointing == "none" or not torch.is_grad_enabled():
-            return self.compute(x, skip)
-        return recomputed(self.compute, self.checkpointing, self.hidden, x, skip)
+            x, sums = self.compute(x, skip, sums)
+        else:
+            x, sums = recomputed(self.compute, self.checkpointing, self.hidden, x, skip, sums)
+        return (x, sums) if hand_on else x
 
-    def compute(self, x: Tensor, skip: Tensor | None) -> Tensor:
-        """x and skip (B, L, D) -> (B, L, D)."""
-        skip_linear, qkv, proj, mlp = self._weights()
+    def compute(self, x: Tensor, skip: Tensor | None, sums: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        skip_linear, norm1_qkv, proj, norm2_mlp = self._layers()
         how = self.kernels
-        if self.skip_linear is None:
-            x = x if skip is None else x + skip  # h_m + h_s, the ablation of Figure 2(a)
-        elif skip_linear:  # Linear(Concat(h_m, h_s))
-            x = ops.skip_linear(x, skip, *skip_linear, kernels=how)  # (B, L, D)
-        else:
-            x = self.skip_linear(torch.cat([x, skip], dim=-1))
+        if skip_linear:  # Linear(Concat(h_m, h_s))
+            x, sums = ops.skip_linear(x, skip, skip_linear, kernels=how)  # (B, L, D)
+        elif self.skip_linear is not None:
+            x, sums = self.skip_linear(torch.cat([x, skip], dim=-1)), None
+        elif skip is not None:  # h_m + h_s, the ablation of Figure 2(a)
+            x, sums = x + skip, None
 
-        if not qkv:
-            x = x + self.attn(self.norm1(x))
-        else:
-            a = self.attn.mix(ops.ln_linear(x, *qkv, kernels=how))  # (B, L, D)
-            if mlp and self.skip_linear is not None and self.checkpointing == "none":
+        if norm1_qkv:
+            a = self.attn.mix(ops.ln_linear(x, *norm1_qkv, sums, kernels=how))  # (B, L, D)
+            if norm2_mlp and self.skip_linear is not None and self.checkpointing == "none":
                 # Both halves in one op, which keeps less for the backward: here the skip's linear layer keeps its inputs too.
-                return ops.proj_ln_mlp(a, *proj, x, *mlp, kernels=how)
-            x = ops.linear_residual(a, *proj, x, kernels=how)  # x + proj(attention(norm1(x)))
-        return ops.ln_mlp(x, *mlp, kernels=how) if mlp else x + self.mlp(self.norm2(x))  # x + fc2(gelu(fc1(norm2(x))))
+                return ops.proj_ln_mlp(a, proj, x, *norm2_mlp, kernels=how)
+            x, sums = ops.linear_residual(a, proj, x, kernels=how)  # x + proj(attention(norm1(x)))
+        else:
+            x, sums = x + self.attn(self.norm1(x)), None
+        if norm2_mlp:
+            return ops.ln_mlp(x, *norm2_mlp, sums, kernels=how)  # x + fc2(gelu(fc1(norm2(x))))
+        return x + self.mlp(self.norm2(x)), None
 
-    def _weights(self) -> tuple[tuple | None, ...]:
-        """What the ops take of the skip's linear layer, of norm1 and qkv, of proj, and of norm2 and the MLP: None for those that were changed
-        and must be called.
+    def _layers(self) -> tuple:
+        """What the ops take of the skip's linear layer, of (norm1, qkv), of proj, and of (norm2, fc1, fc2): None for those that were
+        changed and must be called.
         """
         attn, mlp = self.attn, self.mlp
-        skip = norm1 = qkv = proj = rest = None
+        skip = proj = None
+        norm1_qkv = norm2_mlp = (None,)
         if not hooked_everywhere():
-            skip = self.skip_linear and plain_weights(self.skip_linear)
+            skip = self.skip_linear and ops.layer(self.skip_linear)
             if type(attn) is Attention and not hooked(attn):
-                norm1, qkv, proj = (
-                    plain_weights(self.norm1),
-                    plain_weights(attn.qkv, bias=False),
-                    plain_weights(attn.proj),
-                )
+                norm1_qkv, proj = (ops.layer(self.norm1), ops.layer(attn.qkv, bias=False)), ops.layer(attn.proj)
             if type(mlp) is Mlp and not hooked(mlp):
-                rest = plain_weights(self.norm2, mlp.fc1, mlp.fc2)
-        attention = norm1 + qkv if norm1 and qkv and proj else None
+                norm2_mlp = ops.layer(self.norm2), ops.layer(mlp.fc1), ops.layer(mlp.fc2)
+        attention = proj and None not in norm1_qkv and norm1_qkv
+        rest = None not in norm2_mlp and norm2_mlp
         if self.kernels == "fused" and not (attention and rest and (skip or self.skip_linear is None)):
             raise UserError(
                 "model.kernels=fused: a block was changed (hooks, LoRA, ...), which the fused ops would not call; expected auto"
             )
         return skip, attention, proj, rest
+
+
+def _through(block: Block, x: Tensor, skip: Tensor | None, sums: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A block's result with its sums, where no hook may change it: (B, L, D)."""
+    if hooked(block) or hooked_everywhere():
+        return block(x, skip), None
+    return block(x, skip, sums, hand_on=True)
 
 
 class UViT(nn.Module):
@@ -272,18 +288,21 @@ class UViT(nn.Module):
             extras = time
         h = self.patch_embed(x.to(dtype), extras, self.pos_embed)  # (B, L, D)
 
-        skips = []
+        skips, sums = [], None
         for block in self.in_blocks:
-            h = block(h)
+            h, sums = _through(block, h, None, sums)
             skips.append(h)
-        h = self.mid_block(h)
+        h, sums = _through(self.mid_block, h, None, sums)
         for block in self.out_blocks:  # last in, first out
-            h = block(h, skips.pop() if self.skip != "none" else None)
+            h, sums = _through(block, h, skips.pop() if self.skip != "none" else None, sums)
 
         # With gradients it calls them: ZeRO-3 gathers the weights of a module where it is called.
         norm, decoder = self.norm, self.decoder_pred
-        fused = not torch.is_grad_enabled() and not hooked_everywhere() and plain_weights(norm, decoder)
-        h = ops.ln_linear(h, *fused, kernels=self.kernels) if fused else decoder(norm(h))  # (B, L, p*p*C)
+        last = not torch.is_grad_enabled() and not hooked_everywhere() and (ops.layer(norm), ops.layer(decoder))
+        if last and None not in last:
+            h = ops.ln_linear(h, *last, sums, kernels=self.kernels)  # (B, L, p*p*C)
+        else:
+            h = decoder(norm(h))
         h = h[:, self.extras :]  # (B, N, p*p*C); cut here, where a token is narrow
         p, side = self.patch_size, self.img_size // self.patch_size
         eps = rearrange(h, "B (h w) (p1 p2 C) -> B C (h p1) (w p2)", h=side, p1=p, p2=p)  # (B, C, H, W)

@@ -1,0 +1,145 @@
+"""What every GEMM core offers, and what the cores share: the epilogues' names, GELU's constants, where results go."""
+
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from uvit_fast.kernels.layers import Linear
+from uvit_fast.kernels.runtime import reduce
+
+# An epilogue, and its name in the tuning tables.
+CASES = {
+    "plain": "gemm",
+    "residual": "gemm_residual",
+    "gelu": "gemm_gelu",
+    "gelu_save": "gemm_gelu_save",
+    "gelu_backward": "gemm_gelu_backward",
+}
+
+# GELU(2 h) = h + h tanh(v), v = h (G0 + w max(G1 + G2 w, 0)), w = h^2: within 2.6e-5 of the erf form, its derivative within 1.1e-4.
+# The kernels take and keep h, half the argument: it costs no instruction, as the weights before it are halved. For |h| < 4e9, past
+# which w^2 overflows.
+G0: tl.constexpr = tl.constexpr(1.5950157396197052)
+G1: tl.constexpr = tl.constexpr(0.2960452655195679)
+G2: tl.constexpr = tl.constexpr(-0.011248595984110748)
+
+
+class Product(NamedTuple):
+    """What a product with its epilogue wrote."""
+
+    out: Tensor  # (M, N)
+    second: Tensor  # (M, N): GELU's h of gelu_save, GELU's value of gelu_backward; else out
+    partial: Tensor  # (tiles of M, N) fp32, parts of out's column sums, of gelu_backward; else out
+
+
+def results(epilogue: str, x: Tensor, N: int, side: Tensor | None, overwrite: bool) -> tuple[Tensor, Tensor]:
+    """Where a product of x (M, K) writes its one or two results (M, N): new memory, or with `overwrite` the side input's for the one
+    that is computed from it value by value.
+    """
+
+    def new() -> Tensor:
+        return x.new_empty(x.shape[0], N)
+
+    if epilogue == "residual" and overwrite:
+        return side, side
+    if epilogue == "gelu_backward":
+        return new(), side if overwrite else new()
+    out = new()
+    return out, new() if epilogue == "gelu_save" else out
+
+
+class Core:
+    """An architecture's GEMM. All results are accumulated in fp32 and of the input's dtype."""
+
+    def product(
+        self,
+        epilogue: str,
+        x: Tensor,
+        linear: Linear,
+        *,
+        x2: Tensor | None = None,
+        stats: Tensor | None = None,
+        side: Tensor | None = None,
+        overwrite: bool = False,
+        sums: Tensor | None = None,
+        transposed: bool = False,
+    ) -> Product:
+        """One launch: the epilogue of x @ w.T, with `transposed` of x @ w.
+
+        Args:
+            epilogue: of `CASES`.
+            x, x2, stats, overwrite, sums: as in `linear`.
+            side: (M, N): the residual, or GELU's h.
+        """
+        raise NotImplementedError
+
+    def linear(
+        self,
+        x: Tensor,
+        linear: Linear,
+        *,
+        x2: Tensor | None = None,
+        stats: Tensor | None = None,
+        residual: Tensor | None = None,
+        overwrite: bool = False,
+        sums: Tensor | None = None,
+    ) -> Tensor:
+        """x @ w.T + bias, with the sources and the epilogue that are given.
+
+        Args:
+            x: (M, K), contiguous.
+            linear: weight (N, K), or (N, K + K2) with x2; bias (N,), any float dtype.
+            x2: (M, K2): contracted with the last K2 columns of the weight.
+            stats: of `layernorm.fold.prepare`, as `linear` is: the LayerNorm of x is folded in.
+            residual: (M, N), contiguous, added last.
+            overwrite: the result takes the residual's place.
+            sums: of `layernorm.sums.new`, filled with those of the result.
+
+        Returns:
+            (M, N).
+        """
+        epilogue = "plain" if residual is None else "residual"
+        more = {"x2": x2, "stats": stats, "side": residual, "overwrite": overwrite, "sums": sums}
+        return self.product(epilogue, x, linear, **more).out
+
+    def linear_gelu(self, x: Tensor, linear: Linear, *, stats: Tensor, save: bool) -> tuple[Tensor, Tensor | None]:
+        """GELU(2 h), h = LN(x) @ w.T + bias, with the LayerNorm folded in; h too where `save` asks for it. Both (M, N)."""
+        made = self.product("gelu_save" if save else "gelu", x, linear, stats=stats)
+        return made.out, made.second if save else None
+
+    def linear_gelu_backward(
+        self, dy: Tensor, weight: Tensor, h: Tensor, *, overwrite: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Back through the linear layer after a GELU, and through the GELU.
+
+        Args:
+            dy: (M, K), the gradient of GELU(2 h) @ w.T.
+            weight: (K, N), that layer's.
+            h: (M, N), half the GELU's argument.
+            overwrite: GELU(2 h) takes h's place, each value that of the one it was computed from.
+
+        Returns:
+            The argument's gradient (dy @ w) * GELU'(2 h), (M, N); GELU(2 h), (M, N), which the weight gradient needs; the column sums
+            of the first, (N,).
+        """
+        made = self.product("gelu_backward", dy, Linear(weight), side=h, overwrite=overwrite, transposed=True)
+        return made.out, made.second, *reduce.totals(made.partial, 1, dy.dtype)
+
+    def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:
+        """dy @ w: (M, N), (N, K) -> (M, K); w's rows may be any distance apart. cuBLAS, where nothing measured faster."""
+        return dy @ weight
+
+    def weight_gradient(
+        self, dy: Tensor, x: Tensor, *, bias: bool, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """dy.T @ x, (N, K), and with `bias` the column sums of dy, (N,). cuBLAS, where nothing measured faster.
+
+        Args:
+            dy: (M, N); x: (M, K), contiguous.
+            out: where the gradient goes, rows any distance apart; new memory without it.
+        """
+        out = dy.new_empty(dy.shape[1], x.shape[1]) if out is None else out
+        torch.mm(dy.t(), x, out=out)
+        return out, reduce.column_sums(dy) if bias else None

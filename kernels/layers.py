@@ -1,0 +1,20 @@
+"""What the fused ops take of a network's layers."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Norm(NamedTuple):
+    """The parameters of a LayerNorm over the last dimension."""
+
+    weight: Tensor  # (D,), the paper's gamma
+    bias: Tensor  # (D,), beta
+    eps: float = 1e-5
+
+
+class Linear(NamedTuple):
+    """The parameters of a linear layer x @ weight.T + bias."""
+
+    weight: Tensor  # (N, K)
+    bias: Tensor | None = None  # (N,)

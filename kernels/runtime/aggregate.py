@@ -1,0 +1,26 @@
+"""Structures on the device: one value that holds descriptors, pointers, buffers, numbers and constants by name."""
+
+from typing import Any
+
+from triton.language.core import _aggregate, base_value, constexpr
+
+
+def aggregate(cls: type) -> type:
+    """Make a class of annotated fields one value of a kernel, which its methods, `triton.jit` or `gluon.jit` functions, take as `self`.
+
+    A field is annotated with its kind: `gl.tensor` (pointers and numbers; a launch's integers pass through `gl.to_tensor` first),
+    `gl.shared_memory_descriptor`, `tma.tensor_descriptor`, another aggregate, or `gl.constexpr`. Fields are given in their order or
+    by name.
+
+    Triton has this as a private name, which its own Gluon tutorials use; 3.6 wants a constructor, 3.8 would make one. Tested with both.
+    """
+    fields = cls.__annotations__
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        for name, value in {**dict(zip(fields, args, strict=False)), **kwargs}.items():
+            constant = fields[name] is constexpr and not isinstance(value, base_value)
+            setattr(self, name, constexpr(value) if constant else value)
+
+    __init__.__triton_builtin__ = True  # nothing in it for a kernel's cache key to follow
+    cls.__init__ = __init__
+    return _aggregate(cls)
