@@ -10,21 +10,17 @@ import sys
 sys.path[:] = [p for p in sys.path if os.path.realpath(p or ".") != os.path.dirname(os.path.realpath(__file__))]
 
 import argparse  # noqa: E402
+import warnings  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from uvit_fast.build import build_dataset, build_model, build_schedule  # noqa: E402
-from uvit_fast.config import RankError, UserError, load_config  # noqa: E402
-from uvit_fast.measuring import training_evaluation  # noqa: E402
-from uvit_fast.provenance import Provenance  # noqa: E402
-from uvit_fast.sampling import training_preview  # noqa: E402
-from uvit_fast.training.engine import start  # noqa: E402
-from uvit_fast.training.folder import summary  # noqa: E402
-from uvit_fast.training.monitor import say  # noqa: E402
-from uvit_fast.training.trainer import Trainer  # noqa: E402
+from uvit_fast import notices  # noqa: E402
+from uvit_fast.commands.arguments import Parser  # noqa: E402
+from uvit_fast.config import Config, RankError, UserError, load_config  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Train a U-ViT.")
+    example = "python train.py --config configs/digits.yaml --set train.iterations=1000"
+    parser = Parser(description="Train a U-ViT.", example=example)
     parser.add_argument("--config", required=True, help="a YAML file, such as configs/h2_256.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, as train.lr=1e-4")
     parser.add_argument("--run-dir", type=Path, help="the run's folder; default: runs/<name>")
@@ -33,20 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         cfg = load_config(args.config, args.set)
-        run_dir = args.run_dir or Path("runs") / cfg.name
-        world = start(cfg)
-        model, schedule, dataset = build_model(cfg), build_schedule(cfg), build_dataset(cfg)
-        learned_from = Provenance.of(dataset, cfg.model.num_classes > 0)
-        looks: list = []
-        world.on_first(
-            lambda: looks.extend((training_preview(cfg, learned_from), training_evaluation(cfg, learned_from)))
-        )
-        about = world.on_first(lambda: summary(cfg, model, dataset, world))
-        trainer = Trainer(cfg, model, schedule, dataset, run_dir, *looks, fresh=args.fresh)
-        if world.rank == 0 and trainer.step < cfg.train.iterations:
-            say(about)
-        trainer.train()
-        world.leave()
+        train(cfg, args.run_dir or Path("runs") / cfg.name, args.fresh)
     except (UserError, ImportError) as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
             print(f"train.py: {error}", file=sys.stderr)
@@ -57,5 +40,33 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def train(cfg: Config, run_dir: Path, fresh: bool) -> None:
+    """Build what the config says and train it; torch is imported once the config is known to make sense."""
+    from uvit_fast.build import build_dataset, build_model, build_schedule
+    from uvit_fast.measuring import training_evaluation
+    from uvit_fast.provenance import Provenance
+    from uvit_fast.sampling import training_preview
+    from uvit_fast.training.engine import start
+    from uvit_fast.training.folder import summary
+    from uvit_fast.training.monitor import say
+    from uvit_fast.training.trainer import Trainer
+
+    world = start(cfg)
+    with warnings.catch_warnings():
+        if world.rank > 0:  # what all meet, rank 0 says
+            warnings.simplefilter("ignore")
+        model, schedule, dataset = build_model(cfg), build_schedule(cfg), build_dataset(cfg)
+    learned_from = Provenance.of(dataset, cfg.model.num_classes > 0)
+    looks: list = []
+    world.on_first(lambda: looks.extend((training_preview(cfg, learned_from), training_evaluation(cfg, learned_from))))
+    about = world.on_first(lambda: summary(cfg, model, dataset, world))
+    trainer = Trainer(cfg, model, schedule, dataset, run_dir, *looks, fresh=fresh)
+    if world.rank == 0 and trainer.step < cfg.train.iterations:
+        say(about)
+    trainer.train()
+    world.leave()
+
+
 if __name__ == "__main__":
+    notices.plain()
     sys.exit(main())

@@ -12,6 +12,7 @@ LEVELS = {
     "extras": 0,
     "files": 0,
     "graphs": 0,
+    "notices": 0,
     "hooks": 0,
     "ranks": 0,
     "model": 1,

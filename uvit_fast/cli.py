@@ -7,6 +7,7 @@ import argparse
 import sys
 
 import uvit_fast
+from uvit_fast import notices
 from uvit_fast.commands import (
     bench,
     cka,
@@ -55,6 +56,8 @@ def main(argv: list[str] | None = None) -> int:
         module.arguments(command)
 
     args = parser.parse_args(argv)
+    if argv is None:  # as a process of its own
+        notices.plain()
     try:
         return args.run(args) or 0
     except (UserError, ImportError) as error:

@@ -155,13 +155,13 @@ def text_encoder(tokenizer: Any, model: Any) -> Callable[[list[str]], Tensor]:
                 stacklevel=3,
             )
 
-    @torch.inference_mode()
     def encode(captions: list[str]) -> Tensor:
         for caption in captions:
             if len(caption.encode()) > length - 2:  # a token is a byte at least
                 warn_of_the_rest(caption)
         tokens = tokenizer(captions, truncation=True, max_length=length, padding="max_length", return_tensors="pt")
-        return model(input_ids=tokens.input_ids.to(model.device)).last_hidden_state.float()
+        with torch.inference_mode():
+            return model(input_ids=tokens.input_ids.to(model.device)).last_hidden_state.float()
 
     return encode
 

@@ -113,6 +113,7 @@ def summary(config: Config, model: nn.Module, dataset: Any, world: Any) -> str:
     about = {}
     if isinstance(net, ModelConfig):  # U-Nets have ops of their own
         about = ops.describe(net.embed_dim, net.num_heads, net.attention, net.kernels, device)
+        about = about if cuda else {}  # on a CPU there is nothing to choose
     if hasattr(dataset, "decoder"):
         about["images"] = dataset.decoder
     if names := Provenance.of(dataset, net.num_classes > 0).classes:
