@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
 
 from tests.clip import save_clip
 from tests.recorded import RecordedGraphs
@@ -62,6 +62,40 @@ def test_classes_go_by_their_names(tmp_path):
     assert pipe.config.id2label["1"] == "one"
 
 
+def test_diffusers_own_class_loads_a_folder_where_it_is_trusted_and_ours_runs_no_code_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    pipe, folder = latent_pipeline(), tmp_path / "pipe"
+    pipe.save_pretrained(folder)
+    with pytest.raises(ValueError, match="Pass `trust_remote_code=True`"):
+        DiffusionPipeline.from_pretrained(folder)
+    again = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    again.set_progress_bar_config(disable=True)
+    assert type(again) is UViTPipeline
+    assert torch.equal(*(p(3, generator=seeded(), output_type="pt").images for p in (pipe, again)))
+    (folder / "uvit_pipeline.py").write_text("raise RuntimeError('this ran')")
+    assert UViTPipeline.from_pretrained(folder).config.null_label == 1000
+    (folder / "README.md").write_text("mine")
+    pipe.save_pretrained(folder)
+    assert (folder / "README.md").read_text() == "mine"
+
+
+def test_a_folder_has_a_model_card_and_its_classes_names(tmp_path):
+    cfg = load_config("configs/digits.yaml", ["model.embed_dim=32", "model.num_heads=2", "sample.steps=2"])
+    names = tuple(f"digit {word}" for word in "zero one two three four five six seven eight nine".split())
+    make_pipeline(cfg, build_model(cfg).state_dict(), Provenance(names)).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "# U-ViT, 8 x 8, 10 classes" in card and "0: digit zero, 1: digit one" in card
+    assert "library_name: diffusers" in card and "class_labels=['digit zero']" in card
+    pipe = UViTPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    images = [
+        pipe(which, generator=seeded(), output_type="latent").images for which in ("digit three", 3, ["digit three"])
+    ]
+    assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
+    with pytest.raises(ValueError, match="none is called 'digit tree'; did you mean digit three"):
+        pipe("digit tree")
+
+
 def test_output_types_are_views_of_the_same_images():
     pipe = latent_pipeline()
     out = {t: pipe(class_labels=5, generator=seeded(), output_type=t).images for t in ("latent", "pt", "np", "pil")}
@@ -101,6 +135,52 @@ def test_seeds_latents_steps_and_callbacks():
     )
 
 
+def test_several_images_a_label_and_the_size_that_the_model_makes():
+    pipe = latent_pipeline()
+    x = torch.randn(4, 4, 8, 8, generator=seeded())
+    both = pipe([3, 5], num_images_per_prompt=2, latents=x, output_type="latent", height=16, width=16).images
+    torch.testing.assert_close(both, pipe([3, 3, 5, 5], latents=x, output_type="latent").images)
+    cfg = load_config("configs/s2_cifar10.yaml", [*SMALL, "sample.sampler=dpm_fast"])
+    pixels = make_pipeline(cfg, build_model(cfg).state_dict())
+    pixels.set_progress_bar_config(disable=True)
+    assert len(pixels(num_images=2, num_images_per_prompt=3, height=8).images) == 6
+
+
+def test_a_callback_sees_changes_and_ends_the_loop():
+    pipe, seen = latent_pipeline(), []
+    x = torch.randn(1, 4, 8, 8, generator=seeded())
+    plain = pipe(5, latents=x, num_inference_steps=7, output_type="latent").images
+
+    def look(pipe, i, t, values):
+        seen.append((i, t.item(), values["latents"]))
+
+    watched = pipe(5, latents=x, num_inference_steps=7, output_type="latent", callback_on_step_end=look).images
+    stages = pipe.scheduler.sampler(7).stages
+    assert torch.equal(watched, plain) and torch.equal(seen[-1][2], plain)
+    assert [(i, t) for i, t, _ in seen] == [(i, pytest.approx(stage.time)) for i, stage in enumerate(stages)]
+
+    def zero_at_the_end(pipe, i, t, values):
+        return {"latents": values["latents"] * 0} if i == 6 else {}
+
+    images = pipe(5, num_inference_steps=7, output_type="latent", callback_on_step_end=zero_at_the_end).images
+    assert images.abs().max() == 0
+
+    def stop(pipe, i, t, values):
+        pipe._interrupt = i == 2
+
+    third = pipe(5, latents=x, num_inference_steps=7, output_type="latent", callback_on_step_end=stop).images
+    assert torch.equal(third, seen[2][2]) and not torch.equal(third, plain)
+    assert torch.equal(pipe(5, latents=x, num_inference_steps=7, output_type="latent").images, plain)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    assert pipe(5, num_inference_steps=7, output_type="latent", callback_on_step_end=stop).images.abs().max() > 0
+
+
+def test_networks_are_cast_without_a_word_on_parts_that_there_are_not(caplog):
+    with caplog.at_level("WARNING", logger="diffusers"):
+        latent_pipeline().to(torch.bfloat16)
+    assert not caplog.records
+
+
 def test_text_models_take_prompts_and_keep_their_encoder(tmp_path):
     """The features are CLIP's own, padded as the model was trained; guidance is towards "" by default, as published."""
     folder = save_clip(tmp_path / "clip")
@@ -118,9 +198,28 @@ def test_text_models_take_prompts_and_keep_their_encoder(tmp_path):
         eps_fn = text_guidance(pipe.model, torch.stack(context), null, 1.0)
         expected = pipe.scheduler.sampler()(eps_fn, x)
     torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(pipe(["a b", "b"], latents=x, output_type="latent").images, images)  # a prompt may come first
+    embeds = {"prompt_embeds": torch.stack(context), "negative_prompt_embeds": null[None]}
+    torch.testing.assert_close(pipe(**embeds, latents=x, output_type="latent").images, images)
+    away = pipe(["a b", "b"], negative_prompt="a", latents=x, output_type="latent").images
+    assert not torch.equal(away, images)
+    each = pipe(["a b", "b"], negative_prompt=["a", ""], latents=x, output_type="latent").images
+    torch.testing.assert_close(each, torch.stack([away[0], images[1]]), rtol=1e-4, atol=1e-4)
+    pipe.enable_cuda_graphs()
+    pipe._graphs = GraphSampler(pipe.model, graphs=(graphs := RecordedGraphs()))
+    for call, expected in (({}, images), ({"negative_prompt": "a"}, away), ({"negative_prompt": ["a", ""]}, each)):
+        torch.testing.assert_close(pipe(["a b", "b"], latents=x, output_type="latent", **call).images, expected)
+    assert graphs.captures == 1
+    pipe._graphs = None
     with pytest.raises(ValueError, match="class_labels: the model takes text; got class_labels"):
         pipe(class_labels=3)
-    with pytest.raises(ValueError, match="prompt: expected at least one, got none"):
+    with pytest.raises(ValueError, match=r"prompt_embeds: expected \(B, 8, 16\), got \(1, 7, 16\)"):
+        pipe(prompt_embeds=torch.zeros(1, 7, 16))
+    with pytest.raises(ValueError, match="prompt: expected it or prompt_embeds, got both"):
+        pipe("a", prompt_embeds=torch.zeros(1, 8, 16))
+    with pytest.raises(ValueError, match="negative_prompt: expected one, or one a prompt, 1, got 2"):
+        pipe("a", negative_prompt=["a", "b"])
+    with pytest.raises(ValueError, match="prompt: expected at least one, as text, got none"):
         pipe(prompt=[])
     pipe.tokenizer = None
     with pytest.raises(ValueError, match="the pipeline has no tokenizer and text_encoder"):
@@ -250,6 +349,22 @@ def test_unconditional_models_take_a_number_of_images():
         ({"class_labels": [1, 2], "generator": [seeded()]}, "generator: expected one, or one a sample, 2, got 1"),
         ({"class_labels": [1], "guidance_scale": float("nan")}, "expected at least 1 .no guidance., got nan"),
         ({"class_labels": [1], "output_type": "jpeg"}, "expected pil, np, pt or latent"),
+        ({"class_labels": [1], "height": 512}, "height: the model makes images of 16 x 16; expected 16, got 512"),
+        ({"class_labels": [1], "negative_prompt": "blurry"}, "negative_prompt: the model takes no text; expected none"),
+        ({"class_labels": [1], "num_images_per_prompt": 0}, "num_images_per_prompt: expected at least 1, got 0"),
+        (
+            {"class_labels": [1], "batch_size": 2},
+            "batch_size: the pipeline takes no such argument; expected num_images",
+        ),
+        ({"class_labels": [1], "num_inference_step": 2}, "did you mean num_inference_steps"),
+        (
+            {
+                "class_labels": [1],
+                "callback_on_step_end": print,
+                "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
+            },
+            "expected .'latents'., got prompt_embeds too",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_error(arguments, words):

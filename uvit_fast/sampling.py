@@ -18,7 +18,7 @@ from uvit_fast import provenance
 from uvit_fast.build import build_model, build_sampler
 from uvit_fast.config import CLIP, Config, UserError
 from uvit_fast.data.datasets import CLASSES
-from uvit_fast.data.encoders import check_vae, load_pretrained, load_text_encoder
+from uvit_fast.data.encoders import check_vae, load_pretrained, load_text_encoder, quiet_diffusers
 from uvit_fast.diffusion.cudagraph import GraphSampler
 from uvit_fast.diffusion.guidance import Guidance
 from uvit_fast.diffusion.noise import sample_generators, sample_noise
@@ -344,6 +344,7 @@ def load_autoencoder(name: str, known: Provenance = UNKNOWN) -> Any:
         from diffusers import AutoencoderKL
     except ImportError:
         raise missing("an autoencoder of latents", "diffusers", "diffusers") from None
+    quiet_diffusers()
     where, parts = {"pretrained_model_name_or_path": name}, name.split("/")
     if not Path(name).is_dir() and len(parts) > 2:
         where = {"pretrained_model_name_or_path": "/".join(parts[:2]), "subfolder": "/".join(parts[2:])}

@@ -1,6 +1,7 @@
 """The frozen networks that make latents and text features, as functions, with identities that a manifest keeps."""
 
 import hashlib
+import logging
 import os
 import warnings
 from collections.abc import Callable
@@ -112,6 +113,15 @@ def load_pretrained(what: str, name: str, load: Callable[..., Any]) -> Any:
     except Exception as error:  # each library has its own kinds for damaged and foreign files
         reason = cut(str(error).strip().split("\n")[0])
         raise UserError(f"{what} {cut(name)}: neither a local folder nor found on the hub ({reason})") from None
+
+
+def quiet_diffusers() -> None:
+    """Have it not warn, whenever a network is cast, of parts that should stay fp32 where it names none."""
+    logging.getLogger("diffusers.models.modeling_utils").addFilter(_names_something)
+
+
+def _names_something(record: logging.LogRecord) -> bool:
+    return "should be kept in float32: []" not in record.getMessage()
 
 
 def _hub_answers() -> bool:

@@ -110,6 +110,7 @@ class Sampler:
         x_T: Tensor,
         generator: Generator | None = None,
         callback: Callable[[int, int], None] | None = None,
+        change: Callable[[int, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Solve from x_T ~ N(0, I) to x_0.
 
@@ -120,6 +121,8 @@ class Sampler:
             generator: of the noise, where the sampler draws some: a torch.Generator of the batch, or the (B,) int64 keys that
                 `sample_generators` makes, one a sample.
             callback: called as callback(done, steps) after each network evaluation.
+            change: change(i, x) -> the state that takes the place of x (B, C, H, W), after evaluation i. Inside an interval of order 2
+                or 3 that is where the network is evaluated next; the interval's end follows from its start.
 
         Returns:
             (B, C, H, W) fp32.
@@ -144,6 +147,8 @@ class Sampler:
             if stage.update.noise and keys is None:
                 x = x + stage.update.noise * torch.randn(x.shape, device=x.device, generator=generator)
             outputs.append(m)
+            if change is not None:
+                x = change(i, x)
             if stage.last:
                 start, outputs = x, outputs[len(outputs) - self.keep :]
             if callback is not None:

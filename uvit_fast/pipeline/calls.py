@@ -1,0 +1,80 @@
+"""What a call of the pipeline takes, and what it does with a user's callback."""
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INSTEAD = {  # what diffusers' other pipelines take
+    "batch_size": "expected num_images",
+    "timesteps": "expected num_inference_steps, or another scheduler",
+    "sigmas": "expected num_inference_steps, or another scheduler",
+    "image": "it draws from noise alone",
+    "strength": "it draws from noise alone",
+    "clip_skip": "the model was trained on CLIP's last layer",
+    "callback_steps": "expected callback_on_step_end",
+}
+
+
+class _Interrupted(Exception):
+    """Ends a loop from inside a callback."""
+
+
+class StepEnd:
+    """A user's `callback_on_step_end` as what the loops call with each new state."""
+
+    def __init__(self, pipe: Any, callback: Callable | None, inputs: Sequence[str]):
+        inputs = getattr(callback, "tensor_inputs", inputs)  # diffusers' own callbacks say what they want
+        if unknown := set(inputs) - {"latents"}:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs: expected ['latents'], got {', '.join(sorted(unknown))} too"
+            )
+        self.pipe, self.callback, self.inputs = pipe, callback, inputs
+        pipe._interrupt = False
+
+    def __call__(self, i: int, t: Tensor, x: Tensor) -> Tensor:
+        if self.callback is None:
+            return x
+        changed = self.callback(self.pipe, i, t, {name: x for name in self.inputs}) or {}
+        self.state = changed.get("latents", x)
+        if self.pipe.interrupt:
+            raise _Interrupted
+        return self.state
+
+    def until_interrupted(self, solve: Callable[[], Tensor]) -> Tensor:
+        """solve(), or the state in which it was interrupted."""
+        try:
+            return solve()
+        except _Interrupted:
+            return self.state
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list | tuple) and any(isinstance(v, str) for v in value))
+
+
+def of_each(null: Any) -> bool:
+    """Whether a null condition is one of each sample: text features (B, T, C)."""
+    return isinstance(null, Tensor) and null.dim() == 3
+
+
+def whole(name: str, value: Any, least: int = 1) -> int:
+    """A whole number, of Python's, NumPy's or torch's kind."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}: expected a whole number, got {value!r}") from None
+    if number < least:
+        raise ValueError(f"{name}: expected at least {least}, got {number}")
+    return number
+
+
+def new_keys(generator: torch.Generator | list[torch.Generator] | None, batch: int) -> Tensor:
+    """(batch,) int64 keys of the samples' own noise: all of one generator, or one of each."""
+
+    def draw(g: torch.Generator | None, count: int) -> Tensor:
+        return torch.randint(-(2**63), 2**63 - 1, (count,), generator=g, device=g.device if g else "cpu")
+
+    return torch.cat([draw(g, 1) for g in generator]) if isinstance(generator, list) else draw(generator, batch)

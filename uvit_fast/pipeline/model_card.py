@@ -1,0 +1,68 @@
+"""The README of a pipeline's folder: what the model is, and how it is loaded."""
+
+from typing import Any
+
+LOADER = '''"""For `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`; needs the package uvit-fast."""
+
+from uvit_fast.pipeline import UViTPipeline
+'''
+
+
+def model_card(pipe: Any) -> str:
+    """Of a `UViTPipeline`: Markdown with the hub's header. What the pipeline does not know (data, licence) it asks for."""
+    net, config, scheduler = pipe.model, pipe.config, pipe.scheduler
+    size, known = pipe.image_size, pipe.class_names
+    classes = net.num_classes - (config.null_label is not None)
+    call = {
+        "text": 'prompt="a green train"',
+        "classes": f"class_labels=[{known[0]!r}]" if known else "class_labels=[0]",
+    }
+    kind = "text" if net.context_dim else "classes" if net.num_classes else "nothing"
+    task = "text-to-image" if kind == "text" else "unconditional-image-generation"
+    sampler = type(scheduler).__name__
+    if sampler == "UViTScheduler":
+        sampler = f"`{scheduler.config.sampler}`, {scheduler.config.steps} network evaluations"
+    facts = {
+        "images": f"{size} x {size}"
+        + (f", from latents of {net.in_chans} x {net.img_size} x {net.img_size}" if pipe.latent else ""),
+        "conditioned on": f"{classes} classes" if kind == "classes" else "text (CLIP)" if kind == "text" else kind,
+        "network": f"{len(net.blocks)} blocks, D = {net.embed_dim}, patches of {net.patch_size}, "
+        f"{sum(p.numel() for p in net.parameters()) / 1e6:,.1f} M parameters",
+        "noise schedule": {"sd": "Stable Diffusion's 1000 steps", "vp": "VP, continuous", None: "not known"}[
+            config.schedule
+        ],
+        "sampler": sampler,
+        "guidance scale": f"{config.guidance_scale:g} (1: none)",
+    }
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    names = ""
+    if known:
+        shown = ", ".join(f"{label}: {name}" for label, name in list(enumerate(known))[:20])
+        names = f"\nClasses by label: {shown}{', ...' if len(known) > 20 else ''}. All of them: `id2label` in `model_index.json`.\n"
+    return f"""---
+library_name: diffusers
+pipeline_tag: {task}
+tags:
+- uvit
+- diffusion
+---
+
+# U-ViT, {size} x {size}, {facts["conditioned on"]}
+
+A U-ViT ("All are Worth Words: A ViT Backbone for Diffusion Models", arXiv:2209.12152) as a pipeline of diffusers.
+
+| | |
+|---|---|
+{rows}
+{names}
+```python
+from uvit_fast.pipeline import UViTPipeline  # of the package uvit-fast, with its extra "diffusers"
+
+pipe = UViTPipeline.from_pretrained("this/folder")
+image = pipe({call.get(kind, "num_images=1")}).images[0]
+```
+
+Without the import: `DiffusionPipeline.from_pretrained("this/folder", trust_remote_code=True)`; the code is one import of the package.
+
+Not known to this folder, so to be written here: the training data, its licence and limits, and the licence of the weights.
+"""

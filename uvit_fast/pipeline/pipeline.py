@@ -1,0 +1,421 @@
+"""U-ViT as a diffusers pipeline: `UViTPipeline.from_pretrained(folder)`, `pipe(class_labels=[207], num_inference_steps=50)`.
+
+Needs the extra `diffusers`. Guidance here follows diffusers: `guidance_scale` is 1 + s for the paper's s, and 1 is none.
+"""
+
+import difflib
+import inspect
+import json
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import logging
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor
+
+from uvit_fast.config import Config, ModelConfig, UserError
+from uvit_fast.data.encoders import quiet_diffusers
+from uvit_fast.diffusion.cudagraph import GraphSampler
+from uvit_fast.diffusion.guidance import ALWAYS, Guidance
+from uvit_fast.model.uvit import UViT
+from uvit_fast.model.weights import load_weights
+from uvit_fast.provenance import UNKNOWN, Provenance
+from uvit_fast.sampling import decoder
+
+from . import schedulers
+from .calls import INSTEAD, StepEnd, is_text, new_keys, of_each, whole
+from .model_card import LOADER, model_card
+from .schedulers import UViTScheduler
+
+LOADER_NAME = "uvit_pipeline"  # of the folder's file that diffusers runs where it is trusted to
+STEPS = 50  # of a scheduler of diffusers, unless the call says how many
+logger = logging.get_logger(__name__)
+quiet_diffusers()
+
+
+class UViTModel(UViT, ModelMixin, ConfigMixin):
+    """A `UViT` that diffusers saves and loads; the same arguments and parameter names."""
+
+    __init__ = register_to_config(UViT.__init__)
+
+
+class UViTPipeline(DiffusionPipeline):
+    """Images from a U-ViT.
+
+    Args:
+        model, scheduler: the network and how it is sampled.
+        vae: the autoencoder of a latent model, else None.
+        text_encoder, tokenizer: CLIP ViT-L/14 of a text model, else None.
+        scale_factor: what latents are multiplied with before the network (0.18215; 0.23010 for COCO).
+        null_label: the label that means none, of a model trained with label dropping, else None.
+        guidance_scale: the default of a call, 1 + s for the s that the model was published with.
+        id2label: the classes' names by label, as DiT's pipeline has them; None where they are not known.
+        schedule: the model's noise schedule, "sd" or "vp", by which a scheduler of diffusers is fitted to it; default: the scheduler's.
+    """
+
+    model_cpu_offload_seq = "text_encoder->model->vae"
+    _optional_components = ["vae", "text_encoder", "tokenizer"]
+
+    def __init__(
+        self,
+        model: UViTModel,
+        scheduler: Any,
+        vae: AutoencoderKL | None = None,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        scale_factor: float = 0.18215,
+        null_label: int | None = None,
+        guidance_scale: float = 1.0,
+        id2label: dict[int, str] | None = None,
+        schedule: str | None = None,
+    ):
+        super().__init__()
+        self.register_modules(model=model, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
+        self.register_to_config(
+            scale_factor=scale_factor,
+            null_label=null_label,
+            guidance_scale=guidance_scale,
+            id2label=id2label,
+            schedule=schedule or scheduler.config.get("schedule"),
+        )
+        names = {int(label): name for label, name in (id2label or {}).items()}  # JSON's keys are texts
+        self._known = Provenance(tuple(names.get(label, str(label)) for label in range(max(names, default=-1) + 1)))
+        self._graphs: GraphSampler | None = None
+        self._interrupt = False
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """By label; empty where they are not known."""
+        return self._known.classes
+
+    @property
+    def latent(self) -> bool:
+        """Whether the model makes an autoencoder's latents."""
+        return self.vae is not None or self.config.scale_factor != 1
+
+    @property
+    def image_size(self) -> int:
+        """Height = width of the images."""
+        halvings = len(self.vae.config.block_out_channels) - 1 if self.vae is not None else 3 * self.latent
+        return self.model.img_size * 2**halvings
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the call that runs ends after this step: set `pipe._interrupt` in its `callback_on_step_end`."""
+        return self._interrupt
+
+    @classmethod
+    def _dict_from_json_file(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """A folder's index; to this class it says nothing of code in the folder, which is therefore not run."""
+        return super()._dict_from_json_file(*args, **kwargs) | {"_class_name": cls.__name__}
+
+    def save_config(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """The folder's index, what diffusers' own `DiffusionPipeline` needs to load it, and a model card where there is none yet."""
+        super().save_config(save_directory, *args, **kwargs)
+        folder = Path(save_directory)
+        index = json.loads((folder / self.config_name).read_text("utf-8"))
+        index["_class_name"] = [LOADER_NAME, type(self).__name__]
+        (folder / self.config_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
+        (folder / f"{LOADER_NAME}.py").write_text(LOADER, "utf-8")
+        if not (folder / "README.md").exists():
+            (folder / "README.md").write_text(model_card(self), "utf-8")
+
+    def get_label_ids(self, label: str | list[str]) -> list[int]:
+        """The labels of classes' names.
+
+        Raises:
+            ValueError: no class is called so.
+        """
+        return [self._known.label(name) for name in ([label] if isinstance(label, str) else label)]
+
+    def enable_cuda_graphs(self, max_bytes: int | None = None) -> None:
+        """Replay each loop as one captured CUDA graph from its second call on: a small batch is several times as fast. The first call
+        of each number of steps, size and kind of guidance captures; a call with a callback runs uncaptured.
+
+        Args:
+            max_bytes: bound on the memory of all captures; default: half of the device's.
+        """
+        self._graphs = GraphSampler(self.model, max_bytes=max_bytes)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: list[int | str] | int | str | None = None,
+        prompt: list[str] | str | None = None,
+        num_images: int = 1,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] = ALWAYS,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback: Callable[[int, int], None] | None = None,
+        negative_prompt: list[str] | str | None = None,
+        num_images_per_prompt: int = 1,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        eta: float = 0.0,
+        callback_on_step_end: Callable[[Any, int, Tensor, dict], dict | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **others: Any,
+    ) -> ImagePipelineOutput | tuple:
+        """Draw `num_images_per_prompt` images a label or prompt; `num_images` times as many of an unconditional model.
+
+        Args:
+            class_labels: of a class-conditional model, or their names. prompt: of a text-conditional one, which may also come first.
+            num_inference_steps: network evaluations (NFE); default: the scheduler's. Of a scheduler of diffusers: as it counts
+                them, by default 50.
+            guidance_scale: 1 + s for the paper's s, as in diffusers; 1 runs without guidance; default: the pipeline's, which is
+                what its model was published with.
+            guidance_interval: guide at the times t in [0, 1] (0: data) that lie inside (Kynkaanniemi et al. 2024).
+            generator: of the initial noise, and of the sampler's where it draws some; with one a sample, image i depends on the
+                i-th alone.
+            latents: (B, C, H, W), the initial noise itself.
+            output_type: "pil", "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or "latent": the network's output space.
+            callback: called as callback(done, steps) after each network evaluation.
+            negative_prompt: what guidance leads away from, one or one a prompt; default: "", as published.
+            prompt_embeds, negative_prompt_embeds: (B, T, C) text features in the place of either.
+            height, width: of the images, which the model decides: nothing else is taken.
+            eta: of DDIMScheduler.
+            callback_on_step_end: called as callback_on_step_end(pipe, i, t, {"latents": x}) after each evaluation, or step of a scheduler of
+                diffusers; the "latents" of a dictionary that it returns take the state's place.
+
+        Raises:
+            ValueError: a condition that the model does not take or misses, a class out of range, latents of another shape,
+                fewer than one step or image, guidance of a model without a null condition, an unknown output type, a component
+                that is not there, a scheduler that does not fit the model, or an argument that is not taken.
+        """
+        for name in others:
+            near = difflib.get_close_matches(name, ARGUMENTS, n=1)
+            hint = INSTEAD.get(name) or (near and f"did you mean {near[0]}?") or f"expected {', '.join(ARGUMENTS)}"
+            raise ValueError(f"{name}: the pipeline takes no such argument; {hint}")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type: expected pil, np, pt or latent, got {output_type!r}")
+        if num_inference_steps is not None:
+            num_inference_steps = whole("num_inference_steps", num_inference_steps)
+        num_images, each = whole("num_images", num_images), whole("num_images_per_prompt", num_images_per_prompt)
+        if output_type != "latent" and self.vae is None and self.config.scale_factor != 1:
+            raise ValueError(f"output_type {output_type!r}: the pipeline has no vae to decode with; expected 'latent'")
+        for name, value in (("height", height), ("width", width)):
+            if value not in (None, size := self.image_size):
+                raise ValueError(f"{name}: the model makes images of {size} x {size}; expected {size}, got {value}")
+        s = (self.config.guidance_scale if guidance_scale is None else guidance_scale) - 1  # the paper's
+        if not 0 <= s < math.inf:
+            raise ValueError(f"guidance_scale: expected at least 1 (no guidance), got {guidance_scale}")
+        if self.model.context_dim and prompt is None and is_text(class_labels):
+            class_labels, prompt = None, class_labels
+        texts = {
+            "prompt": prompt,
+            "prompt_embeds": prompt_embeds,
+            "negative_prompt": negative_prompt,
+            "negative_prompt_embeds": negative_prompt_embeds,
+        }
+        condition, null = self._condition(class_labels, texts, guided=s > 0)
+        if s > 0 and (not condition or None in [v for v in null.values() if not isinstance(v, Tensor)]):
+            raise ValueError(f"guidance_scale: the model has no null condition; expected 1 (no guidance), got {1 + s}")
+        given = len(next(iter(condition.values()))) if condition else num_images
+        if num_images not in (1, given):
+            raise ValueError(f"num_images: expected one image a label or prompt, {given}, got {num_images}")
+        batch = given * each
+        condition = {name: value.repeat_interleave(each, 0) for name, value in condition.items()}
+        null = {n: v.repeat_interleave(each, 0) if of_each(v) else v for n, v in null.items()}
+        if isinstance(generator, list) and len(generator) != batch:
+            raise ValueError(f"generator: expected one, or one a sample, {batch}, got {len(generator)}")
+        net = self.model
+        shape = (batch, net.in_chans, net.img_size, net.img_size)
+        if latents is not None and latents.shape != shape:
+            raise ValueError(f"latents: expected {shape}, got {tuple(latents.shape)}")
+        device = self._execution_device
+        x_T = randn_tensor(shape, generator, device) if latents is None else latents.to(device)
+
+        def eps_fn() -> Any:
+            return Guidance(net, condition, null, s, guidance_interval) if s else partial(net, **condition)
+
+        step_end = StepEnd(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        if not isinstance(self.scheduler, UViTScheduler):
+            x_0 = self._solve_with_others(
+                eps_fn(), x_T, num_inference_steps or STEPS, generator, eta, callback, step_end
+            )
+        else:
+            if eta:
+                raise ValueError(f"eta: UViTScheduler takes none; expected 0, got {eta}")
+            sampler = self.scheduler.sampler(num_inference_steps)
+            keys = new_keys(generator, batch).to(device) if sampler.draws_noise else None
+            watched = callback is not None or callback_on_step_end is not None
+            if self._graphs is not None and not watched and not any(map(of_each, null.values())):
+                if self._graphs.model is not net:  # the component was exchanged
+                    self.enable_cuda_graphs(self._graphs.max_bytes)
+                x_0 = self._graphs(sampler, x_T, condition, null, s, guidance_interval, keys)
+            else:
+                times = [torch.tensor(stage.time) for stage in sampler.stages]
+                with self.progress_bar(total=len(times)) as bar:
+
+                    def progress(done: int, steps: int) -> None:
+                        bar.update()
+                        if callback is not None:
+                            callback(done, steps)
+
+                    x_0 = step_end.until_interrupted(
+                        lambda: sampler(eps_fn(), x_T, keys, progress, lambda i, x: step_end(i, times[i], x))
+                    )
+        images = self._output(x_0, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _solve_with_others(
+        self, eps_fn: Any, x_T: Tensor, steps: int, generator, eta: float, callback, step_end
+    ) -> Tensor:
+        """Uncaptured, with the scheduler of diffusers that was put in the place of ours."""
+        scheduler, schedule = self.scheduler, self.config.schedule
+        if schedule is None:
+            raise ValueError(
+                "scheduler: the model's noise schedule is not known; expected a pipeline made with schedule='sd' or 'vp'"
+            )
+        schedulers.check(scheduler, schedule, self.latent)
+        with self.progress_bar(total=steps) as bar:
+
+            def change(i: int, t: Tensor, x: Tensor) -> Tensor:
+                bar.total = len(scheduler.timesteps)  # which some count twice
+                bar.update()
+                if callback is not None:
+                    callback(i + 1, len(scheduler.timesteps))
+                return step_end(i, t, x)
+
+            return step_end.until_interrupted(
+                lambda: schedulers.solve(scheduler, schedule, steps, eps_fn, x_T, generator, eta, change)
+            )
+
+    def _condition(self, class_labels, texts: dict[str, Any], guided: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The network's condition and, where `guided`, its null, by argument name; both empty for an unconditional model."""
+        net, device = self.model, self._execution_device
+        wants = "prompt" if net.context_dim else "class_labels" if net.num_classes else None
+        asked = texts["prompt"] is not None or texts["prompt_embeds"] is not None
+        for name, value in (("class_labels", class_labels is not None), ("prompt", asked)):
+            if value != (name == wants):
+                kind = {"prompt": "text", "class_labels": "classes", None: "no condition"}[wants]
+                raise ValueError(f"{name}: the model takes {kind}; {'got' if value else 'expected'} {name}")
+        if wants == "prompt":
+            return self._text_condition(**texts, guided=guided)
+        for name, value in texts.items():
+            if value is not None:
+                raise ValueError(f"{name}: the model takes no text; expected none")
+        if wants == "class_labels":
+            several = isinstance(class_labels, Sequence | Tensor | np.ndarray) and np.ndim(class_labels)
+            classes = net.num_classes - (self.config.null_label is not None)
+            each = class_labels if several else [class_labels]
+            labels = [self._known.label(v) if isinstance(v, str) else whole("class_labels", v, least=0) for v in each]
+            if not labels or not all(label < classes for label in labels):
+                raise ValueError(f"class_labels: expected labels from 0 to {classes - 1}, got {labels}")
+            return {"y": torch.tensor(labels, device=device)}, {"y": self.config.null_label}
+        return {}, {}
+
+    def _text_condition(
+        self, prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, guided: bool
+    ) -> tuple[dict, dict]:
+        """The features of the prompts (B, T, C), and those that guidance leads away from, (T, C) or (B, T, C)."""
+        for name, text, features in (
+            ("prompt", prompt, prompt_embeds),
+            ("negative_prompt", negative_prompt, negative_prompt_embeds),
+        ):
+            if text is not None and features is not None:
+                raise ValueError(f"{name}: expected it or {name}_embeds, got both")
+        context = self._features("prompt", prompt, prompt_embeds)
+        if not guided:
+            if negative_prompt is not None or negative_prompt_embeds is not None:
+                logger.warning("negative_prompt is not used: the guidance scale is 1")
+            return {"context": context}, {"context": None}
+        if negative_prompt is None and negative_prompt_embeds is None:
+            negative_prompt = ""
+        null = self._features("negative_prompt", negative_prompt, negative_prompt_embeds)
+        if len(null) not in (1, len(context)):
+            raise ValueError(f"negative_prompt: expected one, or one a prompt, {len(context)}, got {len(null)}")
+        return {"context": context}, {"context": null if len(null) > 1 else null[0]}
+
+    def _features(self, name: str, text: list[str] | str | None, features: Tensor | None) -> Tensor:
+        """(B, T, C), of texts or as they were given."""
+        net = self.model
+        if features is not None:
+            if features.dim() != 3 or features.shape[1:] != (net.context_tokens, net.context_dim) or not len(features):
+                expected = f"(B, {net.context_tokens}, {net.context_dim})"
+                raise ValueError(f"{name}_embeds: expected {expected}, got {tuple(features.shape)}")
+            return features.to(self._execution_device)
+        texts = [text] if isinstance(text, str) else list(text)
+        if not texts or not all(isinstance(each, str) for each in texts):
+            raise ValueError(f"{name}: expected at least one, as text, got {texts or 'none'}")
+        if self.tokenizer is None or self.text_encoder is None:
+            raise ValueError(f"{name}: the pipeline has no tokenizer and text_encoder; expected both, or {name}_embeds")
+        return self._encode(texts)
+
+    def _encode(self, prompts: list[str]) -> Tensor:
+        """CLIP's last hidden state, padded to the model's tokens, no mask: (B, T, C)."""
+        length = self.model.context_tokens
+        tokens = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        for prompt, uncut in zip(prompts, self.tokenizer(prompts).input_ids):
+            if len(uncut) > length:
+                logger.warning(
+                    f"a prompt of {len(uncut)} tokens is cut to the {length} that the model takes: {prompt[:80]!r}"
+                )
+        return self.text_encoder(tokens.input_ids.to(self._execution_device)).last_hidden_state
+
+    def _output(self, x_0: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return x_0
+        if self.vae is not None:
+            x_0 = decoder(self.vae, self.config.scale_factor)(x_0)
+        images = (x_0.float() / 2 + 0.5).clamp(0, 1)  # (B, C, H, W)
+        if output_type == "pt":
+            return images
+        images = images.permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, C)
+        if output_type == "np":
+            return images
+        pixels = np.round(images * 255).astype(np.uint8)
+        return [Image.fromarray(p if p.shape[-1] == 3 else p[..., 0]) for p in pixels]
+
+
+ARGUMENTS = [name for name in inspect.signature(UViTPipeline.__call__).parameters if name not in ("self", "others")]
+
+
+def make_pipeline(
+    cfg: Config,
+    weights: dict[str, Tensor],
+    known: Provenance = UNKNOWN,
+    **components: Any,
+) -> UViTPipeline:
+    """The pipeline of a config and a state dict with the published names.
+
+    Args:
+        known: the names of its classes.
+        components: `vae` for a latent model; `text_encoder` and `tokenizer` for a text model.
+
+    Raises:
+        UserError: weights of another architecture.
+    """
+    if not isinstance(cfg.model, ModelConfig):
+        raise UserError(f"{cfg.name}: pipelines are of U-ViT; a U-Net's weights are diffusers' own names after `net.`")
+    model = load_weights(UViTModel(**cfg.model.model_dump()), weights)
+    scheduler = (
+        UViTScheduler(  # by keyword, or diffusers takes values for defaults, which another scheduler's config forgets
+            schedule=cfg.diffusion.schedule,
+            sampler=cfg.sample.sampler,
+            steps=cfg.sample.steps,
+            spacing=cfg.sample.spacing,
+        )
+    )
+    factor = cfg.latent.scale_factor if cfg.latent else 1.0
+    scale = 1 + cfg.sample.guidance_scale
+    names = dict(enumerate(known.classes)) or None
+    return UViTPipeline(
+        model.eval(), scheduler, scale_factor=factor, null_label=cfg.null_label, guidance_scale=scale, id2label=names,
+        **components,
+    )  # fmt: skip
