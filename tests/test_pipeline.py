@@ -12,7 +12,7 @@ from uvit_fast import build_model, cli, load_config
 from uvit_fast.config import Config
 from uvit_fast.data.encoders import load_clip
 from uvit_fast.diffusion.cudagraph import GraphSampler
-from uvit_fast.diffusion.guidance import text_guidance
+from uvit_fast.diffusion.guidance import Guidance, text_guidance
 from uvit_fast.pipeline import UViTModel, UViTPipeline, make_pipeline
 from uvit_fast.provenance import Provenance
 
@@ -167,6 +167,24 @@ def test_a_callback_sees_changes_and_ends_the_loop():
 
     def stop(pipe, i, t, values):
         pipe._interrupt = i == 2
+
+    def unguided_from_the_fourth(pipe, i, t, values):
+        if i == int(pipe.num_timesteps * 0.5):
+            pipe._guidance_scale = 1.0
+
+    scales, guided = [], {"latents": x, "num_inference_steps": 7, "output_type": "latent", "guidance_scale": 3.0}
+    cut = pipe(5, **guided, callback_on_step_end=unguided_from_the_fourth).images
+
+    class ByHand(Guidance):
+        def branches(self, x, t):
+            self.scale.fill_(2.0 if len(scales) < 4 else 0.0)
+            scales.append(self.scale.item())
+            return super().branches(x, t)
+
+    with torch.no_grad():
+        by_hand = pipe.scheduler.sampler(7)(ByHand(pipe.model, {"y": torch.tensor([5])}, {"y": 1000}, 2.0), x)
+    assert torch.equal(cut, by_hand) and scales == [2.0] * 4 + [0.0] * 3
+    assert not torch.equal(cut, pipe(5, **guided).images) and pipe.guidance_scale == 3.0
 
     third = pipe(5, latents=x, num_inference_steps=7, output_type="latent", callback_on_step_end=stop).images
     assert torch.equal(third, seen[2][2]) and not torch.equal(third, plain)

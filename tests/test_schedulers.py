@@ -125,6 +125,12 @@ def test_a_scheduler_of_other_formulas_is_named(scheduler, words):
         pipe([3])
 
 
+def test_ours_is_no_step_by_step_scheduler_and_says_what_is():
+    for call in (lambda s: s.set_timesteps(50), lambda s: s.step(torch.zeros(1), 3, torch.zeros(1))):
+        with pytest.raises(NotImplementedError, match="DDIMScheduler.from_config"):
+            call(UViTScheduler())
+
+
 def test_eta_is_ddims_alone():
     pipe = latent_pipeline()
     with pytest.raises(ValueError, match="eta: UViTScheduler takes none"):

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from tests.diffusion.test_samplers import run_in_float64
+from uvit_fast import build_sampler, load_config
+from uvit_fast.config import ConfigError
 from uvit_fast.diffusion.samplers import DPMSolverPPMultistep, DPMSolverPPSinglestep, DPMSolverSinglestep
 from uvit_fast.diffusion.schedules import SDSchedule, VPSchedule
 
@@ -112,3 +114,12 @@ def test_fast_of_the_vp_schedule_does_not_jump_where_an_interval_is_long():
     assert ratio < 1.1, f"{name}, {steps} steps"
     assert worst(DPMSolverSinglestep, VP, steps=range(2, 14))[0] < 1.1
     assert worst(DPMSolverPPSinglestep, VP)[0] < 1.05
+
+
+def test_a_config_says_the_spacing():
+    cfg = load_config("configs/h2_256.yaml", ["sample.sampler=dpmpp_2m", "sample.spacing=karras", "sample.steps=12"])
+    assert build_sampler(cfg).stages == DPMSolverPPMultistep(SD, 12, "karras").stages
+    with pytest.raises(ConfigError, match="sample.spacing: expected 'time', 'logsnr' or 'karras', got 'sigma'"):
+        load_config("configs/h2_256.yaml", ["sample.spacing=sigma"])
+    with pytest.raises(ConfigError, match="euler_maruyama has times of its own"):
+        load_config("configs/s2_cifar10.yaml", ["sample.spacing=time"])

@@ -229,7 +229,8 @@ class DPMSolverPPMultistep(DPMSolverPPSinglestep):
 
     Uniform in time, the SD schedule's last interval is several times as long in lambda as the one before: a step more than twice as long
     as the last one is of order 1, as diffusers' last one is (`euler_at_final`). A step of h > 1 in lambda, which there are with
-    ten evaluations or fewer, takes 1/h^2 of the second-order term: with all of it such steps can be worse than DDIM's.
+    ten evaluations or fewer, takes 1/h^2 of the second-order term: with all of it such steps can be worse than DDIM's. Both were found on
+    exact mixtures of Gaussians, of which VP spaced in time is the one case left: two points, a third more than DDIM's error of 0.002.
     """
 
     keep = 1

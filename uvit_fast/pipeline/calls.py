@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uvit_fast.diffusion.guidance import EpsFn, Guidance
+
 INSTEAD = {  # what diffusers' other pipelines take
     "batch_size": "expected num_images",
     "timesteps": "expected num_inference_steps, or another scheduler",
@@ -25,13 +27,14 @@ class _Interrupted(Exception):
 class StepEnd:
     """A user's `callback_on_step_end` as what the loops call with each new state."""
 
-    def __init__(self, pipe: Any, callback: Callable | None, inputs: Sequence[str]):
+    def __init__(self, pipe: Any, callback: Callable | None, inputs: Sequence[str], eps_fn: EpsFn):
         inputs = getattr(callback, "tensor_inputs", inputs)  # diffusers' own callbacks say what they want
         if unknown := set(inputs) - {"latents"}:
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs: expected ['latents'], got {', '.join(sorted(unknown))} too"
             )
         self.pipe, self.callback, self.inputs = pipe, callback, inputs
+        self.guidance = eps_fn if isinstance(eps_fn, Guidance) else None
         pipe._interrupt = False
 
     def __call__(self, i: int, t: Tensor, x: Tensor) -> Tensor:
@@ -39,6 +42,8 @@ class StepEnd:
             return x
         changed = self.callback(self.pipe, i, t, {name: x for name in self.inputs}) or {}
         self.state = changed.get("latents", x)
+        if self.guidance is not None:
+            self.guidance.scale.fill_(max(self.pipe.guidance_scale - 1, 0.0))  # which it may have set
         if self.pipe.interrupt:
             raise _Interrupted
         return self.state

@@ -89,7 +89,7 @@ class UViTPipeline(DiffusionPipeline):
         names = {int(label): name for label, name in (id2label or {}).items()}  # JSON's keys are texts
         self._known = Provenance(tuple(names.get(label, str(label)) for label in range(max(names, default=-1) + 1)))
         self._graphs: GraphSampler | None = None
-        self._interrupt = False
+        self._interrupt, self._guidance_scale, self._num_timesteps = False, guidance_scale, 0  # of the call that runs
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -111,6 +111,16 @@ class UViTPipeline(DiffusionPipeline):
     def interrupt(self) -> bool:
         """Whether the call that runs ends after this step: set `pipe._interrupt` in its `callback_on_step_end`."""
         return self._interrupt
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the call that runs: set `pipe._guidance_scale` in its `callback_on_step_end` for the steps that follow."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Evaluations of the call that runs, or steps of a scheduler of diffusers."""
+        return self._num_timesteps
 
     @classmethod
     def _dict_from_json_file(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -239,18 +249,16 @@ class UViTPipeline(DiffusionPipeline):
         device = self._execution_device
         x_T = randn_tensor(shape, generator, device) if latents is None else latents.to(device)
 
-        def eps_fn() -> Any:
-            return Guidance(net, condition, null, s, guidance_interval) if s else partial(net, **condition)
-
-        step_end = StepEnd(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        eps_fn = Guidance(net, condition, null, s, guidance_interval) if s else partial(net, **condition)
+        step_end = StepEnd(self, callback_on_step_end, callback_on_step_end_tensor_inputs, eps_fn)
+        self._guidance_scale = 1 + s
         if not isinstance(self.scheduler, UViTScheduler):
-            x_0 = self._solve_with_others(
-                eps_fn(), x_T, num_inference_steps or STEPS, generator, eta, callback, step_end
-            )
+            x_0 = self._solve_with_others(eps_fn, x_T, num_inference_steps or STEPS, generator, eta, callback, step_end)
         else:
             if eta:
                 raise ValueError(f"eta: UViTScheduler takes none; expected 0, got {eta}")
             sampler = self.scheduler.sampler(num_inference_steps)
+            self._num_timesteps = len(sampler.stages)
             keys = new_keys(generator, batch).to(device) if sampler.draws_noise else None
             watched = callback is not None or callback_on_step_end is not None
             if self._graphs is not None and not watched and not any(map(of_each, null.values())):
@@ -267,7 +275,7 @@ class UViTPipeline(DiffusionPipeline):
                             callback(done, steps)
 
                     x_0 = step_end.until_interrupted(
-                        lambda: sampler(eps_fn(), x_T, keys, progress, lambda i, x: step_end(i, times[i], x))
+                        lambda: sampler(eps_fn, x_T, keys, progress, lambda i, x: step_end(i, times[i], x))
                     )
         images = self._output(x_0, output_type)
         self.maybe_free_model_hooks()
@@ -286,7 +294,7 @@ class UViTPipeline(DiffusionPipeline):
         with self.progress_bar(total=steps) as bar:
 
             def change(i: int, t: Tensor, x: Tensor) -> Tensor:
-                bar.total = len(scheduler.timesteps)  # which some count twice
+                bar.total = self._num_timesteps = len(scheduler.timesteps)  # some count twice
                 bar.update()
                 if callback is not None:
                     callback(i + 1, len(scheduler.timesteps))

@@ -57,6 +57,14 @@ class UViTScheduler(SchedulerMixin, ConfigMixin):
         schedule = SCHEDULES[self.config.schedule]()
         return SAMPLERS[self.config.sampler](schedule, steps or self.config.steps, self.config.spacing)
 
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(
+            "UViTScheduler: the pipeline runs its sampler as a whole; for a loop of your own take "
+            "DDIMScheduler.from_config(pipe.scheduler.config), or pipe.scheduler.sampler(steps)(eps_fn, x_T)"
+        )
+
+    step = set_timesteps
+
 
 diffusers.UViTScheduler = UViTScheduler  # by which its loader knows what others need not take from this one's config
 
