@@ -4,7 +4,8 @@
 
 Milliseconds of one forward (as in inference) or one backward, 33024 tokens (128 images of 258), bf16. The GPU is kept busy while
 the calls are queued, so that a launch from Python costs no op anything: in a captured sampler or a training step of H/2 it does not
-either. `block` is a whole block with a long skip, attention included, of 128 images of 258 tokens; `block:host` is the time that Python
+either. `ours-sm80` are the kernels of an A100 on this card; `ours-plain` and `ours-sm80-plain` the bare products by our own cores, which say
+what prologues and epilogues cost on either. `block` is a whole block with a long skip, attention included, of 128 images of 258 tokens; `block:host` is the time that Python
 takes to queue one, whatever the GPU does.
 """
 
@@ -18,8 +19,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from benchmarks.common import RESULTS, Rows
+from uvit_fast.kernels import gemm
 from uvit_fast.kernels.layers import Linear, Norm
 from uvit_fast.kernels.ops import linear_residual, ln_linear, ln_mlp, skip_linear
+from uvit_fast.kernels.runtime.device import forced
 from uvit_fast.kernels.tools.tune import times
 from uvit_fast.model.uvit import Block
 
@@ -59,6 +62,12 @@ def cublas(shapes: list[tuple[int, int, int]]):
     return lambda: [a @ b for a, b in pairs]
 
 
+def plain_products(shapes: list[tuple[int, int, int]]):
+    """The bare products of a forward by our own core, without prologue or epilogue."""
+    pairs = [(random(M, K), Linear(random(N, K))) for M, N, K in shapes]
+    return lambda: [gemm.core(a.device).linear(a, b) for a, b in pairs]
+
+
 def bench(rows: Rows, D: int, names: list[str]) -> None:
     for name, (module, args, (forward, backward)) in cases(D).items():
         if name not in names:
@@ -70,6 +79,11 @@ def bench(rows: Rows, D: int, names: list[str]) -> None:
             with torch.no_grad():
                 rows.add(f"{name}:fwd:{D}", provider, times(functools.partial(f, *args)), **kw)
         rows.add(f"{name}:fwd:{D}", "cublas", times(cublas(forward)), **kw)
+        rows.add(f"{name}:fwd:{D}", "ours-plain", times(plain_products(forward)), **kw)
+        with forced(80), torch.no_grad():
+            ours = functools.partial(getattr(module, name), *args)
+            rows.add(f"{name}:fwd:{D}", "ours-sm80", times(ours), **kw)
+            rows.add(f"{name}:fwd:{D}", "ours-sm80-plain", times(plain_products(forward)), **kw)
         args = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(), args)
         leaves = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
         for provider, f in providers.items():

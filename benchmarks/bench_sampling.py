@@ -1,7 +1,7 @@
 """How long do 500 samples of 50 network evaluations take, and how long does a plain call? `python -m benchmarks.bench_sampling`
 
 Cases `<S|M|L|H>:<batch>:<nocfg|cfg>:<latent|decoded>`, with the published sampler (S: DPM-Solver) and the paper's s = 0.4 with cfg.
-Providers: `ours` is the captured loop, `ours-uncaptured` the same without its graph, the peers those of `models.py`; all of them guide
+Providers: `ours` is the captured loop, `ours-uncaptured` the same without its graph, `ours-sm80` with the kernels of an A100, the peers those of `models.py`; all of them guide
 in one pass of twice the batch and decode with the same KL-f8 autoencoder, of random weights, in bf16. A network whose eps is not the
 published one's is not timed.
 
@@ -69,6 +69,7 @@ PRESETS = {
         *[f"{size}:500:*:latent:{provider}" for size in "LMS" for provider in ("ours", "compiled")],
     ],
     "decode": ["decode:*"],
+    "sm80": ["H:500:nocfg:latent:ours", "H:500:nocfg:latent:ours-sm80", "H:500:nocfg:latent:eager"],
 }
 ENOUGH, MOST = 4, 3  # seconds, and loops, after which a case has been measured
 FEW, CALLED = 8, 50  # images: up to which a loop is measured whole, and a plain call is measured
@@ -80,6 +81,11 @@ class Case(NamedTuple):
     guided: bool
     decoded: bool
     provider: str
+
+    @property
+    def captured(self) -> bool:
+        """Whether it is our captured loop."""
+        return self.provider in ("ours", "ours-sm80")
 
     @property
     def name(self) -> str:
@@ -111,9 +117,9 @@ class Bench:
 
     def run(self, case: Case) -> tuple[list[float], float, int]:
         """Seconds for 500 samples, each time that was taken; peak bytes; evaluations that ran in a loop."""
-        whole = case.batch <= FEW or (case.provider == "ours" and not case.guided)
+        whole = case.batch <= FEW or (case.captured and not case.guided)
         count = self.evaluations or (50 if whole else 5)
-        together = case.decoded and case.provider == "ours" and case.batch <= FEW  # the decoder is in the graph
+        together = case.decoded and case.captured and case.batch <= FEW  # the decoder is in the graph
         key = case._replace(decoded=together)
         if key not in self.loops:
             self.loops[key] = self._loop(key, count)
@@ -133,7 +139,7 @@ class Bench:
         x, _, y = models.images(cfg, case.batch, self.device)
         decode = self._decoder() if case.decoded else None
         self._reset_peak()
-        if case.provider == "ours":
+        if case.captured:
             graphs = GraphSampler(net, decode, graphs=self.graphs)
             arguments = (sampler, x, {"y": y}, {"y": NULL}, SCALE if case.guided else 0.0)
             if not graphs.prepare(*arguments):
@@ -250,7 +256,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="all", help="presets and patterns, with commas")
     parser.add_argument("--sizes", default=",".join(SIZES))
-    parser.add_argument("--providers", default=",".join(("ours", "ours-uncaptured", *models.PEERS)))
+    parser.add_argument("--providers", default=",".join(("ours", "ours-uncaptured", "ours-sm80", *models.PEERS)))
     parser.add_argument("--batches", default="500,50,8,1")
     parser.add_argument("--guidance", default="nocfg,cfg")
     parser.add_argument("--decoding", default="latent,decoded")
@@ -287,9 +293,10 @@ def main() -> None:
         case = cases.pop(0)
         common: dict[str, Any] = {"dtype": models.dtype(case.provider), "batch": case.batch}
         try:
-            times, peak, count = bench.run(case)
-            called = case.batch <= CALLED and case.provider != "ours-uncaptured" and not (case.guided or case.decoded)
-            calls = bench.forward(case) if called else None
+            with models.kernels_of(case.provider):
+                times, peak, count = bench.run(case)
+                called = case.batch <= CALLED and case.provider != "ours-uncaptured"
+                calls = bench.forward(case) if called and not (case.guided or case.decoded) else None
         except (torch.OutOfMemoryError, RuntimeError) as error:
             print(f"{case.name} {case.provider}: not measured: {str(error).splitlines()[0]}", flush=True)
             failed.append(case)

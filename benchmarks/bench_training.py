@@ -1,6 +1,6 @@
 """How fast is a whole training step, and what does it hold? `python -m benchmarks.bench_training`
 
-Cases `<S|M|L|H>:<none|block|selective>:<ours|ours_uncaptured|eager|compiled|torchao-fp8>` at 32 x 32 x 4 latents: forward, backward,
+Cases `<S|M|L|H>:<none|block|selective>:<ours|ours_uncaptured|ours-sm80|eager|compiled|torchao-fp8>` at 32 x 32 x 4 latents: forward, backward,
 AdamW and EMA. `ours` is the trainer's own step with its DeepSpeed engine, bf16 weights with fp32 masters, forward and backward captured.
 The peers are those of `models.py` with PyTorch's fused AdamW and an average, all of it on the bf16 weights: without masters, which is
 less work than ours and no way to train for long. `selective` gives ours the budget of `BUDGET`, and the peers what every block keeps
@@ -37,7 +37,7 @@ from uvit_fast.training.monitor import forward_flops, utilisation
 from uvit_fast.training.row import Row
 from uvit_fast.training.trainer import Trainer
 
-PROVIDERS = ("ours", "ours_uncaptured", "eager", "compiled", "torchao-fp8")
+PROVIDERS = ("ours", "ours_uncaptured", "ours-sm80", "eager", "compiled", "torchao-fp8")
 STEPPED = ("ours", "compiled", "torchao-fp8", "eager")
 MAIN = [f"{size}:{policy}:{who}" for size in "HSLM" for who in STEPPED for policy in ("none", "block")]
 EVERY = [f"{size}:{policy}:{who}" for size in "HSLM" for who in PROVIDERS for policy in ("none", "block", "selective")]
@@ -213,7 +213,8 @@ def main() -> None:
             case.split(":")[1] for case in asked if case.startswith(f"{size}:") and case.endswith(f":{provider}")
         ]
         try:
-            rows_of(rows, size, provider, policies, args, late)
+            with models.kernels_of(provider):
+                rows_of(rows, size, provider, policies, args, late)
         except torch.OutOfMemoryError as error:  # a result too: there is no row of it
             print(f"{size} {provider}: out of memory: {error}".split("\n")[0], flush=True)
         except RuntimeError as error:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -19,6 +20,17 @@ def _forced() -> int | None:
 
 
 _FORCED = _forced()
+
+
+@contextlib.contextmanager
+def forced(arch: int) -> Iterator[None]:
+    """While open, every device takes the kernels and the table of this architecture, 80 or 90."""
+    global _FORCED
+    before, _FORCED = _FORCED, arch
+    try:
+        yield
+    finally:
+        _FORCED = before
 
 
 def interpreting() -> bool:

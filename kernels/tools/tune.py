@@ -109,7 +109,11 @@ def milliseconds(calls: list[Callable], rounds: int = 9, cycles: int = 3_000_000
 
 
 def tune(
-    dims: list[int], device: torch.device, report: Callable[[str], None] = print, only: list[str] | None = None
+    dims: list[int],
+    device: torch.device,
+    report: Callable[[str], None] = print,
+    only: list[str] | None = None,
+    width_done: Callable[[int], None] = lambda D: None,
 ) -> dict[str, dict]:
     """The table of the GPU's architecture, measured.
 
@@ -117,6 +121,7 @@ def tune(
         dims: widths D. A width that the table knew and that is not among them takes its case's commonest choice.
         only: cases to measure; the others stay as they are. Default: all.
         report: gets a line for each case: its choice, and the milliseconds before and after.
+        width_done: called after each width.
 
     Returns:
         What `tuning.choice` reads: "default"; case -> its commonest choice; case:width -> where a width's differs.
@@ -148,6 +153,7 @@ def tune(
             table[entry] = choice
             found.setdefault(case, {})[width] = choice
             report(f"{entry:32s} {times[0]:8.4f} -> {best:8.4f} ms  {json.dumps(choice)}")
+        width_done(D)
     return kept | compact(table["default"], found)
 
 

@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from tests.gpu.test_ops import OPS, run, tensors
+from tests.kernels.op_cases import OPS, arguments, result, results_and_gradients
 from uvit_fast.kernels.ops.attention import attention
 
 
@@ -21,8 +21,8 @@ def main(names: list[str]) -> None:
                 qkv = torch.randn(1, 258, 3, 2, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
                 attention(qkv).sum().backward()
         else:
-            x = tensors(name, (1, 258, 128), torch.bfloat16)
-            run(OPS[name][0], x, torch.ones_like(OPS[name][1](*x)))
+            args = arguments(name, (1, 258, 128), torch.bfloat16, device="cuda", grad=True)
+            results_and_gradients(OPS[name][0], args, torch.ones_like(result(OPS[name][1](*args))))
         torch.cuda.synchronize()
         print(name, "ran", flush=True)
 

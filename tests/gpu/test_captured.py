@@ -6,7 +6,7 @@ import torch
 from uvit_fast import build_model, load_config
 from uvit_fast.training.captured import Captured
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cores")]
 
 
 def network(checkpointing, name="s2_coco"):

@@ -99,7 +99,7 @@ def test_a_capture_made_beforehand_is_the_one_that_replays(net):
     assert torch.equal(sample(*arguments), expected) and len(sample) == 1
 
 
-def test_the_network_itself_is_captured_with_text():
+def test_the_network_itself_is_captured_with_text(cores):
     """A U-ViT with its fused kernels, through the sampling function: noise, features, guidance in an interval."""
     overrides = ["model.embed_dim=128", "model.depth=4", "model.num_heads=2", "sample.steps=8"]
     cfg = load_config("configs/s2_coco.yaml", overrides)

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.kernels.op_cases import OPS, WITH_SUMS, arguments, result, results_and_gradients, tensors, with_tensors
 from uvit_fast.kernels.ops import assemble, linear_residual, ln_mlp
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cores")]
 
 
 @pytest.fixture(autouse=True)

@@ -43,7 +43,7 @@ def losses(way: str, device: str) -> list[float]:
         return run.losses()
 
 
-def test_every_way_gives_the_plain_curve(pytestconfig):
+def test_every_way_gives_the_plain_curve(pytestconfig, cores):
     """bf16 rounds to 3 digits, and the curve falls by far more than the ways may differ."""
     found = {}  # compiled in a process of its own, as a run is
     for ways in (

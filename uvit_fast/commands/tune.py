@@ -1,6 +1,7 @@
 """`uvit-fast tune`: measure the kernels' choices on this GPU and write its architecture's tuning table."""
 
 import argparse
+import time
 from pathlib import Path
 
 from uvit_fast.commands.arguments import positive
@@ -21,7 +22,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """A minute or so for a width. Deterministic kernels stay deterministic; only speed changes."""
+    """Deterministic kernels stay deterministic; only speed changes."""
     wrong = [dim for dim in args.dims if dim % 64]
     if wrong:
         raise UserError(f"--dims: expected multiples of 64, got {wrong[0]}")
@@ -36,5 +37,16 @@ def run(args: argparse.Namespace) -> None:
     if unknown := [case for case in args.cases or () if case not in known]:
         raise UserError(f"--cases: expected some of {', '.join(known)}, got {unknown[0]}")
     out = Path(args.out or tuning.path(architecture(device)))
-    tune.write(tune.tune(args.dims, device, only=args.cases), out)
+    tried = {case: len(choices) for case, choices in known.items() if not args.cases or case in args.cases}
+    print(f"{sum(tried.values())} choices at each of {len(args.dims)} widths; the table goes to {out}", flush=True)
+    began, widths = time.monotonic(), 0
+
+    def width_done(D: int) -> None:
+        nonlocal widths
+        widths += 1
+        passed = time.monotonic() - began
+        left = passed / widths * (len(args.dims) - widths)
+        print(f"D = {D}: {passed:.0f} s so far, about {left:.0f} s left", flush=True)
+
+    tune.write(tune.tune(args.dims, device, only=args.cases, width_done=width_done), out)
     print(f"wrote {out}")
