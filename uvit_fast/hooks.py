@@ -63,5 +63,5 @@ def changed(network: nn.Module, inside: bool = False) -> str | None:
             return f"{name or 'the network'} has hooks, or a forward of its own"
         kind = type(module)
         if kind.__module__.partition(".")[0] not in known:
-            return f"{name} is a {kind.__module__}.{kind.__name__}"
+            return f"{name or 'the network'} is a {kind.__module__}.{kind.__name__}"
     return None
