@@ -1,6 +1,7 @@
 """Datasets give what the trainer expects, and refuse what does not fit."""
 
 import gzip
+import os
 import pickle
 
 import numpy as np
@@ -54,6 +55,22 @@ def test_cifar10_reads_the_python_batches(tmp_path):
     assert "y" not in batch and not dataset.classes  # the paper's CIFAR-10 model is unconditional
     dataset = build_dataset(load_config(CIFAR, [f"data.path={tmp_path}", "model.num_classes=10"]))
     assert finished(dataset, [(3, 0)])["y"].tolist() == [1] and dataset.classes[1] == "automobile"
+
+
+class RunsCode:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["PROOF"],)
+
+
+@pytest.mark.parametrize(
+    "batch", [RunsCode(), {b"data": RunsCode()}, {b"data": np.array([RunsCode()])}, [], {}, {b"data": np.zeros(3)}]
+)
+def test_a_cifar10_batch_runs_nothing_and_is_refused_where_it_is_none(tmp_path, monkeypatch, batch):
+    monkeypatch.setenv("PROOF", str(tmp_path / "ran"))
+    (tmp_path / "data_batch_1").write_bytes(pickle.dumps(batch))
+    with pytest.raises(UserError, match="expected a CIFAR-10 python batch"):
+        build_dataset(load_config(CIFAR, [f"data.path={tmp_path}"]))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_image_folder_takes_class_folders_and_crops_to_size(tmp_path):

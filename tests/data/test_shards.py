@@ -68,6 +68,36 @@ def test_a_shard_of_another_shape_or_a_damaged_manifest_is_named(folder):
         Latents(str(path), 0.5)
 
 
+def change(file, function):
+    manifest = json.loads(file.read_text())
+    function(manifest["arrays"]["moments"])
+    file.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda moments: moments["shards"][0].update(file="../secret.npy"),
+        lambda moments: moments["shards"][0].update(file="/etc/passwd"),
+        lambda moments: moments["shards"][0].update(file=3),
+        lambda moments: moments["shards"][0].update(count=-1),
+        lambda moments: moments.update(dtype="O"),
+        lambda moments: moments.update(shape=[8, 2.5, 2]),
+        lambda moments: moments.update(shards=None),
+    ],
+)
+def test_a_manifest_leads_nowhere_else_and_to_no_objects(folder, function):
+    change(folder[0] / "manifest.json", function)
+    with pytest.raises(UserError, match="manifest.json: damaged"):
+        Latents(str(folder[0]), 0.5)
+
+
+def test_a_manifest_nested_too_deeply_is_damaged(folder):
+    (folder[0] / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="manifest.json: damaged"):
+        Latents(str(folder[0]), 0.5)
+
+
 def test_another_scale_factor_than_the_extracted_is_said(folder):
     with pytest.warns(UserWarning, match="extracted for scale_factor 0.5; latent.scale_factor 0.25 is used"):
         Latents(str(folder[0]), 0.25)

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from uvit_fast.config import Config, UserError
+from uvit_fast.config import Config, UserError, cut
 from uvit_fast.data.reading import WHITE, BadImage, list_images, read_image, shown
 from uvit_fast.diffusion.noise import Draws
 from uvit_fast.extras import missing
@@ -130,11 +130,28 @@ def cifar10(path: str | None, flip: bool, labelled: bool) -> TensorImages:
     for name in [f"data_batch_{i}" for i in range(1, 6)]:
         if not (folder / name).is_file():
             raise UserError(f"data.path {folder}: no {name}; expected the CIFAR-10 python batches")
-        with open(folder / name, "rb") as file:
-            batch = pickle.load(file, encoding="bytes")
-        images.append(torch.from_numpy(batch[b"data"]).view(-1, 3, 32, 32))
-        labels.append(torch.tensor(batch[b"labels"]))
+        try:
+            with open(folder / name, "rb") as file:
+                batch = _ArraysOnly(file, encoding="bytes").load()
+            images.append(torch.from_numpy(batch[b"data"]).view(-1, 3, 32, 32))
+            labels.append(torch.tensor(batch[b"labels"], dtype=torch.int64).view(len(images[-1])))
+        except Exception as error:  # a pickle's content raises whatever its parts do
+            raise UserError(
+                f"data.path {folder / name}: expected a CIFAR-10 python batch ({cut(str(error))})"
+            ) from None
     return TensorImages(torch.cat(images), torch.cat(labels) if labelled else None, 255.0, flip, CLASSES["cifar10"])
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Unpickles NumPy arrays, numbers and texts. Anything else that a pickle can name, and would run, is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module.replace("numpy._core", "numpy.core"), name) not in {
+            ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"),
+            ("numpy.core.multiarray", "_reconstruct"), ("numpy.core.numeric", "_frombuffer"),
+        }:  # fmt: skip
+            raise pickle.UnpicklingError(f"holds {module}.{name}, which is not loaded since it could run code")
+        return super().find_class(module, name)
 
 
 def fashion_mnist(path: str | None, flip: bool) -> TensorImages:

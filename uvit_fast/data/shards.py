@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from uvit_fast.config import UserError
+from uvit_fast.config import UserError, cut, shown
 
 FORMAT = "uvit-fast shards 1"
 
@@ -83,13 +83,29 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{folder}: no manifest.json; expected a folder that `uvit-fast extract` has finished")
     try:
-        manifest = json.loads(file.read_text())
+        manifest = json.loads(file.read_text("utf-8"))
         found = manifest["format"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file}: damaged; expected a manifest of format {FORMAT!r}") from None
+        if found == FORMAT:
+            _check(manifest["arrays"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        why = cut(f"{type(error).__name__}: {error}")
+        raise UserError(f"{file}: damaged; expected a manifest of format {FORMAT!r} ({why})") from None
     if found != FORMAT:
-        raise UserError(f"{file}: expected format {FORMAT!r}, got {found!r}")
+        raise UserError(f"{file}: expected format {FORMAT!r}, got {shown(found)}")
     return manifest
+
+
+def _check(arrays: dict[str, Any]) -> None:
+    """Raise a KeyError, TypeError or ValueError where a manifest's arrays are not as `describe` gives them, with shards in their folder."""
+    for name, entry in arrays.items():
+        counts = [shard["count"] for shard in entry["shards"]]
+        if np.dtype(entry["dtype"]).hasobject or not all(type(n) is int and n >= 0 for n in [*entry["shape"], *counts]):
+            raise ValueError(f"{name} is no array of numbers")
+        for shard in entry["shards"]:
+            if Path(shard["file"]).name != shard["file"]:
+                raise ValueError(f"{shard['file']} is no name of a file in the folder")
+            if not isinstance(shard["sha256"], str) or type(entry["count"]) is not int:
+                raise TypeError(f"{name} has no checksum or count")
 
 
 def write_manifest(folder: Path, arrays: dict[str, Any], **about: Any) -> None:
