@@ -149,6 +149,11 @@ def test_a_changed_linear_is_called(change, name):
         assert torch.equal(model(*INPUTS), got) and calls == [1]
 
 
+def test_what_wraps_the_network_of_others_is_named():
+    wrapper = type("PeftModel", (nn.Sequential,), {"__module__": "peft.peft_model"})
+    assert changed(wrapper(network())) == "the network is a peft.peft_model.PeftModel"
+
+
 def test_gradients_reach_adapters_and_not_what_is_frozen():
     model = network().requires_grad_(False)
     for name in ("mid_block.attn.qkv", LINEAR):

@@ -73,6 +73,10 @@ def test_the_condition_changes_the_output(tmp_path):
             ValueError, match="y: expected labels" if kind == "adm" else "context: expected text features"
         ):
             model(x, t)
+        wrong = {"y": torch.tensor([99])} if kind == "adm" else {"context": torch.zeros(1, 4, 12)}
+        words = "y: expected labels from 0 to" if kind == "adm" else r"context: expected shape \(1, 5, 12\)"
+        with pytest.raises(ValueError, match=words):
+            model(x, t, **wrong)
 
 
 @pytest.mark.parametrize(
