@@ -143,12 +143,19 @@ def test_missing_empty_and_unfitting_data_are_named(tmp_path):
     assert "no data_batch_1" in refused(CIFAR, f"data.path={tmp_path}")
     assert "not set" in refused(CIFAR, "data.path=null")
     assert "expect items of (1, 16, 16), got (1, 8, 8)" in refused(DIGITS, "model.img_size=16")
-    assert "expected labels of 1 to 9 classes, got 10" in refused(DIGITS, "model.num_classes=10")
+    for classes in (2, 10):  # of which one is the null label
+        message = refused(DIGITS, f"model.num_classes={classes}")
+        assert "10 classes (0, 1, 2, " in message and " and the null label of train.p_uncond need more than" in message
+        assert message.endswith(f"model.num_classes={classes}: set model.num_classes=11")
+    message = refused(DIGITS, "model.num_classes=9", "train.p_uncond=0")
+    assert message.endswith("8, 9) need more than model.num_classes=9: set model.num_classes=10")
     with pytest.warns(UserWarning, match="10 classes for the 12 of model.num_classes; labels from 10 on learn nothing"):
         build_dataset(load_config(DIGITS, ["model.num_classes=13"]))
     assert "no manifest.json" in refused("configs/h2_256.yaml", f"data.path={tmp_path}")
     pack(tmp_path, {"moments": np.zeros((2, 8, 32, 32), np.float16)})
-    assert "expected labels" in refused("configs/h2_256.yaml", f"data.path={tmp_path}")
+    assert "expected labels, for model.num_classes=1001, got none" in refused(
+        "configs/h2_256.yaml", f"data.path={tmp_path}"
+    )
 
 
 def test_an_unreadable_image_is_named(tmp_path):

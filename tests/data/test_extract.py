@@ -1,5 +1,6 @@
 """Extraction: real photographs through a small random autoencoder and CLIP, saved to disk as users have them."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -188,6 +189,34 @@ def test_every_kind_of_bad_image_is_counted_and_named(photos, tmp_path, capsys):
         make(folder, tmp_path / "refused", policy=extract.Policy(unreadable="refuse"))[0].run()
     with pytest.raises(UserError, match="cmyk.jpg: CMYK"):
         make(folder, tmp_path / "refused2", policy=extract.Policy(unusual="refuse"))[0].run()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(photos, vae, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    assert main(arguments(photos, vae, tmp_path / "file" / "out")) == 2
+    assert "file/out/notes: cannot be written (Not a directory); expected --out to allow it" in capsys.readouterr().err
+
+    def read_only(folder, *content):
+        raise OSError(errno.EROFS, "Read-only file system", str(folder / "x.npy"))
+
+    monkeypatch.setattr(shards, "write_shard", read_only)
+    with pytest.raises(UserError, match="out/x.npy: cannot be written .Read-only file system."):
+        make(photos, tmp_path / "out")[0].run()
+
+
+def test_names_that_are_not_utf8_are_extracted_continued_and_reported(photos, tmp_path, capsys):
+    folder = os.fsencode(tmp_path / "images")
+    os.makedirs(folder + b"/caf\xe9")
+    shutil.copy(photos / "n01_temple" / "0.JPEG", folder + b"/caf\xe9/\xfc.jpg")
+    open(folder + b"/caf\xe9/z\xfc.jpg", "w").close()
+    for _ in range(2):
+        report = make(tmp_path / "images", tmp_path / "out")[0].run()
+        assert (report["written"], report["rejected"]) == (1, 1)
+        print(extract.summary(tmp_path / "out", report))
+        assert "rejected caf\\udce9/z\\udcfc.jpg: zero bytes" in capsys.readouterr().out
+    assert shards.read_manifest(tmp_path / "out")["classes"] == ["caf\udce9"]
+    assert main(["data", "check", str(tmp_path / "images")]) == 1
+    assert "caf\\udce9/z\\udcfc.jpg: zero bytes" in capsys.readouterr().out
 
 
 def test_an_interrupted_extraction_continues_with_nothing_doubled(photos, tmp_path):

@@ -87,3 +87,22 @@ class Killed(Points):
 def test_a_loader_process_that_was_killed_is_one_line():
     with pytest.raises(DataError, match=r"DataLoader worker .* too little memory for data.num_workers"):
         next(batches(Killed(), order(), 1, CPU))
+
+
+def endless(taken):
+    for i, _ in enumerate(batches(Points(), order(steps=10**6), 2, CPU)):
+        taken.value = i
+
+
+def test_loader_processes_of_a_killed_trainer_say_nothing(capfd):
+    """Killed while one of them hands it a batch, four times, as most moments are."""
+    for _ in range(4):
+        taken = multiprocessing.Value("l", 0)
+        trainer = multiprocessing.Process(target=endless, args=(taken,))
+        trainer.start()
+        while taken.value < 5:
+            time.sleep(0.01)
+        trainer.kill()
+        trainer.join()
+        time.sleep(0.2)
+    assert capfd.readouterr().err == ""

@@ -1,13 +1,24 @@
 """Read a whole folder before a long run does."""
 
+from collections import Counter
+from pathlib import Path
+from statistics import median
+
 from tqdm import tqdm
 
+from uvit_fast.config import UserError
 from uvit_fast.data import reading, shards
 from uvit_fast.data.datasets import require_folder
+from uvit_fast.data.reading import shown
+
+TINY = 16  # pixels of the shorter side; less than a quarter of the folder's median is tiny, too
+NARROW = 4  # longer over shorter side from which on a centre crop shows a quarter or less
 
 
 def check_folder(path: str) -> int:
     """Print a line for each damaged shard of latents, or each unreadable or unusual image; how many cannot be used.
+
+    Of images also: their classes with counts, what of the folder nobody reads, and how many are unusual in which way.
 
     Raises:
         UserError: no such folder, or nothing in it that could be checked.
@@ -15,18 +26,61 @@ def check_folder(path: str) -> int:
     folder = require_folder(path, "latents or images", key="data check")
     if (folder / "manifest.json").is_file():
         faults = shards.faults(folder)
-        print("\n".join(faults) or f"{folder}: every checksum is right")
+        print("\n".join(faults) or f"{shown(str(folder))}: every checksum is right")
         return len(faults)
-    files, unreadable, unusual = reading.list_images(folder, labelled=False).files, 0, 0
-    for name in tqdm(files, unit="image", desc="check"):
+    return _check_images(folder)
+
+
+def _check_images(folder: Path) -> int:
+    listing = reading.list_images(folder, labelled=False)
+    unusual: dict[str, list[str]] = {}
+    sizes, bad = {}, Counter()
+    for name in tqdm(listing.files, unit="image", desc="check"):
         try:
-            _, oddities = reading.read_image(folder / name)
+            image, oddities = reading.read_image(folder / name)
         except reading.BadImage as error:
-            unreadable += 1
-            print(f"{folder / name}: {error}")
-        else:
-            if oddities:
-                unusual += 1
-                print(f"{folder / name}: {', '.join(oddities)}; read as upright RGB")
-    print(f"{folder}: {len(files)} images, {unreadable} unreadable, {unusual} unusual")
+            bad[name.split("/")[0]] += 1
+            print(f"{shown(str(folder / name))}: {error}")
+            continue
+        sizes[name] = image.size
+        if oddities:
+            unusual[name] = oddities
+            print(f"{shown(str(folder / name))}: {', '.join(oddities)}; read as upright RGB")
+    usual_side = median(map(min, sizes.values())) if sizes else 0
+    for name, (width, height) in sizes.items():
+        short, long = sorted((width, height))
+        kinds = ["tiny"] if short < max(TINY, usual_side / 4) else []
+        if kinds := kinds + (["extreme shape"] if long >= NARROW * short else []):
+            unusual.setdefault(name, []).extend(kinds)
+            print(f"{shown(str(folder / name))}: {', '.join(kinds)}, {width} x {height} pixels")
+    if all("/" in name for name in listing.files):
+        listing = _print_classes(folder, bad) or listing
+    for note in listing.notes:
+        print(note)
+    unreadable = bad.total()
+    print(
+        f"{shown(str(folder))}: {len(listing.files)} images, {unreadable} unreadable, {len(unusual)} unusual"
+        + _counted(Counter(kind.split(" (")[0] for kinds in unusual.values() for kind in kinds))
+    )
     return unreadable
+
+
+def _print_classes(folder: Path, bad: Counter) -> reading.Listing | None:
+    """The listing with one folder a class; None where it cannot be one, and why is said."""
+    try:
+        listing = reading.list_images(folder, labelled=True)
+    except UserError as error:
+        print(f"no classes: {error}")
+        return None
+    count = len(listing.classes)
+    print(
+        f"{count} folders, as classes: model.num_classes={count}, or {count + 1} with train.p_uncond, for its null label"
+    )
+    print(f"{'label':>6}{'images':>9}{'unreadable':>12}  class")
+    for label, (name, images) in enumerate(listing.counts.items()):
+        print(f"{label:6}{images:9}{bad[name]:12}  {shown(name)}")
+    return listing
+
+
+def _counted(kinds: Counter) -> str:
+    return f" ({', '.join(f'{count} {kind}' for kind, count in kinds.most_common())})" if kinds else ""

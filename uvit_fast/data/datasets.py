@@ -372,12 +372,18 @@ def check_fits(dataset: Any, cfg: Config) -> None:
         raise UserError(
             f"data {cfg.data.name}: model.img_size and in_chans expect items of {expected}, got {dataset.shape}"
         )
-    room = cfg.model.num_classes - (cfg.null_label is not None and not dataset.synthetic)
-    if cfg.model.num_classes and not 0 < dataset.num_classes <= room:
+    null = cfg.null_label is not None and not dataset.synthetic
+    room = cfg.model.num_classes - null
+    if cfg.model.num_classes and not dataset.num_classes:
+        raise UserError(
+            f"data {cfg.data.name}: expected labels, for model.num_classes={cfg.model.num_classes}, got none"
+        )
+    if cfg.model.num_classes and dataset.num_classes > room:
         names = getattr(dataset, "classes", ())
         raise UserError(
-            f"data {cfg.data.name}: expected labels of 1 to {room} classes, got {dataset.num_classes}"
-            + (f": {some(names)}" if names else "")
+            f"data {cfg.data.name}: {dataset.num_classes} classes{f' ({some(names)})' if names else ''}"
+            f"{' and the null label of train.p_uncond' if null else ''} need more than "
+            f"model.num_classes={cfg.model.num_classes}: set model.num_classes={dataset.num_classes + null}"
         )
     if 0 < dataset.num_classes < room:
         warnings.warn(

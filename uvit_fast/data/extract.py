@@ -131,7 +131,10 @@ class Extraction:
             return None
         except OSError as error:
             if not shards.is_full(error):
-                raise
+                where = shown(str(error.filename or self.out))
+                raise UserError(
+                    f"{where}: cannot be written ({error.strerror or error}); expected --out to allow it"
+                ) from None
             done = sum(len(self.parts[shard]) for shard in mine if self._note(shard).is_file())
             raise UserError(
                 f"{self.out}: the disk is full; the shards of {done} of {total} images are complete and stay: "

@@ -7,8 +7,9 @@ epoch shows each sample once. Within a step, micro-batch m = k * ranks + rank (k
 """
 
 import signal
+import sys
 from collections.abc import Iterator
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ def batches(dataset: Any, order: Order, num_workers: int, device: torch.device) 
             collate_fn=_as_it_is,
             pin_memory=device.type == "cuda",
             prefetch_factor=4 if num_workers else None,
-            worker_init_fn=_outlive_signals,
+            worker_init_fn=_prepare_worker,
             timeout=STALLED if num_workers else 0,
         )
     )
@@ -125,10 +126,20 @@ def _as_it_is(raw: dict[str, Tensor]) -> dict[str, Tensor]:
     return raw
 
 
-def _outlive_signals(worker: int) -> None:
-    """A cluster, or Ctrl-C, signals every process of a job: the loaders live on, so that the trainer can finish its step and save."""
+def _prepare_worker(worker: int) -> None:
+    """Let a loader process outlive a signal to the whole job, so that the trainer can finish its step and save, and end with no word after it.
+
+    A cluster, or Ctrl-C, signals every process of a job.
+    """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else _not_yet)
+    sys.excepthook = _print_unless_alone
+
+
+def _print_unless_alone(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """What the thread that hands tensors to the trainer says, but for a trainer that was killed in the middle of taking one."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, traceback)
 
 
 def _not_yet(number: int, frame: FrameType | None) -> None:
