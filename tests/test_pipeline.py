@@ -233,6 +233,8 @@ def test_text_models_take_prompts_and_keep_their_encoder(tmp_path):
         pipe(class_labels=3)
     with pytest.raises(ValueError, match=r"prompt_embeds: expected \(B, 8, 16\), got \(1, 7, 16\)"):
         pipe(prompt_embeds=torch.zeros(1, 7, 16))
+    with pytest.raises(ValueError, match=r"prompt: expected at least one, as text, got \[3\]"):
+        pipe(prompt=3)
     with pytest.raises(ValueError, match="prompt: expected it or prompt_embeds, got both"):
         pipe("a", prompt_embeds=torch.zeros(1, 8, 16))
     with pytest.raises(ValueError, match="negative_prompt: expected one, or one a prompt, 1, got 2"):

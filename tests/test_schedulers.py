@@ -131,6 +131,15 @@ def test_ours_is_no_step_by_step_scheduler_and_says_what_is():
             call(UViTScheduler())
 
 
+def test_their_configs_pass_ours_on_without_a_word(caplog):
+    with caplog.at_level("WARNING", logger="diffusers"):
+        config = UViTScheduler(schedule="vp", sampler="dpm_fast", steps=7).config
+        for name in ("DDIM", "PNDM", "EulerDiscrete"):
+            config = getattr(diffusers, f"{name}Scheduler").from_config(config).config
+        assert UViTScheduler.from_config(config).config.steps == 7
+    assert not caplog.records
+
+
 def test_eta_is_ddims_alone():
     pipe = latent_pipeline()
     with pytest.raises(ValueError, match="eta: UViTScheduler takes none"):

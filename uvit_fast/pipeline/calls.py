@@ -16,6 +16,12 @@ INSTEAD = {  # what diffusers' other pipelines take
     "image": "it draws from noise alone",
     "strength": "it draws from noise alone",
     "clip_skip": "the model was trained on CLIP's last layer",
+    "guidance_rescale": "its guidance is cond + s (cond - uncond); expected guidance_scale",
+    "cross_attention_kwargs": "the model has no cross-attention",
+    "ip_adapter_image": "the model takes no images",
+    "ip_adapter_image_embeds": "the model takes no images",
+    "prompt_2": "there is one text encoder; expected prompt",
+    "negative_prompt_2": "there is one text encoder; expected negative_prompt",
     "callback_steps": "expected callback_on_step_end",
 }
 

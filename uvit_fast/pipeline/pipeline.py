@@ -358,7 +358,7 @@ class UViTPipeline(DiffusionPipeline):
                 expected = f"(B, {net.context_tokens}, {net.context_dim})"
                 raise ValueError(f"{name}_embeds: expected {expected}, got {tuple(features.shape)}")
             return features.to(self._execution_device)
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = list(text) if isinstance(text, list | tuple) else [text]
         if not texts or not all(isinstance(each, str) for each in texts):
             raise ValueError(f"{name}: expected at least one, as text, got {texts or 'none'}")
         if self.tokenizer is None or self.text_encoder is None:
@@ -369,7 +369,7 @@ class UViTPipeline(DiffusionPipeline):
         """CLIP's last hidden state, padded to the model's tokens, no mask: (B, T, C)."""
         length = self.model.context_tokens
         tokens = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        for prompt, uncut in zip(prompts, self.tokenizer(prompts).input_ids):
+        for prompt, uncut in zip(prompts, self.tokenizer(prompts, verbose=False).input_ids):
             if len(uncut) > length:
                 logger.warning(
                     f"a prompt of {len(uncut)} tokens is cut to the {length} that the model takes: {prompt[:80]!r}"

@@ -5,10 +5,10 @@ that level: n + 1 under SD, under VP what the continuous schedule has there.
 """
 
 import inspect
+import logging
 from collections.abc import Callable
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
@@ -66,7 +66,15 @@ class UViTScheduler(SchedulerMixin, ConfigMixin):
     step = set_timesteps
 
 
-diffusers.UViTScheduler = UViTScheduler  # by which its loader knows what others need not take from this one's config
+def _of_others(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    ours = (f"'{name}': " in text for name in ("schedule", "sampler", "steps", "spacing"))
+    return not (text.startswith("The config attributes") and any(ours))
+
+
+logging.getLogger("diffusers.configuration_utils").addFilter(
+    _of_others
+)  # that they keep, but do not read, ours is as it should be
 
 
 def check(scheduler: Any, schedule: str, latent: bool) -> None:
