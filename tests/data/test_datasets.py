@@ -147,7 +147,7 @@ def test_missing_empty_and_unfitting_data_are_named(tmp_path):
         message = refused(DIGITS, f"model.num_classes={classes}")
         assert "10 classes (0, 1, 2, " in message and " and the null label of train.p_uncond need more than" in message
         assert message.endswith(f"model.num_classes={classes}: set model.num_classes=11")
-    message = refused(DIGITS, "model.num_classes=9", "train.p_uncond=0")
+    message = refused(DIGITS, "model.num_classes=9", "train.p_uncond=0", "sample.guidance_scale=0")
     assert message.endswith("8, 9) need more than model.num_classes=9: set model.num_classes=10")
     with pytest.warns(UserWarning, match="10 classes for the 12 of model.num_classes; labels from 10 on learn nothing"):
         build_dataset(load_config(DIGITS, ["model.num_classes=13"]))
