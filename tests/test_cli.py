@@ -198,6 +198,13 @@ def test_an_interrupted_job_continues_without_repeating_or_losing_a_sample(check
     assert "continue it with --resume" in capsys.readouterr().err
     assert sample(checkpoint, resumed, *common, "--seed", "1", "--resume") == 2
     assert "--resume expected seed 0, got 1" in capsys.readouterr().err
+    note = tmp_path / "resumed.npz.parts" / "job.json"
+    settings = note.read_text()
+    for damaged in ("{", "[1]", "[" * 100_000):
+        note.write_text(damaged)
+        assert sample(checkpoint, resumed, *common, "--resume") == 2
+        assert "job.json: damaged" in capsys.readouterr().err
+    note.write_text(settings)
     cut = tmp_path / "resumed.npz.parts" / "0000003_0000006.npy"
     os.truncate(cut, cut.stat().st_size - 10)  # as a full disk leaves it
     assert sample(os.path.relpath(checkpoint), resumed, *common, "--resume") == 0

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from uvit_fast.config import UserError
+from uvit_fast.config import UserError, shown
 from uvit_fast.files import write_whole
 from uvit_fast.ranks import ALONE, Ranks
 
@@ -76,10 +76,13 @@ class Job:
         if note.is_file():
             if not resume:
                 return f"{self.folder}: an interrupted job; continue it with --resume, or remove the folder"
-            before = json.loads(note.read_text())
+            try:
+                before = dict(json.loads(note.read_text("utf-8")))
+            except (OSError, ValueError, TypeError, RecursionError):
+                return f"{note}: damaged; expected the settings of an interrupted job, or no such folder"
             for name, value in settings.items():
                 if before.get(name) != value:
-                    return f"{self.folder}: --resume expected {name} {before.get(name)!r}, got {value!r}"
+                    return f"{self.folder}: --resume expected {name} {shown(before.get(name))}, got {shown(value)}"
         elif self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir())):
             return f"{self.out}: there already, finished or of something else; expected a new name or an empty folder"
         try:
@@ -92,7 +95,8 @@ class Job:
     def _is_whole(self, part: tuple[int, int]) -> bool:
         """Whether a part is there with all its samples; what a full disk or a dead machine cut off is drawn again."""
         try:
-            return len(np.load(self._file(part), mmap_mode="r")) == part[1] - part[0]
+            images = np.load(self._file(part), mmap_mode="r")
+            return images.dtype == np.uint8 and images.ndim == 4 and len(images) == part[1] - part[0]
         except (OSError, ValueError, EOFError):
             return False
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 from tests.evaluation.test_features import MeanColours, folder_of, npz_of, pictures
 from uvit_fast.config import UserError
+from uvit_fast.evaluation import sources as files
 from uvit_fast.evaluation.features import extract
 from uvit_fast.measuring import open_images
 
@@ -148,3 +149,19 @@ def test_a_folder_is_read_as_training_reads_it(tmp_path):
     (odd / "3.png").symlink_to(plain / "3.png")
     (first,), (second,) = (open_images(folder).read([range(4)]) for folder in (plain, odd))
     np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("shape", "stored", "words"),
+    [
+        ((10**12,), 0, "mu: not readable as an array of numbers"),  # the header alone would take the memory
+        ((1000,), 1000 * 8, "mu: expected at most 1,000 bytes, got"),  # and here what is packed would
+    ],
+)
+def test_an_array_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch, shape, stored, words):
+    monkeypatch.setattr(files, "LARGEST", 1000)
+    with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED) as archive, archive.open("mu.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": shape})
+        file.write(bytes(stored))
+    with pytest.raises(UserError, match=words):
+        files.read_arrays(tmp_path / "x.npz", ["mu"])

@@ -112,7 +112,8 @@ def load_pretrained(what: str, name: str, load: Callable[..., Any]) -> Any:
         raise
     except Exception as error:  # each library has its own kinds for damaged and foreign files
         reason = cut(str(error).strip().split("\n")[0])
-        raise UserError(f"{what} {cut(name)}: neither a local folder nor found on the hub ({reason})") from None
+        where = "the folder cannot be loaded" if Path(name).is_dir() else "neither a local folder nor found on the hub"
+        raise UserError(f"{what} {cut(name)}: {where} ({reason})") from None
 
 
 def quiet_diffusers() -> None:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from uvit_fast.config import UserError
 
 READERS = 8  # threads that read files
+LARGEST = 4 << 30  # bytes of an array that is read whole: the features of 500,000 images
 PROBED = 200  # files of a folder that are asked how they are compressed
 BROKEN = (
     OSError,
@@ -183,14 +184,20 @@ def read_arrays(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     """Those of the arrays that an .npz has, whole.
 
     Raises:
-        UserError: a broken file, or one that would have to be unpickled, which can run anything.
+        UserError: a broken file, one that would have to be unpickled, which can run anything, or one that would fill the memory.
     """
     arrays = {}
     for name in sorted(names_in(path) & set(names)):
         try:
+            with zipfile.ZipFile(path) as archive:
+                size = archive.getinfo(f"{name}.npy").file_size
+            if size > LARGEST:
+                raise UserError(f"{path}: {name}: expected at most {LARGEST:,} bytes, got {size:,}")
             with np.load(path, allow_pickle=False) as archive:
                 arrays[name] = archive[name]
-        except BROKEN as error:
+        except UserError:
+            raise
+        except (*BROKEN, MemoryError) as error:  # the latter for a header that claims more than there is
             raise UserError(f"{path}: {name}: not readable as an array of numbers ({_reason(error)})") from None
     return arrays
 
