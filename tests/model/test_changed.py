@@ -57,9 +57,10 @@ def test_backward_hooks_see_gradients_whatever_is_kept(policy):
     model, plain_model, seen = network(activation_checkpointing=policy), network(), []
     for name in PARTS[3:11]:
         model.get_submodule(name).register_full_backward_hook(lambda module, grads, out: seen.append(out[0].shape[-1]))
+    model.decoder_pred.register_full_backward_pre_hook(lambda module, out: seen.append(out[0].shape[-1]))
     for each in (model, plain_model):
         each(*INPUTS).square().mean().backward()
-    assert sorted(seen) == [32, 32, 32, 32, 32, 32, 96, 128]
+    assert sorted(seen) == [12, 32, 32, 32, 32, 32, 32, 96, 128]
     for a, b in zip(model.parameters(), plain_model.parameters()):
         torch.testing.assert_close(a.grad, b.grad)
 

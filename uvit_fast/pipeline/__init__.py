@@ -2,7 +2,8 @@
 
 from diffusers import ModelMixin, SchedulerMixin  # where diffusers' loader finds the classes, it looks for these
 
-from .pipeline import UViTModel, UViTPipeline, make_pipeline
+from .make import make_pipeline
+from .pipeline import UViTModel, UViTPipeline
 from .schedulers import UViTScheduler
 
 __all__ = ["ModelMixin", "SchedulerMixin", "UViTModel", "UViTPipeline", "UViTScheduler", "make_pipeline"]

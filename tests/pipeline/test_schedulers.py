@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.diffusion.test_samplers import gaussian_eps, gaussian_solution
-from tests.test_pipeline import latent_pipeline, seeded
+from tests.pipeline.test_pipeline import latent_pipeline, seeded
 from uvit_fast.diffusion.guidance import Guidance
 from uvit_fast.diffusion.schedules import SDSchedule, VPSchedule
 from uvit_fast.pipeline import UViTPipeline, UViTScheduler, schedulers

@@ -1,0 +1,47 @@
+"""From a config and a checkpoint to a pipeline."""
+
+from typing import Any
+
+from torch import Tensor
+
+from uvit_fast.config import Config, ModelConfig, UserError
+from uvit_fast.model.weights import load_weights
+from uvit_fast.provenance import UNKNOWN, Provenance
+
+from .pipeline import UViTModel, UViTPipeline
+from .schedulers import UViTScheduler
+
+
+def make_pipeline(
+    cfg: Config,
+    weights: dict[str, Tensor],
+    known: Provenance = UNKNOWN,
+    **components: Any,
+) -> UViTPipeline:
+    """The pipeline of a config and a state dict with the published names.
+
+    Args:
+        known: the names of its classes.
+        components: `vae` for a latent model; `text_encoder` and `tokenizer` for a text model.
+
+    Raises:
+        UserError: weights of another architecture.
+    """
+    if not isinstance(cfg.model, ModelConfig):
+        raise UserError(f"{cfg.name}: pipelines are of U-ViT; a U-Net's weights are diffusers' own names after `net.`")
+    model = load_weights(UViTModel(**cfg.model.model_dump()), weights)
+    scheduler = (
+        UViTScheduler(  # by keyword, or diffusers takes values for defaults, which another scheduler's config forgets
+            schedule=cfg.diffusion.schedule,
+            sampler=cfg.sample.sampler,
+            steps=cfg.sample.steps,
+            spacing=cfg.sample.spacing,
+        )
+    )
+    factor = cfg.latent.scale_factor if cfg.latent else 1.0
+    scale = 1 + cfg.sample.guidance_scale
+    names = dict(enumerate(known.classes)) or None
+    return UViTPipeline(
+        model.eval(), scheduler, scale_factor=factor, null_label=cfg.null_label, guidance_scale=scale, id2label=names,
+        **components,
+    )  # fmt: skip
