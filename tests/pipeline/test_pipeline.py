@@ -10,11 +10,11 @@ from tests.recorded import RecordedGraphs
 from tests.test_config import CONFIGS, PARAMETERS
 from uvit_fast import build_model, cli, load_config
 from uvit_fast.config import Config
-from uvit_fast.data.encoders import load_clip
+from uvit_fast.data.encoders import load_clip, vae_identity
 from uvit_fast.diffusion.cudagraph import GraphSampler
 from uvit_fast.diffusion.guidance import Guidance, text_guidance
 from uvit_fast.pipeline import UViTModel, UViTPipeline, make_pipeline
-from uvit_fast.provenance import Provenance
+from uvit_fast.provenance import Provenance, read
 
 SMALL = ["model.embed_dim=32", "model.depth=2", "model.num_heads=2", "model.img_size=8", "sample.steps=4"]
 
@@ -42,6 +42,21 @@ def test_save_and_load_round_trip_gives_the_same_images(tmp_path):
     a, b = (p(class_labels=[3, 999], generator=seeded(), output_type="pt").images for p in (pipe, again))
     assert a.shape == (2, 3, 16, 16) and torch.equal(a, b)
     assert again.config.null_label == 1000 and again.scheduler.config.sampler == "dpmpp_fast"
+
+
+def test_an_autoencoder_of_other_latents_is_refused(tmp_path):
+    """One with the same encoder is none, in whichever precision."""
+    made = latent_pipeline().vae
+    known = Provenance(encoders={"vae": vae_identity(made, "sd")})
+    pipe = latent_pipeline(known=known)
+    pipe.save_pretrained(tmp_path)
+    half = UViTPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    made.decoder.conv_out.weight.data += 1
+    UViTPipeline.from_pretrained(tmp_path, vae=made)
+    assert read(tmp_path / "model" / "x.safetensors") == known and half.vae.dtype == torch.bfloat16
+    made.encoder.conv_out.weight.data += 1
+    with pytest.raises(ValueError, match="not the one that made the latents which the model learned from, sd"):
+        UViTPipeline.from_pretrained(tmp_path, vae=made)
 
 
 def test_classes_go_by_their_names(tmp_path):

@@ -21,7 +21,7 @@ def make_pipeline(
     """The pipeline of a config and a state dict with the published names.
 
     Args:
-        known: the names of its classes.
+        known: the names of its classes, and the encoders that made its data.
         components: `vae` for a latent model; `text_encoder` and `tokenizer` for a text model.
 
     Raises:
@@ -43,5 +43,5 @@ def make_pipeline(
     names = dict(enumerate(known.classes)) or None
     return UViTPipeline(
         model.eval(), scheduler, scale_factor=factor, null_label=cfg.null_label, guidance_scale=scale, id2label=names,
-        **components,
+        encoders=known.encoders or None, **components,
     )  # fmt: skip

@@ -21,7 +21,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from uvit_fast.data.encoders import quiet_diffusers
+from uvit_fast.data.encoders import check_text_encoder, check_vae, quiet_diffusers
 from uvit_fast.diffusion.cudagraph import GraphSampler
 from uvit_fast.diffusion.guidance import ALWAYS, Guidance
 from uvit_fast.model.uvit import UViT
@@ -57,6 +57,10 @@ class UViTPipeline(DiffusionPipeline):
         guidance_scale: the default of a call, 1 + s for the s that the model was published with.
         id2label: the classes' names by label, as DiT's pipeline has them; None where they are not known.
         schedule: the model's noise schedule, "sd" or "vp", by which a scheduler of diffusers is fitted to it; default: the scheduler's.
+        encoders: identities of the autoencoder and text encoder that made what the model learned from, where they are known.
+
+    Raises:
+        ValueError: a vae or text_encoder that is not one of these.
     """
 
     model_cpu_offload_seq = "text_encoder->model->vae"
@@ -74,6 +78,7 @@ class UViTPipeline(DiffusionPipeline):
         guidance_scale: float = 1.0,
         id2label: dict[int, str] | None = None,
         schedule: str | None = None,
+        encoders: dict[str, dict[str, str]] | None = None,
     ):
         super().__init__()
         self.register_modules(model=model, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
@@ -83,9 +88,14 @@ class UViTPipeline(DiffusionPipeline):
             guidance_scale=guidance_scale,
             id2label=id2label,
             schedule=schedule or scheduler.config.get("schedule"),
+            encoders=encoders,
         )
         names = {int(label): name for label, name in (id2label or {}).items()}  # JSON's keys are texts
-        self._known = Provenance(tuple(names.get(label, str(label)) for label in range(max(names, default=-1) + 1)))
+        classes = tuple(names.get(label, str(label)) for label in range(max(names, default=-1) + 1))
+        self._known = Provenance(classes, encoders or {})
+        for check, component in ((check_vae, vae), (check_text_encoder, text_encoder)):
+            if isinstance(component, torch.nn.Module) and not any(p.is_meta for p in component.parameters()):
+                check(component, str(getattr(component, "name_or_path", "")) or "of the pipeline", self._known)
         self._graphs: GraphSampler | None = None
         self._interrupt, self._guidance_scale, self._num_timesteps = False, guidance_scale, 0  # of the call that runs
 
