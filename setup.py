@@ -27,6 +27,7 @@ setup(
         "pillow",  # images in and out
         "simplejpeg",  # JPEGs with the warnings of their decoder
         "safetensors",  # EMA weights
+        "psutil",  # the launcher of a rank, the loader processes of a trainer
         "tqdm",  # progress
         "tensorboard",  # training curves
     ],

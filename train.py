@@ -16,6 +16,7 @@ from pathlib import Path  # noqa: E402
 from uvit_fast import notices  # noqa: E402
 from uvit_fast.commands.arguments import Parser  # noqa: E402
 from uvit_fast.config import Config, RankError, UserError, load_config  # noqa: E402
+from uvit_fast.ranks import follow_launcher  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fresh", action="store_true", help="move an older run in that folder aside and start anew")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     args = parser.parse_args(argv)
+    follow_launcher()
     try:
         cfg = load_config(args.config, args.set)
         train(cfg, args.run_dir or Path("runs") / cfg.name, args.fresh)
@@ -47,10 +49,11 @@ def train(cfg: Config, run_dir: Path, fresh: bool) -> None:
     from uvit_fast.provenance import Provenance
     from uvit_fast.sampling import training_preview
     from uvit_fast.training.engine import start
-    from uvit_fast.training.folder import summary
+    from uvit_fast.training.folder import check_free, summary
     from uvit_fast.training.monitor import say
     from uvit_fast.training.trainer import Trainer
 
+    check_free(run_dir)
     world = start(cfg)
     with warnings.catch_warnings():
         if world.rank > 0:  # what all meet, rank 0 says

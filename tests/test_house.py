@@ -8,6 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LEVELS = {
     "kernels": 0,
+    "claims": 0,
     "config": 0,
     "extras": 0,
     "files": 0,

@@ -1,11 +1,19 @@
-"""The processes of one job, as torchrun and deepspeed start them: they divide its work, and fail as one."""
+"""The processes of one job, as torchrun and deepspeed start them: they divide its work, fail as one, and end with their launcher."""
 
+import contextlib
 import os
+import signal
+import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import psutil
+
+LAUNCHERS = {"torchrun", "torch.distributed.run", "torch.distributed.launch"}
+LAUNCHERS |= {"deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch", "accelerate"}
 PATIENCE = timedelta(days=1)  # with a rank that works alone, or finishes long after the others
 FAILED, ENDED = "uvit_fast/failed", "uvit_fast/ended"  # the first that failed; how many have ended because of it
 
@@ -26,6 +34,7 @@ class Ranks:
         self._store = None
 
     def __enter__(self) -> "Ranks":
+        follow_launcher()
         if self.count > 1:
             import torch.distributed as dist
 
@@ -100,3 +109,52 @@ class Ranks:
 
 
 ALONE = Ranks(alone=True)
+
+
+def follow_launcher() -> None:
+    """From now on this process gets SIGTERM once its launcher has gone, which a launcher that was killed cannot send; without one,
+    nothing. Looks once a second.
+    """
+    chain = _launchers()
+    if chain:
+        threading.Thread(target=_follow, args=(chain,), name="launcher", daemon=True).start()
+
+
+def _launchers() -> list[psutil.Process]:
+    """This process, its parent and so on to the outermost launcher: deepspeed's is two processes, and a script may stand between. Empty
+    without a launcher: a shell, or a cluster's daemon, may go before what it started.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        return []
+    line = [psutil.Process()]
+    with contextlib.suppress(psutil.Error):
+        line += line[0].parents()
+    last = max((i for i, process in enumerate(line[1:], 1) if _launches(process)), default=None)
+    return [] if last is None else line[: last + 1]
+
+
+def _launches(process: psutil.Process) -> bool:
+    """Whether it is a launcher, by the program's name or the script's or module's that its Python runs."""
+    try:
+        words = [os.path.basename(word) for word in process.cmdline()[:5]]
+    except psutil.Error:
+        return False
+    return not LAUNCHERS.isdisjoint(words if words and words[0].startswith("python") else words[:1])
+
+
+def _follow(chain: list[psutil.Process]) -> None:
+    while _unbroken(chain):
+        time.sleep(1)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        with contextlib.suppress(OSError):  # what it wrote to may have gone, too
+            what = f"the launcher (pid {chain[-1].pid}) is gone: its ranks end as after SIGTERM"
+            print(what, file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _unbroken(chain: list[psutil.Process]) -> bool:
+    """Whether each is still the parent of the one before; of a parent that has died, somebody else is, at once."""
+    try:
+        return all(child.ppid() == parent.pid for child, parent in zip(chain, chain[1:]))
+    except psutil.Error:
+        return False

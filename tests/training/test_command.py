@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 
 from tests.training import tiny
-from uvit_fast.training.folder import Claim
+from uvit_fast.claims import Claim
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = ["train.iterations=4", "train.batch_size=8", "train.checkpoint_every=2", "train.log_every=1", "model.depth=2"]

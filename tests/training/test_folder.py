@@ -8,9 +8,10 @@ import torch
 
 from tests.training import tiny
 from uvit_fast import provenance
+from uvit_fast.claims import Claim
 from uvit_fast.cli import main
 from uvit_fast.config import UserError, load_config
-from uvit_fast.training.folder import Claim, run_states, summary
+from uvit_fast.training.folder import run_states, summary
 
 
 def test_a_folder_has_one_trainer(tmp_path):

@@ -2,8 +2,11 @@
 
 import multiprocessing
 import os
+import re
 import signal
+import threading
 import time
+from multiprocessing.connection import Connection
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ import torch
 from tests.training.tiny import Points
 from uvit_fast.config import UserError
 from uvit_fast.training import loader
+from uvit_fast.training.interrupt import Stalled
 from uvit_fast.training.loader import DataError, Order, batches
 
 CPU = torch.device("cpu")
@@ -77,6 +81,60 @@ def test_a_stalled_loader_is_named_while_it_stalls_and_goes_on(monkeypatch, caps
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and lines[1].startswith("no batch for 2 s: this waits for the data")
     assert torch.equal(found[0]["x"], next(batches(Points(), order(steps=1), 0, CPU))["x"])
+
+
+class Stopped(Points):
+    """Its process is stopped in the midst of handing over a batch, some of it in the pipe, for a while."""
+
+    def __getitems__(self, items):
+        write = Connection._send
+
+        def half(self, buf, *_):
+            os.write(self._handle, buf[: len(buf) // 2])
+            Connection._send = write
+            os.kill(os.getpid(), signal.SIGSTOP)
+            write(self, buf[len(buf) // 2 :])
+
+        Connection._send = half
+        return super().__getitems__(items)
+
+
+def test_a_loader_process_that_is_stopped_while_it_hands_over_a_batch_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(loader, "STALLED", 1)
+
+    def wake_up():
+        time.sleep(2.5)
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, signal.SIGCONT)
+
+    threading.Thread(target=wake_up).start()
+    found = list(batches(Stopped(), order(steps=1), 1, CPU))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and re.search(
+        r"no batch for 2 s: .*; loader process (\d+) is stopped: kill -CONT \1$", lines[1]
+    )
+    assert torch.equal(found[0]["x"], next(batches(Points(), order(steps=1), 0, CPU))["x"])
+
+
+class Hangs(Points):
+    def __getitems__(self, items):
+        if items[0] == list(order())[1][0]:
+            time.sleep(100)
+        return super().__getitems__(items)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_that_does_not_come_is_given_up_with_its_processes(workers):
+    """Also one that the reading process itself waits for; the loader processes do not outlive it."""
+    began = time.monotonic()
+    found = batches(Hangs(), order(), workers, CPU, overdue=lambda: True)
+    next(found)
+    with pytest.raises(Stalled):
+        next(found)
+    assert time.monotonic() - began < 4
+    for process in multiprocessing.active_children():
+        process.join(1)
+    assert multiprocessing.active_children() == []
 
 
 class Killed(Points):

@@ -1,6 +1,5 @@
 """The folder of a run: what ran in it, whose it is now, and in which state it was left."""
 
-import fcntl
 import itertools
 import json
 import math
@@ -11,12 +10,13 @@ import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 import yaml
 
+from uvit_fast.claims import Claim, Taken, holder
 from uvit_fast.config import Config, ModelConfig, UserError, dump_config
 from uvit_fast.files import read_rows
 from uvit_fast.model import ops
@@ -24,50 +24,34 @@ from uvit_fast.provenance import RUN_FILE, Provenance, shown
 from uvit_fast.training import checkpoint
 from uvit_fast.training.monitor import say
 
-LOCK = ".lock"
 
-
-class Claim:
-    """This process trains in a folder, and no other may. The system gives it up with the process, however that ends.
+def claim(run_dir: Path) -> Claim:
+    """Keep the folder for this process, which trains in it.
 
     Raises:
         UserError: another process has it, or it is no folder that can be written to.
     """
-
-    def __init__(self, run_dir: Path):
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            self._file = open(run_dir / LOCK, "w")
-        except OSError as error:
-            raise UserError(f"{run_dir}: expected a folder to write the run to: {error}") from None
-        if not _lock(self._file, fcntl.LOCK_EX):
-            time.sleep(0.5)  # somebody may only have looked
-            if not _lock(self._file, fcntl.LOCK_EX):
-                self._file.close()
-                raise UserError(f"{run_dir}: another process trains here; --run-dir takes another folder")
-
-    def release(self) -> None:
-        self._file.close()
-
-
-def claimed(run_dir: Path) -> bool:
-    """Whether another process trains there. Looking changes nothing."""
     try:
-        with open(run_dir / LOCK) as file:
-            return not _lock(file, fcntl.LOCK_SH)
-    except OSError:  # never trained in, or not ours to read
-        return False
+        return Claim(run_dir)
+    except Taken as taken:
+        raise UserError(_taken(run_dir, taken)) from None
+    except OSError as error:
+        raise UserError(f"{run_dir}: expected a folder to write the run to: {error}") from None
 
 
-def _lock(file: TextIO, how: int) -> bool:
-    """Whether nobody else has it; on a file system without locks it looks so."""
-    try:
-        fcntl.lockf(file, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
+def check_free(run_dir: Path) -> None:
+    """Refuse a folder that another process trains in, before the ranks meet: those of that run may hold the port that these
+    would meet at.
+
+    Raises:
+        UserError: another process has it.
+    """
+    if found := holder(run_dir):
+        raise UserError(_taken(run_dir, found))
+
+
+def _taken(run_dir: Path, by: object) -> str:
+    return f"{run_dir}: another process trains here, {by}; --run-dir takes another folder"
 
 
 class RunState(NamedTuple):
@@ -173,7 +157,7 @@ def set_aside(run_dir: Path) -> None:
     """
     if not run_dir.exists():
         return
-    Claim(run_dir).release()
+    claim(run_dir).release()
     number = next(n for n in itertools.count(1) if not run_dir.with_name(f"{run_dir.name}.{n}").exists())
     aside = run_dir.rename(run_dir.with_name(f"{run_dir.name}.{number}"))
     say(f"{run_dir}: the older run is now {aside}")
@@ -192,7 +176,7 @@ def _state(run_dir: Path) -> RunState | None:
     last = (read_rows(rows) or [{}])[-1]
     touched = (rows if rows.exists() else run_dir / "environment.json").stat().st_mtime
     state = "no checkpoint" if newest is None else "finished" if newest >= steps else "stopped"
-    state = "running" if claimed(run_dir) else state
+    state = "running" if holder(run_dir) else state
     return RunState(
         run_dir.name, state, last.get("step", 0), steps, last.get("loss"), last.get("images_per_second"),
         newest, commit, time.time() - touched,

@@ -1,14 +1,22 @@
-"""SIGTERM and SIGUSR1, by which a cluster takes the machine back, and Ctrl-C end the run at a step's end, with a checkpoint and exit code 0."""
+"""Signals by which a cluster, a user or a terminal that closes ends a run: at a step's end, with a checkpoint and exit code 0."""
 
+import contextlib
 import os
 import signal
 import threading
+import time
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+GRACE = 10  # seconds after a signal that a step still waits for data that stalls
+
+
+class Stalled(BaseException):
+    """What did not come within GRACE seconds of a signal; a BaseException, since readers of data take an Exception for a bad file."""
 
 
 class Interrupt:
@@ -20,6 +28,7 @@ class Interrupt:
     Attributes:
         name: of the signal that this rank got, or None.
         wanted: set where a rank has a reason of its own.
+        void: steps, the last ones, in which this rank had no data; set where it is so.
     """
 
     def __init__(self, group: dist.ProcessGroup | None):
@@ -29,10 +38,12 @@ class Interrupt:
         """
         self.name: str | None = None
         self.wanted = False
+        self.void = 0
+        self._heard = 0.0  # when, by the monotonic clock
         self._group = group
         self._flag, self._work = torch.zeros(1, dtype=torch.int32), None
         in_main = threading.current_thread() is threading.main_thread()  # Python allows handlers there only
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS} if in_main else {}
+        self._before = {number: signal.signal(number, self._note) for number in heeded()} if in_main else {}
 
     def asked(self) -> bool:
         """All ranks must call it once a step."""
@@ -47,11 +58,22 @@ class Interrupt:
         self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return answer
 
-    def settle(self) -> None:
-        """Wait for the last exchange, of which nobody wants the answer. All ranks must call it, or none."""
+    def settle(self) -> int:
+        """Wait for the last exchange, of which nobody wants the answer, and find how many of the last steps are void, since one of the
+        ranks had no data. All ranks must call it, or none.
+        """
+        if self._group is None:
+            return self.void
         if self._work is not None:
             self._work.wait()
             self._work = None
+        most = torch.tensor([self.void], dtype=torch.int32)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self._group)
+        return int(most)
+
+    def overdue(self) -> bool:
+        """Whether a signal has come, and nothing should be waited for any longer."""
+        return self.name is not None and time.monotonic() - self._heard > GRACE
 
     def close(self) -> None:
         """Give the signals back to whom they belonged."""
@@ -59,7 +81,32 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
+        if self.name is None:
+            self.name, self._heard = signal.Signals(number).name, time.monotonic()
         if number == signal.SIGINT:  # a second Ctrl-C does not wait
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            os.write(2, b"\nsaving after this step; Ctrl-C again ends at once\n")
+            with contextlib.suppress(OSError):  # `| tee` has had its Ctrl-C, too
+                os.write(2, b"\nsaving after this step; Ctrl-C again ends at once\n")
+
+
+def heeded() -> list[signal.Signals]:
+    """Those of SIGNALS that whoever started this process, as nohup does, has not told it to ignore."""
+    return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+
+
+@contextlib.contextmanager
+def ticking(tick: Callable[[float], None]) -> Iterator[None]:
+    """Call `tick(seconds since the beginning)` once a second, in the midst of whatever the main thread waits for; what it raises ends the
+    wait. In another thread, which signals do not reach, it is not called.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    began = time.monotonic()
+    before = signal.signal(signal.SIGALRM, lambda *_: tick(time.monotonic() - began))
+    signal.setitimer(signal.ITIMER_REAL, 1, 1)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -6,18 +6,21 @@ epoch shows each sample once. Within a step, micro-batch m = k * ranks + rank (k
 `micro_batch` positions: with the same micro-batch size, another number of ranks sees the same micro-batches.
 """
 
+import contextlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 
 from uvit_fast.config import RankError, UserError
-from uvit_fast.training.interrupt import SIGNALS
+from uvit_fast.training.interrupt import Stalled, heeded, ticking
 from uvit_fast.training.monitor import say
 
 STALLED = 30  # seconds without a batch after which the loader is named
@@ -76,11 +79,17 @@ class Order:
         return self._permutation[1]
 
 
-def batches(dataset: Any, order: Order, num_workers: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+def batches(
+    dataset: Any, order: Order, num_workers: int, device: torch.device, overdue: Callable[[], bool] = bool
+) -> Iterator[dict[str, Tensor]]:
     """The raw batches of `order` on `device`; copies to a GPU overlap with it. Closing the iterator ends its loader processes.
+
+    Args:
+        overdue: whether to give up a batch that is waited for, as after a signal; asked once a second.
 
     Raises:
         DataError: in place of a UserError of the dataset, also from a loader process, and where one of these has died.
+        Stalled: a batch was given up.
     """
     loader = iter(
         DataLoader(
@@ -91,35 +100,59 @@ def batches(dataset: Any, order: Order, num_workers: int, device: torch.device) 
             pin_memory=device.type == "cuda",
             prefetch_factor=4 if num_workers else None,
             worker_init_fn=_prepare_worker,
-            timeout=STALLED if num_workers else 0,
         )
     )
+    processes = loader._workers if num_workers else []
     try:
         for _ in range(len(order)):
-            raw = _next(loader)
+            raw = _next(loader, [process.pid for process in processes], overdue)
             yield {name: value.to(device, non_blocking=True) for name, value in raw.items()}
+    except Stalled:  # in the midst of a batch, neither they nor the thread that reads from them would end
+        if processes:
+            loader._shutdown = True
+            signal_handling._remove_worker_pids(id(loader))  # their end is no failure
+            loader._worker_pids_set = False
+        for process in processes:
+            process.kill()
+        raise
     finally:  # not left to the garbage collector: at exit they would be sent SIGTERM, which they outlive
-        if num_workers:
+        if processes:
             loader._shutdown_workers()
 
 
-def _next(loader: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
-    waited = 0
-    while True:
-        try:
+def _next(loader: Iterator[dict[str, Tensor]], processes: list[int], overdue: Callable[[], bool]) -> dict[str, Tensor]:
+    said = 0
+
+    def tick(seconds: float) -> None:
+        nonlocal said
+        if overdue():
+            raise Stalled
+        if seconds >= said + STALLED:
+            said = round(seconds)
+            say(
+                f"no batch for {said} s: this waits for the data and its loader processes, not for a GPU"
+                + "".join(
+                    f"; loader process {pid} is stopped: kill -CONT {pid}" for pid in processes if _is_stopped(pid)
+                )
+            )
+
+    try:
+        with ticking(tick):
             return next(loader)
-        except UserError as error:  # a loader process sends its traceback as the message
-            problem = str(error).strip().split("\n")[-1].split("UserError: ")[-1]
-        except RuntimeError as error:
-            problem = str(error).split("\n")[0]
-            if "timed out" in problem:  # it goes on where it was
-                waited += STALLED
-                say(f"no batch for {waited} s: this waits for the data and its loader processes, not for a GPU")
-                continue
-            if "DataLoader worker" not in problem:
-                raise
-            problem += "; was there too little memory for data.num_workers?"
-        raise DataError(problem)
+    except UserError as error:  # a loader process sends its traceback as the message
+        problem = str(error).strip().split("\n")[-1].split("UserError: ")[-1]
+    except RuntimeError as error:
+        problem = str(error).split("\n")[0]
+        if "DataLoader worker" not in problem:
+            raise
+        problem += "; was there too little memory for data.num_workers?"
+    raise DataError(problem)
+
+
+def _is_stopped(pid: int) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+    return False
 
 
 def _as_it_is(raw: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -131,7 +164,7 @@ def _prepare_worker(worker: int) -> None:
 
     A cluster, or Ctrl-C, signals every process of a job.
     """
-    for number in SIGNALS:
+    for number in heeded():
         signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else _not_yet)
     sys.excepthook = _print_unless_alone
 

@@ -1,5 +1,6 @@
 """What a run shows and leaves behind: progress bar, metrics.jsonl, TensorBoard, speed and MFU."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -95,7 +96,8 @@ class Monitor:
     def say(self, text: str) -> None:
         """A line above the bar."""
         if self.bar is not None:
-            self.bar.write(text, file=sys.stderr)
+            with contextlib.suppress(OSError):
+                self.bar.write(text, file=sys.stderr)
         else:
             say(text)
 
@@ -162,8 +164,9 @@ def _start(wandb: Any, run_dir: Path, config: dict[str, Any]) -> Any:
 
 
 def say(text: str) -> None:
-    """A line for the user. Progress goes to stderr, as progress bars do."""
-    print(text, file=sys.stderr, flush=True)
+    """A line for the user. Progress goes to stderr, as progress bars do, while somebody reads it: a terminal may close before the run."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def rate(images_per_second: float) -> str:

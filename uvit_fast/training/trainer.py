@@ -24,9 +24,9 @@ from uvit_fast.provenance import Provenance
 from uvit_fast.training import activations, checkpoint
 from uvit_fast.training.best import Best
 from uvit_fast.training.engine import Engine, batch_plan, computes_in_bf16, host_group, start
-from uvit_fast.training.folder import Claim, describe_run, set_aside
-from uvit_fast.training.interrupt import Interrupt
-from uvit_fast.training.loader import Order, batches
+from uvit_fast.training.folder import claim, describe_run, set_aside
+from uvit_fast.training.interrupt import GRACE, Interrupt, Stalled, ticking
+from uvit_fast.training.loader import DataError, Order, batches
 from uvit_fast.training.monitor import Mark, Monitor, Reading, forward_flops, rate, require_wandb, say, utilisation
 from uvit_fast.training.row import Row
 from uvit_fast.training.spikes import Spikes
@@ -89,6 +89,9 @@ class Trainer:
         self.pending: tuple[Reading, Row, int] | None = None
         self.refused_in_a_row = torch.zeros((), device=self.world.device)
         self.step = self.samples = self.saved = 0
+        self.interrupt: Interrupt | None = None  # while it trains
+        self.raw: dict[str, Tensor] | None = None  # the last batch
+        self.dry = False  # whether there are no more, the data having stalled
         self.in_a_row = self.most_refused = 0.0  # refused steps: at the end of the last row that was read, and so far
         if train.wandb:
             self.world.on_first(require_wandb)
@@ -126,14 +129,17 @@ class Trainer:
         self.world.on_first(self._open_folder)
         self.spikes = Spikes(train.spike_deviations, self._samples_of, self.run_dir / "spikes.jsonl")
         self.first = (self.step, self.samples)
-        interrupt = Interrupt(host_group() if self.world.size > 1 else None)
+        self.interrupt = interrupt = Interrupt(host_group() if self.world.size > 1 else None)
         stream = self.stream()
         first_step, begin = self.step, Mark(self.world.device)
         self.row = Row(self.step, train.log_every, self.world.device)
         try:
             while self.step < train.iterations and not interrupt.asked():
-                self._step(stream)
-                done = self.step == train.iterations
+                try:
+                    self._step(stream)
+                except Stalled:
+                    break
+                done = self.step == train.iterations and interrupt.settle() == 0
                 save = done or self.step % train.checkpoint_every == 0  # before what others may fail at
                 show = train.sample_every > 0 and (done or self.step % train.sample_every == 0)
                 judge = config.evaluate is not None and (done or self.step % config.evaluate.every == 0)
@@ -148,12 +154,13 @@ class Trainer:
                     self._save()
                 if show or judge:
                     self._look_at_ema(show, judge)
-            interrupt.settle()
+            void = interrupt.settle()
+            self._take_back(void)
             stopped = self.step < train.iterations
             if self.row.first_step < self.step:
                 self._start_row()
             self._finish_row(wait=True)
-            if self.most_refused >= train.max_refused:  # by now on every rank
+            if self.most_refused >= train.max_refused and not void:  # by now on every rank
                 raise UserError(
                     f"step {self.step}: loss or gradient not finite for {self.most_refused:.0f} steps in a row, stopped "
                     "without another checkpoint; a lower train.lr or train.grad_clip=1 may help, and where the newest checkpoint "
@@ -202,25 +209,34 @@ class Trainer:
             raise UserError(f"{self.run_dir}: expected a folder to write the run to: {error}") from None
 
     def stream(self) -> Iterator[dict[str, Tensor]]:
-        """This rank's batches, from where the run is to its end."""
+        """This rank's batches, from where the run is to its end, or until data stalls after a signal."""
         engine, train, world = self.engine, self.config.train, self.world
         order = Order(
             len(self.dataset), train.seed, engine.micro_batch, engine.accumulation,
             world.rank, world.size, self.samples, train.iterations - self.step,
         )  # fmt: skip
-        return batches(self.dataset, order, self.config.data.num_workers, world.device)
+        return batches(self.dataset, order, self.config.data.num_workers, world.device, self._overdue)
 
     def _step(self, stream: Iterator[dict[str, Tensor]]) -> None:
-        """One optimizer step. The host waits for nothing but data."""
+        """One optimizer step. The host waits for nothing but data.
+
+        Raises:
+            Stalled: there are none, alone. With others, who wait for this rank's share of the step, it is of no finite loss, which
+                makes the step void on all of them, since their gradient is not finite: nothing changes, and they count it.
+        """
         engine, row = self.engine, self.row
         for k in range(engine.accumulation):
             waits_since = time.perf_counter()
-            raw = next(stream)
+            if not self.dry:
+                self._draw(stream)
             row.waited += time.perf_counter() - waits_since
-            loss = self.loss(raw, self.step, k)
+            loss = self.loss(self.raw, self.step, k)
+            if self.dry:
+                loss = loss * torch.nan
             engine.backward(loss)
             engine.step(self.learning_rate(self.step))
             row.add_loss(self.step, loss.detach())
+        self.interrupt.void += self.dry
         refused = engine.refused
         row.refused += refused
         self.refused_in_a_row = (self.refused_in_a_row + refused) * refused
@@ -229,6 +245,24 @@ class Trainer:
         self.samples += self.config.train.batch_size
         if self.main:
             self.monitor.advance(self.step)
+
+    def _draw(self, stream: Iterator[dict[str, Tensor]]) -> None:
+        """The next batch, or the one before once there are no more."""
+        try:
+            self.raw = next(stream)
+        except Stalled:
+            say(f"no batch within {GRACE} s of {self.interrupt.name}: ending with step {self.step}")
+            if self.world.size == 1:
+                raise
+            if self.raw is None:
+                raise DataError(f"{self.run_dir}: no data for the first step") from None
+            self.dry = True
+
+    def _take_back(self, steps: int) -> None:
+        """The last `steps` were void: they changed nothing."""
+        self.step -= steps
+        self.samples -= steps * self.config.train.batch_size
+        self.row.refused -= steps
 
     def learning_rate(self, step: int) -> float:
         """lr * min(step / warmup, 1): the first step's rate is 0."""
@@ -338,7 +372,7 @@ class Trainer:
         """Continue from the newest intact checkpoint, if there is one. Rank 0 reads, all ranks get their share."""
 
         def look() -> tuple[Path, dict[str, Any]] | None:
-            self.claim = Claim(self.run_dir)
+            self.claim = claim(self.run_dir)
             found = checkpoint.newest_intact(self.run_dir / "checkpoints", say)
             if found:
                 checkpoint.check_model(found[0], self.engine.shapes, self.config.model_dump(mode="json"), found[1])
@@ -375,22 +409,34 @@ class Trainer:
             self.ema_model.load_state_dict(weights)
             self.ema_model.to(self.world.device, torch.bfloat16 if self.engine.bf16 else torch.float32)
             try:
-                if show and self.preview:
-                    folder = self.run_dir / "samples"
-                    folder.mkdir(exist_ok=True)
-                    picture = self.preview(self.ema_model, self.step, folder)
-                    if picture:
-                        self.monitor.picture(picture, self.step)
-                if judge and self.measure:
-                    figures = self.measure(self.ema_model, self.step)
-                    self.monitor.figures(figures, self.step)
-                    Best(self.run_dir).offer(weights, figures, self.step)
+                with ticking(self._leave_off):
+                    if show and self.preview:
+                        folder = self.run_dir / "samples"
+                        folder.mkdir(exist_ok=True)
+                        picture = self.preview(self.ema_model, self.step, folder)
+                        if picture:
+                            self.monitor.picture(picture, self.step)
+                    if judge and self.measure:
+                        figures = self.measure(self.ema_model, self.step)
+                        self.monitor.figures(figures, self.step)
+                        Best(self.run_dir).offer(weights, figures, self.step)
+            except Stalled:
+                self._say(f"step {self.step}: samples or figures were left off after {self.interrupt.name}")
             except OSError as error:  # a full disk
                 self._say(f"step {self.step}: samples or figures were not written: {error}")
             self.ema_model.to("cpu", torch.float32)
 
         self.world.on_first(look)
         self.row.began = Mark(self.world.device)
+
+    def _overdue(self) -> bool:
+        """Whether nothing should be waited for any longer, after a signal."""
+        return self.interrupt is not None and self.interrupt.overdue()
+
+    def _leave_off(self, _: float) -> None:
+        """A checkpoint is worth more than what has not ended yet."""
+        if self._overdue():
+            raise Stalled
 
     def _say(self, text: str) -> None:
         if self.main:
