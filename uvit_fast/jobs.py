@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from uvit_fast.claims import LOCK, Claim, Taken
 from uvit_fast.config import UserError, shown
 from uvit_fast.files import write_whole
 from uvit_fast.ranks import ALONE, Ranks
@@ -26,12 +27,13 @@ class Job:
         ranks: they share the parts; rank 0 collects them.
 
     Raises:
-        UserError: `out` holds something that is not of this job; there are parts of an interrupted job and `resume` is off, or
-            they have other settings.
+        UserError: another process is at it; `out` holds something that is not of this job; there are parts of an interrupted job and
+            `resume` is off, or they have other settings.
     """
 
     def __init__(self, out: Path, settings: dict, num: int, batch: int, resume: bool, ranks: Ranks = ALONE):
         self.out, self.folder = out, out.with_name(out.name + ".parts")
+        self._note = self.folder / "job.json"
         self.num, self.batch, self.ranks = num, batch, ranks
         self.parts = [(first, min(first + batch, num)) for first in range(0, num, batch)]
         told = [None, []]
@@ -68,28 +70,56 @@ class Job:
 
     def close(self) -> None:
         """The samples are where they belong: remove the parts."""
+        for path in self.folder.iterdir():
+            if path not in (self._note, self.folder / LOCK):
+                path.unlink()
+        self._note.unlink()  # after the others: until here the job can go on
         shutil.rmtree(self.folder)
+        self._claim.release()
+
+    def collect(self, write: Callable[[Path], object]) -> None:
+        """`write(temporary)` the file `out`, which is whole or not there; what a kill leaves of it goes with the parts."""
+        temporary = self.folder / self.out.name
+        write(temporary)
+        temporary.rename(self.out)
 
     def _prepare(self, settings: dict, resume: bool) -> str | None:
-        """Make the folder, or say why the one that is there cannot be used."""
-        note = self.folder / "job.json"
-        if note.is_file():
-            if not resume:
-                return f"{self.folder}: an interrupted job; continue it with --resume, or remove the folder"
-            try:
-                before = dict(json.loads(note.read_text("utf-8")))
-            except (OSError, ValueError, TypeError, RecursionError):
-                return f"{note}: damaged; expected the settings of an interrupted job, or no such folder"
-            for name, value in settings.items():
-                if before.get(name) != value:
-                    return f"{self.folder}: --resume expected {name} {shown(before.get(name))}, got {shown(value)}"
-        elif self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir())):
-            return f"{self.out}: there already, finished or of something else; expected a new name or an empty folder"
+        """Make the folder and keep other jobs out of it, or say why it cannot be used."""
+        empty = not self.folder.exists() or all(path.name == LOCK for path in self.folder.iterdir())
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(note, lambda file: file.write_text(json.dumps(settings)))
+            self._claim = Claim(self.folder)
+            refusal = self._refusal(settings, resume)
+            if refusal is None:
+                write_whole(self._note, lambda file: file.write_text(json.dumps(settings)))
+                for left_over in self.folder.glob(f".*_{self.out.name}"):  # of one that was killed as it collected
+                    left_over.unlink()
+        except Taken as taken:
+            return f"{self.out}: another job writes it, {taken}; expected another --out"
         except OSError as error:
             return f"{self.out}: expected a place that can be written to ({error})"
+        if refusal is not None:
+            self._claim.release()
+            if empty:
+                shutil.rmtree(self.folder)
+        return refusal
+
+    def _refusal(self, settings: dict, resume: bool) -> str | None:
+        """Why the job cannot begin or go on with what is there."""
+        if not self._note.is_file():
+            if self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir())):
+                return (
+                    f"{self.out}: there already, finished or of something else; expected a new name or an empty folder"
+                )
+            return None
+        if not resume:
+            return f"{self.folder}: an interrupted job; continue it with --resume, or remove the folder"
+        try:
+            before = dict(json.loads(self._note.read_text("utf-8")))
+        except (OSError, ValueError, TypeError, RecursionError):
+            return f"{self._note}: damaged; expected the settings of an interrupted job, or no such folder"
+        for name, value in settings.items():
+            if before.get(name) != value:
+                return f"{self.folder}: --resume expected {name} {shown(before.get(name))}, got {shown(value)}"
         return None
 
     def _is_whole(self, part: tuple[int, int]) -> bool:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import platform
+import re
 from types import SimpleNamespace
 
 import torch
@@ -15,9 +17,10 @@ from uvit_fast.training.folder import run_states, summary
 
 
 def test_a_folder_has_one_trainer(tmp_path):
-    """Another process is refused, and gets it once the first lets go."""
+    """Another process is refused, with the holder's name, and gets it once the first lets go."""
     claim = Claim(tmp_path)
-    assert "another process trains here" in tiny.launch(refusal, tmp_path)
+    words = rf"another process trains here, pid {os.getpid()} on {re.escape(platform.node())}, since 20\d\d-.*; --run-dir takes"
+    assert re.search(words, tiny.launch(refusal, tmp_path))
     claim.release()
     assert tiny.launch(refusal, tmp_path) == ""
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from uvit_fast.commands.arguments import config_arguments, existing, positive
 from uvit_fast.config import CLIP, UserError, load_config
+from uvit_fast.ranks import follow_launcher
 
 HELP = "images (and captions) as latents that training reads"
 EXAMPLE = "uvit-fast extract --config configs/h2_256.yaml --images imagenet/train --out latents"
@@ -43,6 +44,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the shards; the report on the way to them is in their folder. `torchrun -m uvit_fast.cli extract ...` uses all GPUs."""
+    follow_launcher()
     cfg = load_config(args.config, args.set)
     if cfg.latent is None:
         raise UserError(f"extract: {cfg.name} works on pixels; expected a config with a latent section")

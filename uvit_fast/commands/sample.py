@@ -8,7 +8,6 @@ from pathlib import Path
 
 from uvit_fast.commands.arguments import checkpoint_arguments, config_of, positive, seed
 from uvit_fast.config import Config, UserError
-from uvit_fast.files import write_whole
 
 HELP = "draw images from a checkpoint"
 EXAMPLE = "uvit-fast sample --checkpoint runs/digits --num 16 --classes 3,7 --out digits"
@@ -88,6 +87,8 @@ def _run(args: argparse.Namespace, ranks) -> None:
 
     settings = {name: getattr(args, name) for name in ("set", "num", "classes", "seed", "steps", "cfg_scale")}
     settings["config"] = args.config and os.path.abspath(args.config)
+    decides = cfg.model_dump_json(include={"model", "diffusion", "latent", "sample"})
+    settings["contents of the config"] = hashlib.sha256(decides.encode()).hexdigest()
     # of a run that goes on, the newest may be another one tomorrow
     settings["checkpoint"] = os.path.abspath(checkpoint)
     settings["prompts"] = prompts and hashlib.sha256("\n".join([clip, *prompts]).encode()).hexdigest()
@@ -97,9 +98,10 @@ def _run(args: argparse.Namespace, ranks) -> None:
     numbers = None if labels is None else labels.tolist()
     captions = prompts if numbers is None else [known.name(label) for label in numbers]
     if out.suffix.lower() == ".npz":
-        sampling.save_npz(out, job.images(), args.num, None if labels is None else labels.numpy())
+        classes = None if labels is None else labels.numpy()
+        job.collect(lambda path: sampling.save_npz(path, job.images(), args.num, classes))
     elif out.suffix.lower() == ".png":
-        write_whole(out, lambda path: _save_grid(path, job.images(), args.num, captions if args.num > 1 else None))
+        job.collect(lambda path: _save_grid(path, job.images(), args.num, captions if args.num > 1 else None))
     else:
         sampling.save_pngs(out, job.images(), sampling.sample_names(numbers, prompts, known))
         _save_grid(out / "grid.png", job.images(), args.num, captions)
