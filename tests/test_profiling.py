@@ -23,7 +23,7 @@ def shares(events, steps=1):
     "name, wanted",
     [
         ("gemm_kernel", "linear"),
-        ("wgrad_kernel", "linear"),
+        ("weight_gradient_kernel", "linear"),
         ("nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_TNT", "linear"),
         ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n", "linear"),
         ("void at::native::im2col_kernel / implicit_convolve_sgemm", "linear"),

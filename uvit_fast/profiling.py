@@ -30,7 +30,7 @@ FAMILIES = {
     "communication": r"nccl|c10d|gloo|all_?reduce|all_?gather|reduce_scatter|broadcast_",
     "optimizer": r"adam|multi_tensor_apply",
     "attention": r"attention|flash|fmha|sdpa|softmax",
-    "linear": r"gemm|wgrad|^sum_kernel|cutlass|nvjet|xmma|cublas|splitk|conv|linear|addmm|(^|::|_)b?mm|mmbackward|matmul",
+    "linear": r"gemm|weight_gradient|^sum_kernel|cutlass|nvjet|xmma|cublas|splitk|conv|linear|addmm|(^|::|_)b?mm|mmbackward|matmul",
 }
 ORDER = ["linear", "attention", "elementwise", "optimizer", "communication", "idle"]
 KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")

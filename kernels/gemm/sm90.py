@@ -31,6 +31,7 @@ from uvit_fast.kernels.gemm.sm90_epilogues import (
     plain,
     residual,
 )
+from uvit_fast.kernels.gemm.sm90_ring import Ring, ring
 from uvit_fast.kernels.layernorm.sums import CHUNK, TILE
 from uvit_fast.kernels.layers import Linear
 from uvit_fast.kernels.runtime import launch, tuning
@@ -49,54 +50,13 @@ FEW = {"tokens": 64, "part": 32}  # a tile where tokens are few
 
 
 @aggregate
-class Ring:
-    """The stages between the producer and the consumers."""
-
-    w: gl.shared_memory_descriptor  # (2 STAGES, 64, BK), a half a consumer; TRANSPOSED (2 STAGES, BK, 64)
-    x: gl.shared_memory_descriptor  # (STAGES, TOKENS, BK)
-    full: gl.shared_memory_descriptor  # (STAGES) barriers: what the producer asked for is there
-    empty: gl.shared_memory_descriptor  # (STAGES) barriers: both consumers have read it
-    STAGES: gl.constexpr
-    TRANSPOSED: gl.constexpr
-
-    @gluon.jit
-    def operands(self, step, WHO: gl.constexpr):
-        """The stage of this step, once it is full: the consumer's weights (64, BK) and the tokens (BK, TOKENS)."""
-        s = step % self.STAGES
-        mbarrier.wait(self.full.index(s), (step // self.STAGES) & 1)
-        w = self.w.index(s * 2 + WHO)
-        if self.TRANSPOSED:
-            w = w.permute([1, 0])
-        return w, self.x.index(s).permute([1, 0])
-
-    @gluon.jit
-    def free(self, step):
-        mbarrier.arrive(self.empty.index(step % self.STAGES), count=1)
-
-    @gluon.jit
-    def product(self, step, steps, TOKENS: gl.constexpr, WHO: gl.constexpr):
-        """A tile's [64, TOKENS]; one wgmma stays in flight, its predecessor's stage is freed."""
-        acc = gl.zeros([64, TOKENS], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16]))
-        w, x = self.operands(step, WHO)
-        acc = warpgroup_mma(w, x, acc, use_acc=False, is_async=True)
-        for i in range(step + 1, step + steps):
-            w, x = self.operands(i, WHO)
-            acc = warpgroup_mma(w, x, acc, is_async=True)
-            acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))
-            self.free(i - 1)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        self.free(step + steps - 1)
-        return acc
-
-
-@aggregate
 class Gemm:
     """A launch: what is multiplied, in which tiles, and what becomes of it."""
 
     w: tma.tensor_descriptor  # (N, K) in boxes of [64, BK]; TRANSPOSED (K, N), [BK, 64]
     x: tma.tensor_descriptor  # (M, K1), boxes of [TOKENS, BK]
     x2: tma.tensor_descriptor  # (M, K - K1), read with TWO
-    ring: Ring
+    ring: Ring  # weights for either consumer, and tokens
     epilogue: Epilogue
     across: gl.tensor  # tiles over the features
     tiles: gl.tensor
@@ -107,30 +67,43 @@ class Gemm:
 
 @gluon.jit
 def _producer(g):
-    ring = g.ring
     BK: gl.constexpr = g.x.block_type.shape[1]
+    BYTES: gl.constexpr = 2 * g.w.block_type.nbytes + g.x.block_type.nbytes
     step = 0
     for tile in range(gl.program_id(0), g.tiles, gl.num_programs(0)):
         feature = (tile % g.across) * 2 * 64
         token = (tile // g.across) * g.epilogue.TOKENS
         for k in range(g.steps):
-            s = step % ring.STAGES
-            mbarrier.wait(ring.empty.index(s), ((step // ring.STAGES) & 1) ^ 1)
-            bar = ring.full.index(s)
-            mbarrier.expect(bar, 2 * g.w.block_type.nbytes + g.x.block_type.nbytes)
+            s, bar = g.ring.claim(step, BYTES)
+            x = g.ring.b.index(s)
             if g.TWO:
-                first = k < g.steps1
-                tma.async_copy_global_to_shared(g.x, [token, k * BK], bar, ring.x.index(s), pred=first)
-                at = [token, (k - g.steps1) * BK]
-                tma.async_copy_global_to_shared(g.x2, at, bar, ring.x.index(s), pred=k >= g.steps1)
+                tma.async_copy_global_to_shared(g.x, [token, k * BK], bar, x, pred=k < g.steps1)
+                tma.async_copy_global_to_shared(g.x2, [token, (k - g.steps1) * BK], bar, x, pred=k >= g.steps1)
             else:
-                tma.async_copy_global_to_shared(g.x, [token, k * BK], bar, ring.x.index(s))
+                tma.async_copy_global_to_shared(g.x, [token, k * BK], bar, x)
             for c in gl.static_range(2):
-                if ring.TRANSPOSED:
-                    tma.async_copy_global_to_shared(g.w, [k * BK, feature + c * 64], bar, ring.w.index(s * 2 + c))
+                w = g.ring.a.index(s * 2 + c)
+                if g.ring.A_TURNED:
+                    tma.async_copy_global_to_shared(g.w, [k * BK, feature + c * 64], bar, w)
                 else:
-                    tma.async_copy_global_to_shared(g.w, [feature + c * 64, k * BK], bar, ring.w.index(s * 2 + c))
+                    tma.async_copy_global_to_shared(g.w, [feature + c * 64, k * BK], bar, w)
             step += 1
+
+
+@gluon.jit
+def _product(ring, step, steps, TOKENS: gl.constexpr, WHO: gl.constexpr):
+    """A tile's [64, TOKENS]; one wgmma stays in flight, its predecessor's stage is freed."""
+    acc = gl.zeros([64, TOKENS], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16]))
+    w, x = ring.operands(step, WHO)
+    acc = warpgroup_mma(w, x, acc, use_acc=False, is_async=True)
+    for i in range(step + 1, step + steps):
+        w, x = ring.operands(i, WHO)
+        acc = warpgroup_mma(w, x, acc, is_async=True)
+        acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))
+        ring.free(i - 1)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    ring.free(step + steps - 1)
+    return acc
 
 
 @gluon.jit
@@ -142,7 +115,7 @@ def _consumer(g, WHO: gl.constexpr):
         down = tile // g.across
         at = Place(((tile % g.across) * 2 + WHO) * 64, down * e.TOKENS, down, WHO)
         ahead = e.ask(at)
-        xs = parts(g.ring.product(step, g.steps, e.TOKENS, WHO), 64, e.TOKENS, e.PART)
+        xs = parts(_product(g.ring, step, g.steps, e.TOKENS, WHO), 64, e.TOKENS, e.PART)
         if e.KIND == "plain":
             plain(e, xs, ahead, at)
         elif e.KIND == "gelu":
@@ -189,18 +162,6 @@ def gemm_kernel(
     SUMS: gl.constexpr,
 ):
     PART: gl.constexpr = out.block_type.shape[0]
-    barrier: gl.constexpr = mbarrier.MBarrierLayout()
-    ring = Ring(
-        gl.allocate_shared_memory(w.dtype, [2 * STAGES] + w.block_type.shape, w.layout),
-        gl.allocate_shared_memory(x.dtype, [STAGES] + x.block_type.shape, x.layout),
-        gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier),
-        gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier),
-        STAGES,
-        TRANSPOSED,
-    )
-    for i in gl.static_range(STAGES):
-        mbarrier.init(ring.full.index(i), count=1)
-        mbarrier.init(ring.empty.index(i), count=2)
     # Allocations apart: the compiler puts a barrier between any two uses of one. A residual's result leaves from the residual's buffer.
     shape: gl.constexpr = out.block_type.shape
     leaving = gl.allocate_shared_memory(out.dtype, [2 * (LEAVING if LEAVING else ARRIVING)] + shape, out.layout)
@@ -210,17 +171,45 @@ def gemm_kernel(
     arriving = leaving
     if ARRIVING > 0 and LEAVING > 0:
         arriving = gl.allocate_shared_memory(out.dtype, [2 * ARRIVING] + shape, out.layout)
-    arrived = gl.allocate_shared_memory(gl.int64, [2 * max(ARRIVING, 1), 1], barrier)
+    arrived = gl.allocate_shared_memory(gl.int64, [2 * max(ARRIVING, 1), 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2 * ARRIVING):
         mbarrier.init(arrived.index(i), count=1)
     epilogue = Epilogue(
-        out, second, side, bias, stats + stride_stats, partial, sums, gl.to_tensor(M), gl.to_tensor(N),
-        leaving, leaving2, arriving, arrived, KIND, LEAVING, ARRIVING, x.block_type.shape[0], PART,
-        HAS_BIAS, FOLD, AHEAD, SUMS,
-    )  # fmt: skip
+        out=out,
+        second=second,
+        side=side,
+        bias=bias,
+        rstd=stats + stride_stats,
+        partial=partial,
+        sums=sums,
+        M=gl.to_tensor(M),
+        N=gl.to_tensor(N),
+        leaving=leaving,
+        leaving2=leaving2,
+        arriving=arriving,
+        arrived=arrived,
+        KIND=KIND,
+        LEAVING=LEAVING,
+        ARRIVING=ARRIVING,
+        TOKENS=x.block_type.shape[0],
+        PART=PART,
+        HAS_BIAS=HAS_BIAS,
+        FOLD=FOLD,
+        AHEAD=AHEAD,
+        SUMS=SUMS,
+    )
     g = Gemm(
-        w, x, x2, ring, epilogue, gl.to_tensor(across), gl.to_tensor(tiles), gl.to_tensor(steps), gl.to_tensor(steps1), TWO
-    )  # fmt: skip
+        w=w,
+        x=x,
+        x2=x2,
+        ring=ring(w, x, STAGES, TRANSPOSED, True),
+        epilogue=epilogue,
+        across=gl.to_tensor(across),
+        tiles=gl.to_tensor(tiles),
+        steps=gl.to_tensor(steps),
+        steps1=gl.to_tensor(steps1),
+        TWO=TWO,
+    )
     gl.warp_specialize([(_consumer, (g, 0)), (_consumer, (g, 1)), (_producer, (g,))], [4, 1], [240, 24])
 
 

@@ -1,6 +1,6 @@
 """Weight gradients on sm_90, in Gluon: dW = dy.T @ x contracted over the tokens, the bias gradient in the same pass.
 
-Tiles of 128 x 256, two consumers and a TMA producer as in `gemm_hopper`. Whole waves of tiles run over all tokens and store their
+Tiles of 128 x 256, two consumers and a TMA producer as in `sm90`. Whole waves of tiles run over all tokens and store their
 result; the tiles that do not fill a wave are split over the tokens, so that they do, and a small kernel sums their fp32 parts in a
 fixed order. All programs of a wave pass the same tokens at the same time: each is read from memory about once. Where the width of x
 leaves a strip of 128 columns, the strip's tiles swap the roles of dy and x and so are as full as the others.
@@ -12,14 +12,15 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
+from uvit_fast.kernels.gemm.sm90_ring import Ring, ring
 from uvit_fast.kernels.runtime import launch
+from uvit_fast.kernels.runtime.aggregate import aggregate
 from uvit_fast.kernels.runtime.checks import ACCUMULATE
 from uvit_fast.kernels.runtime.device import multiprocessors
 from uvit_fast.kernels.runtime.launch import cdiv, descriptor
@@ -28,103 +29,130 @@ from uvit_fast.kernels.runtime.reduce import totals
 ROWS, COLS, BK, STAGES = 64, 256, 64, 4  # rows of a tile a consumer, its columns, tokens a stage, stages
 
 
-@gluon.jit
-def _unit(unit, whole, ragged, splits, KT):
-    """unit -> tile, first and last step. The first `whole` tiles are one unit each, the `ragged` others are `splits`."""
-    v = unit - whole
-    is_whole = unit < whole
-    split = gl.where(is_whole, 0, v // ragged)
-    tile = gl.where(is_whole, unit, whole + v % ragged)
-    parts = gl.where(is_whole, 1, splits)
-    return tile, split, split * KT // parts, (split + 1) * KT // parts
+@aggregate
+class Plan:
+    """How the tiles are laid out and split: see `plan`."""
+
+    whole: gl.tensor  # tiles that run over all tokens
+    ragged: gl.tensor  # tiles that are split
+    splits: gl.tensor
+    units: gl.tensor  # what programs take in turn: whole tiles, then parts of the others
+    steps: gl.tensor  # over all tokens
+    down: gl.tensor  # rows of tiles
+    plain: gl.tensor  # tiles with rows from dy; the others swap the roles
+    strip: gl.tensor  # the first column of theirs
+
+    @gluon.jit
+    def unit(self, unit):
+        """A unit's tile, its part of it, its first and its last step."""
+        v = unit - self.whole
+        is_whole = unit < self.whole
+        split = gl.where(is_whole, 0, v // self.ragged)
+        tile = gl.where(is_whole, unit, self.whole + v % self.ragged)
+        parts = gl.where(is_whole, 1, self.splits)
+        return tile, split, split * self.steps // parts, (split + 1) * self.steps // parts
+
+
+@aggregate
+class Gradient:
+    """A launch: dW = dy.T @ x, and where its tiles go."""
+
+    dy_rows: tma.tensor_descriptor  # (M, N) in boxes of [BK, ROWS]
+    dy_cols: tma.tensor_descriptor  # (M, N), [BK, COLS]
+    x_rows: tma.tensor_descriptor  # (M, K), [BK, ROWS]
+    x_cols: tma.tensor_descriptor  # (M, K), [BK, COLS]
+    out: gl.tensor  # (N, K), rows `stride` apart
+    parts: gl.tensor  # (ragged * splits, 2 ROWS, COLS) fp32
+    bias_parts: gl.tensor  # (splits, N) fp32
+    N: gl.tensor
+    K: gl.tensor
+    stride: gl.tensor
+    ring: Ring
+    plan: Plan
+    BIAS: gl.constexpr
 
 
 @gluon.jit
-def _producer(dy_rows, dy_cols, x_rows, x_cols, a_bufs, b_bufs, full, empty, whole, ragged, splits, units, KT, tiles_n, plain, strip_at, S: gl.constexpr):  # fmt: skip
-    ROWS: gl.constexpr = dy_rows.block_type.shape[1]
-    COLS: gl.constexpr = dy_cols.block_type.shape[1]
-    BK: gl.constexpr = dy_rows.block_type.shape[0]
+def _producer(g):
+    ROWS: gl.constexpr = g.dy_rows.block_type.shape[1]
+    COLS: gl.constexpr = g.dy_cols.block_type.shape[1]
+    BK: gl.constexpr = g.dy_rows.block_type.shape[0]
+    BYTES: gl.constexpr = 2 * g.dy_rows.block_type.nbytes + g.dy_cols.block_type.nbytes
     step = 0
-    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
-        tile, split, first, last = _unit(unit, whole, ragged, splits, KT)
-        straight = tile < plain
-        a_at = gl.where(straight, (tile % tiles_n) * 2 * ROWS, strip_at)
-        b_at = gl.where(straight, tile // tiles_n, tile - plain) * COLS
+    for unit in range(gl.program_id(0), g.plan.units, gl.num_programs(0)):
+        tile, split, first, last = g.plan.unit(unit)
+        straight = tile < g.plan.plain
+        a_at = gl.where(straight, (tile % g.plan.down) * 2 * ROWS, g.plan.strip)
+        b_at = gl.where(straight, tile // g.plan.down, tile - g.plan.plain) * COLS
         for k in range(first, last):
-            s = step % S
-            mbarrier.wait(empty.index(s), ((step // S) & 1) ^ 1)
-            bar = full.index(s)
-            mbarrier.expect(bar, 2 * dy_rows.block_type.nbytes + dy_cols.block_type.nbytes)
-            tma.async_copy_global_to_shared(x_cols, [k * BK, b_at], bar, b_bufs.index(s), pred=straight)
-            tma.async_copy_global_to_shared(dy_cols, [k * BK, b_at], bar, b_bufs.index(s), pred=tile >= plain)
+            s, bar = g.ring.claim(step, BYTES)
+            b = g.ring.b.index(s)
+            tma.async_copy_global_to_shared(g.x_cols, [k * BK, b_at], bar, b, pred=straight)
+            tma.async_copy_global_to_shared(g.dy_cols, [k * BK, b_at], bar, b, pred=tile >= g.plan.plain)
             for c in gl.static_range(2):
-                at = a_at + c * ROWS
-                tma.async_copy_global_to_shared(dy_rows, [k * BK, at], bar, a_bufs.index(2 * s + c), pred=straight)
-                tma.async_copy_global_to_shared(x_rows, [k * BK, at], bar, a_bufs.index(2 * s + c), pred=tile >= plain)
+                a, at = g.ring.a.index(2 * s + c), [k * BK, a_at + c * ROWS]
+                tma.async_copy_global_to_shared(g.dy_rows, at, bar, a, pred=straight)
+                tma.async_copy_global_to_shared(g.x_rows, at, bar, a, pred=tile >= g.plan.plain)
             step += 1
 
 
 @gluon.jit
-def _main_loop(a_bufs, b_bufs, full, empty, step, count, WHO: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, BK: gl.constexpr, S: gl.constexpr, BIAS: gl.constexpr):  # fmt: skip
-    """The product [ROWS, COLS] over `count` stages; with BIAS also A summed over them, [BK, ROWS], beside the tensor cores."""
-    acc = gl.zeros([ROWS, COLS], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16]))
+def _product(ring, step, count, WHO: gl.constexpr, COLS: gl.constexpr, BIAS: gl.constexpr):
+    """The product [64, COLS] over `count` stages; with BIAS also A summed over them, [BK, 64], beside the tensor cores."""
+    acc = gl.zeros([64, COLS], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16]))
     flat: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    sums = gl.zeros([BK, ROWS], gl.float32, flat)
-    s = step % S
-    mbarrier.wait(full.index(s), (step // S) & 1)
-    a = a_bufs.index(2 * s + WHO)
-    acc = warpgroup_mma(a.permute([1, 0]), b_bufs.index(s), acc, use_acc=False, is_async=True)
+    sums = gl.zeros([ring.a.shape[1], 64], gl.float32, flat)
+    a, b = ring.operands(step, WHO)
+    acc = warpgroup_mma(a, b, acc, use_acc=False, is_async=True)
     if BIAS:
-        sums += a.load(flat).to(gl.float32)
+        sums += a.permute([1, 0]).load(flat).to(gl.float32)
     for i in range(step + 1, step + count):
-        t = i % S
-        mbarrier.wait(full.index(t), (i // S) & 1)
-        a = a_bufs.index(2 * t + WHO)
-        acc = warpgroup_mma(a.permute([1, 0]), b_bufs.index(t), acc, is_async=True)
+        a, b = ring.operands(i, WHO)
+        acc = warpgroup_mma(a, b, acc, is_async=True)
         if BIAS:
-            sums += a.load(flat).to(gl.float32)
+            sums += a.permute([1, 0]).load(flat).to(gl.float32)
         acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))
-        mbarrier.arrive(empty.index((i - 1) % S), count=1)
+        ring.free(i - 1)
     acc = warpgroup_mma_wait(0, deps=(acc,))
-    mbarrier.arrive(empty.index((step + count - 1) % S), count=1)
+    ring.free(step + count - 1)
     return acc, sums
 
 
 @gluon.jit
-def _consumer(out, parts, bias_parts, a_bufs, b_bufs, full, empty, N, K, stride, whole, ragged, splits, units, KT, tiles_n, plain, WHO: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, BK: gl.constexpr, S: gl.constexpr, BIAS: gl.constexpr):  # fmt: skip
+def _consumer(g, WHO: gl.constexpr):
+    COLS: gl.constexpr = g.dy_cols.block_type.shape[1]
     lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     flat: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     step = 0
-    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
-        tile, split, first, last = _unit(unit, whole, ragged, splits, KT)
-        at = (
-            tile % tiles_n
-        ) * 2 * ROWS + WHO * ROWS  # the consumer's first feature of dy, where the roles are not swapped
-        if BIAS:
-            if tile < tiles_n:  # one tile a row of tiles sums it
-                acc, sums = _main_loop(a_bufs, b_bufs, full, empty, step, last - first, WHO, ROWS, COLS, BK, S, True)
-                row = at + gl.arange(0, ROWS, layout=gl.SliceLayout(0, flat))
-                gl.store(bias_parts + split * N + row, gl.sum(sums, axis=0), mask=row < N)
+    for unit in range(gl.program_id(0), g.plan.units, gl.num_programs(0)):
+        tile, split, first, last = g.plan.unit(unit)
+        # The consumer's first feature of dy, where the roles are not swapped.
+        at = (tile % g.plan.down) * 2 * 64 + WHO * 64
+        if g.BIAS:
+            if tile < g.plan.down:  # one tile a row of tiles sums it
+                acc, sums = _product(g.ring, step, last - first, WHO, COLS, True)
+                row = at + gl.arange(0, 64, layout=gl.SliceLayout(0, flat))
+                gl.store(g.bias_parts + split * g.N + row, gl.sum(sums, axis=0), mask=row < g.N)
             else:
-                acc, sums = _main_loop(a_bufs, b_bufs, full, empty, step, last - first, WHO, ROWS, COLS, BK, S, False)
+                acc, sums = _product(g.ring, step, last - first, WHO, COLS, False)
         else:
-            acc, sums = _main_loop(a_bufs, b_bufs, full, empty, step, last - first, WHO, ROWS, COLS, BK, S, False)
-        i = gl.arange(0, ROWS, layout=gl.SliceLayout(1, lay))
+            acc, sums = _product(g.ring, step, last - first, WHO, COLS, False)
+        i = gl.arange(0, 64, layout=gl.SliceLayout(1, lay))
         j = gl.arange(0, COLS, layout=gl.SliceLayout(0, lay))
-        if unit < whole:
+        if unit < g.plan.whole:
             row = at + i
-            col = (tile // tiles_n) * COLS + j
-            inside = gl.expand_dims(row < N, 1) & gl.expand_dims(col < K, 0)
-            where = gl.expand_dims(row * stride, 1) + gl.expand_dims(col, 0)
-            gl.store(out + where, acc.to(out.dtype.element_ty), mask=inside)
+            col = (tile // g.plan.down) * COLS + j
+            inside = gl.expand_dims(row < g.N, 1) & gl.expand_dims(col < g.K, 0)
+            where = gl.expand_dims(row * g.stride, 1) + gl.expand_dims(col, 0)
+            gl.store(g.out + where, acc.to(g.out.dtype.element_ty), mask=inside)
         else:
-            slot = ((unit - whole) * 2 + WHO) * ROWS + i
-            gl.store(parts + gl.expand_dims(slot * COLS, 1) + gl.expand_dims(j, 0), acc)
+            slot = ((unit - g.plan.whole) * 2 + WHO) * 64 + i
+            gl.store(g.parts + gl.expand_dims(slot * COLS, 1) + gl.expand_dims(j, 0), acc)
         step += last - first
 
 
 @gluon.jit
-def wgrad_kernel(
+def weight_gradient_kernel(
     dy_rows,  # (M, N), tiles [BK, ROWS]
     dy_cols,  # (M, N), tiles [BK, COLS]
     x_rows,  # (M, K), tiles [BK, ROWS]
@@ -135,36 +163,43 @@ def wgrad_kernel(
     N,
     K,
     stride,
-    whole,  # tiles that run over all tokens
-    ragged,  # tiles that are split
+    whole,  # these eight: see Plan
+    ragged,
     splits,
     units,
-    KT,  # steps over the tokens
-    tiles_n,  # rows of tiles
-    plain,  # tiles with rows from dy; the others swap the roles
-    strip_at,  # the first column of theirs
-    S: gl.constexpr,
+    steps,
+    down,
+    plain,
+    strip,
+    STAGES: gl.constexpr,
     BIAS: gl.constexpr,
 ):
-    ROWS: gl.constexpr = dy_rows.block_type.shape[1]
-    COLS: gl.constexpr = dy_cols.block_type.shape[1]
-    BK: gl.constexpr = dy_rows.block_type.shape[0]
-    a_bufs = gl.allocate_shared_memory(dy_rows.dtype, [2 * S] + dy_rows.block_type.shape, dy_rows.layout)
-    b_bufs = gl.allocate_shared_memory(dy_cols.dtype, [S] + dy_cols.block_type.shape, dy_cols.layout)
-    full = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(S):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
-    gl.warp_specialize(
-        [
-            (_consumer, (out, parts, bias_parts, a_bufs, b_bufs, full, empty, N, K, stride, whole, ragged, splits, units, KT, tiles_n, plain, 0, ROWS, COLS, BK, S, BIAS)),
-            (_consumer, (out, parts, bias_parts, a_bufs, b_bufs, full, empty, N, K, stride, whole, ragged, splits, units, KT, tiles_n, plain, 1, ROWS, COLS, BK, S, BIAS)),
-            (_producer, (dy_rows, dy_cols, x_rows, x_cols, a_bufs, b_bufs, full, empty, whole, ragged, splits, units, KT, tiles_n, plain, strip_at, S)),
-        ],
-        [4, 1],
-        [232, 40],
-    )  # fmt: skip
+    plan = Plan(
+        gl.to_tensor(whole),
+        gl.to_tensor(ragged),
+        gl.to_tensor(splits),
+        gl.to_tensor(units),
+        gl.to_tensor(steps),
+        gl.to_tensor(down),
+        gl.to_tensor(plain),
+        gl.to_tensor(strip),
+    )
+    g = Gradient(
+        dy_rows=dy_rows,
+        dy_cols=dy_cols,
+        x_rows=x_rows,
+        x_cols=x_cols,
+        out=out,
+        parts=parts,
+        bias_parts=bias_parts,
+        N=gl.to_tensor(N),
+        K=gl.to_tensor(K),
+        stride=gl.to_tensor(stride),
+        ring=ring(dy_rows, dy_cols, STAGES, True, False),
+        plan=plan,
+        BIAS=BIAS,
+    )
+    gl.warp_specialize([(_consumer, (g, 0)), (_consumer, (g, 1)), (_producer, (g,))], [4, 1], [232, 40])
 
 
 @triton.jit
@@ -177,9 +212,9 @@ def sum_kernel(
     whole,
     ragged,
     splits,
-    tiles_n,
+    down,
     plain,
-    strip_at,
+    strip,
     HEIGHT: tl.constexpr,
 ):
     """The split tiles: sum over the splits in their order, cast, store; the swapped ones transposed."""
@@ -193,19 +228,19 @@ def sum_kernel(
         at += ragged * 128 * 256
     value = total.to(out.dtype.element_ty)
     if tile < plain:
-        n = (tile % tiles_n) * 128 + i
-        k = (tile // tiles_n) * 256 + j
+        n = (tile % down) * 128 + i
+        k = (tile // down) * 256 + j
         tl.store(out + n[:, None] * stride + k[None, :], value, mask=(n < N)[:, None] & (k < K)[None, :])
     else:
         n2 = (tile - plain) * 256 + j
-        k2 = strip_at + i
+        k2 = strip + i
         tl.store(out + n2[None, :] * stride + k2[:, None], value, mask=(n2 < N)[None, :] & (k2 < K)[:, None])
 
 
 def plan(M: int, N: int, K: int, programs: int) -> dict[str, int]:
     """How the tiles of an (N, K) gradient over M tokens are laid out and split over this many programs."""
-    tiles_n, strip = cdiv(N, 2 * ROWS), K > COLS and 0 < K % COLS <= 2 * ROWS
-    plain = tiles_n * (K // COLS if strip else cdiv(K, COLS))
+    down, strip = cdiv(N, 2 * ROWS), K > COLS and 0 < K % COLS <= 2 * ROWS
+    plain = down * (K // COLS if strip else cdiv(K, COLS))
     tiles, steps = plain + (cdiv(N, COLS) if strip else 0), cdiv(M, BK)
     whole = min(tiles, plain) // programs * programs  # the swapped tiles are stored by the sum
     ragged = tiles - whole
@@ -217,10 +252,10 @@ def plan(M: int, N: int, K: int, programs: int) -> dict[str, int]:
         "ragged": ragged,
         "splits": splits,
         "units": whole + ragged * splits,
-        "KT": steps,
-        "tiles_n": tiles_n,
+        "steps": steps,
+        "down": down,
         "plain": plain,
-        "strip_at": K // COLS * COLS,
+        "strip": K // COLS * COLS,
     }
 
 
@@ -248,9 +283,9 @@ def weight_gradient(dy: Tensor, x: Tensor, out: Tensor, bias: bool) -> Tensor | 
     programs = multiprocessors(dy.device)
     args, options, p = arguments(dy, x, out, bias, programs)
     parts, bias_parts = args[5:7]
-    launch.run(dy.device, wgrad_kernel, (min(programs, p["units"]),), args, options)
+    launch.run(dy.device, weight_gradient_kernel, (min(programs, p["units"]),), args, options)
     if p["ragged"]:
-        layout = [p[name] for name in ("whole", "ragged", "splits", "tiles_n", "plain", "strip_at")]
+        layout = [p[name] for name in ("whole", "ragged", "splits", "down", "plain", "strip")]
         args = (parts, out, dy.shape[1], x.shape[1], out.stride(0), *layout)
         launch.run(dy.device, sum_kernel, (p["ragged"], 8), args, {"HEIGHT": 16})
     return totals(bias_parts, 1, dy.dtype)[0] if bias else None

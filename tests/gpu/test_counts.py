@@ -12,7 +12,7 @@ from uvit_fast.diffusion.schedules import noise_loss
 
 pytestmark = pytest.mark.gpu
 
-OURS = ("gemm_kernel", "prepare_kernel", "attention_forward_kernel", "wgrad_kernel")
+OURS = ("gemm_kernel", "prepare_kernel", "attention_forward_kernel", "weight_gradient_kernel")
 
 
 def step(device):

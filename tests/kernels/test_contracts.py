@@ -64,7 +64,7 @@ def hopper() -> dict:
 
     def wgrad(bias):
         args, options, _ = sm90_weight_gradient.arguments(meta(M, D), x, meta(D, D), bias, 132)
-        return sm90_weight_gradient.wgrad_kernel, args, options
+        return sm90_weight_gradient.weight_gradient_kernel, args, options
 
     def few(epilogue, x, linear, sources):
         args, options, *_ = sm90.arguments(epilogue, x, linear, **sources, **sm90.FEW)
@@ -191,18 +191,18 @@ def test_the_weight_gradients_plan_covers_every_tile_and_every_token_once(M, N, 
     for unit in range(p["units"]):
         v, parts = unit - p["whole"], p["splits"]
         tile, split, parts = (unit, 0, 1) if v < 0 else (p["whole"] + v % p["ragged"], v // p["ragged"], parts)
-        steps.setdefault(tile, []).extend(range(split * p["KT"] // parts, (split + 1) * p["KT"] // parts))
+        steps.setdefault(tile, []).extend(range(split * p["steps"] // parts, (split + 1) * p["steps"] // parts))
     for tile, passed in steps.items():
-        assert passed == list(range(p["KT"]))
+        assert passed == list(range(p["steps"]))
         if tile < p["plain"]:
-            n, k = tile % p["tiles_n"] * 128, tile // p["tiles_n"] * 256
+            n, k = tile % p["down"] * 128, tile // p["down"] * 256
             covered[n : n + 128, k : k + 256] += 1
         else:
-            n, k = (tile - p["plain"]) * 256, p["strip_at"]
+            n, k = (tile - p["plain"]) * 256, p["strip"]
             covered[n : n + 256, k : k + 128] += 1
     assert (covered == 1).all()
-    assert p["plain"] >= p["tiles_n"]  # the bias sums ride on the first tile of each row
-    assert p["KT"] * 64 >= M
+    assert p["plain"] >= p["down"]  # the bias sums ride on the first tile of each row
+    assert p["steps"] * 64 >= M
 
 
 if __name__ == "__main__":

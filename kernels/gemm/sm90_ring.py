@@ -1,0 +1,66 @@
+"""The stages of shared memory between a producer, which fills them by TMA, and two consumers, which multiply what is in them."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from uvit_fast.kernels.runtime.aggregate import aggregate
+
+
+@aggregate
+class Ring:
+    """A stage holds an operand of 64 rows for each consumer, and one that both of them read."""
+
+    a: gl.shared_memory_descriptor  # (2 STAGES, 64, K of a stage), or with A_TURNED (2 STAGES, K, 64)
+    b: gl.shared_memory_descriptor  # (STAGES, K, columns), or with B_TURNED (STAGES, columns, K)
+    full: gl.shared_memory_descriptor  # (STAGES) barriers: what the producer asked for is there
+    empty: gl.shared_memory_descriptor  # (STAGES) barriers: both consumers have read it
+    STAGES: gl.constexpr
+    A_TURNED: gl.constexpr
+    B_TURNED: gl.constexpr
+
+    @gluon.jit
+    def claim(self, step, BYTES: gl.constexpr):
+        """The stage of this step and its barrier, once both consumers have left it; so many bytes will come."""
+        s = step % self.STAGES
+        mbarrier.wait(self.empty.index(s), ((step // self.STAGES) & 1) ^ 1)
+        bar = self.full.index(s)
+        mbarrier.expect(bar, BYTES)
+        return s, bar
+
+    @gluon.jit
+    def operands(self, step, WHO: gl.constexpr):
+        """The operands (64, K) and (K, columns) of a consumer's step, once they are there."""
+        s = step % self.STAGES
+        mbarrier.wait(self.full.index(s), (step // self.STAGES) & 1)
+        a = self.a.index(s * 2 + WHO)
+        if self.A_TURNED:
+            a = a.permute([1, 0])
+        b = self.b.index(s)
+        if self.B_TURNED:
+            b = b.permute([1, 0])
+        return a, b
+
+    @gluon.jit
+    def free(self, step):
+        """Leaves the stage of this step to the producer."""
+        mbarrier.arrive(self.empty.index(step % self.STAGES), count=1)
+
+
+@gluon.jit
+def ring(a, b, STAGES: gl.constexpr, A_TURNED: gl.constexpr, B_TURNED: gl.constexpr):
+    """A ring for the boxes of these descriptors: a's for either consumer, and b's."""
+    layout: gl.constexpr = mbarrier.MBarrierLayout()
+    made = Ring(
+        gl.allocate_shared_memory(a.dtype, [2 * STAGES] + a.block_type.shape, a.layout),
+        gl.allocate_shared_memory(b.dtype, [STAGES] + b.block_type.shape, b.layout),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout),
+        STAGES,
+        A_TURNED,
+        B_TURNED,
+    )
+    for i in gl.static_range(STAGES):
+        mbarrier.init(made.full.index(i), count=1)
+        mbarrier.init(made.empty.index(i), count=2)
+    return made
