@@ -7,8 +7,10 @@ which order, and their flips are not decided here: see `uvit_fast.training.loade
 import functools
 import gc
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -85,7 +87,8 @@ class DaliImages(ImageFolder):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_readers": {}, "_pipelines": {}}  # each process has its own
 
-    def _read_all(self, items: list[tuple[int, int]]) -> list[tuple[Tensor, int]]:
+    def _read_all(self, indices: list[int], epochs: Iterable[int] = repeat(0)) -> list[tuple[Tensor, int]]:
+        items = list(zip(indices, epochs))
         return [found for first in range(0, len(items), CHUNK) for found in self._chunk(items[first : first + CHUNK])]
 
     def _chunk(self, items: list[tuple[int, int]]) -> list[tuple[Tensor, int]]:

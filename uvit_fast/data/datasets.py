@@ -16,7 +16,8 @@ import pickle
 import random
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +225,7 @@ class ImageFolder(Dataset):
         return len(self.files)
 
     def raw(self, items: list[tuple[int, int]]) -> Batch:
-        found = self._read_all(items)
+        found = self._read_all([index for index, _ in items], [epoch for _, epoch in items])
         raw = {"x": torch.stack([x for x, _ in found])}
         if self.labels is not None:
             raw["y"] = torch.tensor([self.labels[i] for _, i in found])
@@ -234,9 +235,9 @@ class ImageFolder(Dataset):
         x = raw["x"].float() / 127.5 - 1
         return {**raw, "x": random_flip(x, draws) if self.flip else x}
 
-    def _read_all(self, items: list[tuple[int, int]]) -> list[tuple[Tensor, int]]:
-        """(3, size, size) uint8 of each item, and the index that it has in truth."""
-        return [self._cropped(*self._load(*item)) for item in items]
+    def _read_all(self, indices: list[int], epochs: Iterable[int] = repeat(0)) -> list[tuple[Tensor, int]]:
+        """(3, size, size) uint8 of each index, and the index that it has in truth."""
+        return [self._cropped(*self._load(*item)) for item in zip(indices, epochs)]
 
     def _cropped(self, image: Image.Image, index: int) -> tuple[Tensor, int]:
         return torch.from_numpy(np.array(CROPS[self.crop_name](image, self.size))).permute(2, 0, 1), index
