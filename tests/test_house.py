@@ -7,6 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LEVELS = {
+    "text": -1,
     "kernels": 0,
     "claims": 0,
     "config": 0,

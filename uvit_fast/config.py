@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
-CUT = 80  # characters of a user's value that a message repeats
+from uvit_fast.text import cut, parse_yaml, shown
 
 CLIP = "openai/clip-vit-large-patch14"  # whose text features the published text models were trained on
 
@@ -407,63 +406,11 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def shown(value: Any) -> str:
-    """A user's value as a message repeats it: on one line, cut at 80 characters, whatever it is."""
-    return cut(repr(value[: CUT + 1]) if isinstance(value, str) else _BRIEF.repr(value))
-
-
-def cut(text: str) -> str:
-    """Text of a user's on one line of at most 80 characters."""
-    text = text[: CUT + 1]
-    text = text if text.isprintable() else repr(text)[1:-1]
-    return text if len(text) <= CUT else text[: CUT - 1] + "…"
-
-
-class _Brief(reprlib.Repr):
-    def repr_int(self, x: int, level: int) -> str:
-        return repr(x) if x.bit_length() < 300 else f"an integer of {x.bit_length()} bits"
-
-
-_BRIEF = _Brief()
-_BRIEF.maxstring = _BRIEF.maxother = CUT
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe values. What PyYAML raises otherwise where a value does not fit its tag, or silently takes, is an error with its place."""
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        try:
-            return super().construct_object(node, deep)
-        except (ValueError, LookupError, AttributeError, TypeError):
-            kind = node.tag.rpartition(":")[2]
-            raise yaml.MarkedYAMLError(problem=f"no {kind} that can be used", problem_mark=node.start_mark) from None
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise yaml.MarkedYAMLError(problem=f"{key.value} is there twice", problem_mark=key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def _parse(text: str, what: str) -> Any:
-    """A YAML value.
-
-    Raises:
-        ConfigError: it is none; `what` says of what, and after it stands what is wrong and where.
-    """
     try:
-        return yaml.load(text, _Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{what}: {cut(error.problem or error.context or '')}{where}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{what}: {cut(' '.join(str(error).split()))}") from None
-    except RecursionError:
-        raise ConfigError(f"{what}: nested too deeply") from None
+        return parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"{what}: {error}") from None
 
 
 def _read(path: Path) -> dict[str, Any]:

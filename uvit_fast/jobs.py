@@ -12,9 +12,10 @@ import numpy as np
 from tqdm import tqdm
 
 from uvit_fast.claims import LOCK, Claim, Taken
-from uvit_fast.config import UserError, shown
+from uvit_fast.config import UserError
 from uvit_fast.files import write_whole
 from uvit_fast.ranks import ALONE, Ranks
+from uvit_fast.text import shown
 
 
 class Job:

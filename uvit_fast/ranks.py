@@ -22,7 +22,7 @@ class Ranks:
     """This process among the `count` of a job (RANK and WORLD_SIZE); alone where no launcher has said so.
 
     `with Ranks() as ranks:` brings the processes together and ends them together: the first that fails raises its error, the others
-    exit with code 2 and say nothing. They learn of it at their next `check` or exchange. Alone it needs no torch, which takes seconds to import.
+    exit with code 2 and say nothing. They learn of it at their next `check` or exchange. Alone it does without torch.
 
     Args:
         alone: take no notice of a launcher.

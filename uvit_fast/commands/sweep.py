@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from uvit_fast.commands.arguments import positive
 from uvit_fast.commands.cost import count
 from uvit_fast.config import Config, Section, UserError, load_config
+from uvit_fast.text import cut, parse_yaml
 
 HELP = "train and measure variations of one config, and plot the metric against each factor"
 EXAMPLE = "uvit-fast sweep --config configs/ablations/digits.yaml --only skip"
@@ -99,10 +100,10 @@ def read_members(path: Path, overrides: list[str], only: list[str]) -> list[Memb
         UserError: a file that is no sweep, a factor that is not in it, or values that make no config.
     """
     try:
-        sweep = Sweep.model_validate(yaml.safe_load(path.read_text()))
-    except (OSError, yaml.YAMLError, ValidationError) as error:
+        sweep = Sweep.model_validate(parse_yaml(path.read_text("utf-8-sig")))
+    except (OSError, ValueError) as error:  # ValidationError is one
         raise UserError(
-            f"{path}: expected a sweep, with base, set and factors: {' '.join(str(error).split())}"
+            f"{cut(str(path))}: expected a sweep, with base, set and factors: {cut(' '.join(str(error).split()))}"
         ) from None
     if unknown := [name for name in only if name not in sweep.factors]:
         raise UserError(f"--only: expected some of {', '.join(sweep.factors)}, got {unknown[0]}")

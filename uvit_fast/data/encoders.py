@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uvit_fast.config import UserError, cut, shown
+from uvit_fast.config import UserError
 from uvit_fast.data.extract import Pixels
 from uvit_fast.extras import missing
 from uvit_fast.provenance import UNKNOWN, Provenance, describe_encoder
+from uvit_fast.text import cut, shown
 
 Digests = dict[str, Callable[[], str]]
 
