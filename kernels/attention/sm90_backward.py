@@ -1,5 +1,12 @@
-"""The backward of attention on sm_90: dq with delta, then dk and dv, each its own kernel; see sm90_forward.py."""
+"""The backward of attention on sm_90, two kernels without atomics: dq with delta, then dk and dv.
 
+dq: k and v stay, blocks of q and dout stream past. dkv: q and dout stay, blocks of k and v stream past. A streamed
+block moves to registers at once, so that its buffers can take the gradient of the block before it out and the block
+after it in while the products run. The rows of a tail go before the blocks, on 16-row products. Legend: sm90_tiles.py.
+"""
+
+import torch
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
@@ -7,131 +14,237 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from uvit_fast.kernels.attention.sm90_tiles import (
     LEFT,
     LEFT_SMALL,
-    MMA_16,
+    LOG2E,
     MMA_64,
     SMALL,
-    SWIZZLE_32,
-    SWIZZLE_128,
+    Boxes,
+    Global,
+    Head,
+    Pair,
+    Registers,
     accumulate,
     barrier,
+    boxes,
+    cut,
+    down,
     left,
-    load_head,
-    load_rows,
+    masked,
+    row_bytes,
     rows_by_rows,
-    start,
+    shared_head,
+    shared_rows,
     statistic,
-    store_rows,
-    tail_round,
+    tail_accumulate,
+    tail_rows_by_rows,
     tail_store,
-    to_registers,
+    tail_zeros,
+    zeros,
 )
+from uvit_fast.kernels.runtime import launch
+from uvit_fast.kernels.runtime.aggregate import aggregate
+
+
+@aggregate
+class Statistics:
+    """What the backward needs to know of queries: in registers, in shared memory, or as Heads of a whole head."""
+
+    lse: gl.tensor | gl.shared_memory_descriptor | Head  # (rows,) fp32, base 2
+    delta: gl.tensor | gl.shared_memory_descriptor | Head  # (rows,) fp32: sum over d of dout * out
+
+    @gluon.jit
+    def block(self, i):
+        """Of Heads, a block."""
+        return Statistics(self.lse.blocks.index(i), self.delta.blocks.index(i))
+
+    @gluon.jit
+    def tail(self):
+        """Of Heads, the tail."""
+        return Statistics(self.lse.tail, self.delta.tail)
+
+
+@aggregate
+class Workspace:
+    """A kernel's shared memory: two of q, k, v and dout stay, the other two stream past."""
+
+    stay: Pair  # of Heads
+    stream: Pair  # of Shared (64, D)
+    all_in: gl.shared_memory_descriptor  # barrier of what stays
+    next_in: gl.shared_memory_descriptor  # barrier of what streams
+
+    @gluon.jit
+    def load_stay(self, source):
+        """All rows of `source`, a Pair of Global, asynchronously."""
+        rows: gl.constexpr = self.stay.qk.blocks.main.shape[0] * 64 + (16 if self.stay.qk.tail is not None else 0)
+        mbarrier.expect(self.all_in, 2 * rows * row_bytes(self.stream.qk.rest is not None))
+        self.stay.qk.load(source.qk, self.all_in)
+        self.stay.vo.load(source.vo, self.all_in)
+
+    @gluon.jit
+    def load_next(self, source, row, wanted=True):
+        """The 64 rows from `row` on of `source`, a Pair of Global, asynchronously."""
+        mbarrier.expect(self.next_in, 128 * row_bytes(self.stream.qk.rest is not None), pred=wanted)
+        source.qk.load(row, self.stream.qk, self.next_in, wanted)
+        source.vo.load(row, self.stream.vo, self.next_in, wanted)
+
+    @gluon.jit
+    def take_tail(self, source):
+        """The tail's rows, streamed in, as a Pair of Registers; the first block follows, all that stays is in."""
+        x = Pair(self.stream.qk.cut(16).index(0), self.stream.vo.cut(16).index(0)).to_registers(LEFT_SMALL)
+        barrier()
+        self.load_next(source, 0)
+        mbarrier.wait(self.all_in, 0)
+        return x
 
 
 @gluon.jit
-def _step(
-    x, x_w, y, y_w, k, k_w, v, v_w, lse, delta, first, L, scale, a, a_w, c, c_w,
-    N: gl.constexpr, NEW: gl.constexpr, COLUMNS: gl.constexpr, MASKED: gl.constexpr, WIDE: gl.constexpr,
-):  # fmt: skip
-    """A block of 64 streamed rows (x, y) against N resident rows (k, v), whose products are left in flight.
+def _workspace(dtype: gl.constexpr, BLOCKS: gl.constexpr, TAIL: gl.constexpr, WIDE: gl.constexpr):
+    stay = Pair(shared_head(dtype, BLOCKS, TAIL, WIDE), shared_head(dtype, BLOCKS, TAIL, WIDE))
+    stream = Pair(shared_rows(dtype, [64], WIDE), shared_rows(dtype, [64], WIDE))
+    bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(bars.index(0), count=1)
+    mbarrier.init(bars.index(1), count=1)
+    return Workspace(stay, stream, bars.index(0), bars.index(1))
 
-    Phase A: x = q, y = dout, and a (dq) grows by ds k. Phase B (COLUMNS: lse and delta belong to the resident rows, and are in
-    shared memory): x = k, y = v, k = q, v = dout; a (dk) grows by ds q and c (dv) by p dout. NEW: a and c begin here.
+
+@gluon.jit
+def _across(x, below):
+    """x (N,) in shared memory as a row (1, N) above another tensor (rows, N)."""
+    layout: gl.constexpr = gl.SliceLayout(0, below.type.layout)
+    return gl.expand_dims(x.load(layout), 0)
+
+
+@gluon.jit
+def _dq_step(x, y, known, first, L, scale, dq, MASKED: gl.constexpr):
+    """dq (64, D), None at first, and what N keys give, in flight.
+
+    x = q, dout in Registers and y = k, v Shared are Pairs; `known` is of the queries, in registers.
     """
-    axis: gl.constexpr = 0 if COLUMNS else 1
-    s = rows_by_rows(x, x_w, k, k_w, N, WIDE)
-    dp = rows_by_rows(y, y_w, v, v_w, N, WIDE)
-    behind: gl.constexpr = 2 if WIDE else 1  # products that dp may still be behind by
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    if NEW:
+    behind: gl.constexpr = 1 if y.qk.rest is None else 2  # products that dp may still be behind by
+    dtype: gl.constexpr = y.qk.main.dtype
+    s = rows_by_rows(x.qk, y.qk)
+    dp = rows_by_rows(x.vo, y.vo)
+    if dq is None:
         s = warpgroup_mma_wait(behind, deps=(s,))
-    elif COLUMNS:
-        if WIDE:
-            s, a, a_w, c, c_w = warpgroup_mma_wait(behind, deps=(s, a, a_w, c, c_w))
-        else:
-            s, a, c = warpgroup_mma_wait(behind, deps=(s, a, c))
+    elif dq.rest is None:
+        s, main = warpgroup_mma_wait(behind, deps=(s, dq.main))
+        dq = Registers(main, None)
     else:
-        if WIDE:
-            s, a, a_w = warpgroup_mma_wait(behind, deps=(s, a, a_w))
-        else:
-            s, a = warpgroup_mma_wait(behind, deps=(s, a))
-    if COLUMNS:
-        lse = lse.load(gl.SliceLayout(0, mma))  # not before: it would take the registers that the products need
-    p = gl.exp2(s * scale - gl.expand_dims(lse, axis))
+        s, main, rest = warpgroup_mma_wait(behind, deps=(s, dq.main, dq.rest))
+        dq = Registers(main, rest)
+    p = gl.exp2(s * scale - down(known.lse, s))
     if MASKED:
         # a padded key scores 0, and exp2(0 - lse) is infinite when every real score is very negative
-        keys = first + gl.arange(0, N, layout=gl.SliceLayout(0, mma))
-        p = gl.where(gl.expand_dims(keys < L, 0), p, 0.0)
-    if COLUMNS:
-        if NEW:
-            c, c_w = start(left(p, k.dtype), v, v_w, WIDE)
-        else:
-            c, c_w = accumulate(left(p, k.dtype), v, v_w, c, c_w, WIDE)
-        delta = delta.load(gl.SliceLayout(0, mma))
-        dp = warpgroup_mma_wait(behind, deps=(dp,))
-    else:
-        dp = warpgroup_mma_wait(0, deps=(dp,))
-    ds = left(p * (dp - gl.expand_dims(delta, axis)), k.dtype)
-    if NEW:
-        a, a_w = start(ds, k, k_w, WIDE)
-    else:
-        a, a_w = accumulate(ds, k, k_w, a, a_w, WIDE)
-    if not COLUMNS:
-        c, c_w = a, a_w
-    return a, a_w, c, c_w
+        p = masked(p, first, L, 0.0)
+    dp = warpgroup_mma_wait(0, deps=(dp,))
+    return accumulate(left(p * (dp - down(known.delta, s)), dtype), y.qk, dq)
 
 
 @gluon.jit
-def _zeros(WIDE: gl.constexpr):
-    a = gl.zeros([64, 64], gl.float32, MMA_64)
-    a_w = a
-    if WIDE:
-        a_w = gl.zeros([64, 16], gl.float32, MMA_16)
-    return a, a_w
+def _dkv_step(x, y, known, scale, grads):
+    """The Pair of dk and dv (64, D), None at first, and what N queries give, in flight.
+
+    x = k, v in Registers and y = q, dout Shared are Pairs; `known` is of the queries, in shared memory.
+    """
+    behind: gl.constexpr = 1 if y.qk.rest is None else 2  # products that dp may still be behind by
+    dtype: gl.constexpr = y.qk.main.dtype
+    s = rows_by_rows(x.qk, y.qk)
+    dp = rows_by_rows(x.vo, y.vo)
+    dk, dv = None, None
+    if grads is None:
+        s = warpgroup_mma_wait(behind, deps=(s,))
+    elif grads.qk.rest is None:
+        s, k, v = warpgroup_mma_wait(behind, deps=(s, grads.qk.main, grads.vo.main))
+        dk, dv = Registers(k, None), Registers(v, None)
+    else:
+        deps = (s, grads.qk.main, grads.qk.rest, grads.vo.main, grads.vo.rest)
+        s, k, k_rest, v, v_rest = warpgroup_mma_wait(behind, deps=deps)
+        dk, dv = Registers(k, k_rest), Registers(v, v_rest)
+    lse = _across(known.lse, s)  # not before: it would take the registers that the products need
+    p = gl.exp2(s * scale - lse)
+    dv = accumulate(left(p, dtype), y.vo, dv)
+    delta = _across(known.delta, s)
+    dp = warpgroup_mma_wait(behind, deps=(dp,))
+    return Pair(accumulate(left(p * (dp - delta), dtype), y.qk, dk), dv)
 
 
 @gluon.jit
-def _keep(pointer, L, other, keep, keep_t, BLOCKS: gl.constexpr, TAIL: gl.constexpr):
-    """lse or delta of a head into shared memory, in blocks of 64 rows and the tail."""
+def _tail_dq_step(x, y, known, first, L, scale, dq):
+    """`_dq_step` for the queries of the tail, dq (16, D)."""
+    dtype: gl.constexpr = y.qk.main.dtype
+    s = tail_rows_by_rows(x.qk, y.qk)
+    dp = tail_rows_by_rows(x.vo, y.vo)
+    p = masked(gl.exp2(s * scale - gl.expand_dims(known.lse, 1)), first, L, 0.0)
+    return tail_accumulate(left(p * (dp - gl.expand_dims(known.delta, 1)), dtype, LEFT_SMALL), y.qk, dq)
+
+
+@gluon.jit
+def _tail_dkv_step(x, y, known, scale, grads):
+    """`_dkv_step` for the keys of the tail, each gradient (16, D)."""
+    dtype: gl.constexpr = y.qk.main.dtype
+    s = tail_rows_by_rows(x.qk, y.qk)
+    dp = tail_rows_by_rows(x.vo, y.vo)
+    lse = _across(known.lse, s)
+    delta = _across(known.delta, s)
+    p = gl.exp2(s * scale - lse)
+    dv = tail_accumulate(left(p, dtype, LEFT_SMALL), y.vo, grads.vo)
+    return Pair(tail_accumulate(left(p * (dp - delta), dtype, LEFT_SMALL), y.qk, grads.qk), dv)
+
+
+@gluon.jit
+def _tail_dq(x, keys, known, L, scale, BLOCKS: gl.constexpr):
+    dq = tail_zeros(x.qk.rest is not None)
+    for j in range(BLOCKS):
+        dq = _tail_dq_step(x, keys.block(j), known, j * 64, L, scale, dq)
+    return _tail_dq_step(x, keys.tail(), known, BLOCKS * 64, L, scale, dq)
+
+
+@gluon.jit
+def _tail_dkv(x, queries, known, scale, BLOCKS: gl.constexpr):
+    grads = Pair(tail_zeros(x.qk.rest is not None), tail_zeros(x.qk.rest is not None))
+    for j in range(BLOCKS):
+        grads = _tail_dkv_step(x, queries.block(j), known.block(j), scale, grads)
+    return _tail_dkv_step(x, queries.tail(), known.tail(), scale, grads)
+
+
+@gluon.jit
+def _keep(pointer, L, other, BLOCKS: gl.constexpr, TAIL: gl.constexpr):
+    """lse or delta of all queries in shared memory: a Head."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    blocks = gl.allocate_shared_memory(gl.float32, [BLOCKS, 64], flat)
     for n in gl.static_range(BLOCKS):
-        keep.index(n).store(statistic(pointer, n * 64, L, other, 64, layout))
+        blocks.index(n).store(statistic(pointer, n * 64, L, other, 64, layout))
+    tail = None
     if TAIL:
-        keep_t.store(statistic(pointer, BLOCKS * 64, L, other, 16, layout))
-
-
-@gluon.jit
-def _settle(a, a_w, factor, WIDE: gl.constexpr):
-    """Wait for every product in flight; a * factor."""
-    if WIDE:
-        a, a_w = warpgroup_mma_wait(0, deps=(a, a_w))
-        a_w = a_w * factor
-    else:
-        a = warpgroup_mma_wait(0, deps=(a,))
-        a_w = a
-    return a * factor, a_w
+        tail = gl.allocate_shared_memory(gl.float32, [16], flat)
+        tail.store(statistic(pointer, BLOCKS * 64, L, other, 16, layout))
+    return Head(blocks, tail)
 
 
 @gluon.jit
 def _out_rows(out, first, L, stride, ROWS: gl.constexpr, D: gl.constexpr):
-    """Rows of the forward's output as pairs of values: a pair a register, where single ones would take twice as many."""
+    """Rows of the forward's output as int32, a pair of values each: single ones would take twice the registers."""
     wide: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
     narrow: gl.constexpr = gl.BlockedLayout([1, 4], [16, 2], [4, 1], [1, 0])
     rows = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, wide))
     columns = gl.arange(0, 32, layout=gl.SliceLayout(0, wide))
     at = gl.expand_dims(rows, 1) * stride + gl.expand_dims(columns, 0)
-    o = gl.load(out + at, mask=gl.expand_dims(rows < L, 1), other=0)
-    o_w = o
+    main = gl.load(out + at, mask=gl.expand_dims(rows < L, 1), other=0)
+    rest = None
     if D > 64:
         rows = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, narrow))
         columns = 32 + gl.arange(0, 8, layout=gl.SliceLayout(0, narrow))
         at = gl.expand_dims(rows, 1) * stride + gl.expand_dims(columns, 0)
-        o_w = gl.load(out + at, mask=gl.expand_dims(rows < L, 1) & gl.expand_dims(columns < D // 2, 0), other=0)
-    return o, o_w
+        rest = gl.load(out + at, mask=gl.expand_dims(rows < L, 1) & gl.expand_dims(columns < D // 2, 0), other=0)
+    return Registers(main, rest)
 
 
 @gluon.jit
-def _dot_pairs(x, y, dtype: gl.constexpr, layout: gl.constexpr):
-    """Row sums of x * y, both pairs of `dtype` values in int32."""
+def _dot_pairs(x, y, SWIZZLE: gl.constexpr, layout: gl.constexpr):
+    """Row sums of x * y: x (ROWS, N) int32, pairs as of `_out_rows`; y (64, 2N) in shared memory, swizzled so."""
+    dtype: gl.constexpr = y.dtype
+    shape: gl.constexpr = [64 // x.shape[0], x.shape[0], x.shape[1]]
+    y = y._reinterpret(gl.int32, shape, gl.NVMMASharedLayout(SWIZZLE, 32, 2)).index(0).load(x.type.layout)
     low = x.to(gl.int16).to(dtype, bitcast=True).to(gl.float32) * y.to(gl.int16).to(dtype, bitcast=True).to(gl.float32)
     x = (x >> 16).to(gl.int16).to(dtype, bitcast=True).to(gl.float32)
     y = (y >> 16).to(gl.int16).to(dtype, bitcast=True).to(gl.float32)
@@ -139,36 +252,26 @@ def _dot_pairs(x, y, dtype: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def _delta(o, o_w, dout, dout_w, ROWS: gl.constexpr, layout: gl.constexpr, WIDE: gl.constexpr):
-    """delta (ROWS,) = sum over d of dout * out: dout in shared memory, out as `_out_rows` gave it."""
-    pairs = (
-        dout._reinterpret(gl.int32, [64 // ROWS, ROWS, 32], gl.NVMMASharedLayout(128, 32, 2))
-        .index(0)
-        .load(o.type.layout)
-    )
-    delta = _dot_pairs(o, pairs, dout.dtype, layout)
-    if WIDE:
-        pairs = (
-            dout_w._reinterpret(gl.int32, [64 // ROWS, ROWS, 8], gl.NVMMASharedLayout(32, 32, 2))
-            .index(0)
-            .load(o_w.type.layout)
-        )
-        delta += _dot_pairs(o_w, pairs, dout.dtype, layout)
+def _delta(out, dout, layout: gl.constexpr):
+    """delta (ROWS,) = sum over d of dout * out: out as `_out_rows` gave it, dout Shared (64, D)."""
+    delta = _dot_pairs(out.main, dout.main, 128, layout)
+    if dout.rest is not None:
+        delta += _dot_pairs(out.rest, dout.rest, 32, layout)
     return delta
 
 
 @gluon.jit
 def attention_dq_kernel(
-    box,  # qkv as (B, L, 3H, D) in boxes of 64 rows and 64 columns
-    box_w,  # the same, 16 columns
-    tail,  # 16 rows, 64 columns
-    tail_w,  # 16 rows, 16 columns
-    dbox,  # dout as (B, L, H, D) in boxes of 64 rows, 64 columns
-    dbox_w,  # the same, 16 columns
-    grad,  # dqkv as (B, L, 3H, D), likewise; its q part is written
-    grad_w,
-    out,  # (B, L, H, D / 2) pairs of values as int32
-    dqkv,  # (B, L, 3, H, D)
+    qkv,  # (B, L, 3H, D) in boxes of 64 rows and 64 columns
+    qkv_rest,  # 64 rows, 16 columns; this and the others of 16 columns None where D = 64
+    qkv_tail,  # 16 rows, 64 columns; these two None without a tail
+    qkv_tail_rest,  # 16 rows, 16 columns
+    dout,  # (B, L, H, D) in boxes of 64 rows, 64 columns
+    dout_rest,  # 64 rows, 16 columns
+    dqkv,  # (B, L, 3H, D) in boxes of 64 rows, 64 columns; its q part is written
+    dqkv_rest,  # 64 rows, 16 columns
+    out_pairs,  # (B, L, H, D / 2) int32: the forward's output, pairs of values
+    dqkv_whole,  # (B, L, 3, H, D), what `dqkv` is a view of
     lse,  # (B, H, L) fp32, base 2
     delta,  # (B, H, L) fp32, written
     L,
@@ -176,272 +279,160 @@ def attention_dq_kernel(
     factor,  # D**-0.5
     D: gl.constexpr,
     H: gl.constexpr,
-    BLOCKS: gl.constexpr,
+    BLOCKS: gl.constexpr,  # see `cut`
     TAIL: gl.constexpr,
     RAGGED: gl.constexpr,
-    WIDE: gl.constexpr,
 ):
-    """Phase A: dq and delta."""
-    dtype: gl.constexpr = box.dtype
-    ROW: gl.constexpr = 160 if WIDE else 128  # bytes
-    HEAD: gl.constexpr = (BLOCKS * 64 + (16 if TAIL else 0)) * ROW
+    """dq and delta."""
+    START: gl.constexpr = BLOCKS * 64 if TAIL else 0  # the tail goes first
+    BEFORE: gl.constexpr = 1 if TAIL else 0  # what has streamed past before block 0
+    PAIRS: gl.constexpr = H * D // 2  # of a row of out
     row: gl.constexpr = gl.SliceLayout(1, MMA_64)
-    row_16: gl.constexpr = gl.SliceLayout(1, MMA_16)
-
-    x = gl.allocate_shared_memory(dtype, [BLOCKS, 64, 64], SWIZZLE_128)  # k
-    y = gl.allocate_shared_memory(dtype, [BLOCKS, 64, 64], SWIZZLE_128)  # v
-    u = gl.allocate_shared_memory(dtype, [64, 64], SWIZZLE_128)  # a block of q
-    w = gl.allocate_shared_memory(dtype, [64, 64], SWIZZLE_128)  # a block of dout
-    x_w, y_w, u_w, w_w, x_t, y_t, x_tw, y_tw = x, y, u, w, x, y, x, y
-    if WIDE:
-        x_w = gl.allocate_shared_memory(dtype, [BLOCKS, 64, 16], SWIZZLE_32)
-        y_w = gl.allocate_shared_memory(dtype, [BLOCKS, 64, 16], SWIZZLE_32)
-        u_w = gl.allocate_shared_memory(dtype, [64, 16], SWIZZLE_32)
-        w_w = gl.allocate_shared_memory(dtype, [64, 16], SWIZZLE_32)
-    if TAIL:
-        x_t = gl.allocate_shared_memory(dtype, [16, 64], SWIZZLE_128)
-        y_t = gl.allocate_shared_memory(dtype, [16, 64], SWIZZLE_128)
-        x_tw, y_tw = x_t, y_t
-        if WIDE:
-            x_tw = gl.allocate_shared_memory(dtype, [16, 16], SWIZZLE_32)
-            y_tw = gl.allocate_shared_memory(dtype, [16, 16], SWIZZLE_32)
-    bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    stays = bars.index(0)
-    streams = bars.index(1)
-    mbarrier.init(stays, count=1)
-    mbarrier.init(streams, count=1)
+    row_small: gl.constexpr = gl.SliceLayout(1, SMALL)
+    space = _workspace(qkv.dtype, BLOCKS, TAIL, D > 64)
 
     head = gl.program_id(0)
     b = head // H
     h = head % H
-    outs = out + b.to(gl.int64) * L * (H * D // 2) + h * (D // 2)
+    blocks, tails = Boxes(qkv, qkv_rest), Boxes(qkv_tail, qkv_tail_rest)
+    queries = Pair(Global(blocks, tails, b, h), Global(Boxes(dout, dout_rest), None, b, h))
+    keys = Pair(Global(blocks, tails, b, H + h), Global(blocks, tails, b, 2 * H + h))
+    to = Global(Boxes(dqkv, dqkv_rest), None, b, h)
+    outs = out_pairs + b.to(gl.int64) * L * PAIRS + h * (D // 2)
     lses = lse + head * L
     deltas = delta + head * L
-    grads = dqkv + b.to(gl.int64) * L * (3 * H * D) + h * D
-    START: gl.constexpr = BLOCKS * 64 if TAIL else 0  # the tail goes first
-    PAIRS: gl.constexpr = H * D // 2  # of a row of out
-    ROUNDS: gl.constexpr = BLOCKS + (1 if TAIL else 0)
-    FIRST: gl.constexpr = 0 if TAIL else 1  # the first resident block of a round's loop
-    row_small: gl.constexpr = gl.SliceLayout(1, SMALL)
-    u_t = u._reinterpret(dtype, [4, 16, 64], SWIZZLE_128).index(0)  # where the tail's rows arrive
-    w_t = w._reinterpret(dtype, [4, 16, 64], SWIZZLE_128).index(0)
-    u_tw, w_tw = u_t, w_t
-    if WIDE:
-        u_tw = u_w._reinterpret(dtype, [4, 16, 16], SWIZZLE_32).index(0)
-        w_tw = w_w._reinterpret(dtype, [4, 16, 16], SWIZZLE_32).index(0)
 
-    mbarrier.expect(streams, 128 * ROW)
-    load_rows(box, box_w, b, START, h, streams, u, u_w, WIDE)
-    load_rows(dbox, dbox_w, b, START, h, streams, w, w_w, WIDE)
-    mbarrier.expect(stays, 2 * HEAD)
-    load_head(box, box_w, tail, tail_w, b, H + h, stays, x, x_w, x_t, x_tw, BLOCKS, TAIL, WIDE)
-    load_head(box, box_w, tail, tail_w, b, 2 * H + h, stays, y, y_w, y_t, y_tw, BLOCKS, TAIL, WIDE)
+    space.load_next(queries, START)
+    space.load_stay(keys)
     if TAIL:
-        o_t, o_tw = _out_rows(outs, START, L, PAIRS, 16, D)
-        mbarrier.wait(streams, 0)
+        out_tail = _out_rows(outs, START, L, PAIRS, 16, D)
+        mbarrier.wait(space.next_in, 0)
         at = START + gl.arange(0, 16, layout=row_small)
-        dl_t = _delta(o_t, o_tw, w, w_w, 16, row_small, WIDE)
-        gl.store(deltas + at, dl_t, mask=at < L)
-        ls_t = statistic(lses, START, L, float("inf"), 16, row_small)
-        q_t, q_tw = to_registers(u_t, u_tw, LEFT_SMALL, WIDE)
-        g_t, g_tw = to_registers(w_t, w_tw, LEFT_SMALL, WIDE)
-        barrier()
-        mbarrier.expect(streams, 128 * ROW)
-        load_rows(box, box_w, b, 0, h, streams, u, u_w, WIDE)
-        load_rows(dbox, dbox_w, b, 0, h, streams, w, w_w, WIDE)
-        mbarrier.wait(stays, 0)
-        t, t_w, _t, _t_w = tail_round(
-            q_t,
-            q_tw,
-            g_t,
-            g_tw,
-            x,
-            x_w,
-            y,
-            y_w,
-            x_t,
-            x_tw,
-            y_t,
-            y_tw,
-            ls_t,
-            dl_t,
-            ls_t,
-            dl_t,
-            L,
-            scale,
-            BLOCKS,
-            False,
-            WIDE,
-        )
-        tail_store(grads, t * factor, t_w * factor, START, L, 3 * H * D, D)
-    o, o_w = _out_rows(outs, 0, L, PAIRS, 64, D)
-    a, a_w = _zeros(WIDE)
-    mbarrier.wait(stays, 0)
+        delta_tail = _delta(out_tail, space.stream.vo, row_small)
+        gl.store(deltas + at, delta_tail, mask=at < L)
+        known_tail = Statistics(statistic(lses, START, L, float("inf"), 16, row_small), delta_tail)
+        dq_tail = _tail_dq(space.take_tail(queries), space.stay, known_tail, L, scale, BLOCKS)
+        pointer = dqkv_whole + b.to(gl.int64) * L * (3 * H * D) + h * D
+        tail_store(pointer, dq_tail.scaled(factor), START, L, 3 * H * D, D)
+    out = _out_rows(outs, 0, L, PAIRS, 64, D)
+    dq = zeros(D > 64)
+    mbarrier.wait(space.all_in, 0)
     for i in range(BLOCKS):
-        mbarrier.wait(streams, (i + ROUNDS - BLOCKS) & 1)
+        mbarrier.wait(space.next_in, (i + BEFORE) & 1)
         rows = i * 64 + gl.arange(0, 64, layout=row)
-        dl = _delta(o, o_w, w, w_w, 64, row, WIDE)
-        gl.store(deltas + rows, dl, mask=rows < L)
-        ls = statistic(lses, i * 64, L, float("inf"), 64, row)
-        q, q_w = to_registers(u, u_w, LEFT, WIDE)
-        g, g_w = to_registers(w, w_w, LEFT, WIDE)
+        delta_block = _delta(out, space.stream.vo, row)
+        gl.store(deltas + rows, delta_block, mask=rows < L)
+        known = Statistics(statistic(lses, i * 64, L, float("inf"), 64, row), delta_block)
+        x = space.stream.to_registers(LEFT)
         if i > 0:
-            store_rows(grad, grad_w, b, (i - 1) * 64, h, a, a_w, u, u_w, WIDE)
+            to.store((i - 1) * 64, dq, space.stream.qk)
         if TAIL:
-            f, f_w, _c, _c_w = _step(
-                q, q_w, g, g_w, x_t, x_tw, y_t, y_tw, gl.convert_layout(ls, row_16), gl.convert_layout(dl, row_16), START,
-                L, scale, q, q, q, q, 16, True, False, True, WIDE,
-            )  # fmt: skip
+            sums = _dq_step(x, space.stay.tail(), known, START, L, scale, None, True)
         else:
-            f, f_w, _c, _c_w = _step(
-                q, q_w, g, g_w, x.index(0), x_w.index(0), y.index(0), y_w.index(0), ls, dl, 0, L, scale, q, q, q, q,
-                64, True, False, RAGGED, WIDE,
-            )  # fmt: skip
-        # the block has moved to registers and the one before it out: its buffers take the next one
+            sums = _dq_step(x, space.stay.block(0), known, 0, L, scale, None, RAGGED)
+        # the block has moved to registers and the gradient of the one before it out: the buffers take the next one
         tma.store_wait(0)
         barrier()
-        more = i + 1 < BLOCKS
-        mbarrier.expect(streams, 128 * ROW, pred=more)
-        load_rows(box, box_w, b, (i + 1) * 64, h, streams, u, u_w, WIDE, more)
-        load_rows(dbox, dbox_w, b, (i + 1) * 64, h, streams, w, w_w, WIDE, more)
-        for j in range(FIRST, BLOCKS):
-            f, f_w, _c, _c_w = _step(
-                q, q_w, g, g_w, x.index(j), x_w.index(j), y.index(j), y_w.index(j), ls, dl, j * 64, L, scale, f, f_w, f, f_w,
-                64, False, False, RAGGED, WIDE,
-            )  # fmt: skip
-        o, o_w = _out_rows(outs, (i + 1) * 64, L, PAIRS, 64, D)
-        a, a_w = _settle(f, f_w, factor, WIDE)
-    store_rows(grad, grad_w, b, (BLOCKS - 1) * 64, h, a, a_w, u, u_w, WIDE)
+        space.load_next(queries, (i + 1) * 64, i + 1 < BLOCKS)
+        for j in range(1 - BEFORE, BLOCKS):
+            sums = _dq_step(x, space.stay.block(j), known, j * 64, L, scale, sums, RAGGED)
+        out = _out_rows(outs, (i + 1) * 64, L, PAIRS, 64, D)
+        dq = sums.settled().scaled(factor)
+    to.store((BLOCKS - 1) * 64, dq, space.stream.qk)
     tma.store_wait(0)
 
 
 @gluon.jit
 def attention_dkv_kernel(
-    box,  # qkv as (B, L, 3H, D) in boxes of 64 rows and 64 columns
-    box_w,  # the same, 16 columns
-    tail,  # 16 rows, 64 columns
-    tail_w,  # 16 rows, 16 columns
-    dbox,  # dout as (B, L, H, D) in the same four boxes
-    dbox_w,
-    dtail,
-    dtail_w,
-    grad,  # dqkv as (B, L, 3H, D) in boxes of 64 rows, 64 columns; its k and v parts are written
-    grad_w,  # the same, 16 columns
-    dqkv,  # (B, L, 3, H, D)
+    qkv,  # (B, L, 3H, D) in boxes of 64 rows and 64 columns
+    qkv_rest,  # 64 rows, 16 columns; this and the others of 16 columns None where D = 64
+    qkv_tail,  # 16 rows, 64 columns; this and the other tails None without one
+    qkv_tail_rest,  # 16 rows, 16 columns
+    dout,  # (B, L, H, D) in the same four boxes
+    dout_rest,
+    dout_tail,
+    dout_tail_rest,
+    dqkv,  # (B, L, 3H, D) in boxes of 64 rows, 64 columns; its k and v parts are written
+    dqkv_rest,  # 64 rows, 16 columns
+    dqkv_whole,  # (B, L, 3, H, D), what `dqkv` is a view of
     lse,  # (B, H, L) fp32, base 2
-    delta,  # (B, H, L) fp32, from phase A
+    delta,  # (B, H, L) fp32, as `attention_dq_kernel` wrote it
     L,
     scale,  # D**-0.5 * log2(e)
     factor,  # D**-0.5
     D: gl.constexpr,
     H: gl.constexpr,
-    BLOCKS: gl.constexpr,
+    BLOCKS: gl.constexpr,  # see `cut`
     TAIL: gl.constexpr,
     RAGGED: gl.constexpr,
-    WIDE: gl.constexpr,
 ):
-    """Phase B: dk and dv."""
-    dtype: gl.constexpr = box.dtype
-    ROW: gl.constexpr = 160 if WIDE else 128  # bytes
-    HEAD: gl.constexpr = (BLOCKS * 64 + (16 if TAIL else 0)) * ROW
-
-    x = gl.allocate_shared_memory(dtype, [BLOCKS, 64, 64], SWIZZLE_128)  # q
-    y = gl.allocate_shared_memory(dtype, [BLOCKS, 64, 64], SWIZZLE_128)  # dout
-    u = gl.allocate_shared_memory(dtype, [64, 64], SWIZZLE_128)  # a block of k
-    w = gl.allocate_shared_memory(dtype, [64, 64], SWIZZLE_128)  # a block of v
-    x_w, y_w, u_w, w_w, x_t, y_t, x_tw, y_tw = x, y, u, w, x, y, x, y
-    if WIDE:
-        x_w = gl.allocate_shared_memory(dtype, [BLOCKS, 64, 16], SWIZZLE_32)
-        y_w = gl.allocate_shared_memory(dtype, [BLOCKS, 64, 16], SWIZZLE_32)
-        u_w = gl.allocate_shared_memory(dtype, [64, 16], SWIZZLE_32)
-        w_w = gl.allocate_shared_memory(dtype, [64, 16], SWIZZLE_32)
-    if TAIL:
-        x_t = gl.allocate_shared_memory(dtype, [16, 64], SWIZZLE_128)
-        y_t = gl.allocate_shared_memory(dtype, [16, 64], SWIZZLE_128)
-        x_tw, y_tw = x_t, y_t
-        if WIDE:
-            x_tw = gl.allocate_shared_memory(dtype, [16, 16], SWIZZLE_32)
-            y_tw = gl.allocate_shared_memory(dtype, [16, 16], SWIZZLE_32)
-    ls = gl.allocate_shared_memory(gl.float32, [BLOCKS, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    dl = gl.allocate_shared_memory(gl.float32, [BLOCKS, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    ls_t = gl.allocate_shared_memory(gl.float32, [16], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    dl_t = gl.allocate_shared_memory(gl.float32, [16], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    stays = bars.index(0)
-    streams = bars.index(1)
-    mbarrier.init(stays, count=1)
-    mbarrier.init(streams, count=1)
+    """dk and dv."""
+    START: gl.constexpr = BLOCKS * 64 if TAIL else 0  # the tail goes first
+    BEFORE: gl.constexpr = 1 if TAIL else 0  # what has streamed past before block 0
+    space = _workspace(qkv.dtype, BLOCKS, TAIL, D > 64)
 
     head = gl.program_id(0)
     b = head // H
     h = head % H
-    lses = lse + head * L
-    deltas = delta + head * L
-    grads = dqkv + b.to(gl.int64) * L * (3 * H * D) + h * D
-    START: gl.constexpr = BLOCKS * 64 if TAIL else 0  # the tail goes first
-    ROUNDS: gl.constexpr = BLOCKS + (1 if TAIL else 0)
-    FIRST: gl.constexpr = 0 if TAIL else 1  # the first resident block of a round's loop
-    u_t = u._reinterpret(dtype, [4, 16, 64], SWIZZLE_128).index(0)  # where the tail's rows arrive
-    w_t = w._reinterpret(dtype, [4, 16, 64], SWIZZLE_128).index(0)
-    u_tw, w_tw = u_t, w_t
-    if WIDE:
-        u_tw = u_w._reinterpret(dtype, [4, 16, 16], SWIZZLE_32).index(0)
-        w_tw = w_w._reinterpret(dtype, [4, 16, 16], SWIZZLE_32).index(0)
+    blocks, tails, written = Boxes(qkv, qkv_rest), Boxes(qkv_tail, qkv_tail_rest), Boxes(dqkv, dqkv_rest)
+    dout_head = Global(Boxes(dout, dout_rest), Boxes(dout_tail, dout_tail_rest), b, h)
+    queries = Pair(Global(blocks, tails, b, h), dout_head)
+    keys = Pair(Global(blocks, tails, b, H + h), Global(blocks, tails, b, 2 * H + h))
+    to = Pair(Global(written, None, b, H + h), Global(written, None, b, 2 * H + h))
 
-    mbarrier.expect(streams, 128 * ROW)
-    load_rows(box, box_w, b, START, H + h, streams, u, u_w, WIDE)
-    load_rows(box, box_w, b, START, 2 * H + h, streams, w, w_w, WIDE)
-    mbarrier.expect(stays, 2 * HEAD)
-    load_head(box, box_w, tail, tail_w, b, h, stays, x, x_w, x_t, x_tw, BLOCKS, TAIL, WIDE)
-    load_head(dbox, dbox_w, dtail, dtail_w, b, h, stays, y, y_w, y_t, y_tw, BLOCKS, TAIL, WIDE)
-    _keep(lses, L, float("inf"), ls, ls_t, BLOCKS, TAIL)
-    _keep(deltas, L, 0.0, dl, dl_t, BLOCKS, TAIL)
+    space.load_next(keys, START)
+    space.load_stay(queries)
+    lses = _keep(lse + head * L, L, float("inf"), BLOCKS, TAIL)
+    known = Statistics(lses, _keep(delta + head * L, L, 0.0, BLOCKS, TAIL))
     if TAIL:
-        mbarrier.wait(streams, 0)
-        k_t, k_tw = to_registers(u_t, u_tw, LEFT_SMALL, WIDE)
-        v_t, v_tw = to_registers(w_t, w_tw, LEFT_SMALL, WIDE)
-        barrier()
-        mbarrier.expect(streams, 128 * ROW)
-        load_rows(box, box_w, b, 0, H + h, streams, u, u_w, WIDE)
-        load_rows(box, box_w, b, 0, 2 * H + h, streams, w, w_w, WIDE)
-        mbarrier.wait(stays, 0)
-        t, t_w, r, r_w = tail_round(
-            k_t, k_tw, v_t, v_tw, x, x_w, y, y_w, x_t, x_tw, y_t, y_tw, ls, dl, ls_t, dl_t, L, scale, BLOCKS, True, WIDE
-        )
-        tail_store(grads + H * D, t * factor, t_w * factor, START, L, 3 * H * D, D)
-        tail_store(grads + 2 * H * D, r, r_w, START, L, 3 * H * D, D)
-    a, a_w = _zeros(WIDE)
-    c, c_w = _zeros(WIDE)
-    mbarrier.wait(stays, 0)
+        mbarrier.wait(space.next_in, 0)
+        tail = _tail_dkv(space.take_tail(keys), space.stay, known, scale, BLOCKS)
+        pointer = dqkv_whole + b.to(gl.int64) * L * (3 * H * D) + h * D
+        tail_store(pointer + H * D, tail.qk.scaled(factor), START, L, 3 * H * D, D)
+        tail_store(pointer + 2 * H * D, tail.vo, START, L, 3 * H * D, D)
+    dk = zeros(D > 64)
+    dv = zeros(D > 64)
+    mbarrier.wait(space.all_in, 0)
     for i in range(BLOCKS):
-        mbarrier.wait(streams, (i + ROUNDS - BLOCKS) & 1)
-        k, k_w = to_registers(u, u_w, LEFT, WIDE)
-        v, v_w = to_registers(w, w_w, LEFT, WIDE)
+        mbarrier.wait(space.next_in, (i + BEFORE) & 1)
+        x = space.stream.to_registers(LEFT)
         if i > 0:
-            store_rows(grad, grad_w, b, (i - 1) * 64, H + h, a, a_w, u, u_w, WIDE)
-            store_rows(grad, grad_w, b, (i - 1) * 64, 2 * H + h, c, c_w, w, w_w, WIDE)
+            to.qk.store((i - 1) * 64, dk, space.stream.qk)
+            to.vo.store((i - 1) * 64, dv, space.stream.vo)
         if TAIL:
-            f, f_w, d, d_w = _step(
-                k, k_w, v, v_w, x_t, x_tw, y_t, y_tw, ls_t, dl_t, 0, L, scale, k, k, k, k, 16, True, True, False, WIDE
-            )
+            sums = _dkv_step(x, space.stay.tail(), known.tail(), scale, None)
         else:
-            f, f_w, d, d_w = _step(
-                k, k_w, v, v_w, x.index(0), x_w.index(0), y.index(0), y_w.index(0), ls.index(0), dl.index(0), 0, L, scale, k, k, k, k,
-                64, True, True, False, WIDE,
-            )  # fmt: skip
+            sums = _dkv_step(x, space.stay.block(0), known.block(0), scale, None)
         tma.store_wait(0)
         barrier()
-        more = i + 1 < BLOCKS
-        mbarrier.expect(streams, 128 * ROW, pred=more)
-        load_rows(box, box_w, b, (i + 1) * 64, H + h, streams, u, u_w, WIDE, more)
-        load_rows(box, box_w, b, (i + 1) * 64, 2 * H + h, streams, w, w_w, WIDE, more)
-        for j in range(FIRST, BLOCKS):
-            f, f_w, d, d_w = _step(
-                k, k_w, v, v_w, x.index(j), x_w.index(j), y.index(j), y_w.index(j), ls.index(j), dl.index(j), 0, L, scale, f, f_w, d, d_w,
-                64, False, True, False, WIDE,
-            )  # fmt: skip
-        a, a_w = _settle(f, f_w, factor, WIDE)
-        c, c_w = _settle(d, d_w, 1.0, WIDE)
-    store_rows(grad, grad_w, b, (BLOCKS - 1) * 64, H + h, a, a_w, u, u_w, WIDE)
-    store_rows(grad, grad_w, b, (BLOCKS - 1) * 64, 2 * H + h, c, c_w, w, w_w, WIDE)
+        space.load_next(keys, (i + 1) * 64, i + 1 < BLOCKS)
+        for j in range(1 - BEFORE, BLOCKS):
+            sums = _dkv_step(x, space.stay.block(j), known.block(j), scale, sums)
+        dk = sums.qk.settled().scaled(factor)
+        dv = sums.vo.settled()
+    to.qk.store((BLOCKS - 1) * 64, dk, space.stream.qk)
+    to.vo.store((BLOCKS - 1) * 64, dv, space.stream.vo)
     tma.store_wait(0)
+
+
+def launches(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, delta: Tensor, dqkv: Tensor) -> list[tuple]:
+    """The kernels in the order in which they run: (kernel, arguments, options)."""
+    _, L, _, H, D = qkv.shape
+    c = cut(L)
+    tail = 16 if c["TAIL"] else None
+    read, written = (*boxes(qkv, D, 64), *boxes(qkv, D, tail), *boxes(dout, D, 64)), boxes(dqkv, D, 64)
+    common = (dqkv, lse, delta, L, D**-0.5 * LOG2E, D**-0.5, D)
+    options = {"H": H, **c, "num_warps": 4}
+    return [
+        (attention_dq_kernel, (*read, *written, out.view(torch.int32), *common), options),
+        (attention_dkv_kernel, (*read, *boxes(dout, D, tail), *written, *common), options),
+    ]
+
+
+def backward(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor) -> Tensor:
+    """The gradient of qkv, packed as qkv is; every argument contiguous."""
+    B, _, _, H, _ = qkv.shape
+    dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
+    for kernel, arguments, options in launches(qkv, out, lse, dout, delta, dqkv):
+        launch.run(qkv.device, kernel, (B * H,), arguments, options)
+    return dqkv

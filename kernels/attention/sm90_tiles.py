@@ -1,8 +1,10 @@
-"""What the Hopper attention kernels are made of: blocks in and out, products of blocks, the 16 rows of a tail.
+"""The parts of the Hopper attention kernels: rows of a head in global memory, shared memory, registers; their products.
 
-The legend is in sm90_forward.py. A name in `_w` is the same block's columns from 64 on (16 of them), there only where WIDE.
+Legend: B batch, L tokens, H heads, D head dim. The columns of a head are `main`, the first 64, and, where D is more
+(72, 80: WIDE), `rest`, the 16 from there on, zeros past D. Its rows are blocks of 64 and, where `cut` says so, a tail.
 """
 
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -10,212 +12,221 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mma_v2,
     tma,
     warpgroup_mma,
+    warpgroup_mma_accumulator,
+    warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from uvit_fast.kernels.runtime.aggregate import aggregate
+from uvit_fast.kernels.runtime.launch import cdiv, descriptor
+
+LOG2E = 1.4426950408889634
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # triton 3.6 has the second name
 
 SWIZZLE_128 = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))  # 64 columns
 SWIZZLE_32 = gl.constexpr(gl.NVMMASharedLayout(32, 16, 2))  # 16 columns
 MMA_64 = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 MMA_16 = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16]))
-LEFT = gl.constexpr(gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]), 2))
-LEFT_SMALL = gl.constexpr(gl.DotOperandLayout(0, gl.NVMMADistributedLayout([2, 0], [1, 4], [16, 8]), 2))
-RIGHT_SMALL = gl.constexpr(gl.DotOperandLayout(1, gl.NVMMADistributedLayout([2, 0], [1, 4], [16, 8]), 2))
+LEFT = gl.constexpr(gl.DotOperandLayout(0, MMA_64.value, 2))
 SMALL = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [1, 4], [16, 8]))  # 16 rows, a quarter of the columns a warp
+LEFT_SMALL = gl.constexpr(gl.DotOperandLayout(0, SMALL.value, 2))
+RIGHT_SMALL = gl.constexpr(gl.DotOperandLayout(1, SMALL.value, 2))
 
 
-@gluon.jit
-def load_rows(box, box_w, b, l, c, bar, to, to_w, WIDE: gl.constexpr, wanted=True):
-    """Rows from l of column group c (q, k or v of one head) into shared memory, asynchronously."""
-    tma.async_copy_global_to_shared(
-        box, [b, l, c, 0], bar, to._reinterpret(box.dtype, box.block_type.shape, box.layout), wanted
-    )
-    if WIDE:
-        tma.async_copy_global_to_shared(
-            box_w, [b, l, c, 64], bar, to_w._reinterpret(box_w.dtype, box_w.block_type.shape, box_w.layout), wanted
+@aggregate
+class Registers:
+    """Rows of a head in registers: operands of 16 bits, or sums in fp32."""
+
+    main: gl.tensor | warpgroup_mma_accumulator  # (rows, 64); an accumulator while its products are in flight
+    rest: gl.tensor | warpgroup_mma_accumulator | gl.constexpr  # (rows, 16); None where D = 64
+
+    @gluon.jit
+    def scaled(self, factor):
+        """self * factor, a number."""
+        return Registers(self.main * factor, None if self.rest is None else self.rest * factor)
+
+    @gluon.jit
+    def scaled_rows(self, factor):
+        """self * factor (rows,), one for each row, in any layout."""
+        return Registers(
+            self.main * down(factor, self.main), None if self.rest is None else self.rest * down(factor, self.rest)
         )
 
+    @gluon.jit
+    def settled(self):
+        """self, when every product in flight has come in."""
+        if self.rest is None:
+            done = Registers(warpgroup_mma_wait(0, deps=(self.main,)), None)
+        else:
+            main, rest = warpgroup_mma_wait(0, deps=(self.main, self.rest))
+            done = Registers(main, rest)
+        return done
+
+
+@aggregate
+class Shared:
+    """Rows of a head in shared memory."""
+
+    main: gl.shared_memory_descriptor  # (rows, 64) or (blocks, rows, 64)
+    rest: gl.shared_memory_descriptor | gl.constexpr  # (rows, 16) or (blocks, rows, 16); None where D = 64
+
+    @gluon.jit
+    def index(self, i):
+        """A block (rows, D)."""
+        return Shared(self.main.index(i), None if self.rest is None else self.rest.index(i))
+
+    @gluon.jit
+    def cut(self, ROWS: gl.constexpr):
+        """The same rows as blocks of ROWS."""
+        blocks: gl.constexpr = self.main.numel // (64 * ROWS)
+        main = self.main._reinterpret(self.main.dtype, [blocks, ROWS, 64], SWIZZLE_128)
+        rest = self.rest
+        if self.rest is not None:
+            rest = self.rest._reinterpret(self.main.dtype, [blocks, ROWS, 16], SWIZZLE_32)
+        return Shared(main, rest)
+
+    @gluon.jit
+    def to_registers(self, layout: gl.constexpr):
+        """A block as left operands."""
+        return Registers(self.main.load(layout), None if self.rest is None else self.rest.load(layout))
+
+
+@aggregate
+class Head:
+    """All rows of a head in shared memory."""
+
+    blocks: Shared | gl.shared_memory_descriptor  # (BLOCKS, 64, D), or of a statistic (BLOCKS, 64)
+    tail: Shared | gl.shared_memory_descriptor | gl.constexpr  # (16, D) or (16,); None where there is none
+
+    @gluon.jit
+    def load(self, source, bar):
+        """All rows of `source`, Global, asynchronously."""
+        BLOCKS: gl.constexpr = self.blocks.main.shape[0]
+        for i in gl.static_range(BLOCKS):
+            source.load(i * 64, self.blocks.index(i), bar)
+        if self.tail is not None:
+            source.tail.load(source.b, BLOCKS * 64, source.group, self.tail, bar)
+
+    @gluon.jit
+    def cut(self, ROWS: gl.constexpr):
+        """The same rows, the blocks of ROWS."""
+        return Head(self.blocks.cut(ROWS), self.tail)
+
+
+@aggregate
+class Boxes:
+    """What TMA moves of a tensor (B, L, groups, D) at once: rows of one group, in a box or two."""
+
+    main: tma.tensor_descriptor | gl.constexpr  # boxes (1, rows, 1, 64); None for those of a tail where there is none
+    rest: tma.tensor_descriptor | gl.constexpr  # boxes (1, rows, 1, 16), from column 64 on; None where D = 64
+
+    @gluon.jit
+    def load(self, b, row, group, to, bar, wanted=True):
+        """Rows from `row` on into Shared, asynchronously; TMA fills what lies past L or D with zeros."""
+        buf = to.main._reinterpret(self.main.dtype, self.main.block_type.shape, self.main.layout)
+        tma.async_copy_global_to_shared(self.main, [b, row, group, 0], bar, buf, wanted)
+        if self.rest is not None:
+            buf_rest = to.rest._reinterpret(self.rest.dtype, self.rest.block_type.shape, self.rest.layout)
+            tma.async_copy_global_to_shared(self.rest, [b, row, group, 64], bar, buf_rest, wanted)
+
+
+@aggregate
+class Global:
+    """A head of q, k, v, out or one of their gradients in global memory, (L, D)."""
+
+    blocks: Boxes  # of 64 rows
+    tail: Boxes | gl.constexpr  # of 16 rows; None for what is only written
+    b: gl.tensor  # the sequence
+    group: gl.tensor  # of the 3H of qkv, or the H of out
+
+    @gluon.jit
+    def load(self, row, to, bar, wanted=True):
+        """64 rows into Shared, asynchronously."""
+        self.blocks.load(self.b, row, self.group, to, bar, wanted)
+
+    @gluon.jit
+    def store(self, row, value, via):
+        """64 rows from Registers through Shared, asynchronously; TMA drops what lies past L or D."""
+        main, rest = self.blocks.main, self.blocks.rest
+        via.main.store(value.main.to(main.dtype))
+        if rest is not None:
+            via.rest.store(value.rest.to(main.dtype))
+        fence_async_shared()
+        buf = via.main._reinterpret(main.dtype, main.block_type.shape, main.layout)
+        tma.async_copy_shared_to_global(main, [self.b, row, self.group, 0], buf)
+        if rest is not None:
+            buf_rest = via.rest._reinterpret(main.dtype, rest.block_type.shape, rest.layout)
+            tma.async_copy_shared_to_global(rest, [self.b, row, self.group, 64], buf_rest)
+
+
+@aggregate
+class Pair:
+    """k and v, or q and dout, or their gradients, in the same place; what is done to one is done to the other."""
+
+    qk: Global | Head | Shared | Registers  # q or k, an operand of the scores s = q k^T
+    vo: Global | Head | Shared | Registers  # v or dout, an operand of their gradient dp = dout v^T
+
+    @gluon.jit
+    def block(self, i):
+        """Of Heads, a block."""
+        return Pair(self.qk.blocks.index(i), self.vo.blocks.index(i))
+
+    @gluon.jit
+    def tail(self):
+        """Of Heads, the tail."""
+        return Pair(self.qk.tail, self.vo.tail)
+
+    @gluon.jit
+    def cut(self, ROWS: gl.constexpr):
+        return Pair(self.qk.cut(ROWS), self.vo.cut(ROWS))
+
+    @gluon.jit
+    def to_registers(self, layout: gl.constexpr):
+        return Pair(self.qk.to_registers(layout), self.vo.to_registers(layout))
+
 
 @gluon.jit
-def store_rows(box, box_w, b, l, c, value, value_w, via, via_w, WIDE: gl.constexpr):
-    """64 rows from registers through shared memory to global memory; TMA drops what lies past L or D."""
-    via.store(value.to(box.dtype))
+def shared_rows(dtype: gl.constexpr, rows: gl.constexpr, WIDE: gl.constexpr):
+    """New Shared memory for `rows`: [64], or [blocks, 64]."""
+    main = gl.allocate_shared_memory(dtype, rows + [64], SWIZZLE_128)
+    rest = None
     if WIDE:
-        via_w.store(value_w.to(box.dtype))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(box, [b, l, c, 0], via._reinterpret(box.dtype, box.block_type.shape, box.layout))
-    if WIDE:
-        tma.async_copy_shared_to_global(
-            box_w, [b, l, c, 64], via_w._reinterpret(box_w.dtype, box_w.block_type.shape, box_w.layout)
-        )
+        rest = gl.allocate_shared_memory(dtype, rows + [16], SWIZZLE_32)
+    return Shared(main, rest)
 
 
 @gluon.jit
-def load_head(
-    box,
-    box_w,
-    tail,
-    tail_w,
-    b,
-    c,
-    bar,
-    to,
-    to_w,
-    to_t,
-    to_tw,
-    BLOCKS: gl.constexpr,
-    TAIL: gl.constexpr,
-    WIDE: gl.constexpr,
-):
-    """All rows of a head: its blocks and its tail."""
-    for i in gl.static_range(BLOCKS):
-        load_rows(box, box_w, b, i * 64, c, bar, to.index(i), to_w.index(i), WIDE)
+def shared_head(dtype: gl.constexpr, BLOCKS: gl.constexpr, TAIL: gl.constexpr, WIDE: gl.constexpr):
+    """New shared memory for a Head."""
+    blocks = shared_rows(dtype, [BLOCKS, 64], WIDE)
+    tail = None
     if TAIL:
-        load_rows(tail, tail_w, b, BLOCKS * 64, c, bar, to_t, to_tw, WIDE)
+        tail = shared_rows(dtype, [16], WIDE)
+    return Head(blocks, tail)
 
 
 @gluon.jit
-def rows_by_rows(x, x_w, y, y_w, N: gl.constexpr, WIDE: gl.constexpr):
-    """x y^T, asynchronous: x (64, D) in registers or shared memory, y (N, D) in shared memory -> (64, N) fp32."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    s = warpgroup_mma(x, y.permute([1, 0]), gl.zeros([64, N], gl.float32, layout), use_acc=False, is_async=True)
+def zeros(WIDE: gl.constexpr):
+    """Sums of a block of 64 rows."""
+    rest = None
     if WIDE:
-        s = warpgroup_mma(x_w, y_w.permute([1, 0]), s, is_async=True)
-    return s
+        rest = gl.zeros([64, 16], gl.float32, MMA_16)
+    return Registers(gl.zeros([64, 64], gl.float32, MMA_64), rest)
 
 
 @gluon.jit
-def left(p, dtype: gl.constexpr):
-    """Scores as the left operand of the next product: the same registers, halved."""
-    return gl.convert_layout(p.to(dtype), LEFT)
+def down(x, beside):
+    """x (rows,), in any layout, as a column (rows, 1) beside another tensor (rows, N)."""
+    layout: gl.constexpr = gl.SliceLayout(1, beside.type.layout)
+    return gl.expand_dims(gl.convert_layout(x, layout), 1)
 
 
 @gluon.jit
-def accumulate(p, y, y_w, a, a_w, WIDE: gl.constexpr):
-    """a + p y, asynchronous: p (64, N) a left operand, y (N, D) in shared memory."""
-    a = warpgroup_mma(p, y, a, is_async=True)
-    if WIDE:
-        a_w = warpgroup_mma(p, y_w, a_w, is_async=True)
-    return a, a_w
-
-
-@gluon.jit
-def start(p, y, y_w, WIDE: gl.constexpr):
-    """p y, asynchronous, into new accumulators: p (64, N) a left operand, y (N, D) in shared memory."""
-    a = warpgroup_mma(p, y, gl.zeros([64, 64], gl.float32, MMA_64), use_acc=False, is_async=True)
-    a_w = a
-    if WIDE:
-        a_w = warpgroup_mma(p, y_w, gl.zeros([64, 16], gl.float32, MMA_16), use_acc=False, is_async=True)
-    return a, a_w
-
-
-@gluon.jit
-def to_registers(x, x_w, layout: gl.constexpr, WIDE: gl.constexpr):
-    """A block in shared memory as left operands."""
-    left = x.load(layout)
-    left_w = left
-    if WIDE:
-        left_w = x_w.load(layout)
-    return left, left_w
-
-
-@gluon.jit
-def _tail_rows_by_rows(x, x_w, y, y_w, N: gl.constexpr, WIDE: gl.constexpr):
-    """x y^T: x (16, D) left operands, y (N, D) in shared memory -> (16, N) fp32."""
-    s = mma_v2(x, y.permute([1, 0]).load(RIGHT_SMALL), gl.zeros([16, N], gl.float32, SMALL))
-    if WIDE:
-        s = mma_v2(x_w, y_w.permute([1, 0]).load(RIGHT_SMALL), s)
-    return s
-
-
-@gluon.jit
-def _tail_accumulate(p, y, y_w, a, a_w, WIDE: gl.constexpr):
-    """a + p y: p (16, N) scores, y (N, D) in shared memory, a (16, D)."""
-    p = gl.convert_layout(p.to(y.dtype), LEFT_SMALL)
-    a = mma_v2(p, y.load(RIGHT_SMALL), a)
-    if WIDE:
-        a_w = mma_v2(p, y_w.load(RIGHT_SMALL), a_w)
-    return a, a_w
-
-
-@gluon.jit
-def _tail_step(
-    x, x_w, y, y_w, k, k_w, v, v_w, lse, delta, first, L, scale, a, a_w, c, c_w,
-    N: gl.constexpr, COLUMNS: gl.constexpr, WIDE: gl.constexpr,
-):  # fmt: skip
-    """`_step` for the 16 rows of the tail."""
-    axis: gl.constexpr = 0 if COLUMNS else 1
-    s = _tail_rows_by_rows(x, x_w, k, k_w, N, WIDE)
-    dp = _tail_rows_by_rows(y, y_w, v, v_w, N, WIDE)
-    if COLUMNS:
-        lse = lse.load(gl.SliceLayout(0, SMALL))
-        delta = delta.load(gl.SliceLayout(0, SMALL))
-    p = gl.exp2(s * scale - gl.expand_dims(lse, axis))
-    if COLUMNS:
-        c, c_w = _tail_accumulate(p, v, v_w, c, c_w, WIDE)
-    else:
-        keys = first + gl.arange(0, N, layout=gl.SliceLayout(0, SMALL))
-        p = gl.where(gl.expand_dims(keys < L, 0), p, 0.0)
-    a, a_w = _tail_accumulate(p * (dp - gl.expand_dims(delta, axis)), k, k_w, a, a_w, WIDE)
-    return a, a_w, c, c_w
-
-
-@gluon.jit
-def tail_round(
-    x, x_w, y, y_w, k, k_w, v, v_w, k_t, k_tw, v_t, v_tw, lse, delta, lse_t, delta_t, L, scale,
-    BLOCKS: gl.constexpr, COLUMNS: gl.constexpr, WIDE: gl.constexpr,
-):  # fmt: skip
-    """A whole round for the 16 rows of the tail (x, y): dq in phase A, dk and dv in phase B, each (16, D)."""
-    a = gl.zeros([16, 64], gl.float32, SMALL)
-    a_w = gl.zeros([16, 16], gl.float32, SMALL)
-    c = a
-    c_w = a_w
-    for j in range(BLOCKS):
-        a, a_w, c, c_w = _tail_step(
-            x, x_w, y, y_w, k.index(j), k_w.index(j), v.index(j), v_w.index(j),
-            lse.index(j) if COLUMNS else lse, delta.index(j) if COLUMNS else delta, j * 64, L, scale,
-            a, a_w, c, c_w, 64, COLUMNS, WIDE,
-        )  # fmt: skip
-    return _tail_step(
-        x, x_w, y, y_w, k_t, k_tw, v_t, v_tw, lse_t, delta_t, BLOCKS * 64, L, scale, a, a_w, c, c_w, 16, COLUMNS, WIDE
-    )
-
-
-@gluon.jit
-def tail_attend(
-    x, x_w, k, k_w, v, v_w, via, first, L, scale, m, total, o, o_w,
-    N: gl.constexpr, MASKED: gl.constexpr, WIDE: gl.constexpr,
-):  # fmt: skip
-    """The 16 rows of the tail (queries x) take in N keys: running maximum, sum and output. `via` holds (16, N) scores."""
-    s = _tail_rows_by_rows(x, x_w, k, k_w, N, WIDE) * scale
-    if MASKED:
-        keys = first + gl.arange(0, N, layout=gl.SliceLayout(0, SMALL))
-        s = gl.where(gl.expand_dims(keys < L, 0), s, float("-inf"))
-    new = gl.maximum(m, gl.max(s, 1))
-    p = gl.exp2(s - gl.expand_dims(new, 1))
-    shrink = gl.exp2(m - new)
-    via.store(p.to(v.dtype))
-    barrier()
-    p_left = via.load(LEFT_SMALL)
-    o = mma_v2(p_left, v.load(RIGHT_SMALL), o * gl.expand_dims(shrink, 1))
-    if WIDE:
-        o_w = mma_v2(p_left, v_w.load(RIGHT_SMALL), o_w * gl.expand_dims(shrink, 1))
-    barrier()  # all of p is read: `via` may be written
-    return new, total * shrink + gl.sum(p, 1), o, o_w
-
-
-@gluon.jit
-def tail_store(pointer, value, value_w, first, L, stride, D: gl.constexpr):
-    """The tail's gradient (16, D) straight to global memory: at most 16 rows."""
-    rows = first + gl.arange(0, 16, layout=gl.SliceLayout(1, SMALL))
-    columns = gl.arange(0, 64, layout=gl.SliceLayout(0, SMALL))
-    at = pointer + gl.expand_dims(rows, 1) * stride
-    inside = gl.expand_dims(rows < L, 1)
-    gl.store(at + gl.expand_dims(columns, 0), value.to(pointer.dtype.element_ty), mask=inside)
-    if D > 64:
-        columns_w = 64 + gl.arange(0, 16, layout=gl.SliceLayout(0, SMALL))
-        inside = inside & gl.expand_dims(columns_w < D, 0)
-        gl.store(at + gl.expand_dims(columns_w, 0), value_w.to(pointer.dtype.element_ty), mask=inside)
+def masked(x, first, L, other):
+    """x (rows, N), about N keys from `first` on, with `other` for those past L."""
+    N: gl.constexpr = x.shape[1]
+    keys = first + gl.arange(0, N, layout=gl.SliceLayout(0, x.type.layout))
+    return gl.where(gl.expand_dims(keys < L, 0), x, other)
 
 
 @gluon.jit
@@ -223,3 +234,104 @@ def statistic(pointer, first, L, other, N: gl.constexpr, layout: gl.constexpr):
     """lse or delta of N rows; past row L infinite and 0: a padded query weighs nothing."""
     at = first + gl.arange(0, N, layout=layout)
     return gl.load(pointer + at, mask=at < L, other=other)
+
+
+@gluon.jit
+def rows_by_rows(x, y):
+    """x y^T, asynchronous: x (64, D) Registers or Shared, y (N, D) Shared -> (64, N) fp32."""
+    N: gl.constexpr = y.main.shape[0]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    s = gl.zeros([64, N], gl.float32, layout)
+    s = warpgroup_mma(x.main, y.main.permute([1, 0]), s, use_acc=False, is_async=True)
+    if y.rest is not None:
+        s = warpgroup_mma(x.rest, y.rest.permute([1, 0]), s, is_async=True)
+    return s
+
+
+@gluon.jit
+def left(p, dtype: gl.constexpr, layout: gl.constexpr = LEFT):
+    """Scores p (64, N), or (16, N) in LEFT_SMALL, as the next product's left operand: the same registers, halved."""
+    return gl.convert_layout(p.to(dtype), layout)
+
+
+@gluon.jit
+def accumulate(p, y, a):
+    """a + p y, or p y where a is None, asynchronous: p (64, N) a left operand, y (N, D) Shared, a (64, D) Registers."""
+    old: gl.constexpr = a is not None
+    if not old:
+        a = zeros(y.rest is not None)
+    main = warpgroup_mma(p, y.main, a.main, use_acc=old, is_async=True)
+    rest = None
+    if y.rest is not None:
+        rest = warpgroup_mma(p, y.rest, a.rest, use_acc=old, is_async=True)
+    return Registers(main, rest)
+
+
+@gluon.jit
+def tail_zeros(WIDE: gl.constexpr):
+    """Sums of the 16 rows of a tail."""
+    rest = None
+    if WIDE:
+        rest = gl.zeros([16, 16], gl.float32, SMALL)
+    return Registers(gl.zeros([16, 64], gl.float32, SMALL), rest)
+
+
+@gluon.jit
+def tail_rows_by_rows(x, y):
+    """x y^T: x (16, D) Registers, y (N, D) Shared -> (16, N) fp32."""
+    N: gl.constexpr = y.main.shape[0]
+    s = gl.zeros([16, N], gl.float32, SMALL)
+    s = mma_v2(x.main, y.main.permute([1, 0]).load(RIGHT_SMALL), s)
+    if y.rest is not None:
+        s = mma_v2(x.rest, y.rest.permute([1, 0]).load(RIGHT_SMALL), s)
+    return s
+
+
+@gluon.jit
+def tail_accumulate(p, y, a, shrink=None):
+    """a + p y, a's rows times `shrink` (16,) first: p (16, N) a left operand, y (N, D) Shared, a (16, D) Registers."""
+    main = mma_v2(p, y.main.load(RIGHT_SMALL), a.main if shrink is None else a.main * down(shrink, a.main))
+    rest = None
+    if y.rest is not None:
+        rest = mma_v2(p, y.rest.load(RIGHT_SMALL), a.rest if shrink is None else a.rest * down(shrink, a.rest))
+    return Registers(main, rest)
+
+
+@gluon.jit
+def tail_store(pointer, value, first, L, stride, D: gl.constexpr):
+    """The rows of a tail (16, D) straight to global memory: at most 16."""
+    rows = first + gl.arange(0, 16, layout=gl.SliceLayout(1, SMALL))
+    columns = gl.arange(0, 64, layout=gl.SliceLayout(0, SMALL))
+    at = pointer + gl.expand_dims(rows, 1) * stride
+    inside = gl.expand_dims(rows < L, 1)
+    gl.store(at + gl.expand_dims(columns, 0), value.main.to(pointer.dtype.element_ty), mask=inside)
+    if value.rest is not None:
+        columns_rest = 64 + gl.arange(0, 16, layout=gl.SliceLayout(0, SMALL))
+        inside = inside & gl.expand_dims(columns_rest < D, 0)
+        gl.store(at + gl.expand_dims(columns_rest, 0), value.rest.to(pointer.dtype.element_ty), mask=inside)
+
+
+@gluon.constexpr_function
+def row_bytes(WIDE):
+    """Bytes that TMA brings of a row."""
+    return 160 if WIDE else 128
+
+
+def cut(L: int) -> dict[str, int | bool]:
+    """How the L tokens of a head are cut into rows.
+
+    Returns:
+        BLOCKS: blocks of 64.
+        TAIL: whether the at most 16 tokens past them (258 = 4 * 64 + 2) are a tail: 16 rows, with small products.
+        RAGGED: whether the last block has fewer than 64 tokens: no tail, and the keys past L are masked.
+    """
+    tail = L > 64 and 0 < L % 64 <= 16
+    return {"BLOCKS": L // 64 if tail else cdiv(L, 64), "TAIL": tail, "RAGGED": not tail and L % 64 > 0}
+
+
+def boxes(t: Tensor, D: int, rows: int | None) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
+    """`Boxes` of so many rows of a contiguous t (B, L, ..., D), as a kernel's arguments; none for no rows."""
+    if not rows:
+        return None, None
+    t = t.view(t.shape[0], t.shape[1], -1, D)
+    return descriptor(t, 1, rows, 1, 64), descriptor(t, 1, rows, 1, 16) if D > 64 else None

@@ -9,8 +9,8 @@ def aggregate(cls: type) -> type:
     """Make a class of annotated fields one value of a kernel, which its methods, `triton.jit` or `gluon.jit` functions, take as `self`.
 
     A field is annotated with its kind: `gl.tensor` (pointers and numbers; a launch's integers pass through `gl.to_tensor` first),
-    `gl.shared_memory_descriptor`, `tma.tensor_descriptor`, another aggregate, or `gl.constexpr`. Fields are given in their order or
-    by name.
+    `gl.shared_memory_descriptor`, `tma.tensor_descriptor`, another aggregate, or `gl.constexpr`, which None is too: what may be
+    missing is `... | gl.constexpr`. Fields are given in their order or by name.
 
     Triton has this as a private name, which its own Gluon tutorials use; 3.6 wants a constructor, 3.8 would make one. Tested with both.
     """
@@ -18,8 +18,7 @@ def aggregate(cls: type) -> type:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         for name, value in {**dict(zip(fields, args, strict=False)), **kwargs}.items():
-            constant = fields[name] is constexpr and not isinstance(value, base_value)
-            setattr(self, name, constexpr(value) if constant else value)
+            setattr(self, name, value if isinstance(value, base_value) else constexpr(value))
 
     __init__.__triton_builtin__ = True  # nothing in it for a kernel's cache key to follow
     cls.__init__ = __init__
