@@ -72,4 +72,7 @@ def train(cfg: Config, run_dir: Path, fresh: bool) -> None:
 
 if __name__ == "__main__":
     notices.plain()
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # all is written; an interpreter that ends may abort over a thread of gloo's that is still in Python

@@ -38,7 +38,13 @@ class Ranks:
         if self.count > 1:
             import torch.distributed as dist
 
-            self._store, *_ = next(iter(dist.rendezvous("env://", self.rank, self.count)))
+            try:
+                self._store, *_ = next(iter(dist.rendezvous("env://", self.rank, self.count)))
+            except dist.DistNetworkError as error:
+                if problem := port_taken(error):
+                    print(f"uvit-fast: {problem}", file=sys.stderr)
+                    raise SystemExit(2) from None
+                raise
             dist.init_process_group("gloo", store=self._store, rank=self.rank, world_size=self.count, timeout=PATIENCE)
         return self
 
@@ -109,6 +115,14 @@ class Ranks:
 
 
 ALONE = Ranks(alone=True)
+
+
+def port_taken(error: Exception) -> str | None:
+    """A line for the user, where ranks could not meet since others do so already; else None."""
+    if "EADDRINUSE" not in str(error):
+        return None
+    port = os.environ.get("MASTER_PORT")
+    return f"launcher: expected a free port, got {port}, where another job's ranks meet; --master_port takes another"
 
 
 def follow_launcher() -> None:

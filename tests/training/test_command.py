@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from tests.training import tiny
 from uvit_fast.claims import Claim
+from uvit_fast.ranks import Ranks
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = ["train.iterations=4", "train.batch_size=8", "train.checkpoint_every=2", "train.log_every=1", "model.depth=2"]
@@ -113,6 +115,25 @@ def on_a_host_with_one_gpu(argv):
 def test_a_rank_without_a_gpu_says_so_itself(tmp_path):
     code, lines = tiny.launch(on_a_host_with_one_gpu, arguments(tmp_path, "device=auto"))
     assert (code, lines) == (2, ["train.py: launcher: expected a GPU for local rank 1, got 1 GPUs"])
+
+
+def where_others_meet(argv, number):
+    with socket.socket() as others:
+        others.bind(("127.0.0.1", 0))
+        others.listen()
+        os.environ.update(RANK="0", WORLD_SIZE="2", MASTER_PORT=str(others.getsockname()[1]))
+        if number == 0:
+            return call(argv)
+        with contextlib.redirect_stderr(io.StringIO()) as err, pytest.raises(SystemExit) as end, Ranks():
+            pass
+        return end.value.code, err.getvalue().strip().splitlines()
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["training", "other commands"])
+def test_a_port_that_another_job_has_is_one_line(number, tmp_path):
+    """deepspeed's is the same for all jobs of a host unless it is told another."""
+    code, lines = tiny.launch(where_others_meet, arguments(tmp_path), number)
+    assert (code, len(lines)) == (2, 1) and "where another job's ranks meet; --master_port takes another" in lines[0]
 
 
 def test_synthetic_data_says_so(tmp_path):

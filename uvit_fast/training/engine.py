@@ -19,7 +19,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from uvit_fast.config import Config, RankError, TrainConfig, UserError
-from uvit_fast.ranks import PATIENCE
+from uvit_fast.ranks import PATIENCE, port_taken
 from uvit_fast.training.captured import Captured
 from uvit_fast.training.ema import EMA
 from uvit_fast.training.optimizer import GuardedAdamW
@@ -72,7 +72,7 @@ def start(config: Config) -> World:
     """Choose the device and join the process group; alone, without a launcher, this process makes its own.
 
     Raises:
-        UserError: a GPU was asked for and there is none; RankError: there are fewer than processes.
+        UserError: a GPU was asked for and there is none; RankError: there are fewer than processes, or another job meets at the port.
     """
     cuda = config.device != "cpu" and torch.cuda.is_available()
     if config.device == "cuda" and not cuda:
@@ -95,7 +95,12 @@ def start(config: Config) -> World:
             store = dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True)
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
         else:
-            dist.init_process_group(backend)
+            try:
+                dist.init_process_group(backend)
+            except dist.DistNetworkError as error:
+                if problem := port_taken(error):
+                    raise RankError(problem) from None
+                raise
     return World(rank, size, local_rank, torch.device("cuda", local_rank) if cuda else torch.device("cpu"))
 
 
