@@ -166,6 +166,29 @@ def test_weights_of_another_meaning_are_refused_though_they_fit(folder):
     assert "kernels" not in str(error.value)
 
 
+def test_training_goes_on_from_whole_checkpoints_only(tmp_path):
+    every = dict.fromkeys(("model", "ema", "exp_avg", "exp_avg_sq"), PARTS["model"])
+    for step, parts, state, words in (
+        (1, every, {"samples": 3, "adam_step": 3}, None),
+        (
+            2,
+            {**every, "exp_avg": {"w": torch.zeros(2)}},
+            {"samples": 3, "adam_step": 3},
+            "exp_avg.safetensors with the tensors",
+        ),
+        (3, PARTS, {"samples": 3, "adam_step": 3}, "expected exp_avg.safetensors"),
+        (4, every, {"samples": "3", "adam_step": 3}, "samples: expected a whole number, got '3'"),
+        (5, every, {"samples": 3}, "adam_step: expected a whole number, got None"),
+    ):
+        checkpoint.write(tmp_path, step, parts, {**STATE, **state}, keep=9)
+        found = checkpoint.newest_intact(tmp_path, pytest.fail)
+        if words is None:
+            checkpoint.check_whole(*found)
+        else:
+            with pytest.raises(UserError, match=words):
+                checkpoint.check_whole(*found)
+
+
 def test_another_architecture_names_the_keys(folder):
     path, manifest = checkpoint.newest_intact(folder, pytest.fail)
     checkpoint.check_model(path, {"w": (2, 3)}, STATE["config"], manifest)

@@ -23,6 +23,7 @@ from torch import Tensor
 from uvit_fast import provenance
 from uvit_fast.config import UserError
 from uvit_fast.provenance import Provenance
+from uvit_fast.text import shown
 
 Tensors = dict[str, Tensor]
 LEARNING = {  # section -> what a run may be continued with otherwise, and learns from
@@ -175,6 +176,21 @@ def check_model(path: Path, shapes: dict[str, tuple[int, ...]], config: dict, ma
         f"{path}: a checkpoint of another model: {'; '.join(keys) or 'same model section'}{example}; "
         "--run-dir takes another folder, --fresh starts the run anew"
     )
+
+
+def check_whole(path: Path, manifest: dict[str, Any]) -> None:
+    """Refuse a checkpoint that holds less than training goes on from, as one that others put together.
+
+    Raises:
+        UserError: a part that is not there or not of the model's tensors, or a count that is none.
+    """
+    shapes = _shapes(path / "model.safetensors")
+    for name in ("ema.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors"):
+        if name not in manifest["files"] or _shapes(path / name) != shapes:
+            raise UserError(f"{path}: expected {name} with the tensors of model.safetensors, to go on training from")
+    for key in ("samples", "adam_step"):
+        if type(manifest.get(key)) is not int:
+            raise UserError(f"{path}/manifest.json: {key}: expected a whole number, got {shown(manifest.get(key))}")
 
 
 def check_data(path: Path, now: Provenance) -> Provenance:

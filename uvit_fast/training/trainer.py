@@ -375,6 +375,7 @@ class Trainer:
             self.claim = claim(self.run_dir)
             found = checkpoint.newest_intact(self.run_dir / "checkpoints", say)
             if found:
+                checkpoint.check_whole(*found)
                 checkpoint.check_model(found[0], self.engine.shapes, self.config.model_dump(mode="json"), found[1])
                 self.provenance = checkpoint.check_data(found[0], self.provenance)
                 checkpoint.set_aside_newer(found[0])
