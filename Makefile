@@ -6,7 +6,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint format install clean bench report readme
+.PHONY: demo test test-kernel lint format install clean bench report readme
 
 demo: .venv/demo.done  ## train on real digits, sample, and measure the samples
 	$(BIN)/python train.py --config configs/digits.yaml
@@ -15,6 +15,9 @@ demo: .venv/demo.done  ## train on real digits, sample, and measure the samples
 test: .venv/test.done  ## the whole CPU suite
 	$(BIN)/python -m pytest -m "not gpu"
 	$(BIN)/python -m pytest benchmarks --benchmark-only -k "not contract" -q  # those ran with the tests
+
+test-kernel: .venv/test.done  ## one op: interpreter, contracts and, with a GPU, its tests there; make test-kernel OP=ln_mlp
+	@$(BIN)/python -m tests.kernels $(OP)
 
 lint: .venv/test.done
 	$(BIN)/ruff check .

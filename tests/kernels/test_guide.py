@@ -1,0 +1,53 @@
+"""The guide's roofline is arithmetic on H/2's shapes and on committed rows, and ten minutes long."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+GUIDE = (ROOT / "docs" / "kernels.md").read_text()
+
+
+def rows(file: str) -> dict[tuple[str, str], float]:
+    """(case, provider) -> the median."""
+    with open(ROOT / "benchmarks" / "results" / file) as lines:
+        return {(row["case"], row["provider"]): float(row["p50"]) for row in csv.DictReader(lines)}
+
+
+ROOFLINE = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in GUIDE.partition("## Roofline")[2].partition("\n## ")[0].splitlines()
+    if re.match(r"\|[^|]+, (forward|backward) \|", line)
+]
+
+
+@pytest.mark.parametrize("line", ROOFLINE, ids=lambda line: line[0])
+def test_the_roofline_is_what_the_results_say(line):
+    name, gflop, compute, mb, bandwidth, reached, share, cublas, over_eager, over_compiled = line
+    op, direction = name.split()[0].rstrip(","), "fwd" if name.endswith("forward") else "bwd"
+    found = rows("attention.csv" if op == "attention" else "ops.csv")
+    case = f"{op}:{direction}:1152"
+    rate, speed = found["ceiling:matmul", "cublas"], found["ceiling:copy", "torch"]
+    assert float(compute) == pytest.approx(float(gflop) / rate, abs=1.5e-3)
+    assert float(bandwidth) == pytest.approx(float(mb) / speed / 1e3, abs=1.5e-3)
+    assert float(reached) == pytest.approx(found[case, "ours"], abs=6e-4), "docs/kernels.md is older than the results"
+    floor = max(float(compute), float(bandwidth))
+    assert float(share) == pytest.approx(floor / float(reached), abs=6e-3)
+    for cell, provider in ((over_eager, "eager"), (over_compiled, "compiled")):
+        if cell != "–":
+            assert float(cell) == pytest.approx(float(reached) / found[case, provider], abs=6e-3)
+    if cublas != "–":
+        assert float(cublas) == pytest.approx(found[case, "cublas"], abs=6e-4)
+
+
+def test_every_op_of_a_block_is_in_it_both_ways():
+    ops = ("ln_linear", "ln_mlp", "skip_linear", "linear_residual", "attention")
+    names = [(line[0].split()[0].rstrip(","), line[0].split()[-1]) for line in ROOFLINE]
+    assert names == [(op, direction) for op in ops for direction in ("forward", "backward")]
+
+
+def test_it_is_short():
+    lines = GUIDE.splitlines()
+    assert len(lines) <= 200 and max(map(len, lines)) <= 120
