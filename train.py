@@ -10,6 +10,7 @@ import sys
 sys.path[:] = [p for p in sys.path if os.path.realpath(p or ".") != os.path.dirname(os.path.realpath(__file__))]
 
 import argparse  # noqa: E402
+import time  # noqa: E402
 import warnings  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -34,7 +35,9 @@ def main(argv: list[str] | None = None) -> int:
         train(cfg, args.run_dir or Path("runs") / cfg.name, args.fresh)
     except (UserError, ImportError) as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
-            print(f"train.py: {error}", file=sys.stderr)
+            print(f"train.py: {error}", file=sys.stderr, flush=True)
+        else:  # a launcher ends all at the first exit, which is to be that of the rank that speaks
+            time.sleep(30)
         return 2
     except KeyboardInterrupt:
         print("train.py: ended at once; the same command continues from the newest checkpoint", file=sys.stderr)

@@ -117,6 +117,20 @@ def test_a_rank_without_a_gpu_says_so_itself(tmp_path):
     assert (code, lines) == (2, ["train.py: launcher: expected a GPU for local rank 1, got 1 GPUs"])
 
 
+def as_rank_1(argv):
+    os.environ.update(RANK="1", WORLD_SIZE="2")
+    with mock.patch("time.sleep") as slept:
+        return *call(argv), [wait.args[0] for wait in slept.call_args_list]
+
+
+def test_in_a_folder_that_is_taken_the_rank_that_speaks_ends_first(tmp_path):
+    """Before the ranks meet: those of the run that goes on may hold the port. A launcher would end the speaker with a silent rank."""
+    claim = Claim(tmp_path / "run")
+    code, lines, waits = tiny.launch(as_rank_1, arguments(tmp_path / "run"))
+    claim.release()
+    assert (code, lines) == (2, []) and 30 in waits
+
+
 def where_others_meet(argv, number):
     with socket.socket() as others:
         others.bind(("127.0.0.1", 0))
