@@ -232,14 +232,14 @@ def attention_dkv_kernel(
 
 
 def pieces(D: int) -> tuple[int, int]:
-    """The two powers of two that cover a head dim, at least 16 each; the second is 0 where one does."""
+    """Return the two powers of two that cover a head dim, at least 16 each; the second is 0 where one does."""
     if D <= 64:
         return max(16, triton.next_power_of_2(D)), 0
     return (64, 16) if D <= 80 else (128, 0)
 
 
 def constants(D: int, streamed: str | None = None) -> dict[str, int]:
-    """Compile-time arguments and launch options of a kernel for a head dim.
+    """Return the compile-time arguments and launch options of a kernel for a head dim.
 
     Args:
         streamed: the side that a backward kernel streams, BM (queries) or BN (keys): a shorter one leaves its
@@ -251,7 +251,7 @@ def constants(D: int, streamed: str | None = None) -> dict[str, int]:
 
 
 def launches(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, delta: Tensor, dqkv: Tensor) -> list[tuple]:
-    """The kernels in the order in which they run: (kernel, arguments, options)."""
+    """Return the kernels in the order in which they run: (kernel, arguments, options)."""
     _, L, _, H, D = qkv.shape
     scalars = (L, H, D**-0.5 * LOG2E.value)
     return [
@@ -273,7 +273,7 @@ def forward(qkv: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def backward(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor) -> Tensor:
-    """The gradient of qkv, packed as qkv is; every argument contiguous."""
+    """Return the gradient of qkv, packed as qkv is; every argument contiguous."""
     B, L, _, H, D = qkv.shape
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     grid, scalars = (B * H * cdiv(L, 64),), (L, H, D**-0.5 * LOG2E.value)

@@ -416,7 +416,7 @@ def attention_dkv_kernel(
 
 
 def launches(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, delta: Tensor, dqkv: Tensor) -> list[tuple]:
-    """The kernels in the order in which they run: (kernel, arguments, options)."""
+    """Return the kernels in the order in which they run: (kernel, arguments, options)."""
     _, L, _, H, D = qkv.shape
     c = cut(L)
     tail = 16 if c["TAIL"] else None
@@ -430,7 +430,7 @@ def launches(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, delta: Tensor,
 
 
 def backward(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor) -> Tensor:
-    """The gradient of qkv, packed as qkv is; every argument contiguous."""
+    """Return the gradient of qkv, packed as qkv is; every argument contiguous."""
     B, _, _, H, _ = qkv.shape
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     for kernel, arguments, options in launches(qkv, out, lse, dout, delta, dqkv):

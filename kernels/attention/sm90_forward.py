@@ -212,7 +212,7 @@ def attention_forward_kernel(
 
 
 def forward_launch(qkv: Tensor, out: Tensor, lse: Tensor) -> tuple:
-    """The kernel, its arguments and its options."""
+    """Return the kernel, its arguments and its options."""
     _, L, _, H, D = qkv.shape
     c = cut(L)
     keys = 256 if c["BLOCKS"] % 4 == 0 else 128 if c["BLOCKS"] % 2 == 0 else 64
@@ -222,7 +222,7 @@ def forward_launch(qkv: Tensor, out: Tensor, lse: Tensor) -> tuple:
 
 
 def launches(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, delta: Tensor, dqkv: Tensor) -> list[tuple]:
-    """The kernels in the order in which they run: (kernel, arguments, options)."""
+    """Return the kernels in the order in which they run: (kernel, arguments, options)."""
     return [forward_launch(qkv, out, lse), *sm90_backward.launches(qkv, out, lse, dout, delta, dqkv)]
 
 

@@ -313,12 +313,12 @@ def tail_store(pointer, value, first, L, stride, D: gl.constexpr):
 
 @gluon.constexpr_function
 def row_bytes(WIDE):
-    """Bytes that TMA brings of a row."""
+    """Return the bytes that TMA brings of a row."""
     return 160 if WIDE else 128
 
 
 def cut(L: int) -> dict[str, int | bool]:
-    """How the L tokens of a head are cut into rows.
+    """Return how the L tokens of a head are cut into rows.
 
     Returns:
         BLOCKS: blocks of 64.

@@ -1,4 +1,4 @@
-"""Matrix products with what stands before and after them: a core an architecture, each with the functions of `contract.Core`."""
+"""Matrix products with what stands before and after them: a core for each architecture, with the functions of `contract.Core`."""
 
 from importlib import import_module
 
@@ -9,5 +9,5 @@ from uvit_fast.kernels.runtime.device import architecture
 
 
 def core(device: torch.device) -> Core:
-    """The GEMM core of a device: sm90 on Hopper, sm80 elsewhere."""
+    """Return the GEMM core of a device: sm90 on Hopper, sm80 elsewhere."""
     return import_module(f"{__name__}.sm{architecture(device)}").core

@@ -35,8 +35,9 @@ class Product(NamedTuple):
 
 
 def results(epilogue: str, x: Tensor, N: int, side: Tensor | None, overwrite: bool) -> tuple[Tensor, Tensor]:
-    """Where a product of x (M, K) writes its one or two results (M, N): new memory, or with `overwrite` the side input's for the one
-    that is computed from it value by value.
+    """Return where a product of x (M, K) writes its one or two results (M, N).
+
+    That is new memory; with `overwrite` it is the side input's for the result that is computed from it value by value.
     """
 
     def new() -> Tensor:
@@ -66,7 +67,7 @@ class Core:
         sums: Tensor | None = None,
         transposed: bool = False,
     ) -> Product:
-        """One launch: the epilogue of x @ w.T, with `transposed` of x @ w.
+        """Launch a kernel for the epilogue of x @ w.T, with `transposed` of x @ w.
 
         Args:
             epilogue: of `CASES`.
@@ -86,7 +87,7 @@ class Core:
         overwrite: bool = False,
         sums: Tensor | None = None,
     ) -> Tensor:
-        """x @ w.T + bias, with the sources and the epilogue that are given.
+        """Return x @ w.T + bias, with the sources and the epilogue that are given.
 
         Args:
             x: (M, K), contiguous.
@@ -105,14 +106,14 @@ class Core:
         return self.product(epilogue, x, linear, **more).out
 
     def linear_gelu(self, x: Tensor, linear: Linear, *, stats: Tensor, save: bool) -> tuple[Tensor, Tensor | None]:
-        """GELU(2 h), h = LN(x) @ w.T + bias, with the LayerNorm folded in; h too where `save` asks for it. Both (M, N)."""
+        """Return GELU(2 h), h = LN(x) @ w.T + bias, with the LayerNorm folded in, and with `save` h: both (M, N)."""
         made = self.product("gelu_save" if save else "gelu", x, linear, stats=stats)
         return made.out, made.second if save else None
 
     def linear_gelu_backward(
         self, dy: Tensor, weight: Tensor, h: Tensor, *, overwrite: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Back through the linear layer after a GELU, and through the GELU.
+        """Go back through the linear layer after a GELU, and through the GELU.
 
         Args:
             dy: (M, K), the gradient of GELU(2 h) @ w.T.
@@ -128,13 +129,18 @@ class Core:
         return made.out, made.second, *reduce.totals(made.partial, 1, dy.dtype)
 
     def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:
-        """dy @ w: (M, N), (N, K) -> (M, K); w's rows may be any distance apart. cuBLAS, where nothing measured faster."""
+        """Return dy @ w, (M, K), of dy (M, N) and w (N, K), whose rows may be any distance apart.
+
+        It is cuBLAS's, where nothing measured faster.
+        """
         return dy @ weight
 
     def weight_gradient(
         self, dy: Tensor, x: Tensor, *, bias: bool, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """dy.T @ x, (N, K), and with `bias` the column sums of dy, (N,). cuBLAS, where nothing measured faster.
+        """Return dy.T @ x, (N, K), and with `bias` the column sums of dy, (N,).
+
+        They are cuBLAS's and a reduction's, where nothing measured faster.
 
         Args:
             dy: (M, N); x: (M, K), contiguous.

@@ -19,7 +19,7 @@ FEATURES: tl.constexpr = tl.constexpr(CHUNK)  # whose sums are taken together
 
 @triton.jit
 def _gate(h):
-    """(1 + tanh(v)) / 2 with GELU's v, and w."""
+    """Return (1 + tanh(v)) / 2 with GELU's v, and w."""
     w = h * h
     v = h * (w * tl.maximum(w * G2 + G1, 0.0) + G0)
     return 1.0 / (1.0 + tl.exp(-2.0 * v)), w
@@ -27,14 +27,17 @@ def _gate(h):
 
 @triton.jit
 def _gelu_slope(h, phi, w):
-    """GELU'(2 h), of `_gate`'s results."""
+    """Return GELU'(2 h), of `_gate`'s results."""
     slope = w * (w * (5.0 * G2) + 3.0 * G1) + G0
     return phi + 2.0 * h * phi * (1.0 - phi) * slope
 
 
 @triton.jit
 def _accumulate(acc, xs, ws, rows, cols, K, stride, BK: tl.constexpr):
-    """acc + x @ w.T: `xs` points to the first BK columns of x's rows, `ws` to those of w's, `stride` apart; K is a multiple of BK."""
+    """Return acc + x @ w.T.
+
+    `xs` points to the first BK columns of x's rows, `ws` to those of w's, `stride` apart; K is a multiple of BK.
+    """
     for _ in range(0, K, BK):
         a = tl.load(xs, mask=rows, other=0.0)
         b = tl.load(ws, mask=cols, other=0.0)
@@ -46,7 +49,7 @@ def _accumulate(acc, xs, ws, rows, cols, K, stride, BK: tl.constexpr):
 
 @triton.jit
 def _write_sums(sums, value, first_row, first_col, M, N):
-    """A tile's sums of every 64 features, and of their squared distances from the mean of these 64."""
+    """Write a tile's sums of every 64 features, and of their squared distances from the mean of these 64."""
     BM: tl.constexpr = value.shape[0]
     CHUNKS: tl.constexpr = value.shape[1] // FEATURES
     chunks = tl.reshape(value, (BM, CHUNKS, FEATURES))
@@ -150,7 +153,7 @@ def arguments(
     sums: Tensor | None = None,
     transposed: bool = False,
 ) -> tuple[tuple, dict, int, Product]:
-    """The kernel's arguments, its launch options, the number of tiles, and the results."""
+    """Return the kernel's arguments, its launch options, the number of tiles, and the results."""
     w, bias = linear
     w = w.t() if transposed else w
     (M, K), N, (BM, BN, BK) = x.shape, w.shape[0], tuned["tile"]

@@ -92,7 +92,7 @@ def _producer(g):
 
 @gluon.jit
 def _product(ring, step, steps, TOKENS: gl.constexpr, WHO: gl.constexpr):
-    """A tile's [64, TOKENS]; one wgmma stays in flight, its predecessor's stage is freed."""
+    """Return a consumer's [64, TOKENS] of a tile; one wgmma stays in flight, its predecessor's stage is freed."""
     acc = gl.zeros([64, TOKENS], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16]))
     w, x = ring.operands(step, WHO)
     acc = warpgroup_mma(w, x, acc, use_acc=False, is_async=True)
@@ -237,7 +237,7 @@ def arguments(
     tokens: int = TOKENS,
     part: int = 64,
 ) -> tuple[tuple, dict, int, Product]:
-    """The kernel's arguments, its launch options, the number of tiles, and the results."""
+    """Return the kernel's arguments, its launch options, the number of tiles, and the results."""
     w, bias = linear
     (M, K), N = x.shape, w.shape[1 if transposed else 0]
     across, down = cdiv(N, 2 * ROWS), cdiv(M, tokens)

@@ -29,7 +29,7 @@ def tanh(x):
 
 @gluon.jit
 def gate(h):
-    """tanh(v) with GELU's v, and w (see `contract`)."""
+    """Return tanh(v) with GELU's v, and w (see `contract`)."""
     w = h * h
     clamped = gl.inline_asm_elementwise(CLAMPED, "=f,f", [w], dtype=gl.float32, is_pure=True, pack=1)
     return tanh(h * (w * clamped + G0)), w
@@ -37,7 +37,7 @@ def gate(h):
 
 @gluon.jit
 def rounded(x, dtype: gl.constexpr):
-    """x as `dtype` holds it, in fp32. Two bfloat16 values at a time: one at a time they share a slow unit with tanh."""
+    """Return x as `dtype` holds it, in fp32. Two bfloat16 values at a time: one at a time they share a slow unit with tanh."""
     if dtype == gl.bfloat16:
         pair: gl.constexpr = "{.reg .b32 p; cvt.rn.bf16x2.f32 p, $3, $2; shl.b32 $0, p, 16; and.b32 $1, p, 0xffff0000;}"
         y = gl.inline_asm_elementwise(pair, "=f,=f,f,f", [x], dtype=gl.float32, is_pure=True, pack=2)
@@ -48,7 +48,7 @@ def rounded(x, dtype: gl.constexpr):
 
 @gluon.jit
 def widened(x):
-    """x in fp32. A pair of bfloat16 values takes two instructions; one at a time it takes three."""
+    """Return x in fp32. A pair of bfloat16 values takes two instructions; one at a time it takes three."""
     if x.dtype == gl.bfloat16:
         pair: gl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
         y = gl.inline_asm_elementwise(pair, "=f,=f,r", [x], dtype=gl.float32, is_pure=True, pack=2)
@@ -59,7 +59,7 @@ def widened(x):
 
 @gluon.jit
 def halves(x, rows: gl.constexpr, cols: gl.constexpr):
-    """[rows, cols] -> its left and right half; no data moves between threads."""
+    """Return the left and the right half of [rows, cols]; no data moves between threads."""
     a, b = x.reshape([rows, 2, cols // 2]).permute([0, 2, 1]).split()
     lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, cols // 2, 16])
     return gl.convert_layout(a, lay, assert_trivial=True), gl.convert_layout(b, lay, assert_trivial=True)
@@ -67,7 +67,7 @@ def halves(x, rows: gl.constexpr, cols: gl.constexpr):
 
 @gluon.jit
 def parts(acc, rows: gl.constexpr, tokens: gl.constexpr, part: gl.constexpr):
-    """[rows, tokens] -> a tuple of [rows, part]; tokens 256 and part 64 or 32, or 64 and 32."""
+    """Return [rows, tokens] as a tuple of [rows, part]; tokens are 256 and a part 64 or 32, or they are 64 and it is 32."""
     if tokens == 64:
         found = halves(acc, rows, 64)
     else:
@@ -87,7 +87,7 @@ def parts(acc, rows: gl.constexpr, tokens: gl.constexpr, part: gl.constexpr):
 
 @gluon.jit
 def touch(rstd, TOKENS: gl.constexpr):
-    """A tile's rstd on its way into L1, where `Epilogue.rstd_of` will look for it after the main loop."""
+    """Send for a tile's rstd into L1, where `Epilogue.rstd_of` will look for it after the main loop."""
     lay: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
     hint: gl.constexpr = "prefetch.global.L1 [$1]; mov.b32 $0, 0;"
     line = (rstd + gl.arange(0, TOKENS, layout=lay)).to(gl.int64)
@@ -141,7 +141,7 @@ class Epilogue:
 
     @gluon.jit
     def ask(self, at):
-        """Asks for what the epilogue reads from global memory, so that it comes during the main loop."""
+        """Ask for what the epilogue reads from global memory, so that it comes during the main loop."""
         lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.PART, 16])
         if self.KIND == "residual":
             tma.store_wait(0)
@@ -160,13 +160,16 @@ class Epilogue:
 
     @gluon.jit
     def rstd_of(self, at, j: gl.constexpr):
-        """rstd of part j's tokens, in the layout of its columns; there is memory, if no sense, for those past the last."""
+        """Return rstd of part j's tokens, in the layout of its columns.
+
+        Past the last token there is memory to read, though nothing in it.
+        """
         lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.PART, 16])
         return gl.load(self.rstd + at.token + j * self.PART + gl.arange(0, self.PART, layout=gl.SliceLayout(0, lay)))
 
     @gluon.jit
     def affine(self, x, ahead, at, j: gl.constexpr):
-        """Part j with the LayerNorm's scale and the bias, and what the next part is to be given."""
+        """Return part j with the LayerNorm's scale and the bias, and the `Ahead` of the part after it."""
         if self.FOLD:
             x = x * gl.expand_dims(ahead.rstd, 0)
             if j + 1 < self.TOKENS // self.PART:
@@ -177,7 +180,7 @@ class Epilogue:
 
     @gluon.jit
     def fetch(self, at, j: gl.constexpr):
-        """Asks for part j of the side input, into the buffer that is its own."""
+        """Ask for part j of the side input, into the buffer that is its own."""
         b: gl.constexpr = at.WHO * self.ARRIVING + j % self.ARRIVING
         bar = self.arrived.index(b)
         mbarrier.expect(bar, self.side.block_type.nbytes)
@@ -185,7 +188,7 @@ class Epilogue:
 
     @gluon.jit
     def arrival(self, at, done, j: gl.constexpr):
-        """Part j of the side input, fp32, and its buffer; `done` tiles were before this one."""
+        """Return part j of the side input, fp32, and its buffer; `done` tiles were before this one."""
         lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.PART, 16])
         rounds: gl.constexpr = self.TOKENS // self.PART // self.ARRIVING  # uses of a buffer a tile
         b: gl.constexpr = at.WHO * self.ARRIVING + j % self.ARRIVING
@@ -195,7 +198,7 @@ class Epilogue:
 
     @gluon.jit
     def send(self, x, at, j: gl.constexpr, buf):
-        """Part j of the result, [64, PART], through its buffer [PART, 64]; and the sums of what leaves, where a LayerNorm wants them."""
+        """Send part j of the result, [64, PART], through its buffer [PART, 64]; with SUMS, write the sums of what leaves."""
         buf.permute([1, 0]).store(x.to(self.out.dtype))
         fence_async_shared()
         tma.async_copy_shared_to_global(self.out, [at.token + j * self.PART, at.feature], buf)
@@ -204,7 +207,7 @@ class Epilogue:
 
     @gluon.jit
     def send_two(self, x, y, at, j: gl.constexpr):
-        """Part j of out and of second at once: one fence and one barrier for both."""
+        """Send part j of out and of second at once: one fence and one barrier for both."""
         tma.store_wait(2 * (self.LEAVING - 1))
         x_buf = self.leaving.index(at.WHO * self.LEAVING + j % self.LEAVING)
         y_buf = self.leaving2.index(at.WHO * self.LEAVING + j % self.LEAVING)
@@ -217,9 +220,10 @@ class Epilogue:
 
     @gluon.jit
     def write_sums(self, buf, at, j: gl.constexpr):
-        """Sums of a part's tokens over its 64 features, as rounded, and of their squared distances from the mean of these 64.
+        """Write sums of a part's tokens over its 64 features, as rounded, and of the squares around the mean of these 64.
 
-        Read back from the staging buffer, where a thread finds many features of one token: in the accumulator they are everyone's.
+        They are read back from the staging buffer, where a thread finds many features of one token; the accumulator spreads
+        them over all threads.
         """
         PART: gl.constexpr = self.PART
         lay: gl.constexpr = gl.BlockedLayout([1, PART * 64 // 128], [PART // 4, 128 // PART], [4, 1], [1, 0])
@@ -235,7 +239,7 @@ class Epilogue:
 
 @gluon.jit
 def plain(e, xs, ahead, at):
-    """out = x."""
+    """Write out = x."""
     for j in gl.static_range(e.TOKENS // e.PART):
         x, ahead = e.affine(xs[j], ahead, at, j)
         tma.store_wait(e.LEAVING - 1)
@@ -244,7 +248,7 @@ def plain(e, xs, ahead, at):
 
 @gluon.jit
 def gelu(e, xs, ahead, at):
-    """out = GELU(2 x)."""
+    """Write out = GELU(2 x)."""
     for j in gl.static_range(e.TOKENS // e.PART):
         x, ahead = e.affine(xs[j], ahead, at, j)
         t, w = gate(x)
@@ -255,7 +259,7 @@ def gelu(e, xs, ahead, at):
 
 @gluon.jit
 def gelu_save(e, xs, ahead, at):
-    """out = GELU(2 h), second = h = x. The backward sees h as rounded: it is rounded before the GELU."""
+    """Write out = GELU(2 h), second = h = x. The backward sees h as rounded: it is rounded before the GELU."""
     for j in gl.static_range(e.TOKENS // e.PART):
         x, ahead = e.affine(xs[j], ahead, at, j)
         x = rounded(x, e.out.dtype)
@@ -265,7 +269,7 @@ def gelu_save(e, xs, ahead, at):
 
 @gluon.jit
 def residual(e, xs, ahead, at, done):
-    """out = x + side, which leaves from where the residual arrived."""
+    """Write out = x + side, which leaves from where the residual arrived."""
     PARTS: gl.constexpr = e.TOKENS // e.PART
     for j in gl.static_range(PARTS):
         x, ahead = e.affine(xs[j], ahead, at, j)
@@ -278,7 +282,7 @@ def residual(e, xs, ahead, at, done):
 
 @gluon.jit
 def gelu_backward(e, xs, ahead, at, done):
-    """out = x GELU'(2 h), second = GELU(2 h), partial = out's column sums; h = side."""
+    """Write out = x GELU'(2 h), second = GELU(2 h), partial = out's column sums; h = side."""
     PARTS: gl.constexpr = e.TOKENS // e.PART
     row: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, e.PART, 16]))
     total = gl.zeros([64], gl.float32, row)

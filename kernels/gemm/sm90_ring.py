@@ -1,4 +1,4 @@
-"""The stages of shared memory between a producer, which fills them by TMA, and two consumers, which multiply what is in them."""
+"""The stages of shared memory between a producer, which fills them by TMA, and two consumers, which multiply them."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -21,7 +21,7 @@ class Ring:
 
     @gluon.jit
     def claim(self, step, BYTES: gl.constexpr):
-        """The stage of this step and its barrier, once both consumers have left it; so many bytes will come."""
+        """Return the stage of this step and its barrier, once both consumers have left it; BYTES will come."""
         s = step % self.STAGES
         mbarrier.wait(self.empty.index(s), ((step // self.STAGES) & 1) ^ 1)
         bar = self.full.index(s)
@@ -30,7 +30,7 @@ class Ring:
 
     @gluon.jit
     def operands(self, step, WHO: gl.constexpr):
-        """The operands (64, K) and (K, columns) of a consumer's step, once they are there."""
+        """Return the operands (64, K) and (K, columns) of a consumer's step, once they are there."""
         s = step % self.STAGES
         mbarrier.wait(self.full.index(s), (step // self.STAGES) & 1)
         a = self.a.index(s * 2 + WHO)
@@ -43,13 +43,13 @@ class Ring:
 
     @gluon.jit
     def free(self, step):
-        """Leaves the stage of this step to the producer."""
+        """Leave the stage of this step to the producer."""
         mbarrier.arrive(self.empty.index(step % self.STAGES), count=1)
 
 
 @gluon.jit
 def ring(a, b, STAGES: gl.constexpr, A_TURNED: gl.constexpr, B_TURNED: gl.constexpr):
-    """A ring for the boxes of these descriptors: a's for either consumer, and b's."""
+    """Return a new ring for the boxes of these descriptors: an a for each consumer, and a b for both."""
     layout: gl.constexpr = mbarrier.MBarrierLayout()
     made = Ring(
         gl.allocate_shared_memory(a.dtype, [2 * STAGES] + a.block_type.shape, a.layout),

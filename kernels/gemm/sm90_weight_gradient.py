@@ -44,7 +44,7 @@ class Plan:
 
     @gluon.jit
     def unit(self, unit):
-        """A unit's tile, its part of it, its first and its last step."""
+        """Return a unit's tile, its part of it, its first step and the one past its last."""
         v = unit - self.whole
         is_whole = unit < self.whole
         split = gl.where(is_whole, 0, v // self.ragged)
@@ -98,7 +98,7 @@ def _producer(g):
 
 @gluon.jit
 def _product(ring, step, count, WHO: gl.constexpr, COLS: gl.constexpr, BIAS: gl.constexpr):
-    """The product [64, COLS] over `count` stages; with BIAS also A summed over them, [BK, 64], beside the tensor cores."""
+    """Return the product [64, COLS] over `count` stages; with BIAS also A summed over them, [BK, 64], beside the tensor cores."""
     acc = gl.zeros([64, COLS], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16]))
     flat: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     sums = gl.zeros([ring.a.shape[1], 64], gl.float32, flat)
@@ -217,7 +217,7 @@ def sum_kernel(
     strip,
     HEIGHT: tl.constexpr,
 ):
-    """The split tiles: sum over the splits in their order, cast, store; the swapped ones transposed."""
+    """Sum each split tile over its splits, in their order, cast and store it; the swapped ones transposed."""
     tile = whole + tl.program_id(0)
     i = tl.program_id(1) * HEIGHT + tl.arange(0, HEIGHT)
     j = tl.arange(0, 256)
@@ -238,7 +238,7 @@ def sum_kernel(
 
 
 def plan(M: int, N: int, K: int, programs: int) -> dict[str, int]:
-    """How the tiles of an (N, K) gradient over M tokens are laid out and split over this many programs."""
+    """Return how the tiles of an (N, K) gradient over M tokens are laid out and split over this many programs."""
     down, strip = cdiv(N, 2 * ROWS), K > COLS and 0 < K % COLS <= 2 * ROWS
     plain = down * (K // COLS if strip else cdiv(K, COLS))
     tiles, steps = plain + (cdiv(N, COLS) if strip else 0), cdiv(M, BK)
@@ -260,7 +260,7 @@ def plan(M: int, N: int, K: int, programs: int) -> dict[str, int]:
 
 
 def arguments(dy: Tensor, x: Tensor, out: Tensor, bias: bool, programs: int) -> tuple[tuple, dict, dict]:
-    """The kernel's arguments, its launch options and the plan."""
+    """Return the kernel's arguments, its launch options and the plan."""
     (M, N), K = dy.shape, x.shape[1]
     p = plan(M, N, K, programs)
     parts = dy.new_empty(p["ragged"] * p["splits"], 2 * ROWS, COLS, dtype=ACCUMULATE)
@@ -271,7 +271,7 @@ def arguments(dy: Tensor, x: Tensor, out: Tensor, bias: bool, programs: int) -> 
 
 
 def weight_gradient(dy: Tensor, x: Tensor, out: Tensor, bias: bool) -> Tensor | None:
-    """out = dy.T @ x, and with `bias` the column sums of dy.
+    """Write out = dy.T @ x, and return with `bias` the column sums of dy.
 
     Args:
         dy: (M, N); x: (M, K), contiguous, bf16 or fp16.

@@ -13,7 +13,7 @@ from uvit_fast.kernels.runtime.reduce import totals
 
 @triton.jit
 def _columns(gamma, beta, col, D: tl.constexpr):
-    """gamma and beta of these columns, and three sums at zero."""
+    """Return gamma and beta of these columns, and three sums at zero."""
     zero = tl.zeros(col.shape, tl.float32)
     scale = tl.load(gamma + col, mask=col < D, other=0.0).to(tl.float32)
     shift = tl.load(beta + col, mask=col < D, other=0.0).to(tl.float32)
@@ -109,7 +109,7 @@ def _backward_kernel(
 def backward(
     g: Tensor, x: Tensor, stats: Tensor, gamma: Tensor, beta: Tensor, dy: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """Back through LayerNorm in one pass over the tokens.
+    """Go back through LayerNorm in one pass over the tokens.
 
     Args:
         g: (M, D), the gradient of LayerNorm(x).

@@ -26,14 +26,14 @@ MERGED = 32  # tokens whose statistics a program makes out of their sums
 
 @functools.cache
 def split(D: int) -> tuple[int, int]:
-    """D as a power of two and what covers the rest: 1152 = 1024 + 128 leaves no lane idle, 2048 would leave 44%."""
+    """Return D as a power of two and one that covers the rest: 1152 = 1024 + 128 idles no lane, 2048 would idle 44%."""
     low = 1 << (D.bit_length() - 1)
     return low, triton.next_power_of_2(D - low) if D > low else 0
 
 
 @triton.jit
 def _scaled(weight, gamma, beta, at, mask, col, scale, D: tl.constexpr):
-    """Some columns of scale * gamma * weight, and of scale * weight @ beta the share of these columns."""
+    """Return some columns of scale * gamma * weight, and what they give to scale * weight @ beta."""
     w = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(gamma + col, mask=col < D, other=0.0).to(tl.float32) * scale
     b = tl.load(beta + col, mask=col < D, other=0.0).to(tl.float32) * scale
@@ -42,20 +42,20 @@ def _scaled(weight, gamma, beta, at, mask, col, scale, D: tl.constexpr):
 
 @triton.jit
 def _rounded(w, centre, mask, dtype: tl.constexpr):
-    """w - centre as rounded, of each row the sum and the sum of magnitudes."""
+    """Return w - centre as rounded, and of each row the sum and the sum of magnitudes."""
     w = tl.where(mask, w - centre[:, None], 0.0).to(dtype).to(tl.float32)
     return w, tl.sum(w, axis=1), tl.sum(tl.abs(w), axis=1)
 
 
 @triton.jit
 def _small(w, typical, mask):
-    """Which values are below 1/16 of the row's mean magnitude: of a thousand normal ones forty."""
+    """Return which values are below 1/16 of the row's mean magnitude: forty of a thousand normal ones."""
     return mask & (tl.abs(w) < typical[:, None] / 16)
 
 
 @triton.jit
 def _fold(layer, results, row, columns, N, scale, D: tl.constexpr, HI: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """Some rows of the weight, in the first and, with HI, the last columns: see `prepare`."""
+    """Fold the norm into some rows of the weight, in the first and, with HI, the last columns: see `prepare`."""
     weight, gamma, beta, bias = layer
     folded, offset = results
     lo, hi = columns
@@ -73,7 +73,7 @@ def _fold(layer, results, row, columns, N, scale, D: tl.constexpr, HI: tl.conste
         w2, left2, size2 = _rounded(w2, centre / D, mask2, folded.dtype.element_ty)
         left += left2
         size += size2
-    # Rounding leaves a sum, with which the mean of x would come through: the smallest weights, which are rounded least, take it up.
+    # Rounding leaves a sum, with which the mean of x would come through: the smallest weights, rounded least, take it up.
     small = _small(w, size / D, mask)
     count = tl.sum(small.to(tl.float32), axis=1)
     if HI:
@@ -156,7 +156,7 @@ _kept: ContextVar[dict[tuple, Linear] | None] = ContextVar("kept", default=None)
 
 @contextlib.contextmanager
 def folded_once() -> Iterator[None]:
-    """While open, a weight is folded at its first `prepare` and kept until the end: it must not change meanwhile."""
+    """Fold each weight once, at its first `prepare`, and keep it until the end: weights must not change meanwhile."""
     token = _kept.set({})
     try:
         yield
@@ -165,7 +165,7 @@ def folded_once() -> Iterator[None]:
 
 
 def new_statistics(x: Tensor, M: int) -> Tensor:
-    """Where the mean and rstd of M tokens go, (2, M rounded up to a multiple of TILE) fp32."""
+    """Return where the mean and rstd of M tokens go, (2, M rounded up to a multiple of TILE) fp32."""
     return x.new_empty(2, cdiv(M, TILE) * TILE, dtype=ACCUMULATE)
 
 
@@ -177,8 +177,9 @@ class Folded(NamedTuple):
 
 
 def prepare(x: Tensor, norm: Norm, linear: Linear, sums: Tensor | None = None, scale: float = 1.0) -> Folded:
-    """Row statistics of x and the weight with the LayerNorm folded in, in one launch; within `folded_once` the statistics alone, from
-    the second time on.
+    """Return the row statistics of x and the weight with the LayerNorm folded in, in one launch.
+
+    Within `folded_once` only the first call folds a weight; later ones take the statistics alone.
 
     As LayerNorm takes the mean off x, the same number may be taken off every weight of a row, and with weights that sum up to 0 the
     mean of x no longer matters.

@@ -14,7 +14,7 @@ from uvit_fast.kernels.runtime.launch import cdiv
 
 
 def factors(keep: Tensor, scale: Tensor, step: Tensor, betas: Tensor) -> Tensor:
-    """What a step reads from the device: whether it happens, the gradient's factor, and the factors of both bias corrections.
+    """Return what a step reads from the device: whether it happens, and the factors of the gradient and both corrections.
 
     Args:
         keep: () fp32, 1, or 0 where nothing may change; scale: () fp32.
@@ -31,7 +31,7 @@ def factors(keep: Tensor, scale: Tensor, step: Tensor, betas: Tensor) -> Tensor:
 def reference(
     weights: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, average: Tensor, computed: Tensor, numbers: Tensor, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, decay: float
 ) -> None:  # fmt: skip
-    """One step in plain PyTorch (Loshchilov and Hutter 2019, Algorithm 2; the average: paper, Appendix).
+    """Take one step in plain PyTorch (Loshchilov and Hutter 2019, Algorithm 2; the average: paper, Appendix).
 
     Args:
         weights, exp_avg, exp_avg_sq, average: (n,) fp32, changed in place.
@@ -91,7 +91,7 @@ def _adamw_kernel(
 def adamw(
     weights: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, average: Tensor, computed: Tensor, numbers: Tensor, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, decay: float
 ) -> None:  # fmt: skip
-    """`reference` in one launch on a GPU, and in plain PyTorch elsewhere. All tensors are contiguous and of one length.
+    """Take the step of `reference` in one launch on a GPU, in plain PyTorch elsewhere. All tensors are contiguous and of one length.
 
     Raises:
         ValueError: lengths that differ.

@@ -16,15 +16,16 @@ _TILE = {"TOKENS": 32, "FEATURES": 128, "num_warps": 4}  # bound by what it writ
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, extras: Tensor, positions: Tensor) -> Tensor:
-    """Concat(extras, Patches(x)) + positions: x (B, C, H, W), weight (D, C, p, p), extras (B, E, D), positions (1, E + N, D) ->
-    (B, E + N, D) with N = H W / p^2 patches, row-major.
+    """Return Concat(extras, Patches(x)) + positions, (B, E + N, D) with N = H W / p^2 patches, row-major.
+
+    x is (B, C, H, W), weight (D, C, p, p), extras (B, E, D), positions (1, E + N, D).
     """
     patches = F.conv2d(x, weight, bias, stride=weight.shape[-1]).flatten(2).transpose(1, 2)  # (B, N, D)
     return torch.cat([extras.to(patches.dtype), patches], dim=1) + positions
 
 
 def why_not(x: Tensor, weight: Tensor, bias: Tensor, extras: Tensor, positions: Tensor) -> str | None:
-    """Why the fused op cannot take these tensors; None where it can."""
+    """Return why the fused op cannot take these tensors; None where it can."""
     B, C, H, W = x.shape
     D, p, E = weight.shape[0], weight.shape[-1], extras.shape[1]
     reason = checks.why_not(
@@ -44,7 +45,7 @@ def why_not(x: Tensor, weight: Tensor, bias: Tensor, extras: Tensor, positions: 
 
 
 def assemble(x: Tensor, weight: Tensor, bias: Tensor, extras: Tensor, positions: Tensor) -> Tensor:
-    """The fused op: `reference`, each token written once. Saves the image.
+    """Run the fused op: `reference`, each token written once. Saves the image.
 
     Args:
         x: (B, C, H, W), bf16 or fp16, without a gradient; every other tensor has its dtype.

@@ -13,7 +13,7 @@ LONGEST = 512  # tokens; past it the chip no longer holds a head
 
 
 def reference(qkv: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v per head, in plain PyTorch.
+    """Return softmax(q k^T / sqrt(D)) v per head, in plain PyTorch.
 
     Args:
         qkv: (B, L, 3, H, D), q, k and v as one linear layer writes them; any device and float dtype.
@@ -27,7 +27,7 @@ def reference(qkv: Tensor) -> Tensor:
 
 
 def why_not(qkv: Tensor) -> str | None:
-    """Why the fused op cannot take qkv; None where it can."""
+    """Return why the fused op cannot take qkv; None where it can."""
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         return f"qkv is (B, L, 3, H, D), got {tuple(qkv.shape)}"
     if qkv.device.type != "cuda" and not interpreting():
@@ -47,7 +47,7 @@ def why_not(qkv: Tensor) -> str | None:
 
 
 def attention(qkv: Tensor) -> Tensor:
-    """The fused op, `reference` in one kernel; its backward is two. Saves qkv, the output and a fp32 log-sum-exp a row.
+    """Run the fused op, `reference` in one kernel; its backward is two. Saves qkv, the output and a fp32 log-sum-exp a row.
 
     Args:
         qkv: (B, L, 3, H, D), bf16 or fp16, L <= 512, D a multiple of 8 up to 128.
@@ -63,7 +63,7 @@ def attention(qkv: Tensor) -> Tensor:
 
 
 def run(qkv: Tensor) -> Tensor:
-    """`attention` of what `why_not` has nothing against."""
+    """Run `attention` on what `why_not` has nothing against."""
     return _op(qkv)[0]
 
 
@@ -85,7 +85,7 @@ def _fake_backward(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor) -> Tenso
 
 
 def _packed(x: Tensor) -> Tensor:
-    """x contiguous and, as TMA asks, on a 16-byte boundary; copies only where it is neither."""
+    """Return x contiguous and, as TMA asks, on a 16-byte boundary; copies only where it is neither."""
     x = x.contiguous()
     return x.clone() if x.device.type == "cuda" and x.data_ptr() % 16 else x
 

@@ -12,18 +12,18 @@ from uvit_fast.kernels.runtime.op import Op, empty
 
 
 def reference(a: Tensor, linear: Linear, x: Tensor) -> Tensor:
-    """x + Linear(a): a (..., K), weight (D, K), x (..., D) -> (..., D)."""
+    """Return x + Linear(a): a (..., K), weight (D, K), x (..., D) -> (..., D)."""
     return x + F.linear(a, *linear)
 
 
 def why_not(a: Tensor, linear: Linear, x: Tensor) -> str | None:
-    """Why the fused op cannot take these tensors; None where it can."""
+    """Return why the fused op cannot take these tensors; None where it can."""
     D, K = linear.weight.shape[0], a.shape[-1]
     return checks.why_not(a, linear=(linear, (D, K)), x=(x, (*a.shape[:-1], D))) or checks.narrow(D, 64)
 
 
 def linear_residual(a: Tensor, linear: Linear, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The fused op: `reference` in one GEMM, and what a LayerNorm after it wants to know.
+    """Run the fused op: `reference` in one GEMM, which leaves the sums for a LayerNorm after it.
 
     Args:
         a: (..., K), bf16 or fp16; every other tensor has its dtype.

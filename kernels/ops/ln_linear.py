@@ -13,21 +13,21 @@ from uvit_fast.kernels.runtime.op import Op, empty
 
 
 def reference(x: Tensor, norm: Norm, linear: Linear) -> Tensor:
-    """LayerNorm over the last dimension, then a linear layer: x (..., D), weight (N, D) -> (..., N)."""
+    """Return Linear(LayerNorm(x)), normed over the last dimension: x (..., D), weight (N, D) -> (..., N)."""
     return F.linear(F.layer_norm(x, x.shape[-1:], *norm), *linear)
 
 
 def why_not(x: Tensor, norm: Norm, linear: Linear) -> str | None:
-    """Why the fused op cannot take these tensors; None where it can."""
+    """Return why the fused op cannot take these tensors; None where it can."""
     N, D = linear.weight.shape[0], x.shape[-1]
     return checks.why_not(x, norm=(norm, D), linear=(linear, (N, D))) or checks.narrow(N, 8)
 
 
 def ln_linear(x: Tensor, norm: Norm, linear: Linear, sums: Tensor | None = None) -> Tensor:
-    """The fused op, `reference` in one GEMM: rstd * (x @ V.T) + (bias + W @ beta), V = gamma * W less the mean of each row.
+    """Run the fused op, `reference` in one GEMM: rstd * (x @ V.T) + (bias + W @ beta), V = gamma * W less each row's mean.
 
-    V comes from a pass over W before it, the statistics from one over x in the same launch, or from the sums that the fused op which
-    wrote x gave beside it. Saves x and the fp32 statistics.
+    V comes from a pass over W before it, the statistics from one over x in the same launch, or from the sums that the
+    fused op which wrote x gave beside it. Saves x and the fp32 statistics.
 
     Args:
         x: (..., D), bf16 or fp16; every other tensor has its dtype.
@@ -45,12 +45,12 @@ def ln_linear(x: Tensor, norm: Norm, linear: Linear, sums: Tensor | None = None)
 
 
 def run(x: Tensor, norm: Norm, linear: Linear, sums: Tensor | None = None) -> Tensor:
-    """`ln_linear` of what `why_not` has nothing against."""
+    """Run `ln_linear` on what `why_not` has nothing against."""
     return _op(x, norm, linear, sums, 1.0)[0]
 
 
 def _forward(x: Tensor, norm: Norm, linear: Linear, sums: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """scale * Linear(LayerNorm(x)), of which whoever computes a fused MLP's first half again wants half; and the statistics."""
+    """Return scale * Linear(LayerNorm(x)), and the statistics. A fused MLP's first half, computed again, takes half."""
     flat, linear = rows(x), Linear(rows(linear.weight), linear.bias)
     folded = fold.prepare(flat, norm, linear, sums, scale)
     y = gemm.core(x.device).linear(flat, folded.linear, stats=folded.stats)  # (M, N)

@@ -14,13 +14,13 @@ from uvit_fast.kernels.runtime.op import Op, empty, is_last_backward, wants_grad
 
 
 def reference(x: Tensor, norm: Norm, fc1: Linear, fc2: Linear) -> Tensor:
-    """x + fc2(GELU(fc1(LayerNorm(x)))) with the exact (erf) GELU: x (..., D), fc1 (4D, D), fc2 (D, 4D) -> (..., D)."""
+    """Return x + fc2(GELU(fc1(LayerNorm(x)))), the exact (erf) GELU: x (..., D), fc1 (4D, D), fc2 (D, 4D) -> (..., D)."""
     h = F.gelu(F.linear(F.layer_norm(x, x.shape[-1:], *norm), *fc1))  # (..., 4D)
     return x + F.linear(h, *fc2)
 
 
 def why_not(x: Tensor, norm: Norm, fc1: Linear, fc2: Linear) -> str | None:
-    """Why the fused op cannot take these tensors; None where it can."""
+    """Return why the fused op cannot take these tensors; None where it can."""
     D, H = x.shape[-1], fc1.weight.shape[0]
     reason = checks.why_not(x, norm=(norm, D), fc1=(fc1, (H, D)), fc2=(fc2, (D, H)))
     if reason is None and H % 64:
@@ -29,10 +29,10 @@ def why_not(x: Tensor, norm: Norm, fc1: Linear, fc2: Linear) -> str | None:
 
 
 def ln_mlp(x: Tensor, norm: Norm, fc1: Linear, fc2: Linear, sums: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The fused op, `reference` in two GEMMs: LayerNorm, bias and GELU in the first, bias and residual in the second.
+    """Run the fused op, `reference` in two GEMMs: LayerNorm, bias and GELU in the first, bias and residual in the second.
 
-    A tensor of shape (tokens, 4D) is written once, twice where a gradient is wanted: half the GELU's argument is kept for
-    the backward, its value is computed again there, in its place. Saves x, the fp32 statistics and that half: 5 D a token.
+    A tensor of shape (tokens, 4D) is written once, twice where a gradient is wanted: half the GELU's argument is kept
+    for the backward, which computes the value again in its place. Saves x, the fp32 statistics and that half: 5 D a token.
 
     Args:
         x: (..., D), bf16 or fp16; every other tensor has its dtype.
@@ -50,7 +50,7 @@ def ln_mlp(x: Tensor, norm: Norm, fc1: Linear, fc2: Linear, sums: Tensor | None 
 
 
 def run(x: Tensor, norm: Norm, fc1: Linear, fc2: Linear, sums: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`ln_mlp` of what `why_not` has nothing against."""
+    """Run `ln_mlp` on what `why_not` has nothing against."""
     return _op(x, norm, fc1, fc2, sums, wants_gradient(x, norm, fc1, fc2))[:2]
 
 
@@ -63,8 +63,9 @@ def _forward(
 def compute(
     x: Tensor, norm: Norm, fc1: Linear, fc2: Linear, sums: Tensor | None, save: bool, overwrite: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The result, which takes x's place with `overwrite`; its sums; x's statistics; half the GELU's argument, empty unless `save` asks
-    for it.
+    """Return the result, which takes x's place with `overwrite`; its sums; x's statistics; and half the GELU's argument.
+
+    The last is empty unless `save` asks for it.
     """
     core, flat, written = gemm.core(x.device), rows(x), layernorm_sums.new(x)
     folded = fold.prepare(flat, norm, Linear(rows(fc1.weight), fc1.bias), sums, scale=0.5)

@@ -9,20 +9,20 @@ from uvit_fast.kernels.runtime.op import Op, empty, is_last_backward, wants_grad
 
 
 def reference(a: Tensor, proj: Linear, x: Tensor, norm: Norm, fc1: Linear, fc2: Linear) -> Tensor:
-    """m + MLP(LayerNorm(m)) of m = x + Linear(a): a (..., K), proj (D, K), x (..., D) -> (..., D)."""
+    """Return m + MLP(LayerNorm(m)) of m = x + Linear(a): a (..., K), proj (D, K), x (..., D) -> (..., D)."""
     return ln_mlp.reference(linear_residual.reference(a, proj, x), norm, fc1, fc2)
 
 
 def why_not(a: Tensor, proj: Linear, x: Tensor, norm: Norm, fc1: Linear, fc2: Linear) -> str | None:
-    """Why the fused op cannot take these tensors; None where it can."""
+    """Return why the fused op cannot take these tensors; None where it can."""
     return linear_residual.why_not(a, proj, x) or ln_mlp.why_not(x, norm, fc1, fc2)
 
 
 def proj_ln_mlp(a: Tensor, proj: Linear, x: Tensor, norm: Norm, fc1: Linear, fc2: Linear) -> tuple[Tensor, Tensor]:
-    """`linear_residual`, then `ln_mlp`, with what is between them computed again in the backward.
+    """Run `linear_residual`, then `ln_mlp`; the backward computes again what is between them.
 
-    The projection is the cheapest GEMM of a block: D values a token less for 2% of its time. Saves a, x, the fp32 statistics and half
-    the GELU's argument.
+    The projection is the cheapest GEMM of a block: D values a token less for 2% of its time. Saves a, x, the fp32
+    statistics and half the GELU's argument.
 
     Args:
         a: (..., K), bf16 or fp16, the attention's output; every other tensor has its dtype.
@@ -40,7 +40,7 @@ def proj_ln_mlp(a: Tensor, proj: Linear, x: Tensor, norm: Norm, fc1: Linear, fc2
 
 
 def run(a: Tensor, proj: Linear, x: Tensor, norm: Norm, fc1: Linear, fc2: Linear) -> tuple[Tensor, Tensor]:
-    """`proj_ln_mlp` of what `why_not` has nothing against."""
+    """Run `proj_ln_mlp` on what `why_not` has nothing against."""
     return _op(a, proj, x, norm, fc1, fc2, wants_gradient(a, proj, x, norm, fc1, fc2))[:2]
 
 

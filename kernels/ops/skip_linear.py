@@ -13,18 +13,18 @@ from uvit_fast.kernels.runtime.op import Op, empty
 
 
 def reference(x: Tensor, skip: Tensor, linear: Linear) -> Tensor:
-    """Linear(Concat(x, skip)): x, skip (..., D), weight (N, 2D) -> (..., N)."""
+    """Return Linear(Concat(x, skip)): x, skip (..., D), weight (N, 2D) -> (..., N)."""
     return F.linear(torch.cat([x, skip], dim=-1), *linear)
 
 
 def why_not(x: Tensor, skip: Tensor, linear: Linear) -> str | None:
-    """Why the fused op cannot take these tensors; None where it can."""
+    """Return why the fused op cannot take these tensors; None where it can."""
     N, D = linear.weight.shape[0], x.shape[-1]
     return checks.why_not(x, skip=(skip, tuple(x.shape)), linear=(linear, (N, 2 * D))) or checks.narrow(N, 64)
 
 
 def skip_linear(x: Tensor, skip: Tensor, linear: Linear) -> tuple[Tensor, Tensor]:
-    """The fused op: one accumulator over two ranges of K, and gradients that go straight into their tensors.
+    """Run the fused op: one accumulator over two ranges of K, and gradients that go straight into their tensors.
 
     Args:
         x, skip: (..., D), bf16 or fp16; every other tensor has their dtype.

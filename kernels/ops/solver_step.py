@@ -1,8 +1,8 @@
 """One solver update in one pass: guidance, the prediction of the data, the linear combination, the noise.
 
-Legend: B samples, N = C*H*W numbers a sample. The network's output comes as (B, ...), or as (2B, ...), the conditional branch
-first, with a guidance scale. State and sums are fp32 whatever the network's dtype. The numbers are read from the device, so
-that a captured graph takes new ones.
+Legend: B samples, N = C*H*W numbers a sample. The network's output comes as (B, ...), or with a guidance scale as
+(2B, ...), the conditional branch first. State and sums are fp32 whatever the network's dtype. The coefficients are read
+from the device, so that a captured graph takes new ones.
 """
 
 import math
@@ -25,7 +25,7 @@ _MASK = 0xFFFFFFFF
 class Update(NamedTuple):
     """What one evaluation eps does to the state: m = on_x x + on_eps eps, then
 
-    next state = start * (the interval's first state) + sum of outputs[j] * m_j, oldest first, m last, + noise * N(0, I).
+    next state = start * (the interval's first state) + sum of outputs[j] * m_j (oldest first, m last) + noise * N(0, I).
     """
 
     on_x: float
@@ -35,7 +35,7 @@ class Update(NamedTuple):
     outputs: tuple[float, ...]
 
     def row(self) -> list[float]:
-        """The seven numbers as the kernel reads them, and one more that keeps the rows of a table aligned."""
+        """Return the seven numbers as the kernel reads them, and one more that keeps the rows of a table aligned."""
         return [*self[:4], *self.outputs, *[0.0] * (HISTORY + 2 - len(self.outputs))]
 
 
@@ -49,7 +49,7 @@ def reference(
     keys: Tensor | None = None,
     step: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """The update in plain PyTorch.
+    """Compute the update in plain PyTorch.
 
     Args:
         eps: (B, ...) of any float dtype; with `scale`, (2B, ...): conditional, then unconditional.
@@ -76,7 +76,7 @@ def reference(
 
 
 def normal(keys: Tensor, step: int, count: int) -> Tensor:
-    """(B, count) fp32 of N(0, 1): element i of a row is a function of (keys[row], step, i) alone.
+    """Return (B, count) fp32 of N(0, 1): element i of a row is a function of (keys[row], step, i) alone.
 
     Philox-4x32 with ten rounds (Salmon et al. 2011) on the counter (i, step, 0, 0), then Box-Muller.
     """
@@ -143,7 +143,7 @@ def _kernel(
 
 
 def why_not(x: Tensor) -> str | None:
-    """Why the fused update cannot take the state x (B, ...) fp32; None where it can."""
+    """Return why the fused update cannot take the state x (B, ...) fp32; None where it can."""
     if x.device.type != "cuda" and not (interpreting() and x.device.type == "cpu"):
         return f"the state is on {x.device.type}; the fused update runs on CUDA"
     if x.dtype != torch.float32:
@@ -165,7 +165,7 @@ def solver_step(
     step: int = 0,
     keep: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """`reference` in one launch; not differentiable.
+    """Compute `reference` in one launch; not differentiable.
 
     Args:
         update: says which terms there are; their values are read from `row`.

@@ -24,7 +24,7 @@ _FORCED = _forced()
 
 @contextlib.contextmanager
 def forced(arch: int) -> Iterator[None]:
-    """While open, every device takes the kernels and the table of this architecture, 80 or 90."""
+    """Give every device, while open, the kernels and the table of this architecture, 80 or 90."""
     global _FORCED
     before, _FORCED = _FORCED, arch
     try:
@@ -34,12 +34,12 @@ def forced(arch: int) -> Iterator[None]:
 
 
 def interpreting() -> bool:
-    """Whether triton's interpreter stands in for a GPU (TRITON_INTERPRET=1)."""
+    """Return whether Triton's interpreter stands in for a GPU (TRITON_INTERPRET=1)."""
     return _INTERPRETING
 
 
 def architecture(device: torch.device) -> int:
-    """The architecture whose kernels and table a device takes: 90 on Hopper, 80 elsewhere (plain Triton runs anywhere).
+    """Return the architecture whose kernels and table a device takes: 90 on Hopper, else 80 (plain Triton runs anywhere).
 
     UVIT_FAST_ARCH=80 in the environment takes the kernels of an A100 on Hopper too.
     """
@@ -50,7 +50,7 @@ def architecture(device: torch.device) -> int:
 
 @torch.compiler.assume_constant_result
 def capability(index: int | None) -> int:
-    """The major compute capability of a CUDA device."""
+    """Return the major compute capability of a CUDA device."""
     return _properties(index).major
 
 
@@ -60,7 +60,7 @@ def _properties(index: int | None):
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many programs run at once where one takes a whole multiprocessor."""
+    """Return how many programs run at once where one takes a whole multiprocessor."""
     return _properties(device.index).multi_processor_count
 
 

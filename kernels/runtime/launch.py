@@ -1,4 +1,4 @@
-"""How kernels are launched: the one place that goes past Triton's own launcher, whose Python takes the host longer than kernels run.
+"""How kernels are launched: the one place that goes past Triton's launcher, whose Python takes longer than kernels run.
 
 Three short cuts, each tested with Triton 3.6 and 3.8 (`tests/kernels/test_launch.py`, `test_contracts.py`):
 
@@ -20,7 +20,7 @@ from uvit_fast.kernels.runtime.device import guard, interpreting
 
 
 def cdiv(a: int, b: int) -> int:
-    """a over b, rounded up; triton's own is made for kernels and slow on the host."""
+    """Return a over b, rounded up; triton's own is made for kernels and slow on the host."""
     return -(-a // b)
 
 
@@ -36,7 +36,7 @@ _thread = _Thread()
 
 
 def run(device: torch.device, kernel: Any, grid: tuple[int, ...], args: tuple, options: dict) -> None:
-    """kernel[grid](*args, **options) on `device`, by a look-up of our own: Triton's costs the host more than the kernels take.
+    """Run kernel[grid](*args, **options) on `device`, by a look-up of our own: Triton's costs the host more time than kernels.
 
     Everything that Triton compiles anew for is in the key: dtypes and alignment of tensors, blocks and layouts of descriptors,
     integers that are 1 or multiples of 16, the constants' values.
@@ -67,7 +67,7 @@ _parameters: dict[int, tuple[list[str], list[bool]]] = {}
 
 
 def _read_parameters(kernel: Any) -> tuple[list[str], list[bool]]:
-    """The names of a kernel's parameters, and which are constants; kept by id, because a kernel's hash is slow."""
+    """Return the names of a kernel's parameters, and which are constants; kept by id, because a kernel's hash is slow."""
     _parameters[id(kernel)] = [p.name for p in kernel.params], [p.is_constexpr for p in kernel.params]
     return _parameters[id(kernel)]
 
@@ -89,7 +89,7 @@ _KINDS = {int: _of_int, Tensor: _of_tensor, torch.nn.Parameter: _of_tensor}  # w
 
 
 def descriptor(t: Tensor, *block: int) -> TensorDescriptor:
-    """A view of t, of 16-bit values, for boxes of this shape, which lie in shared memory in the widest swizzle that fits.
+    """Return a view of t, of 16-bit values, in boxes of this shape, which shared memory holds in the widest swizzle that fits.
 
     t's first element is on a 16-byte boundary and its rows are multiples of 16 bytes apart.
     """
@@ -100,7 +100,7 @@ def descriptor(t: Tensor, *block: int) -> TensorDescriptor:
 
 @functools.cache
 def _box(block: tuple[int, ...]) -> dict:
-    """The fields of a descriptor that do not depend on its tensor, checked."""
+    """Return the fields of a descriptor that do not depend on its tensor, checked."""
     layout = gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16)
     example = torch.empty(block, dtype=torch.bfloat16, device="meta")
     strides = [max(stride, 8) if i < len(block) - 1 else 1 for i, stride in enumerate(example.stride())]

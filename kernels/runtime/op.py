@@ -1,4 +1,4 @@
-"""A fused op as PyTorch sees it: a `torch.library` op where something traces or intercepts ops, a plain function elsewhere."""
+"""A fused op as PyTorch sees it: a `torch.library` op where ops are traced or intercepted, a plain function elsewhere."""
 
 import inspect
 from collections.abc import Callable
@@ -14,8 +14,9 @@ _FIELDS = {Norm: (Tensor, Tensor, float), Linear: (Tensor, Tensor | None)}  # as
 
 
 class Op:
-    """A differentiable op. Its library form serves torch.compile, fake tensors and dispatch modes; eager code skips the dispatcher,
-    which takes the host as long as the launches.
+    """A differentiable op. Its library form serves torch.compile, fake tensors and dispatch modes.
+
+    Eager code skips the dispatcher, which takes the host as long as the launches.
 
     This is the one place where layers are taken apart: a schema, autograd and saved tensors know single tensors only.
 
@@ -81,7 +82,7 @@ class Op:
         return self.forward(*args)
 
     def _together(self, single: tuple) -> list:
-        """The arguments of `forward`, of single tensors and numbers in their order."""
+        """Return the arguments of `forward`, of single tensors and numbers in their order."""
         args, at = [], 0
         for kind in self._kinds:
             count = 1 if kind is None else len(kind._fields)
@@ -101,7 +102,7 @@ def _apart(args: tuple) -> tuple:
 
 
 def _taken_apart(forward: Callable, together: Callable) -> Callable:
-    """`forward` of single tensors and numbers, with the signature that a schema is read from."""
+    """Return `forward` of single tensors and numbers, with the signature that a schema is read from."""
 
     def flat(*args: Any) -> Any:
         return forward(*together(args))
@@ -119,23 +120,24 @@ def _taken_apart(forward: Callable, together: Callable) -> Callable:
 
 
 def wants_gradient(*args: Any) -> bool:
-    """Whether autograd is on and one of these tensors or layers takes a gradient."""
+    """Return whether autograd is on and one of these tensors or layers takes a gradient."""
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in _apart(args))
 
 
 def is_last_backward(gradient: Tensor) -> bool:
-    """Whether the backward that runs, to which `gradient` came, may write over what its forward kept for it: nothing traces it, and
-    no other one of the same forward can follow (retain_graph).
+    """Return whether the running backward, to which `gradient` came, may write over what its forward kept for it.
+
+    It may where nothing traces it, and no other one of the same forward can follow (retain_graph).
     """
     traced = torch.compiler.is_compiling() or _is_special(gradient)
     return not traced and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _is_special(x: Tensor) -> bool:
-    """A fake tensor, say, which only the dispatcher knows what to do with."""
+    """Return whether only the dispatcher knows what to do with x, a fake tensor, say."""
     return type(x) is not Tensor and type(x) is not torch.nn.Parameter
 
 
 def empty(*like: Tensor) -> tuple[Tensor, ...]:
-    """New contiguous tensors of these shapes: gradients in a fake backward."""
+    """Return new contiguous tensors of these shapes: gradients in a fake backward."""
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in like)

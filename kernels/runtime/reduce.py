@@ -41,7 +41,7 @@ def _totals_kernel(
 
 
 def totals(partial: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Sums of the programs' parts in a fixed order, cast once, in one launch.
+    """Sum the programs' parts in a fixed order, cast once, in one launch.
 
     Args:
         partial: (P, D) or (P, at least count, D), fp32.
@@ -77,7 +77,7 @@ def _column_sums_kernel(
 
 
 def column_sums(x: Tensor) -> Tensor:
-    """Sums over the tokens of x (M, N), accumulated in fp32, in x's dtype: a bias gradient. Deterministic."""
+    """Return sums over the tokens of x (M, N), accumulated in fp32, in x's dtype: a bias gradient. Deterministic."""
     M, N = x.shape
     tuned = tuning.choice(x.device, "column_sums", N)
     programs = min(cdiv(M, tuned["rows"]), tuned["programs"])

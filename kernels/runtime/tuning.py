@@ -12,19 +12,19 @@ _FOLDER = Path(__file__).parent / "tables"
 
 
 def path(arch: int) -> Path:
-    """The file of an architecture's tuning table."""
+    """Return the file of an architecture's tuning table."""
     return _FOLDER / f"sm_{arch}.json"
 
 
 @functools.cache
 def table(arch: int) -> dict:
-    """The tuning table of the nearest architecture that has one: case -> choices, and "default"."""
+    """Return the tuning table of the nearest architecture that has one: case -> choices, and "default"."""
     known = sorted(int(file.stem.removeprefix("sm_")) for file in _FOLDER.glob("sm_*.json"))
     nearest = min(known, key=lambda a: abs(a - arch))
     return json.loads(path(nearest).read_text())
 
 
 def choice(device: torch.device, case: str, width: int | str) -> dict:
-    """The tuned choices of one case: those of this width (or NxK) where it has its own, over the case's, over the defaults."""
+    """Return the tuned choices of a case: those of this width (or NxK), if any, over the case's, over the defaults."""
     found = table(architecture(device))
     return found["default"] | found.get(case, {}) | found.get(f"{case}:{width}", {})

@@ -34,7 +34,7 @@ def _grid(**values: list) -> list[dict]:
 
 
 def candidates(arch: int) -> dict[str, list[dict]]:
-    """case -> the choices that are tried on an architecture."""
+    """Return case -> the choices that are tried on an architecture."""
     if arch == 90:
         gemm = _grid(part=[32, 64])
         gelu_backward = _grid(part=[32])  # in parts of 64 its buffers would not fit
@@ -52,7 +52,7 @@ def candidates(arch: int) -> dict[str, list[dict]]:
 
 
 def cases(D: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[str, str, Callable]]:
-    """The cases of a block of width D, as (case, width, a call that runs it once)."""
+    """Yield the cases of a block of width D, as (case, width, a call that runs it once)."""
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, dtype=dtype)
@@ -83,7 +83,7 @@ def cases(D: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> 
 
 
 def _timed(calls: list[Callable], cycles: int) -> list[float]:
-    """Milliseconds of each call on the GPU, back to back; it sleeps for `cycles` while Python queues them."""
+    """Return the milliseconds of each call on the GPU, back to back; it sleeps for `cycles` while Python queues them."""
     torch.cuda._sleep(cycles)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
     events[0].record()
@@ -95,7 +95,7 @@ def _timed(calls: list[Callable], cycles: int) -> list[float]:
 
 
 def times(f: Callable, repeats: int = 25, warmup: int = 3, cycles: int = 60_000_000) -> list[float]:
-    """Milliseconds of `repeats` calls on the GPU, back to back, after `warmup` more."""
+    """Return the milliseconds of `repeats` calls on the GPU, back to back, after `warmup` more."""
     for _ in range(warmup):
         f()
     torch.cuda.synchronize()
@@ -103,7 +103,7 @@ def times(f: Callable, repeats: int = 25, warmup: int = 3, cycles: int = 60_000_
 
 
 def milliseconds(calls: list[Callable], rounds: int = 9, cycles: int = 3_000_000) -> list[float]:
-    """The median of each on the GPU, taken in turns; it sleeps for `cycles` a call before a round."""
+    """Return the median of each on the GPU, taken in turns; it sleeps for `cycles` a call before a round."""
     turns = [_timed(calls, cycles * len(calls)) for _ in range(rounds)]
     return [statistics.median(taken) for taken in zip(*turns)]
 
@@ -115,7 +115,7 @@ def tune(
     only: list[str] | None = None,
     width_done: Callable[[int], None] = lambda D: None,
 ) -> dict[str, dict]:
-    """The table of the GPU's architecture, measured.
+    """Measure the table of the GPU's architecture.
 
     Args:
         dims: widths D. A width that the table knew and that is not among them takes its case's commonest choice.
@@ -163,7 +163,7 @@ def _run_with(table: dict, entry: str, choice: dict, f: Callable) -> Any:
 
 
 def compact(default: dict, found: dict[str, dict[str, dict]]) -> dict[str, dict]:
-    """case -> width -> choice as a table in which each case's commonest choice is its own."""
+    """Return case -> width -> choice as a table in which each case's commonest choice is its own."""
     table = {"default": default}
     for case, widths in found.items():
         common = max(widths.values(), key=lambda choice: sum(other == choice for other in widths.values()))
@@ -173,7 +173,7 @@ def compact(default: dict, found: dict[str, dict[str, dict]]) -> dict[str, dict]
 
 
 def write(table: dict[str, dict], path: Path) -> None:
-    """A table as JSON, a case a line: "default" first, then by name."""
+    """Write a table as JSON, a case a line: "default" first, then by name."""
     names = ["default", *sorted(table.keys() - {"default"})]
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(table[name])}" for name in names)
     path.parent.mkdir(parents=True, exist_ok=True)
