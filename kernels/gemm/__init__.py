@@ -1,4 +1,4 @@
-"""Matrix products with what stands before and after them: a core for each architecture, with the functions of `contract.Core`."""
+"""Matrix products with what stands before and after them: for each architecture a `contract.Core`."""
 
 from importlib import import_module
 

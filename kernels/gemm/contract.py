@@ -18,9 +18,9 @@ CASES = {
     "gelu_backward": "gemm_gelu_backward",
 }
 
-# GELU(2 h) = h + h tanh(v), v = h (G0 + w max(G1 + G2 w, 0)), w = h^2: within 2.6e-5 of the erf form, its derivative within 1.1e-4.
-# The kernels take and keep h, half the argument: it costs no instruction, as the weights before it are halved. For |h| < 4e9, past
-# which w^2 overflows.
+# GELU(2 h) = h + h tanh(v), v = h (G0 + w max(G1 + G2 w, 0)), w = h^2: within 2.6e-5 of the erf form, its derivative
+# within 1.1e-4. The kernels take and keep h, half the argument: it costs no instruction, as the weights before it are
+# halved. For |h| < 4e9, past which w^2 overflows.
 G0: tl.constexpr = tl.constexpr(1.5950157396197052)
 G1: tl.constexpr = tl.constexpr(0.2960452655195679)
 G2: tl.constexpr = tl.constexpr(-0.011248595984110748)
@@ -122,8 +122,8 @@ class Core:
             overwrite: GELU(2 h) takes h's place, each value that of the one it was computed from.
 
         Returns:
-            The argument's gradient (dy @ w) * GELU'(2 h), (M, N); GELU(2 h), (M, N), which the weight gradient needs; the column sums
-            of the first, (N,).
+            The argument's gradient (dy @ w) * GELU'(2 h), (M, N); GELU(2 h), (M, N), which the weight gradient needs;
+            the column sums of the first, (N,).
         """
         made = self.product("gelu_backward", dy, Linear(weight), side=h, overwrite=overwrite, transposed=True)
         return made.out, made.second, *reduce.totals(made.partial, 1, dy.dtype)

@@ -1,6 +1,6 @@
-"""The GEMM core in plain Triton: sm_80, any later architecture without a core of its own, and the interpreter on the CPU.
+"""The GEMM core in plain Triton: sm_80, later architectures without a core of their own, and the interpreter.
 
-One kernel, out = epilogue(x @ w.T): the prologue picks the sources of K, then come LayerNorm's fold, the bias, and the epilogue.
+One kernel, out = epilogue(x @ w.T): one or two sources of K, then LayerNorm's scale, the bias and the epilogue.
 """
 
 import triton

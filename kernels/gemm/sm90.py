@@ -1,11 +1,11 @@
 """The GEMM core for sm_90 in Gluon: persistent, two consumer warpgroups and a TMA producer.
 
-A tile is transposed, 128 features x 256 tokens: each consumer holds 64 weight rows x 256 tokens in one accumulator (wgmma n = 256),
-and both read the same stages. A consumer frees the stages it has read by itself, so the two drift apart and the epilogue of one
-hides behind the main loop of the other.
+A tile is transposed, 128 features x 256 tokens: each consumer holds 64 weight rows x 256 tokens in one accumulator
+(wgmma n = 256), and both read the same stages. A consumer frees the stages it has read by itself, so the two drift
+apart and the epilogue of one hides behind the main loop of the other.
 
-Shared memory: 4 stages x (2 x 64 + 256) x 64 values + 2 x 16 KB of staging = 224 KB, and the barriers. Where such tiles would leave
-multiprocessors idle, as with a single image, a tile has 64 tokens and eight stages.
+Shared memory: 4 stages x (2 x 64 + 256) x 64 values + 2 x 16 KB of staging = 224 KB, and the barriers. Where such tiles
+would leave multiprocessors idle, as with a single image, a tile has 64 tokens and eight stages.
 """
 
 from torch import Tensor
@@ -162,7 +162,8 @@ def gemm_kernel(
     SUMS: gl.constexpr,
 ):
     PART: gl.constexpr = out.block_type.shape[0]
-    # Allocations apart: the compiler puts a barrier between any two uses of one. A residual's result leaves from the residual's buffer.
+    # Allocations apart: the compiler puts a barrier between any two uses of one. A residual's result leaves from the
+    # residual's buffer.
     shape: gl.constexpr = out.block_type.shape
     leaving = gl.allocate_shared_memory(out.dtype, [2 * (LEAVING if LEAVING else ARRIVING)] + shape, out.layout)
     leaving2 = leaving

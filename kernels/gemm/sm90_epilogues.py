@@ -1,7 +1,7 @@
 """What becomes of an accumulator on sm_90: a function an epilogue, made of pieces that they share.
 
-A consumer goes through its [64 features, TOKENS] in parts of PART tokens. Each part leaves, and what it needs beside (the residual,
-GELU's h) arrives, by TMA through staging buffers of the consumer's own.
+A consumer goes through its [64 features, TOKENS] in parts of PART tokens. Each part leaves, and what it needs beside
+(the residual, GELU's h) arrives, by TMA through staging buffers of the consumer's own.
 """
 
 import struct
@@ -37,7 +37,7 @@ def gate(h):
 
 @gluon.jit
 def rounded(x, dtype: gl.constexpr):
-    """Return x as `dtype` holds it, in fp32. Two bfloat16 values at a time: one at a time they share a slow unit with tanh."""
+    """Return x as `dtype` holds it, in fp32. Bfloat16 goes in pairs: one at a time shares a slow unit with tanh."""
     if dtype == gl.bfloat16:
         pair: gl.constexpr = "{.reg .b32 p; cvt.rn.bf16x2.f32 p, $3, $2; shl.b32 $0, p, 16; and.b32 $1, p, 0xffff0000;}"
         y = gl.inline_asm_elementwise(pair, "=f,=f,f,f", [x], dtype=gl.float32, is_pure=True, pack=2)
@@ -67,7 +67,7 @@ def halves(x, rows: gl.constexpr, cols: gl.constexpr):
 
 @gluon.jit
 def parts(acc, rows: gl.constexpr, tokens: gl.constexpr, part: gl.constexpr):
-    """Return [rows, tokens] as a tuple of [rows, part]; tokens are 256 and a part 64 or 32, or they are 64 and it is 32."""
+    """Return [rows, tokens] as a tuple of [rows, part]: part 64 or 32 of 256 tokens, or 32 of 64."""
     if tokens == 64:
         found = halves(acc, rows, 64)
     else:
@@ -198,7 +198,7 @@ class Epilogue:
 
     @gluon.jit
     def send(self, x, at, j: gl.constexpr, buf):
-        """Send part j of the result, [64, PART], through its buffer [PART, 64]; with SUMS, write the sums of what leaves."""
+        """Send part j of the result, [64, PART], through its buffer [PART, 64]; with SUMS, write its sums."""
         buf.permute([1, 0]).store(x.to(self.out.dtype))
         fence_async_shared()
         tma.async_copy_shared_to_global(self.out, [at.token + j * self.PART, at.feature], buf)
@@ -220,10 +220,10 @@ class Epilogue:
 
     @gluon.jit
     def write_sums(self, buf, at, j: gl.constexpr):
-        """Write sums of a part's tokens over its 64 features, as rounded, and of the squares around the mean of these 64.
+        """Write the sums of a part's 64 features, as rounded, for each token, and of the squares around their mean.
 
-        They are read back from the staging buffer, where a thread finds many features of one token; the accumulator spreads
-        them over all threads.
+        They are read back from the staging buffer, where a thread finds many features of one token; the accumulator
+        spreads them over all threads.
         """
         PART: gl.constexpr = self.PART
         lay: gl.constexpr = gl.BlockedLayout([1, PART * 64 // 128], [PART // 4, 128 // PART], [4, 1], [1, 0])

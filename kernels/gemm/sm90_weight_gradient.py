@@ -1,9 +1,10 @@
 """Weight gradients on sm_90, in Gluon: dW = dy.T @ x contracted over the tokens, the bias gradient in the same pass.
 
-Tiles of 128 x 256, two consumers and a TMA producer as in `sm90`. Whole waves of tiles run over all tokens and store their
-result; the tiles that do not fill a wave are split over the tokens, so that they do, and a small kernel sums their fp32 parts in a
-fixed order. All programs of a wave pass the same tokens at the same time: each is read from memory about once. Where the width of x
-leaves a strip of 128 columns, the strip's tiles swap the roles of dy and x and so are as full as the others.
+Tiles of 128 x 256, two consumers and a TMA producer as in `sm90`. Whole waves of tiles run over all tokens and store
+their result; the tiles that do not fill a wave are split over the tokens, so that they do, and a small kernel sums
+their fp32 parts in a fixed order. All programs of a wave pass the same tokens at the same time: each is read from
+memory about once. Where the width of x leaves a strip of 128 columns, the strip's tiles swap the roles of dy and x and
+so are as full as the others.
 """
 
 import triton
@@ -98,7 +99,7 @@ def _producer(g):
 
 @gluon.jit
 def _product(ring, step, count, WHO: gl.constexpr, COLS: gl.constexpr, BIAS: gl.constexpr):
-    """Return the product [64, COLS] over `count` stages; with BIAS also A summed over them, [BK, 64], beside the tensor cores."""
+    """Return the product [64, COLS] over `count` stages; with BIAS, on other cores, A summed over them, [BK, 64]."""
     acc = gl.zeros([64, COLS], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16]))
     flat: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     sums = gl.zeros([ring.a.shape[1], 64], gl.float32, flat)
@@ -244,7 +245,7 @@ def plan(M: int, N: int, K: int, programs: int) -> dict[str, int]:
     tiles, steps = plain + (cdiv(N, COLS) if strip else 0), cdiv(M, BK)
     whole = min(tiles, plain) // programs * programs  # the swapped tiles are stored by the sum
     ragged = tiles - whole
-    # Few splits, and little idle time in the last wave: each split costs about two hundredths of a wave to write and sum.
+    # Few splits, and little idle time in the last wave: a split costs about a fiftieth of a wave to write and sum.
     waves = {n: cdiv(ragged * n, programs) / n + 0.02 * n for n in range(1, min(8, steps) + 1)}
     splits = min(waves, key=waves.get)
     return {

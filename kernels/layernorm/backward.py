@@ -117,8 +117,8 @@ def backward(
         dy: (M, D), added to the gradient of x: the residual's way around the LayerNorm.
 
     Returns:
-        dx (M, D); LayerNorm(x) (M, D), which the weight gradient needs and nobody kept; the gradients of gamma and beta, (D,)
-        each, and with dy its column sums (D,).
+        dx (M, D); LayerNorm(x) (M, D), which the weight gradient needs and nobody kept; the gradients of gamma and
+        beta, (D,) each, and with dy its column sums (D,).
     """
     M, D = x.shape
     dx, normed = torch.empty_like(x), torch.empty_like(x)

@@ -73,7 +73,7 @@ def _fold(layer, results, row, columns, N, scale, D: tl.constexpr, HI: tl.conste
         w2, left2, size2 = _rounded(w2, centre / D, mask2, folded.dtype.element_ty)
         left += left2
         size += size2
-    # Rounding leaves a sum, with which the mean of x would come through: the smallest weights, rounded least, take it up.
+    # Rounding leaves a sum, through which the mean of x would show: the smallest weights, rounded least, take it up.
     small = _small(w, size / D, mask)
     count = tl.sum(small.to(tl.float32), axis=1)
     if HI:
@@ -181,8 +181,8 @@ def prepare(x: Tensor, norm: Norm, linear: Linear, sums: Tensor | None = None, s
 
     Within `folded_once` only the first call folds a weight; later ones take the statistics alone.
 
-    As LayerNorm takes the mean off x, the same number may be taken off every weight of a row, and with weights that sum up to 0 the
-    mean of x no longer matters.
+    As LayerNorm takes the mean off x, the same number may be taken off every weight of a row, and with weights that sum
+    up to 0 the mean of x no longer matters.
 
     Args:
         x: (M, D); norm, linear: what it goes through next.

@@ -15,6 +15,6 @@ TILE = 256  # statistics have room for a multiple of so many tokens: a GEMM read
 
 
 def new(like: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
-    """Return where a GEMM puts the sums of its result (..., D), of `like`'s shape or this one: (D / 64, 2, tokens) fp32."""
+    """Return memory for the sums of a result (..., D), of `like`'s shape or this one: (D / 64, 2, tokens) fp32."""
     *tokens, D = like.shape if shape is None else shape
     return like.new_empty(D // CHUNK, 2, prod(tokens), dtype=ACCUMULATE)

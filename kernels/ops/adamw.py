@@ -14,7 +14,7 @@ from uvit_fast.kernels.runtime.launch import cdiv
 
 
 def factors(keep: Tensor, scale: Tensor, step: Tensor, betas: Tensor) -> Tensor:
-    """Return what a step reads from the device: whether it happens, and the factors of the gradient and both corrections.
+    """Return what a step reads from the device: whether it happens, and the factors of gradient and corrections.
 
     Args:
         keep: () fp32, 1, or 0 where nothing may change; scale: () fp32.
@@ -29,8 +29,20 @@ def factors(keep: Tensor, scale: Tensor, step: Tensor, betas: Tensor) -> Tensor:
 
 
 def reference(
-    weights: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, average: Tensor, computed: Tensor, numbers: Tensor, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, decay: float
-) -> None:  # fmt: skip
+    weights: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    average: Tensor,
+    computed: Tensor,
+    numbers: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decay: float,
+) -> None:
     """Take one step in plain PyTorch (Loshchilov and Hutter 2019, Algorithm 2; the average: paper, Appendix).
 
     Args:
@@ -89,9 +101,23 @@ def _adamw_kernel(
 
 
 def adamw(
-    weights: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, average: Tensor, computed: Tensor, numbers: Tensor, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, decay: float
-) -> None:  # fmt: skip
-    """Take the step of `reference` in one launch on a GPU, in plain PyTorch elsewhere. All tensors are contiguous and of one length.
+    weights: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    average: Tensor,
+    computed: Tensor,
+    numbers: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decay: float,
+) -> None:
+    """Take the step of `reference`, on a GPU in one launch, elsewhere in plain PyTorch.
+
+    All tensors are contiguous and of one length.
 
     Raises:
         ValueError: lengths that differ.

@@ -24,10 +24,10 @@ def why_not(x: Tensor, norm: Norm, linear: Linear) -> str | None:
 
 
 def ln_linear(x: Tensor, norm: Norm, linear: Linear, sums: Tensor | None = None) -> Tensor:
-    """Run the fused op, `reference` in one GEMM: rstd * (x @ V.T) + (bias + W @ beta), V = gamma * W less each row's mean.
+    """Run the fused op, `reference` in one GEMM: rstd * (x @ V.T) + (bias + W @ beta).
 
-    V comes from a pass over W before it, the statistics from one over x in the same launch, or from the sums that the
-    fused op which wrote x gave beside it. Saves x and the fp32 statistics.
+    V is gamma * W less each row's mean. It comes from a pass over W before it, the statistics from one over x in the
+    same launch, or from the sums that the fused op which wrote x gave beside it. Saves x and the fp32 statistics.
 
     Args:
         x: (..., D), bf16 or fp16; every other tensor has its dtype.

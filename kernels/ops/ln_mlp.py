@@ -14,7 +14,7 @@ from uvit_fast.kernels.runtime.op import Op, empty, is_last_backward, wants_grad
 
 
 def reference(x: Tensor, norm: Norm, fc1: Linear, fc2: Linear) -> Tensor:
-    """Return x + fc2(GELU(fc1(LayerNorm(x)))), the exact (erf) GELU: x (..., D), fc1 (4D, D), fc2 (D, 4D) -> (..., D)."""
+    """Return x + fc2(GELU(fc1(LayerNorm(x)))), with the erf GELU: x (..., D), fc1 (4D, D), fc2 (D, 4D) -> (..., D)."""
     h = F.gelu(F.linear(F.layer_norm(x, x.shape[-1:], *norm), *fc1))  # (..., 4D)
     return x + F.linear(h, *fc2)
 
@@ -29,10 +29,11 @@ def why_not(x: Tensor, norm: Norm, fc1: Linear, fc2: Linear) -> str | None:
 
 
 def ln_mlp(x: Tensor, norm: Norm, fc1: Linear, fc2: Linear, sums: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Run the fused op, `reference` in two GEMMs: LayerNorm, bias and GELU in the first, bias and residual in the second.
+    """Run the fused op, `reference` in two GEMMs: LayerNorm, bias and GELU in one, bias and residual in the other.
 
     A tensor of shape (tokens, 4D) is written once, twice where a gradient is wanted: half the GELU's argument is kept
-    for the backward, which computes the value again in its place. Saves x, the fp32 statistics and that half: 5 D a token.
+    for the backward, which computes the value again in its place. Saves x, the fp32 statistics and that half: 5 D a
+    token.
 
     Args:
         x: (..., D), bf16 or fp16; every other tensor has its dtype.
@@ -63,9 +64,9 @@ def _forward(
 def compute(
     x: Tensor, norm: Norm, fc1: Linear, fc2: Linear, sums: Tensor | None, save: bool, overwrite: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the result, which takes x's place with `overwrite`; its sums; x's statistics; and half the GELU's argument.
+    """Return the result, its sums, x's statistics, and half the GELU's argument.
 
-    The last is empty unless `save` asks for it.
+    With `overwrite` the result takes x's place. The last is empty unless `save` asks for it.
     """
     core, flat, written = gemm.core(x.device), rows(x), layernorm_sums.new(x)
     folded = fold.prepare(flat, norm, Linear(rows(fc1.weight), fc1.bias), sums, scale=0.5)

@@ -25,7 +25,9 @@ _MASK = 0xFFFFFFFF
 class Update(NamedTuple):
     """What one evaluation eps does to the state: m = on_x x + on_eps eps, then
 
-    next state = start * (the interval's first state) + sum of outputs[j] * m_j (oldest first, m last) + noise * N(0, I).
+    next state = start * (the interval's first state) + sum of outputs[j] * m_j + noise * N(0, I),
+
+    with the oldest m_j first and m last.
     """
 
     on_x: float
@@ -175,7 +177,8 @@ def solver_step(
     count = x.numel()
     if eps.numel() != count * (1 if scale is None else 2):
         raise ValueError(
-            f"solver_step: expected {1 if scale is None else 2} x {tuple(x.shape)} values of eps, got {tuple(eps.shape)}"
+            f"solver_step: expected {1 if scale is None else 2} x {tuple(x.shape)} values of eps, "
+            f"got {tuple(eps.shape)}"
         )
     assert len(update.outputs) == len(history) + 1 and len(history) <= HISTORY
     eps, x, start = eps.contiguous(), x.contiguous(), start.contiguous()

@@ -6,13 +6,15 @@ from triton.language.core import _aggregate, base_value, constexpr
 
 
 def aggregate(cls: type) -> type:
-    """Make a class of annotated fields one value of a kernel, which its methods, `triton.jit` or `gluon.jit` functions, take as `self`.
+    """Make a class of annotated fields one value of a kernel.
 
-    A field is annotated with its kind: `gl.tensor` (pointers and numbers; a launch's integers pass through `gl.to_tensor` first),
-    `gl.shared_memory_descriptor`, `tma.tensor_descriptor`, another aggregate, or `gl.constexpr`, which None is too: what may be
-    missing is `... | gl.constexpr`. Fields are given in their order or by name.
+    Its methods are `triton.jit` or `gluon.jit` functions, which take it as `self`. A field is annotated with its kind:
+    `gl.tensor` (pointers and numbers; a launch's integers pass through `gl.to_tensor` first),
+    `gl.shared_memory_descriptor`, `tma.tensor_descriptor`, another aggregate, or `gl.constexpr`, which None is too:
+    what may be missing is `... | gl.constexpr`. Fields are given in their order or by name.
 
-    Triton has this as a private name, which its own Gluon tutorials use; 3.6 wants a constructor, 3.8 would make one. Tested with both.
+    Triton has this as a private name, which its own Gluon tutorials use; 3.6 wants a constructor, 3.8 would make one.
+    Tested with both.
     """
     fields = cls.__annotations__
 

@@ -1,4 +1,4 @@
-"""What runs where: the architecture of a device, its multiprocessors, and whether Triton's interpreter stands in for it."""
+"""What runs where: the architecture of a device, its multiprocessors, and whether Triton's interpreter stands in."""
 
 import contextlib
 import functools
@@ -39,7 +39,7 @@ def interpreting() -> bool:
 
 
 def architecture(device: torch.device) -> int:
-    """Return the architecture whose kernels and table a device takes: 90 on Hopper, else 80 (plain Triton runs anywhere).
+    """Return the architecture whose kernels and table a device takes: 90 on Hopper, else 80 (runs anywhere).
 
     UVIT_FAST_ARCH=80 in the environment takes the kernels of an A100 on Hopper too.
     """

@@ -2,7 +2,7 @@
 
 Three short cuts, each tested with Triton 3.6 and 3.8 (`tests/kernels/test_launch.py`, `test_contracts.py`):
 
-- a kernel that Triton has compiled is called directly, found by a key of our own, which holds all that Triton specialises on;
+- a kernel that Triton has compiled is called directly, found by a key of our own with all that Triton specialises on;
 - kernels are known by `id`, because hashing one reads its source; they are module globals and never freed;
 - a tensor descriptor is made without its dataclass's checks, which were made once for its box.
 """
@@ -36,10 +36,10 @@ _thread = _Thread()
 
 
 def run(device: torch.device, kernel: Any, grid: tuple[int, ...], args: tuple, options: dict) -> None:
-    """Run kernel[grid](*args, **options) on `device`, by a look-up of our own: Triton's costs the host more time than kernels.
+    """Run kernel[grid](*args, **options) on `device`, found by a look-up of our own: Triton's is too slow.
 
-    Everything that Triton compiles anew for is in the key: dtypes and alignment of tensors, blocks and layouts of descriptors,
-    integers that are 1 or multiples of 16, the constants' values.
+    Everything that Triton compiles anew for is in the key: dtypes and alignment of tensors, blocks and layouts of
+    descriptors, integers that are 1 or multiples of 16, the constants' values.
 
     Args:
         args: the kernel's first arguments.
@@ -50,7 +50,7 @@ def run(device: torch.device, kernel: Any, grid: tuple[int, ...], args: tuple, o
             kernel[grid](*args, **options)
             return
         if device.type == "cuda" and device.index not in _thread.ready:
-            # TMA descriptors are made by the driver, which wants a current context; a new thread, autograd's say, has none.
+            # The driver makes TMA descriptors and wants a current context; a new thread, autograd's say, has none.
             torch.cuda.mem_get_info(device)  # asks the runtime, which makes it current
             _thread.ready.add(device.index)
         names, constant = _parameters.get(id(kernel)) or _read_parameters(kernel)
@@ -67,7 +67,7 @@ _parameters: dict[int, tuple[list[str], list[bool]]] = {}
 
 
 def _read_parameters(kernel: Any) -> tuple[list[str], list[bool]]:
-    """Return the names of a kernel's parameters, and which are constants; kept by id, because a kernel's hash is slow."""
+    """Return the names of a kernel's parameters, and which are constants; kept by id: a kernel's hash is slow."""
     _parameters[id(kernel)] = [p.name for p in kernel.params], [p.is_constexpr for p in kernel.params]
     return _parameters[id(kernel)]
 
@@ -89,7 +89,7 @@ _KINDS = {int: _of_int, Tensor: _of_tensor, torch.nn.Parameter: _of_tensor}  # w
 
 
 def descriptor(t: Tensor, *block: int) -> TensorDescriptor:
-    """Return a view of t, of 16-bit values, in boxes of this shape, which shared memory holds in the widest swizzle that fits.
+    """Return a view of t, of 16-bit values, in boxes of this shape, in shared memory in the widest swizzle that fits.
 
     t's first element is on a 16-byte boundary and its rows are multiples of 16 bytes apart.
     """

@@ -1,4 +1,4 @@
-"""A fused op as PyTorch sees it: a `torch.library` op where ops are traced or intercepted, a plain function elsewhere."""
+"""A fused op as PyTorch sees it: a `torch.library` op where ops are traced, a plain function elsewhere."""
 
 import inspect
 from collections.abc import Callable
@@ -22,12 +22,12 @@ class Op:
 
     Args:
         name: of uvit_fast::<name>; the backward is uvit_fast::<name>_backward.
-        forward: the op on real tensors, its arguments annotated as tensors, `Norm`, `Linear` and numbers. What it returns first is the
-            result; all else has no gradient. Outputs never alias inputs.
+        forward: the op on real tensors, its arguments annotated as tensors, `Norm`, `Linear` and numbers. What it
+            returns first is the result; all else has no gradient. Outputs never alias inputs.
         fake: empty tensors like its outputs, of the same arguments.
         backward, fake_backward: of single tensors and numbers.
         save: save(ctx, inputs, output), as in torch.autograd.Function.setup_context, of the same arguments as forward.
-        gradient: gradient(ctx, backward, dy) -> the gradients of forward's arguments, layers as tuples, by a call of `backward`.
+        gradient: gradient(ctx, backward, dy) -> the gradients of forward's arguments, layers as tuples, by `backward`.
     """
 
     def __init__(

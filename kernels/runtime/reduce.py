@@ -1,4 +1,4 @@
-"""Sums over the tokens in fp32, in a fixed order: bias gradients, and what the programs of a kernel have each summed up.
+"""Sums over the tokens in fp32, in a fixed order: bias gradients, and what a kernel's programs have each summed up.
 
 Plain Triton, for every architecture. Memory-bound: each kernel reads its input once.
 """

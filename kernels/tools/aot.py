@@ -1,8 +1,8 @@
 """Compile kernels ahead of time, without a GPU, and read what they take: the throughput guard that needs no device.
 
-`target(90)` puts a driver in place that knows the architecture and nothing else; `kernel.warmup(...)` then compiles for it.
-`resources` reads registers, spills, shared memory and the instructions that matter out of the result, with the `ptxas` and
-`cuobjdump` that ship inside triton. Never use it in a process that also launches kernels on a GPU.
+`target(90)` puts a driver in place that knows the architecture and nothing else; `kernel.warmup(...)` then compiles for
+it. `resources` reads registers, spills, shared memory and the instructions that matter out of the result, with the
+`ptxas` and `cuobjdump` that ship inside triton. Never use it in a process that also launches kernels on a GPU.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Measure the choices of the tuning tables on the GPU at hand and write its table: `uvit-fast tune`.
 
-Each case is run as the ops run it, with every candidate that compiles, in turns: a GPU's clock moves by more than candidates differ.
-What the table says now stays where nothing beats it by more than the noise.
+Each case is run as the ops run it, with every candidate that compiles, in turns: a GPU's clock moves by more than
+candidates differ. What the table says now stays where nothing beats it by more than the noise.
 """
 
 import itertools
@@ -83,7 +83,7 @@ def cases(D: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> 
 
 
 def _timed(calls: list[Callable], cycles: int) -> list[float]:
-    """Return the milliseconds of each call on the GPU, back to back; it sleeps for `cycles` while Python queues them."""
+    """Return each call's milliseconds on the GPU, back to back; it sleeps for `cycles` while Python queues them."""
     torch.cuda._sleep(cycles)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
     events[0].record()
