@@ -102,7 +102,8 @@ def _product(ring, step, count, WHO: gl.constexpr, COLS: gl.constexpr, BIAS: gl.
     """Return the product [64, COLS] over `count` stages; with BIAS, on other cores, A summed over them, [BK, 64]."""
     acc = gl.zeros([64, COLS], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16]))
     flat: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    sums = gl.zeros([ring.a.shape[1], 64], gl.float32, flat)
+    BK: gl.constexpr = ring.a.shape[1]
+    sums = gl.zeros([BK, 64], gl.float32, flat)
     a, b = ring.operands(step, WHO)
     acc = warpgroup_mma(a, b, acc, use_acc=False, is_async=True)
     if BIAS:

@@ -236,7 +236,8 @@ class Trainer:
             engine.backward(loss)
             engine.step(self.learning_rate(self.step))
             row.add_loss(self.step, loss.detach())
-        self.interrupt.void += self.dry
+        if self.dry:
+            self.interrupt.void += 1
         refused = engine.refused
         row.refused += refused
         self.refused_in_a_row = (self.refused_in_a_row + refused) * refused
