@@ -1,4 +1,4 @@
-"""The guide's roofline is arithmetic on H/2's shapes and on committed rows; ten minutes suffice for it, 120 columns for the kernels."""
+"""The guide has the roofline of the committed results and ten minutes of text; the kernels keep to 120 columns."""
 
 import csv
 import re
