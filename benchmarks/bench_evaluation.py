@@ -15,7 +15,7 @@ import torch
 from benchmarks.common import RESULTS, Rows, measure
 from uvit_fast.evaluation.features import InceptionFeatures
 from uvit_fast.evaluation.inception import Inception
-from uvit_fast.evaluation.metrics import RunningMoments, frechet_distance, precision_recall
+from uvit_fast.evaluation.metrics import RunningStatistics, frechet_distance, precision_recall
 
 DIM = 2048
 
@@ -41,23 +41,23 @@ def features(rows: Rows, device: torch.device, sizes: list[int], batch: int, rep
 
 
 def distances(rows: Rows, device: torch.device, samples: int, reference: int, repeats: int, scipy_too: bool) -> None:
-    """Moments of N features, their distance, precision and recall of N samples and M references."""
+    """Statistics of N features, their distance, precision and recall of N samples and M references."""
     generator = torch.Generator().manual_seed(0)
     fake = torch.randn(samples, DIM, generator=generator).to(device)
     real = torch.randn(reference, DIM, generator=generator).mul_(1.1).to(device)
 
     def accumulate(x: torch.Tensor):
-        running = RunningMoments(DIM, device)
+        running = RunningStatistics(DIM, device)
         for part in x.split(50):
             running.update(part)
-        mu, sigma = running.moments()
+        mu, sigma = running.statistics()
         mu.sum().item()
-        return running.moments()
+        return running.statistics()
 
     def add(case: str, provider: str, times: list[float]) -> None:
         rows.add(case, provider, times, metric="time", unit="s", dtype="fp64", batch=samples)
 
-    add(f"moments:{samples}x{DIM}", "ours", seconds(lambda: accumulate(fake), repeats))
+    add(f"statistics:{samples}x{DIM}", "ours", seconds(lambda: accumulate(fake), repeats))
     a, b = accumulate(fake), accumulate(real)
     add(f"frechet:{DIM}", "ours", seconds(lambda: frechet_distance(a, b), repeats))
     if scipy_too:

@@ -17,7 +17,7 @@ from uvit_fast.evaluation.classifier import ClassifierFeatures, cached_classifie
 from uvit_fast.evaluation.evaluate import evaluate, table
 from uvit_fast.evaluation.features import extract
 from uvit_fast.evaluation.inception import Features
-from uvit_fast.evaluation.metrics import frechet_distance, inception_score, moments, precision_recall
+from uvit_fast.evaluation.metrics import frechet_distance, inception_score, precision_recall, statistics_of
 from uvit_fast.evaluation.reference import load_reference, reference_from_images
 from uvit_fast.evaluation.sources import Images
 from uvit_fast.measuring import open_images
@@ -81,7 +81,7 @@ def test_features_that_are_nan_are_refused():
 
 
 def statistics(features):
-    (mu, sigma), (mu_s, sigma_s) = moments(features), moments(features**2)
+    (mu, sigma), (mu_s, sigma_s) = statistics_of(features), statistics_of(features**2)
     return {"mu": mu.numpy(), "sigma": sigma.numpy()}, {"mu_s": mu_s.numpy(), "sigma_s": sigma_s.numpy()}
 
 
@@ -104,8 +104,8 @@ def test_every_kind_of_reference_gives_the_same_figures(tmp_path):
         results[kind] = evaluate(samples, reference, MeanColours(), progress=False)
     x = torch.from_numpy(fake.reshape(30, -1, 3).mean(1) / 255)
     expected = {
-        "fid": frechet_distance(moments(x), moments(features)),
-        "sfid": frechet_distance(moments(x**2), moments(features**2)),
+        "fid": frechet_distance(statistics_of(x), statistics_of(features)),
+        "sfid": frechet_distance(statistics_of(x**2), statistics_of(features**2)),
         "is": inception_score(MeanColours().probabilities(x)),
         **precision_recall(x, features)._asdict(),
     }
@@ -133,7 +133,7 @@ def test_the_statistics_of_a_folder_are_computed_once(tmp_path):
     first, calls = load(), extractor.calls
     again = load()
     assert calls > 0 and extractor.calls == calls
-    for a, b in ((first.pool_moments, again.pool_moments), (first.spatial_moments, again.spatial_moments)):
+    for a, b in ((first.pool_statistics, again.pool_statistics), (first.spatial_statistics, again.spatial_statistics)):
         assert all(torch.equal(x, y) for x, y in zip(a, b))
     assert torch.equal(first.pool, again.pool) and (again.count, again.size, again.like) == (12, (8, 8), "tensorflow")
     (file,) = (tmp_path / "cache").iterdir()

@@ -6,27 +6,27 @@ import scipy.linalg
 import torch
 
 from uvit_fast.evaluation.metrics import (
-    Moments,
-    RunningMoments,
+    RunningStatistics,
+    Statistics,
     adm_inception_score,
     frechet_distance,
     inception_score,
     kernel_distance,
-    moments,
     precision_recall,
+    statistics_of,
 )
 
 
-def random_moments(rng, dim, count):
+def random_statistics(rng, dim, count):
     x = rng.gamma(1.0, 0.4, (count, dim)) @ rng.normal(0, 1, (dim, dim)) / dim**0.5  # correlated and not Gaussian
-    return moments(torch.from_numpy(x))
+    return statistics_of(torch.from_numpy(x))
 
 
 def test_frechet_distance_of_diagonal_gaussians():
     """Commuting covariances: |mu|² + sum (s_a - s_b)²."""
     rng = np.random.default_rng(0)
     mu, s_a, s_b = torch.from_numpy(rng.uniform(0.1, 3, (3, 50)))
-    a, b = Moments(torch.zeros(50), torch.diag(s_a**2)), Moments(mu, torch.diag(s_b**2))
+    a, b = Statistics(torch.zeros(50), torch.diag(s_a**2)), Statistics(mu, torch.diag(s_b**2))
     expected = (mu.square().sum() + (s_a - s_b).square().sum()).item()
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-12)
 
@@ -36,45 +36,47 @@ def test_frechet_distance_of_gaussians_that_do_not_commute():
     a, b = torch.tensor([[2.0, 0.5], [0.5, 1.0]]).double(), torch.tensor([[1.0, -0.7], [-0.7, 3.0]]).double()
     root = ((a @ b).trace() + 2 * (a.det() * b.det()).sqrt()).sqrt()
     expected = (a.trace() + b.trace() - 2 * root + 5).item()
-    assert frechet_distance(Moments(torch.tensor([1.0, 2.0]), a), Moments(torch.zeros(2), b)) == pytest.approx(expected)
+    assert frechet_distance(Statistics(torch.tensor([1.0, 2.0]), a), Statistics(torch.zeros(2), b)) == pytest.approx(
+        expected
+    )
 
 
 @pytest.mark.parametrize("count", [1000, 100])  # 100 samples of 128 dimensions: singular covariances
 def test_frechet_distance_equals_the_general_square_root(count):
     rng = np.random.default_rng(count)
-    a, b = random_moments(rng, 128, count), random_moments(rng, 128, count)
+    a, b = random_statistics(rng, 128, count), random_statistics(rng, 128, count)
     root = scipy.linalg.sqrtm((a.sigma @ b.sigma).numpy()).real  # as pytorch-fid computes it
     expected = ((a.mu - b.mu).square().sum() + a.sigma.trace() + b.sigma.trace()).item() - 2 * np.trace(root)
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
 
 
 def test_frechet_distance_of_a_set_to_itself_is_zero_also_when_singular():
-    a = random_moments(np.random.default_rng(1), 256, 40)
+    a = random_statistics(np.random.default_rng(1), 256, 40)
     assert abs(frechet_distance(a, a)) < 1e-6 * a.sigma.trace().item()
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda m: Moments(m.mu[:2], m.sigma), "of one D"),
-        (lambda m: Moments(m.mu, m.sigma * float("nan")), "NaN or infinity in a covariance"),
-        (lambda m: Moments(m.mu, m.sigma - 2 * torch.eye(3)), "expected a covariance"),
+        (lambda m: Statistics(m.mu[:2], m.sigma), "of one D"),
+        (lambda m: Statistics(m.mu, m.sigma * float("nan")), "NaN or infinity in a covariance"),
+        (lambda m: Statistics(m.mu, m.sigma - 2 * torch.eye(3)), "expected a covariance"),
     ],
 )
-def test_frechet_distance_refuses_what_are_no_moments(change, words):
-    good = Moments(torch.zeros(3), torch.eye(3))
+def test_frechet_distance_refuses_what_are_no_statistics(change, words):
+    good = Statistics(torch.zeros(3), torch.eye(3))
     for pair in [(good, change(good)), (change(good), good)]:
         with pytest.raises(ValueError, match=words):
             frechet_distance(*pair)
 
 
-def test_running_moments_equal_numpys_far_from_zero():
+def test_running_statistics_equal_numpys_far_from_zero():
     """An offset of 1e6 leaves a naive sum of squares four digits; batches of unequal size."""
     x = np.random.default_rng(0).normal(1e6, 1, (257, 6))
-    running = RunningMoments(6)
+    running = RunningStatistics(6)
     for part in np.split(x, [1, 100, 101, 256]):
         running.update(torch.from_numpy(part))
-    mu, sigma = running.moments()
+    mu, sigma = running.statistics()
     np.testing.assert_allclose(mu, x.mean(0), rtol=1e-14)
     np.testing.assert_allclose(sigma, np.cov(x, rowvar=False), rtol=1e-8, atol=1e-8)
     with pytest.raises(ValueError, match="NaN"):

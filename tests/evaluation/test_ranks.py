@@ -12,7 +12,7 @@ from tests.evaluation.test_evaluate_command import DIGITS, checkpoint  # noqa: F
 from tests.evaluation.test_features import folder_of, pictures
 from tests.training.tiny import launch
 from uvit_fast import cli
-from uvit_fast.evaluation.metrics import RunningMoments, moments
+from uvit_fast.evaluation.metrics import RunningStatistics, statistics_of
 from uvit_fast.ranks import Ranks
 
 COMMON = ["evaluate", "--device", "cpu", "--features", "digits-fid", "--reference", DIGITS]
@@ -80,13 +80,13 @@ def test_a_failure_of_one_process_is_the_jobs_only_error(tmp_path, capfd):
     assert "TCPStore" not in capfd.readouterr().err
 
 
-def test_moments_of_two_shares_are_those_of_the_whole():
+def test_statistics_of_two_shares_are_those_of_the_whole():
     x = torch.randn(50, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1e4
     shares = []
     for rows in (x[:0], x[:13], x[13:]):
-        shares.append(RunningMoments(5))
+        shares.append(RunningStatistics(5))
         shares[-1].update(rows)
     for other in shares[1:]:
         shares[0].merge(other)
-    for found, expected in zip(shares[0].moments(), moments(x)):
+    for found, expected in zip(shares[0].statistics(), statistics_of(x)):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)

@@ -27,7 +27,7 @@ def test_a_folder_and_an_npz_give_the_same_features(tmp_path):
         assert np.array_equal(first, images[:2]) and np.array_equal(third, images[4:7])
         found = extract(source, MeanColours(), batch=5, progress=False)
         np.testing.assert_allclose(found.pool, expected, rtol=1e-5)
-        np.testing.assert_allclose(found.pool_moments.sigma, np.cov(expected, rowvar=False), rtol=1e-5)
+        np.testing.assert_allclose(found.pool_statistics.sigma, np.cov(expected, rowvar=False), rtol=1e-5)
         assert found.size == (8, 8) and source.count == 23 and not found.warnings
 
 

@@ -14,7 +14,7 @@ from uvit_fast.config import UserError
 from uvit_fast.evaluation.features import Extracted, Extractor, extract
 from uvit_fast.evaluation.metrics import (
     SPLIT,
-    Moments,
+    Statistics,
     adm_inception_score,
     frechet_distance,
     inception_score,
@@ -56,7 +56,7 @@ def evaluate(
             f"{reference.name}: expected statistics of {extractor.identity}, got {reference.features}: features of other "
             "weights or another preprocessing do not compare"
         )
-    D = len(reference.pool_moments.mu)
+    D = len(reference.pool_statistics.mu)
     if extractor.pool_dim != D:
         raise UserError(
             f"{reference.name}: expected statistics of {extractor.pool_dim} dimensions, got {D}: "
@@ -70,22 +70,22 @@ def evaluate(
     device = extractor.device
     pool = found.pool.to(device)
 
-    def distance(a: Moments, b: Moments) -> float:
+    def distance(a: Statistics, b: Statistics) -> float:
         try:
-            found = frechet_distance(Moments(*(x.to(device) for x in a)), Moments(*(x.to(device) for x in b)))
+            found = frechet_distance(Statistics(*(x.to(device) for x in a)), Statistics(*(x.to(device) for x in b)))
         except (ValueError, torch.linalg.LinAlgError) as error:  # the samples' own are a covariance
             raise UserError(f"{reference.name}: statistics that no images have: {error}") from None
         if not math.isfinite(found):
             raise UserError(f"{reference.name}: statistics that no images have: too large for a finite distance")
         return found
 
-    metrics = {"fid": distance(found.pool_moments, reference.pool_moments)}
-    if reference.spatial_moments is None:
+    metrics = {"fid": distance(found.pool_statistics, reference.pool_statistics)}
+    if reference.spatial_statistics is None:
         warnings.append(f"{reference.name}: has no spatial statistics (mu_s, sigma_s): no sFID")
-    elif len(reference.spatial_moments.mu) != len(found.spatial_moments.mu):
+    elif len(reference.spatial_statistics.mu) != len(found.spatial_statistics.mu):
         raise UserError(f"{reference.name}: its spatial statistics are of other features than the samples'")
     else:
-        metrics["sfid"] = distance(found.spatial_moments, reference.spatial_moments)
+        metrics["sfid"] = distance(found.spatial_statistics, reference.spatial_statistics)
     probabilities = torch.cat([extractor.probabilities(rows).cpu() for rows in pool.split(1000)])
     metrics["is"] = inception_score(probabilities)
     if (adms := adm_inception_score(probabilities)) != metrics["is"]:

@@ -1,4 +1,4 @@
-"""Images in, features and their moments out, a batch at a time.
+"""Images in, features and their statistics out, a batch at a time.
 
 Memory grows with the number of images by their pool features alone (8 KB an image for Inception).
 """
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from uvit_fast.config import UserError
 from uvit_fast.evaluation.inception import Features, Inception, preprocess
-from uvit_fast.evaluation.metrics import Moments, RunningMoments
+from uvit_fast.evaluation.metrics import RunningStatistics, Statistics
 from uvit_fast.evaluation.sources import Images
 from uvit_fast.ranks import ALONE, Ranks
 
@@ -63,11 +63,11 @@ class InceptionFeatures:
 
 @dataclass
 class Extracted:
-    """Of N images: moments of both features; pool (N, D) fp32 on the CPU; their (height, width); the share without
+    """Of N images: statistics of both features; pool (N, D) fp32 on the CPU; their (height, width); the share without
     colour; what was odd about them."""
 
-    pool_moments: Moments
-    spatial_moments: Moments
+    pool_statistics: Statistics
+    spatial_statistics: Statistics
     pool: Tensor
     size: tuple[int, int]
     grey: float
@@ -107,7 +107,7 @@ class _Share:
 
     def __init__(self):
         self.pools: list[Tensor] = []
-        self.moments: dict[str, RunningMoments] = {}
+        self.statistics: dict[str, RunningStatistics] = {}
         self.size, self.constant, self.grey = None, 0, 0
 
     def add(self, array: np.ndarray, extractor: Extractor, name: str) -> None:
@@ -119,11 +119,11 @@ class _Share:
         for kind, x in features._asdict().items():
             if not torch.isfinite(x).all():
                 raise UserError(f"{name}: {kind} features are NaN or infinite; no figure would mean anything")
-            self.moments.setdefault(kind, RunningMoments(x.shape[1], extractor.device)).update(x)
+            self.statistics.setdefault(kind, RunningStatistics(x.shape[1], extractor.device)).update(x)
         self.pools.append(features.pool.float().cpu())
 
     def on_cpu(self) -> "_Share":
-        self.moments = {kind: running.to("cpu") for kind, running in self.moments.items()}
+        self.statistics = {kind: running.to("cpu") for kind, running in self.statistics.items()}
         return self
 
 
@@ -141,12 +141,12 @@ def _merged(shares: list[_Share], images: Images) -> Extracted:
             "a failed sampler or decoder makes such, and they worsen every figure"
         )
     first, *others = [share for share in shares if share.pools]  # fewer batches than ranks: some have none
-    for kind, running in first.moments.items():
+    for kind, running in first.statistics.items():
         for other in others:
-            running.merge(other.moments[kind])
-    pool_moments, spatial_moments = (first.moments[kind].moments() for kind in ("pool", "spatial"))
+            running.merge(other.statistics[kind])
+    pool_statistics, spatial_statistics = (first.statistics[kind].statistics() for kind in ("pool", "spatial"))
     size, grey = tuple(map(int, first.size)), sum(share.grey for share in shares) / len(pool)
-    return Extracted(pool_moments, spatial_moments, pool, size, grey, warnings)
+    return Extracted(pool_statistics, spatial_statistics, pool, size, grey, warnings)
 
 
 def _rgb(array: np.ndarray) -> np.ndarray:

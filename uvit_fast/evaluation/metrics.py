@@ -16,14 +16,14 @@ SPLIT = 5000  # samples of which ADM takes an Inception score; 10 of them are th
 MOVED = 0.01  # relative: an order that moves the Inception score further is not random; random ones differ by 0.2%
 
 
-class Moments(NamedTuple):
+class Statistics(NamedTuple):
     """Mean (D,) and unbiased covariance (D, D), float64."""
 
     mu: Tensor
     sigma: Tensor
 
 
-class RunningMoments:
+class RunningStatistics:
     """Mean and covariance of features that come in batches, by Chan's update: no sum of squares that cancels.
 
     Args:
@@ -56,7 +56,7 @@ class RunningMoments:
         self.mean += delta * (B / total)
         self.count = total
 
-    def merge(self, other: "RunningMoments") -> None:
+    def merge(self, other: "RunningStatistics") -> None:
         """Add what another has seen, by the same update."""
         if other.count == 0:
             return
@@ -66,13 +66,13 @@ class RunningMoments:
         self.mean += delta * (other.count / total)
         self.count = total
 
-    def to(self, device: torch.device | str) -> "RunningMoments":
+    def to(self, device: torch.device | str) -> "RunningStatistics":
         """The same on another device."""
-        moved = RunningMoments(0, device)
+        moved = RunningStatistics(0, device)
         moved.count, moved.mean, moved.scatter = self.count, self.mean.to(device), self.scatter.to(device)
         return moved
 
-    def moments(self) -> Moments:
+    def statistics(self) -> Statistics:
         """Mean and unbiased covariance so far.
 
         Raises:
@@ -80,17 +80,17 @@ class RunningMoments:
         """
         if self.count < 2:
             raise ValueError(f"covariance: expected at least 2 samples, got {self.count}")
-        return Moments(self.mean.clone(), self.scatter / (self.count - 1))
+        return Statistics(self.mean.clone(), self.scatter / (self.count - 1))
 
 
-def moments(features: Tensor) -> Moments:
+def statistics_of(features: Tensor) -> Statistics:
     """Mean and unbiased covariance of (N, D) features."""
-    running = RunningMoments(features.shape[1], features.device)
+    running = RunningStatistics(features.shape[1], features.device)
     running.update(features)
-    return running.moments()
+    return running.statistics()
 
 
-def frechet_distance(a: Moments, b: Moments) -> float:
+def frechet_distance(a: Statistics, b: Statistics) -> float:
     """Fréchet distance of two Gaussians: |mu_a - mu_b|² + tr(A + B - 2 (A B)^1/2). With pool3 features this is FID.
 
     The trace of (A B)^1/2 is that of (A^1/2 B A^1/2)^1/2, whose argument is symmetric and positive semi-definite: two symmetric
@@ -109,7 +109,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
         )
     for name, value in {"mean": mu_a + mu_b, "covariance": sigma_a + sigma_b}.items():
         if not torch.isfinite(value).all():
-            raise ValueError(f"Fréchet distance: expected finite moments, got NaN or infinity in a {name}")
+            raise ValueError(f"Fréchet distance: expected finite statistics, got NaN or infinity in a {name}")
     sigma_a, sigma_b = ((s + s.T) / 2 for s in (sigma_a, sigma_b))
     values, vectors = torch.linalg.eigh(sigma_a)  # (D,), (D, D)
     _check_covariance(values)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from uvit_fast.config import UserError
 from uvit_fast.evaluation.features import Extracted, Extractor, extract
-from uvit_fast.evaluation.metrics import Moments
+from uvit_fast.evaluation.metrics import Statistics
 from uvit_fast.evaluation.sources import Images, names_in, read_arrays
 from uvit_fast.files import write_whole
 from uvit_fast.ranks import ALONE, Ranks
@@ -29,7 +29,7 @@ class Reference:
     """The real images' side.
 
     Attributes:
-        pool_moments: of the pool features. spatial_moments: None where the file has none; then there is no sFID.
+        pool_statistics: of the pool features. spatial_statistics: None where the file has none; then there is no sFID.
         pool: (M, D) features for precision, recall and KID, M at most 10,000; None where there are no images.
         like: the preprocessing that the samples must have too, see `inception.preprocess`.
         count, size: images and their (height, width), where known.
@@ -38,8 +38,8 @@ class Reference:
     """
 
     name: str
-    pool_moments: Moments
-    spatial_moments: Moments | None = None
+    pool_statistics: Statistics
+    spatial_statistics: Statistics | None = None
     pool: Tensor | None = None
     like: str = "tensorflow"
     count: int | None = None
@@ -143,8 +143,8 @@ def _reference(found: Extracted, images: Images, extractor: Extractor) -> Refere
     rows = torch.randperm(len(found.pool), generator=torch.Generator().manual_seed(0))[:NEIGHBOURS].sort().values
     return Reference(
         images.name,
-        found.pool_moments,
-        found.spatial_moments,
+        found.pool_statistics,
+        found.spatial_statistics,
         found.pool[rows],
         getattr(extractor, "like", "none"),
         images.count,
@@ -157,7 +157,7 @@ def _reference(found: Extracted, images: Images, extractor: Extractor) -> Refere
 
 
 def _write_statistics(file: Path, reference: Reference) -> None:
-    (mu, sigma), (mu_s, sigma_s) = reference.pool_moments, reference.spatial_moments
+    (mu, sigma), (mu_s, sigma_s) = reference.pool_statistics, reference.spatial_statistics
     arrays = {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s, "pool": reference.pool}
     saved = {name: value.cpu().numpy() for name, value in arrays.items()}
     saved |= {name: getattr(reference, name) for name in FACTS}
@@ -168,11 +168,11 @@ def _read_statistics(path: Path) -> Reference:
     arrays = read_arrays(path, [*STATISTICS, *FACTS])
     # pytorch-fid's files hold mu and sigma alone, of images that it resized its own way
     like = "tensorflow" if "mu_s" in arrays else "pytorch-fid"
-    pool_moments = _moments(path, arrays, "mu", "sigma")
-    spatial = _moments(path, arrays, "mu_s", "sigma_s") if {"mu_s", "sigma_s"} <= arrays.keys() else None
+    pool_statistics = _mean_and_covariance(path, arrays, "mu", "sigma")
+    spatial = _mean_and_covariance(path, arrays, "mu_s", "sigma_s") if {"mu_s", "sigma_s"} <= arrays.keys() else None
     pool = torch.from_numpy(_numbers(path, arrays, "pool")).float() if "pool" in arrays else None
-    if pool is not None and (pool.ndim != 2 or pool.shape[1] != len(pool_moments.mu)):
-        raise UserError(f"{path}: expected pool (M, {len(pool_moments.mu)}), got {tuple(pool.shape)}")
+    if pool is not None and (pool.ndim != 2 or pool.shape[1] != len(pool_statistics.mu)):
+        raise UserError(f"{path}: expected pool (M, {len(pool_statistics.mu)}), got {tuple(pool.shape)}")
     kinds = {
         "count": int,
         "size": lambda x: (int(x[0]), int(x[1])),
@@ -188,16 +188,16 @@ def _read_statistics(path: Path) -> Reference:
     facts.setdefault("like", like)
     if facts["like"] not in ("tensorflow", "pytorch-fid", "none"):
         raise UserError(f"{path}: expected like to be tensorflow, pytorch-fid or none, got {facts['like'][:80]}")
-    return Reference(str(path), pool_moments, spatial, pool, **facts)
+    return Reference(str(path), pool_statistics, spatial, pool, **facts)
 
 
-def _moments(path: Path, arrays: dict[str, np.ndarray], mean: str, covariance: str) -> Moments:
+def _mean_and_covariance(path: Path, arrays: dict[str, np.ndarray], mean: str, covariance: str) -> Statistics:
     mu, sigma = _numbers(path, arrays, mean), _numbers(path, arrays, covariance)
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
         raise UserError(f"{path}: expected {mean} (D,) and {covariance} (D, D), got {mu.shape} and {sigma.shape}")
     if np.abs(sigma - sigma.T).max(initial=0) > ASYMMETRY * np.abs(sigma).max(initial=0):
         raise UserError(f"{path}: {covariance}: expected a covariance, got a matrix that is not symmetric")
-    return Moments(torch.from_numpy(mu), torch.from_numpy(sigma))
+    return Statistics(torch.from_numpy(mu), torch.from_numpy(sigma))
 
 
 def _numbers(path: Path, arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
