@@ -1,9 +1,9 @@
-"""How fast does the data come? DALI's and Pillow's decoding and cropping; moments at random, packed against one file an item.
+"""How fast does the data come? DALI's and Pillow's decoding and cropping; posteriors at random, packed against one file an item.
 
     OMP_NUM_THREADS=1 python -m benchmarks.bench_data
 
 Everything here runs on the CPU, and the files are in the system's cache: a disk that is slower than that sets its own limit.
-Moments are random: speed does not depend on the values.
+Posteriors are random: speed does not depend on the values.
 """
 
 import argparse
@@ -36,10 +36,10 @@ def seconds(f, repeats: int = 7) -> list[float]:
     return times
 
 
-def moments(rows: Rows, folder: Path, count: int, size: int) -> None:
+def posteriors(rows: Rows, folder: Path, count: int, size: int) -> None:
     """`count` items of 4-channel latents of size x size: opening (of single files: listing the folder), reading all at
     random in batches, and bytes an item on the disk. Ours in fp16, as `uvit-fast extract` writes by default; single files as
-    the published code writes them: fp32 moments and label, pickled."""
+    the published code writes them: fp32 posterior and label, pickled."""
     items = np.random.default_rng(0).standard_normal((count, 8, size, size)).astype(np.float16)
     packed, single = folder / "packed", folder / "single"
     shards.pack(packed, {"moments": items, "labels": np.arange(count) % 1000})
@@ -61,7 +61,7 @@ def moments(rows: Rows, folder: Path, count: int, size: int) -> None:
             pairs = [np.load(single / f"{i}.npy", allow_pickle=True) for i in batch]
             torch.from_numpy(np.stack([x for x, _ in pairs])), torch.tensor([int(y) for _, y in pairs])
 
-    case = f"moments:4x{size}x{size}:{count}"
+    case = f"posteriors:4x{size}x{size}:{count}"
     layouts = {
         "ours": ("fp16", packed, lambda: Latents(str(packed), 0.18215), read_packed),
         "file-an-item": ("fp32", single, lambda: [entry.name for entry in os.scandir(single)], read_single),
@@ -117,7 +117,7 @@ def decoders(rows: Rows, folder: Path, sizes: list[int], threads: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--items", type=int, default=20_000, help="moments in each layout")
+    parser.add_argument("--items", type=int, default=20_000, help="posteriors in each layout")
     parser.add_argument("--latents", type=int, nargs="+", default=[32, 64], help="sides of the latents")
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 256], help="sides of the images, in pixels")
     parser.add_argument("--threads", type=int, default=2, help="that decode images")
@@ -127,7 +127,7 @@ def main() -> None:
     rows.common["device"] = f"cpu ({os.cpu_count()} cores)"
     for size in args.latents:
         with tempfile.TemporaryDirectory() as folder:
-            moments(rows, Path(folder), args.items * 32**2 // size**2, size)
+            posteriors(rows, Path(folder), args.items * 32**2 // size**2, size)
     with tempfile.TemporaryDirectory() as folder:
         decoders(rows, Path(folder), args.sizes, args.threads)
     print(f"wrote {rows.write()}")

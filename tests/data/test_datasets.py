@@ -102,13 +102,13 @@ def test_flips_mirror_half_of_the_images_and_repeat_with_the_seed():
     assert torch.equal(a[flipped], x[flipped].flip(-1))
 
 
-def test_moments_become_scaled_posterior_samples(tmp_path):
+def test_posteriors_become_scaled_samples(tmp_path):
     """z = scale (mean + std eps), drawn afresh each step, with the log variance clamped."""
-    moments = np.zeros((4, 8, 32, 32), np.float16)
-    moments[:, :4] = 2.0
-    moments[:, 4:] = np.log(0.25)
-    moments[3, 4:] = -60_000  # clamped to -30: practically the mean
-    pack(tmp_path, {"moments": moments, "labels": np.array([5, 999, 0, 1])}, shard_items=2)
+    posterior = np.zeros((4, 8, 32, 32), np.float16)
+    posterior[:, :4] = 2.0
+    posterior[:, 4:] = np.log(0.25)
+    posterior[3, 4:] = -60_000  # clamped to -30: practically the mean
+    pack(tmp_path, {"moments": posterior, "labels": np.array([5, 999, 0, 1])}, shard_items=2)
     dataset = build_dataset(load_config("configs/h2_256.yaml", [f"data.path={tmp_path}"]))
     batch = finished(dataset, [(i, 0) for i in (1, 2, 3)])
     z = batch["x"] / 0.18215
@@ -120,8 +120,8 @@ def test_moments_become_scaled_posterior_samples(tmp_path):
 def test_text_latents_draw_one_caption_an_epoch(tmp_path):
     text = np.arange(5, dtype=np.float16)[:, None, None] + np.zeros((5, 77, 768), np.float16)
     null = np.full((1, 77, 768), -1, np.float16)
-    moments = np.zeros((2, 8, 32, 32), np.float16)
-    pack(tmp_path, {"moments": moments, "text": text, "captions": np.array([0, 3, 5]), "null_text": null})
+    posterior = np.zeros((2, 8, 32, 32), np.float16)
+    pack(tmp_path, {"moments": posterior, "text": text, "captions": np.array([0, 3, 5]), "null_text": null})
     dataset = build_dataset(load_config("configs/s2_coco.yaml", [f"data.path={tmp_path}"]))
     drawn = {i: {int(finished(dataset, [(i, epoch)])["context"][0, 0, 0]) for epoch in range(40)} for i in (0, 1)}
     assert drawn == {0: {0, 1, 2}, 1: {3, 4}}

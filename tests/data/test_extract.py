@@ -116,11 +116,11 @@ def test_a_tiny_imagenet_is_extracted_trained_on_and_sampled(photos, vae, tmp_pa
     overrides = [*SMALL, f"data.path={tmp_path / 'latents'}", f"latent.decoder={vae}", "device=cpu"]
     dataset = build_dataset(load_config(CONFIG, overrides))
     assert len(dataset) == 24 and dataset.labels.tolist() == [0] * 12 + [1] * 12
-    # Item 2i + 1 is image i mirrored: the moments are those of the autoencoder itself, to fp16.
+    # Item 2i + 1 is image i mirrored: the posterior is that of the autoencoder itself, to fp16.
     pixels = np.array(center_crop(Image.open(photos / "n01_temple" / "3.JPEG"), 64))
     x = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
     expected = load_autoencoder(vae).encode(torch.cat([x, x.flip(-1)])).latent_dist.parameters
-    torch.testing.assert_close(torch.from_numpy(dataset.moments.take([6, 7])).float(), expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(torch.from_numpy(dataset.posterior.take([6, 7])).float(), expected, rtol=2e-3, atol=2e-3)
 
     run = tmp_path / "run"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -278,7 +278,9 @@ def test_torchruns_processes_share_the_shards(photos, vae, tmp_path, capsys):
     alone, shared = (build_small(tmp_path / name) for name in ("alone", "shared"))
     assert torch.equal(torch.from_numpy(alone.labels), torch.from_numpy(shared.labels)) and len(shared) == 24
     everything = list(range(24))
-    np.testing.assert_allclose(shared.moments.take(everything), alone.moments.take(everything), rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(
+        shared.posterior.take(everything), alone.posterior.take(everything), rtol=2e-3, atol=2e-3
+    )
     files = [{p.name for p in (tmp_path / name).rglob("*")} for name in ("alone", "shared")]
     assert files[0] == files[1]
 

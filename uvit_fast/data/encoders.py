@@ -22,7 +22,7 @@ Digests = dict[str, Callable[[], str]]
 
 
 def vae_encoder(vae: Any) -> Callable[[Pixels], Tensor]:
-    """diffusers' AutoencoderKL as a function from pixels (B, 3, H, W) uint8 to moments (B, 2C, h, w) fp32."""
+    """diffusers' AutoencoderKL as a function from pixels (B, 3, H, W) uint8 to posteriors (B, 2C, h, w) fp32."""
 
     @torch.inference_mode()
     def encode(pixels: Pixels) -> Tensor:
@@ -33,7 +33,7 @@ def vae_encoder(vae: Any) -> Callable[[Pixels], Tensor]:
 
 
 def vae_identity(vae: Any, name: str) -> dict[str, str]:
-    """Its name, and checksums of the weights that make the moments: fine-tuned decoders share the encoder's."""
+    """Its name, and checksums of the weights that make the posteriors: fine-tuned decoders share the encoder's."""
     return {"name": _lasting(name), **{key: digest() for key, digest in _vae_digests(vae).items()}}
 
 

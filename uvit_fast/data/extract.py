@@ -62,9 +62,9 @@ class Extraction:
 
     Args:
         listing: the images. crop: (image, size) -> image of size x size pixels. background: behind transparent ones, 8-bit RGB.
-        encode: pixels (B, 3, size, size) uint8 -> moments (B, 2C, h, w).
+        encode: pixels (B, 3, size, size) uint8 -> posteriors (B, 2C, h, w), mean and log variance.
         vae: the autoencoder's identity. scale_factor: what the latents will be multiplied by; recorded, not applied.
-        mirror: store each image's mirror image, too. dtype: of the stored moments and features.
+        mirror: store each image's mirror image, too. dtype: of the stored posteriors and features.
         shard_images, batch, workers: images a shard, images at a time, threads that decode.
     """
 
@@ -194,7 +194,7 @@ class Extraction:
         return not damaged
 
     def _make(self, shard: int, pool: ThreadPoolExecutor, bar: tqdm) -> None:
-        moments, text, labels, captions = [], [], [], []
+        posteriors, text, labels, captions = [], [], [], []
         rejected: list[list[str]] = []
         unusual: list[list[str]] = []
         for batch in self._batches(self.parts[shard], pool):
@@ -210,14 +210,14 @@ class Extraction:
                     kept.append((index, pixels))
             if not kept:
                 continue
-            moments.append(self._encode(torch.stack([pixels for _, pixels in kept])))
+            posteriors.append(self._encode(torch.stack([pixels for _, pixels in kept])))
             for index, _ in kept:
                 if self.listing.labels is not None:
                     labels += [self.listing.labels[index]] * (2 if self.mirror else 1)
                 if self.text:
                     captions.append(len(self.text.captions[index]))
                     text.append(self.text.encode(self.text.captions[index]).cpu().numpy().astype(self.dtype))
-        arrays = {"moments": moments, "text": text}
+        arrays = {"moments": posteriors, "text": text}
         written = {
             name: {
                 **shards.write_shard(self.out, f"{name}-{shard:05d}.npy", np.concatenate(parts)),
@@ -270,10 +270,10 @@ class Extraction:
     def _encode(self, pixels: Pixels) -> np.ndarray:
         """(B, 3, H, W) -> (B or 2B, 2C, h, w): each image, then its mirror image."""
         views = torch.stack([pixels, pixels.flip(-1)], dim=1).flatten(0, 1) if self.mirror else pixels
-        moments = self.encode(views).cpu()
-        if not torch.isfinite(moments.to(getattr(torch, self.dtype.name))).all():
-            raise UserError(f"{self.out}: moments that {self.dtype} cannot hold; expected --dtype float32")
-        return moments.numpy().astype(self.dtype)
+        posteriors = self.encode(views).cpu()
+        if not torch.isfinite(posteriors.to(getattr(torch, self.dtype.name))).all():
+            raise UserError(f"{self.out}: posteriors that {self.dtype} cannot hold; expected --dtype float32")
+        return posteriors.numpy().astype(self.dtype)
 
     def _finish(self) -> dict[str, Any]:
         """Write the small arrays, the report and, last, the manifest."""

@@ -1,7 +1,7 @@
 """Latents of a frozen autoencoder, and text features, from the packed shards that `uvit-fast extract` writes.
 
 The arrays of a folder (see shards.py):
-- `moments` (2C, h, w): mean and log variance of the posterior. Items 2i and 2i + 1 are image i and its mirror image; item i is image i
+- `moments` (2C, h, w): the posterior's mean and log variance. Items 2i and 2i + 1 are image i and its mirror image; item i is image i
   where mirror images were not extracted (text).
 - `labels` (), int64, where images have classes.
 - `text` (T, C): the features of every caption. `captions` (), int64, one more than there are items: item i has the captions
@@ -22,7 +22,7 @@ from uvit_fast.diffusion.noise import Draws
 
 
 class Latents(Dataset):
-    """Posterior moments; `finish` samples the posterior afresh: z = scale_factor * (mean + std * eps).
+    """Posteriors; `finish` draws from them afresh: z = scale_factor * (mean + std * eps).
 
     Args:
         path: the folder.
@@ -48,14 +48,14 @@ class Latents(Dataset):
                 f"{self.folder}: extracted for scale_factor {extracted_for}; latent.scale_factor {scale_factor} is used",
                 stacklevel=2,
             )
-        self.moments = self._array("moments", dims=3)
-        if not len(self) or self.moments.shape[0] % 2:
+        self.posterior = self._array("moments", dims=3)
+        if not len(self) or self.posterior.shape[0] % 2:
             raise UserError(
-                f"{self.folder}: expected moments of mean and logvar, got {len(self)} items of {self.moments.shape}"
+                f"{self.folder}: expected posteriors, mean and logvar, got {len(self)} items of {self.posterior.shape}"
             )
         has_labels = "labels" in self.manifest["arrays"]
         self.labels = self._array("labels", dims=0, length=len(self)).all() if has_labels else None
-        self.shape = (self.moments.shape[0] // 2, *self.moments.shape[1:])
+        self.shape = (self.posterior.shape[0] // 2, *self.posterior.shape[1:])
         self.classes = tuple(self.manifest.get("classes") or ()) if has_labels else ()
         self.encoders = {role: self.manifest.get(role) for role in ("vae", "text_encoder")}
         found = 0 if self.labels is None else int(self.labels.max()) + 1
@@ -65,20 +65,20 @@ class Latents(Dataset):
         if self.faults and not skip_damaged:
             raise UserError(f"{self._damage()}; data.unreadable=skip would leave these out")
         self._place: np.ndarray | None = None
-        self._leave_out(self.moments.lost)
+        self._leave_out(self.posterior.lost)
 
     def __len__(self) -> int:
-        return len(self.moments)
+        return len(self.posterior)
 
     def raw(self, items: list[tuple[int, int]]) -> Batch:
         index = [i for i, _ in self._placed(items)]
-        raw = {"moments": torch.from_numpy(self.moments.take(index))}
+        raw = {"posterior": torch.from_numpy(self.posterior.take(index))}
         if self.labels is not None:
             raw["y"] = torch.from_numpy(self.labels[index])
         return raw
 
     def finish(self, raw: Batch, draws: Draws) -> Batch:
-        mean, logvar = raw.pop("moments").float().chunk(2, dim=1)  # (B, C, h, w) each
+        mean, logvar = raw.pop("posterior").float().chunk(2, dim=1)  # (B, C, h, w) each
         std = (0.5 * logvar.clamp(-30, 20)).exp()
         eps = draws.randn(*mean.shape)
         return {**raw, "x": self.scale_factor * (mean + std * eps)}
@@ -129,7 +129,7 @@ class TextLatents(Latents):
         if self.captions[0] != 0 or self.captions[-1] != len(self.text) or (np.diff(self.captions) < 1).any():
             raise UserError(f"{self.folder}: captions: expected every image to have some among {len(self.text)}")
         before = np.concatenate([[0], np.cumsum(self.text.lost)])[self.captions]  # lost features before each image's
-        self._leave_out(self.moments.lost | (before[1:] > before[:-1]))
+        self._leave_out(self.posterior.lost | (before[1:] > before[:-1]))
 
     def raw(self, items: list[tuple[int, int]]) -> Batch:
         items, picks = self._placed(items), []
