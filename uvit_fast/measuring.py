@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -221,8 +222,17 @@ def training_evaluation(cfg: Config, known: Provenance) -> Callable[[UViT, int],
         how.features, real, name, (how.inception, False), device, reference.default_cache()
     )
 
+    size = cfg.model.img_size
+    if decode:
+        with torch.inference_mode():  # 8 x 8 latents, to see how many pixels one is
+            size *= decode(torch.zeros(1, cfg.model.in_chans, 8, 8, device=device)).shape[2] // 8
+    figures.require_size((size, size), cfg.name, statistics)
+
     def measure(model: UViT, step: int) -> dict[str, float]:
         samples = drawn_images(model, cfg, how.samples, f"step {step}", decode)
-        return figures.evaluate(samples, statistics, extractor, progress=False)["metrics"]
+        result = figures.evaluate(samples, statistics, extractor, progress=False)
+        for text in result["warnings"]:
+            warnings.warn(text.replace(samples.name, "the samples"), stacklevel=1)  # the same at every step: said once
+        return result["metrics"]
 
     return measure

@@ -11,10 +11,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from tests.data.photographs import JPEG
+from tests.evaluation.test_features import MeanColours, npz_of, reference_of
 from tests.evaluation.test_inception import random_state
 from uvit_fast import build_model, cli, load_config, measuring
+from uvit_fast.config import UserError
 from uvit_fast.evaluation import inception
-from uvit_fast.provenance import Provenance
+from uvit_fast.provenance import UNKNOWN, Provenance
 
 DIGITS = "configs/digits.yaml"
 
@@ -131,6 +133,26 @@ def test_drawn_samples_are_not_mixed_with_others_and_figures_are_not_lost(
     with pytest.raises(SystemExit):
         run(*common, "--seed", -1)
     assert "--seed: expected a whole number from 0" in capsys.readouterr().err
+
+
+def test_a_runs_own_evaluation_warns_and_refuses_a_reference_of_another_size_before_it_trains(tmp_path, monkeypatch):
+    """Not after the first `evaluate.every` steps."""
+    cfg = load_config(DIGITS, ["evaluate.every=5", "evaluate.samples=20", "model.embed_dim=32", "model.depth=2"])
+    statistics = {"mu": np.zeros(3), "sigma": np.eye(3)}
+    for size, words in (
+        (16, "images of 8 x 8 pixels, but .* has 16 x 16"),
+        (None, "does not say what size its images"),
+    ):
+        path = npz_of(tmp_path / "x.npz", **statistics, **({"size": [size, size]} if size else {}))
+        found = MeanColours(), reference_of(path, tmp_path)
+        monkeypatch.setattr(measuring, "yardstick", lambda *args, found=found: found)
+        if size:
+            with pytest.raises(UserError, match=words):
+                measuring.training_evaluation(cfg, UNKNOWN)
+        else:
+            measure = measuring.training_evaluation(cfg, UNKNOWN)
+            with pytest.warns(UserWarning, match=f"{words}.*; the samples have 8 x 8"):
+                assert measure(build_model(cfg), 5).keys() == {"fid", "is"}
 
 
 def test_samples_that_are_nan_are_refused(run, checkpoint, capsys):

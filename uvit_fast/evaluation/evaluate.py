@@ -122,18 +122,25 @@ def _why_not_adms(count: int) -> str:
     )
 
 
+def require_size(size: tuple[int, int], name: str, reference: Reference) -> None:
+    """Refuse images of another (height, width) than the reference's, where that is known.
+
+    Raises:
+        UserError: they differ.
+    """
+    if reference.size not in (None, size):
+        raise UserError(
+            f"{name}: images of {size[1]} x {size[0]} pixels, but {reference.name} has "
+            f"{reference.size[1]} x {reference.size[0]}: the figures would measure the resizing; resample one of them"
+        )
+
+
 def _of_size(images: Images, reference: Reference) -> Images:
     """The same images, of which the first of another size than the reference's is an error: before hours are spent."""
 
     def read(parts: list[range]) -> Iterator[np.ndarray]:
         for array in images.read(parts):
-            height, width = array.shape[1:3]
-            if reference.size not in (None, (height, width)):
-                raise UserError(
-                    f"{images.name}: images of {width} x {height} pixels, but {reference.name} has "
-                    f"{reference.size[1]} x {reference.size[0]}: the figures would measure the resizing; "
-                    "resample one of them"
-                )
+            require_size(array.shape[1:3], images.name, reference)
             yield array
 
     return replace(images, read=read)
