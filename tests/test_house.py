@@ -94,3 +94,10 @@ def test_import_asks_cuda_nothing():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "fine", done.stderr
+
+
+def test_moments_are_adamws():
+    """LayerNorm has sums and statistics, FID statistics, the VAE a posterior, whose stored array keeps its name."""
+    for room in ("kernels", "uvit_fast/evaluation", "uvit_fast/model", "uvit_fast/diffusion"):
+        for file in (ROOT / room).rglob("*.py"):
+            assert "moment" not in file.read_text().lower(), file

@@ -27,7 +27,7 @@ class Latents(Dataset):
     Args:
         path: the folder.
         scale_factor: 0.18215 for Stable Diffusion's autoencoder on ImageNet, 0.23010 on COCO.
-        skip_damaged: where a shard of moments or text is missing, truncated or has a wrong checksum, warn with its name and the number of
+        skip_damaged: where a shard of `moments` or text is missing, truncated or has a wrong checksum, warn with its name and the number of
             its items, and let others, drawn once, take their place.
 
     Raises:

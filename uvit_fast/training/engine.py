@@ -289,7 +289,7 @@ class Engine:
             self.zero.checkpoint_event_epilogue()  # gathers what stays gathered
 
     def moments(self) -> dict[str, Tensor]:
-        """AdamW's flat `exp_avg` and `exp_avg_sq`, laid out like `partition`; made on first use."""
+        """Return AdamW's first and second moments, flat and laid out like `partition`; made on first use."""
         state = self.adamw.state[self.partition]
         if not state:
             state["step"] = torch.zeros((), device=self.partition.device)
