@@ -1,4 +1,4 @@
-"""Attention kernels, an architecture a core: each has `forward` and `backward`."""
+"""Attention kernels, a core for each architecture, with `forward` and `backward`."""
 
 from importlib import import_module
 from types import ModuleType

@@ -61,7 +61,7 @@ def _zeros(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
 
 @triton.jit
 def _times(x, factor):
-    """x * factor: a number, or one a row (rows, 1)."""
+    """x * factor: a number, or one per row (rows, 1)."""
     y = (x[0] * factor,)
     if len(x) > 1:
         y = (y[0], x[1] * factor)

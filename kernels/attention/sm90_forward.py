@@ -1,4 +1,4 @@
-"""Attention of short sequences for sm_90 in Gluon: one CTA a head, the whole head in shared memory, two CTAs an SM.
+"""Attention of short sequences for sm_90 in Gluon: one CTA per head, the whole head in shared memory, two CTAs per SM.
 
 TMA reads q, k and v straight from packed qkv. k and v stay, blocks of queries stream past; the rows of a tail go first,
 on 16-row products, and as keys they are one more, narrow product of every block. Scores are held in base 2:
@@ -114,7 +114,7 @@ def attention_forward_kernel(
     BLOCKS: gl.constexpr,  # see `cut`
     TAIL: gl.constexpr,
     RAGGED: gl.constexpr,
-    BN: gl.constexpr,  # keys a product: 64 times a power of two that divides BLOCKS
+    BN: gl.constexpr,  # keys per product: 64 times a power of two that divides BLOCKS
 ):
     WIDE: gl.constexpr = D > 64
     ROW: gl.constexpr = row_bytes(WIDE)

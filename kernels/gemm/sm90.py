@@ -40,7 +40,7 @@ from uvit_fast.kernels.runtime.checks import ACCUMULATE
 from uvit_fast.kernels.runtime.device import multiprocessors
 from uvit_fast.kernels.runtime.launch import cdiv, descriptor
 
-ROWS, TOKENS, BK = 64, 256, 64  # features a consumer, tokens a tile, K a stage
+ROWS, TOKENS, BK = 64, 256, 64  # features per consumer, tokens per tile, K per stage
 assert TOKENS == TILE, "statistics fill whole tiles"
 assert ROWS == CHUNK, "a consumer's features are those whose sums are taken together"
 STAGES = {TOKENS: 4, 64: 8}

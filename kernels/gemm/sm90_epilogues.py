@@ -1,4 +1,4 @@
-"""What becomes of an accumulator on sm_90: a function an epilogue, made of pieces that they share.
+"""What becomes of an accumulator on sm_90: a function for each epilogue, made of shared pieces.
 
 A consumer goes through its [64 features, TOKENS] in parts of PART tokens. Each part leaves, and what it needs beside
 (the residual, GELU's h) arrives, by TMA through staging buffers of the consumer's own.
@@ -130,7 +130,7 @@ class Epilogue:
     arriving: gl.shared_memory_descriptor  # (2 ARRIVING, PART, 64): side on its way
     arrived: gl.shared_memory_descriptor  # (2 ARRIVING) barriers
     KIND: gl.constexpr  # of contract.CASES
-    LEAVING: gl.constexpr  # buffers a consumer
+    LEAVING: gl.constexpr  # buffers per consumer
     ARRIVING: gl.constexpr
     TOKENS: gl.constexpr  # of a tile
     PART: gl.constexpr
@@ -190,7 +190,7 @@ class Epilogue:
     def arrival(self, at, done, j: gl.constexpr):
         """Return part j of the side input, fp32, and its buffer; `done` tiles were before this one."""
         lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.PART, 16])
-        rounds: gl.constexpr = self.TOKENS // self.PART // self.ARRIVING  # uses of a buffer a tile
+        rounds: gl.constexpr = self.TOKENS // self.PART // self.ARRIVING  # uses of a buffer per tile
         b: gl.constexpr = at.WHO * self.ARRIVING + j % self.ARRIVING
         mbarrier.wait(self.arrived.index(b), (done * rounds + j // self.ARRIVING) & 1)
         buf = self.arriving.index(b)

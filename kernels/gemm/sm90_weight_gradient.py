@@ -27,7 +27,7 @@ from uvit_fast.kernels.runtime.device import multiprocessors
 from uvit_fast.kernels.runtime.launch import cdiv, descriptor
 from uvit_fast.kernels.runtime.reduce import totals
 
-ROWS, COLS, BK, STAGES = 64, 256, 64, 4  # rows of a tile a consumer, its columns, tokens a stage, stages
+ROWS, COLS, BK, STAGES = 64, 256, 64, 4  # a consumer's rows of a tile, its columns, tokens per stage, stages
 
 
 @aggregate

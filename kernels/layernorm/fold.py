@@ -21,7 +21,7 @@ from uvit_fast.kernels.runtime.checks import ACCUMULATE
 from uvit_fast.kernels.runtime.launch import cdiv
 
 FEATURES: tl.constexpr = tl.constexpr(CHUNK)  # whose sums were taken together
-MERGED = 32  # tokens whose statistics a program makes out of their sums
+MERGED = 32  # tokens whose statistics one program makes out of their sums
 
 
 @functools.cache

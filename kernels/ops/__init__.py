@@ -1,1 +1,1 @@
-"""The fused ops, one a file: reference, public function, autograd."""
+"""The fused ops, one per file: reference, public function, autograd."""

@@ -1,6 +1,6 @@
 """AdamW, the moving average of the weights and a copy in the network's dtype, in one pass over a rank's flat partition.
 
-36 bytes a weight, where the gradient and the copy have 2: 18 GB for 500 million.
+36 bytes per weight, where the gradient and the copy have 2: 18 GB for 500 million.
 """
 
 import torch

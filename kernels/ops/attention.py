@@ -49,7 +49,7 @@ def why_not(qkv: Tensor) -> str | None:
 def attention(qkv: Tensor) -> Tensor:
     """Run the fused op, `reference` in one kernel; its backward is two.
 
-    Saves qkv, the output and a fp32 log-sum-exp a row.
+    Saves qkv, the output and an fp32 log-sum-exp per row.
 
     Args:
         qkv: (B, L, 3, H, D), bf16 or fp16, L <= 512, D a multiple of 8 up to 128.

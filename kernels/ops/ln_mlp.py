@@ -32,7 +32,7 @@ def ln_mlp(x: Tensor, norm: Norm, fc1: Linear, fc2: Linear, sums: Tensor | None 
     """Run the fused op, `reference` in two GEMMs: LayerNorm, bias and GELU in one, bias and residual in the other.
 
     A tensor of shape (tokens, 4D) is written once, twice where a gradient is wanted: half the GELU's argument is kept
-    for the backward, which computes the value again in its place. Saves x, the fp32 statistics and that half: 5 D a
+    for the backward, which computes the value again in its place. Saves x, the fp32 statistics and that half: 5 D per
     token.
 
     Args:

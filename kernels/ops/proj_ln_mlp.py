@@ -21,7 +21,7 @@ def why_not(a: Tensor, proj: Linear, x: Tensor, norm: Norm, fc1: Linear, fc2: Li
 def proj_ln_mlp(a: Tensor, proj: Linear, x: Tensor, norm: Norm, fc1: Linear, fc2: Linear) -> tuple[Tensor, Tensor]:
     """Run `linear_residual`, then `ln_mlp`; the backward computes again what is between them.
 
-    The projection is the cheapest GEMM of a block: D values a token less for 2% of its time. Saves a, x, the fp32
+    The projection is the cheapest GEMM of a block: D values per token less for 2% of its time. Saves a, x, the fp32
     statistics and half the GELU's argument.
 
     Args:

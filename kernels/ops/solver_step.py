@@ -1,6 +1,6 @@
 """One solver update in one pass: guidance, the prediction of the data, the linear combination, the noise.
 
-Legend: B samples, N = C*H*W numbers a sample. The network's output comes as (B, ...), or with a guidance scale as
+Legend: B samples, N = C*H*W numbers per sample. The network's output comes as (B, ...), or with a guidance scale as
 (2B, ...), the conditional branch first. State and sums are fp32 whatever the network's dtype. The coefficients are read
 from the device, so that a captured graph takes new ones.
 """

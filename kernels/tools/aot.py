@@ -88,7 +88,7 @@ def resources(compiled: Any, arch: int) -> dict[str, int]:
     """What a compiled kernel takes.
 
     Returns:
-        registers a thread; spilled bytes (stores + loads); shared memory in bytes; how often each instruction of
+        registers per thread; spilled bytes (stores + loads); shared memory in bytes; how often each instruction of
         `_INSTRUCTIONS` stands in the code; `serialized_wgmma`: 1 where ptxas says that it had to serialise them.
     """
     with tempfile.TemporaryDirectory() as folder:

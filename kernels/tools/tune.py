@@ -173,7 +173,7 @@ def compact(default: dict, found: dict[str, dict[str, dict]]) -> dict[str, dict]
 
 
 def write(table: dict[str, dict], path: Path) -> None:
-    """Write a table as JSON, a case a line: "default" first, then by name."""
+    """Write a table as JSON, a case per line: "default" first, then by name."""
     names = ["default", *sorted(table.keys() - {"default"})]
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(table[name])}" for name in names)
     path.parent.mkdir(parents=True, exist_ok=True)
