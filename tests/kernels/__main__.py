@@ -10,7 +10,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 OPS = sorted(file.stem for file in (ROOT / "kernels" / "ops").glob("[a-z]*.py"))
 # Where an op is tested beside test_<op>.py, and what of those files is its own beside what bears its name.
-_LINEAR = ("tests/kernels/test_ops.py", "tests/kernels/test_contracts.py", "tests/gpu/test_ops.py"), "contract"
+_LINEAR = (
+    (
+        "tests/kernels/test_ops.py",
+        "tests/kernels/test_ln_linear.py",
+        "tests/kernels/test_contracts.py",
+        "tests/gpu/test_ops.py",
+    ),
+    "contract",
+)
 _OTHERS = {
     "adamw": (("tests/kernels/test_contracts.py", "tests/gpu/test_optimizer.py"), "contract or test_optimizer"),
     "attention": (("tests/gpu/test_attention.py",), "test_attention"),
@@ -22,7 +30,9 @@ def selected(op: str) -> list[str]:
     """Return pytest's arguments that choose the tests of an op."""
     files, words = _OTHERS.get(op, _LINEAR)
     own = f"tests/kernels/test_{op}.py"
-    return [*([own] if (ROOT / own).exists() else []), *files, "-k", f"{op} or {words}"]
+    if (ROOT / own).exists() and own not in files:
+        files = (own, *files)
+    return [*files, "-k", f"{op} or {words}"]
 
 
 def main(arguments: list[str]) -> int:

@@ -3,12 +3,19 @@
 import pytest
 import torch
 
-from tests.kernels.op_cases import arguments
+from tests.kernels.op_cases import OPS, arguments, compare
 from uvit_fast.kernels.layernorm import fold
 from uvit_fast.kernels.layers import Linear, Norm
 from uvit_fast.kernels.ops.ln_linear import ln_linear, why_not
 
 D = 128
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name, allowed", [("ln_linear", 1e-5), ("ln_mlp", 2e-4)])
+def test_a_large_mean_costs_nothing(name, allowed):
+    torch.manual_seed(0)
+    compare(*OPS[name], arguments(name, (1, 65, D), torch.float32, mean=8.0), allowed)
 
 
 @pytest.mark.interpreter

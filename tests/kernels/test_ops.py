@@ -40,13 +40,6 @@ def test_their_variants_match_the_reference(name, shape, dtype):
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("name, allowed", [("ln_linear", 1e-5), ("ln_mlp", 2e-4)])
-def test_a_large_mean_costs_nothing(name, allowed):
-    torch.manual_seed(0)
-    compare(*OPS[name], arguments(name, (1, 65, D), torch.float32, mean=8.0), allowed)
-
-
-@pytest.mark.interpreter
 def test_under_activation_checkpointing():
     torch.manual_seed(0)
     op, reference = OPS["linear_residual"]
