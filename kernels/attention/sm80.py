@@ -18,7 +18,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _load_piece(pointer, rows, L, stride, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr):
-    """Columns FIRST ... FIRST + WIDTH of some rows of one head; zero past row L and past column D."""
+    """Return columns FIRST ... FIRST + WIDTH of some rows of one head; zero past row L and past column D."""
     columns = FIRST + tl.arange(0, WIDTH)  # (WIDTH,)
     inside = (rows < L)[:, None]
     if FIRST + WIDTH > D:
@@ -28,7 +28,7 @@ def _load_piece(pointer, rows, L, stride, D: tl.constexpr, FIRST: tl.constexpr, 
 
 @triton.jit
 def _load(pointer, rows, L, stride, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """Rows of one head, in pieces."""
+    """Load rows of one head, in pieces."""
     x = (_load_piece(pointer, rows, L, stride, D, 0, D0),)
     if D1 > 0:
         x = (x[0], _load_piece(pointer, rows, L, stride, D, D0, D1))
@@ -44,7 +44,7 @@ def _store_piece(pointer, value, rows, L, stride, D: tl.constexpr, FIRST: tl.con
 
 @triton.jit
 def _store(pointer, x, rows, L, stride, D: tl.constexpr):
-    """Rows of one head, in pieces; what lies past row L or column D is dropped."""
+    """Store rows of one head, in pieces; what lies past row L or column D is dropped."""
     _store_piece(pointer, x[0], rows, L, stride, D, 0)
     if len(x) > 1:
         _store_piece(pointer, x[1], rows, L, stride, D, x[0].shape[1])
@@ -52,7 +52,7 @@ def _store(pointer, x, rows, L, stride, D: tl.constexpr):
 
 @triton.jit
 def _zeros(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """Sums of rows, in pieces."""
+    """Return sums of rows at zero, in pieces."""
     x = (tl.zeros([ROWS, D0], tl.float32),)
     if D1 > 0:
         x = (x[0], tl.zeros([ROWS, D1], tl.float32))
@@ -61,7 +61,7 @@ def _zeros(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
 
 @triton.jit
 def _times(x, factor):
-    """x * factor: a number, or one per row (rows, 1)."""
+    """Return x * factor: a number, or one per row (rows, 1)."""
     y = (x[0] * factor,)
     if len(x) > 1:
         y = (y[0], x[1] * factor)
@@ -70,7 +70,7 @@ def _times(x, factor):
 
 @triton.jit
 def _row_sums(x, y):
-    """sum over d of x * y in fp32: (rows,)."""
+    """Return the sum over d of x * y in fp32: (rows,)."""
     total = tl.sum(x[0].to(tl.float32) * y[0].to(tl.float32), 1)
     if len(x) > 1:
         total += tl.sum(x[1].to(tl.float32) * y[1].to(tl.float32), 1)
@@ -79,7 +79,7 @@ def _row_sums(x, y):
 
 @triton.jit
 def _rows_by_rows(x, y):
-    """x y^T: x (M, D), y (N, D) in pieces -> (M, N) fp32."""
+    """Return x y^T: x (M, D), y (N, D) in pieces -> (M, N) fp32."""
     s = tl.zeros([x[0].shape[0], y[0].shape[0]], tl.float32)
     s = tl.dot(x[0], tl.trans(y[0]), s, input_precision="ieee")
     if len(x) > 1:
@@ -89,7 +89,7 @@ def _rows_by_rows(x, y):
 
 @triton.jit
 def _accumulate(p, y, a):
-    """a + p y: p (M, N) scores in y's dtype, y (N, D), a (M, D) fp32, both in pieces."""
+    """Return a + p y: p (M, N) scores in y's dtype, y (N, D), a (M, D) fp32, both in pieces."""
     b = (tl.dot(p, y[0], a[0], input_precision="ieee"),)
     if len(y) > 1:
         b = (b[0], tl.dot(p, y[1], a[1], input_precision="ieee"))
@@ -262,7 +262,7 @@ def launches(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, delta: Tensor,
 
 
 def forward(qkv: Tensor) -> tuple[Tensor, Tensor]:
-    """qkv (B, L, 3, H, D), contiguous -> out (B, L, H*D), lse (B, H, L) fp32 in base 2."""
+    """Return out (B, L, H*D) and lse (B, H, L), fp32 in base 2, of qkv (B, L, 3, H, D), contiguous."""
     B, L, _, H, D = qkv.shape
     out = qkv.new_empty(B, L, H * D)
     lse = qkv.new_empty(B, H, L, dtype=torch.float32)

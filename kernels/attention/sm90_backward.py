@@ -53,12 +53,12 @@ class Statistics:
 
     @gluon.jit
     def block(self, i):
-        """Of Heads, a block."""
+        """Return a block of what are Heads."""
         return Statistics(self.lse.blocks.index(i), self.delta.blocks.index(i))
 
     @gluon.jit
     def tail(self):
-        """Of Heads, the tail."""
+        """Return the tail of what are Heads."""
         return Statistics(self.lse.tail, self.delta.tail)
 
 
@@ -73,7 +73,7 @@ class Workspace:
 
     @gluon.jit
     def load_stay(self, source):
-        """All rows of `source`, a Pair of Global, asynchronously."""
+        """Load all rows of `source`, a Pair of Global, asynchronously."""
         rows: gl.constexpr = self.stay.qk.blocks.main.shape[0] * 64 + (16 if self.stay.qk.tail is not None else 0)
         mbarrier.expect(self.all_in, 2 * rows * row_bytes(self.stream.qk.rest is not None))
         self.stay.qk.load(source.qk, self.all_in)
@@ -81,14 +81,14 @@ class Workspace:
 
     @gluon.jit
     def load_next(self, source, row, wanted=True):
-        """The 64 rows from `row` on of `source`, a Pair of Global, asynchronously."""
+        """Load the 64 rows from `row` on of `source`, a Pair of Global, asynchronously."""
         mbarrier.expect(self.next_in, 128 * row_bytes(self.stream.qk.rest is not None), pred=wanted)
         source.qk.load(row, self.stream.qk, self.next_in, wanted)
         source.vo.load(row, self.stream.vo, self.next_in, wanted)
 
     @gluon.jit
     def take_tail(self, source):
-        """The tail's rows, streamed in, as a Pair of Registers; the first block follows, all that stays is in."""
+        """Return the tail's rows, streamed in, as a Pair of Registers; start the first block, await all that stays."""
         x = Pair(self.stream.qk.cut(16).index(0), self.stream.vo.cut(16).index(0)).to_registers(LEFT_SMALL)
         barrier()
         self.load_next(source, 0)
@@ -108,14 +108,14 @@ def _workspace(dtype: gl.constexpr, BLOCKS: gl.constexpr, TAIL: gl.constexpr, WI
 
 @gluon.jit
 def _across(x, below):
-    """x (N,) in shared memory as a row (1, N) above another tensor (rows, N)."""
+    """Return x (N,), in shared memory, as a row (1, N) above another tensor (rows, N)."""
     layout: gl.constexpr = gl.SliceLayout(0, below.type.layout)
     return gl.expand_dims(x.load(layout), 0)
 
 
 @gluon.jit
 def _dq_step(x, y, known, first, L, scale, dq, MASKED: gl.constexpr):
-    """dq (64, D), None at first, and what N keys give, in flight.
+    """Return dq (64, D), None at first, with what N keys add to it, in flight.
 
     x = q, dout in Registers and y = k, v Shared are Pairs; `known` is of the queries, in registers.
     """
@@ -141,7 +141,7 @@ def _dq_step(x, y, known, first, L, scale, dq, MASKED: gl.constexpr):
 
 @gluon.jit
 def _dkv_step(x, y, known, scale, grads):
-    """The Pair of dk and dv (64, D), None at first, and what N queries give, in flight.
+    """Return the Pair of dk and dv (64, D), None at first, with what N queries add to it, in flight.
 
     x = k, v in Registers and y = q, dout Shared are Pairs; `known` is of the queries, in shared memory.
     """
@@ -169,7 +169,7 @@ def _dkv_step(x, y, known, scale, grads):
 
 @gluon.jit
 def _tail_dq_step(x, y, known, first, L, scale, dq):
-    """`_dq_step` for the queries of the tail, dq (16, D)."""
+    """Do `_dq_step` for the queries of the tail, dq (16, D)."""
     dtype: gl.constexpr = y.qk.main.dtype
     s = tail_rows_by_rows(x.qk, y.qk)
     dp = tail_rows_by_rows(x.vo, y.vo)
@@ -179,7 +179,7 @@ def _tail_dq_step(x, y, known, first, L, scale, dq):
 
 @gluon.jit
 def _tail_dkv_step(x, y, known, scale, grads):
-    """`_dkv_step` for the keys of the tail, each gradient (16, D)."""
+    """Do `_dkv_step` for the keys of the tail, each gradient (16, D)."""
     dtype: gl.constexpr = y.qk.main.dtype
     s = tail_rows_by_rows(x.qk, y.qk)
     dp = tail_rows_by_rows(x.vo, y.vo)
@@ -208,7 +208,7 @@ def _tail_dkv(x, queries, known, scale, BLOCKS: gl.constexpr):
 
 @gluon.jit
 def _keep(pointer, L, other, BLOCKS: gl.constexpr, TAIL: gl.constexpr):
-    """lse or delta of all queries in shared memory: a Head."""
+    """Return lse or delta of all queries in shared memory, as a Head."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     blocks = gl.allocate_shared_memory(gl.float32, [BLOCKS, 64], flat)
@@ -223,7 +223,7 @@ def _keep(pointer, L, other, BLOCKS: gl.constexpr, TAIL: gl.constexpr):
 
 @gluon.jit
 def _out_rows(out, first, L, stride, ROWS: gl.constexpr, D: gl.constexpr):
-    """Rows of the forward's output as int32, a pair of values each: single ones would take twice the registers."""
+    """Return rows of the forward's output as int32, pairs of values: single ones would take twice the registers."""
     wide: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
     narrow: gl.constexpr = gl.BlockedLayout([1, 4], [16, 2], [4, 1], [1, 0])
     rows = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, wide))
@@ -241,7 +241,7 @@ def _out_rows(out, first, L, stride, ROWS: gl.constexpr, D: gl.constexpr):
 
 @gluon.jit
 def _dot_pairs(x, y, SWIZZLE: gl.constexpr, layout: gl.constexpr):
-    """Row sums of x * y: x (ROWS, N) int32, pairs as of `_out_rows`; y (64, 2N) in shared memory, swizzled so."""
+    """Return row sums of x * y: x (ROWS, N) int32, pairs of `_out_rows`; y (64, 2N) in shared memory, swizzled so."""
     dtype: gl.constexpr = y.dtype
     shape: gl.constexpr = [64 // x.shape[0], x.shape[0], x.shape[1]]
     y = y._reinterpret(gl.int32, shape, gl.NVMMASharedLayout(SWIZZLE, 32, 2)).index(0).load(x.type.layout)
@@ -253,7 +253,7 @@ def _dot_pairs(x, y, SWIZZLE: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def _delta(out, dout, layout: gl.constexpr):
-    """delta (ROWS,) = sum over d of dout * out: out as `_out_rows` gave it, dout Shared (64, D)."""
+    """Return delta (ROWS,), the sum over d of dout * out: out of `_out_rows`, dout Shared (64, D)."""
     delta = _dot_pairs(out.main, dout.main, 128, layout)
     if dout.rest is not None:
         delta += _dot_pairs(out.rest, dout.rest, 32, layout)
@@ -283,7 +283,7 @@ def attention_dq_kernel(
     TAIL: gl.constexpr,
     RAGGED: gl.constexpr,
 ):
-    """dq and delta."""
+    """Write dq and delta."""
     START: gl.constexpr = BLOCKS * 64 if TAIL else 0  # the tail goes first
     BEFORE: gl.constexpr = 1 if TAIL else 0  # what has streamed past before block 0
     PAIRS: gl.constexpr = H * D // 2  # of a row of out
@@ -366,7 +366,7 @@ def attention_dkv_kernel(
     TAIL: gl.constexpr,
     RAGGED: gl.constexpr,
 ):
-    """dk and dv."""
+    """Write dk and dv."""
     START: gl.constexpr = BLOCKS * 64 if TAIL else 0  # the tail goes first
     BEFORE: gl.constexpr = 1 if TAIL else 0  # what has streamed past before block 0
     space = _workspace(qkv.dtype, BLOCKS, TAIL, D > 64)

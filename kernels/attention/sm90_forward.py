@@ -68,7 +68,7 @@ class Attended:
 
 @gluon.jit
 def _tail_attend(x, y, via, first, L, scale, seen, MASKED: gl.constexpr):
-    """`seen` by the tail's queries, x (16, D) Registers, and N keys and values more; `via` (64, 64) passes p on."""
+    """Return `seen` by the tail's queries, x (16, D) Registers, after N more keys; `via` (64, 64) passes p on."""
     N: gl.constexpr = y.qk.main.shape[0]
     s = tail_rows_by_rows(x, y.qk) * scale
     if MASKED:
@@ -86,7 +86,7 @@ def _tail_attend(x, y, via, first, L, scale, seen, MASKED: gl.constexpr):
 
 @gluon.jit
 def _attend_whole_tail(x, keys, via, L, scale):
-    """All that the queries of the tail see: x (16, D) Registers, keys a Pair of Heads."""
+    """Return all that the queries of the tail see: x (16, D) Registers, keys a Pair of Heads."""
     row: gl.constexpr = gl.SliceLayout(1, SMALL)
     blocks: gl.constexpr = keys.qk.blocks.main.shape[0]
     end: gl.constexpr = blocks * keys.qk.blocks.main.shape[1]
@@ -227,7 +227,7 @@ def launches(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, delta: Tensor,
 
 
 def forward(qkv: Tensor) -> tuple[Tensor, Tensor]:
-    """qkv (B, L, 3, H, D), contiguous -> out (B, L, H*D), lse (B, H, L) fp32 in base 2."""
+    """Return out (B, L, H*D) and lse (B, H, L), fp32 in base 2, of qkv (B, L, 3, H, D), contiguous."""
     B, L, _, H, D = qkv.shape
     out = qkv.new_empty(B, L, H * D)
     lse = qkv.new_empty(B, H, L, dtype=torch.float32)

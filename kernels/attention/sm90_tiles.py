@@ -42,19 +42,19 @@ class Registers:
 
     @gluon.jit
     def scaled(self, factor):
-        """self * factor, a number."""
+        """Return self * factor, a number."""
         return Registers(self.main * factor, None if self.rest is None else self.rest * factor)
 
     @gluon.jit
     def scaled_rows(self, factor):
-        """self * factor (rows,), one for each row, in any layout."""
+        """Return self * factor (rows,), one for each row, in any layout."""
         return Registers(
             self.main * down(factor, self.main), None if self.rest is None else self.rest * down(factor, self.rest)
         )
 
     @gluon.jit
     def settled(self):
-        """self, when every product in flight has come in."""
+        """Return self, when every product in flight has come in."""
         if self.rest is None:
             done = Registers(warpgroup_mma_wait(0, deps=(self.main,)), None)
         else:
@@ -72,12 +72,12 @@ class Shared:
 
     @gluon.jit
     def index(self, i):
-        """A block (rows, D)."""
+        """Return a block (rows, D)."""
         return Shared(self.main.index(i), None if self.rest is None else self.rest.index(i))
 
     @gluon.jit
     def cut(self, ROWS: gl.constexpr):
-        """The same rows as blocks of ROWS."""
+        """Return the same rows as blocks of ROWS."""
         blocks: gl.constexpr = self.main.numel // (64 * ROWS)
         main = self.main._reinterpret(self.main.dtype, [blocks, ROWS, 64], SWIZZLE_128)
         rest = self.rest
@@ -87,7 +87,7 @@ class Shared:
 
     @gluon.jit
     def to_registers(self, layout: gl.constexpr):
-        """A block as left operands."""
+        """Return a block as left operands."""
         return Registers(self.main.load(layout), None if self.rest is None else self.rest.load(layout))
 
 
@@ -100,7 +100,7 @@ class Head:
 
     @gluon.jit
     def load(self, source, bar):
-        """All rows of `source`, Global, asynchronously."""
+        """Load all rows of `source`, Global, asynchronously."""
         BLOCKS: gl.constexpr = self.blocks.main.shape[0]
         for i in gl.static_range(BLOCKS):
             source.load(i * 64, self.blocks.index(i), bar)
@@ -109,7 +109,7 @@ class Head:
 
     @gluon.jit
     def cut(self, ROWS: gl.constexpr):
-        """The same rows, the blocks of ROWS."""
+        """Return the same rows, the blocks of ROWS."""
         return Head(self.blocks.cut(ROWS), self.tail)
 
 
@@ -122,7 +122,7 @@ class Boxes:
 
     @gluon.jit
     def load(self, b, row, group, to, bar, wanted=True):
-        """Rows from `row` on into Shared, asynchronously; TMA fills what lies past L or D with zeros."""
+        """Load rows from `row` on into Shared, asynchronously; TMA fills what lies past L or D with zeros."""
         buf = to.main._reinterpret(self.main.dtype, self.main.block_type.shape, self.main.layout)
         tma.async_copy_global_to_shared(self.main, [b, row, group, 0], bar, buf, wanted)
         if self.rest is not None:
@@ -141,12 +141,12 @@ class Global:
 
     @gluon.jit
     def load(self, row, to, bar, wanted=True):
-        """64 rows into Shared, asynchronously."""
+        """Load 64 rows into Shared, asynchronously."""
         self.blocks.load(self.b, row, self.group, to, bar, wanted)
 
     @gluon.jit
     def store(self, row, value, via):
-        """64 rows from Registers through Shared, asynchronously; TMA drops what lies past L or D."""
+        """Store 64 rows from Registers through Shared, asynchronously; TMA drops what lies past L or D."""
         main, rest = self.blocks.main, self.blocks.rest
         via.main.store(value.main.to(main.dtype))
         if rest is not None:
@@ -168,12 +168,12 @@ class Pair:
 
     @gluon.jit
     def block(self, i):
-        """Of Heads, a block."""
+        """Return a block of what are Heads."""
         return Pair(self.qk.blocks.index(i), self.vo.blocks.index(i))
 
     @gluon.jit
     def tail(self):
-        """Of Heads, the tail."""
+        """Return the tail of what are Heads."""
         return Pair(self.qk.tail, self.vo.tail)
 
     @gluon.jit
@@ -187,7 +187,7 @@ class Pair:
 
 @gluon.jit
 def shared_rows(dtype: gl.constexpr, rows: gl.constexpr, WIDE: gl.constexpr):
-    """New Shared memory for `rows`: [64], or [blocks, 64]."""
+    """Return new Shared memory for `rows`: [64], or [blocks, 64]."""
     main = gl.allocate_shared_memory(dtype, rows + [64], SWIZZLE_128)
     rest = None
     if WIDE:
@@ -197,7 +197,7 @@ def shared_rows(dtype: gl.constexpr, rows: gl.constexpr, WIDE: gl.constexpr):
 
 @gluon.jit
 def shared_head(dtype: gl.constexpr, BLOCKS: gl.constexpr, TAIL: gl.constexpr, WIDE: gl.constexpr):
-    """New shared memory for a Head."""
+    """Return new shared memory for a Head."""
     blocks = shared_rows(dtype, [BLOCKS, 64], WIDE)
     tail = None
     if TAIL:
@@ -207,7 +207,7 @@ def shared_head(dtype: gl.constexpr, BLOCKS: gl.constexpr, TAIL: gl.constexpr, W
 
 @gluon.jit
 def zeros(WIDE: gl.constexpr):
-    """Sums of a block of 64 rows."""
+    """Return sums of a block of 64 rows, at zero."""
     rest = None
     if WIDE:
         rest = gl.zeros([64, 16], gl.float32, MMA_16)
@@ -216,14 +216,14 @@ def zeros(WIDE: gl.constexpr):
 
 @gluon.jit
 def down(x, beside):
-    """x (rows,), in any layout, as a column (rows, 1) beside another tensor (rows, N)."""
+    """Return x (rows,), in any layout, as a column (rows, 1) beside another tensor (rows, N)."""
     layout: gl.constexpr = gl.SliceLayout(1, beside.type.layout)
     return gl.expand_dims(gl.convert_layout(x, layout), 1)
 
 
 @gluon.jit
 def masked(x, first, L, other):
-    """x (rows, N), about N keys from `first` on, with `other` for those past L."""
+    """Return x (rows, N), about N keys from `first` on, with `other` for those past L."""
     N: gl.constexpr = x.shape[1]
     keys = first + gl.arange(0, N, layout=gl.SliceLayout(0, x.type.layout))
     return gl.where(gl.expand_dims(keys < L, 0), x, other)
@@ -231,14 +231,14 @@ def masked(x, first, L, other):
 
 @gluon.jit
 def statistic(pointer, first, L, other, N: gl.constexpr, layout: gl.constexpr):
-    """lse or delta of N rows; past row L infinite and 0: a padded query weighs nothing."""
+    """Load lse or delta of N rows; past row L infinite and 0: a padded query weighs nothing."""
     at = first + gl.arange(0, N, layout=layout)
     return gl.load(pointer + at, mask=at < L, other=other)
 
 
 @gluon.jit
 def rows_by_rows(x, y):
-    """x y^T, asynchronous: x (64, D) Registers or Shared, y (N, D) Shared -> (64, N) fp32."""
+    """Start x y^T and return it in flight: x (64, D) Registers or Shared, y (N, D) Shared -> (64, N) fp32."""
     N: gl.constexpr = y.main.shape[0]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     s = gl.zeros([64, N], gl.float32, layout)
@@ -250,13 +250,13 @@ def rows_by_rows(x, y):
 
 @gluon.jit
 def left(p, dtype: gl.constexpr, layout: gl.constexpr = LEFT):
-    """Scores p (64, N), or (16, N) in LEFT_SMALL, as the next product's left operand: the same registers, halved."""
+    """Return p (64, N), or (16, N) in LEFT_SMALL, as the next product's left operand: the same registers, halved."""
     return gl.convert_layout(p.to(dtype), layout)
 
 
 @gluon.jit
 def accumulate(p, y, a):
-    """a + p y, or p y where a is None, asynchronous: p (64, N) a left operand, y (N, D) Shared, a (64, D) Registers."""
+    """Start a + p y, or p y where a is None, and return it: p (64, N) from `left`, y (N, D) Shared, a (64, D)."""
     old: gl.constexpr = a is not None
     if not old:
         a = zeros(y.rest is not None)
@@ -269,7 +269,7 @@ def accumulate(p, y, a):
 
 @gluon.jit
 def tail_zeros(WIDE: gl.constexpr):
-    """Sums of the 16 rows of a tail."""
+    """Return sums of the 16 rows of a tail, at zero."""
     rest = None
     if WIDE:
         rest = gl.zeros([16, 16], gl.float32, SMALL)
@@ -278,7 +278,7 @@ def tail_zeros(WIDE: gl.constexpr):
 
 @gluon.jit
 def tail_rows_by_rows(x, y):
-    """x y^T: x (16, D) Registers, y (N, D) Shared -> (16, N) fp32."""
+    """Return x y^T: x (16, D) Registers, y (N, D) Shared -> (16, N) fp32."""
     N: gl.constexpr = y.main.shape[0]
     s = gl.zeros([16, N], gl.float32, SMALL)
     s = mma_v2(x.main, y.main.permute([1, 0]).load(RIGHT_SMALL), s)
@@ -289,7 +289,7 @@ def tail_rows_by_rows(x, y):
 
 @gluon.jit
 def tail_accumulate(p, y, a, shrink=None):
-    """a + p y, a's rows times `shrink` (16,) first: p (16, N) a left operand, y (N, D) Shared, a (16, D) Registers."""
+    """Return a + p y, a's rows times `shrink` (16,) first: p (16, N) from `left`, y (N, D) Shared, a (16, D)."""
     main = mma_v2(p, y.main.load(RIGHT_SMALL), a.main if shrink is None else a.main * down(shrink, a.main))
     rest = None
     if y.rest is not None:
@@ -299,7 +299,7 @@ def tail_accumulate(p, y, a, shrink=None):
 
 @gluon.jit
 def tail_store(pointer, value, first, L, stride, D: gl.constexpr):
-    """The rows of a tail (16, D) straight to global memory: at most 16."""
+    """Store the rows of a tail (16, D) straight to global memory: at most 16."""
     rows = first + gl.arange(0, 16, layout=gl.SliceLayout(1, SMALL))
     columns = gl.arange(0, 64, layout=gl.SliceLayout(0, SMALL))
     at = pointer + gl.expand_dims(rows, 1) * stride
@@ -330,7 +330,7 @@ def cut(L: int) -> dict[str, int | bool]:
 
 
 def boxes(t: Tensor, D: int, rows: int | None) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
-    """`Boxes` of so many rows of a contiguous t (B, L, ..., D), as a kernel's arguments; none for no rows."""
+    """Return `Boxes` of so many rows of a contiguous t (B, L, ..., D), as a kernel's arguments; none for no rows."""
     if not rows:
         return None, None
     t = t.view(t.shape[0], t.shape[1], -1, D)
