@@ -1,4 +1,4 @@
-"""The guide has the roofline of the committed results and ten minutes of text; the kernels keep to 120 columns."""
+"""The guide has the roofline of the committed results, the log its verdicts, newest first; all keep to 120 columns."""
 
 import csv
 import re
@@ -69,6 +69,14 @@ def test_every_op_of_a_block_is_in_it_both_ways():
 def test_it_is_short():
     lines = GUIDE.splitlines()
     assert len(lines) <= 200 and max(map(len, lines)) <= 120
+
+
+def test_the_log_is_newest_first_with_a_verdict_in_each_heading():
+    log = (ROOT / "kernels" / "LOG.md").read_text()
+    headings = re.findall(r"^## (.*)$", log, re.MULTILINE)
+    dates = [re.fullmatch(r"(\d{4}-\d\d-\d\d) · [^:]+: .+", heading)[1] for heading in headings]
+    assert dates == sorted(dates, reverse=True)
+    assert max(map(len, log.splitlines())) <= 120
 
 
 def test_no_line_of_the_kernels_is_long_or_kept_from_the_formatter():
