@@ -107,7 +107,7 @@ def of_classes(images: Images, labels: np.ndarray, names: Provenance, only: list
         name=f"{images.name}, {shown(map(known.name, only))}",
         count=len(rows),
         read=lambda parts: images.read([rows[part.start : part.stop] for part in parts]),
-        identity=lambda: f"{images.identity()} {sorted(wanted)}",
+        identity=lambda: f"{images.identity()} {rows}",  # labels may move while the images stay
     )
 
 
@@ -229,7 +229,7 @@ def training_evaluation(cfg: Config, known: Provenance) -> Callable[[UViT, int],
     figures.require_size((size, size), cfg.name, statistics)
 
     def measure(model: UViT, step: int) -> dict[str, float]:
-        samples = drawn_images(model, cfg, how.samples, f"step {step}", decode)
+        samples = drawn_images(model, cfg, how.samples, f"step {step}", decode, known=known)
         result = figures.evaluate(samples, statistics, extractor, progress=False)
         for text in result["warnings"]:
             warnings.warn(text.replace(samples.name, "the samples"), stacklevel=1)  # the same at every step: said once

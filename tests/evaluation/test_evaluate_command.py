@@ -16,6 +16,7 @@ from tests.evaluation.test_inception import random_state
 from uvit_fast import build_model, cli, load_config, measuring
 from uvit_fast.config import UserError
 from uvit_fast.evaluation import inception
+from uvit_fast.evaluation.sources import Images
 from uvit_fast.provenance import UNKNOWN, Provenance
 
 DIGITS = "configs/digits.yaml"
@@ -153,6 +154,32 @@ def test_a_runs_own_evaluation_warns_and_refuses_a_reference_of_another_size_bef
             measure = measuring.training_evaluation(cfg, UNKNOWN)
             with pytest.warns(UserWarning, match=f"{words}.*; the samples have 8 x 8"):
                 assert measure(build_model(cfg), 5).keys() == {"fid", "is"}
+
+
+def test_a_runs_own_evaluation_draws_the_classes_that_the_model_saw(tmp_path, monkeypatch):
+    """Of the ten that the model has room for, the data had two."""
+    cfg = load_config(DIGITS, ["evaluate.every=5", "evaluate.samples=20", "model.embed_dim=32", "model.depth=2"])
+    found = MeanColours(), reference_of(npz_of(tmp_path / "x.npz", mu=np.zeros(3), sigma=np.eye(3)), tmp_path)
+    monkeypatch.setattr(measuring, "yardstick", lambda *args: found)
+    sample, drawn = measuring.sampling.sample, set()
+
+    def seen(*args, labels, **options):
+        drawn.update(labels.tolist())
+        return sample(*args, labels=labels, **options)
+
+    monkeypatch.setattr(measuring.sampling, "sample", seen)
+    measuring.training_evaluation(cfg, Provenance(("ant", "bee")))(build_model(cfg), 5)
+    assert drawn == {0, 1}
+
+
+def test_statistics_of_classes_are_not_taken_for_those_of_other_images():
+    """Where folders change their images' labels and not the images or their order."""
+    images = Images("x", 3, lambda parts: iter(()), lambda: "the same")
+    names = Provenance(("ant", "bee"))
+    before, after = (
+        measuring.of_classes(images, np.array(labels), names, [0], names) for labels in ([0, 0, 1], [0, 1, 1])
+    )
+    assert (before.count, after.count) == (2, 1) and before.identity() != after.identity()
 
 
 def test_samples_that_are_nan_are_refused(run, checkpoint, capsys):

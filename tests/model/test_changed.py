@@ -180,6 +180,25 @@ def test_other_attention_and_mlps_and_norms_take_their_places():
     assert model(*INPUTS).shape == (2, 3, 8, 8)
 
 
+class Scaled(nn.Module):
+    """Wraps a block as its caller sees it: (x, skip) -> (B, L, D)."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x, skip=None):
+        return self.block(x, skip) * 1.5
+
+
+@pytest.mark.parametrize("name", ["in_blocks.0", "mid_block", "out_blocks.1"])
+def test_a_wrapped_block_is_called_as_a_block(name):
+    hooked, wrapped = network(), network()
+    hooked.get_submodule(name).register_forward_hook(lambda module, args, out: out * 1.5)
+    exchange(wrapped, name, Scaled)
+    assert torch.equal(wrapped(*INPUTS), hooked(*INPUTS))
+
+
 def test_where_fused_kernels_are_insisted_on_a_change_is_refused():
     model = network(kernels="fused")
     model.mid_block.attn.qkv.register_forward_hook(lambda *_: None)

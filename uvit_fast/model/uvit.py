@@ -169,8 +169,8 @@ class Block(nn.Module):
 
 
 def _through(block: Block, x: Tensor, skip: Tensor | None, sums: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """A block's result with its sums, where no hook may change it: (B, L, D)."""
-    if hooked(block) or hooked_everywhere():
+    """A block's result with its sums, where no hook or wrapper may change it: (B, L, D)."""
+    if not isinstance(block, Block) or hooked(block) or hooked_everywhere():
         return block(x, skip), None
     return block(x, skip, sums, hand_on=True)
 
