@@ -18,6 +18,11 @@ NUMBERED = Provenance(("0", "2", "1", "10"))  # folders, as somebody might name 
         (ANIMALS, "2,0,ant", [2, 0, 0]),
         (ANIMALS, "ant,tench, Tinca tinca,bee", [0, 1, 2]),  # names hold commas, as ImageNet's do
         (ANIMALS, " bee , u\u0308ber,火车", [2, 3, 4]),  # accents as macOS writes them
+        (
+            Provenance(("e\u0301", "\u00e9")),
+            "\u00e9,e\u0301",
+            [1, 0],
+        ),  # two folders on a file system that tells them apart
         (Provenance(), "3, 7", [3, 7]),
         (NUMBERED, "0,10", [0, 3]),  # the same as the label, and no label at all
         (NUMBERED, "label:1,name:1", [1, 2]),

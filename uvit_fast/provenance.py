@@ -107,6 +107,8 @@ class Provenance:
         return labels
 
     def _find(self, name: str) -> int | None:
+        if name in self.classes:  # two may differ by how their accents are encoded alone
+            return self.classes.index(name)
         wanted = _folded(name)
         return next((label for label, each in enumerate(self.classes) if _folded(each) == wanted), None)
 

@@ -74,7 +74,17 @@ def test_classes_go_by_their_names(tmp_path):
     assert torch.equal(a, b) and torch.equal(a, c)
     with pytest.raises(ValueError, match="none is called 'zerro'; did you mean zero"):
         pipe(class_labels=["zerro"])
+    with pytest.raises(ValueError, match=r"class_labels: expected labels from 0 to 2, got \[3\]"):  # of ten rows
+        pipe(class_labels=3)
     assert pipe.config.id2label["1"] == "one"
+
+
+def test_nan_or_infinity_is_an_error_and_no_black_image():
+    pipe = latent_pipeline()
+    pipe.model.decoder_pred.bias.data[0] = torch.nan
+    for output_type in ("pil", "latent"):
+        with pytest.raises(ValueError, match="hold NaN or infinity"):
+            pipe(class_labels=[3], num_inference_steps=1, output_type=output_type)
 
 
 def test_diffusers_own_class_loads_a_folder_where_it_is_trusted_and_ours_runs_no_code_of_it(tmp_path, monkeypatch):

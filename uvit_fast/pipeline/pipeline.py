@@ -26,7 +26,7 @@ from uvit_fast.diffusion.cudagraph import GraphSampler
 from uvit_fast.diffusion.guidance import ALWAYS, Guidance
 from uvit_fast.model.uvit import UViT
 from uvit_fast.provenance import Provenance
-from uvit_fast.sampling import decoder
+from uvit_fast.sampling import check_finite, decoder
 
 from . import schedulers
 from .calls import INSTEAD, StepEnd, is_text, new_keys, of_each, whole
@@ -76,7 +76,7 @@ class UViTPipeline(DiffusionPipeline):
         scale_factor: float = 0.18215,
         null_label: int | None = None,
         guidance_scale: float = 1.0,
-        id2label: dict[int, str] | None = None,
+        id2label: dict[int, str] | dict[str, str] | None = None,
         schedule: str | None = None,
         encoders: dict[str, dict[str, str]] | None = None,
     ):
@@ -329,6 +329,7 @@ class UViTPipeline(DiffusionPipeline):
         if wants == "class_labels":
             several = isinstance(class_labels, Sequence | Tensor | np.ndarray) and np.ndim(class_labels)
             classes = net.num_classes - (self.config.null_label is not None)
+            classes = min(classes, len(self.class_names) or classes)  # those that the model saw
             each = class_labels if several else [class_labels]
             labels = [self._known.label(v) if isinstance(v, str) else whole("class_labels", v, least=0) for v in each]
             if not labels or not all(label < classes for label in labels):
@@ -386,9 +387,10 @@ class UViTPipeline(DiffusionPipeline):
 
     def _output(self, x_0: Tensor, output_type: str) -> Any:
         if output_type == "latent":
-            return x_0
+            return check_finite(x_0, "the samples")
         if self.vae is not None:
             x_0 = decoder(self.vae, self.config.scale_factor)(x_0)
+        check_finite(x_0, "the images")
         images = (x_0.float() / 2 + 0.5).clamp(0, 1)  # (B, C, H, W)
         if output_type == "pt":
             return images
