@@ -118,6 +118,8 @@ def test_overrides_win_over_the_file_and_its_base():
         ("name=../up", ["name", "expected a folder's name, without /", "'../up'"]),
         ('data.path="a\\0b"', ["data", "path: expected text without the character 0"]),
         ("data.path=" + "a" * 300, ["data.path", "expected a path that a file system can hold, got 300 characters"]),
+        ("train.warmup_steps=yes", ["train.warmup_steps: expected a number, got true"]),
+        ("train.betas=!!set {0.9, 0.99}", ["train.betas: expected a list in brackets"]),  # a set has no order
         ("model.num_classes=1", ["model.num_classes 1 with train.p_uncond leaves no class"]),
     ],
 )

@@ -204,6 +204,9 @@ def test_an_index_and_torchs_own_loader_get_what_the_network_takes(name, tmp_pat
     assert batch.keys() == item.keys() and all(batch[key].shape == (4, *item[key].shape) for key in item)
     expected = dataset.finish(dataset.__getitems__([(i, 0) for i in range(4)]), Draws(torch.default_generator))
     assert all(torch.equal(batch[key], expected[key]) for key in item)
+    for odd in (slice(0, 2), "0", None):
+        with pytest.raises(TypeError, match="expected an index, got"):
+            dataset[odd]
     with pytest.raises(IndexError, match=f"expected an index below {len(dataset)}"):
         dataset[len(dataset)]
 

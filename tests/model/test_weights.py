@@ -139,6 +139,11 @@ def test_weights_that_are_no_numbers_are_refused(value):
     state["norm.weight"][3] = value
     with pytest.raises(UserError, match=r"1 of \d+ tensors are with NaN or infinity \(norm.weight\)"):
         load_weights(tiny(), state)
-    state["norm.weight"] = torch.ones(32, dtype=torch.int8)
-    with pytest.raises(UserError, match="of whole numbers"):
-        load_weights(tiny(), state)
+    for odd, what in (
+        (torch.ones(32, dtype=torch.int8), "of whole or complex numbers"),
+        (torch.ones(32, dtype=torch.complex64), "of whole or complex numbers"),
+        (torch.ones(32).to_sparse(), "without values"),
+        (torch.ones(32, device="meta"), "without values"),
+    ):
+        with pytest.raises(UserError, match=f"1 of .* tensors are {what}"):
+            load_weights(tiny(), {**state, "norm.weight": odd})

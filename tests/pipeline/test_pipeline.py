@@ -93,7 +93,10 @@ def test_diffusers_own_class_loads_a_folder_where_it_is_trusted_and_ours_runs_no
     pipe.save_pretrained(folder)
     with pytest.raises(ValueError, match="Pass `trust_remote_code=True`"):
         DiffusionPipeline.from_pretrained(folder)
+    said = []
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.logger.warning", said.append)
     again = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    assert said == []  # as of an argument's type
     again.set_progress_bar_config(disable=True)
     assert type(again) is UViTPipeline
     assert torch.equal(*(p(3, generator=seeded(), output_type="pt").images for p in (pipe, again)))

@@ -11,6 +11,7 @@ A dataset has a length and three more things (`Dataset` adds what torch's own Da
 
 import gzip
 import math
+import operator
 import os
 import pickle
 import random
@@ -66,6 +67,12 @@ class Dataset(torch.utils.data.Dataset):
         return [{name: value[n] for name, value in batch.items()} for n in range(len(items))]
 
     def __getitem__(self, index: int) -> Batch:
+        try:
+            index = operator.index(index)
+        except TypeError:
+            raise TypeError(
+                f"expected an index, got {cut(repr(index))}; torch.utils.data.Subset takes several"
+            ) from None
         if not -len(self) <= index < len(self):
             raise IndexError(f"expected an index below {len(self)}, got {index}")
         return self.__getitems__([index % len(self)])[0]

@@ -93,17 +93,21 @@ def load_weights(model: UViT, state: dict[str, Tensor], source: str = "checkpoin
             if keys
         ]
         raise UserError(f"{source} is of another architecture than the config: keys {', '.join(parts)}")
-    for what, wrong in (
-        ("of whole numbers", [key for key in ours if state[key].is_floating_point() < ours[key].is_floating_point()]),
-        ("with NaN or infinity", [key for key in ours if not state[key].isfinite().all()]),
+    for what, is_wrong, expected in (
+        ("without values of their own (sparse or meta)", _has_no_values, "dense ones, of a model that was not on meta"),
+        ("of whole or complex numbers", lambda t: not t.is_floating_point(), "real ones, as before a quantisation"),
+        ("with NaN or infinity", lambda t: not t.isfinite().all(), "those from before the training diverged"),
     ):
-        if wrong:
+        if wrong := [key for key in ours if is_wrong(state[key])]:
             raise UserError(
-                f"{source}: {len(wrong)} of {len(ours)} tensors are {what} ({_some(wrong)}); expected numbers to compute with, as in "
-                "a checkpoint from before the training diverged"
+                f"{source}: {len(wrong)} of {len(ours)} tensors are {what} ({_some(wrong)}); expected {expected}"
             )
     model.load_state_dict(state)
     return model
+
+
+def _has_no_values(tensor: Tensor) -> bool:
+    return tensor.is_meta or tensor.layout is not torch.strided
 
 
 def _prefix(state: dict[str, Tensor], ours: dict[str, Tensor]) -> str:

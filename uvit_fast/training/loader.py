@@ -103,6 +103,11 @@ def batches(
         )
     )
     processes = loader._workers if num_workers else []
+    if (
+        processes
+    ):  # else torch's handler of SIGCHLD raises in the midst of a step; waiting for a batch finds a dead one too
+        signal_handling._remove_worker_pids(id(loader))
+        loader._worker_pids_set = False
     try:
         for _ in range(len(order)):
             raw = _next(loader, [process.pid for process in processes], overdue)
@@ -110,8 +115,6 @@ def batches(
     except Stalled:  # in the midst of a batch, neither they nor the thread that reads from them would end
         if processes:
             loader._shutdown = True
-            signal_handling._remove_worker_pids(id(loader))  # their end is no failure
-            loader._worker_pids_set = False
         for process in processes:
             process.kill()
         raise
