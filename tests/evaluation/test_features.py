@@ -272,6 +272,15 @@ def test_what_makes_samples_and_reference_incomparable_is_said(samples, real, wo
     assert len(found) == bool(words) and all(re.search(words, w) and "distances" in w for w in found)
 
 
+@pytest.mark.parametrize(
+    ("suffix", "options", "share"),
+    [("tif", {}, 0), ("tif", {"compression": "jpeg"}, 1), ("jp2", {}, 0), ("jp2", {"irreversible": True}, 1)],
+)
+def test_formats_that_store_with_loss_or_without_are_told_apart(suffix, options, share, tmp_path):
+    Image.fromarray(pictures(1)[0]).resize((32, 32)).save(tmp_path / f"x.{suffix}", **options)
+    assert open_images(tmp_path).lossy == share
+
+
 def test_the_classifier_knows_digits_and_its_distance_tells_good_samples_from_bad(tmp_path):
     pixels, labels = load_digits(return_X_y=True)
     images = np.round(pixels.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)

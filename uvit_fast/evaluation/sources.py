@@ -108,14 +108,17 @@ def lossy_share(paths: list[Path], size: int | None = None) -> float:
 
 
 def _is_lossy(path: Path, size: int | None) -> bool:
-    """JPEG, GIF's few colours, AVIF, and WebP without its lossless chunk."""
+    """JPEG, also within TIFF, GIF's few colours, AVIF, JPEG 2000 of real numbers, and WebP without its lossless chunk."""
     try:
         with open(path, "rb") as file:
             head = file.read(4096)
-        if size is not None:
-            with Image.open(path) as image:
-                if min(image.size) > size:
-                    return False
+        with Image.open(path) as image:
+            if size is not None and min(image.size) > size:
+                return False
+            if image.format == "TIFF" and image.info.get("compression") in ("jpeg", "tiff_jpeg", "webp"):
+                return True
+            if image.format == "JPEG2000":  # the last byte of its coding style (COD): 0 for the wavelet that rounds
+                return head[head.index(b"\xff\x52") + 13] == 0
     except Exception:  # whoever reads the pixels says what is wrong with them
         return False
     webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
