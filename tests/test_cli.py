@@ -465,7 +465,10 @@ def test_two_processes_finish_what_one_began(checkpoint, tmp_path, monkeypatch):
         (["sample", "--config", "x" * 5000], "expected a config file (File name too long)"),
         (["evaluate", "--samples", "x.npz", "--reference", DIGITS], "--samples x.npz: no such file or folder"),
         (["evaluate", "--samples", DIGITS, "--reference", "x.npz"], "--reference x.npz: no such file or folder"),
-        (["sample", "--config", DIGITS, "--checkpoint", "configs"], "configs: no EMA weights"),
+        (
+            ["sample", "--config", DIGITS, "--checkpoint", "configs"],
+            "configs: no EMA weights, but ablations, custom.yaml, ",
+        ),
         (["demo", "--run-dir", "configs"], "configs: no run"),
     ],
 )
@@ -536,6 +539,7 @@ def test_numbers_below_one_are_refused_by_the_parser(capsys):
                 "example: uvit-fast sample --checkpoint",
             ],
         ),
+        (["info", "x"], 2, ["usage: uvit-fast info", "x: expected no such argument", "example: uvit-fast info"]),
         (["data", "check", "--folder", "x"], 2, ["usage: uvit-fast data check", "--folder: no such option"]),
         (["sample", "--checkpoint", "x.pth", "--out", "x"], 2, ["x.pth: no such file or folder"]),
         (["sample", "--checkpoint", DIGITS, "--out", "x", "--config", DIGITS, "--set", "trian.lr=1"], 2, ["'train'"]),

@@ -87,7 +87,10 @@ def find_weights(checkpoint: str | Path) -> Path:
     if found and not file.is_file():
         raise UserError(f"{found[0]}: expected ema.safetensors, as training writes it; got none")
     if not found and checkpoints.step_of(path) is None and not file.is_file():
-        raise UserError(f"{path}: no EMA weights; expected checkpoints/step_*/ema.safetensors, which train.py writes")
+        held = shown(sorted(file.name for file in path.iterdir())) or "nothing"
+        raise UserError(
+            f"{path}: no EMA weights, but {held}; expected checkpoints/step_*/ema.safetensors, which train.py writes, or one file of weights"
+        )
     return file if found else _named(file)
 
 

@@ -34,7 +34,10 @@ class Parser(argparse.ArgumentParser):
             if re.match(r"--?[a-zA-Z]", text) and not any(option.startswith(name) for option in known):
                 near = difflib.get_close_matches(name, known, n=1)
                 self.error(f"{cut(name)}: no such option" + (f"; did you mean {near[0]}?" if near else ""))
-        return super().parse_known_args(args, namespace)
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:
+            self.error(f"{cut(rest[0])}: expected no such argument")
+        return found, rest
 
     def error(self, message: str) -> None:
         self.print_usage(sys.stderr)
