@@ -121,7 +121,8 @@ class Block(nn.Module):
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             x, sums = self.compute(x, skip, sums)
         else:
-            x, sums = recomputed(self.compute, self.checkpointing, self.hidden, x, skip, sums)
+            # Without the sums, which would be kept as its inputs are: 1/16 of x for a pass over it.
+            x, sums = recomputed(self.compute, self.checkpointing, self.hidden, x, skip, None)
         return (x, sums) if hand_on else x
 
     def compute(self, x: Tensor, skip: Tensor | None, sums: Tensor | None) -> tuple[Tensor, Tensor | None]:
