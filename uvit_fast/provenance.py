@@ -16,6 +16,7 @@ from typing import Any
 
 from uvit_fast.config import UserError
 from uvit_fast.files import write_whole
+from uvit_fast.text import printable
 
 RUN_FILE = "data.json"  # in the folder of a run; beside a .pth x.data.json
 
@@ -193,10 +194,7 @@ def describe_encoder(who: dict[str, str]) -> str:
 def shown(names: Iterable[str], most: int = 10, kind: str = "in all") -> str:
     """Names on one line, printable whatever a folder's name holds, the first ones of many."""
     names = list(names)
-    clean = [
-        "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name) for name in names[:most]
-    ]
-    return ", ".join(clean) + (f", ... {len(names)} {kind}" if len(names) > most else "")
+    return ", ".join(map(printable, names[:most])) + (f", ... {len(names)} {kind}" if len(names) > most else "")
 
 
 def _folded(name: str) -> str:

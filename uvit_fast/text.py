@@ -20,6 +20,11 @@ def cut(text: str) -> str:
     return text if len(text) <= CUT else text[: CUT - 1] + "…"
 
 
+def printable(text: str) -> str:
+    """Text on one line that any terminal prints: bytes that are not UTF-8 and control characters are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class _Brief(reprlib.Repr):
     def repr_int(self, x: int, level: int) -> str:
         return repr(x) if x.bit_length() < 300 else f"an integer of {x.bit_length()} bits"

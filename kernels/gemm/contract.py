@@ -1,5 +1,6 @@
 """What every GEMM core offers, and what the cores share: the epilogues' names, GELU's constants, where results go."""
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -51,9 +52,10 @@ def results(epilogue: str, x: Tensor, N: int, side: Tensor | None, overwrite: bo
     return out, new() if epilogue == "gelu_save" else out
 
 
-class Core:
+class Core(ABC):
     """An architecture's GEMM. All results are accumulated in fp32 and of the input's dtype."""
 
+    @abstractmethod
     def product(
         self,
         epilogue: str,
@@ -74,7 +76,6 @@ class Core:
             x, x2, stats, overwrite, sums: as in `linear`.
             side: (M, N): the residual, or GELU's h.
         """
-        raise NotImplementedError
 
     def linear(
         self,

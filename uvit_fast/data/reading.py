@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 from uvit_fast.config import UserError
 from uvit_fast.data import damage
+from uvit_fast.text import printable
 
 # What Pillow decodes itself. EPS, which it hands to Ghostscript, and what it only identifies are not pictures here.
 FORMATS = {
@@ -277,7 +278,7 @@ def in_order(paths: Iterable[str]) -> list[str]:
 
 def shown(name: str) -> str:
     """A file's name on one line that any terminal prints: bytes that are not UTF-8 and control characters are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    return printable(name)
 
 
 def _some(paths: list[str]) -> str:
