@@ -54,6 +54,8 @@ class Peer(NamedTuple):
 class Results:
     """Medians by (question, case, provider, metric); what was not measured is None.
 
+    A case that several devices ran is the last one's alone: a ratio of two devices would compare the devices.
+
     Args:
         folder: of the CSV files; files that are not there are empty.
     """
@@ -63,7 +65,9 @@ class Results:
         self.rows: dict[str, list[dict[str, str]]] = {}
         for path in sorted(self.folder.glob("*.csv")):
             with open(path, newline="") as file:
-                self.rows[path.stem] = list(csv.DictReader(file))
+                rows = list(csv.DictReader(file))
+            last = {row["case"]: row["device"] for row in sorted(rows, key=lambda row: row["date"])}
+            self.rows[path.stem] = [row for row in rows if row["device"] == last[row["case"]]]
 
     def value(self, question: str, case: str, provider: str, metric: str) -> float | None:
         for row in self.rows.get(question, []):

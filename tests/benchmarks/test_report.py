@@ -100,6 +100,24 @@ def test_the_best_peer_is_named_whether_ours_is_ahead_or_not(tmp_path):
     assert row[:9] == ["H:128:none", "–", "500", "750", "600", "0.80× torchao-fp8", "30.0", "–", "1.50× compiled"]
 
 
+def test_a_ratio_is_of_one_device(tmp_path):
+    """The last one that ran the case; another case may be another device's."""
+    older = {"date": "2026-01-01", "device": "H100", "metric": "time", "unit": "ms"}
+    newer = older | {"date": "2026-01-02", "device": "H200"}
+    rows = [newer | {"case": "a", "provider": "ours", "p50": 1.0}, newer | {"case": "a", "provider": "eager", "p50": 3}]
+    rows += [
+        older | {"case": "a", "provider": "compiled", "p50": 0.5},
+        older | {"case": "b", "provider": "ours", "p50": 7.0},
+    ]
+    with open(tmp_path / "ops.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="0")
+        writer.writeheader()
+        writer.writerows(rows)
+    found = Results(tmp_path)
+    assert found.peer("ops", "a", "time") == ("eager", 3.0, 3.0)
+    assert found.value("ops", "b", "ours", "time") == 7.0
+
+
 def test_few_images_and_plain_calls_stand_beside_their_best_peer(tmp_path):
     rows = [
         ("H:8:nocfg:latent", "ours", "time", 18.0),
