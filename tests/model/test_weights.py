@@ -1,8 +1,10 @@
 """Published checkpoints load unchanged, and what does not fit is named."""
 
 import argparse
+import contextlib
 import os
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -84,29 +86,88 @@ class RunsCode:
         return os.mkdir, (os.environ["PROOF"],)
 
 
-def wrapped(**content) -> dict:
-    return {"model": tiny().state_dict(), **content}
+def numbered(value: float, **also) -> dict:
+    """A network's state dict that can be told from others by its `norm.bias`."""
+    state = tiny(num_classes=3).state_dict()
+    return {**state, "norm.bias": torch.full_like(state["norm.bias"], value), **also}
+
+
+def before(prefix: str, state: dict) -> dict:
+    return {prefix + key: value for key, value in state.items()}
+
+
+MOMENTS = {"state": {0: {"exp_avg": torch.zeros(2), "step": torch.zeros(())}}, "param_groups": [{"lr": 1.0}]}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"model": numbered(7)}, "holds model; the weights taken are model"),
+        ({"state_dict": numbered(1), "ema": numbered(7), "step": 3}, "holds state_dict; ema; step; the weights taken are ema"),
+        ({"args": argparse.Namespace(lr=1), "opt": MOMENTS, "model": numbered(1), "ema": numbered(7)}, "args; opt; .* ema"),  # DiT's
+        ({"ema": {0.999: before("uvit.", numbered(1)), 0.9999: before("uvit.", numbered(7))}}, "ema.0.9999"),  # DC-AE's trainer
+        ({"model": {"net": numbered(1), "ema_net": before("module.", numbered(7)), "n": 3}}, "are model.ema_net"),
+        ({"optimizer": {"exp_avg": numbered(1)}, "weights": numbered(7)}, "holds optimizer; weights; .* are weights"),
+        ({**numbered(7), "epoch": 3}, "the weights taken are what is not within another"),
+    ],
+)  # fmt: skip
+def test_checkpoints_as_others_save_them_are_taken_and_described(tmp_path, content, said):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.warns(UserWarning, match=said):
+        state = read_weights(tmp_path / "x.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of prefixes, the next test's
+        assert load_weights(tiny(num_classes=3), state).norm.bias[0] == 7
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        (before("module.", numbered(7)), "x.pth: names begin with 'module.', which is dropped$"),
+        (before("_orig_mod.", numbered(7)), None),
+        (before("0.", numbered(7)), "names begin with '0.'"),
+        (
+            before("module._orig_mod.", numbered(7)) | {"n_averaged": torch.ones(1)},
+            "what else there is .n_averaged. is left out",
+        ),
+        (before("model.", numbered(1)) | before("model_ema.", numbered(7)), "begin with 'model_ema.'.*model.pos_embed"),
+        (numbered(7) | before("teacher.", numbered(1)), None),
+        ({key.replace("in_blocks.0.", "in_blocks.0._orig_mod."): value for key, value in numbered(7).items()}, None),
+    ],
+)
+def test_prefixes_that_wrappers_leave_are_dropped_and_named(state, said):
+    model = tiny(num_classes=3)
+    if "teacher.norm.bias" in state:  # nothing says which was meant, but that the names alone are ours
+        with pytest.raises(UserError, match="extra .teacher"):
+            load_weights(model, state)
+        return
+    with pytest.warns(UserWarning, match=said) if said else contextlib.nullcontext():
+        assert load_weights(model, state, "x.pth").norm.bias[0] == 7
+
+
+def test_dc_aes_checkpoint_beside_its_autoencoder_loads(tmp_path):
+    """DCAE_Diffusion_HF: one file of `autoencoder.` and `diffusion_model.`, whose label table is a module's."""
+    state = before("diffusion_model.", numbered(7))
+    state["diffusion_model.label_emb.embedding_table.weight"] = state.pop("diffusion_model.label_emb.weight")
+    save_file(state | {"autoencoder.norm.weight": torch.ones(3)}, tmp_path / "model.safetensors")
+    model = tiny(num_classes=3)
+    with pytest.warns(UserWarning, match="'diffusion_model.', .*what else there is .autoencoder.norm.weight. is left"):
+        load_weights(model, read_weights(tmp_path / "model.safetensors"))
+    assert model.norm.bias[0] == 7
+    assert torch.equal(model.label_emb.weight, state["diffusion_model.label_emb.embedding_table.weight"])
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (
-            lambda: wrapped(ema=tiny().state_dict(), step=3),
-            "holds model, ema, step; expected the weights alone, as .*True.*'ema'",
-        ),
-        (lambda: wrapped(args=argparse.Namespace(lr=1)), "holds model, args; .*weights_only=False.*'model'"),  # DiT's
-        (
-            lambda: {"optimizer": {"state": {}}, "step": 1},
-            "expected a state dict of tensors, got a dict of optimizer, step",
-        ),
+        (lambda: {"optimizer": MOMENTS, "step": 1}, "expected a state dict of tensors, got a dict of optimizer; step"),
         (dict, "expected a state dict of tensors, got a dict of nothing"),
         (lambda: [torch.zeros(1)], "expected a state dict of tensors, got list"),
         (tiny, "holds uvit_fast.model.uvit.UViT, a Python object that is not loaded since it could run code"),
-        (lambda: wrapped(more=RunsCode()), "holds posix.mkdir, a Python object"),
+        (lambda: {"model": numbered(7), "more": RunsCode()}, "holds posix.mkdir, a Python object"),
     ],
 )
-def test_checkpoints_as_others_save_them_are_described(tmp_path, content, words, monkeypatch):
+def test_what_holds_no_weights_or_could_run_code_is_refused(tmp_path, content, words, monkeypatch):
     """What the file holds and what to do; nothing in it is run, whichever way it was written."""
     monkeypatch.setenv("PROOF", str(tmp_path / "ran"))
     for zipped in (True, False):
@@ -123,13 +184,6 @@ def test_a_bare_pickle_is_not_run(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="expected a state dict"):
         read_weights(tmp_path / "x.pth")
     assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "state.net."])
-def test_the_prefix_of_a_wrapped_model_is_named(prefix):
-    state = {prefix + key: value for key, value in tiny().state_dict().items()}
-    with pytest.raises(UserError, match=f"x.pth: its keys begin with '{prefix}'"):
-        load_weights(tiny(), {**state, "n_averaged": torch.zeros(1)}, "x.pth")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])

@@ -31,12 +31,14 @@ def run(args: argparse.Namespace) -> None:
 
     from uvit_fast import build_model, sampling
     from uvit_fast.data.encoders import load_clip
-    from uvit_fast.model.weights import load_weights, read_weights
+    from uvit_fast.model.weights import load_weights, published_names, read_weights
 
     source = sampling.find_weights(args.checkpoint)
     state, known = read_weights(source), sampling.provenance_of(cfg, source)
     if out.suffix == ".pth":
-        load_weights(build_model(cfg), state, source=str(source))  # refuses what does not fit
+        model = build_model(cfg)
+        state = published_names(state, model.state_dict(), str(source))
+        load_weights(model, state, str(source))  # refuses what does not fit
         write = partial(torch.save, state)
     else:
         from uvit_fast.pipeline import make_pipeline

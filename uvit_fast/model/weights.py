@@ -4,6 +4,8 @@ import argparse
 import math
 import re
 import warnings
+from collections import Counter
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -19,8 +21,10 @@ from uvit_fast.text import cut
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """A state dict from a `.pth` (loaded with weights_only, which runs no code of the file's) or `.safetensors` file, on the CPU.
 
+    Of a training checkpoint's several ones it is the weights' average, else the weights; a warning says what the file holds.
+
     Raises:
-        UserError: no such file, or one that holds something else than a state dict: what it holds, and what to do.
+        UserError: no such file, or one that holds no state dict: what it holds, and what to do.
     """
     path = Path(path)
     if not path.is_file():
@@ -30,10 +34,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             return load_file(path)
         with (
             warnings.catch_warnings(),
-            torch.serialization.safe_globals([argparse.Namespace]),
-        ):  # only to say that it is there
+            torch.serialization.safe_globals([argparse.Namespace]),  # of arguments, which training keeps beside weights
+        ):
             warnings.simplefilter("ignore")
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            tree = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise their own kinds for truncated and foreign files
         name = re.search(r"GLOBAL (\S+)", str(error))
         if name or "TorchScript" in str(error):
@@ -45,39 +49,30 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise UserError(
             f"{path}: not a readable checkpoint ({type(error).__name__}); expected a state dict as a .pth or .safetensors file"
         ) from None
-    if isinstance(state, dict) and state and all(isinstance(value, Tensor) for value in state.values()):
-        return state
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: expected a state dict of tensors, got {type(state).__name__}")
-    held = ", ".join(cut(str(key)) for key in list(state)[:8]) or "nothing"
-    within = [
-        key for key, value in state.items() if isinstance(value, dict) and any(map(torch.is_tensor, value.values()))
-    ]
-    if not within:
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a state dict of tensors, got {type(tree).__name__}")
+    if tree and all(isinstance(value, Tensor) for value in tree.values()):
+        return tree
+    found = dict(_state_dicts(tree))
+    held = _some([cut(str(key)) for key in tree], 8) or "nothing"
+    if not found:
         raise UserError(f"{path}: expected a state dict of tensors, got a dict of {held}")
-    wanted = next((key for key in within if "ema" in str(key).lower()), within[0])
-    safe = "False" if any(isinstance(value, argparse.Namespace) for value in state.values()) else "True"
-    raise UserError(
-        f"{path}: a training checkpoint, which holds {held}; expected the weights alone, as "
-        f"torch.save(torch.load({path.name!r}, 'cpu', weights_only={safe})[{wanted!r}], 'weights.pth') writes them"
-    )
+    chosen = min(found, key=_preference)
+    name = ".".join(map(str, chosen)) or "what is not within another"
+    warnings.warn(f"{path}: holds {held}; the weights taken are {cut(name)}", stacklevel=2)
+    return {key: value for key, value in found[chosen].items() if isinstance(key, str) and isinstance(value, Tensor)}
 
 
 def load_weights(model: UViT, state: dict[str, Tensor], source: str = "checkpoint") -> UViT:
-    """Load a state dict with the published names into `model`, which is returned.
+    """Load a state dict with the published names into `model`, which is returned; names as `published_names` takes them.
 
     Where only the image size differs, the patches' position embedding is interpolated, with a warning.
 
     Raises:
-        UserError: keys that are missing, extra or of the wrong shape, all of which are named, or that have a prefix; NaN or infinity.
+        UserError: keys that are missing, extra or of the wrong shape, all of which are named; NaN or infinity.
     """
-    state = dict(state)
     ours = model.state_dict()
-    if prefix := _prefix(state, ours):
-        raise UserError(
-            f"{source}: its keys begin with {prefix!r}, as those of a wrapped model do; expected them without: "
-            f"{{key.removeprefix({prefix!r}): value for key, value in state.items()}}"
-        )
+    state = published_names(state, ours, source)
     if "pos_embed" in state.keys() & ours.keys() and state["pos_embed"].shape != ours["pos_embed"].shape:
         state["pos_embed"] = _resize_pos_embed(state["pos_embed"], ours["pos_embed"], model.extras)
     wrong = [
@@ -110,11 +105,58 @@ def _has_no_values(tensor: Tensor) -> bool:
     return tensor.is_meta or tensor.layout is not torch.strided
 
 
-def _prefix(state: dict[str, Tensor], ours: dict[str, Tensor]) -> str:
-    """What stands before each of our names in a state dict that has them all; "" where nothing does."""
-    first = next(iter(ours))
-    prefixes = [key.removesuffix(first) for key in state if str(key).endswith(f".{first}")]
-    return next((prefix for prefix in prefixes if all(prefix + key in state for key in ours)), "")
+def published_names(state: dict[str, Tensor], ours: Collection[str], source: str = "checkpoint") -> dict[str, Tensor]:
+    """A state dict by the published names, whoever wrapped the network: DDP, an average, `torch.compile`, FSDP, or a larger module
+    such as DC-AE's `diffusion_model.`, whose other parts are left out. A warning says what was before the names.
+
+    Args:
+        ours: the network's names.
+    """
+    renamed = {_unwrapped(key): value for key, value in state.items()}
+    state = renamed if len(renamed) == len(state) else dict(state)
+    prefix = _prefix(state, ours)
+    if not prefix:
+        return state
+    others = [key for key in state if not key.startswith(prefix)]
+    left_out = f"; what else there is ({_some(others, 2)}) is left out" if others else ""
+    warnings.warn(f"{source}: names begin with {prefix!r}, which is dropped{left_out}", stacklevel=3)
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _unwrapped(key: str) -> str:
+    """A name without what wrappers put into its midst, and DC-AE's label table by its published name."""
+    key = re.sub(r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+", r"\1", str(key))
+    return re.sub(r"(^|\.)label_emb\.embedding_table\.weight$", r"\1label_emb.weight", key)
+
+
+def _prefix(state: dict[str, Tensor], ours: Collection[str]) -> str:
+    """What stands before at least half of our names, of several an average's; "" where they stand alone or are not there."""
+    counts: Counter[str] = Counter()
+    for key in state:
+        parts = key.split(".")
+        for i in range(len(parts)):
+            if ".".join(parts[i:]) in ours:
+                counts["".join(f"{part}." for part in parts[:i])] += 1
+                break  # the longest name
+    best = max(counts, key=lambda prefix: (counts[prefix], "ema" in prefix.lower(), not prefix), default="")
+    return best if 2 * counts[best] >= len(ours) else ""
+
+
+def _state_dicts(tree: dict, at: tuple = ()) -> Iterator[tuple[tuple, dict]]:
+    """The dicts in a nested one that hold tensors by names of parameters, but for an optimizer's, with the keys that lead there."""
+    if any(isinstance(key, str) and "." in key and isinstance(value, Tensor) for key, value in tree.items()):
+        yield at, tree
+    for key, value in tree.items():
+        if isinstance(value, dict) and len(at) < 4 and not re.search("optim|^opt|exp_avg", str(key).lower()):
+            yield from _state_dicts(value, (*at, key))
+
+
+def _preference(path: tuple) -> tuple:
+    """Least for an average, of several that of the largest decay; then the weights as people call them."""
+    name = ".".join(map(str, path)).lower()
+    usual = ("ema", "shadow", "state_dict", "model", "module")
+    decay = max((key for key in path if isinstance(key, float)), default=0.0)
+    return next((i for i, word in enumerate(usual) if word in name), len(usual)), -decay
 
 
 def _some(keys: list[str], limit: int = 4) -> str:
