@@ -14,10 +14,11 @@ import time  # noqa: E402
 import warnings  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from uvit_fast import notices  # noqa: E402
 from uvit_fast.commands.arguments import Parser  # noqa: E402
-from uvit_fast.config import Config, RankError, UserError, load_config  # noqa: E402
-from uvit_fast.ranks import follow_launcher  # noqa: E402
+from uvit_fast.config import Config, load_config  # noqa: E402
+from uvit_fast.runtime import notices  # noqa: E402
+from uvit_fast.runtime.errors import RankError, UserError  # noqa: E402
+from uvit_fast.runtime.processes import follow_launcher  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,7 +51,7 @@ def train(cfg: Config, run_dir: Path, fresh: bool) -> None:
     from uvit_fast.build import build_dataset, build_model, build_schedule
     from uvit_fast.measuring import training_evaluation
     from uvit_fast.provenance import Provenance
-    from uvit_fast.sampling import training_preview
+    from uvit_fast.sampling.previews import training_preview
     from uvit_fast.training.engine import start
     from uvit_fast.training.folder import check_free, summary
     from uvit_fast.training.monitor import say

@@ -33,10 +33,10 @@ from torch import Tensor
 from benchmarks import models
 from benchmarks.common import RESULTS, Rows, measure
 from uvit_fast.build import build_sampler
-from uvit_fast.diffusion.cudagraph import GraphSampler
+from uvit_fast.data.encoders import decoder
 from uvit_fast.diffusion.guidance import Guidance
-from uvit_fast.graphs import Graphs
-from uvit_fast.sampling import decoder
+from uvit_fast.runtime.graphs import Graphs
+from uvit_fast.sampling.captured import GraphSampler
 
 SCALE, NULL, FACTOR = 0.4, 1000, 0.18215
 SIZES = "HSLM"  # the most telling first

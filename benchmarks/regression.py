@@ -21,9 +21,9 @@ import torch
 
 from benchmarks import bench_ops, models
 from uvit_fast import build_sampler
-from uvit_fast.diffusion.cudagraph import GraphSampler
 from uvit_fast.diffusion.schedules import noise_loss
 from uvit_fast.kernels.ops import attention
+from uvit_fast.sampling.captured import GraphSampler
 
 FOLDER = Path(__file__).parent / "baselines"
 LIMIT = 1.03  # times the expected time: below a loss of 5%, above what repeats differ by

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import RESULTS, Rows
-from uvit_fast.extras import install
+from uvit_fast.runtime.extras import install
 
 ROOT = Path(__file__).parent.parent
 

@@ -19,9 +19,12 @@ from tests.clip import save_clip
 from uvit_fast import build_model, cli, commands, load_config, sampling
 from uvit_fast.commands.arguments import config_of
 from uvit_fast.config import dump_config
-from uvit_fast.images import to_uint8
-from uvit_fast.jobs import Job
+from uvit_fast.data.encoders import load_text
 from uvit_fast.provenance import Provenance, read
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.sampling.images import to_uint8
+from uvit_fast.sampling.jobs import Job
+from uvit_fast.sampling.output import save_npz
 from uvit_fast.training import checkpoint as checkpoints
 
 DIGITS = "configs/digits.yaml"
@@ -113,7 +116,7 @@ def test_prompts_become_images_in_equal_shares(tmp_path):
     assert (tmp_path / "two" / "000001_a-b.png").is_file() and (tmp_path / "two" / "000002_火车-ü.png").is_file()
     drawn = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "two").glob("0*.png"))]
     assert np.array_equal(images["arr_0"], np.stack(drawn))
-    encode, null = sampling.load_text(cfg, clip, torch.device("cpu"))
+    encode, null = load_text(cfg, clip, torch.device("cpu"))
     context = encode(["a b", "a b", "火车 ü", "火车 ü"])
     (expected,) = sampling.sample(model, cfg, 4, context=context, null_context=null, steps=2, batch=4)
     assert np.abs(to_uint8(expected).astype(int) - images["arr_0"]).max() <= 1
@@ -131,7 +134,7 @@ def test_a_prompts_file_has_a_prompt_on_every_line_that_is_not_blank(tmp_path):
 
 def test_a_prompt_that_is_cut_is_said_once_with_what_is_left_out(tmp_path):
     cfg = load_config(TEXT[1], TEXT[3::2])
-    encode, _ = sampling.load_text(cfg, save_clip(tmp_path / "clip"), torch.device("cpu"))
+    encode, _ = load_text(cfg, save_clip(tmp_path / "clip"), torch.device("cpu"))
     with pytest.warns(
         UserWarning, match="'a b a b a b a b a': 11 tokens, of which the text encoder reads 8; left out: 'a b a'"
     ) as said:
@@ -142,8 +145,8 @@ def test_a_prompt_that_is_cut_is_said_once_with_what_is_left_out(tmp_path):
 
 def test_an_encoder_of_another_width_is_refused(tmp_path):
     clip = save_clip(tmp_path / "clip", tokens=6)
-    with pytest.raises(sampling.UserError, match=r"expected features \(8, 16\), got \(6, 16\)"):
-        sampling.load_text(load_config(TEXT[1], TEXT[3::2]), clip, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"expected features \(8, 16\), got \(6, 16\)"):
+        load_text(load_config(TEXT[1], TEXT[3::2]), clip, torch.device("cpu"))
 
 
 def test_guidance_keeps_to_the_configs_interval(checkpoint):
@@ -190,7 +193,7 @@ def test_an_interrupted_job_continues_without_repeating_or_losing_a_sample(check
             raise KeyboardInterrupt
         return draw(*args, **options)
 
-    monkeypatch.setattr(sampling, "sample", dies_at_the_third)
+    monkeypatch.setattr("uvit_fast.sampling.loop.sample", dies_at_the_third)
     assert sample(checkpoint, resumed, *common) == 130
     assert "sample interrupted; the same command with --resume continues\n" in capsys.readouterr().err
     assert not resumed.exists()
@@ -237,7 +240,7 @@ def test_labels_are_checked_before_the_network_sees_them(checkpoint):
         (torch.full((4,), 12), "expected labels from 0 to 9, got 12"),
         (torch.arange(3), "4 samples, got 3"),
     ):
-        with pytest.raises(sampling.UserError, match=words):
+        with pytest.raises(UserError, match=words):
             next(sampling.sample(model, cfg, 4, labels=labels))
 
 
@@ -290,7 +293,7 @@ def test_a_large_job_holds_a_part_at_a_time(tmp_path):
     job = Job(tmp_path / "out.npz", {}, 400, 2, resume=False)
     assert job.run(lambda first, last: np.full((last - first, 512, 1024, 1), first % 256, np.uint8))
     tracemalloc.start()
-    sampling.save_npz(tmp_path / "out.npz", job.images(), 400, np.arange(400))
+    save_npz(tmp_path / "out.npz", job.images(), 400, np.arange(400))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 10 << 20
@@ -365,7 +368,7 @@ def test_a_checkpoint_that_was_named_is_taken_or_refused_not_replaced(checkpoint
     link_to_nothing(newer / "ema.safetensors")
     assert sample(newer, tmp_path / "out.npz", "--num", "1", "--steps", "1") == 2
     assert "ema.safetensors: a link to nothing" in capsys.readouterr().err
-    with pytest.raises(sampling.UserError, match="these are AdamW's moments"):
+    with pytest.raises(UserError, match="these are AdamW's moments"):
         sampling.find_weights(newer / "exp_avg.safetensors")
 
 
@@ -415,7 +418,7 @@ def test_two_processes_finish_what_one_began(checkpoint, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return draw(*args, **options)
 
-    monkeypatch.setattr(sampling, "sample", dies_at_the_second)
+    monkeypatch.setattr("uvit_fast.sampling.loop.sample", dies_at_the_second)
     assert sample(checkpoint, together, *common) == 130
     part = tmp_path / "together.npz.parts" / "0000000_0000002.npy"
     kept = 255 - np.load(part)  # marked, so that a part drawn again shows

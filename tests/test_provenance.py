@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from uvit_fast.config import UserError
 from uvit_fast.provenance import Provenance, classes_difference, read, same_encoder, shown
+from uvit_fast.runtime.errors import UserError
 
 ANIMALS = Provenance(("ant", "tench, Tinca tinca", "bee", "über", "火车"))
 NUMBERED = Provenance(("0", "2", "1", "10"))  # folders, as somebody might name them

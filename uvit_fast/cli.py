@@ -7,7 +7,6 @@ import argparse
 import sys
 
 import uvit_fast
-from uvit_fast import notices
 from uvit_fast.commands import (
     bench,
     cka,
@@ -25,7 +24,8 @@ from uvit_fast.commands import (
     tune,
 )
 from uvit_fast.commands.arguments import Parser
-from uvit_fast.config import UserError
+from uvit_fast.runtime import notices
+from uvit_fast.runtime.errors import UserError
 
 COMMANDS = {
     "info": info,

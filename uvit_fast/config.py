@@ -26,17 +26,10 @@ from pydantic import (
     model_validator,
 )
 
-from uvit_fast.text import cut, parse_yaml, shown
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.text import cut, parse_yaml, shown
 
 CLIP = "openai/clip-vit-large-patch14"  # whose text features the published text models were trained on
-
-
-class UserError(ValueError):
-    """Something the user can mend. The commands print its message on one line, without a traceback, and exit with 2."""
-
-
-class RankError(UserError):
-    """One that a single rank of a job may meet, which then has to say it itself; others meet every rank alike."""
 
 
 class ConfigError(UserError):

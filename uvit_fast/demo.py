@@ -6,11 +6,15 @@ from pathlib import Path
 
 import torch
 
-from uvit_fast import sampling
 from uvit_fast.build import build_dataset
-from uvit_fast.config import UserError, load_config
+from uvit_fast.config import load_config
 from uvit_fast.evaluation.digits import class_accuracy, nearest_train_ratio
-from uvit_fast.images import save_grid, to_uint8
+from uvit_fast.runtime.device import pick_device
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.sampling.conditions import spread_labels
+from uvit_fast.sampling.images import save_grid, to_uint8
+from uvit_fast.sampling.loop import sample
+from uvit_fast.sampling.weights import load_for_sampling
 
 ACCURACY = 0.95  # share of samples that must be recognised as the class that was asked for
 RATIO = 0.5  # of the distance between neighbouring real digits of a class; below it, samples would be copies
@@ -32,11 +36,11 @@ def run(folder: Path, seed: int = 0) -> int:
     cfg = load_config(folder / "config.yaml")
     if cfg.data.name != "digits":
         raise UserError(f"{folder}: expected a run with data.name digits, got {cfg.data.name}")
-    device = sampling.pick_device(cfg.device)
-    model = sampling.load_for_sampling(cfg, folder, device)
-    labels = sampling.spread_labels(100, list(range(10)))
+    device = pick_device(cfg.device)
+    model = load_for_sampling(cfg, folder, device)
+    labels = spread_labels(100, list(range(10)))
     start = time.perf_counter()
-    samples = to_uint8(torch.cat(list(sampling.sample(model, cfg, 100, labels=labels, seed=seed, batch=100))))
+    samples = to_uint8(torch.cat(list(sample(model, cfg, 100, labels=labels, seed=seed, batch=100))))
     seconds = time.perf_counter() - start
     save_grid(samples, folder / "samples.png", columns=10, row_labels=[str(digit) for digit in range(10)])
 

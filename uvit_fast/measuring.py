@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uvit_fast import sampling
 from uvit_fast.build import build_dataset
-from uvit_fast.config import Config, UserError
+from uvit_fast.config import Config
 from uvit_fast.data import reading
-from uvit_fast.diffusion.cudagraph import GraphSampler
+from uvit_fast.data.encoders import load_decoder
 from uvit_fast.diffusion.noise import Draws
 from uvit_fast.evaluation import evaluate as figures
 from uvit_fast.evaluation import reference
@@ -24,10 +23,16 @@ from uvit_fast.evaluation.classifier import ClassifierFeatures, cached_classifie
 from uvit_fast.evaluation.features import Extractor, InceptionFeatures
 from uvit_fast.evaluation.inception import load_inception
 from uvit_fast.evaluation.sources import Images, ahead, hash_of, lossy_share, open_files, open_npz
-from uvit_fast.images import to_uint8
 from uvit_fast.model.uvit import UViT
 from uvit_fast.provenance import UNKNOWN, Provenance, shown
-from uvit_fast.ranks import ALONE, Ranks
+from uvit_fast.runtime.device import pick_device
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.processes import ALONE, Ranks
+from uvit_fast.sampling.captured import GraphSampler
+from uvit_fast.sampling.conditions import chosen_labels
+from uvit_fast.sampling.images import to_uint8
+from uvit_fast.sampling.loop import check_finite, sample
+from uvit_fast.sampling.output import sample_names, save_pngs
 
 GRID = "grid.png"  # what `uvit-fast sample` adds to a folder of samples: an overview of them
 
@@ -137,21 +142,21 @@ def drawn_images(
         raise UserError(f"evaluate: {cfg.name} takes text features, which this command cannot make; sample first")
     labels = None
     if cfg.model.num_classes:
-        classes = torch.tensor(classes or sampling.chosen_labels(None, cfg, known))
+        classes = torch.tensor(classes or chosen_labels(None, cfg, known))
         labels = classes[torch.randint(len(classes), (num,), generator=torch.Generator().manual_seed(seed))]
     cuda = next(model.parameters()).is_cuda
     graphs = GraphSampler(model, decode) if cuda else None
 
     options = {"labels": labels, "seed": seed, "graphs": graphs}
-    names = sampling.sample_names(None if labels is None else labels.tolist(), None, known)
+    names = sample_names(None if labels is None else labels.tolist(), None, known)
 
     def read(parts: list[range]) -> Iterator[np.ndarray]:
         for part in parts:
-            (x,) = sampling.sample(model, cfg, part.stop, first=part.start, batch=len(part), **options)
+            (x,) = sample(model, cfg, part.stop, first=part.start, batch=len(part), **options)
             x = decode(x) if decode and not graphs else x
-            images = to_uint8(sampling.check_finite(x, f"{name}: samples {part.start} to {part.stop - 1}"))
+            images = to_uint8(check_finite(x, f"{name}: samples {part.start} to {part.stop - 1}"))
             if folder:
-                sampling.save_pngs(folder, [images], names, part.start)
+                save_pngs(folder, [images], names, part.start)
             yield images
 
     return Images(f"{name}, seed {seed}", num, read)
@@ -212,10 +217,10 @@ def training_evaluation(cfg: Config, known: Provenance) -> Callable[[UViT, int],
     """
     if cfg.evaluate is None:
         return None
-    how, device = cfg.evaluate, sampling.pick_device(cfg.device)
+    how, device = cfg.evaluate, pick_device(cfg.device)
     if cfg.model.context_dim:
         raise UserError("evaluate: a model of text cannot be measured while it trains; leave the section out")
-    decode = sampling.load_decoder(cfg, device, known) if cfg.latent else None
+    decode = load_decoder(cfg, device, known) if cfg.latent else None
     real = how.reference or cfg
     name = how.reference or "this config"
     extractor, statistics = yardstick(

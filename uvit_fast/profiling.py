@@ -18,9 +18,9 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from uvit_fast.build import build_dataset, build_model, build_sampler, build_schedule
 from uvit_fast.config import Config
-from uvit_fast.diffusion.cudagraph import GraphSampler
 from uvit_fast.diffusion.guidance import Guidance
-from uvit_fast.sampling import pick_device
+from uvit_fast.runtime.device import pick_device
+from uvit_fast.sampling.captured import GraphSampler
 from uvit_fast.training.trainer import Trainer
 
 WARM_UP = 3  # steps before the profiled ones: compilation, autotuning, the optimizer's state

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from uvit_fast.config import UserError
-from uvit_fast.files import write_whole
-from uvit_fast.text import printable
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.files import write_whole
+from uvit_fast.runtime.text import printable
 
 RUN_FILE = "data.json"  # in the folder of a run; beside a .pth x.data.json
 

@@ -5,8 +5,8 @@ import json
 import pytest
 from PIL import Image
 
-from uvit_fast.config import UserError
 from uvit_fast.data.captions import list_captioned
+from uvit_fast.runtime.errors import UserError
 
 
 @pytest.fixture

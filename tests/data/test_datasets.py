@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 from uvit_fast.build import build_dataset
-from uvit_fast.config import UserError, load_config
+from uvit_fast.config import load_config
 from uvit_fast.data.datasets import center_crop, random_flip, square_crop
 from uvit_fast.data.shards import pack
 from uvit_fast.diffusion.noise import Draws
+from uvit_fast.runtime.errors import UserError
 
 DIGITS, CIFAR, CELEBA, IMAGENET = (f"configs/{n}.yaml" for n in ("digits", "s2_cifar10", "s4_celeba64", "l4_64"))
 

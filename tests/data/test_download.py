@@ -5,8 +5,8 @@ import tarfile
 
 import pytest
 
-from uvit_fast.config import UserError
 from uvit_fast.data.download import download_cifar10
+from uvit_fast.runtime.errors import UserError
 
 
 def test_cifar10_is_checked_unpacked_and_fetched_once(tmp_path):

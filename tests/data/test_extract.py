@@ -21,11 +21,12 @@ from tests.training import tiny
 from tests.training.test_command import ROOT, call
 from uvit_fast.build import build_dataset
 from uvit_fast.cli import main
-from uvit_fast.config import UserError, load_config
+from uvit_fast.config import load_config
 from uvit_fast.data import extract, shards
 from uvit_fast.data.datasets import center_crop
+from uvit_fast.data.encoders import load_autoencoder
 from uvit_fast.data.reading import list_images
-from uvit_fast.sampling import load_autoencoder
+from uvit_fast.runtime.errors import UserError
 
 # h2_256's recipe with a small model, on 64 pixels: 8 x 8 latents.
 SMALL = [

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from uvit_fast.config import UserError
 from uvit_fast.data.encoders import load_pretrained
+from uvit_fast.runtime.errors import UserError
 
 
 def loader(cached):

@@ -5,9 +5,9 @@ import os
 import pytest
 from PIL import Image
 
-from uvit_fast.config import UserError
 from uvit_fast.data.datasets import ImageFolder
 from uvit_fast.data.reading import list_images, read_image
+from uvit_fast.runtime.errors import UserError
 
 
 def add(*files):

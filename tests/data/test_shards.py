@@ -9,9 +9,9 @@ import time
 import numpy as np
 import pytest
 
-from uvit_fast.config import UserError
 from uvit_fast.data import shards
 from uvit_fast.data.latents import Latents, TextLatents
+from uvit_fast.runtime.errors import UserError
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ from tests.data.photographs import JPEG
 from tests.evaluation.test_features import MeanColours, npz_of, reference_of
 from tests.evaluation.test_inception import random_state
 from uvit_fast import build_model, cli, load_config, measuring
-from uvit_fast.config import UserError
 from uvit_fast.evaluation import inception
 from uvit_fast.evaluation.sources import Images
 from uvit_fast.provenance import UNKNOWN, Provenance
+from uvit_fast.runtime.errors import UserError
 
 DIGITS = "configs/digits.yaml"
 
@@ -161,13 +161,13 @@ def test_a_runs_own_evaluation_draws_the_classes_that_the_model_saw(tmp_path, mo
     cfg = load_config(DIGITS, ["evaluate.every=5", "evaluate.samples=20", "model.embed_dim=32", "model.depth=2"])
     found = MeanColours(), reference_of(npz_of(tmp_path / "x.npz", mu=np.zeros(3), sigma=np.eye(3)), tmp_path)
     monkeypatch.setattr(measuring, "yardstick", lambda *args: found)
-    sample, drawn = measuring.sampling.sample, set()
+    sample, drawn = measuring.sample, set()
 
     def seen(*args, labels, **options):
         drawn.update(labels.tolist())
         return sample(*args, labels=labels, **options)
 
-    monkeypatch.setattr(measuring.sampling, "sample", seen)
+    monkeypatch.setattr(measuring, "sample", seen)
     measuring.training_evaluation(cfg, Provenance(("ant", "bee")))(build_model(cfg), 5)
     assert drawn == {0, 1}
 

@@ -11,7 +11,6 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from tqdm import trange
 
-from uvit_fast.config import UserError
 from uvit_fast.evaluation import metrics
 from uvit_fast.evaluation.classifier import ClassifierFeatures, cached_classifier, train_classifier
 from uvit_fast.evaluation.evaluate import evaluate, table
@@ -21,6 +20,7 @@ from uvit_fast.evaluation.metrics import frechet_distance, inception_score, prec
 from uvit_fast.evaluation.reference import load_reference, reference_from_images
 from uvit_fast.evaluation.sources import Images
 from uvit_fast.measuring import open_images
+from uvit_fast.runtime.errors import UserError
 
 
 class MeanColours:

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from uvit_fast.config import UserError
 from uvit_fast.evaluation import inception
 from uvit_fast.evaluation.inception import Inception, check_file, find_weights, load_inception, load_state, preprocess
+from uvit_fast.runtime.errors import UserError
 
 # The graph as the paper's Figures 5 to 7 and `classify_image_graph_def.pb` have it: a branch is a chain of
 # (name, channels, kernel height, kernel width), stride 1 and SAME unless the name ends in /2 (stride 2, VALID).

@@ -13,7 +13,7 @@ from tests.evaluation.test_features import folder_of, pictures
 from tests.training.tiny import launch
 from uvit_fast import cli
 from uvit_fast.evaluation.metrics import RunningStatistics, statistics_of
-from uvit_fast.ranks import Ranks
+from uvit_fast.runtime.processes import Ranks
 
 COMMON = ["evaluate", "--device", "cpu", "--features", "digits-fid", "--reference", DIGITS]
 

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from tests.evaluation.test_features import MeanColours, folder_of, npz_of, pictures
-from uvit_fast.config import UserError
 from uvit_fast.evaluation import sources as files
 from uvit_fast.evaluation.features import extract
 from uvit_fast.measuring import open_images
+from uvit_fast.runtime.errors import UserError
 
 
 def test_a_folder_and_an_npz_give_the_same_features(tmp_path):

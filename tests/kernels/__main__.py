@@ -22,7 +22,7 @@ _LINEAR = (
 _OTHERS = {
     "adamw": (("tests/kernels/test_contracts.py", "tests/gpu/test_optimizer.py"), "contract or test_optimizer"),
     "attention": (("tests/gpu/test_attention.py",), "test_attention"),
-    "solver_step": (("tests/gpu/test_cudagraph.py",), "fused_update"),
+    "solver_step": (("tests/gpu/test_captured_loop.py",), "fused_update"),
 }
 
 

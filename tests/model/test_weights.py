@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from tests.model.test_uvit import tiny
-from uvit_fast.config import UserError
 from uvit_fast.model.weights import load_weights, read_weights
+from uvit_fast.runtime.errors import UserError
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

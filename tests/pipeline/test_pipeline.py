@@ -11,10 +11,10 @@ from tests.test_config import CONFIGS, PARAMETERS
 from uvit_fast import build_model, cli, load_config
 from uvit_fast.config import Config
 from uvit_fast.data.encoders import load_clip, vae_identity
-from uvit_fast.diffusion.cudagraph import GraphSampler
 from uvit_fast.diffusion.guidance import Guidance, text_guidance
 from uvit_fast.pipeline import UViTModel, UViTPipeline, make_pipeline
 from uvit_fast.provenance import Provenance, read
+from uvit_fast.sampling.captured import GraphSampler
 
 SMALL = ["model.embed_dim=32", "model.depth=2", "model.num_heads=2", "model.img_size=8", "sample.steps=4"]
 

@@ -12,7 +12,8 @@ from benchmarks import models
 from benchmarks.counting import Counts, hopper
 from tests.training import tiny
 from uvit_fast.build import build_model
-from uvit_fast.config import UserError, load_config
+from uvit_fast.config import load_config
+from uvit_fast.runtime.errors import UserError
 from uvit_fast.training import activations
 from uvit_fast.training.activations import LiveBytes, Network, example, plan_within
 from uvit_fast.training.trainer import Trainer

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from uvit_fast.config import UserError
+from uvit_fast.runtime.errors import UserError
 from uvit_fast.training import checkpoint
 
 PARTS = {"model": {"w": torch.arange(6.0).view(2, 3)}, "ema": {"w": torch.ones(2, 3)}}

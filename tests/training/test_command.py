@@ -14,8 +14,8 @@ from unittest import mock
 import pytest
 
 from tests.training import tiny
-from uvit_fast.claims import Claim
-from uvit_fast.ranks import Ranks
+from uvit_fast.runtime.claims import Claim
+from uvit_fast.runtime.processes import Ranks
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = ["train.iterations=4", "train.batch_size=8", "train.checkpoint_every=2", "train.log_every=1", "model.depth=2"]

@@ -9,7 +9,7 @@ import torch
 
 from tests.training import tiny
 from tests.training.test_trainer import config
-from uvit_fast.config import UserError
+from uvit_fast.runtime.errors import UserError
 from uvit_fast.training import engine
 from uvit_fast.training.engine import batch_plan, start
 

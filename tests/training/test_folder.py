@@ -10,9 +10,10 @@ import torch
 
 from tests.training import tiny
 from uvit_fast import provenance
-from uvit_fast.claims import Claim
 from uvit_fast.cli import main
-from uvit_fast.config import UserError, load_config
+from uvit_fast.config import load_config
+from uvit_fast.runtime.claims import Claim
+from uvit_fast.runtime.errors import UserError
 from uvit_fast.training.folder import run_states, summary
 
 

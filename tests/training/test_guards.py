@@ -13,8 +13,8 @@ import torch
 
 from tests.training import tiny
 from tests.training.test_trainer import STEPS, config
-from uvit_fast.config import UserError
-from uvit_fast.files import read_rows
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.files import read_rows
 from uvit_fast.training import checkpoint
 from uvit_fast.training.monitor import Reading
 

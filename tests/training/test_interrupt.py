@@ -12,7 +12,7 @@ import pytest
 
 from tests.training import tiny
 from tests.training.test_trainer import STEPS, config
-from uvit_fast import ranks
+from uvit_fast.runtime import processes
 from uvit_fast.training import interrupt, trainer
 from uvit_fast.training.monitor import Monitor
 
@@ -102,7 +102,7 @@ def test_what_nohup_ignores_stays_ignored():
         assert interrupt.heeded() == [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
 
 
-RANK = "import signal, time; from uvit_fast.ranks import follow_launcher; follow_launcher(); print('up', flush=True); time.sleep(60)"
+RANK = "import signal, time; from uvit_fast.runtime.processes import follow_launcher; follow_launcher(); print('up', flush=True); time.sleep(60)"
 
 
 @pytest.mark.parametrize("killed", [0, 1], ids=["outer", "inner"])
@@ -137,4 +137,4 @@ def test_a_shell_may_go_before_what_it_started(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     parents = mock.Mock(return_value=[mock.Mock(**{"cmdline.return_value": ["bash", "-c", "deepspeed"]})])
     with mock.patch.object(psutil.Process, "parents", parents):
-        assert ranks._launchers() == []
+        assert processes._launchers() == []

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.training.tiny import Points
-from uvit_fast.config import UserError
+from uvit_fast.runtime.errors import UserError
 from uvit_fast.training import loader
 from uvit_fast.training.interrupt import Stalled
 from uvit_fast.training.loader import DataError, Order, batches

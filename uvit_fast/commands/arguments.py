@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from uvit_fast.config import Config, ModelConfig, SampleConfig, UserError, config_from, load_config
-from uvit_fast.text import cut, shown
+from uvit_fast.config import Config, ModelConfig, SampleConfig, config_from, load_config
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.text import cut, shown
 
 PIPELINE_FILES = ("model_index.json", "model/config.json", "scheduler/scheduler_config.json")
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from uvit_fast.config import UserError
+from uvit_fast.runtime.errors import UserError
 
 HELP = "run the benchmark suite on this machine and write its report"
 EXAMPLE = "uvit-fast bench --quick --only sampling,memory"

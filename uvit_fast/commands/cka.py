@@ -6,7 +6,8 @@ from pathlib import Path
 
 from uvit_fast.commands.arguments import config_of, positive
 from uvit_fast.commands.drawing import pyplot
-from uvit_fast.config import Config, UserError
+from uvit_fast.config import Config
+from uvit_fast.runtime.errors import UserError
 
 HELP = "CKA between the representations after every block, a matrix a checkpoint"
 EXAMPLE = "uvit-fast cka --checkpoint runs/sweep_digits/base runs/sweep_digits/skip-add --out digits_cka"
@@ -55,13 +56,14 @@ def _matrix(args: argparse.Namespace, checkpoint: str, cfg: Config) -> list[dict
     """The rows of one checkpoint. Representations are all tokens after a block, as one vector an image."""
     import torch
 
-    from uvit_fast import sampling
     from uvit_fast.build import build_dataset, build_schedule
     from uvit_fast.diffusion.noise import Draws
     from uvit_fast.evaluation.cka import linear_cka
+    from uvit_fast.runtime.device import pick_device
+    from uvit_fast.sampling.weights import load_for_sampling
 
-    device = sampling.pick_device(cfg.device)
-    model = sampling.load_for_sampling(cfg, checkpoint, device)
+    device = pick_device(cfg.device)
+    model = load_for_sampling(cfg, checkpoint, device)
     dataset, schedule = build_dataset(cfg), build_schedule(cfg)
     if len(dataset) < args.images:
         raise UserError(f"--images: expected at most the {len(dataset)} of the data, got {args.images}")

@@ -5,9 +5,9 @@ from functools import partial
 from pathlib import Path
 
 from uvit_fast.commands.arguments import checkpoint_arguments, config_of
-from uvit_fast.config import UserError
-from uvit_fast.files import write_whole
 from uvit_fast.provenance import RUN_FILE, UNKNOWN
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.files import write_whole
 
 HELP = "a checkpoint as a diffusers pipeline folder, or back as a .pth"
 EXAMPLE = "uvit-fast convert --checkpoint runs/digits --out digits.pth"
@@ -29,12 +29,13 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--out {out}: expected a .pth file, or a name for the pipeline's folder")
     import torch
 
-    from uvit_fast import build_model, sampling
-    from uvit_fast.data.encoders import load_clip
+    from uvit_fast import build_model
+    from uvit_fast.data.encoders import load_autoencoder, load_clip, load_text, text_encoder_name
     from uvit_fast.model.weights import load_weights, published_names, read_weights
+    from uvit_fast.sampling.weights import find_weights, provenance_of
 
-    source = sampling.find_weights(args.checkpoint)
-    state, known = read_weights(source), sampling.provenance_of(cfg, source)
+    source = find_weights(args.checkpoint)
+    state, known = read_weights(source), provenance_of(cfg, source)
     if out.suffix == ".pth":
         model = build_model(cfg)
         state = published_names(state, model.state_dict(), str(source))
@@ -44,12 +45,12 @@ def run(args: argparse.Namespace) -> None:
         from uvit_fast.pipeline import make_pipeline
 
         vae = args.vae or (cfg.latent.decoder if cfg.latent else "none")
-        clip = args.clip or (sampling.text_encoder_name(cfg, known) if cfg.model.context_dim else "none")
+        clip = args.clip or (text_encoder_name(cfg, known) if cfg.model.context_dim else "none")
         if clip != "none" and not cfg.model.context_dim:
             raise UserError(f"--clip: {cfg.name} takes no text; expected none")
-        components = {} if vae == "none" else {"vae": sampling.load_autoencoder(vae, known)}
+        components = {} if vae == "none" else {"vae": load_autoencoder(vae, known)}
         if clip != "none":
-            sampling.load_text(cfg, clip, torch.device("cpu"), known)  # refuses what does not fit
+            load_text(cfg, clip, torch.device("cpu"), known)  # refuses what does not fit
             components["tokenizer"], components["text_encoder"] = load_clip(clip)
         write = make_pipeline(cfg, state, known, **components).save_pretrained
     try:

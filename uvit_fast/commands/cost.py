@@ -4,7 +4,8 @@ import argparse
 from functools import cache
 from pathlib import Path
 
-from uvit_fast.config import Config, UserError, load_config
+from uvit_fast.config import Config, load_config
+from uvit_fast.runtime.errors import UserError
 
 HELP = "parameters and GFLOPs (multiply-adds, as the paper counts) of configs, beside the paper's"
 EXAMPLE = "uvit-fast cost --config configs/h2_256.yaml"

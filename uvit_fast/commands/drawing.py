@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from uvit_fast.extras import missing
+from uvit_fast.runtime.extras import missing
 
 INK, GRID = "#333333", "#dddddd"
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"]  # told apart by the colour-blind too (Okabe and Ito)

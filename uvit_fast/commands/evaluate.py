@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 from uvit_fast.commands.arguments import config_of, existing, positive, seed
-from uvit_fast.config import Config, UserError, load_config
+from uvit_fast.config import Config, load_config
+from uvit_fast.runtime.errors import UserError
 
 HELP = "FID, sFID, Inception score, precision, recall, KID of samples"
 EXAMPLE = "uvit-fast evaluate --checkpoint runs/digits --num 1797 --reference configs/digits.yaml --features digits-fid"
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
 
     `torchrun -m -- uvit_fast.cli evaluate ...` divides samples and real images among all GPUs of a host.
     """
-    from uvit_fast.ranks import Ranks
+    from uvit_fast.runtime.processes import Ranks
 
     with Ranks() as ranks:
         _run(args, ranks)
@@ -77,7 +78,7 @@ def _run(args: argparse.Namespace, ranks) -> None:
     from uvit_fast.data.reading import shown
     from uvit_fast.evaluation import evaluate as figures
     from uvit_fast.evaluation.reference import default_cache
-    from uvit_fast.sampling import pick_device
+    from uvit_fast.runtime.device import pick_device
 
     device = pick_device(args.device)
     cache = Path(args.cache) if args.cache else default_cache()
@@ -111,20 +112,23 @@ def _run(args: argparse.Namespace, ranks) -> None:
 
 def _drawn(args: argparse.Namespace, cfg: Config, device, ranks):
     """Samples of a checkpoint, drawn while they are measured, the labels that were asked for, or None, and their names."""
-    from uvit_fast import measuring, sampling
+    from uvit_fast import measuring
+    from uvit_fast.data.encoders import load_decoder
     from uvit_fast.data.reading import shown
+    from uvit_fast.sampling.conditions import chosen_labels
+    from uvit_fast.sampling.weights import find_weights, load_found, provenance_of
 
-    checkpoint = sampling.find_weights(args.checkpoint)
-    known, classes = sampling.provenance_of(cfg, checkpoint), None
+    checkpoint = find_weights(args.checkpoint)
+    known, classes = provenance_of(cfg, checkpoint), None
     if args.classes is not None:
-        classes = sampling.chosen_labels(args.classes, cfg, known)
+        classes = chosen_labels(args.classes, cfg, known)
     folder = Path(args.save_images) if args.save_images else None
     if folder and ranks.rank == 0 and folder.exists() and any(folder.iterdir()):
         raise UserError(
             f"--save-images {shown(str(folder))}: holds files already; expected a new name or an empty folder"
         )
-    model = sampling.load_found(cfg, checkpoint, device)
-    decode = sampling.load_decoder(cfg, device, known) if cfg.latent else None
+    model = load_found(cfg, checkpoint, device)
+    decode = load_decoder(cfg, device, known) if cfg.latent else None
     name = shown(args.checkpoint)
     samples = measuring.drawn_images(model, cfg, args.num, name, decode, args.seed, folder, classes, known)
     return samples, classes, known

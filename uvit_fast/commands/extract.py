@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 
 from uvit_fast.commands.arguments import config_arguments, existing, positive
-from uvit_fast.config import CLIP, UserError, load_config
-from uvit_fast.ranks import follow_launcher
+from uvit_fast.config import CLIP, load_config
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.processes import follow_launcher
 
 HELP = "images (and captions) as latents that training reads"
 EXAMPLE = "uvit-fast extract --config configs/h2_256.yaml --images imagenet/train --out latents"
@@ -52,26 +53,27 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"extract: {cfg.name} takes no --captions")
     existing("--images", args.images, "a folder of images")
 
-    from uvit_fast import sampling
     from uvit_fast.data import encoders
     from uvit_fast.data.captions import list_captioned
     from uvit_fast.data.datasets import CROPS, require_folder
+    from uvit_fast.data.encoders import load_autoencoder, text_encoder_name
     from uvit_fast.data.extract import Extraction, Policy, Text, summary
     from uvit_fast.data.reading import list_images
     from uvit_fast.provenance import UNKNOWN
+    from uvit_fast.runtime.device import pick_device
 
     folder = require_folder(args.images, "images", key="--images")
-    device = sampling.pick_device(cfg.device)
+    device = pick_device(cfg.device)
     name, text = args.vae or cfg.latent.decoder, None
     if cfg.model.context_dim:
         listing, captions = list_captioned(folder, Path(args.captions) if args.captions else None)
-        clip = args.clip or sampling.text_encoder_name(cfg, UNKNOWN)
+        clip = args.clip or text_encoder_name(cfg, UNKNOWN)
         tokenizer, model = encoders.load_clip(clip)
         identity = encoders.text_identity(model, clip)
         text = Text(captions, encoders.text_encoder(tokenizer, model.to(device)), identity)
     else:
         listing = list_images(folder, labelled=cfg.model.num_classes > 0)
-    vae = sampling.load_autoencoder(name).to(device)
+    vae = load_autoencoder(name).to(device)
     extraction = Extraction(
         listing,
         Path(args.out),

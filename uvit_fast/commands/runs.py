@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 from uvit_fast.commands.arguments import existing
-from uvit_fast.config import UserError
+from uvit_fast.runtime.errors import UserError
 
 HELP = "the training runs of a folder and their state"
 EXAMPLE = "uvit-fast runs runs"

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 from uvit_fast.commands.arguments import checkpoint_arguments, config_of, positive, seed
-from uvit_fast.config import Config, UserError
+from uvit_fast.config import Config
+from uvit_fast.runtime.errors import UserError
 
 HELP = "draw images from a checkpoint"
 EXAMPLE = "uvit-fast sample --checkpoint runs/digits --num 16 --classes 3,7 --out digits"
@@ -42,7 +43,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Draw images; write PNGs and a labelled grid into a folder, or an .npz."""
-    from uvit_fast.ranks import Ranks
+    from uvit_fast.runtime.processes import Ranks
 
     with Ranks() as ranks:
         _run(args, ranks)
@@ -58,32 +59,38 @@ def _run(args: argparse.Namespace, ranks) -> None:
 
     import numpy as np
 
-    from uvit_fast import jobs, sampling
-    from uvit_fast.diffusion.cudagraph import GraphSampler
-    from uvit_fast.images import to_uint8
+    from uvit_fast.data.encoders import load_decoder, load_text, text_encoder_name
+    from uvit_fast.runtime.device import pick_device
+    from uvit_fast.sampling.captured import GraphSampler
+    from uvit_fast.sampling.conditions import check_guidance, chosen_labels, spread, spread_labels
+    from uvit_fast.sampling.images import to_uint8
+    from uvit_fast.sampling.jobs import Job
+    from uvit_fast.sampling.loop import check_finite, sample
+    from uvit_fast.sampling.output import sample_names, save_npz, save_pngs
+    from uvit_fast.sampling.weights import find_weights, load_found, provenance_of
 
-    sampling.check_guidance(scale or 0.0, cfg)
-    device = sampling.pick_device(cfg.device)
-    checkpoint = sampling.find_weights(args.checkpoint)
-    known, labels = sampling.provenance_of(cfg, checkpoint), None
+    check_guidance(scale or 0.0, cfg)
+    device = pick_device(cfg.device)
+    checkpoint = find_weights(args.checkpoint)
+    known, labels = provenance_of(cfg, checkpoint), None
     if cfg.model.num_classes or args.classes is not None:
-        labels = sampling.spread_labels(args.num, sampling.chosen_labels(args.classes, cfg, known))
-    model = sampling.load_found(cfg, checkpoint, device)
-    decode = sampling.load_decoder(cfg, device, known) if cfg.latent else None
+        labels = spread_labels(args.num, chosen_labels(args.classes, cfg, known))
+    model = load_found(cfg, checkpoint, device)
+    decode = load_decoder(cfg, device, known) if cfg.latent else None
 
     options = {"steps": args.steps, "guidance_scale": scale, "seed": args.seed, "labels": labels}
     if prompts:
-        prompts, clip = sampling.spread(args.num, prompts), args.clip or sampling.text_encoder_name(cfg, known)
-        encode, options["null_context"] = sampling.load_text(cfg, clip, device, known)
+        prompts, clip = spread(args.num, prompts), args.clip or text_encoder_name(cfg, known)
+        encode, options["null_context"] = load_text(cfg, clip, device, known)
         options["context"] = lambda rows: encode(prompts[rows.start : rows.stop])
     graphs = GraphSampler(model, decode) if device.type == "cuda" else None
     decode = decode if decode and not graphs else lambda x: x
     batch = args.batch or (250 if device.type == "cuda" else 50)
 
     def draw(first: int, last: int) -> np.ndarray:
-        batches = sampling.sample(model, cfg, last, first=first, batch=batch, graphs=graphs, **options)
+        batches = sample(model, cfg, last, first=first, batch=batch, graphs=graphs, **options)
         what = f"samples {first} to {last - 1}"
-        return np.concatenate([to_uint8(sampling.check_finite(decode(x), what)) for x in batches])
+        return np.concatenate([to_uint8(check_finite(decode(x), what)) for x in batches])
 
     settings = {name: getattr(args, name) for name in ("set", "num", "classes", "seed", "steps", "cfg_scale")}
     settings["config"] = args.config and os.path.abspath(args.config)
@@ -92,18 +99,18 @@ def _run(args: argparse.Namespace, ranks) -> None:
     # of a run that goes on, the newest may be another one tomorrow
     settings["checkpoint"] = os.path.abspath(checkpoint)
     settings["prompts"] = prompts and hashlib.sha256("\n".join([clip, *prompts]).encode()).hexdigest()
-    job = jobs.Job(out, settings, args.num, batch, args.resume, ranks)
+    job = Job(out, settings, args.num, batch, args.resume, ranks)
     if not job.run(draw):  # another rank writes
         return
     numbers = None if labels is None else labels.tolist()
     captions = prompts if numbers is None else [known.name(label) for label in numbers]
     if out.suffix.lower() == ".npz":
         classes = None if labels is None else labels.numpy()
-        job.collect(lambda path: sampling.save_npz(path, job.images(), args.num, classes))
+        job.collect(lambda path: save_npz(path, job.images(), args.num, classes))
     elif out.suffix.lower() == ".png":
         job.collect(lambda path: _save_grid(path, job.images(), args.num, captions if args.num > 1 else None))
     else:
-        sampling.save_pngs(out, job.images(), sampling.sample_names(numbers, prompts, known))
+        save_pngs(out, job.images(), sample_names(numbers, prompts, known))
         _save_grid(out / "grid.png", job.images(), args.num, captions)
         if prompts:
             (out / "prompts.txt").write_text("\n".join(prompts) + "\n", "utf-8")
@@ -161,7 +168,7 @@ def _save_grid(path: Path, batches, num: int, captions: list[str] | None) -> Non
     """The first hundred images, ten a row, with their classes or prompts; a single one without them as it is."""
     import numpy as np
 
-    from uvit_fast.images import as_picture, save_grid
+    from uvit_fast.sampling.images import as_picture, save_grid
 
     images: list[np.ndarray] = []
     for batch in batches:

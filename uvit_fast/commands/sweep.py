@@ -17,8 +17,9 @@ from pydantic import Field
 
 from uvit_fast.commands.arguments import positive
 from uvit_fast.commands.cost import count
-from uvit_fast.config import Config, Section, UserError, load_config
-from uvit_fast.text import cut, parse_yaml
+from uvit_fast.config import Config, Section, load_config
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.text import cut, parse_yaml
 
 HELP = "train and measure variations of one config, and plot the metric against each factor"
 EXAMPLE = "uvit-fast sweep --config configs/ablations/digits.yaml --only skip"

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from uvit_fast.commands.arguments import positive
-from uvit_fast.config import UserError
+from uvit_fast.runtime.errors import UserError
 
 HELP = "measure the kernels' choices on this GPU and write its architecture's tuning table"
 EXAMPLE = "uvit-fast tune --dims 1152"
@@ -27,12 +27,12 @@ def run(args: argparse.Namespace) -> None:
     if wrong:
         raise UserError(f"--dims: expected multiples of 64, got {wrong[0]}")
 
-    from uvit_fast import sampling
     from uvit_fast.kernels.runtime import tuning
     from uvit_fast.kernels.runtime.device import architecture
     from uvit_fast.kernels.tools import tune
+    from uvit_fast.runtime.device import pick_device
 
-    device = sampling.pick_device("cuda")
+    device = pick_device("cuda")
     known = tune.candidates(architecture(device))
     if unknown := [case for case in args.cases or () if case not in known]:
         raise UserError(f"--cases: expected some of {', '.join(known)}, got {unknown[0]}")

@@ -15,9 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from uvit_fast.config import UserError
 from uvit_fast.data.reading import Listing, list_images, shown
-from uvit_fast.text import cut
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.text import cut
 
 TABLES = (".jsonl", ".csv", ".tsv", ".txt")
 BESIDE = (".txt", ".caption")

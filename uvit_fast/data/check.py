@@ -6,10 +6,10 @@ from statistics import median
 
 from tqdm import tqdm
 
-from uvit_fast.config import UserError
 from uvit_fast.data import reading, shards
 from uvit_fast.data.datasets import require_folder
 from uvit_fast.data.reading import shown
+from uvit_fast.runtime.errors import UserError
 
 TINY = 16  # pixels of the shorter side; less than a quarter of the folder's median is tiny, too
 NARROW = 4  # longer over shorter side from which on a centre crop shows a quarter or less

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from uvit_fast.data.datasets import ImageFolder
-from uvit_fast.extras import install
+from uvit_fast.runtime.extras import install
 
 CHUNK = 64  # images that are held decoded at a time
 

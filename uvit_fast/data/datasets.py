@@ -27,12 +27,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from uvit_fast.config import Config, UserError
+from uvit_fast.config import Config
 from uvit_fast.data.reading import WHITE, BadImage, list_images, read_image, shown
 from uvit_fast.diffusion.noise import Draws
-from uvit_fast.extras import missing
 from uvit_fast.provenance import shown as some
-from uvit_fast.text import cut
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.extras import missing
+from uvit_fast.runtime.text import cut
 
 Batch = dict[str, Tensor]
 CLASSES = {  # of datasets whose files have numbers only

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uvit_fast.config import UserError
+from uvit_fast.config import CLIP, Config
 from uvit_fast.data.extract import Pixels
-from uvit_fast.extras import missing
 from uvit_fast.provenance import UNKNOWN, Provenance, describe_encoder
-from uvit_fast.text import cut, shown
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.extras import missing
+from uvit_fast.runtime.text import cut, shown
 
 Digests = dict[str, Callable[[], str]]
 
@@ -176,6 +177,86 @@ def text_encoder(tokenizer: Any, model: Any) -> Callable[[list[str]], Tensor]:
             return model(input_ids=tokens.input_ids.to(model.device)).last_hidden_state.float()
 
     return encode
+
+
+def load_decoder(cfg: Config, device: torch.device, known: Provenance = UNKNOWN) -> Callable[[Tensor], Tensor]:
+    """The frozen autoencoder of `cfg.latent`, as `decoder` makes it: bf16 on a GPU, fp32 on a CPU.
+
+    Args:
+        known: what the model learned from, whose latents it must be able to decode.
+
+    Raises:
+        ImportError: diffusers is not installed; the message names the extra.
+        UserError: the autoencoder is neither a local folder nor to be had from the hub, or it is one of other latents.
+    """
+    vae = load_autoencoder(cfg.latent.decoder, known)
+    vae = vae.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return decoder(vae, cfg.latent.scale_factor)
+
+
+def decoder(vae: Any, scale_factor: float, chunk: int = 25) -> Callable[[Tensor], Tensor]:
+    """A function from latents (B, C, h, w) to pixels (B, 3, 8h, 8w) fp32 in about [-1, 1].
+
+    Args:
+        vae: diffusers' `AutoencoderKL`.
+        scale_factor: what latents were multiplied with.
+        chunk: latents at a time, whatever the sampling batch: activations at the images' size are what takes the memory.
+    """
+
+    def decode(z: Tensor) -> Tensor:
+        parts = (z.to(vae.dtype) / scale_factor).split(chunk)
+        return torch.cat([vae.decode(part).sample.float() for part in parts])
+
+    return decode
+
+
+def text_encoder_name(cfg: Config, known: Provenance) -> str:
+    """The config's text encoder, else the one that made what the model learned from, else the published models'."""
+    asked = cfg.latent.text_encoder if cfg.latent else None
+    return asked or known.encoders.get("text_encoder", {}).get("name") or CLIP
+
+
+def load_text(
+    cfg: Config, name: str | None, device: torch.device, known: Provenance = UNKNOWN
+) -> tuple[Callable[[list[str]], Tensor], Tensor]:
+    """The text encoder of a text-conditional model: captions -> features (B, T, C) fp32, and those of "", (T, C).
+
+    Args:
+        name: CLIP, a local folder or a hub name; None: as `text_encoder_name` says.
+        known: what the model learned from, whose text encoder it must be.
+
+    Raises:
+        ImportError: transformers is not installed; the message names the extra.
+        UserError: the encoder cannot be had, its features do not fit the model, or it is not the one that the model learned from.
+    """
+    name = name or text_encoder_name(cfg, known)
+    encode = load_text_encoder(name, device, known)
+    null, expected = encode([""])[0], (cfg.model.context_tokens, cfg.model.context_dim)
+    if null.shape != expected:
+        raise UserError(f"text encoder {name}: {cfg.name} expected features {expected}, got {tuple(null.shape)}")
+    return encode, null
+
+
+def load_autoencoder(name: str, known: Provenance = UNKNOWN) -> Any:
+    """diffusers' `AutoencoderKL` by a local folder, or owner/repository[/subfolder] on the hub; fp32, frozen, on the CPU.
+
+    Args:
+        known: what a model learned from, where it shall be an autoencoder of its latents.
+
+    Raises:
+        ImportError, UserError: as `load_decoder`.
+    """
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError:
+        raise missing("an autoencoder of latents", "diffusers", "diffusers") from None
+    quiet_diffusers()
+    where, parts = {"pretrained_model_name_or_path": name}, name.split("/")
+    if not Path(name).is_dir() and len(parts) > 2:
+        where = {"pretrained_model_name_or_path": "/".join(parts[:2]), "subfolder": "/".join(parts[2:])}
+    vae = load_pretrained("autoencoder", name, partial(AutoencoderKL.from_pretrained, **where))
+    check_vae(vae, name, known)
+    return vae.eval().requires_grad_(False)
 
 
 def _check(role: str, name: str, key: str, digests: Digests, known: Provenance) -> None:

@@ -21,10 +21,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from uvit_fast.config import UserError
 from uvit_fast.data import shards
 from uvit_fast.data.reading import WHITE, BadImage, Listing, read_image, shown
 from uvit_fast.provenance import classes_difference
+from uvit_fast.runtime.errors import UserError
 
 Pixels = Tensor  # (B, 3, H, W) uint8
 NO_CAPTION = "no caption"

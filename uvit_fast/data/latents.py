@@ -15,10 +15,10 @@ import warnings
 import numpy as np
 import torch
 
-from uvit_fast.config import UserError
 from uvit_fast.data.datasets import Batch, Dataset, require_folder
 from uvit_fast.data.shards import Packed, read_manifest, unchecked_faults
 from uvit_fast.diffusion.noise import Draws
+from uvit_fast.runtime.errors import UserError
 
 
 class Latents(Dataset):

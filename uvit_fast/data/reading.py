@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from uvit_fast.config import UserError
 from uvit_fast.data import damage
-from uvit_fast.text import printable
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.text import printable
 
 # What Pillow decodes itself. EPS, which it hands to Ghostscript, and what it only identifies are not pictures here.
 FORMATS = {

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from uvit_fast.config import UserError
-from uvit_fast.text import cut, shown
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.text import cut, shown
 
 FORMAT = "uvit-fast shards 1"
 

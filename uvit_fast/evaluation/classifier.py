@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm, trange
 
-from uvit_fast.config import UserError
 from uvit_fast.evaluation.inception import Features
 from uvit_fast.evaluation.sources import Images
-from uvit_fast.files import write_whole
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.files import write_whole
 
 STEPS, BATCH, LEARNING_RATE = 600, 128, 2e-3
 FULL = (

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from uvit_fast.config import UserError
 from uvit_fast.evaluation.features import Extracted, Extractor, extract
 from uvit_fast.evaluation.metrics import (
     SPLIT,
@@ -23,8 +22,9 @@ from uvit_fast.evaluation.metrics import (
 )
 from uvit_fast.evaluation.reference import Reference
 from uvit_fast.evaluation.sources import Images
-from uvit_fast.files import write_whole
-from uvit_fast.ranks import ALONE, Ranks
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.files import write_whole
+from uvit_fast.runtime.processes import ALONE, Ranks
 
 USUAL = 50_000  # samples of published figures
 ALIKE = 0.1  # shares of samples and reference that differ by no more are taken for equal

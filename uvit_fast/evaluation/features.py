@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from uvit_fast.config import UserError
 from uvit_fast.evaluation.inception import Features, Inception, preprocess
 from uvit_fast.evaluation.metrics import RunningStatistics, Statistics
 from uvit_fast.evaluation.sources import Images
-from uvit_fast.ranks import ALONE, Ranks
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.processes import ALONE, Ranks
 
 CONSTANT_SHARE = 0.01  # of images of one colour, beyond which there is a warning
 

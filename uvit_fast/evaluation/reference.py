@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uvit_fast.config import UserError
 from uvit_fast.evaluation.features import Extracted, Extractor, extract
 from uvit_fast.evaluation.metrics import Statistics
 from uvit_fast.evaluation.sources import Images, names_in, read_arrays
-from uvit_fast.files import write_whole
-from uvit_fast.ranks import ALONE, Ranks
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.files import write_whole
+from uvit_fast.runtime.processes import ALONE, Ranks
 
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s", "pool")
 FACTS = ("count", "size", "like", "features", "lossy", "grey")  # what a file of the cache says besides

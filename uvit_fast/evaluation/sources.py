@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from uvit_fast.config import UserError
+from uvit_fast.runtime.errors import UserError
 
 READERS = 8  # threads that read files
 LARGEST = 4 << 30  # bytes of an array that is read whole: the features of 500,000 images

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from uvit_fast.config import UserError
-from uvit_fast.extras import install
 from uvit_fast.kernels.ops import attention as fused_attention
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.extras import install
 
 HALF = (torch.float16, torch.bfloat16)
 

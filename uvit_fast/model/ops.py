@@ -12,8 +12,6 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from uvit_fast.config import UserError
-from uvit_fast.hooks import plain_weights
 from uvit_fast.kernels.layernorm import fold as _layernorm
 from uvit_fast.kernels.layers import Linear, Norm
 from uvit_fast.kernels.ops import assemble as _assemble
@@ -23,6 +21,8 @@ from uvit_fast.kernels.ops import ln_mlp as _ln_mlp
 from uvit_fast.kernels.ops import proj_ln_mlp as _proj_ln_mlp
 from uvit_fast.kernels.ops import skip_linear as _skip_linear
 from uvit_fast.model.attention import choose
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.hooks import plain_weights
 
 
 def fixed_weights() -> AbstractContextManager[None]:

@@ -6,8 +6,8 @@ They take and give what `UViT` does, so that the same trainer and samplers run t
 import torch.nn as nn
 from torch import Tensor
 
-from uvit_fast.extras import missing
 from uvit_fast.model.inputs import check_inputs, labels_in_range
+from uvit_fast.runtime.extras import missing
 
 LDM_HEADS = 8  # of each attention
 ADM_HEAD_DIM = 64  # width of a head, as in ADM's models of ImageNet

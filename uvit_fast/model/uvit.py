@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from uvit_fast.config import UserError
-from uvit_fast.hooks import hooked, hooked_everywhere, plain_weights
 from uvit_fast.model import ops
 from uvit_fast.model.attention import attend
 from uvit_fast.model.inputs import check_inputs, labels_in_range
 from uvit_fast.model.recompute import recomputed
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.hooks import hooked, hooked_everywhere, plain_weights
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:

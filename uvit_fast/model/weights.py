@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from uvit_fast.config import UserError
 from uvit_fast.model.uvit import UViT
-from uvit_fast.text import cut
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.text import cut
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

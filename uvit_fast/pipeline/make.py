@@ -4,9 +4,10 @@ from typing import Any
 
 from torch import Tensor
 
-from uvit_fast.config import Config, ModelConfig, UserError
+from uvit_fast.config import Config, ModelConfig
 from uvit_fast.model.weights import load_weights
 from uvit_fast.provenance import UNKNOWN, Provenance
+from uvit_fast.runtime.errors import UserError
 
 from .pipeline import UViTModel, UViTPipeline
 from .schedulers import UViTScheduler

@@ -21,12 +21,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from uvit_fast.data.encoders import check_text_encoder, check_vae, quiet_diffusers
-from uvit_fast.diffusion.cudagraph import GraphSampler
+from uvit_fast.data.encoders import check_text_encoder, check_vae, decoder, quiet_diffusers
 from uvit_fast.diffusion.guidance import ALWAYS, Guidance
 from uvit_fast.model.uvit import UViT
 from uvit_fast.provenance import Provenance
-from uvit_fast.sampling import check_finite, decoder
+from uvit_fast.sampling.captured import GraphSampler
+from uvit_fast.sampling.loop import check_finite
 
 from . import schedulers
 from .calls import INSTEAD, StepEnd, is_text, new_keys, of_each, whole

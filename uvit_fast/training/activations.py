@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from uvit_fast.config import ModelConfig, UserError
+from uvit_fast.config import ModelConfig
+from uvit_fast.runtime.errors import UserError
 
 LADDER = (
     "block",

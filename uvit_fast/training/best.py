@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from uvit_fast.files import write_whole
+from uvit_fast.runtime.files import write_whole
 
 
 class Best:

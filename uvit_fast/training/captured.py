@@ -15,8 +15,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from uvit_fast.graphs import CudaGraphs, Graphs
-from uvit_fast.hooks import changed
+from uvit_fast.runtime.graphs import CudaGraphs, Graphs
+from uvit_fast.runtime.hooks import changed
 
 
 class Captured:

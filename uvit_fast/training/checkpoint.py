@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from uvit_fast import provenance
-from uvit_fast.config import UserError
 from uvit_fast.provenance import Provenance
-from uvit_fast.text import shown
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.text import shown
 
 Tensors = dict[str, Tensor]
 LEARNING = {  # section -> what a run may be continued with otherwise, and learns from

@@ -18,8 +18,9 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 
-from uvit_fast.config import Config, RankError, TrainConfig, UserError
-from uvit_fast.ranks import PATIENCE, port_taken
+from uvit_fast.config import Config, TrainConfig
+from uvit_fast.runtime.errors import RankError, UserError
+from uvit_fast.runtime.processes import PATIENCE, port_taken
 from uvit_fast.training.captured import Captured
 from uvit_fast.training.ema import EMA
 from uvit_fast.training.optimizer import GuardedAdamW

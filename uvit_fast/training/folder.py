@@ -16,11 +16,12 @@ import torch
 import torch.nn as nn
 import yaml
 
-from uvit_fast.claims import Claim, Taken, holder
-from uvit_fast.config import Config, ModelConfig, UserError, dump_config
-from uvit_fast.files import read_rows
+from uvit_fast.config import Config, ModelConfig, dump_config
 from uvit_fast.model import ops
 from uvit_fast.provenance import RUN_FILE, Provenance, shown
+from uvit_fast.runtime.claims import Claim, Taken, holder
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.files import read_rows
 from uvit_fast.training import checkpoint
 from uvit_fast.training.monitor import say
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
-from uvit_fast.config import RankError, UserError
+from uvit_fast.runtime.errors import RankError, UserError
 from uvit_fast.training.interrupt import Stalled, heeded, ticking
 from uvit_fast.training.monitor import say
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from uvit_fast.config import Config
-from uvit_fast.extras import missing
-from uvit_fast.files import append_row, read_rows, write_whole
+from uvit_fast.runtime.extras import missing
+from uvit_fast.runtime.files import append_row, read_rows, write_whole
 from uvit_fast.training.activations import example
 
 # Dense bf16 FLOP/s of the data sheets, by what the device's name holds.

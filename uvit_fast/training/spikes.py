@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from uvit_fast.files import append_row
+from uvit_fast.runtime.files import append_row
 
 WINDOW, FEWEST = 1000, 50  # losses that make what is usual; fewer than that say nothing
 

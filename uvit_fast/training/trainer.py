@@ -18,9 +18,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from uvit_fast.config import Config, RankError, UserError
+from uvit_fast.config import Config
 from uvit_fast.diffusion.noise import Draws
 from uvit_fast.provenance import Provenance
+from uvit_fast.runtime.errors import RankError, UserError
 from uvit_fast.training import activations, checkpoint
 from uvit_fast.training.best import Best
 from uvit_fast.training.engine import Engine, batch_plan, computes_in_bf16, host_group, start

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from uvit_fast.files import append_row, file_name, read_rows, write_whole
+from uvit_fast.runtime.files import append_row, file_name, read_rows, write_whole
 
 
 @pytest.mark.parametrize("folder", [False, True])

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from uvit_fast import images
-from uvit_fast.images import LINE, save_grid, text_picture
+from uvit_fast.sampling import images
+from uvit_fast.sampling.images import LINE, save_grid, text_picture
 
 
 @pytest.fixture(params=["with the system's fonts", "without"])

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from tests.training import tiny
-from uvit_fast import sampling
-from uvit_fast.config import UserError
-from uvit_fast.jobs import Job
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.sampling.jobs import Job
+from uvit_fast.sampling.output import save_npz, save_pngs
 
 TOUCHES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
 
@@ -26,9 +26,9 @@ def work(out: Path) -> None:
     job = Job(out, {"seed": 0}, 30, 4, resume=True)
     job.run(draw)
     if out.suffix:
-        job.collect(lambda file: sampling.save_npz(file, job.images(), 30, np.arange(30)))
+        job.collect(lambda file: save_npz(file, job.images(), 30, np.arange(30)))
     else:
-        sampling.save_pngs(out, job.images(), None)
+        save_pngs(out, job.images(), None)
     job.close()
 
 

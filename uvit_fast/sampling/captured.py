@@ -16,8 +16,8 @@ from torch import Tensor
 
 from uvit_fast.diffusion.guidance import ALWAYS, Guidance
 from uvit_fast.diffusion.samplers import Sampler
-from uvit_fast.graphs import CudaGraphs, Graphs
-from uvit_fast.hooks import changed
+from uvit_fast.runtime.graphs import CudaGraphs, Graphs
+from uvit_fast.runtime.hooks import changed
 
 Inputs = dict[str, Tensor]  # x_T, keys, scale, and "condition.<name>", "null.<name>"
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch.nn.utils import parametrizations, prune
 
 from tests.model.test_uvit import published_forward, tiny
-from uvit_fast.config import UserError
-from uvit_fast.hooks import changed
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.hooks import changed
 
 PARTS = ["patch_embed.proj", "norm", "decoder_pred", "mid_block.norm1", "mid_block.attn", "mid_block.attn.qkv"]
 PARTS += ["mid_block.attn.proj", "mid_block.norm2", "mid_block.mlp", "mid_block.mlp.fc1", "mid_block.mlp.fc2"]

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from tests.recorded import RecordedGraphs
-from uvit_fast.diffusion.cudagraph import GraphSampler
 from uvit_fast.diffusion.guidance import class_guidance, text_guidance
 from uvit_fast.diffusion.noise import sample_generators
 from uvit_fast.diffusion.samplers import (
@@ -17,6 +16,7 @@ from uvit_fast.diffusion.samplers import (
     EulerMaruyama,
 )
 from uvit_fast.diffusion.schedules import SDSchedule, VPSchedule
+from uvit_fast.sampling.captured import GraphSampler
 
 NULL = 10
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from uvit_fast.claims import LOCK, Claim, Taken
-from uvit_fast.config import UserError
-from uvit_fast.files import write_whole
-from uvit_fast.ranks import ALONE, Ranks
-from uvit_fast.text import shown
+from uvit_fast.runtime.claims import LOCK, Claim, Taken
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.files import write_whole
+from uvit_fast.runtime.processes import ALONE, Ranks
+from uvit_fast.runtime.text import shown
 
 
 class Job:

@@ -5,7 +5,7 @@ import sys
 
 SCRIPT = """
 import multiprocessing, warnings
-from uvit_fast import notices
+from uvit_fast.runtime import notices
 
 def worker(number):
     warnings.warn("a.png is damaged\\n; b.png takes its place")

@@ -1,0 +1,12 @@
+"""Samples from trained weights, from a name and conditions to PNGs.
+
+In the order in which a sample meets them: `weights`, `conditions`, `loop` (or `captured`, the loop as one CUDA graph), the decoder in
+`data.encoders`, `jobs` that may be interrupted, `images`, `output`; `previews` are what a trainer shows.
+"""
+
+from uvit_fast.sampling.captured import GraphSampler
+from uvit_fast.sampling.conditions import spread_labels
+from uvit_fast.sampling.loop import sample
+from uvit_fast.sampling.weights import find_weights, load_for_sampling
+
+__all__ = ["GraphSampler", "find_weights", "load_for_sampling", "sample", "spread_labels"]

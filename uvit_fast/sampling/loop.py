@@ -1,0 +1,93 @@
+"""Samples from a trained model: conditions in, pixels or latents out, a batch at a time."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from uvit_fast.build import build_sampler
+from uvit_fast.config import Config
+from uvit_fast.diffusion.guidance import Guidance
+from uvit_fast.diffusion.noise import sample_generators, sample_noise
+from uvit_fast.model.uvit import UViT
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.sampling.captured import GraphSampler
+from uvit_fast.sampling.conditions import check_guidance, check_labels
+
+
+@torch.no_grad()
+def sample(
+    model: UViT,
+    cfg: Config,
+    num: int,
+    *,
+    labels: Tensor | None = None,
+    context: Tensor | Callable[[range], Tensor] | None = None,
+    null_context: Tensor | None = None,
+    seed: int = 0,
+    batch: int = 50,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+    first: int = 0,
+    graphs: GraphSampler | None = None,
+) -> Iterator[Tensor]:
+    """Draw `num` samples, in batches: sample i depends on (seed, i) only, not on the batch size.
+
+    Args:
+        labels: (num,) classes, of a class-conditional model.
+        context, null_context: (num, T, C) text features, or a function from samples' indices to theirs (B, T, C), and (T, C) those
+            of "", of a text-conditional model.
+        steps: network evaluations; default `cfg.sample.steps`.
+        guidance_scale: the paper's s in cond + s (cond - uncond), 0 for none; diffusers counts 1 + s. Default
+            `cfg.sample.guidance_scale`.
+        guidance_interval: the times with guidance, as `Guidance` takes them; default `cfg.sample.guidance_interval`.
+        first: the index of the first sample, to continue an interrupted job.
+        graphs: of the same model; replays the loop as a CUDA graph, and decodes where it was told how.
+
+    Yields:
+        (B, C, H, W) fp32 on the model's device: pixels in about [-1, 1], or latents times the scale factor.
+
+    Raises:
+        UserError: labels that the model does not have, or fewer than samples; guidance of a model that was trained without it.
+    """
+    if labels is not None:
+        if len(labels) < num:
+            raise UserError(f"labels: expected one for each of {num} samples, got {len(labels)}")
+        check_labels(labels[first:num].unique().tolist(), cfg)
+    device = next(model.parameters()).device
+    sampler = build_sampler(cfg, steps)
+    scale = cfg.sample.guidance_scale if guidance_scale is None else guidance_scale
+    interval = cfg.sample.guidance_interval if guidance_interval is None else guidance_interval
+    check_guidance(scale, cfg)
+    shape = (cfg.model.in_chans, cfg.model.img_size, cfg.model.img_size)
+    for start in range(first, num, batch):
+        indices = range(start, min(start + batch, num))
+        x_T = sample_noise(seed, indices, shape).to(device)  # (B, C, H, W)
+        rows = slice(start, start + len(indices))
+        condition, null = {}, {}
+        if labels is not None:
+            condition, null = {"y": labels[rows].to(device)}, {"y": cfg.null_label}
+        elif context is not None:
+            features = context(indices) if callable(context) else context[rows]
+            condition, null = {"context": features.to(device)}, {"context": null_context}
+        keys = sample_generators(seed, indices, device)
+        if graphs is not None:
+            yield graphs(sampler, x_T, condition, null, scale, interval, keys=keys)
+        else:
+            eps_fn = Guidance(model, condition, null, scale, interval) if scale else partial(model, **condition)
+            yield sampler(eps_fn, x_T, generator=keys)
+
+
+def check_finite(images: Tensor, what: str) -> Tensor:
+    """The images, unless they would be black ones.
+
+    Raises:
+        UserError: NaN or infinity among them.
+    """
+    if not torch.isfinite(images).all():
+        raise UserError(
+            f"{what} hold NaN or infinity; expected weights, guidance and a number of steps that give images"
+        )
+    return images

@@ -1,0 +1,50 @@
+"""What a trainer shows of its EMA weights: a grid of samples."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from uvit_fast.config import Config
+from uvit_fast.data.encoders import load_decoder, load_text
+from uvit_fast.model.uvit import UViT
+from uvit_fast.provenance import Provenance
+from uvit_fast.runtime.device import pick_device
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.sampling.conditions import chosen_labels, spread, spread_labels
+from uvit_fast.sampling.images import save_grid, to_uint8
+from uvit_fast.sampling.loop import sample
+
+
+def training_preview(cfg: Config, known: Provenance) -> Callable[[UViT, int, Path], Path] | None:
+    """What the trainer calls every `train.sample_every` steps: a grid of 64 samples, eight a row, with the names of their classes;
+    None where it is 0.
+
+    Raises:
+        UserError, ImportError: latents cannot be decoded here, or a model of text has no prompts or not its encoder. Before training,
+            not after hours.
+    """
+    if not cfg.train.sample_every:
+        return None
+    device, conditions, captions = pick_device(cfg.device), {}, None
+    decode = load_decoder(cfg, device, known) if cfg.latent else lambda x: x
+    if cfg.model.context_dim:
+        if not cfg.sample.prompts:
+            raise UserError(
+                "train.sample_every: previews of a text model need sample.prompts; expected some, or 0 for no previews"
+            )
+        captions = spread(64, list(cfg.sample.prompts))
+        encode, null = load_text(cfg, None, device, known)
+        features = dict(zip(cfg.sample.prompts, encode(list(cfg.sample.prompts))))  # kept, unlike the encoder
+        conditions = {"context": torch.stack([features[prompt] for prompt in captions]), "null_context": null}
+    elif cfg.model.num_classes:
+        conditions = {"labels": spread_labels(64, chosen_labels(None, cfg, known))}
+        captions = [known.name(label) for label in conditions["labels"].tolist()]
+
+    def preview(model: UViT, step: int, folder: Path) -> Path:
+        batches = sample(model, cfg, 64, batch=64, **conditions)
+        path = folder / f"step_{step:08d}.png"
+        save_grid(to_uint8(torch.cat([decode(x) for x in batches])), path, columns=8, captions=captions)
+        return path
+
+    return preview
