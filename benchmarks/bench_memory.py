@@ -23,7 +23,7 @@ from benchmarks import models
 from benchmarks.bench_training import Ours, config
 from benchmarks.common import RESULTS, Rows
 from uvit_fast import build_model, load_config
-from uvit_fast.diffusion.schedules import noise_loss
+from uvit_fast.diffusion.objective import mse_loss
 from uvit_fast.training.captured import Captured
 
 ATTENTION = {"paper": "math", "paper-efficient": "sdpa"}
@@ -89,7 +89,7 @@ def inputs(net: torch.nn.Module, batch: int, device: str) -> tuple[Tensor, Tenso
 
 
 def loss(net: torch.nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-    return noise_loss(net(x, t, y=y), x)
+    return mse_loss(net(x, t, y=y), x)
 
 
 def saved_bytes(forward: Callable[[], Tensor], weights: Iterable[Tensor]) -> int:

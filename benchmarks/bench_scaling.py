@@ -55,7 +55,7 @@ class Run:
 
     def __init__(self, path: str, overrides: list[str], folder: Path):
         from uvit_fast import build_model, load_config
-        from uvit_fast.build import build_dataset, build_schedule
+        from uvit_fast.build import build_dataset, build_objective
         from uvit_fast.training.engine import start
         from uvit_fast.training.row import Row
         from uvit_fast.training.trainer import Trainer
@@ -66,7 +66,7 @@ class Run:
         self.before = torch.cuda.memory_allocated() if self.cuda else 0
         with torch.device(self.device):
             net = build_model(cfg)
-        self.trainer = t = Trainer(cfg, net, build_schedule(cfg), build_dataset(cfg), folder)
+        self.trainer = t = Trainer(cfg, net, build_objective(cfg), build_dataset(cfg), folder)
         t.monitor, t.row = SimpleNamespace(advance=lambda step: None), Row(t.step, cfg.train.iterations, self.device)
         self.stream = t.stream()
 

@@ -28,9 +28,9 @@ import torch
 from benchmarks import models
 from benchmarks.common import RESULTS, Rows, measure
 from uvit_fast import build_model, load_config
-from uvit_fast.build import build_dataset, build_schedule
+from uvit_fast.build import build_dataset, build_objective
 from uvit_fast.config import Config
-from uvit_fast.diffusion.schedules import noise_loss
+from uvit_fast.diffusion.objective import mse_loss
 from uvit_fast.training import activations
 from uvit_fast.training.captured import Captured
 from uvit_fast.training.monitor import forward_flops, utilisation
@@ -63,7 +63,7 @@ class Ours:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.costs = activations.inspect(self.net, cfg.model, cfg.train.batch_size, device, dtype)
         self.folder = tempfile.TemporaryDirectory()
-        self.trainer = Trainer(cfg, self.net, build_schedule(cfg), build_dataset(cfg), Path(self.folder.name))
+        self.trainer = Trainer(cfg, self.net, build_objective(cfg), build_dataset(cfg), Path(self.folder.name))
         self.trainer.monitor = SimpleNamespace(advance=lambda step: None)
         self.trainer.row = Row(0, cfg.train.iterations, device)
         self.stream = self.trainer.stream()
@@ -115,7 +115,7 @@ class Peer:
         self.step()
 
     def step(self) -> None:
-        noise_loss(self.net(self.x, self.t, y=self.y), self.x).backward()
+        mse_loss(self.net(self.x, self.t, y=self.y), self.x).backward()
         self.adamw.step()
         torch._foreach_lerp_(self.ema, [p.detach() for p in self.weights], 1e-4)
         self.adamw.zero_grad(set_to_none=True)

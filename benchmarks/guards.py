@@ -27,7 +27,7 @@ from benchmarks.counting import Counts, hopper
 from uvit_fast import build_model, build_sampler, load_config
 from uvit_fast.config import Config
 from uvit_fast.diffusion.guidance import Guidance
-from uvit_fast.diffusion.schedules import noise_loss
+from uvit_fast.diffusion.objective import mse_loss
 
 BASELINE = Path(__file__).parent / "baselines" / "guards.json"
 BATCH, EVALUATIONS, STEPS = 128, 5, 3
@@ -59,7 +59,7 @@ def forward_backward(name: str, checkpointing: str) -> Figures:
     """The network's part of a training step, with the loss, and the bytes that wait for the backward."""
     _, net, (x, t), condition = network(name, checkpointing)
     with Counts() as counts, hopper(counts):
-        loss = noise_loss(net(x, t, **condition), x)
+        loss = mse_loss(net(x, t, **condition), x)
         saved = counts.alive()
         loss.backward()
     return _figures(counts) | {"saved_bytes": saved}
@@ -94,7 +94,7 @@ def _training_step(plant: Callable[[ExitStack], None] | None) -> Figures:
     import deepspeed  # noqa: F401
     from deepspeed.accelerator import get_accelerator
 
-    from uvit_fast.build import build_dataset, build_schedule
+    from uvit_fast.build import build_dataset, build_objective
     from uvit_fast.training.trainer import Trainer
 
     overrides = ["device=cpu", "train.precision=bf16", "data.name=synthetic", f"train.iterations={STEPS}"]
@@ -115,7 +115,7 @@ def _training_step(plant: Callable[[ExitStack], None] | None) -> Figures:
         stack.enter_context(mock.patch.object(Trainer, "_save", lambda self: None))
         if plant:
             plant(stack)
-        Trainer(cfg, build_model(cfg), build_schedule(cfg), build_dataset(cfg), Path(folder)).train()
+        Trainer(cfg, build_model(cfg), build_objective(cfg), build_dataset(cfg), Path(folder)).train()
     return _figures(seen[-1])
 
 

@@ -51,7 +51,7 @@ def compile_one(job: Job, device: str, overrides: list[str]) -> float:
     import torch
 
     from benchmarks import models
-    from uvit_fast.diffusion.schedules import noise_loss
+    from uvit_fast.diffusion.objective import mse_loss
 
     began, training = time.monotonic(), job.policy is not None
     short = [] if job.provider == "compiled-graphs" else ["model.depth=2"]
@@ -61,7 +61,7 @@ def compile_one(job: Job, device: str, overrides: list[str]) -> float:
     with torch.set_grad_enabled(training):
         eps = net(x, t, y=y)
         if training:
-            noise_loss(eps, x).backward()
+            mse_loss(eps, x).backward()
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
     del net, eps

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import bench_ops, models
 from uvit_fast import build_sampler
-from uvit_fast.diffusion.schedules import noise_loss
+from uvit_fast.diffusion.objective import mse_loss
 from uvit_fast.kernels.ops import attention
 from uvit_fast.sampling.captured import GraphSampler
 
@@ -161,7 +161,7 @@ def _network(training: bool) -> Run:
     if not training:
         return torch.no_grad()(lambda: net(x, t, y=y))
     weights = list(net.parameters())
-    return lambda: torch.autograd.grad(noise_loss(net(x, t, y=y), x), weights)
+    return lambda: torch.autograd.grad(mse_loss(net(x, t, y=y), x), weights)
 
 
 def _sampling() -> Run:

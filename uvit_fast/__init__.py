@@ -2,7 +2,7 @@
 
 cfg = load_config("configs/h2_256.yaml", overrides=["model.attention=math"])
 model = build_model(cfg)          # model(x, t, y=None, context=None) -> eps; t: 999 t for VP, n for SD
-schedule = build_schedule(cfg)
+objective = build_objective(cfg)  # objective(x_0, noise, u) -> x_t, t, and the target of the network's output
 sampler = build_sampler(cfg)      # sampler(eps_fn, x_T) -> x_0, with eps_fn(x, t_network)
 """
 
@@ -14,6 +14,7 @@ _HOME = {
     "load_config": "config",
     "build_model": "build",
     "build_schedule": "build",
+    "build_objective": "build",
     "build_sampler": "build",
     "build_dataset": "build",
 }

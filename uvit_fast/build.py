@@ -7,7 +7,8 @@ import torch
 
 from uvit_fast.config import Config, ModelConfig, UNetConfig
 from uvit_fast.data import dali, datasets, latents
-from uvit_fast.diffusion import samplers, schedules
+from uvit_fast.diffusion import predictions, samplers, schedules
+from uvit_fast.diffusion.objective import Objective
 from uvit_fast.model.unet import UNet
 from uvit_fast.model.uvit import UViT
 
@@ -16,6 +17,15 @@ NETWORKS: dict[type, Callable[..., UViT | UNet]] = {ModelConfig: UViT, UNetConfi
 SCHEDULES: dict[str, Callable[[], Any]] = {
     "vp": schedules.VPSchedule,
     "sd": schedules.SDSchedule,
+    "flow": schedules.FlowSchedule,
+    "flow_sit": schedules.SiTFlowSchedule,
+}
+
+PREDICTIONS: dict[str, Callable[[Any], predictions.Prediction]] = {  # of a network whose schedule is that
+    "eps": lambda schedule: predictions.Noise(),
+    "v": lambda schedule: predictions.V(),
+    "x0": lambda schedule: predictions.Data(),
+    "velocity": lambda schedule: predictions.Velocity(to_data=isinstance(schedule, schedules.SiTFlowSchedule)),
 }
 
 SAMPLERS: dict[str, Callable[..., Any]] = {
@@ -23,6 +33,8 @@ SAMPLERS: dict[str, Callable[..., Any]] = {
     "dpmpp_fast": samplers.DPMSolverPPSinglestep,
     "dpmpp_2m": samplers.DPMSolverPPMultistep,
     "euler_maruyama": samplers.EulerMaruyama,
+    "euler": samplers.Euler,
+    "heun": samplers.Heun,
 }
 
 DATASETS: dict[str, Callable[[Config], Any]] = {
@@ -55,9 +67,10 @@ DATASETS: dict[str, Callable[[Config], Any]] = {
 
 
 def build_model(cfg: Config) -> UViT | UNet:
-    """The network of `cfg.model`, initialised from `cfg.train.seed`; `model(x, t, y=None, context=None)` -> eps.
+    """The network of `cfg.model`, initialised from `cfg.train.seed`; `model(x, t, y=None, context=None)` -> eps, or what else
+    `cfg.diffusion.prediction` names.
 
-    t is what the network receives: 999 t for VP, n for SD. Under `torch.device("meta")` nothing is allocated.
+    t is what the network receives: 999 t for VP, n for SD, 1000 t for flow. Under `torch.device("meta")` nothing is allocated.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.train.seed)
@@ -69,14 +82,28 @@ def build_schedule(cfg: Config) -> Any:
     return SCHEDULES[cfg.diffusion.schedule]()
 
 
+def build_objective(cfg: Config) -> Objective:
+    """What training asks of the network, by `cfg.diffusion`."""
+    diffusion, schedule = cfg.diffusion, build_schedule(cfg)
+    return Objective(
+        schedule,
+        PREDICTIONS[diffusion.prediction](schedule),
+        (diffusion.time_mean, diffusion.time_std) if diffusion.time == "logit_normal" else None,
+        diffusion.time_shift,
+        diffusion.min_snr_gamma if diffusion.weighting == "min_snr" else None,
+    )
+
+
 def build_sampler(cfg: Config, steps: int | None = None) -> Any:
-    """The sampler of `cfg.sample`: `sampler(eps_fn, x_T)` -> x_0, with `eps_fn(x, t_network)`.
+    """The sampler of `cfg.sample`: `sampler(eps_fn, x_T)` -> x_0, with `eps_fn(x, t_network)` -> what the network predicts.
 
     Args:
         steps: network evaluations (NFE); default `cfg.sample.steps`.
     """
-    steps = cfg.sample.steps if steps is None else steps
-    return SAMPLERS[cfg.sample.sampler](build_schedule(cfg), steps, cfg.sample.spacing)
+    sample, schedule = cfg.sample, build_schedule(cfg)
+    prediction = PREDICTIONS[cfg.diffusion.prediction](schedule)
+    steps = sample.steps if steps is None else steps
+    return SAMPLERS[sample.sampler](schedule, steps, sample.spacing, prediction, sample.shift)
 
 
 def build_dataset(cfg: Config) -> Any:

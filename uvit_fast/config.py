@@ -170,23 +170,74 @@ def _network(model: Any) -> str:
 
 
 class DiffusionConfig(Section):
-    """The noise process (paper, Appendix): VP in continuous time, SD in discrete steps."""
+    """The noise process (paper, Appendix), and what the network learns of it: by default the paper's, eps at times drawn evenly."""
 
-    schedule: Literal["vp", "sd"] = Field(
-        description="vp: continuous variance preserving. sd: Stable Diffusion's 1000 steps."
+    schedule: Literal["vp", "sd", "flow", "flow_sit"] = Field(
+        description="vp: continuous variance preserving. sd: Stable Diffusion's 1000 steps. flow: the linear path, "
+        "time 1000 t for the network, 0 at the data. flow_sit: the same for networks in SiT's terms, 1 - t, as DC-AE's USiT."
     )
+    prediction: Literal["eps", "v", "x0", "velocity"] = Field(
+        "eps",
+        description="What the network predicts: eps, v = alpha eps - sigma x_0, x_0, or a flow's velocity. Default: a flow's velocity, else eps.",
+    )
+    time: Literal["uniform", "logit_normal"] = Field(
+        "uniform", description="How training draws the times t in [0, 1] (0: data); logit_normal: SD3's."
+    )
+    time_mean: float = Field(0.0, ge=-10, le=10, description="Of log(t / (1 - t)), with logit_normal.")
+    time_std: float = Field(1.0, gt=0, le=10, description="Of log(t / (1 - t)), with logit_normal.")
+    time_shift: float = Field(
+        1.0,
+        ge=0.01,
+        le=100,
+        description="Training's times become k t / (1 + (k - 1) t); above 1: noisier. sample.shift is sampling's.",
+    )
+    weighting: Literal["none", "min_snr"] = Field(
+        "none", description="Of each sample's loss; min_snr: min(SNR, gamma) of the error in x_0 (Hang et al. 2023)."
+    )
+    min_snr_gamma: float = Field(5.0, gt=0, description="Min-SNR's gamma.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _what_is_usual(cls, section: Any) -> Any:
+        if isinstance(section, dict) and section.get("schedule") in ("flow", "flow_sit"):
+            return {"prediction": "velocity", **section}
+        return section
+
+    @model_validator(mode="after")
+    def _fits(self) -> DiffusionConfig:
+        if self.prediction == "velocity" and not self.flow:
+            raise ValueError(
+                f"prediction velocity is a flow's: expected eps, v or x0 with schedule {self.schedule}, or schedule flow"
+            )
+        if self.time == "uniform" and (self.time_mean, self.time_std) != (0.0, 1.0):
+            raise ValueError("time_mean and time_std are of time logit_normal; expected it, or neither of them")
+        if self.weighting == "none" and self.min_snr_gamma != 5.0:
+            raise ValueError("min_snr_gamma is of weighting min_snr; expected it, or no gamma")
+        return self
+
+    @property
+    def flow(self) -> bool:
+        """Whether the path is linear."""
+        return self.schedule in ("flow", "flow_sit")
 
 
 class SampleConfig(Section):
     """How samples are drawn, in training previews and by `uvit-fast sample`."""
 
-    sampler: Literal["dpm_fast", "dpmpp_fast", "dpmpp_2m", "euler_maruyama"] = Field(
-        description="DPM-Solver singlestep, DPM-Solver++ singlestep, DPM-Solver++ multistep 2M, or Euler-Maruyama."
+    sampler: Literal["dpm_fast", "dpmpp_fast", "dpmpp_2m", "euler_maruyama", "euler", "heun"] = Field(
+        description="DPM-Solver singlestep, DPM-Solver++ singlestep, DPM-Solver++ multistep 2M, vp's Euler-Maruyama, or flow's "
+        "Euler or Heun."
     )
     steps: int = Field(50, ge=1, le=10**5, description="Network evaluations a sample (NFE).")
     spacing: Literal["time", "logsnr", "karras"] | None = Field(
         None,
-        description="DPM-Solvers' times: uniform in t, in log-SNR, or Karras et al.'s. Default: sd time, vp logsnr.",
+        description="DPM-Solvers' times: uniform in t, in log-SNR, or Karras et al.'s. Default: vp logsnr, else time.",
+    )
+    shift: float = Field(
+        1.0,
+        ge=0.01,
+        le=100,
+        description="Of flow: times uniform in t become k t / (1 + (k - 1) t), as in SD3; above 1: more of them noisy.",
     )
     guidance_scale: float = Field(
         0.0,
@@ -362,8 +413,17 @@ class Config(Section):
             raise ValueError(f"data.name {self.data.name} needs the section latent: decoder and scale_factor")
         if self.sample.sampler == "euler_maruyama" and self.diffusion.schedule != "vp":
             raise ValueError("sample.sampler euler_maruyama solves the VP-SDE: it needs diffusion.schedule vp")
-        if self.sample.sampler == "euler_maruyama" and self.sample.spacing:
-            raise ValueError("sample.spacing is the DPM-Solvers'; euler_maruyama has times of its own")
+        if self.sample.sampler in ("euler", "heun") and not self.diffusion.flow:
+            raise ValueError(
+                f"sample.sampler {self.sample.sampler} solves the ODE of a flow: it needs diffusion.schedule flow; "
+                f"with {self.diffusion.schedule} expected one of the DPM-Solvers"
+            )
+        if self.sample.sampler in ("euler_maruyama", "euler", "heun") and self.sample.spacing:
+            raise ValueError(f"sample.spacing is the DPM-Solvers'; {self.sample.sampler} has times of its own")
+        if self.sample.shift != 1 and not (self.diffusion.flow and self.sample.spacing in (None, "time")):
+            raise ValueError(
+                "sample.shift moves times that are uniform in t, of a flow: it needs diffusion.schedule flow and no sample.spacing"
+            )
         return self
 
     @property

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
-from uvit_fast.build import build_dataset, build_model, build_sampler, build_schedule
+from uvit_fast.build import build_dataset, build_model, build_objective, build_sampler
 from uvit_fast.config import Config
 from uvit_fast.diffusion.guidance import Guidance
 from uvit_fast.runtime.device import pick_device
@@ -135,7 +135,7 @@ class Profiled(Trainer):
     """
 
     def __init__(self, config: Config, run_dir: Path, steps: int, trace: Path):
-        super().__init__(config, build_model(config), build_schedule(config), build_dataset(config), run_dir)
+        super().__init__(config, build_model(config), build_objective(config), build_dataset(config), run_dir)
         self.first = WARM_UP + 1  # one more, in which the profiler itself warms up
         self.profiler = _profiler(self.world.device, schedule(wait=WARM_UP, warmup=1, active=steps), trace)
         self.engine.step = _recorded(self.engine.step)

@@ -1,4 +1,4 @@
-"""One solver update in one pass: guidance, the prediction of the data, the linear combination, the noise.
+"""One solver update in one pass: guidance, the conversion of the prediction, the linear combination, the noise.
 
 Legend: B samples, N = C*H*W numbers per sample. The network's output comes as (B, ...), or with a guidance scale as
 (2B, ...), the conditional branch first. State and sums are fp32 whatever the network's dtype. The coefficients are read
@@ -23,7 +23,7 @@ _MASK = 0xFFFFFFFF
 
 
 class Update(NamedTuple):
-    """What one evaluation eps does to the state: m = on_x x + on_eps eps, then
+    """What one evaluation y, of eps or what else the network predicts, does to the state: m = on_x x + on_output y, then
 
     next state = start * (the interval's first state) + sum of outputs[j] * m_j + noise * N(0, I),
 
@@ -31,7 +31,7 @@ class Update(NamedTuple):
     """
 
     on_x: float
-    on_eps: float
+    on_output: float
     start: float
     noise: float
     outputs: tuple[float, ...]
@@ -54,7 +54,7 @@ def reference(
     """Compute the update in plain PyTorch.
 
     Args:
-        eps: (B, ...) of any float dtype; with `scale`, (2B, ...): conditional, then unconditional.
+        eps: the network's output y, (B, ...) of any float dtype; with `scale`, (2B, ...): conditional, then unconditional.
         x, start: (B, ...) fp32: the state that was evaluated, the first state of the interval.
         history: the older outputs m_j that `update` uses, each (B, ...) fp32.
         scale: () fp32, s in cond + s (cond - uncond).
@@ -68,7 +68,7 @@ def reference(
     if scale is not None:
         cond, uncond = eps.chunk(2)  # (B, ...) each
         eps = cond + scale * (cond - uncond)
-    m = eps if (update.on_x, update.on_eps) == (0.0, 1.0) else update.on_x * x + update.on_eps * eps
+    m = eps if (update.on_x, update.on_output) == (0.0, 1.0) else update.on_x * x + update.on_output * eps
     state = update.start * start
     for weight, output in zip(update.outputs, [*history, m], strict=True):
         state = state + weight * output
@@ -190,7 +190,7 @@ def solver_step(
     args += (row if scale is None else scale, row if keys is None else keys, step, count, count // len(x))
     options = {
         "GUIDED": scale is not None,
-        "DATA": (update.on_x, update.on_eps) != (0.0, 1.0),
+        "DATA": (update.on_x, update.on_output) != (0.0, 1.0),
         "PAST": len(history),
         "NOISE": bool(update.noise) and keys is not None,
         "KEEP": keep,

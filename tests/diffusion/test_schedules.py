@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from uvit_fast.diffusion.schedules import SDSchedule, VPSchedule, noise_loss
+from uvit_fast.diffusion.schedules import FlowSchedule, SDSchedule, SiTFlowSchedule, VPSchedule, shifted
 
-SCHEDULES = [VPSchedule(), SDSchedule()]
+SCHEDULES = [VPSchedule(), SDSchedule(), FlowSchedule()]
 
 
 def test_vp_is_the_integral_of_its_beta():
@@ -35,7 +35,9 @@ def test_lambda_inverts_and_falls_with_time(schedule):
     t = np.linspace(schedule.t_min, schedule.t_max, 777)
     np.testing.assert_allclose(schedule.time_of_lambda(schedule.lambda_(t)), t, rtol=1e-9)
     assert (np.diff(schedule.lambda_(t)) < 0).all()
-    np.testing.assert_allclose(schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2, 1)
+    power = 1 if isinstance(schedule, FlowSchedule) else 2
+    np.testing.assert_allclose(schedule.alpha(t) ** power + schedule.sigma(t) ** power, 1)
+    np.testing.assert_allclose(schedule.lambda_(t), np.log(schedule.alpha(t) / schedule.sigma(t)), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +47,8 @@ def test_lambda_inverts_and_falls_with_time(schedule):
         (SDSchedule(), 0.0, 1.0, 0.001),  # the first of the discrete steps
         (SDSchedule(), 0.2509, 251.0, 0.251),  # n = floor(1000 u) + 1
         (SDSchedule(), 1 - 2**-24, 1000.0, 1.0),  # the largest u of fp32
+        (FlowSchedule(), 0.25, 250.0, 0.25),
+        (SiTFlowSchedule(), 0.25, 0.75, 0.25),  # 1 at the data
     ],
 )
 def test_training_noise_matches_what_sampling_assumes(schedule, u, network_time, t):
@@ -62,8 +66,10 @@ def test_sd_draws_every_step_equally_often():
     assert counts[0] == 0 and counts[1:].min() > 130 and counts[1:].max() < 270  # 200 each, five standard deviations
 
 
-def test_loss_is_a_mean_over_pixels_then_images_in_fp32():
-    eps, noise = torch.randn(4, 3, 8, 8).bfloat16(), torch.randn(4, 3, 8, 8)
-    expected = ((eps.double() - noise.double()) ** 2).mean()
-    assert noise_loss(eps, noise).dtype == torch.float32
-    torch.testing.assert_close(noise_loss(eps, noise).double(), expected, rtol=1e-6, atol=0)
+def test_a_flow_reaches_both_ends_where_lambda_is_infinite():
+    """diffusers' grid for flows, 0.999 to 0; a solver that needs a finite lambda ends at 0.001."""
+    flow = FlowSchedule()
+    np.testing.assert_allclose(flow.grid(4, "time", to_data=True), [0.999, 0.74925, 0.4995, 0.24975, 0.0])
+    assert flow.grid(4, "time")[-1] == 1e-3 and flow.lambda_(np.array([0.0]))[0] == np.inf
+    assert VPSchedule().grid(4, "time", to_data=True)[-1] == 1e-4
+    assert shifted(0.5, 3.0) == 0.75 and shifted(1.0, 3.0) == 1.0 and shifted(0.0, 3.0) == 0.0

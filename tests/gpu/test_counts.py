@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.counting import Counts, hopper
 from uvit_fast import build_model, load_config
-from uvit_fast.diffusion.schedules import noise_loss
+from uvit_fast.diffusion.objective import mse_loss
 
 pytestmark = pytest.mark.gpu
 
@@ -21,7 +21,7 @@ def step(device):
     with torch.device(device):
         net = build_model(cfg).to(torch.bfloat16)
         x, t, context = torch.randn(8, 4, 32, 32), torch.rand(8), torch.randn(8, 77, 768)
-    return lambda: noise_loss(net(x, t, context=context), x).backward()
+    return lambda: mse_loss(net(x, t, context=context), x).backward()
 
 
 def test_our_kernels_are_launched_as_often_as_counted():

@@ -16,7 +16,7 @@ import sys
 sys.path[:] = [p for p in sys.path if p]  # as train.py: no plain `kernels`
 from pathlib import Path
 import torch
-from uvit_fast.build import build_dataset, build_model, build_schedule
+from uvit_fast.build import build_dataset, build_model, build_objective
 from uvit_fast.config import load_config
 from uvit_fast.training.trainer import Trainer
 
@@ -31,7 +31,7 @@ def step(self, stream):
 Trainer._step = step
 overrides = ["device=cuda", "model.embed_dim=256", "data.name=synthetic", "train.iterations=6", "train.log_every=100"]
 cfg = load_config("configs/digits.yaml", overrides)
-Trainer(cfg, build_model(cfg), build_schedule(cfg), build_dataset(cfg), Path(sys.argv[1])).train()
+Trainer(cfg, build_model(cfg), build_objective(cfg), build_dataset(cfg), Path(sys.argv[1])).train()
 """
 
 

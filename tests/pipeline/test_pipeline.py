@@ -147,7 +147,7 @@ def test_guidance_scale_is_one_plus_the_papers(monkeypatch):
     multiple = (change * direction).sum() / direction.square().sum()
     torch.testing.assert_close(change, multiple * direction, rtol=0, atol=1e-3 * change.abs().max().item())
     update = stage.update
-    torch.testing.assert_close(multiple.item(), update.outputs[-1] * update.on_eps, rtol=1e-3, atol=0)
+    torch.testing.assert_close(multiple.item(), update.outputs[-1] * update.on_output, rtol=1e-3, atol=0)
 
 
 def test_seeds_latents_steps_and_callbacks():

@@ -13,6 +13,7 @@ from benchmarks.counting import Counts, hopper
 from tests.training import tiny
 from uvit_fast.build import build_model
 from uvit_fast.config import load_config
+from uvit_fast.diffusion.objective import Objective
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.training import activations
 from uvit_fast.training.activations import LiveBytes, Network, example, plan_within
@@ -118,7 +119,7 @@ def test_a_larger_budget_recomputes_no_more():
 
 def planned(run_dir, cfg) -> tuple[list[str], str]:
     with contextlib.redirect_stderr(io.StringIO()) as said:
-        trainer = Trainer(cfg, build_model(cfg), tiny.Schedule(), tiny.Points(), run_dir)
+        trainer = Trainer(cfg, build_model(cfg), Objective(tiny.Schedule()), tiny.Points(), run_dir)
     return [block.checkpointing for block in trainer.engine.deepspeed.module.blocks], said.getvalue()
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tests.training import tiny
 from uvit_fast.config import load_config
 from uvit_fast.diffusion.noise import Draws
+from uvit_fast.diffusion.objective import Objective
 from uvit_fast.training import checkpoint
 from uvit_fast.training.loader import Order, batches
 from uvit_fast.training.monitor import Reading
@@ -116,7 +117,7 @@ def with_network(cfg, network, dataset=None, null_context=None):
         config=cfg,
         world=SimpleNamespace(rank=0, size=1),
         dataset=dataset or tiny.Points(),
-        schedule=tiny.Schedule(),
+        objective=Objective(tiny.Schedule()),
         engine=network,
         generator=torch.Generator(),
         null_context=null_context,

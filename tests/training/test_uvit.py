@@ -5,13 +5,13 @@ import json
 import pytest
 
 from tests.training import tiny
-from uvit_fast.build import build_model, build_schedule
+from uvit_fast.build import build_model, build_objective
 from uvit_fast.training.trainer import Trainer
 
 
 def train(run_dir, cfg):
     """U-ViT on 16-pixel images of three classes and a null class; the losses."""
-    Trainer(cfg, build_model(cfg), build_schedule(cfg), tiny.Points(), run_dir).train()
+    Trainer(cfg, build_model(cfg), build_objective(cfg), tiny.Points(), run_dir).train()
     return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from uvit_fast.config import Config
+from uvit_fast.diffusion import schedules
 from uvit_fast.diffusion.noise import Draws
+from uvit_fast.diffusion.objective import Objective
 from uvit_fast.training import engine
 from uvit_fast.training.trainer import Trainer
 
@@ -63,10 +65,9 @@ class TinyModel(nn.Module):
         return self.last(h).view_as(x).to(x.dtype)
 
 
-class Schedule:
-    def add_noise(self, x_0: Tensor, noise: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        w = u.view(-1, 1, 1, 1)
-        return (1 - w).sqrt() * x_0 + w.sqrt() * noise, 999 * u
+class Schedule(schedules.Schedule):
+    def levels(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return (1 - u).sqrt(), u.sqrt(), 999 * u
 
 
 class Points:
@@ -158,7 +159,7 @@ def trainer(
 ) -> Trainer:
     dataset = Points()
     dataset.classes = classes
-    return Trainer(cfg, TinyModel(), Schedule(), dataset, run_dir, preview)
+    return Trainer(cfg, TinyModel(), Objective(Schedule()), dataset, run_dir, preview)
 
 
 def train(run_dir: Path, cfg: Config) -> dict[str, Any]:

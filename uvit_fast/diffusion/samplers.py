@@ -1,11 +1,13 @@
 """Samplers: from noise x_T to x_0 with a given number of network evaluations.
 
 Every sampler here is a list of stages. A stage evaluates the network once at the current state and then forms the next state as
-a linear combination of the interval's first state and the outputs seen since. All coefficients depend on the schedule
+a linear combination of the interval's first state and the outputs seen since: of x_0, of eps or of the velocity, whichever the solver
+takes, as the network's own prediction gives it. All coefficients depend on the schedule and the prediction
 alone: they are float64 numbers before the loop starts, so the loop is tensor algebra without a host sync, one fused kernel
 a stage on a GPU.
 
-Equations: DPM-Solver (Lu et al. 2022, Algorithms 1 and 2), DPM-Solver++ (Lu et al. 2022b), score SDE (Song et al. 2021).
+Equations: DPM-Solver (Lu et al. 2022, Algorithms 1 and 2), DPM-Solver++ (Lu et al. 2022b), score SDE (Song et al. 2021), Heun's method as
+Karras et al. 2022 take it (Algorithm 1).
 """
 
 import copy
@@ -18,13 +20,13 @@ import torch
 from torch import Tensor
 
 from uvit_fast.diffusion.guidance import ALWAYS, EpsFn, evaluate
-from uvit_fast.diffusion.schedules import Schedule
+from uvit_fast.diffusion.predictions import DATA, NOISE, VELOCITY, Noise, Prediction
+from uvit_fast.diffusion.schedules import FlowSchedule, Schedule, VPSchedule, shifted
 from uvit_fast.kernels.ops.solver_step import Update, reference, solver_step, why_not
 
 Generator = torch.Generator | Tensor  # one for the batch, or the (B,) int64 keys of counter-based ones, one a sample
-NOISE = (0.0, 1.0)  # the prediction that is eps itself
+AS_IT_IS = (0.0, 1.0)  # the conversion of an output that is what the solver takes
 SPACINGS = ("time", "logsnr", "karras")
-PUBLISHED = 50  # evaluations of the published samplers of ODEs
 TWICE = 2 + 1e-6  # so many times a step may be as long as the one on which a slope was measured
 
 
@@ -45,6 +47,8 @@ class Sampler:
         steps: network evaluations.
         spacing: of the times, for the DPM-Solvers: "time", "logsnr" or "karras", as in `Schedule.grid`; default: the schedule's own,
             which the published samplers have.
+        prediction: what the network predicts; default: eps.
+        shift: of the times of a flow that are uniform in t, as in `shifted`; 1: none.
 
     Attributes:
         stages: one a network evaluation, in order.
@@ -54,11 +58,21 @@ class Sampler:
 
     keep = 0
 
-    def __init__(self, schedule: Schedule, steps: int, spacing: str | None = None):
+    def __init__(
+        self,
+        schedule: Schedule,
+        steps: int,
+        spacing: str | None = None,
+        prediction: Prediction | None = None,
+        shift: float = 1.0,
+    ):
         if steps < 1:
             raise ValueError(f"steps: expected at least 1 network evaluation, got {steps}")
         if spacing not in (None, *SPACINGS):
             raise ValueError(f"spacing: expected one of {', '.join(SPACINGS)}, got {spacing!r}")
+        if shift != 1 and not (isinstance(schedule, FlowSchedule) and (spacing or schedule.spacing) == "time"):
+            raise ValueError(f"shift: moves a flow's times that are uniform in t; expected 1 for others, got {shift}")
+        self.prediction, self.shift = prediction or Noise(), shift
         self.stages = self._plan(schedule, steps, spacing)
         assert len(self.stages) == steps, "a sampler spends exactly the evaluations it was given"
         self.draws_noise = any(stage.update.noise for stage in self.stages)
@@ -66,6 +80,12 @@ class Sampler:
 
     def _plan(self, schedule: Schedule, steps: int, spacing: str | None) -> list[Stage]:
         raise TypeError("a sampler defines its stages")
+
+    def _stage(self, schedule: Schedule, t, wanted, start, outputs, noise=0.0, last=True) -> Stage:
+        """A stage at time t whose m is `wanted` of x_0 and eps; from NumPy's numbers to Python's."""
+        convert = self.prediction.convert(wanted, schedule.alpha(t), schedule.sigma(t))
+        update = Update(*map(float, convert), float(start), float(noise), tuple(map(float, outputs)))
+        return Stage(float(t), float(schedule.network_time(t)), update, last)
 
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """What the network receives, (steps,), and the updates, (steps, 8), both fp32; made once a device."""
@@ -90,7 +110,7 @@ class Sampler:
             kinds = {
                 (
                     len(s.update.outputs),
-                    s.update[:2] == NOISE,
+                    s.update[:2] == AS_IT_IS,
                     s.update.noise > 0,
                     s.last,
                     interval[0] <= s.t <= interval[1],
@@ -115,8 +135,8 @@ class Sampler:
         """Solve from x_T ~ N(0, I) to x_0.
 
         Args:
-            eps_fn: eps_fn(x, t) -> eps; x (B, C, H, W) fp32, t (B,) fp32, what the network receives as time. A `Guidance`
-                is combined inside the update.
+            eps_fn: eps_fn(x, t) -> eps, or what else the network predicts; x (B, C, H, W) fp32, t (B,) fp32, what the network receives
+                as time. A `Guidance` is combined inside the update.
             x_T: (B, C, H, W).
             generator: of the noise, where the sampler draws some: a torch.Generator of the batch, or the (B,) int64 keys that
                 `sample_generators` makes, one a sample.
@@ -163,7 +183,7 @@ class DPMSolverSinglestep(Sampler):
     for their order (`_lowered`) become steps of order 1 between the same times.
     """
 
-    data_prediction = False
+    solves_for = NOISE  # m
 
     def _plan(self, schedule: Schedule, steps: int, spacing: str | None) -> list[Stage]:
         orders = fast_orders(steps)
@@ -175,9 +195,9 @@ class DPMSolverSinglestep(Sampler):
                 for a, b, order in zip(ends[:-1], ends[1:], orders)
             ]
         else:  # one grid of `steps` intervals, grouped; inner times are grid points
-            grid = schedule.grid(steps, spacing or schedule.spacing)
+            grid = self._grid(schedule, steps, spacing)
             intervals = [grid[a : b + 1] for a, b in zip(knots[:-1], knots[1:])]
-        if steps < PUBLISHED or spacing not in (None, schedule.spacing):  # what was published stays as it is
+        if steps < schedule.published_steps or spacing not in (None, schedule.spacing):  # the published ones stay
             intervals = [part for times in intervals for part in _lowered(schedule, times)]
         return [stage for times in intervals for stage in self._interval(schedule, times)]
 
@@ -195,10 +215,10 @@ class DPMSolverSinglestep(Sampler):
                 slope = phi[i] / 2 if len(times) == 3 else sign * phi[i] / h[i] - 1  # order 2, order 3
                 weights[[0, i - 1]] += slope * h[i] / h[i - 1] * np.array([-1, 1])
             stages.append(
-                _stage(
+                self._stage(
                     schedule,
                     times[i - 1],
-                    prediction=self._prediction(schedule, times[i - 1]),
+                    self.solves_for,
                     start=carry[i],
                     outputs=-gain[i] * weights,
                     last=i == len(times) - 1,
@@ -209,19 +229,17 @@ class DPMSolverSinglestep(Sampler):
     def _frame(self, schedule: Schedule, times: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
         """What the first state is multiplied with, what the outputs are, and the sign of h in the exponential."""
         alpha, sigma = schedule.alpha(times), schedule.sigma(times)
-        return (sigma / sigma[0], alpha, -1) if self.data_prediction else (alpha / alpha[0], sigma, 1)
+        return (sigma / sigma[0], alpha, -1) if self.solves_for == DATA else (alpha / alpha[0], sigma, 1)
 
-    def _prediction(self, schedule: Schedule, t: float) -> tuple[float, float]:
-        """m as a combination of x and eps: eps, or the data x_0 = (x - sigma eps) / alpha."""
-        if not self.data_prediction:
-            return NOISE
-        return 1 / schedule.alpha(t), -schedule.sigma(t) / schedule.alpha(t)
+    def _grid(self, schedule: Schedule, steps: int, spacing: str | None) -> np.ndarray:
+        """One of `steps` intervals. Solved for the data, a last step of order 1 may be to lambda = infinity, where there is no noise."""
+        return shifted(schedule.grid(steps, spacing or schedule.spacing, to_data=self.solves_for == DATA), self.shift)
 
 
 class DPMSolverPPSinglestep(DPMSolverSinglestep):
     """DPM-Solver++ "fast", data prediction without thresholding. The published sampler of the SD-schedule models."""
 
-    data_prediction = True
+    solves_for = DATA
 
 
 class DPMSolverPPMultistep(DPMSolverPPSinglestep):
@@ -236,7 +254,7 @@ class DPMSolverPPMultistep(DPMSolverPPSinglestep):
     keep = 1
 
     def _plan(self, schedule: Schedule, steps: int, spacing: str | None) -> list[Stage]:
-        times = schedule.grid(steps, spacing or schedule.spacing)
+        times = self._grid(schedule, steps, spacing)
         lam = schedule.lambda_(times)
         stages = []
         for i in range(steps):
@@ -248,10 +266,10 @@ class DPMSolverPPMultistep(DPMSolverPPSinglestep):
                 half = 0.5 * h / last * min(1.0, 1 / h**2) if h <= TWICE * last else 0.0
                 weights = np.array([-half, 1 + half])
             stages.append(
-                _stage(
+                self._stage(
                     schedule,
                     times[i],
-                    prediction=self._prediction(schedule, times[i]),
+                    self.solves_for,
                     start=carry[1],
                     outputs=-gain[1] * np.expm1(sign * h) * weights,
                 )
@@ -268,21 +286,61 @@ class EulerMaruyama(Sampler):
     def _plan(self, schedule: Schedule, steps: int, spacing: str | None) -> list[Stage]:
         if spacing is not None:
             raise ValueError(f"spacing: Euler-Maruyama has times of its own; expected none, got {spacing!r}")
+        if not isinstance(schedule, VPSchedule):
+            raise ValueError(f"Euler-Maruyama solves the VP-SDE: expected VPSchedule, got {type(schedule).__name__}")
         times = np.concatenate([[0.0], np.linspace(1e-3, 1, steps)]) if steps > 1 else np.array([0.0, 1.0])
         stages = []
         for t, s in zip(times[:0:-1], times[-2::-1]):
             rate = schedule.beta(t) * (t - s)
             stages.append(
-                _stage(
+                self._stage(
                     schedule,
                     t,
-                    prediction=NOISE,
+                    NOISE,
                     start=1 + rate / 2,
                     outputs=[-rate / schedule.sigma(t)],
                     noise=np.sqrt(rate) if s > 0 else 0.0,
                 )
             )
         return stages
+
+
+class Euler(Sampler):
+    """The ODE of a flow, dx / dt = eps - x_0, on times uniform from 1 to 0: x_s = x + (s - t) dx / dt.
+
+    A network that predicts eps says in pure noise nothing of the data: with it, sampling starts at t = 0.999.
+    """
+
+    def _plan(self, schedule: Schedule, steps: int, spacing: str | None) -> list[Stage]:
+        name = type(self).__name__
+        if not isinstance(schedule, FlowSchedule):
+            raise ValueError(f"{name} solves the ODE of a flow: expected FlowSchedule, got {type(schedule).__name__}")
+        if spacing not in (None, "time"):
+            raise ValueError(f"spacing: {name}'s times are uniform in t; expected time or none, got {spacing!r}")
+        orders = self._orders(steps)
+        first = 1.0 if self.prediction.determinant(0.0, 1.0) else schedule.t_max
+        return self._along(schedule, shifted(np.linspace(first, 0, len(orders) + 1), self.shift), orders)
+
+    def _along(self, schedule: Schedule, times: np.ndarray, orders: list[int]) -> list[Stage]:
+        stages = []
+        for t, s, order in zip(times[:-1], times[1:], orders):
+            stages.append(self._stage(schedule, t, VELOCITY, 1.0, [s - t], last=order == 1))
+            if order == 2:  # Heun's: once more from the start, with the mean of the slopes at both ends
+                stages.append(self._stage(schedule, s, VELOCITY, 1.0, [(s - t) / 2] * 2))
+        return stages
+
+    def _orders(self, steps: int) -> list[int]:
+        """Of the intervals; they add up to `steps`."""
+        return [1] * steps
+
+
+class Heun(Euler):
+    """Two evaluations an interval, of second order. The last interval is a step of Euler's, since some predictions say nothing of the
+    velocity at t = 0; with an even number of evaluations the first one is another.
+    """
+
+    def _orders(self, steps: int) -> list[int]:
+        return [1] * (steps > 1 and steps % 2 == 0) + [2] * ((steps - 1) // 2) + [1]
 
 
 def fast_orders(steps: int) -> list[int]:
@@ -302,9 +360,3 @@ def _lowered(schedule: Schedule, times: np.ndarray) -> list[np.ndarray]:
     if len(h) == 1 or (h.sum() <= 2 and (h[1:] <= TWICE * h[:-1]).all()):
         return [times]
     return [times[i : i + 2] for i in range(len(h))]
-
-
-def _stage(schedule: Schedule, t, prediction, start, outputs, noise=0.0, last=True) -> Stage:
-    """A stage at time t, from NumPy's numbers to Python's."""
-    update = Update(*map(float, prediction), float(start), float(noise), tuple(map(float, outputs)))
-    return Stage(float(t), float(schedule.network_time(t)), update, last)

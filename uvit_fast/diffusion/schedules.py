@@ -1,8 +1,10 @@
-"""Noise schedules: x_t = alpha_t x_0 + sigma_t eps with alpha_t^2 + sigma_t^2 = 1 (paper, Section 2).
+"""Noise schedules: x_t = alpha_t x_0 + sigma_t eps, with alpha_t^2 + sigma_t^2 = 1 (paper, Section 2) or, for flow, alpha_t + sigma_t = 1.
 
 Time t runs from 0 (data) to 1 (noise); lambda_t = log(alpha_t / sigma_t) is half the log signal-to-noise ratio. What a solver needs is
 float64 NumPy, because it is computed before the loop; what a training step needs stays on the device.
 """
+
+import math
 
 import numpy as np
 import torch
@@ -10,11 +12,13 @@ from torch import Tensor
 
 
 class Schedule:
-    """What all schedules share. A schedule defines `log_alpha`, its inverse, `network_time` and how training draws times."""
+    """What all schedules share. A schedule defines `log_alpha`, its inverse, `network_time` and, for training, `levels`."""
 
     t_max: float = 1.0  # where sampling starts
     t_min: float  # where sampling ends
+    t_end: float | None = None  # where it ends instead, uniform in time, for solvers that can
     spacing: str  # "logsnr" or "time": the grid of the published samplers
+    published_steps: float = 50  # from so many evaluations on, the solvers' orders are those of the published samplers
 
     def log_alpha(self, t: np.ndarray) -> np.ndarray:
         raise TypeError("a schedule defines log_alpha")
@@ -36,16 +40,44 @@ class Schedule:
         """The inverse of `lambda_`."""
         return self._time_of_log_alpha(-0.5 * np.logaddexp(0.0, -2.0 * np.asarray(lam, np.float64)))
 
-    def grid(self, intervals: int, spacing: str) -> np.ndarray:
+    def grid(self, intervals: int, spacing: str, to_data: bool = False) -> np.ndarray:
         """Times from t_max to t_min, (intervals + 1,): uniform in "time", in "logsnr" (lambda), or as in "karras", uniform in
         (sigma / alpha)^(1/7) (Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", Equation 5).
+
+        Args:
+            to_data: whether the last time may be `t_end`, where lambda is infinite; one that is uniform in time then is.
         """
         if spacing == "time":
-            return np.linspace(self.t_max, self.t_min, intervals + 1)
+            last = self.t_end if to_data and self.t_end is not None else self.t_min
+            return np.linspace(self.t_max, last, intervals + 1)
         ends = self.lambda_(np.array([self.t_max, self.t_min]))
         if spacing == "karras":
             return self.time_of_lambda(-7 * np.log(np.linspace(*np.exp(-ends / 7), intervals + 1)))
         return self.time_of_lambda(np.linspace(*ends, intervals + 1))
+
+    def network_time(self, t: np.ndarray) -> np.ndarray:
+        """What the network receives as time."""
+        raise TypeError("a schedule defines network_time")
+
+    def levels(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a training step: alpha, sigma and the network's time, each (B,) fp32 on u's device.
+
+        Args:
+            u: (B,) fp32 in [0, 1], the time; uniform unless training draws it otherwise.
+        """
+        raise TypeError("a schedule defines levels")
+
+    def add_noise(self, x_0: Tensor, noise: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Training's noisy input.
+
+        Args:
+            x_0, noise: (B, C, H, W) fp32. u: as `levels` takes it.
+
+        Returns:
+            x_t (B, C, H, W) and the network's time (B,), both fp32, on u's device.
+        """
+        alpha, sigma, time = self.levels(u)
+        return mix(alpha, x_0, sigma, noise), time
 
 
 class VPSchedule(Schedule):
@@ -69,18 +101,9 @@ class VPSchedule(Schedule):
     def network_time(self, t: np.ndarray) -> np.ndarray:
         return 999 * t
 
-    def add_noise(self, x_0: Tensor, noise: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Training's noisy input: t = u.
-
-        Args:
-            x_0, noise: (B, C, H, W) fp32. u: (B,) fp32, uniform in [0, 1).
-
-        Returns:
-            x_t (B, C, H, W) and the network's time (B,), both fp32, on u's device.
-        """
-        log_alpha = self.log_alpha(u)
-        alpha, sigma = log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()  # (B,)
-        return _mix(alpha, x_0, sigma, noise), 999 * u
+    def levels(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        log_alpha = self.log_alpha(u)  # t = u
+        return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt(), 999 * u
 
 
 class SDSchedule(Schedule):
@@ -106,11 +129,11 @@ class SDSchedule(Schedule):
     def network_time(self, t: np.ndarray) -> np.ndarray:
         return self.steps * t
 
-    def add_noise(self, x_0: Tensor, noise: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Training's noisy input: n = floor(1000 u) + 1, uniform in 1 ... 1000. Shapes as for VP."""
+    def levels(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """n = floor(1000 u) + 1, so uniform in 1 ... 1000 where u is uniform."""
         n = (self.steps * u).long().clamp_(max=self.steps - 1)  # (B,), n - 1
         alpha, sigma = self._table(u.device)[:, n]  # (B,) each
-        return _mix(alpha, x_0, sigma, noise), (n + 1).float()
+        return alpha, sigma, (n + 1).float()
 
     def _table(self, device: torch.device) -> Tensor:
         """(2, 1000) fp32: alpha and sigma of n = 1 ... 1000."""
@@ -120,10 +143,50 @@ class SDSchedule(Schedule):
         return self._tables[device]
 
 
-def noise_loss(eps: Tensor, noise: Tensor) -> Tensor:
-    """Mean over C, H, W, then over the batch, of (eps - noise)^2 in fp32 (paper, Equation 1)."""
-    return (eps.float() - noise.float()).square().flatten(1).mean(dim=1).mean()
+class FlowSchedule(Schedule):
+    """The linear path x_t = (1 - t) x_0 + t eps of flow matching and rectified flow (Lipman et al. 2023; Liu et al. 2023); the network
+    receives 1000 t.
+
+    lambda = log((1 - t) / t) is infinite at both ends. Where a solver needs it, sampling starts at t = 0.999, as diffusers does, and ends at
+    t = 0.001, or at 0 where its last step is of order 1 and so returns the predicted data.
+    """
+
+    t_max, t_min, t_end = 1 - 1e-3, 1e-3, 0.0
+    spacing = "time"
+    published_steps = math.inf
+
+    def alpha(self, t: np.ndarray) -> np.ndarray:
+        return 1.0 - t
+
+    def sigma(self, t: np.ndarray) -> np.ndarray:
+        return t
+
+    def lambda_(self, t: np.ndarray) -> np.ndarray:
+        with np.errstate(divide="ignore"):  # infinite at t = 0
+            return np.log1p(-np.asarray(t, np.float64)) - np.log(t)
+
+    def time_of_lambda(self, lam: np.ndarray) -> np.ndarray:
+        return np.exp(-np.logaddexp(0.0, lam))
+
+    def network_time(self, t: np.ndarray) -> np.ndarray:
+        return 1000 * t
+
+    def levels(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return 1 - u, u, self.network_time(u)
 
 
-def _mix(alpha: Tensor, x_0: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+class SiTFlowSchedule(FlowSchedule):
+    """The same path for networks in SiT's terms (Ma et al. 2024), as DC-AE's USiT: they receive 1 - t, which is 1 at the data."""
+
+    def network_time(self, t: np.ndarray) -> np.ndarray:
+        return 1 - t
+
+
+def shifted(t: np.ndarray | Tensor, shift: float) -> np.ndarray | Tensor:
+    """shift t / (1 + (shift - 1) t): above 1 moves times in [0, 1] to the noise (Esser et al. 2024, Section 5.3.2); by as much in lambda."""
+    return t if shift == 1 else shift * t / (1 + (shift - 1) * t)
+
+
+def mix(alpha: Tensor, x_0: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+    """alpha x_0 + sigma noise: (B,), (B, C, H, W) twice."""
     return alpha.view(-1, 1, 1, 1) * x_0 + sigma.view(-1, 1, 1, 1) * noise

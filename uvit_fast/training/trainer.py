@@ -1,4 +1,4 @@
-"""The training loop (paper, Section 2 and Appendix): predict the noise, AdamW, warm-up, EMA.
+"""The training loop (paper, Section 2 and Appendix): predict the noise, or what else the objective asks for, AdamW, warm-up, EMA.
 
 A step draws everything random from one generator on the device, seeded by (seed, step), for the whole batch, of which a micro-batch takes
 its rows: there is no random state to save, and a run that continues, on however many ranks, is the run that was never interrupted.
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from uvit_fast.config import Config
 from uvit_fast.diffusion.noise import Draws
+from uvit_fast.diffusion.objective import Objective, mse_loss
 from uvit_fast.provenance import Provenance
 from uvit_fast.runtime.errors import RankError, UserError
 from uvit_fast.training import activations, checkpoint
@@ -42,8 +43,7 @@ class Trainer:
 
     Args:
         config: everything that decides the result.
-        model: fp32 `model(x, t, y=None, context=None)` -> eps; taken over by the engine.
-        schedule: `add_noise(x_0, noise, u)` -> (x_t, t of the network, fp32).
+        model: fp32 `model(x, t, y=None, context=None)` -> what `objective` asks for; taken over by the engine.
         dataset: as in `uvit_fast.data.datasets`.
         run_dir: the run's folder.
         preview: `preview(model with EMA weights, step, folder)` every `sample_every` steps, on rank 0; the image file that it
@@ -62,14 +62,14 @@ class Trainer:
         self,
         config: Config,
         model: nn.Module,
-        schedule: Any,
+        objective: Objective,
         dataset: Any,
         run_dir: Path,
         preview: Preview | None = None,
         measure: Measure | None = None,
         fresh: bool = False,
     ):
-        self.config, self.schedule, self.dataset, self.run_dir = config, schedule, dataset, Path(run_dir)
+        self.config, self.objective, self.dataset, self.run_dir = config, objective, dataset, Path(run_dir)
         self.world = start(config)
         self.main = self.world.rank == 0
         self.flops = forward_flops(model, config) if self.world.device.type == "cuda" else None
@@ -272,13 +272,13 @@ class Trainer:
         return train.lr * min(step / train.warmup_steps, 1.0) if train.warmup_steps else train.lr
 
     def loss(self, raw: dict[str, Tensor], step: int, k: int) -> Tensor:
-        """Mean of (eps - eps_pred)^2 over this rank's k-th micro-batch of a step, 0-d fp32."""
+        """`mse_loss` of this rank's k-th micro-batch of a step, 0-d fp32."""
         train, before = self.config.train, (k * self.world.size + self.world.rank) * self.engine.micro_batch
         draws = Draws(self.generator.manual_seed(mix(train.seed, step)), train.batch_size, before)
         batch = self.dataset.finish(raw, draws)
         x_0 = batch["x"]  # (B, C, H, W)
         u, noise = draws.rand(len(x_0)), draws.randn(*x_0.shape)  # (B,), (B, C, H, W)
-        x_t, t = self.schedule.add_noise(x_0, noise, u)
+        task = self.objective(x_0, noise, u)
         drop = draws.rand(len(x_0)) < train.p_uncond  # (B,)
         conditions = {}
         if self.config.model.num_classes:
@@ -288,8 +288,8 @@ class Trainer:
             conditions["context"] = (
                 torch.where(drop[:, None, None], self.null_context, text) if train.p_uncond else text
             )
-        eps = self.engine(x_t, t, **conditions)  # (B, C, H, W)
-        return (eps.float() - noise).square().mean(dim=(1, 2, 3)).mean()
+        output = self.engine(task.x_t, task.time, **conditions)  # (B, C, H, W)
+        return mse_loss(output, task.target, task.weight)
 
     def _start_row(self) -> None:
         """Send the scalars since the last row on their way to the host."""

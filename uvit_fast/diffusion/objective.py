@@ -1,0 +1,87 @@
+"""What training asks of the network: at which times, for what, and how much each answer counts."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from uvit_fast.diffusion.predictions import Noise, Prediction
+from uvit_fast.diffusion.schedules import Schedule, mix, shifted
+
+TINY = 1e-6  # a level below counts as this in weights, whose limits are then right
+
+
+class Task(NamedTuple):
+    """A batch as the network gets it, and what is wanted of it: its `loss` is mse_loss(output, target, weight)."""
+
+    x_t: Tensor  # (B, C, H, W) fp32
+    time: Tensor  # (B,) fp32, what the network receives
+    target: Tensor  # (B, C, H, W) fp32
+    weight: Tensor | None  # (B,) fp32; None: all alike
+
+
+class Objective:
+    """A schedule, a prediction, the distribution of times and the weights of a training.
+
+    Args:
+        logit_normal: mean and standard deviation of log(t / (1 - t)) (Esser et al. 2024, Section 3.1); None: t is uniform. Of a schedule
+            of discrete steps, t is what they are cut from.
+        shift: of the times, as in `shifted`; 1: none.
+        min_snr: Min-SNR-gamma's gamma (Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy", Section 3.4); None:
+            no weights.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        prediction: Prediction | None = None,
+        logit_normal: tuple[float, float] | None = None,
+        shift: float = 1.0,
+        min_snr: float | None = None,
+    ):
+        self.schedule, self.prediction = schedule, prediction or Noise()
+        self.logit_normal, self.shift, self.min_snr = logit_normal, shift, min_snr
+
+    def times(self, u: Tensor) -> Tensor:
+        """Times in [0, 1] of numbers that are uniform there, (B,) fp32 each."""
+        if self.logit_normal:
+            mean, std = self.logit_normal
+            u = torch.sigmoid(mean + std * torch.special.ndtri(u))
+        return shifted(u, self.shift)
+
+    def at(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Task:
+        """The task at times t (B,) fp32 in [0, 1]; x_0, noise: (B, C, H, W) fp32."""
+        alpha, sigma, time = self.schedule.levels(t)
+        target = _combined(*self.prediction.parts(alpha, sigma), x_0, noise)
+        return Task(mix(alpha, x_0, sigma, noise), time, target, self._weight(alpha, sigma))
+
+    def __call__(self, x_0: Tensor, noise: Tensor, u: Tensor) -> Task:
+        """The task of a training step, u (B,) fp32 uniform in [0, 1)."""
+        return self.at(x_0, noise, self.times(u))
+
+    def _weight(self, alpha: Tensor, sigma: Tensor) -> Tensor | None:
+        """min(SNR, gamma) of the error in x_0, which is that of the prediction times sigma over the determinant; with
+        SNR = (alpha / sigma)^2, of eps min(1, gamma / SNR), of v min(SNR, gamma) / (SNR + 1), of a flow's velocity
+        min((1 - t)^2, gamma t^2).
+        """
+        if self.min_snr is None:
+            return None
+        alpha, sigma = alpha.clamp(min=TINY), sigma.clamp(min=TINY)
+        return torch.minimum(alpha**2, self.min_snr * sigma**2) / self.prediction.determinant(alpha, sigma) ** 2
+
+
+def _combined(p: float | Tensor, q: float | Tensor, x_0: Tensor, noise: Tensor) -> Tensor:
+    """p x_0 + q noise; numbers of 0 and 1 cost nothing, so that eps is the noise itself."""
+    terms = []
+    for part, value in ((p, x_0), (q, noise)):
+        if isinstance(part, Tensor):
+            terms.append(part.view(-1, 1, 1, 1) * value)
+        elif part:
+            terms.append(value if part == 1 else part * value)
+    return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+
+
+def mse_loss(output: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean over C, H, W, times the weight, then mean over the batch, of (output - target)^2 in fp32 (paper, Equation 1)."""
+    each = (output.float() - target.float()).square().flatten(1).mean(dim=1)  # (B,)
+    return (each if weight is None else weight * each).mean()
