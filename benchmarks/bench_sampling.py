@@ -33,7 +33,7 @@ from torch import Tensor
 from benchmarks import models
 from benchmarks.common import RESULTS, Rows, measure
 from uvit_fast.build import build_sampler
-from uvit_fast.data.encoders import decoder
+from uvit_fast.data.autoencoders import Scaling, decoder
 from uvit_fast.diffusion.guidance import Guidance
 from uvit_fast.runtime.graphs import Graphs
 from uvit_fast.sampling.captured import GraphSampler
@@ -194,7 +194,7 @@ class Bench:
     def _decoder(self, memory_format: torch.memory_format = torch.contiguous_format) -> Callable[[Tensor], Tensor]:
         if self.vae is None:
             self.vae = autoencoder(self.device)
-        return decoder(self.vae.to(memory_format=memory_format), FACTOR)
+        return decoder(self.vae.to(memory_format=memory_format), Scaling(FACTOR))
 
     def _decode(self, batch: int) -> tuple[list[float], float]:
         """Seconds to decode a batch, and the peak of memory."""

@@ -22,6 +22,7 @@ PARAMETERS = {
     "h2_256": 500_832_016,
     "l4_512": 286_861_524,
     "h4_512": 500_942_656,
+    "uvit_h_dc_512": 500_868_896,
     "s2_coco": 44_692_644,
     "s2deep_coco": 58_345_636,
 }
@@ -36,6 +37,7 @@ TRAINING = {
     "h2_256": (1024, 500_000, 5000, (0.99, 0.99), 2e-4, "sd", 0.1, 0.4, False, True, "dpmpp_fast", 50, "block"),
     "l4_512": (1024, 500_000, 5000, (0.99, 0.99), 2e-4, "vp", 0.15, 0.7, True, False, "dpm_fast", 50, "block"),
     "h4_512": (1024, 500_000, 5000, (0.99, 0.99), 2e-4, "sd", 0.1, 0.7, False, True, "dpmpp_fast", 50, "block"),
+    "uvit_h_dc_512": (1024, 500_000, 5000, (0.99, 0.99), 2e-4, "sd", 0.1, 0.5, False, False, "dpmpp_fast", 30, "block"),
     "s2_coco": (256, 1_000_000, 5000, (0.9, 0.9), 2e-4, "sd", 0.1, 1.0, True, False, "dpmpp_fast", 50, "none"),
     "s2deep_coco": (256, 1_000_000, 5000, (0.9, 0.9), 2e-4, "sd", 0.1, 1.0, True, False, "dpmpp_fast", 50, "none"),
 }
@@ -48,10 +50,19 @@ def test_published_models_have_the_published_parameter_counts(name):
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
 
 
+@pytest.mark.parametrize(("size", "expected"), [((512, 12, 8), 44_788_768), ((2048, 28, 32), 1_580_396_576)])
+def test_dc_aes_other_sizes_are_three_numbers(size, expected):
+    """U-ViT-S and -2B of its table: 44.79 M and 1,580.40 M."""
+    overrides = [f"model.{key}={n}" for key, n in zip(("embed_dim", "depth", "num_heads"), size)]
+    with torch.device("meta"):
+        model = build_model(load_config(CONFIGS / "uvit_h_dc_512.yaml", overrides))
+    assert sum(p.numel() for p in model.parameters()) == expected
+
+
 @pytest.mark.parametrize("name", TRAINING)
 def test_published_training_settings(name):
     cfg = load_config(CONFIGS / f"{name}.yaml")
-    decoder = cfg.latent and cfg.latent.decoder == "stabilityai/sd-vae-ft-ema"
+    decoder = cfg.latent and cfg.latent.autoencoder == "stabilityai/sd-vae-ft-ema"
     train = cfg.train
     assert TRAINING[name] == (
         *(train.batch_size, train.iterations, train.warmup_steps, train.betas, train.lr, cfg.diffusion.schedule),
@@ -67,7 +78,7 @@ def test_latent_scale_factors_and_null_labels():
     configs = {name: load_config(CONFIGS / f"{name}.yaml") for name in PARAMETERS}
     factors = {name: cfg.latent.scale_factor for name, cfg in configs.items() if cfg.latent}
     latent = dict.fromkeys(("l2_256", "h2_256", "l4_512", "h4_512"), 0.18215)
-    assert factors == {**latent, "s2_coco": 0.23010, "s2deep_coco": 0.23010}
+    assert factors == {**latent, "s2_coco": 0.23010, "s2deep_coco": 0.23010, "uvit_h_dc_512": 0.3189}
     assert configs["h2_256"].null_label == 1000
     assert configs["l4_64"].null_label is None
 
@@ -147,15 +158,44 @@ def test_overrides_may_be_a_mapping():
             load_config(path, wrong)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        (
+            "scale_factor",
+            "-1",
+            "latent.scale_factor: expected a positive number, one a channel .*, or measured, got -1",
+        ),
+        ("scale_factor", "yes", "latent.scale_factor: expected a positive number, .*, got True"),
+        ("scale_factor", "[1, 2, 3]", "latent.scale_factor: expected one number, or 4, as model.in_chans says; got 3"),
+        ("shift_factor", "[1, a, 3, 4]", "latent.shift_factor: expected a number, or one a channel in brackets, got"),
+        ("shift_factor", "measured", "latent.shift_factor: expected a number, .*, got 'measured'"),
+    ],
+)
+def test_what_scales_latents_is_a_number_or_one_a_channel(key, value, expected):
+    with pytest.raises(ConfigError, match=expected) as error:
+        load_config(CONFIGS / "h2_256.yaml", [f"latent.{key}={value}"])
+    assert "\n" not in str(error.value)
+    cfg = load_config(CONFIGS / "h2_256.yaml", ["latent.scale_factor=[1, 2, 3, 4]", "latent.shift_factor=-0.1"])
+    assert (cfg.latent.scale_factor, cfg.latent.shift_factor) == ((1.0, 2.0, 3.0, 4.0), -0.1)
+    with pytest.raises(ConfigError, match="shift_factor is measured where scale_factor is"):
+        load_config(CONFIGS / "h2_256.yaml", ["latent.scale_factor=measured", "latent.shift_factor=1"])
+
+
 def test_paths_are_kept_absolute(tmp_path, monkeypatch):
     """A run is continued from its config.yaml from any folder; what is no folder here is a name on the hub."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "vae").mkdir()
-    settings = ["data.path=pictures", "latent.decoder=vae", "evaluate.every=1", "evaluate.reference=~/real.npz"]
+    settings = [
+        "data.path=pictures",
+        "latent.decoder=vae",  # as `autoencoder` is called in older runs
+        "evaluate.every=1",
+        "evaluate.reference=~/real.npz",
+    ]
     cfg = load_config(CONFIGS / "digits.yaml", settings)
-    assert (cfg.data.path, cfg.latent.decoder) == (f"{tmp_path}/pictures", f"{tmp_path}/vae")
+    assert (cfg.data.path, cfg.latent.autoencoder) == (f"{tmp_path}/pictures", f"{tmp_path}/vae")
     assert cfg.evaluate.reference == os.path.expanduser("~/real.npz")
-    assert load_config(CONFIGS / "digits.yaml", ["latent.decoder=owner/vae"]).latent.decoder == "owner/vae"
+    assert load_config(CONFIGS / "digits.yaml", ["latent.autoencoder=owner/vae"]).latent.autoencoder == "owner/vae"
 
 
 def test_missing_file_names_the_nearest():

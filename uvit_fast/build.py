@@ -58,10 +58,10 @@ DATASETS: dict[str, Callable[[Config], Any]] = {
         background=cfg.data.background,
     ),
     "latents": lambda cfg: latents.Latents(
-        cfg.data.path, cfg.latent.scale_factor, skip_damaged=cfg.data.unreadable == "skip"
+        cfg.data.path, cfg.latent.scale_factor, cfg.latent.shift_factor, skip_damaged=cfg.data.unreadable == "skip"
     ),
     "text_latents": lambda cfg: latents.TextLatents(
-        cfg.data.path, cfg.latent.scale_factor, skip_damaged=cfg.data.unreadable == "skip"
+        cfg.data.path, cfg.latent.scale_factor, cfg.latent.shift_factor, skip_damaged=cfg.data.unreadable == "skip"
     ),
 }
 

@@ -261,18 +261,58 @@ class SampleConfig(Section):
         return self
 
 
-class LatentConfig(Section):
-    """The frozen networks of latent models; the training latents were made with Stable Diffusion's first autoencoder."""
+Factor = float | tuple[float, ...]  # of all channels, or one a channel
 
-    scale_factor: float = Field(0.18215, gt=0, description="Latents are multiplied by this before the network.")
-    decoder: FolderOrHub = Field(
+
+class LatentConfig(Section):
+    """The frozen networks of latent models; the training latents were made with Stable Diffusion's first autoencoder.
+
+    The network sees (latents - shift_factor) * scale_factor.
+    """
+
+    autoencoder: FolderOrHub = Field(
         "CompVis/stable-diffusion-v1-4/vae",
-        description="Autoencoder that decodes samples: a local folder, or owner/repository[/subfolder] on the hub.",
+        description="AutoencoderKL or AutoencoderDC that makes and decodes latents: a local folder, or owner/repository[/subfolder] on the hub.",
+    )
+    scale_factor: Factor | Literal["measured"] | None = Field(
+        None,
+        description="A number, one a channel, or measured: the channels' mean and deviation, that extract finds. Default: the data's, else the autoencoder's own.",
+    )
+    shift_factor: Factor | None = Field(
+        None,
+        description="A number, or one a channel, taken off latents before they are scaled. Default: the data's, else the autoencoder's own.",
     )
     text_encoder: FolderOrHub | None = Field(
         None,
         description=f"CLIP of a text model: a local folder, or a hub name. Default: that of the training data, else {CLIP}.",
     )
+
+    @field_validator("scale_factor", "shift_factor", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        scale = info.field_name == "scale_factor"
+        if value is None or (scale and value == "measured"):
+            return value
+        items = value if isinstance(value, list | tuple) else [value]
+        try:
+            numbers = tuple(float(item) for item in items if not isinstance(item, bool))
+        except (TypeError, ValueError):
+            numbers = ()
+        usable = [n for n in numbers if abs(n) < float("inf") and (n > 0 or not scale)]
+        if not usable or len(usable) != len(items):
+            kind = (
+                "a positive number, one a channel in brackets, or measured"
+                if scale
+                else "a number, or one a channel in brackets"
+            )
+            raise ValueError(f"expected {kind}, got {shown(value)}")
+        return numbers if items is value else numbers[0]
+
+    @model_validator(mode="after")
+    def _measured_together(self) -> LatentConfig:
+        if self.scale_factor == "measured" and self.shift_factor is not None:
+            raise ValueError("shift_factor is measured where scale_factor is; expected none")
+        return self
 
 
 Byte = Annotated[int, Field(ge=0, le=255)]
@@ -410,7 +450,13 @@ class Config(Section):
         if self.sample.prompts and not self.model.context_dim:
             raise ValueError("sample.prompts needs a model of text: set model.context_dim")
         if self.data.name in ("latents", "text_latents") and not self.latent:
-            raise ValueError(f"data.name {self.data.name} needs the section latent: decoder and scale_factor")
+            raise ValueError(f"data.name {self.data.name} needs the section latent: autoencoder and scale_factor")
+        for key in ("scale_factor", "shift_factor"):
+            each = getattr(self.latent, key, None)
+            if isinstance(each, tuple) and len(each) != self.model.in_chans:
+                raise ValueError(
+                    f"latent.{key}: expected one number, or {self.model.in_chans}, as model.in_chans says; got {len(each)}"
+                )
         if self.sample.sampler == "euler_maruyama" and self.diffusion.schedule != "vp":
             raise ValueError("sample.sampler euler_maruyama solves the VP-SDE: it needs diffusion.schedule vp")
         if self.sample.sampler in ("euler", "heun") and not self.diffusion.flow:
@@ -450,7 +496,7 @@ def load_config(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] =
             base = _read(base_path)
             if "base" in base:
                 raise ConfigError(f"{path}: base {base_path} has a base of its own; expected one level of base")
-            tree = _merge(base, tree)
+            tree = _merge(_by_names_of_today(base), _by_names_of_today(tree))
     except RecursionError:  # aliases that hold themselves
         raise ConfigError(f"{path}: nested too deeply; expected sections with keys") from None
     return config_from(tree, path, overrides)
@@ -465,8 +511,9 @@ def config_from(tree: dict[str, Any], source: Path, overrides: Iterable[str] | M
     if isinstance(overrides, str):
         overrides = [overrides]
     try:
+        tree = _by_names_of_today(tree)
         for key, value in overrides.items() if isinstance(overrides, Mapping) else map(_override, overrides):
-            tree = _merge(tree, _nested(tree, key, value))
+            tree = _merge(tree, _by_names_of_today(_nested(tree, key, value)))
         return Config.model_validate(tree)
     except ValidationError as error:
         lines = [_explain(source, item) for item in error.errors()]
@@ -511,6 +558,14 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(base.get(key), dict)
         merged[key] = _merge(base[key], value) if both else value
     return merged
+
+
+def _by_names_of_today(tree: dict[str, Any]) -> dict[str, Any]:
+    """A config of before `latent.autoencoder`, which was `latent.decoder`, as runs keep theirs."""
+    latent = tree.get("latent")
+    if not isinstance(latent, dict) or "decoder" not in latent or "autoencoder" in latent:
+        return tree
+    return tree | {"latent": {"autoencoder" if key == "decoder" else key: value for key, value in latent.items()}}
 
 
 def _override(text: Any) -> tuple[str, Any]:

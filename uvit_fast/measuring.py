@@ -15,7 +15,7 @@ from torch import Tensor
 from uvit_fast.build import build_dataset
 from uvit_fast.config import Config
 from uvit_fast.data import reading
-from uvit_fast.data.encoders import load_decoder
+from uvit_fast.data.autoencoders import load_decoder
 from uvit_fast.diffusion.noise import Draws
 from uvit_fast.evaluation import evaluate as figures
 from uvit_fast.evaluation import reference

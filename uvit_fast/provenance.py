@@ -28,16 +28,20 @@ class Provenance:
     Attributes:
         classes: names by label; empty where the model has no classes or their names are not known.
         encoders: identities by role, "vae" and "text_encoder", as `data.encoders` makes them; those that are known.
+        scaling: of latents, `scale_factor` and `shift_factor`, a number or a list of one a channel each; empty where it is not known.
     """
 
     classes: tuple[str, ...] = ()
     encoders: dict[str, dict[str, str]] = field(default_factory=dict)
+    scaling: dict[str, float | list[float]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, dataset: Any, labelled: bool = True) -> "Provenance":
         """That of a dataset; without its classes for a model that takes none."""
         classes = tuple(getattr(dataset, "classes", ())) if labelled else ()
-        return cls(classes, {role: who for role, who in getattr(dataset, "encoders", {}).items() if who})
+        encoders = {role: who for role, who in getattr(dataset, "encoders", {}).items() if who}
+        scaling = getattr(dataset, "scaling", None)
+        return cls(classes, encoders, scaling.as_json() if scaling else {})
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Provenance":
@@ -46,22 +50,27 @@ class Provenance:
         Raises:
             TypeError, ValueError: it is something else.
         """
-        classes, encoders = value.get("classes", []), value.get("encoders", {})
+        classes, encoders, scaling = value.get("classes", []), value.get("encoders", {}), value.get("scaling", {})
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
             raise TypeError("classes: expected a list of names")
         if not all(isinstance(part, str) for who in encoders.values() for item in who.items() for part in item):
             raise TypeError("encoders: expected texts")
-        return cls(tuple(classes), encoders)
+        numbers = [n for part in scaling.values() for n in (part if isinstance(part, list) else [part])]
+        if not all(type(n) in (int, float) for n in numbers):
+            raise TypeError("scaling: expected numbers")
+        return cls(tuple(classes), encoders, scaling)
 
     def as_json(self) -> dict[str, Any]:
-        return {"classes": list(self.classes), "encoders": self.encoders}
+        return {"classes": list(self.classes), "encoders": self.encoders, "scaling": self.scaling}
 
     def write(self, file: Path) -> None:
         write_whole(file, lambda path: path.write_text(json.dumps(self.as_json(), indent=1), "utf-8"))
 
     def joined(self, other: "Provenance") -> "Provenance":
         """This, and of the other what is not known here."""
-        return Provenance(self.classes or other.classes, {**other.encoders, **self.encoders})
+        return Provenance(
+            self.classes or other.classes, {**other.encoders, **self.encoders}, self.scaling or other.scaling
+        )
 
     def difference(self, now: "Provenance") -> str | None:
         """How `now` contradicts this, in words; None where it does not."""
@@ -70,6 +79,8 @@ class Provenance:
         for role in self.encoders.keys() & now.encoders.keys():
             if not same_encoder(before := self.encoders[role], after := now.encoders[role]):
                 return f"another {ROLES[role]}: {describe_encoder(before)}, now {describe_encoder(after)}"
+        if self.scaling and now.scaling and self.scaling != now.scaling:
+            return f"another scaling of latents: {_in_short(self.scaling)}, now {_in_short(now.scaling)}"
         return None
 
     def name(self, label: int) -> str:
@@ -165,7 +176,10 @@ def _above(file: Path, name: str) -> Path:
 
 def _of_pipeline(tree: dict[str, Any]) -> dict[str, Any]:
     names = tree.get("id2label") or {}
-    return {"classes": [names[str(label)] for label in range(len(names))], "encoders": tree.get("encoders") or {}}
+    latent = (tree.get("vae") or [None])[0] is not None
+    scaling = {"scale_factor": tree["scale_factor"], "shift_factor": tree.get("shift_factor", 0.0)} if latent else {}
+    classes = [names[str(label)] for label in range(len(names))]
+    return {"classes": classes, "encoders": tree.get("encoders") or {}, "scaling": scaling}
 
 
 def classes_difference(before: Iterable[str], now: Iterable[str]) -> str:
@@ -184,6 +198,13 @@ def same_encoder(a: dict[str, str], b: dict[str, str]) -> bool:
     """Whether two identities may be of one encoder: a checksum that both know agrees, or there is none."""
     known = [key for key in a.keys() & b.keys() if key.endswith("sha256")]
     return not known or any(a[key] == b[key] for key in known)
+
+
+def _in_short(scaling: dict[str, float | list[float]]) -> str:
+    return ", ".join(
+        f"{name} {shown([f'{n:g}' for n in value], 3)}" if isinstance(value, list) else f"{name} {value:g}"
+        for name, value in scaling.items()
+    )
 
 
 def describe_encoder(who: dict[str, str]) -> str:

@@ -23,8 +23,8 @@ from uvit_fast.build import build_dataset
 from uvit_fast.cli import main
 from uvit_fast.config import load_config
 from uvit_fast.data import extract, shards
+from uvit_fast.data.autoencoders import Scaling, load_autoencoder
 from uvit_fast.data.datasets import center_crop
-from uvit_fast.data.encoders import load_autoencoder
 from uvit_fast.data.reading import list_images
 from uvit_fast.runtime.errors import UserError
 
@@ -89,7 +89,7 @@ def make(photos, out, **options):
         return mean.expand(-1, 8, -1, -1)
 
     settings = dict(
-        crop=center_crop, size=64, scale_factor=0.2, vae={"name": "mean", "encoder_sha256": "0"}, mirror=True
+        crop=center_crop, size=64, scaling=Scaling(0.2), vae={"name": "mean", "encoder_sha256": "0"}, mirror=True
     )
     settings.update(shard_images=5, batch=2, **options)
     return extract.Extraction(list_images(photos, labelled=True), out, encode, **settings), seen
@@ -121,7 +121,7 @@ def test_a_tiny_imagenet_is_extracted_trained_on_and_sampled(photos, vae, tmp_pa
     pixels = np.array(center_crop(Image.open(photos / "n01_temple" / "3.JPEG"), 64))
     x = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
     expected = load_autoencoder(vae).encode(torch.cat([x, x.flip(-1)])).latent_dist.parameters
-    torch.testing.assert_close(torch.from_numpy(dataset.posterior.take([6, 7])).float(), expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(torch.from_numpy(dataset.stored.take([6, 7])).float(), expected, rtol=2e-3, atol=2e-3)
 
     run = tmp_path / "run"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -279,9 +279,7 @@ def test_torchruns_processes_share_the_shards(photos, vae, tmp_path, capsys):
     alone, shared = (build_small(tmp_path / name) for name in ("alone", "shared"))
     assert torch.equal(torch.from_numpy(alone.labels), torch.from_numpy(shared.labels)) and len(shared) == 24
     everything = list(range(24))
-    np.testing.assert_allclose(
-        shared.posterior.take(everything), alone.posterior.take(everything), rtol=2e-3, atol=2e-3
-    )
+    np.testing.assert_allclose(shared.stored.take(everything), alone.stored.take(everything), rtol=2e-3, atol=2e-3)
     files = [{p.name for p in (tmp_path / name).rglob("*")} for name in ("alone", "shared")]
     assert files[0] == files[1]
 

@@ -153,7 +153,7 @@ def test_a_wrong_checksum_ends_a_run_at_its_start_or_is_left_out_as_the_config_s
         raw = dataset.__getitems__([(i, 0) for i in range(10)])
         labels = raw["y"].tolist()
         assert len(dataset) == 10 and labels[:4] + labels[8:] == [0, 1, 2, 3, 8, 9] and not {4, 5, 6, 7} & set(labels)
-        np.testing.assert_array_equal(raw["posterior"].numpy(), moments[labels])  # each with its own label
+        np.testing.assert_array_equal(raw["stored"].numpy(), moments[labels])  # each with its own label
     victim.write_bytes(whole)
     assert len(Latents(str(path), 0.5)) == 10  # mended
 
@@ -182,5 +182,5 @@ def test_images_with_damaged_text_are_left_out(tmp_path):
         dataset = TextLatents(str(tmp_path), 0.5, skip_damaged=True)
     for epoch in range(8):
         raw = dataset.__getitems__([(i, epoch) for i in range(3)])
-        image, caption = raw["posterior"][2, 0, 0, 0], raw["context"][2, 0, 0]
+        image, caption = raw["stored"][2, 0, 0, 0], raw["context"][2, 0, 0]
         assert (image, int(caption)) in [(0, 0), (1, 1), (1, 2)]

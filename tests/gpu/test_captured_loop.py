@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from uvit_fast import build_model, load_config, sampling
-from uvit_fast.data.encoders import decoder
+from uvit_fast.data.autoencoders import Scaling, decoder
 from uvit_fast.diffusion.guidance import class_guidance
 from uvit_fast.diffusion.noise import sample_generators, sample_noise
 from uvit_fast.diffusion.samplers import (
@@ -121,7 +121,7 @@ def test_decoding_in_chunks_is_captured(net):
     torch.manual_seed(0)
     vae = diffusers.AutoencoderKL(block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2,
                                   up_block_types=("UpDecoderBlock2D",) * 2)  # fmt: skip
-    decode = decoder(vae.to("cuda", torch.bfloat16).eval().requires_grad_(False), 0.18215, chunk=3)
+    decode = decoder(vae.to("cuda", torch.bfloat16).eval().requires_grad_(False), Scaling(0.18215), chunk=3)
     sample, (x_T, y, _) = GraphSampler(net, decode), batch(8)
     for _ in range(2):
         got = sample(SAMPLERS[1], x_T, {"y": y}, {"y": NULL}, 0.4)

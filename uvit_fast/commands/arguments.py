@@ -138,7 +138,8 @@ def _config_of_pipeline(folder: Path, overrides: list[str]) -> Config:
     scale = pipeline.get("guidance_scale", 1.0)
     tree["sample"]["guidance_scale"] = scale - 1 if isinstance(scale, int | float) else scale  # the paper's
     if (folder / "vae").is_dir():
-        tree["latent"] = {"scale_factor": pipeline.get("scale_factor"), "decoder": str(folder / "vae")}
+        factors = {name: pipeline.get(name) for name in ("scale_factor", "shift_factor")}
+        tree["latent"] = {**factors, "autoencoder": str(folder / "vae")}
         if (folder / "text_encoder").is_dir():
             tree["latent"]["text_encoder"] = str(folder)
     return config_from(tree, folder / PIPELINE_FILES[0], overrides)

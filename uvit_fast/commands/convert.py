@@ -16,7 +16,7 @@ EXAMPLE = "uvit-fast convert --checkpoint runs/digits --out digits.pth"
 def arguments(command: argparse.ArgumentParser) -> None:
     checkpoint_arguments(command)
     command.add_argument("--out", required=True, help="a new folder for the pipeline, or a .pth file")
-    command.add_argument("--vae", help="the pipeline's autoencoder, or none; default: the config's decoder")
+    command.add_argument("--vae", help="the pipeline's autoencoder, or none; default: the config's")
     command.add_argument("--clip", help="a text model's encoder, or none; default: that of the training data")
 
 
@@ -30,7 +30,8 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from uvit_fast import build_model
-    from uvit_fast.data.encoders import load_autoencoder, load_clip, load_text, text_encoder_name
+    from uvit_fast.data.autoencoders import load_autoencoder
+    from uvit_fast.data.encoders import load_clip, load_text, text_encoder_name
     from uvit_fast.model.weights import load_weights, published_names, read_weights
     from uvit_fast.sampling.weights import find_weights, provenance_of
 
@@ -44,11 +45,11 @@ def run(args: argparse.Namespace) -> None:
     else:
         from uvit_fast.pipeline import make_pipeline
 
-        vae = args.vae or (cfg.latent.decoder if cfg.latent else "none")
+        vae = args.vae or (cfg.latent.autoencoder if cfg.latent else "none")
         clip = args.clip or (text_encoder_name(cfg, known) if cfg.model.context_dim else "none")
         if clip != "none" and not cfg.model.context_dim:
             raise UserError(f"--clip: {cfg.name} takes no text; expected none")
-        components = {} if vae == "none" else {"vae": load_autoencoder(vae, known)}
+        components = {} if vae == "none" else {"vae": load_autoencoder(vae, known, cfg.model.in_chans)}
         if clip != "none":
             load_text(cfg, clip, torch.device("cpu"), known)  # refuses what does not fit
             components["tokenizer"], components["text_encoder"] = load_clip(clip)

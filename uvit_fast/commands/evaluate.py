@@ -113,7 +113,7 @@ def _run(args: argparse.Namespace, ranks) -> None:
 def _drawn(args: argparse.Namespace, cfg: Config, device, ranks):
     """Samples of a checkpoint, drawn while they are measured, the labels that were asked for, or None, and their names."""
     from uvit_fast import measuring
-    from uvit_fast.data.encoders import load_decoder
+    from uvit_fast.data.autoencoders import load_decoder
     from uvit_fast.data.reading import shown
     from uvit_fast.sampling.conditions import chosen_labels
     from uvit_fast.sampling.weights import find_weights, load_found, provenance_of

@@ -19,7 +19,8 @@ def arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--out", required=True, metavar="DIR", help="of the shards; continues what is there")
     command.add_argument(
-        "--vae", help="AutoencoderKL: a folder, or owner/repository on the hub; default: the decoder's"
+        "--vae",
+        help="AutoencoderKL or AutoencoderDC: a folder, or owner/repository on the hub; default: latent.autoencoder",
     )
     command.add_argument(
         "--captions",
@@ -53,10 +54,10 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"extract: {cfg.name} takes no --captions")
     existing("--images", args.images, "a folder of images")
 
-    from uvit_fast.data import encoders
+    from uvit_fast.data import autoencoders, encoders
     from uvit_fast.data.captions import list_captioned
     from uvit_fast.data.datasets import CROPS, require_folder
-    from uvit_fast.data.encoders import load_autoencoder, text_encoder_name
+    from uvit_fast.data.encoders import text_encoder_name
     from uvit_fast.data.extract import Extraction, Policy, Text, summary
     from uvit_fast.data.reading import list_images
     from uvit_fast.provenance import UNKNOWN
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
 
     folder = require_folder(args.images, "images", key="--images")
     device = pick_device(cfg.device)
-    name, text = args.vae or cfg.latent.decoder, None
+    name, text = args.vae or cfg.latent.autoencoder, None
     if cfg.model.context_dim:
         listing, captions = list_captioned(folder, Path(args.captions) if args.captions else None)
         clip = args.clip or text_encoder_name(cfg, UNKNOWN)
@@ -73,17 +74,18 @@ def run(args: argparse.Namespace) -> None:
         text = Text(captions, encoders.text_encoder(tokenizer, model.to(device)), identity)
     else:
         listing = list_images(folder, labelled=cfg.model.num_classes > 0)
-    vae = load_autoencoder(name).to(device)
+    vae = autoencoders.load_autoencoder(name, channels=cfg.model.in_chans).to(device)
     extraction = Extraction(
         listing,
         Path(args.out),
-        encoders.vae_encoder(vae),
+        autoencoders.encoder(vae),
         crop=CROPS[cfg.data.crop],
-        size=cfg.model.img_size * 2 ** (len(vae.config.block_out_channels) - 1),
+        size=cfg.model.img_size * autoencoders.compression(vae),
         background=cfg.data.background,
-        scale_factor=cfg.latent.scale_factor,
-        vae=encoders.vae_identity(vae, name),
+        scaling=None if cfg.latent.scale_factor == "measured" else autoencoders.scaling_of(cfg, vae=vae),
+        vae=autoencoders.vae_identity(vae, name),
         mirror=not (args.no_mirror or text),
+        kind="latents" if autoencoders.is_deterministic(vae) else "moments",
         text=text,
         policy=Policy(args.unreadable, args.unusual),
         dtype=args.dtype,

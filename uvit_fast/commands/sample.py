@@ -59,7 +59,8 @@ def _run(args: argparse.Namespace, ranks) -> None:
 
     import numpy as np
 
-    from uvit_fast.data.encoders import load_decoder, load_text, text_encoder_name
+    from uvit_fast.data.autoencoders import load_decoder
+    from uvit_fast.data.encoders import load_text, text_encoder_name
     from uvit_fast.runtime.device import pick_device
     from uvit_fast.sampling.captured import GraphSampler
     from uvit_fast.sampling.conditions import check_guidance, chosen_labels, spread, spread_labels

@@ -1,4 +1,4 @@
-"""The frozen networks that make latents and text features, as functions, with identities that a manifest keeps."""
+"""The frozen networks that make a model's data, with identities that a manifest keeps; and the text encoder among them, as a function."""
 
 import hashlib
 import logging
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from uvit_fast.config import CLIP, Config
-from uvit_fast.data.extract import Pixels
 from uvit_fast.provenance import UNKNOWN, Provenance, describe_encoder
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.extras import missing
@@ -22,39 +21,9 @@ from uvit_fast.runtime.text import cut, shown
 Digests = dict[str, Callable[[], str]]
 
 
-def vae_encoder(vae: Any) -> Callable[[Pixels], Tensor]:
-    """diffusers' AutoencoderKL as a function from pixels (B, 3, H, W) uint8 to posteriors (B, 2C, h, w) fp32."""
-
-    @torch.inference_mode()
-    def encode(pixels: Pixels) -> Tensor:
-        x = pixels.to(vae.device, vae.dtype) / 127.5 - 1
-        return vae.encode(x).latent_dist.parameters.float()
-
-    return encode
-
-
-def vae_identity(vae: Any, name: str) -> dict[str, str]:
-    """Its name, and checksums of the weights that make the posteriors: fine-tuned decoders share the encoder's."""
-    return {"name": _lasting(name), **{key: digest() for key, digest in _vae_digests(vae).items()}}
-
-
-def check_vae(vae: Any, name: str, known: Provenance) -> None:
-    """Refuse an autoencoder of other latents than those that a model learned from.
-
-    Raises:
-        UserError: its encoder is none that made them.
-    """
-    _check("vae", f"autoencoder {name}", "latent.decoder", _vae_digests(vae), known)
-
-
-def _vae_digests(vae: Any) -> Digests:
-    weights = {k: v for k, v in vae.state_dict().items() if k.startswith(("encoder.", "quant_conv."))}
-    return _digests(weights, "encoder_")
-
-
 def text_identity(model: Any, name: str) -> dict[str, str]:
     """Its name, and checksums of its weights."""
-    return {"name": _lasting(name), **{key: digest() for key, digest in _text_digests(model).items()}}
+    return identity(name, _text_digests(model))
 
 
 def check_text_encoder(model: Any, name: str, known: Provenance) -> None:
@@ -63,14 +32,14 @@ def check_text_encoder(model: Any, name: str, known: Provenance) -> None:
     Raises:
         UserError: it is not the one that made them.
     """
-    _check("text_encoder", f"text encoder {name}", "--clip or latent.text_encoder", _text_digests(model), known)
+    check_identity("text_encoder", f"text encoder {name}", "--clip or latent.text_encoder", _text_digests(model), known)
 
 
 def _text_digests(model: Any) -> Digests:
     """Of the weights by the names that all versions of transformers agree on, but for the oldest manifests' `sha256`."""
     state = model.state_dict()
     weights = {k.removeprefix("text_model."): v for k, v in state.items() if v.is_floating_point()}
-    return {"sha256": partial(_weights_digest, state), **_digests(weights, "weights_")}
+    return {"sha256": partial(_weights_digest, state), **digests(weights, "weights_")}
 
 
 def load_clip(name: str) -> tuple[Any, Any]:
@@ -179,37 +148,6 @@ def text_encoder(tokenizer: Any, model: Any) -> Callable[[list[str]], Tensor]:
     return encode
 
 
-def load_decoder(cfg: Config, device: torch.device, known: Provenance = UNKNOWN) -> Callable[[Tensor], Tensor]:
-    """The frozen autoencoder of `cfg.latent`, as `decoder` makes it: bf16 on a GPU, fp32 on a CPU.
-
-    Args:
-        known: what the model learned from, whose latents it must be able to decode.
-
-    Raises:
-        ImportError: diffusers is not installed; the message names the extra.
-        UserError: the autoencoder is neither a local folder nor to be had from the hub, or it is one of other latents.
-    """
-    vae = load_autoencoder(cfg.latent.decoder, known)
-    vae = vae.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    return decoder(vae, cfg.latent.scale_factor)
-
-
-def decoder(vae: Any, scale_factor: float, chunk: int = 25) -> Callable[[Tensor], Tensor]:
-    """A function from latents (B, C, h, w) to pixels (B, 3, 8h, 8w) fp32 in about [-1, 1].
-
-    Args:
-        vae: diffusers' `AutoencoderKL`.
-        scale_factor: what latents were multiplied with.
-        chunk: latents at a time, whatever the sampling batch: activations at the images' size are what takes the memory.
-    """
-
-    def decode(z: Tensor) -> Tensor:
-        parts = (z.to(vae.dtype) / scale_factor).split(chunk)
-        return torch.cat([vae.decode(part).sample.float() for part in parts])
-
-    return decode
-
-
 def text_encoder_name(cfg: Config, known: Provenance) -> str:
     """The config's text encoder, else the one that made what the model learned from, else the published models'."""
     asked = cfg.latent.text_encoder if cfg.latent else None
@@ -237,32 +175,23 @@ def load_text(
     return encode, null
 
 
-def load_autoencoder(name: str, known: Provenance = UNKNOWN) -> Any:
-    """diffusers' `AutoencoderKL` by a local folder, or owner/repository[/subfolder] on the hub; fp32, frozen, on the CPU.
+def identity(name: str, checksums: Digests) -> dict[str, str]:
+    """A network's name and checksums, as a manifest keeps them."""
+    return {"name": _lasting(name), **{key: digest() for key, digest in checksums.items()}}
+
+
+def check_identity(role: str, name: str, key: str, checksums: Digests, known: Provenance) -> None:
+    """Refuse a network that is not the one which made what a model learned from.
 
     Args:
-        known: what a model learned from, where it shall be an autoencoder of its latents.
+        role: in `Provenance.encoders`. name, key: what the message calls it, and where users name it.
 
     Raises:
-        ImportError, UserError: as `load_decoder`.
+        UserError: no checksum that both know agrees.
     """
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError:
-        raise missing("an autoencoder of latents", "diffusers", "diffusers") from None
-    quiet_diffusers()
-    where, parts = {"pretrained_model_name_or_path": name}, name.split("/")
-    if not Path(name).is_dir() and len(parts) > 2:
-        where = {"pretrained_model_name_or_path": "/".join(parts[:2]), "subfolder": "/".join(parts[2:])}
-    vae = load_pretrained("autoencoder", name, partial(AutoencoderKL.from_pretrained, **where))
-    check_vae(vae, name, known)
-    return vae.eval().requires_grad_(False)
-
-
-def _check(role: str, name: str, key: str, digests: Digests, known: Provenance) -> None:
     maker = known.encoders.get(role, {})
-    common = [each for each in digests if each in maker]
-    if common and not any(digests[each]() == maker[each] for each in common):
+    common = [each for each in checksums if each in maker]
+    if common and not any(checksums[each]() == maker[each] for each in common):
         made = "latents" if role == "vae" else "text features"
         raise UserError(
             f"{name}: not the one that made the {made} which the model learned from, {describe_encoder(maker)}; expected "
@@ -270,7 +199,7 @@ def _check(role: str, name: str, key: str, digests: Digests, known: Provenance) 
         )
 
 
-def _digests(weights: dict[str, Tensor], prefix: str) -> Digests:
+def digests(weights: dict[str, Tensor], prefix: str) -> Digests:
     """Checksums of the weights as they are and as copies in half precision have them, each when it is asked for."""
     kinds = {"": torch.float32, "float16_": torch.float16, "bfloat16_": torch.bfloat16}
     return {f"{prefix}{kind}sha256": partial(_weights_digest, weights, dtype) for kind, dtype in kinds.items()}

@@ -22,11 +22,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from uvit_fast.data import shards
+from uvit_fast.data.autoencoders import Pixels, Scaling, measured
 from uvit_fast.data.reading import WHITE, BadImage, Listing, read_image, shown
 from uvit_fast.provenance import classes_difference
 from uvit_fast.runtime.errors import UserError
 
-Pixels = Tensor  # (B, 3, H, W) uint8
 NO_CAPTION = "no caption"
 
 
@@ -62,9 +62,10 @@ class Extraction:
 
     Args:
         listing: the images. crop: (image, size) -> image of size x size pixels. background: behind transparent ones, 8-bit RGB.
-        encode: pixels (B, 3, size, size) uint8 -> posteriors (B, 2C, h, w), mean and log variance.
-        vae: the autoencoder's identity. scale_factor: what the latents will be multiplied by; recorded, not applied.
-        mirror: store each image's mirror image, too. dtype: of the stored posteriors and features.
+        encode: pixels (B, 3, size, size) uint8 -> posteriors (B, 2C, h, w), mean and log variance; or, where `kind` is "latents",
+            (B, C, h, w).
+        vae: the autoencoder's identity. scaling: of the latents, recorded, not applied; None: what measuring the channels will say.
+        mirror: store each image's mirror image, too. dtype: of what is stored.
         shard_images, batch, workers: images a shard, images at a time, threads that decode.
     """
 
@@ -77,9 +78,10 @@ class Extraction:
         crop: Callable[[Image.Image, int], Image.Image],
         size: int,
         background: tuple[int, int, int] = WHITE,
-        scale_factor: float,
+        scaling: Scaling | None,
         vae: dict[str, str],
         mirror: bool,
+        kind: str = "moments",
         text: Text | None = None,
         policy: Policy = Policy(),  # noqa: B008 (frozen)
         dtype: str = "float16",
@@ -91,10 +93,10 @@ class Extraction:
         self.listing, self.out, self.encode, self.crop, self.size = listing, out, encode, crop, size
         self.background = background
         self.mirror, self.text, self.policy, self.dtype = mirror, text, policy, np.dtype(dtype)
+        self.scaling, self.kind = scaling, kind
         self.shard_images, self.batch, self.workers = shard_images, batch, workers
         self.rank, self.ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.about = {
-            "scale_factor": scale_factor,
             "vae": vae,
             "text_encoder": text.identity if text else None,
             "image_size": size,
@@ -151,9 +153,8 @@ class Extraction:
             "captions_digest": _digest(self.text.captions) if self.text else None,
             "vae_encoder": self.about["vae"]["encoder_sha256"],
             "text_encoder": self.text.identity["sha256"] if self.text else None,
-            **{
-                name: self.about[name] for name in ("image_size", "crop", "background", "mirror_images", "scale_factor")
-            },
+            **{name: self.about[name] for name in ("image_size", "crop", "background", "mirror_images")},
+            **self._asked_scaling(),
             "dtype": str(self.dtype),
             "shard_images": self.shard_images,
         }
@@ -178,6 +179,12 @@ class Extraction:
         file.parent.mkdir(parents=True, exist_ok=True)
         shards.write_json(file, {**settings, "classes": self.listing.classes})
 
+    def _asked_scaling(self) -> dict[str, Any]:
+        """A shift of 0 is left out, as extractions of before it was kept have it."""
+        if self.scaling is None:
+            return {"scale_factor": "measured"}
+        return {name: value for name, value in self.scaling.as_json().items() if value or name == "scale_factor"}
+
     def _note(self, shard: int) -> Path:
         return self.out / "notes" / f"{shard:05d}.json"
 
@@ -194,7 +201,7 @@ class Extraction:
         return not damaged
 
     def _make(self, shard: int, pool: ThreadPoolExecutor, bar: tqdm) -> None:
-        posteriors, text, labels, captions = [], [], [], []
+        encoded, text, labels, captions = [], [], [], []
         rejected: list[list[str]] = []
         unusual: list[list[str]] = []
         for batch in self._batches(self.parts[shard], pool):
@@ -210,14 +217,14 @@ class Extraction:
                     kept.append((index, pixels))
             if not kept:
                 continue
-            posteriors.append(self._encode(torch.stack([pixels for _, pixels in kept])))
+            encoded.append(self._encode(torch.stack([pixels for _, pixels in kept])))
             for index, _ in kept:
                 if self.listing.labels is not None:
                     labels += [self.listing.labels[index]] * (2 if self.mirror else 1)
                 if self.text:
                     captions.append(len(self.text.captions[index]))
                     text.append(self.text.encode(self.text.captions[index]).cpu().numpy().astype(self.dtype))
-        arrays = {"moments": posteriors, "text": text}
+        arrays = {self.kind: encoded, "text": text}
         written = {
             name: {
                 **shards.write_shard(self.out, f"{name}-{shard:05d}.npy", np.concatenate(parts)),
@@ -233,6 +240,7 @@ class Extraction:
             "unusual": unusual,
             "labels": labels,
             "captions": captions,
+            "channels": _channel_sums(encoded, self.kind),
             "arrays": written,
         }
         shards.write_json(self._note(shard), note)
@@ -268,21 +276,22 @@ class Extraction:
         return torch.from_numpy(pixels).permute(2, 0, 1), oddities, ""
 
     def _encode(self, pixels: Pixels) -> np.ndarray:
-        """(B, 3, H, W) -> (B or 2B, 2C, h, w): each image, then its mirror image."""
+        """(B, 3, H, W) -> (B or 2B, 2C or C, h, w): each image, then its mirror image."""
         views = torch.stack([pixels, pixels.flip(-1)], dim=1).flatten(0, 1) if self.mirror else pixels
-        posteriors = self.encode(views).cpu()
-        if not torch.isfinite(posteriors.to(getattr(torch, self.dtype.name))).all():
-            raise UserError(f"{self.out}: posteriors that {self.dtype} cannot hold; expected --dtype float32")
-        return posteriors.numpy().astype(self.dtype)
+        encoded = self.encode(views).cpu()
+        if not torch.isfinite(encoded.to(getattr(torch, self.dtype.name))).all():
+            what = "posteriors" if self.kind == "moments" else "latents"
+            raise UserError(f"{self.out}: {what} that {self.dtype} cannot hold; expected --dtype float32")
+        return encoded.numpy().astype(self.dtype)
 
     def _finish(self) -> dict[str, Any]:
         """Write the small arrays, the report and, last, the manifest."""
         notes = [json.loads(self._note(shard).read_text()) for shard in range(len(self.parts))]
-        for name in ("moments", "text"):  # of killed writers; no one writes these shards any more
+        for name in (self.kind, "text"):  # of killed writers; no one writes these shards any more
             for left in self.out.glob(f".{name}-*.npy.*.tmp"):
                 left.unlink(missing_ok=True)
         arrays = {}
-        for name in ("moments", "text"):
+        for name in (self.kind, "text"):
             entries = [note["arrays"][name] for note in notes if name in note["arrays"]]
             if entries:
                 item = tuple(entries[0]["item"])
@@ -302,8 +311,22 @@ class Extraction:
         if not report["written"]:
             raise UserError(f"{self.out}: not one of {report['read']} images could be used; see report.json there")
         counts = {name: report[name] for name in ("read", "written", "rejected")}
-        shards.write_manifest(self.out, arrays, **self.about, images=counts)
+        shards.write_manifest(self.out, arrays, **self.about, **self._channels(notes), images=counts)
         return report
+
+    def _channels(self, notes: list[dict]) -> dict[str, Any]:
+        """The channels' mean and deviation over all images, and the scaling."""
+        sums = [note["channels"] for note in notes if note.get("channels")]
+        whole = len(sums) == sum(bool(note["arrays"]) for note in notes)  # some may be of before channels were measured
+        found: dict[str, Any] = {}
+        if sums and whole:
+            count = sum(each["count"] for each in sums)
+            mean, square = (
+                np.sum([each[name] for each in sums], axis=0) / count for name in ("sum", "squares")
+            )  # (C,)
+            found = {"channel_mean": mean.tolist(), "channel_std": np.sqrt(np.maximum(square - mean**2, 0)).tolist()}
+        scaling = self.scaling or measured(found["channel_mean"], found["channel_std"], str(self.out))
+        return {**scaling.as_json(), **found}
 
     def _report(self, notes: list[dict]) -> dict[str, Any]:
         rejected = [entry for note in notes for entry in note["rejected"]]
@@ -320,6 +343,22 @@ class Extraction:
         }
         assert report["read"] == report["written"] + report["rejected"] == len(self.listing.files)
         return report
+
+
+def _channel_sums(encoded: list[np.ndarray], kind: str) -> dict[str, Any] | None:
+    """Of the latents as they are stored: how many values a channel has, their sum and that of their squares, which of a posterior are
+    expectations. None where there are no latents.
+    """
+    if not encoded:
+        return None
+    sums = squares = 0
+    for values in encoded:
+        values = values.astype(np.float64)  # (B, 2C or C, h, w)
+        mean, logvar = np.split(values, 2, axis=1) if kind == "moments" else (values, -np.inf)
+        sums += mean.sum((0, 2, 3))  # (C,)
+        squares += (mean**2 + np.exp(np.clip(logvar, -np.inf, 20))).sum((0, 2, 3))
+    count = sum(len(values) for values in encoded) * int(np.prod(encoded[0].shape[2:]))
+    return {"count": count, "sum": sums.tolist(), "squares": squares.tolist()}
 
 
 def summary(out: Path, report: dict[str, Any]) -> str:

@@ -1,8 +1,8 @@
 """Latents of a frozen autoencoder, and text features, from the packed shards that `uvit-fast extract` writes.
 
 The arrays of a folder (see shards.py):
-- `moments` (2C, h, w): the posterior's mean and log variance. Items 2i and 2i + 1 are image i and its mirror image; item i is image i
-  where mirror images were not extracted (text).
+- `moments` (2C, h, w): the posterior's mean and log variance; or `latents` (C, h, w) of a deterministic encoder. Items 2i and 2i + 1 are
+  image i and its mirror image; item i is image i where mirror images were not extracted (text).
 - `labels` (), int64, where images have classes.
 - `text` (T, C): the features of every caption. `captions` (), int64, one more than there are items: item i has the captions
   captions[i] to captions[i + 1] - 1. `null_text` (T, C), one item: the features of "".
@@ -11,10 +11,13 @@ Opening reads what has changed since its checksum was last found right; see `sha
 """
 
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
 
+from uvit_fast.config import Factor
+from uvit_fast.data.autoencoders import Scaling, measured
 from uvit_fast.data.datasets import Batch, Dataset, require_folder
 from uvit_fast.data.shards import Packed, read_manifest, unchecked_faults
 from uvit_fast.diffusion.noise import Draws
@@ -22,40 +25,42 @@ from uvit_fast.runtime.errors import UserError
 
 
 class Latents(Dataset):
-    """Posteriors; `finish` draws from them afresh: z = scale_factor * (mean + std * eps).
+    """Posteriors, from which `finish` draws afresh, mean + std * eps, or a deterministic encoder's latents; scaled.
 
     Args:
         path: the folder.
-        scale_factor: 0.18215 for Stable Diffusion's autoencoder on ImageNet, 0.23010 on COCO.
-        skip_damaged: where a shard of `moments` or text is missing, truncated or has a wrong checksum, warn with its name and the number of
+        scale_factor, shift_factor: as `latent` of a config has them: z = scale * (latents - shift). None: what the manifest says.
+        skip_damaged: where a shard of latents or text is missing, truncated or has a wrong checksum, warn with its name and the number of
             its items, and let others, drawn once, take their place.
 
     Raises:
-        UserError: a damaged shard that may not be skipped, or arrays that do not belong together.
+        UserError: a damaged shard that may not be skipped, arrays that do not belong together, or a scale that nothing says.
     """
 
     synthetic = False
 
-    def __init__(self, path: str | None, scale_factor: float, skip_damaged: bool = False):
+    def __init__(
+        self,
+        path: str | None,
+        scale_factor: Factor | str | None = None,
+        shift_factor: Factor | None = None,
+        skip_damaged: bool = False,
+    ):
         self.folder = require_folder(path, "latents that `uvit-fast extract` writes")
         self.manifest = read_manifest(self.folder)
         self.faults = unchecked_faults(self.folder, self.manifest)  # by file
         self.skip_damaged = skip_damaged
-        self.scale_factor = scale_factor
-        extracted_for = self.manifest.get("scale_factor", scale_factor)
-        if extracted_for != scale_factor:
-            warnings.warn(
-                f"{self.folder}: extracted for scale_factor {extracted_for}; latent.scale_factor {scale_factor} is used",
-                stacklevel=2,
-            )
-        self.posterior = self._array("moments", dims=3)
-        if not len(self) or self.posterior.shape[0] % 2:
+        self.is_posterior = "latents" not in self.manifest["arrays"]
+        self.stored = self._array("moments" if self.is_posterior else "latents", dims=3)
+        channels = self.stored.shape[0] // (1 + self.is_posterior)
+        if not len(self) or channels * (1 + self.is_posterior) != self.stored.shape[0]:
             raise UserError(
-                f"{self.folder}: expected posteriors, mean and logvar, got {len(self)} items of {self.posterior.shape}"
+                f"{self.folder}: expected posteriors, mean and logvar, got {len(self)} items of {self.stored.shape}"
             )
+        self.scaling = self._scaling(scale_factor, shift_factor)
         has_labels = "labels" in self.manifest["arrays"]
         self.labels = self._array("labels", dims=0, length=len(self)).all() if has_labels else None
-        self.shape = (self.posterior.shape[0] // 2, *self.posterior.shape[1:])
+        self.shape = (channels, *self.stored.shape[1:])
         self.classes = tuple(self.manifest.get("classes") or ()) if has_labels else ()
         self.encoders = {role: self.manifest.get(role) for role in ("vae", "text_encoder")}
         found = 0 if self.labels is None else int(self.labels.max()) + 1
@@ -65,23 +70,44 @@ class Latents(Dataset):
         if self.faults and not skip_damaged:
             raise UserError(f"{self._damage()}; data.unreadable=skip would leave these out")
         self._place: np.ndarray | None = None
-        self._leave_out(self.posterior.lost)
+        self._leave_out(self.stored.lost)
 
     def __len__(self) -> int:
-        return len(self.posterior)
+        return len(self.stored)
 
     def raw(self, items: list[tuple[int, int]]) -> Batch:
         index = [i for i, _ in self._placed(items)]
-        raw = {"posterior": torch.from_numpy(self.posterior.take(index))}
+        raw = {"stored": torch.from_numpy(self.stored.take(index))}
         if self.labels is not None:
             raw["y"] = torch.from_numpy(self.labels[index])
         return raw
 
     def finish(self, raw: Batch, draws: Draws) -> Batch:
-        mean, logvar = raw.pop("posterior").float().chunk(2, dim=1)  # (B, C, h, w) each
-        std = (0.5 * logvar.clamp(-30, 20)).exp()
-        eps = draws.randn(*mean.shape)
-        return {**raw, "x": self.scale_factor * (mean + std * eps)}
+        latents = raw.pop("stored").float()
+        if self.is_posterior:
+            mean, logvar = latents.chunk(2, dim=1)  # (B, C, h, w) each
+            std = (0.5 * logvar.clamp(-30, 20)).exp()
+            latents = mean + std * draws.randn(*mean.shape)
+        return {**raw, "x": self.scaling.applied(latents)}
+
+    def _scaling(self, scale: Factor | str | None, shift: Factor | None) -> Scaling:
+        """What was asked for, else what the manifest says."""
+        known = {name: tuple(v) if isinstance(v, list) else v for name, v in self.manifest.items()}
+        if scale == "measured":
+            if "channel_mean" not in known:
+                raise UserError(f"{self.folder}: latent.scale_factor measured: no channel was measured; extract again")
+            return measured(known["channel_mean"], known["channel_std"], str(self.folder))
+        told = {"scale_factor": known.get("scale_factor"), "shift_factor": known.get("shift_factor", 0.0)}
+        asked = {"scale_factor": scale, "shift_factor": shift}
+        for name, value in asked.items():
+            if None not in (value, told[name]) and value != told[name]:
+                warnings.warn(
+                    f"{self.folder}: extracted for {name} {told[name]}; latent.{name} {value} is used", stacklevel=4
+                )
+        used = {name: told[name] if value is None else value for name, value in asked.items()}
+        if used["scale_factor"] is None:
+            raise UserError(f"latent.scale_factor: expected a number, since {self.folder} says none")
+        return Scaling(used["scale_factor"], used["shift_factor"])
 
     def _leave_out(self, lost: np.ndarray) -> None:
         """Give the place of each item in `lost` (items,), bool, to another one."""
@@ -104,7 +130,7 @@ class Latents(Dataset):
 
     def _array(self, name: str, dims: int, length: int | None = None) -> Packed:
         skipped = (
-            self.faults if self.skip_damaged and name in ("moments", "text") else ()
+            self.faults if self.skip_damaged and name in ("moments", "latents", "text") else ()
         )  # the others are small, and needed whole
         array = Packed(self.folder, self.manifest, name, frozenset(skipped))
         needed = [shard["file"] for shard in self.manifest["arrays"][name]["shards"]]
@@ -119,8 +145,8 @@ class Latents(Dataset):
 class TextLatents(Latents):
     """Latents with the CLIP features of their captions; one caption of an image is drawn for every epoch."""
 
-    def __init__(self, path: str | None, scale_factor: float, skip_damaged: bool = False):
-        super().__init__(path, scale_factor, skip_damaged)
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
         self.labels, self.num_classes, self.classes = None, 0, ()
         self.text = self._array("text", dims=2)
         self.captions = self._array("captions", dims=0, length=len(self) + 1).all()
@@ -129,7 +155,7 @@ class TextLatents(Latents):
         if self.captions[0] != 0 or self.captions[-1] != len(self.text) or (np.diff(self.captions) < 1).any():
             raise UserError(f"{self.folder}: captions: expected every image to have some among {len(self.text)}")
         before = np.concatenate([[0], np.cumsum(self.text.lost)])[self.captions]  # lost features before each image's
-        self._leave_out(self.posterior.lost | (before[1:] > before[:-1]))
+        self._leave_out(self.stored.lost | (before[1:] > before[:-1]))
 
     def raw(self, items: list[tuple[int, int]]) -> Batch:
         items, picks = self._placed(items), []

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from uvit_fast.config import Config, ModelConfig
+from uvit_fast.data.autoencoders import Scaling, scaling_of
 from uvit_fast.model.weights import load_weights
 from uvit_fast.provenance import UNKNOWN, Provenance
 from uvit_fast.runtime.errors import UserError
@@ -39,10 +40,10 @@ def make_pipeline(
             spacing=cfg.sample.spacing,
         )
     )
-    factor = cfg.latent.scale_factor if cfg.latent else 1.0
+    scaling = scaling_of(cfg, known, components.get("vae")) if cfg.latent else Scaling(1.0)
     scale = 1 + cfg.sample.guidance_scale
     names = dict(enumerate(known.classes)) or None
     return UViTPipeline(
-        model.eval(), scheduler, scale_factor=factor, null_label=cfg.null_label, guidance_scale=scale, id2label=names,
+        model.eval(), scheduler, **scaling.as_json(), null_label=cfg.null_label, guidance_scale=scale, id2label=names,
         encoders=known.encoders or None, **components,
     )  # fmt: skip

@@ -14,14 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
+from diffusers import AutoencoderDC, AutoencoderKL, ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from uvit_fast.data.encoders import check_text_encoder, check_vae, decoder, quiet_diffusers
+from uvit_fast.data.autoencoders import Scaling, check_vae, compression, decoder
+from uvit_fast.data.encoders import check_text_encoder, quiet_diffusers
 from uvit_fast.diffusion.guidance import ALWAYS, Guidance
 from uvit_fast.model.uvit import UViT
 from uvit_fast.provenance import Provenance
@@ -52,7 +53,8 @@ class UViTPipeline(DiffusionPipeline):
         model, scheduler: the network and how it is sampled.
         vae: the autoencoder of a latent model, else None.
         text_encoder, tokenizer: CLIP ViT-L/14 of a text model, else None.
-        scale_factor: what latents are multiplied with before the network (0.18215; 0.23010 for COCO).
+        scale_factor, shift_factor: the network sees (latents - shift_factor) * scale_factor; one number each, or one a channel
+            (0.18215 and 0; 0.23010 for COCO).
         null_label: the label that means none, of a model trained with label dropping, else None.
         guidance_scale: the default of a call, 1 + s for the s that the model was published with.
         id2label: the classes' names by label, as DiT's pipeline has them; None where they are not known.
@@ -70,20 +72,22 @@ class UViTPipeline(DiffusionPipeline):
         self,
         model: UViTModel,
         scheduler: Any,
-        vae: AutoencoderKL | None = None,
+        vae: AutoencoderKL | AutoencoderDC | None = None,
         text_encoder: Any = None,
         tokenizer: Any = None,
-        scale_factor: float = 0.18215,
+        scale_factor: float | list[float] = 0.18215,
         null_label: int | None = None,
         guidance_scale: float = 1.0,
         id2label: dict[int, str] | dict[str, str] | None = None,
         schedule: str | None = None,
         encoders: dict[str, dict[str, str]] | None = None,
+        shift_factor: float | list[float] = 0.0,
     ):
         super().__init__()
         self.register_modules(model=model, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
         self.register_to_config(
             scale_factor=scale_factor,
+            shift_factor=shift_factor,
             null_label=null_label,
             guidance_scale=guidance_scale,
             id2label=id2label,
@@ -107,13 +111,18 @@ class UViTPipeline(DiffusionPipeline):
     @property
     def latent(self) -> bool:
         """Whether the model makes an autoencoder's latents."""
-        return self.vae is not None or self.config.scale_factor != 1
+        return self.vae is not None or self.scaling != Scaling(1.0)
+
+    @property
+    def scaling(self) -> Scaling:
+        """Of the latents, for the network."""
+        parts = (self.config.scale_factor, self.config.shift_factor)
+        return Scaling(*(tuple(part) if isinstance(part, list | tuple) else part for part in parts))
 
     @property
     def image_size(self) -> int:
         """Height = width of the images."""
-        halvings = len(self.vae.config.block_out_channels) - 1 if self.vae is not None else 3 * self.latent
-        return self.model.img_size * 2**halvings
+        return self.model.img_size * (compression(self.vae) if self.vae is not None else 8 if self.latent else 1)
 
     @property
     def interrupt(self) -> bool:
@@ -223,7 +232,7 @@ class UViTPipeline(DiffusionPipeline):
         if num_inference_steps is not None:
             num_inference_steps = whole("num_inference_steps", num_inference_steps)
         num_images, each = whole("num_images", num_images), whole("num_images_per_prompt", num_images_per_prompt)
-        if output_type != "latent" and self.vae is None and self.config.scale_factor != 1:
+        if output_type != "latent" and self.vae is None and self.latent:
             raise ValueError(f"output_type {output_type!r}: the pipeline has no vae to decode with; expected 'latent'")
         for name, value in (("height", height), ("width", width)):
             if value not in (None, size := self.image_size):
@@ -389,7 +398,7 @@ class UViTPipeline(DiffusionPipeline):
         if output_type == "latent":
             return check_finite(x_0, "the samples")
         if self.vae is not None:
-            x_0 = decoder(self.vae, self.config.scale_factor)(x_0)
+            x_0 = decoder(self.vae, self.scaling)(x_0)
         check_finite(x_0, "the images")
         images = (x_0.float() / 2 + 0.5).clamp(0, 1)  # (B, C, H, W)
         if output_type == "pt":

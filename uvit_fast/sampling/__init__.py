@@ -1,7 +1,7 @@
 """Samples from trained weights, from a name and conditions to PNGs.
 
 In the order in which a sample meets them: `weights`, `conditions`, `loop` (or `captured`, the loop as one CUDA graph), the decoder in
-`data.encoders`, `jobs` that may be interrupted, `images`, `output`; `previews` are what a trainer shows.
+`data.autoencoders`, `jobs` that may be interrupted, `images`, `output`; `previews` are what a trainer shows.
 """
 
 from uvit_fast.sampling.captured import GraphSampler

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from uvit_fast.config import Config
-from uvit_fast.data.encoders import load_decoder, load_text
+from uvit_fast.data.autoencoders import load_decoder
+from uvit_fast.data.encoders import load_text
 from uvit_fast.model.uvit import UViT
 from uvit_fast.provenance import Provenance
 from uvit_fast.runtime.device import pick_device

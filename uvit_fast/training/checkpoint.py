@@ -31,7 +31,13 @@ LEARNING = {  # section -> what a run may be continued with otherwise, and learn
     "data": {"name", "path", "crop", "flip"},
 }  # fmt: skip
 MEANING = {"model", "diffusion", "latent"}  # sections that say what the weights mean, but for
-HOW_NOT_WHAT = {"attention", "kernels", "activation_checkpointing", "decoder", "text_encoder"}  # other ways to the same
+HOW_NOT_WHAT = {
+    "attention",
+    "kernels",
+    "activation_checkpointing",
+    "autoencoder",
+    "text_encoder",
+}  # other ways to the same
 
 
 class Writer:
