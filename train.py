@@ -18,7 +18,7 @@ from uvit_fast.commands.arguments import Parser  # noqa: E402
 from uvit_fast.config import Config, load_config  # noqa: E402
 from uvit_fast.runtime import notices  # noqa: E402
 from uvit_fast.runtime.errors import RankError, UserError  # noqa: E402
-from uvit_fast.runtime.processes import follow_launcher  # noqa: E402
+from uvit_fast.runtime.processes import follow_launcher, start  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,13 +52,12 @@ def train(cfg: Config, run_dir: Path, fresh: bool) -> None:
     from uvit_fast.measuring import training_evaluation
     from uvit_fast.provenance import Provenance
     from uvit_fast.sampling.previews import training_preview
-    from uvit_fast.training.engine import start
     from uvit_fast.training.folder import check_free, summary
     from uvit_fast.training.monitor import say
     from uvit_fast.training.trainer import Trainer
 
     check_free(run_dir)
-    world = start(cfg)
+    world = start(cfg.device)
     with warnings.catch_warnings():
         if world.rank > 0:  # what all meet, rank 0 says
             warnings.simplefilter("ignore")

@@ -56,12 +56,12 @@ class Run:
     def __init__(self, path: str, overrides: list[str], folder: Path):
         from uvit_fast import build_model, load_config
         from uvit_fast.build import build_dataset, build_objective
-        from uvit_fast.training.engine import start
+        from uvit_fast.runtime.processes import start
         from uvit_fast.training.row import Row
         from uvit_fast.training.trainer import Trainer
 
         cfg = load_config(path, ["data.name=synthetic", "data.num_workers=0", *overrides])
-        self.device = start(cfg).device
+        self.device = start(cfg.device).device
         self.cuda = self.device.type == "cuda"
         self.before = torch.cuda.memory_allocated() if self.cuda else 0
         with torch.device(self.device):

@@ -27,7 +27,7 @@ from uvit_fast.model.uvit import UViT
 from uvit_fast.provenance import UNKNOWN, Provenance, shown
 from uvit_fast.runtime.device import pick_device
 from uvit_fast.runtime.errors import UserError
-from uvit_fast.runtime.processes import ALONE, Ranks
+from uvit_fast.runtime.processes import ALONE, World
 from uvit_fast.sampling.captured import GraphSampler
 from uvit_fast.sampling.conditions import chosen_labels
 from uvit_fast.sampling.images import to_uint8
@@ -170,7 +170,7 @@ def yardstick(
     device: torch.device,
     cache: Path,
     batch: int = 50,
-    ranks: Ranks = ALONE,
+    world: World = ALONE,
     only: list[int] | None = None,
     known: Provenance = UNKNOWN,
 ) -> tuple[Extractor, reference.Reference]:
@@ -181,7 +181,7 @@ def yardstick(
         real: a config whose data are the real images, or the path of statistics or images.
         name: what messages call `real`.
         inception: its weight file (None: among torch.hub's downloads), and whether to fetch it where it is missing.
-        ranks: they divide the real images; rank 0 alone fetches, trains and keeps.
+        world: its processes divide the real images; rank 0 alone fetches, trains and keeps.
         only, known: the labels whose real images count where `real` is a config, as `of_classes` takes them; default: all.
 
     Raises:
@@ -192,16 +192,16 @@ def yardstick(
     if kind == "digits-fid":
         if labels is None:
             raise UserError(f"digits-fid: expected --reference to be a YAML whose data have labels, got {name}")
-        model = ranks.in_turn(lambda: cached_classifier(images, labels, cache, device))
+        model = world.in_turn(lambda: cached_classifier(images, labels, cache, device))
         extractor = ClassifierFeatures(model, device)
-        return extractor, reference.reference_from_images(counted, extractor, cache, batch, ranks=ranks)
-    network = ranks.in_turn(lambda: load_inception(*inception))
+        return extractor, reference.reference_from_images(counted, extractor, cache, batch, world=world)
+    network = world.in_turn(lambda: load_inception(*inception))
     like = lambda preprocessing: InceptionFeatures(*network, device, preprocessing)  # noqa: E731
     if images is not None:
         return like("tensorflow"), reference.reference_from_images(
-            counted, like("tensorflow"), cache, batch, ranks=ranks
+            counted, like("tensorflow"), cache, batch, world=world
         )
-    statistics = reference.load_reference(real, like, open_images, cache, batch, ranks=ranks)
+    statistics = reference.load_reference(real, like, open_images, cache, batch, world=world)
     statistics.name = name
     return like(statistics.like), statistics
 

@@ -13,14 +13,14 @@ from tests.evaluation.test_features import folder_of, pictures
 from tests.training.tiny import launch
 from uvit_fast import cli
 from uvit_fast.evaluation.metrics import RunningStatistics, statistics_of
-from uvit_fast.runtime.processes import Ranks
+from uvit_fast.runtime.processes import World
 
 COMMON = ["evaluate", "--device", "cpu", "--features", "digits-fid", "--reference", DIGITS]
 
 
 def command(folder, *arguments):
     """In a rank: the exit code and what was said, into a file of the rank's own."""
-    rank = Ranks().rank
+    rank = World().rank
     with open(folder / f"rank_{rank}", "w") as said, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
             code = cli.main([*map(str, arguments)])

@@ -15,7 +15,7 @@ import pytest
 
 from tests.training import tiny
 from uvit_fast.runtime.claims import Claim
-from uvit_fast.runtime.processes import Ranks
+from uvit_fast.runtime.processes import World
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = ["train.iterations=4", "train.batch_size=8", "train.checkpoint_every=2", "train.log_every=1", "model.depth=2"]
@@ -138,7 +138,7 @@ def where_others_meet(argv, number):
         os.environ.update(RANK="0", WORLD_SIZE="2", MASTER_PORT=str(others.getsockname()[1]))
         if number == 0:
             return call(argv)
-        with contextlib.redirect_stderr(io.StringIO()) as err, pytest.raises(SystemExit) as end, Ranks():
+        with contextlib.redirect_stderr(io.StringIO()) as err, pytest.raises(SystemExit) as end, World():
             pass
         return end.value.code, err.getvalue().strip().splitlines()
 

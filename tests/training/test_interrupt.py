@@ -2,17 +2,13 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from unittest import mock
 
-import psutil
 import pytest
 
 from tests.training import tiny
 from tests.training.test_trainer import STEPS, config
-from uvit_fast.runtime import processes
 from uvit_fast.training import interrupt, trainer
 from uvit_fast.training.monitor import Monitor
 
@@ -100,41 +96,3 @@ def test_a_run_saves_though_its_terminal_or_tee_has_gone(number, tmp_path):
 def test_what_nohup_ignores_stays_ignored():
     with mock.patch("signal.getsignal", lambda number: signal.SIG_IGN if number == signal.SIGHUP else None):
         assert interrupt.heeded() == [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
-
-
-RANK = "import signal, time; from uvit_fast.runtime.processes import follow_launcher; follow_launcher(); print('up', flush=True); time.sleep(60)"
-
-
-@pytest.mark.parametrize("killed", [0, 1], ids=["outer", "inner"])
-def test_a_rank_ends_with_its_launcher(killed, tmp_path):
-    """With deepspeed's first process, which nobody watches, and with its second, which started the rank: a file of each name."""
-    (tmp_path / "rank.py").write_text(RANK)
-    inner = f"import subprocess, sys; subprocess.run([sys.executable, {str(tmp_path / 'rank.py')!r}])"
-    for name, code in (
-        ("deepspeed.launcher.launch", inner),
-        (
-            "deepspeed",
-            f"import subprocess, sys; subprocess.run([sys.executable, {str(tmp_path / 'deepspeed.launcher.launch')!r}])",
-        ),
-    ):
-        (tmp_path / name).write_text(code)
-    environment = {**os.environ, "WORLD_SIZE": "1", "PYTHONPATH": os.getcwd()}
-    outer = subprocess.Popen(
-        [sys.executable, str(tmp_path / "deepspeed")], env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    assert outer.stdout.readline() == "up\n"
-    chain = [psutil.Process(outer.pid), *psutil.Process(outer.pid).children(recursive=True)]
-    chain[killed].kill()
-    assert f"the launcher (pid {outer.pid}) is gone" in outer.stdout.readline()
-    _, alive = psutil.wait_procs(chain[1:], timeout=10)
-    assert chain[2] not in alive
-    outer.wait()
-
-
-def test_a_shell_may_go_before_what_it_started(monkeypatch):
-    """Nor is a process without a launcher one's rank, though a variable says so."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    parents = mock.Mock(return_value=[mock.Mock(**{"cmdline.return_value": ["bash", "-c", "deepspeed"]})])
-    with mock.patch.object(psutil.Process, "parents", parents):
-        assert processes._launchers() == []

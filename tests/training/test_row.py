@@ -3,14 +3,13 @@
 import torch
 
 from tests.training import tiny
-from tests.training.test_trainer import config
-from uvit_fast.training.engine import start
+from uvit_fast.runtime.processes import start
 from uvit_fast.training.row import Row
 
 
 def rows_of_one_and_of_many():
     """A loss of each of 64 steps over all ranks: in rows of one step, and in one row."""
-    world = start(config())
+    world = start("cpu")
     generator = torch.Generator().manual_seed(world.rank)
     losses = torch.rand(64, generator=generator)
 

@@ -56,13 +56,13 @@ def run(args: argparse.Namespace) -> None:
 
     `torchrun -m -- uvit_fast.cli evaluate ...` divides samples and real images among all GPUs of a host.
     """
-    from uvit_fast.runtime.processes import Ranks
+    from uvit_fast.runtime.processes import World
 
-    with Ranks() as ranks:
-        _run(args, ranks)
+    with World() as world:
+        _run(args, world)
 
 
-def _run(args: argparse.Namespace, ranks) -> None:
+def _run(args: argparse.Namespace, world) -> None:
     if bool(args.samples) == bool(args.checkpoint) or (args.config and args.samples):
         raise UserError("evaluate: expected either --samples, or --checkpoint with the --config that it needs")
     if args.classes is not None and not args.checkpoint:
@@ -83,13 +83,13 @@ def _run(args: argparse.Namespace, ranks) -> None:
     device = pick_device(args.device)
     cache = Path(args.cache) if args.cache else default_cache()
     samples, *chosen = (
-        _drawn(args, cfg, device, ranks) if args.checkpoint else (measuring.open_images(Path(args.samples)),)
+        _drawn(args, cfg, device, world) if args.checkpoint else (measuring.open_images(Path(args.samples)),)
     )
     weights, name = (args.inception, args.download), shown(args.reference)
     extractor, statistics = measuring.yardstick(
-        args.features, real, name, weights, device, cache, args.batch, ranks, *chosen
+        args.features, real, name, weights, device, cache, args.batch, world, *chosen
     )
-    result = figures.evaluate(samples, statistics, extractor, args.batch, ranks=ranks)
+    result = figures.evaluate(samples, statistics, extractor, args.batch, world=world)
     if result is None:  # rank 0 has it
         return
     if args.classes is not None and not is_config:
@@ -110,7 +110,7 @@ def _run(args: argparse.Namespace, ranks) -> None:
     print(f"wrote {shown(str(out))}")
 
 
-def _drawn(args: argparse.Namespace, cfg: Config, device, ranks):
+def _drawn(args: argparse.Namespace, cfg: Config, device, world):
     """Samples of a checkpoint, drawn while they are measured, the labels that were asked for, or None, and their names."""
     from uvit_fast import measuring
     from uvit_fast.data.autoencoders import load_decoder
@@ -123,7 +123,7 @@ def _drawn(args: argparse.Namespace, cfg: Config, device, ranks):
     if args.classes is not None:
         classes = chosen_labels(args.classes, cfg, known)
     folder = Path(args.save_images) if args.save_images else None
-    if folder and ranks.rank == 0 and folder.exists() and any(folder.iterdir()):
+    if folder and world.rank == 0 and folder.exists() and any(folder.iterdir()):
         raise UserError(
             f"--save-images {shown(str(folder))}: holds files already; expected a new name or an empty folder"
         )

@@ -43,13 +43,13 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Draw images; write PNGs and a labelled grid into a folder, or an .npz."""
-    from uvit_fast.runtime.processes import Ranks
+    from uvit_fast.runtime.processes import World
 
-    with Ranks() as ranks:
-        _run(args, ranks)
+    with World() as world:
+        _run(args, world)
 
 
-def _run(args: argparse.Namespace, ranks) -> None:
+def _run(args: argparse.Namespace, world) -> None:
     cfg = config_of(args.config, args.checkpoint, args.set)
     out = _out(args)
     scale = None if args.cfg_scale is None else args.cfg_scale - 1  # the paper's s
@@ -100,7 +100,7 @@ def _run(args: argparse.Namespace, ranks) -> None:
     # of a run that goes on, the newest may be another one tomorrow
     settings["checkpoint"] = os.path.abspath(checkpoint)
     settings["prompts"] = prompts and hashlib.sha256("\n".join([clip, *prompts]).encode()).hexdigest()
-    job = Job(out, settings, args.num, batch, args.resume, ranks)
+    job = Job(out, settings, args.num, batch, args.resume, world)
     if not job.run(draw):  # another rank writes
         return
     numbers = None if labels is None else labels.tolist()

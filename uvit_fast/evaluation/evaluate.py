@@ -24,7 +24,7 @@ from uvit_fast.evaluation.reference import Reference
 from uvit_fast.evaluation.sources import Images
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.files import write_whole
-from uvit_fast.runtime.processes import ALONE, Ranks
+from uvit_fast.runtime.processes import ALONE, World
 
 USUAL = 50_000  # samples of published figures
 ALIKE = 0.1  # shares of samples and reference that differ by no more are taken for equal
@@ -36,13 +36,13 @@ def evaluate(
     extractor: Extractor,
     batch: int = 50,
     progress: bool = True,
-    ranks: Ranks = ALONE,
+    world: World = ALONE,
 ) -> dict | None:
     """FID, sFID, Inception score, precision, recall and KID of samples, as far as the reference allows.
 
     Args:
         extractor: the one that the reference's features come from.
-        ranks: they divide the samples; rank 0 has the result, the others None.
+        world: its processes divide the samples; rank 0 has the result, the others None.
 
     Returns:
         "metrics": name -> value, names with the extractor's prefix; "warnings": sentences, each with its consequence; "samples",
@@ -62,7 +62,7 @@ def evaluate(
             f"{reference.name}: expected statistics of {extractor.pool_dim} dimensions, got {D}: "
             "other features than the samples'"
         )
-    found = extract(_of_size(images, reference), extractor, batch, progress, ranks)
+    found = extract(_of_size(images, reference), extractor, batch, progress, world)
     if found is None:
         return None
     warnings = [*reference.warnings, *images.warnings, *found.warnings, *_differences(images, found, reference)]

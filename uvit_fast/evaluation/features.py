@@ -16,7 +16,7 @@ from uvit_fast.evaluation.inception import Features, Inception, preprocess
 from uvit_fast.evaluation.metrics import RunningStatistics, Statistics
 from uvit_fast.evaluation.sources import Images
 from uvit_fast.runtime.errors import UserError
-from uvit_fast.runtime.processes import ALONE, Ranks
+from uvit_fast.runtime.processes import ALONE, World
 
 CONSTANT_SHARE = 0.01  # of images of one colour, beyond which there is a warning
 
@@ -75,12 +75,12 @@ class Extracted:
 
 
 def extract(
-    images: Images, extractor: Extractor, batch: int = 50, progress: bool = True, ranks: Ranks = ALONE
+    images: Images, extractor: Extractor, batch: int = 50, progress: bool = True, world: World = ALONE
 ) -> Extracted | None:
     """Features of all images, with progress and the time left on stderr.
 
     Args:
-        ranks: they divide the batches; the features have the images' order whatever their number.
+        world: its processes divide the batches; the features have the images' order whatever their number.
 
     Returns:
         on rank 0 what was found, on the others None.
@@ -91,14 +91,14 @@ def extract(
     if images.count < 2:
         raise UserError(f"{images.name}: expected at least 2 images, got {images.count}")
     parts = [range(start, min(start + batch, images.count)) for start in range(0, images.count, batch)]
-    mine, share = ranks.share(parts), _Share()
+    mine, share = world.share(parts), _Share()
     described = f"features of {images.name}"
-    with tqdm(total=images.count, unit="image", desc=described, disable=not progress or ranks.rank > 0) as bar:
+    with tqdm(total=images.count, unit="image", desc=described, disable=not progress or world.rank > 0) as bar:
         for array in images.read(mine):
             share.add(array, extractor, images.name)
-            bar.update(min(len(array) * ranks.count, images.count - bar.n))  # the others keep pace
-            ranks.check()
-    shares = ranks.gather(share.on_cpu() if ranks.count > 1 else share)
+            bar.update(min(len(array) * world.size, images.count - bar.n))  # the others keep pace
+            world.check()
+    shares = world.gather(share.on_cpu() if world.size > 1 else share)
     return None if shares is None else _merged(shares, images)
 
 

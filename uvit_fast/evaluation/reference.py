@@ -16,7 +16,7 @@ from uvit_fast.evaluation.metrics import Statistics
 from uvit_fast.evaluation.sources import Images, names_in, read_arrays
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.files import write_whole
-from uvit_fast.runtime.processes import ALONE, Ranks
+from uvit_fast.runtime.processes import ALONE, World
 
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s", "pool")
 FACTS = ("count", "size", "like", "features", "lossy", "grey")  # what a file of the cache says besides
@@ -62,7 +62,7 @@ def load_reference(
     cache: Path,
     batch: int = 50,
     progress: bool = True,
-    ranks: Ranks = ALONE,
+    world: World = ALONE,
 ) -> Reference:
     """Statistics from a file or a folder.
 
@@ -71,7 +71,7 @@ def load_reference(
             (`mu, sigma`), one of the cache's, or a folder of images.
         extractor: preprocessing -> what makes the features, called only if some are to be made.
         open_images: of a folder or an .npz.
-        ranks: they divide the images; every one has the statistics in the end.
+        world: its processes divide the images; every one has the statistics in the end.
 
     Raises:
         UserError: no such file, one of another kind, or statistics that no images can have.
@@ -82,14 +82,14 @@ def load_reference(
             raise UserError(
                 f"{path}: no such reference; expected an .npz of statistics or images, or a folder of images"
             )
-        return reference_from_images(open_images(path), extractor("tensorflow"), cache, batch, progress, ranks)
+        return reference_from_images(open_images(path), extractor("tensorflow"), cache, batch, progress, world)
     keys = names_in(path)
     if not {"mu", "sigma"} <= keys:
         if "arr_0" not in keys:
             raise UserError(
                 f"{path}: expected mu and sigma, or images arr_0, got {', '.join(sorted(keys)) or 'nothing'}"
             )
-        return reference_from_images(open_images(path), extractor("tensorflow"), cache, batch, progress, ranks)
+        return reference_from_images(open_images(path), extractor("tensorflow"), cache, batch, progress, world)
     reference = _read_statistics(path)
     if reference.like == "pytorch-fid":
         reference.warnings.append(
@@ -97,7 +97,7 @@ def load_reference(
             "compares with pytorch-fid's figures, not with those of ADM's evaluator"
         )
     if reference.pool is None and "arr_0" in keys:
-        images = reference_from_images(open_images(path), extractor(reference.like), cache, batch, progress, ranks)
+        images = reference_from_images(open_images(path), extractor(reference.like), cache, batch, progress, world)
         for name in ("pool", "size", "lossy", "grey"):
             setattr(reference, name, getattr(images, name))
         reference.warnings += images.warnings
@@ -110,22 +110,22 @@ def reference_from_images(
     cache: Path,
     batch: int = 50,
     progress: bool = True,
-    ranks: Ranks = ALONE,
+    world: World = ALONE,
 ) -> Reference:
     """Statistics of real images; kept in `cache` under the identity of images and extractor, and taken from there again.
 
     The ranks divide the images; rank 0 alone reads and writes the cache, and tells the others.
     """
     file = reference = None
-    if images.identity is not None and ranks.rank == 0:
+    if images.identity is not None and world.rank == 0:
         key = hashlib.sha256(f"{images.identity()}\0{extractor.identity}".encode()).hexdigest()
         file = cache / f"reference-{key[:32]}.npz"
         if file.is_file():
             with contextlib.suppress(UserError):  # broken: made anew
                 reference = _read_statistics(file)
                 reference.name, reference.lossy = images.name, images.lossy
-    if not ranks.tell(reference is not None):
-        found = extract(images, extractor, batch, progress, ranks)
+    if not world.tell(reference is not None):
+        found = extract(images, extractor, batch, progress, world)
         reference = found and _reference(found, images, extractor)
         if file is not None and not reference.warnings:  # a warning would be lost with the images
             try:
@@ -136,7 +136,7 @@ def reference_from_images(
                 )
     if reference is not None:
         reference.warnings = [*images.warnings, *reference.warnings]
-    return ranks.tell(reference)
+    return world.tell(reference)
 
 
 def _reference(found: Extracted, images: Images, extractor: Extractor) -> Reference:

@@ -4,19 +4,21 @@ import os
 
 import torch
 
-from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.errors import RankError, UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """`cpu`, `cuda`, or `auto`: a GPU where there is one.
+    """`cpu`, `cuda`, or `auto`: a GPU where there is one, of several that of the process's local rank, from here on the current one.
 
     Raises:
-        UserError: a GPU was asked for and there is none.
+        UserError: a GPU was asked for and there is none. RankError: there are fewer than processes on this host.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda: no CUDA device was found; expected a GPU, or device cpu or auto")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # the launchers': one GPU a process
-    torch.cuda.set_device(device)
-    return device
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))  # the launchers': one GPU a process
+    if local_rank >= torch.cuda.device_count():
+        raise RankError(f"launcher: expected a GPU for local rank {local_rank}, got {torch.cuda.device_count()} GPUs")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

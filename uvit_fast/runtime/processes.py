@@ -1,6 +1,9 @@
-"""The processes of one job, as torchrun and deepspeed start them: they divide its work, fail as one, and end with their launcher."""
+"""The processes of one job, as torchrun and deepspeed start them: they divide its work, wait for each other, fail
+as one, and end with their launcher.
+"""
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -8,9 +11,17 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
+
+from uvit_fast.runtime.errors import RankError, UserError
+
+if TYPE_CHECKING:  # a process that is alone does without
+    import torch
+    import torch.distributed as dist
+
+T = TypeVar("T")
 
 LAUNCHERS = {"torchrun", "torch.distributed.run", "torch.distributed.launch"}
 LAUNCHERS |= {"deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch", "accelerate"}
@@ -18,38 +29,41 @@ PATIENCE = timedelta(days=1)  # with a rank that works alone, or finishes long a
 FAILED, ENDED = "uvit_fast/failed", "uvit_fast/ended"  # the first that failed; how many have ended because of it
 
 
-class Ranks:
-    """This process among the `count` of a job (RANK and WORLD_SIZE); alone where no launcher has said so.
+class World:
+    """This process among the `size` of a job: its `rank`, and its `local_rank` on its host; alone where no launcher has said so.
 
-    `with Ranks() as ranks:` brings the processes together and ends them together: the first that fails raises its error, the others
-    exit with code 2 and say nothing. They learn of it at their next `check` or exchange. Alone it does without torch.
+    `with World() as world:` brings the processes together and ends them together: the first that fails raises its error, the others
+    exit with code 2 and say nothing. They learn of it at their next `check` or exchange. Alone it does without torch. The processes of
+    a training run meet in `start` and part in `leave`: their launcher ends them where one fails.
 
     Args:
         alone: take no notice of a launcher.
+        device: what a training run computes on.
     """
 
-    def __init__(self, alone: bool = False):
+    def __init__(self, alone: bool = False, device: "torch.device | None" = None):
         told = {} if alone else os.environ
-        self.rank, self.count = int(told.get("RANK", "0")), int(told.get("WORLD_SIZE", "1"))
-        self._store = None
+        self.rank, self.size = int(told.get("RANK", "0")), int(told.get("WORLD_SIZE", "1"))
+        self.local_rank = int(told.get("LOCAL_RANK", "0"))
+        self._device, self._store = device, None
 
-    def __enter__(self) -> "Ranks":
+    def __enter__(self) -> "World":
         follow_launcher()
-        if self.count > 1:
+        if self.size > 1:
             import torch.distributed as dist
 
             try:
-                self._store, *_ = next(iter(dist.rendezvous("env://", self.rank, self.count)))
+                self._store, *_ = next(iter(dist.rendezvous("env://", self.rank, self.size)))
             except dist.DistNetworkError as error:
                 if problem := port_taken(error):
                     print(f"uvit-fast: {problem}", file=sys.stderr)
                     raise SystemExit(2) from None
                 raise
-            dist.init_process_group("gloo", store=self._store, rank=self.rank, world_size=self.count, timeout=PATIENCE)
+            dist.init_process_group("gloo", store=self._store, rank=self.rank, world_size=self.size, timeout=PATIENCE)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
-        if self.count == 1:
+        if self.size == 1:
             return
         import torch.distributed as dist
 
@@ -62,9 +76,23 @@ class Ranks:
             time.sleep(1)  # a launcher ends all at the first exit, which is that of the process with the error
             raise SystemExit(2)
 
+    def leave(self) -> None:
+        """End a training run's process group, all ranks together: one that goes first may take along what others still wait for."""
+        import torch.distributed as dist
+
+        if self.size > 1:
+            dist.barrier(group=host_group())
+        dist.destroy_process_group()
+
+    @property
+    def device(self) -> "torch.device":
+        """What a training run computes on."""
+        assert self._device is not None, "`start` chooses it"
+        return self._device
+
     def share(self, parts: list) -> list:
-        """Every `count`-th of `parts`, from this rank's on."""
-        return parts[self.rank :: self.count]
+        """Every `size`-th of `parts`, from this rank's on."""
+        return parts[self.rank :: self.size]
 
     def check(self) -> None:
         """Between two parts of the work: end here if another process has failed."""
@@ -73,29 +101,49 @@ class Ranks:
 
     def gather(self, value: Any) -> list | None:
         """Every rank's value, in their order, on rank 0; None on the others. Tensors must be on the CPU."""
-        if self.count == 1:
+        if self.size == 1:
             return [value]
         import torch.distributed as dist
 
-        values = [None] * self.count if self.rank == 0 else None
-        dist.gather_object(value, values)
+        values = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(value, values, group=self._hosts())
         return values
 
     def tell(self, value: Any) -> Any:
         """Rank 0's value, on every rank. Tensors must be on the CPU."""
-        if self.count == 1:
+        if self.size == 1:
             return value
         import torch.distributed as dist
 
         told = [value]
-        dist.broadcast_object_list(told, src=0)
+        dist.broadcast_object_list(told, src=0, group=self._hosts())
         return told[0]
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """What `work()` returns on rank 0, where alone it runs, on every rank; so is a mistake of the user's that it meets.
+
+        The others wait however long it takes: a collective on the devices would give up after ten minutes.
+        """
+        result, mistake = None, None
+        if self.rank == 0:
+            try:
+                result = work()
+            except (UserError, ImportError) as error:
+                mistake = error
+        result, mistake = self.tell((result, mistake))
+        if mistake:
+            raise mistake
+        return result
 
     def in_turn(self, find: Callable[[], Any]) -> Any:
         """`find()` on rank 0, and afterwards on the others, which find what it has kept on disk."""
         found = find() if self.rank == 0 else None
         self.tell(None)
         return found if self.rank == 0 else find()
+
+    def _hosts(self) -> "dist.ProcessGroup | None":
+        """The group that objects go through, on the hosts; None: the default one, which is it."""
+        return None if self._store is not None else host_group()
 
     def _is_first(self) -> bool:
         """Whether no other process has failed before this one."""
@@ -110,11 +158,50 @@ class Ranks:
     def _await_others(self) -> None:
         """Until the others know, or for ten seconds: with rank 0 may go the store, and torch would complain at length."""
         deadline = time.monotonic() + 10
-        while self._store.add(ENDED, 0) < self.count - 1 and time.monotonic() < deadline:
+        while self._store.add(ENDED, 0) < self.size - 1 and time.monotonic() < deadline:
             time.sleep(0.02)
 
 
-ALONE = Ranks(alone=True)
+ALONE = World(alone=True)
+
+
+@functools.cache
+def host_group() -> "dist.ProcessGroup":
+    """All ranks of a training run, on their hosts. All must call it, the first time."""
+    import torch.distributed as dist
+
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def start(device: str) -> World:
+    """Choose the device, as `pick_device` does, and join the process group of a training run; alone, without a launcher, this process
+    makes its own.
+
+    Raises:
+        UserError: a GPU was asked for and there is none; RankError: there are fewer than processes, or another job meets at the port.
+    """
+    import torch.distributed as dist
+
+    from uvit_fast.runtime.device import pick_device
+
+    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        os.environ.setdefault(name, default)  # deepspeed reads them
+    world = World(device=pick_device(device))
+    if world.device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is first imported
+    if not dist.is_initialized():
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        if world.size == 1:  # on a port that is free
+            store = dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True)
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        else:
+            try:
+                dist.init_process_group(backend)
+            except dist.DistNetworkError as error:
+                if problem := port_taken(error):
+                    raise RankError(problem) from None
+                raise
+    return world
 
 
 def port_taken(error: Exception) -> str | None:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from uvit_fast.runtime.claims import LOCK, Claim, Taken
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.files import write_whole
-from uvit_fast.runtime.processes import ALONE, Ranks
+from uvit_fast.runtime.processes import ALONE, World
 from uvit_fast.runtime.text import shown
 
 
@@ -25,23 +25,23 @@ class Job:
         out: where the samples go once all are there, a file or a folder.
         settings: JSON values that decide what is drawn; a job goes on with the same ones only.
         resume: go on with the parts of an interrupted job.
-        ranks: they share the parts; rank 0 collects them.
+        world: its processes share the parts; rank 0 collects them.
 
     Raises:
         UserError: another process is at it; `out` holds something that is not of this job; there are parts of an interrupted job and
             `resume` is off, or they have other settings.
     """
 
-    def __init__(self, out: Path, settings: dict, num: int, batch: int, resume: bool, ranks: Ranks = ALONE):
+    def __init__(self, out: Path, settings: dict, num: int, batch: int, resume: bool, world: World = ALONE):
         self.out, self.folder = out, out.with_name(out.name + ".parts")
         self._note = self.folder / "job.json"
-        self.num, self.batch, self.ranks = num, batch, ranks
+        self.num, self.batch, self.world = num, batch, world
         self.parts = [(first, min(first + batch, num)) for first in range(0, num, batch)]
         told = [None, []]
-        if ranks.rank == 0:
+        if world.rank == 0:
             refusal = self._prepare({**settings, "batch": batch}, resume)
             told = [refusal, [part for part in self.parts if not self._is_whole(part)]]
-        refusal, self._missing = ranks.tell(told)
+        refusal, self._missing = world.tell(told)
         if refusal is not None:
             raise UserError(refusal)
 
@@ -54,15 +54,15 @@ class Job:
         Returns:
             Whether this process collects, in which case all parts are there: rank 0.
         """
-        mine = self.ranks.share(self._missing)
+        mine = self.world.share(self._missing)
         done = self.num - sum(last - first for first, last in self._missing)
-        with tqdm(total=self.num, initial=done, unit="image", desc="sample", disable=self.ranks.rank > 0) as bar:
+        with tqdm(total=self.num, initial=done, unit="image", desc="sample", disable=self.world.rank > 0) as bar:
             for part in mine:
                 images = draw(*part)
                 write_whole(self._file(part), lambda file, images=images: np.save(file, images))
-                bar.update(min((part[1] - part[0]) * self.ranks.count, self.num - bar.n))  # the others keep pace
-                self.ranks.check()
-        return self.ranks.gather(None) is not None
+                bar.update(min((part[1] - part[0]) * self.world.size, self.num - bar.n))  # the others keep pace
+                self.world.check()
+        return self.world.gather(None) is not None
 
     def images(self) -> Iterator[np.ndarray]:
         """All samples in order, a part at a time: (B, H, W, C) uint8."""

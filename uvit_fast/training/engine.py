@@ -6,12 +6,10 @@ out like it into named tensors and back.
 """
 
 import contextlib
-import functools
 import logging
-import os
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,90 +17,14 @@ import torch.nn as nn
 from torch import Tensor
 
 from uvit_fast.config import Config, TrainConfig
-from uvit_fast.runtime.errors import RankError, UserError
-from uvit_fast.runtime.processes import PATIENCE, port_taken
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.processes import World
 from uvit_fast.training.captured import Captured
 from uvit_fast.training.ema import EMA
 from uvit_fast.training.optimizer import GuardedAdamW
 
 PARTS = 4  # graphs of the backward with several GPUs: while one runs, the gradients of those before it are reduced
 KEEP_WHOLE = 100_000  # ZeRO-3 leaves parameters of fewer values whole on every rank: biases, norms
-
-
-class World(NamedTuple):
-    """Where this process stands: rank of `size` processes, `local_rank` on its host, and its device."""
-
-    rank: int
-    size: int
-    local_rank: int
-    device: torch.device
-
-    def on_first(self, work: Callable[[], Any]) -> Any:
-        """What `work()` returns on rank 0, where alone it runs, on every rank; so is a mistake of the user's that it meets.
-
-        The others wait however long it takes: a collective on the devices would give up after ten minutes.
-        """
-        result, mistake = None, None
-        if self.rank == 0:
-            try:
-                result = work()
-            except (UserError, ImportError) as error:
-                mistake = error
-        if self.size > 1:
-            told = [result, mistake]
-            dist.broadcast_object_list(told, src=0, group=host_group())
-            result, mistake = told
-        if mistake:
-            raise mistake
-        return result
-
-    def leave(self) -> None:
-        """End the process group, all ranks together: one that goes first may take along what others still wait for."""
-        if self.size > 1:
-            dist.barrier(group=host_group())
-        dist.destroy_process_group()
-
-
-@functools.cache
-def host_group() -> dist.ProcessGroup:
-    """All ranks, on their hosts. All must call it, the first time."""
-    return dist.new_group(backend="gloo", timeout=PATIENCE)
-
-
-def start(config: Config) -> World:
-    """Choose the device and join the process group; alone, without a launcher, this process makes its own.
-
-    Raises:
-        UserError: a GPU was asked for and there is none; RankError: there are fewer than processes, or another job meets at the port.
-    """
-    cuda = config.device != "cpu" and torch.cuda.is_available()
-    if config.device == "cuda" and not cuda:
-        raise UserError("device: expected a GPU (device: cuda), but PyTorch sees no CUDA device; use cpu or auto")
-    rank, size, local_rank = (
-        int(os.environ.setdefault(name, default))
-        for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
-    )
-    if cuda:
-        if local_rank >= torch.cuda.device_count():
-            raise RankError(
-                f"launcher: expected a GPU for local rank {local_rank}, got {torch.cuda.device_count()} GPUs"
-            )
-        torch.cuda.set_device(local_rank)
-    else:
-        os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is first imported
-    if not dist.is_initialized():
-        backend = "nccl" if cuda else "gloo"
-        if size == 1:  # on a port that is free
-            store = dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True)
-            dist.init_process_group(backend, store=store, rank=0, world_size=1)
-        else:
-            try:
-                dist.init_process_group(backend)
-            except dist.DistNetworkError as error:
-                if problem := port_taken(error):
-                    raise RankError(problem) from None
-                raise
-    return World(rank, size, local_rank, torch.device("cuda", local_rank) if cuda else torch.device("cpu"))
 
 
 def batch_plan(train: TrainConfig, ranks: int) -> tuple[int, int]:

@@ -23,9 +23,10 @@ from uvit_fast.diffusion.noise import Draws
 from uvit_fast.diffusion.objective import Objective, mse_loss
 from uvit_fast.provenance import Provenance
 from uvit_fast.runtime.errors import RankError, UserError
+from uvit_fast.runtime.processes import host_group, start
 from uvit_fast.training import activations, checkpoint
 from uvit_fast.training.best import Best
-from uvit_fast.training.engine import Engine, batch_plan, computes_in_bf16, host_group, start
+from uvit_fast.training.engine import Engine, batch_plan, computes_in_bf16
 from uvit_fast.training.folder import claim, describe_run, set_aside
 from uvit_fast.training.interrupt import GRACE, Interrupt, Stalled, ticking
 from uvit_fast.training.loader import DataError, Order, batches
@@ -70,7 +71,7 @@ class Trainer:
         fresh: bool = False,
     ):
         self.config, self.objective, self.dataset, self.run_dir = config, objective, dataset, Path(run_dir)
-        self.world = start(config)
+        self.world = start(config.device)
         self.main = self.world.rank == 0
         self.flops = forward_flops(model, config) if self.world.device.type == "cuda" else None
         self.preview = preview if config.train.sample_every and self.main else None
