@@ -132,6 +132,18 @@ def test_overrides_win_over_the_file_and_its_base():
         ("train.warmup_steps=yes", ["train.warmup_steps: expected a number, got true"]),
         ("train.betas=!!set {0.9, 0.99}", ["train.betas: expected a list in brackets"]),  # a set has no order
         ("model.num_classes=1", ["model.num_classes 1 with train.p_uncond leaves no class"]),
+        (
+            "diffusion.prediction=velocity",
+            ["diffusion", "velocity is a flow's: expected eps, v or x0 with schedule vp"],
+        ),
+        ("diffusion.prediction=noise", ["diffusion.prediction", "'eps', 'v', 'x0' or 'velocity'", "got 'noise'"]),
+        ("diffusion.time_std=2", ["time_mean and time_std are of time logit_normal"]),
+        ("diffusion.min_snr_gamma=3", ["min_snr_gamma is of weighting min_snr"]),
+        (
+            "sample.sampler=heun",
+            ["sample.sampler heun solves the ODE of a flow", "with vp expected one of the DPM-Solvers"],
+        ),
+        ("sample.shift=3", ["sample.shift moves times", "needs diffusion.schedule flow"]),
     ],
 )
 def test_a_wrong_key_or_value_is_named_with_what_was_expected(override, words):
@@ -140,6 +152,22 @@ def test_a_wrong_key_or_value_is_named_with_what_was_expected(override, words):
     for word in words:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_paper_is_the_default_and_a_flows_velocity_that_of_a_flow():
+    path = CONFIGS / "digits.yaml"
+    paper = load_config(path).diffusion.model_dump()
+    assert (paper["prediction"], paper["time"], paper["time_shift"], paper["weighting"]) == (
+        "eps",
+        "uniform",
+        1,
+        "none",
+    )
+    assert load_config(path, ["diffusion.schedule=flow"]).diffusion.prediction == "velocity"
+    assert load_config(path, ["diffusion.schedule=flow_sit", "diffusion.prediction=x0"]).diffusion.prediction == "x0"
+    for override in ("sample.sampler=euler_maruyama", "sample.sampler=heun", "sample.spacing=karras"):
+        with pytest.raises(ConfigError, match="sample.s"):
+            load_config(path, ["diffusion.schedule=flow", "sample.sampler=euler", "sample.spacing=time", override])
 
 
 def test_overrides_may_be_a_mapping():

@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from tests.diffusion.test_samplers import gaussian_eps, gaussian_solution
+from tests.diffusion.test_flow import solution
+from tests.diffusion.test_samplers import MEAN, SPREAD, gaussian_eps, gaussian_solution
 from tests.pipeline.test_pipeline import latent_pipeline, seeded
+from uvit_fast.commands.arguments import config_of
 from uvit_fast.diffusion.guidance import Guidance
-from uvit_fast.diffusion.schedules import SDSchedule, VPSchedule
+from uvit_fast.diffusion.predictions import Data, Noise, V, Velocity
+from uvit_fast.diffusion.schedules import FlowSchedule, SDSchedule, VPSchedule
 from uvit_fast.pipeline import UViTPipeline, UViTScheduler, schedulers
 
 SCHEDULES = {"sd": SDSchedule(), "vp": VPSchedule()}
@@ -18,8 +21,21 @@ ODE += ["KDPM2Discrete", "DEISMultistep", "UniPCMultistep"]
 NOISY = ["DDPM", "EulerAncestralDiscrete", "KDPM2AncestralDiscrete"]
 
 
-def like(name, schedule):
-    return getattr(diffusers, f"{name}Scheduler").from_config(UViTScheduler(schedule).config)
+def like(name, schedule, prediction=None):
+    return getattr(diffusers, f"{name}Scheduler").from_config(UViTScheduler(schedule, prediction=prediction).config)
+
+
+def exact(schedule, prediction):
+    """What a network of that prediction says of the Gaussian, from the posterior mean of x_0."""
+
+    def predict(x, time):
+        t = float(time[0]) / schedule.network_time(1.0)
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        gain = alpha * SPREAD**2 / (alpha**2 * SPREAD**2 + sigma**2)
+        convert = Data().convert(prediction.parts(alpha, sigma), alpha, sigma)
+        return convert[0] * x.double() + convert[1] * (MEAN + gain * (x.double() - alpha * MEAN))
+
+    return predict
 
 
 def test_all_that_are_taken_are_tried_here():
@@ -37,6 +53,47 @@ def test_each_solves_the_gaussian(name, schedule):
     x_T = torch.linspace(-2, 2, 9).view(9, 1, 1, 1)
     got = schedulers.solve(scheduler, schedule, 100, gaussian_eps(ours), x_T)
     assert (got - gaussian_solution(ours, x_T)).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize(("prediction", "kind"), [("velocity", Velocity()), ("eps", Noise()), ("x0", Data())])
+@pytest.mark.parametrize("name", [name.removesuffix("Scheduler") for name in schedulers.FLOWS])
+def test_those_of_flows_solve_the_gaussian_whatever_the_network_predicts(name, prediction, kind, shift):
+    flow = FlowSchedule()
+    config = UViTScheduler("flow", sampler="heun", prediction=prediction, shift=shift).config
+    scheduler = getattr(diffusers, f"{name}Scheduler").from_config(config)
+    schedulers.check(scheduler, "flow", latent=True, prediction=prediction)
+    x_T = torch.linspace(-2, 2, 9).view(9, 1, 1, 1)
+    got = schedulers.solve(scheduler, "flow", 100, exact(flow, kind), x_T, prediction=prediction)
+    assert (got - solution(0.999, 0.0, x_T)).abs().max() < 0.05
+
+
+def test_networks_in_sits_terms_run_on_them_too():
+    x_T, velocity = torch.randn(3, 1, 2, 2, generator=seeded()), exact(FlowSchedule(), Velocity())
+    ours, sit = (
+        schedulers.solve(like("FlowMatchEulerDiscrete", name), name, 5, predict, x_T, prediction="velocity")
+        for name, predict in (("flow", velocity), ("flow_sit", lambda x, t: -velocity(x, 1000 * (1 - t))))
+    )
+    torch.testing.assert_close(ours, sit, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("prediction", "kind"), [("v", V()), ("x0", Data())])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_other_predictions_are_named_in_their_terms_and_solved(schedule, prediction, kind):
+    ours, scheduler = SCHEDULES[schedule], like("DPMSolverMultistep", schedule, prediction)
+    assert scheduler.config.prediction_type == {"v": "v_prediction", "x0": "sample"}[prediction]
+    schedulers.check(scheduler, schedule, latent=True, prediction=prediction)
+    x_T = torch.linspace(-2, 2, 9).view(9, 1, 1, 1)
+    got = schedulers.solve(scheduler, schedule, 60, exact(ours, kind), x_T, prediction=prediction)
+    assert (got - gaussian_solution(ours, x_T)).abs().max() < 0.05
+    with pytest.raises(ValueError, match=r"expected DDIMScheduler.from_config\(UViTScheduler\('.d|p', prediction="):
+        schedulers.check(like("DDIM", schedule), schedule, latent=True, prediction=prediction)
+
+
+def test_a_scheduler_that_does_not_know_the_prediction_is_named():
+    scheduler, x_T = like("PNDM", "sd", "x0"), torch.zeros(1, 1, 2, 2)
+    with pytest.raises(ValueError, match="PNDMScheduler does not know prediction_type sample"):
+        schedulers.solve(scheduler, "sd", 3, lambda x, t: x, x_T, prediction="x0")
 
 
 @pytest.mark.parametrize("name", NOISY)
@@ -125,6 +182,40 @@ def test_a_scheduler_of_other_formulas_is_named(scheduler, words):
         pipe([3])
 
 
+def test_a_flow_refuses_schedulers_of_other_processes():
+    pipe = latent_pipeline("h2_256", "diffusion.schedule=flow", "sample.sampler=heun")
+    pipe.scheduler = diffusers.DDIMScheduler()
+    with pytest.raises(ValueError, match="DDIMScheduler solves another process .* FlowMatchEulerDiscreteScheduler"):
+        pipe([3])
+    pipe.scheduler = diffusers.UniPCMultistepScheduler()
+    with pytest.raises(ValueError, match="expected UniPCMultistepScheduler.from_config\\(UViTScheduler\\('flow'\\)"):
+        pipe([3])
+    with pytest.raises(ValueError, match="Euler solves the ODE of a flow"):
+        UViTScheduler("sd", sampler="euler")
+
+
+def test_a_flows_pipeline_keeps_its_prediction_and_shift(tmp_path):
+    """In the folder's files, also with a scheduler of diffusers in the place of ours; `convert` and `sample` read them there."""
+    pipe = latent_pipeline("h2_256", "diffusion.schedule=flow", "sample.sampler=heun", "sample.shift=3.0")
+    call = {"num_inference_steps": 5, "output_type": "latent"}
+    ours = pipe([3], generator=seeded(), **call).images
+    pipe.save_pretrained(tmp_path / "ours")
+    again = UViTPipeline.from_pretrained(tmp_path / "ours")
+    assert torch.equal(again([3], generator=seeded(), **call).images, ours)
+    cfg = config_of(None, str(tmp_path / "ours"), [])
+    assert (cfg.diffusion.schedule, cfg.diffusion.prediction) == ("flow", "velocity")
+    assert (cfg.sample.sampler, cfg.sample.shift) == ("heun", 3.0)
+    again.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(again.scheduler.config)
+    assert again.scheduler.config.shift == 3.0
+    images = again([3], generator=seeded(), **call).images
+    again.save_pretrained(tmp_path / "theirs")
+    third = UViTPipeline.from_pretrained(tmp_path / "theirs")
+    assert torch.equal(third([3], generator=seeded(), **call).images, images)
+    assert "the velocity" in (tmp_path / "ours" / "README.md").read_text()
+    third.scheduler = UViTScheduler.from_config(third.scheduler.config)
+    assert torch.equal(third([3], generator=seeded(), **call).images, ours)
+
+
 def test_ours_is_no_step_by_step_scheduler_and_says_what_is():
     for call in (lambda s: s.set_timesteps(50), lambda s: s.step(torch.zeros(1), 3, torch.zeros(1))):
         with pytest.raises(NotImplementedError, match="DDIMScheduler.from_config"):
@@ -137,6 +228,10 @@ def test_their_configs_pass_ours_on_without_a_word(caplog):
         for name in ("DDIM", "PNDM", "EulerDiscrete"):
             config = getattr(diffusers, f"{name}Scheduler").from_config(config).config
         assert UViTScheduler.from_config(config).config.steps == 7
+        config = UViTScheduler(schedule="flow", sampler="heun", shift=2.0).config
+        for name in ("FlowMatchEulerDiscrete", "UniPCMultistep", "FlowMatchHeunDiscrete"):
+            config = getattr(diffusers, f"{name}Scheduler").from_config(config).config
+        assert UViTScheduler.from_config(config).config.shift == 2.0
     assert not caplog.records
 
 

@@ -130,7 +130,11 @@ def _config_of_pipeline(folder: Path, overrides: list[str]) -> Config:
     tree = {
         "name": folder.absolute().name,
         "model": model,
-        "diffusion": {"schedule": scheduler.get("schedule")},
+        "diffusion": {
+            key: said
+            for key in ("schedule", "prediction")
+            if (said := pipeline.get(key) or scheduler.get(key)) or key == "schedule"
+        },
         "train": {"iterations": 1, "batch_size": 1, "p_uncond": 0.1 if droppable else 0.0},
         "sample": {key: value for key, value in scheduler.items() if key in SampleConfig.model_fields},
         "data": {"name": "synthetic"},

@@ -38,6 +38,8 @@ def make_pipeline(
             sampler=cfg.sample.sampler,
             steps=cfg.sample.steps,
             spacing=cfg.sample.spacing,
+            prediction=cfg.diffusion.prediction,
+            shift=cfg.sample.shift,
         )
     )
     scaling = scaling_of(cfg, known, components.get("vae")) if cfg.latent else Scaling(1.0)

@@ -2,6 +2,13 @@
 
 from typing import Any
 
+SCHEDULES = {
+    "sd": "Stable Diffusion's 1000 steps",
+    "vp": "VP, continuous",
+    "flow": "flow matching, the linear path",
+    "flow_sit": "flow matching, the linear path, in SiT's terms",
+}
+PREDICTIONS = {"eps": "the noise", "v": "v", "x0": "the data", "velocity": "the velocity"}
 LOADER = '''"""For `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`; needs the package uvit-fast."""
 
 from uvit_fast.pipeline import UViTPipeline
@@ -28,9 +35,8 @@ def model_card(pipe: Any) -> str:
         "conditioned on": f"{classes} classes" if kind == "classes" else "text (CLIP)" if kind == "text" else kind,
         "network": f"{len(net.blocks)} blocks, D = {net.embed_dim}, patches of {net.patch_size}, "
         f"{sum(p.numel() for p in net.parameters()) / 1e6:,.1f} M parameters",
-        "noise schedule": {"sd": "Stable Diffusion's 1000 steps", "vp": "VP, continuous", None: "not known"}[
-            config.schedule
-        ],
+        "noise schedule": SCHEDULES.get(config.schedule, "not known"),
+        "predicts": PREDICTIONS.get(config.prediction, "not known"),
         "sampler": sampler,
         "guidance scale": f"{config.guidance_scale:g} (1: none)",
     }

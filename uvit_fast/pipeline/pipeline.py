@@ -32,7 +32,7 @@ from uvit_fast.sampling.loop import check_finite
 from . import schedulers
 from .calls import INSTEAD, StepEnd, is_text, new_keys, of_each, whole
 from .model_card import LOADER, model_card
-from .schedulers import UViTScheduler
+from .schedulers import UViTScheduler, usual_prediction
 
 LOADER_NAME = "uvit_pipeline"  # of the folder's file that diffusers runs where it is trusted to
 STEPS = 50  # of a scheduler of diffusers, unless the call says how many
@@ -58,7 +58,9 @@ class UViTPipeline(DiffusionPipeline):
         null_label: the label that means none, of a model trained with label dropping, else None.
         guidance_scale: the default of a call, 1 + s for the s that the model was published with.
         id2label: the classes' names by label, as DiT's pipeline has them; None where they are not known.
-        schedule: the model's noise schedule, "sd" or "vp", by which a scheduler of diffusers is fitted to it; default: the scheduler's.
+        schedule: the model's noise schedule, "sd", "vp", "flow" or "flow_sit", by which a scheduler of diffusers is fitted to it; default: the
+            scheduler's.
+        prediction: what the model predicts, "eps", "v", "x0" or "velocity"; default: the scheduler's, else what is usual of the schedule.
         encoders: identities of the autoencoder and text encoder that made what the model learned from, where they are known.
 
     Raises:
@@ -80,18 +82,22 @@ class UViTPipeline(DiffusionPipeline):
         guidance_scale: float = 1.0,
         id2label: dict[int, str] | dict[str, str] | None = None,
         schedule: str | None = None,
+        prediction: str | None = None,
         encoders: dict[str, dict[str, str]] | None = None,
         shift_factor: float | list[float] = 0.0,
     ):
         super().__init__()
         self.register_modules(model=model, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
+        schedule = schedule or scheduler.config.get("schedule")
+        prediction = prediction or scheduler.config.get("prediction") or (schedule and usual_prediction(schedule))
         self.register_to_config(
             scale_factor=scale_factor,
             shift_factor=shift_factor,
             null_label=null_label,
             guidance_scale=guidance_scale,
             id2label=id2label,
-            schedule=schedule or scheduler.config.get("schedule"),
+            schedule=schedule,
+            prediction=prediction,
             encoders=encoders,
         )
         names = {int(label): name for label, name in (id2label or {}).items()}  # JSON's keys are texts
@@ -305,9 +311,10 @@ class UViTPipeline(DiffusionPipeline):
         scheduler, schedule = self.scheduler, self.config.schedule
         if schedule is None:
             raise ValueError(
-                "scheduler: the model's noise schedule is not known; expected a pipeline made with schedule='sd' or 'vp'"
+                "scheduler: the model's noise schedule is not known; expected a pipeline made with schedule='sd', 'vp' or 'flow'"
             )
-        schedulers.check(scheduler, schedule, self.latent)
+        prediction = self.config.prediction
+        schedulers.check(scheduler, schedule, self.latent, prediction)
         with self.progress_bar(total=steps) as bar:
 
             def change(i: int, t: Tensor, x: Tensor) -> Tensor:
@@ -318,7 +325,7 @@ class UViTPipeline(DiffusionPipeline):
                 return step_end(i, t, x)
 
             return step_end.until_interrupted(
-                lambda: schedulers.solve(scheduler, schedule, steps, eps_fn, x_T, generator, eta, change)
+                lambda: schedulers.solve(scheduler, schedule, steps, eps_fn, x_T, generator, eta, change, prediction)
             )
 
     def _condition(self, class_labels, texts: dict[str, Any], guided: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:

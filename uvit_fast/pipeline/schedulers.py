@@ -1,7 +1,8 @@
 """Diffusers' schedulers: ours, which is the published samplers, and how those of diffusers run in its place.
 
 A diffusers scheduler counts the model's 1000 noise levels from 0 to 999, and the network is told the time at which its own schedule has
-that level: n + 1 under SD, under VP what the continuous schedule has there.
+that level: n + 1 under SD, under VP what the continuous schedule has there. Of a flow it knows the time itself, as sigma, and is given the
+velocity, whatever the network predicts.
 """
 
 import inspect
@@ -16,46 +17,85 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from torch import Tensor
 
-from uvit_fast.build import SAMPLERS, SCHEDULES
+from uvit_fast.build import PREDICTIONS, SAMPLERS, SCHEDULES
+from uvit_fast.config import DiffusionConfig
 from uvit_fast.diffusion.guidance import EpsFn, evaluate
+from uvit_fast.diffusion.predictions import VELOCITY
 from uvit_fast.diffusion.samplers import SPACINGS, Sampler
+from uvit_fast.diffusion.schedules import Schedule
 
-_COMMON = {
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "trained_betas": None,
-    "rescale_betas_zero_snr": False,
-}
+_COMMON = {"num_train_timesteps": 1000, "trained_betas": None, "rescale_betas_zero_snr": False}
+_FLOW = {"num_train_timesteps": 1000, "prediction_type": "flow_prediction", "use_flow_sigmas": True}
 LEVELS: dict[str, dict[str, Any]] = {  # the schedules' noise levels in diffusers' terms
     "sd": {**_COMMON, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
     "vp": {**_COMMON, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"},
+    "flow": _FLOW,
+    "flow_sit": _FLOW,
 }
+TYPES = {
+    "eps": "epsilon",
+    "v": "v_prediction",
+    "x0": "sample",
+}  # predictions in diffusers' terms; a flow's is its velocity
 SAMPLING = {"clip_sample": False, "thresholding": False, "timestep_spacing": "trailing", "skip_prk_steps": True}
 OTHERS = [
     each.name for each in KarrasDiffusionSchedulers if each.name != "EDMEulerScheduler"
 ]  # of x_t = alpha x + sigma eps
+FLOWS = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]  # of a flow, with the next ones
+FLOWS += ["DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"]
+
+
+def in_their_terms(schedule: str, prediction: str) -> dict[str, Any]:
+    """A model's noise levels and prediction as configs of diffusers' schedulers name them."""
+    return {"prediction_type": TYPES.get(prediction), **LEVELS[schedule]}
+
+
+def usual_prediction(schedule: str) -> str:
+    """What a model predicts of which nothing else is known."""
+    return DiffusionConfig(schedule=schedule).prediction
 
 
 class UViTScheduler(SchedulerMixin, ConfigMixin):
     """A noise schedule and the sampler that goes with it, by the names of the YAML configs.
 
-    Its config has the schedule in diffusers' terms too: `DDIMScheduler.from_config(pipe.scheduler.config)` fits the model.
+    Its config has schedule and prediction in diffusers' terms too: `DDIMScheduler.from_config(pipe.scheduler.config)` fits the model, or of a
+    flow `FlowMatchEulerDiscreteScheduler`.
+
+    Args:
+        prediction: what the network predicts; default: a flow's velocity, else eps.
+        shift: of a flow's times, as `sample.shift`.
     """
 
     config_name = "scheduler_config.json"
-    _compatibles = OTHERS
+    _compatibles = [*OTHERS, *FLOWS[:2]]
 
     @register_to_config
-    def __init__(self, schedule: str = "sd", sampler: str = "dpmpp_fast", steps: int = 50, spacing: str | None = None):
-        for value, names in ((schedule, SCHEDULES), (sampler, SAMPLERS), (spacing, (None, *SPACINGS))):
+    def __init__(
+        self,
+        schedule: str = "sd",
+        sampler: str = "dpmpp_fast",
+        steps: int = 50,
+        spacing: str | None = None,
+        prediction: str | None = None,
+        shift: float = 1.0,
+    ):
+        for value, names in (
+            *((schedule, SCHEDULES), (sampler, SAMPLERS)),
+            *((spacing, (None, *SPACINGS)), (prediction, (None, *PREDICTIONS))),
+        ):
             if value not in names:
                 raise ValueError(f"UViTScheduler: expected one of {', '.join(map(str, names))}, got {value!r}")
-        self.register_to_config(**LEVELS[schedule], **SAMPLING)
+        prediction = prediction or usual_prediction(schedule)
+        self.register_to_config(
+            **in_their_terms(schedule, prediction), **SAMPLING, prediction=prediction, flow_shift=shift
+        )
+        self.sampler(1)  # says what does not go together
 
     def sampler(self, steps: int | None = None) -> Sampler:
         """The sampler for `steps` network evaluations; default: those that the model was published with."""
-        schedule = SCHEDULES[self.config.schedule]()
-        return SAMPLERS[self.config.sampler](schedule, steps or self.config.steps, self.config.spacing)
+        config, schedule = self.config, SCHEDULES[self.config.schedule]()
+        prediction = PREDICTIONS[config.prediction](schedule)
+        return SAMPLERS[config.sampler](schedule, steps or config.steps, config.spacing, prediction, config.shift)
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError(
@@ -68,7 +108,7 @@ class UViTScheduler(SchedulerMixin, ConfigMixin):
 
 def _of_others(record: logging.LogRecord) -> bool:
     text = record.getMessage()
-    ours = (f"'{name}': " in text for name in ("schedule", "sampler", "steps", "spacing"))
+    ours = (f"'{name}': " in text for name in ("schedule", "sampler", "steps", "spacing", "prediction", "shift"))
     return not (text.startswith("The config attributes") and any(ours))
 
 
@@ -77,26 +117,34 @@ logging.getLogger("diffusers.configuration_utils").addFilter(
 )  # that they keep, but do not read, ours is as it should be
 
 
-def check(scheduler: Any, schedule: str, latent: bool) -> None:
+def check(scheduler: Any, schedule: str, latent: bool, prediction: str = "eps") -> None:
     """Refuse a scheduler of diffusers whose formulas or noise levels are not those of a model of `schedule`.
 
     Args:
         latent: the model makes latents, which are not within [-1, 1].
+        prediction: what the model predicts.
 
     Raises:
         ValueError: with what would fit.
     """
-    kind = type(scheduler).__name__
-    if kind not in OTHERS:
+    kind, flow = type(scheduler).__name__, LEVELS[schedule] is _FLOW
+    if kind not in (fitting := FLOWS if flow else OTHERS):
         raise ValueError(
-            f"scheduler: {kind} solves another process than the model's; expected UViTScheduler, {', '.join(OTHERS)}"
+            f"scheduler: {kind} solves another process than the model's; expected UViTScheduler, {', '.join(fitting)}"
         )
-    wanted = {**LEVELS[schedule], **({"clip_sample": False, "thresholding": False} if latent else {})}
+    wanted = in_their_terms(schedule, prediction)
+    wanted |= {"invert_sigmas": False, "use_dynamic_shifting": False} if flow else {}
+    wanted |= {"clip_sample": False, "thresholding": False} if latent else {}
     for key, value in wanted.items():
         if scheduler.config.get(key, value) != value:
+            ours = (
+                f"{schedule!r}"
+                if prediction == usual_prediction(schedule)
+                else f"{schedule!r}, prediction={prediction!r}"
+            )
             raise ValueError(
                 f"scheduler: {kind} with {key} {scheduler.config[key]}, where the model has {value}; "
-                f"expected {kind}.from_config(UViTScheduler({schedule!r}).config)"
+                f"expected {kind}.from_config(UViTScheduler({ours}).config)"
             )
 
 
@@ -109,6 +157,7 @@ def solve(
     generator: torch.Generator | list[torch.Generator] | None = None,
     eta: float = 0.0,
     change: Callable[[int, Tensor, Tensor], Tensor] = lambda i, t, x: x,
+    prediction: str = "eps",
 ) -> Tensor:
     """Sample with a scheduler of diffusers.
 
@@ -119,29 +168,52 @@ def solve(
         x_T: (B, C, H, W) ~ N(0, I).
         eta: DDIM's, between 0 and DDPM's noise at 1.
         change: change(i, t, x) -> the state that takes the place of x, after step i at the scheduler's time t.
+        prediction: what eps_fn gives.
 
     Returns:
         (B, C, H, W) fp32.
 
     Raises:
-        ValueError: eta of a scheduler that has none.
+        ValueError: eta of a scheduler that has none, or one that does not know the prediction.
     """
     takes = inspect.signature(scheduler.step).parameters
     if eta and "eta" not in takes:
         raise ValueError(f"eta: {type(scheduler).__name__} takes none; expected 0, got {eta}")
     extra = {"generator": generator} if "generator" in takes else {}
     extra |= {"eta": eta} if eta else {}
-    ours = SCHEDULES[schedule]()
-    alphas = scheduler.alphas_cumprod.double().cpu().numpy()  # (1000,), their squares in our terms
-    levels = ours.time_of_lambda(0.5 * np.log(alphas / (1 - alphas)))  # (1000,) times in [0, 1]
+    ours, flow = SCHEDULES[schedule](), LEVELS[schedule] is _FLOW
+    predicts = PREDICTIONS[prediction](ours)
+    first = 1.0 if flow and predicts.determinant(0.0, 1.0) else ours.t_max
+    levels = None if flow else _levels(scheduler, ours)
     scheduler.set_timesteps(steps, device=x_T.device)
-    x = x_T.float() * scheduler.init_noise_sigma
+    x = x_T.float() * getattr(scheduler, "init_noise_sigma", 1.0)
     for i, t in enumerate(scheduler.timesteps):
-        level = float(np.interp(float(t), np.arange(len(levels)), levels).clip(ours.t_min, ours.t_max))
+        level = float(scheduler.sigmas[i]) if flow else float(np.interp(float(t), np.arange(len(levels)), levels))
+        level = min(max(level, ours.t_min), first)
         time = x.new_full((len(x),), float(ours.network_time(level)))
-        eps, scale = evaluate(eps_fn, scheduler.scale_model_input(x, t), time, level)
+        given = x if flow else scheduler.scale_model_input(x, t)
+        output, scale = evaluate(eps_fn, given, time, level)
         if scale is not None:
-            conditional, unconditional = eps.float().chunk(2)
-            eps = conditional + scale * (conditional - unconditional)
-        x = change(i, t, scheduler.step(eps.float(), t, x, **extra, return_dict=False)[0])
+            conditional, unconditional = output.float().chunk(2)
+            output = conditional + scale * (conditional - unconditional)
+        output = output.float()
+        if flow:
+            convert = predicts.convert(VELOCITY, ours.alpha(level), ours.sigma(level))
+            output = convert[0] * x + convert[1] * output
+        try:
+            new = scheduler.step(output, t, x, **extra, return_dict=False)[0]
+        except (NotImplementedError, ValueError) as error:
+            if "prediction_type" not in str(error):
+                raise
+            raise ValueError(
+                f"scheduler: {type(scheduler).__name__} does not know prediction_type {scheduler.config.prediction_type}, "
+                "which the model has; expected UViTScheduler or DDIMScheduler"
+            ) from None
+        x = change(i, t, new)
     return x
+
+
+def _levels(scheduler: Any, ours: Schedule) -> np.ndarray:
+    """(1000,) times in [0, 1] at which our schedule has their noise levels."""
+    alphas = scheduler.alphas_cumprod.double().cpu().numpy()  # (1000,), their squares in our terms
+    return ours.time_of_lambda(0.5 * np.log(alphas / (1 - alphas)))
