@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from uvit_fast.config import load_config
 from uvit_fast.provenance import Provenance, classes_difference, read, same_encoder, shown
 from uvit_fast.runtime.errors import UserError
+from uvit_fast.sampling.weights import provenance_of
 
 ANIMALS = Provenance(("ant", "tench, Tinca tinca", "bee", "über", "火车"))
 NUMBERED = Provenance(("0", "2", "1", "10"))  # folders, as somebody might name them
@@ -92,6 +94,19 @@ def test_it_is_found_beside_weights_of_every_kind(tmp_path):
     (tmp_path / "other.data.json").write_text('{"classes": "ant"}')
     with pytest.warns(UserWarning, match=r"other.data.json: damaged"):
         assert read(tmp_path / "other.pth") == Provenance()
+
+
+def test_weights_are_taken_for_nothing_else_than_they_were_trained_on(tmp_path):
+    """A network's output looks alike whatever it predicts. What was written before that was kept agrees with every config."""
+    cfg = load_config("configs/digits.yaml", ["diffusion.prediction=v"])
+    known = Provenance(diffusion=cfg.diffusion.meaning)
+    known.write(tmp_path / "x.data.json")
+    assert provenance_of(cfg, tmp_path / "x.pth").diffusion == {"schedule": "vp", "prediction": "v"}
+    with pytest.raises(UserError, match=r"x.pth: trained with diffusion.prediction v; expected it, got eps in digits"):
+        provenance_of(load_config("configs/digits.yaml"), tmp_path / "x.pth")
+    (tmp_path / "x.data.json").write_text('{"classes": []}')
+    assert provenance_of(cfg, tmp_path / "x.pth").diffusion == {}
+    assert Provenance(("ant",)).joined(known).diffusion == known.diffusion
 
 
 def test_names_are_shown_on_one_line_whatever_folders_are_called():

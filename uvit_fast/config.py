@@ -216,6 +216,11 @@ class DiffusionConfig(Section):
         return self
 
     @property
+    def meaning(self) -> dict[str, str]:
+        """What decides what the network's weights mean; the rest is how they are learned."""
+        return {"schedule": self.schedule, "prediction": self.prediction}
+
+    @property
     def flow(self) -> bool:
         """Whether the path is linear."""
         return self.schedule in ("flow", "flow_sit")

@@ -29,19 +29,21 @@ class Provenance:
         classes: names by label; empty where the model has no classes or their names are not known.
         encoders: identities by role, "vae" and "text_encoder", as `data.encoders` makes them; those that are known.
         scaling: of latents, `scale_factor` and `shift_factor`, a number or a list of one a channel each; empty where it is not known.
+        diffusion: "schedule" and "prediction" of the network, as `diffusion` of a config names them; empty where they are not known.
     """
 
     classes: tuple[str, ...] = ()
     encoders: dict[str, dict[str, str]] = field(default_factory=dict)
     scaling: dict[str, float | list[float]] = field(default_factory=dict)
+    diffusion: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, dataset: Any, labelled: bool = True) -> "Provenance":
+    def of(cls, dataset: Any, labelled: bool = True, diffusion: dict[str, str] | None = None) -> "Provenance":
         """That of a dataset; without its classes for a model that takes none."""
         classes = tuple(getattr(dataset, "classes", ())) if labelled else ()
         encoders = {role: who for role, who in getattr(dataset, "encoders", {}).items() if who}
         scaling = getattr(dataset, "scaling", None)
-        return cls(classes, encoders, scaling.as_json() if scaling else {})
+        return cls(classes, encoders, scaling.as_json() if scaling else {}, diffusion or {})
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Provenance":
@@ -58,10 +60,18 @@ class Provenance:
         numbers = [n for part in scaling.values() for n in (part if isinstance(part, list) else [part])]
         if not all(type(n) in (int, float) for n in numbers):
             raise TypeError("scaling: expected numbers")
-        return cls(tuple(classes), encoders, scaling)
+        diffusion = value.get("diffusion", {})
+        if not all(isinstance(part, str) for item in diffusion.items() for part in item):
+            raise TypeError("diffusion: expected texts")
+        return cls(tuple(classes), encoders, scaling, diffusion)
 
     def as_json(self) -> dict[str, Any]:
-        return {"classes": list(self.classes), "encoders": self.encoders, "scaling": self.scaling}
+        return {
+            "classes": list(self.classes),
+            "encoders": self.encoders,
+            "scaling": self.scaling,
+            "diffusion": self.diffusion,
+        }
 
     def write(self, file: Path) -> None:
         write_whole(file, lambda path: path.write_text(json.dumps(self.as_json(), indent=1), "utf-8"))
@@ -69,7 +79,10 @@ class Provenance:
     def joined(self, other: "Provenance") -> "Provenance":
         """This, and of the other what is not known here."""
         return Provenance(
-            self.classes or other.classes, {**other.encoders, **self.encoders}, self.scaling or other.scaling
+            self.classes or other.classes,
+            {**other.encoders, **self.encoders},
+            self.scaling or other.scaling,
+            self.diffusion or other.diffusion,
         )
 
     def difference(self, now: "Provenance") -> str | None:
@@ -179,7 +192,8 @@ def _of_pipeline(tree: dict[str, Any]) -> dict[str, Any]:
     latent = (tree.get("vae") or [None])[0] is not None
     scaling = {"scale_factor": tree["scale_factor"], "shift_factor": tree.get("shift_factor", 0.0)} if latent else {}
     classes = [names[str(label)] for label in range(len(names))]
-    return {"classes": classes, "encoders": tree.get("encoders") or {}, "scaling": scaling}
+    diffusion = {key: tree[key] for key in ("schedule", "prediction") if tree.get(key)}
+    return {"classes": classes, "encoders": tree.get("encoders") or {}, "scaling": scaling, "diffusion": diffusion}
 
 
 def classes_difference(before: Iterable[str], now: Iterable[str]) -> str:

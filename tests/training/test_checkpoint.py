@@ -166,6 +166,18 @@ def test_weights_of_another_meaning_are_refused_though_they_fit(folder):
     assert "kernels" not in str(error.value)
 
 
+def test_a_checkpoint_that_says_nothing_of_a_prediction_is_one_of_eps(folder):
+    """As all were once. Other times and weights are another way to learn the same, and said."""
+    path, manifest = checkpoint.newest_intact(folder, pytest.fail)
+    manifest["config"] = {"diffusion": {"schedule": "vp", "time": "uniform"}}
+    now = {"diffusion": {"schedule": "vp", "prediction": "eps", "time": "logit_normal"}}
+    checkpoint.check_model(path, {"w": (2, 3)}, now, manifest)
+    assert checkpoint.other_settings(now, manifest) == "diffusion.time uniform there, logit_normal now"
+    now["diffusion"]["prediction"] = "v"
+    with pytest.raises(UserError, match="diffusion.prediction eps there, v now; "):
+        checkpoint.check_model(path, {"w": (2, 3)}, now, manifest)
+
+
 def test_training_goes_on_from_whole_checkpoints_only(tmp_path):
     every = dict.fromkeys(("model", "ema", "exp_avg", "exp_avg_sq"), PARTS["model"])
     for step, parts, state, words in (

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from uvit_fast.commands.arguments import checkpoint_arguments, config_of
-from uvit_fast.provenance import RUN_FILE, UNKNOWN
+from uvit_fast.provenance import RUN_FILE, Provenance
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.files import write_whole
 
@@ -21,7 +21,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write weights as a pipeline folder (safetensors), or as a .pth with the published names and, beside it, what its labels mean."""
+    """Write weights as a pipeline folder (safetensors), or as a .pth with the published names and, beside it, what its labels and outputs mean."""
     cfg, out = config_of(args.config, args.checkpoint, args.set), Path(args.out)
     if out.exists():
         raise UserError(f"{out}: there already; expected a new name")
@@ -36,7 +36,8 @@ def run(args: argparse.Namespace) -> None:
     from uvit_fast.sampling.weights import find_weights, provenance_of
 
     source = find_weights(args.checkpoint)
-    state, known = read_weights(source), provenance_of(cfg, source)
+    known = provenance_of(cfg, source).joined(Provenance(diffusion=cfg.diffusion.meaning))
+    state = read_weights(source)
     if out.suffix == ".pth":
         model = build_model(cfg)
         state = published_names(state, model.state_dict(), str(source))
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
         write = make_pipeline(cfg, state, known, **components).save_pretrained
     try:
         write_whole(out, write)
-        if out.suffix == ".pth" and known != UNKNOWN:  # which tensors alone cannot hold
+        if out.suffix == ".pth":  # what tensors alone cannot hold
             known.write(out.with_suffix(f".{RUN_FILE}"))
     except OSError as error:
         raise UserError(f"--out {out}: expected a place that can be written to ({error})") from None

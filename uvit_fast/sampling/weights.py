@@ -23,9 +23,11 @@ def load_for_sampling(cfg: Config, checkpoint: str | Path, device: torch.device)
         checkpoint: as `find_weights` takes it.
 
     Raises:
-        UserError: no such checkpoint, or one of another architecture.
+        UserError: no such checkpoint, or one of another architecture or diffusion.
     """
-    return load_found(cfg, find_weights(checkpoint), device)
+    path = find_weights(checkpoint)
+    provenance_of(cfg, path)  # of another diffusion it refuses
+    return load_found(cfg, path, device)
 
 
 def load_found(cfg: Config, path: Path, device: torch.device) -> UViT:
@@ -81,8 +83,17 @@ def _named(file: Path) -> Path:
 
 
 def provenance_of(cfg: Config, weights: Path) -> Provenance:
-    """What a model learned from, as it is written beside its weights, or as the names of its dataset's classes are known."""
-    known = provenance.read(weights)
+    """What a model learned from, as it is written beside its weights, or as the names of its dataset's classes are known.
+
+    Raises:
+        UserError: the config takes the network's output, or its noise levels, for something else than it was trained on.
+    """
+    known, ours = provenance.read(weights), cfg.diffusion.meaning
+    for key, there in known.diffusion.items():
+        if ours.get(key, there) != there:
+            raise UserError(
+                f"{weights}: trained with diffusion.{key} {there}; expected it, got {ours[key]} in {cfg.name}"
+            )
     if cfg.model.num_classes and cfg.data.name in CLASSES:
         known = known.joined(Provenance(CLASSES[cfg.data.name]))
     return known

@@ -29,7 +29,9 @@ Tensors = dict[str, Tensor]
 LEARNING = {  # section -> what a run may be continued with otherwise, and learns from
     "train": {"batch_size", "lr", "warmup_steps", "betas", "weight_decay", "ema_decay", "p_uncond", "grad_clip", "precision", "seed"},
     "data": {"name", "path", "crop", "flip"},
+    "diffusion": {"time", "time_mean", "time_std", "time_shift", "weighting", "min_snr_gamma"},
 }  # fmt: skip
+BEFORE = {"diffusion": {"prediction": "eps"}}  # what checkpoints had that do not say
 MEANING = {"model", "diffusion", "latent"}  # sections that say what the weights mean, but for
 HOW_NOT_WHAT = {
     "attention",
@@ -168,7 +170,11 @@ def check_model(path: Path, shapes: dict[str, tuple[int, ...]], config: dict, ma
     Raises:
         UserError: names or shapes of parameters differ, or config keys that decide what the weights mean; the message names them.
     """
-    keys = _differing(config, manifest, lambda section, key: section in MEANING and key not in HOW_NOT_WHAT)
+    keys = _differing(
+        config,
+        manifest,
+        lambda section, key: section in MEANING and key not in HOW_NOT_WHAT and key not in LEARNING.get(section, ()),
+    )
     theirs = _shapes(path / "model.safetensors")
     differing = [name for name in sorted(shapes.keys() | theirs.keys()) if shapes.get(name) != theirs.get(name)]
     if not differing and not keys:
@@ -225,7 +231,7 @@ def _differing(config: dict, manifest: dict[str, Any], asked: Callable[[str, str
         f"{name}.{key} {then} there, {section[key]} now"
         for name, section in config.items()
         if isinstance(section, dict)
-        for key, then in (manifest["config"].get(name) or {}).items()
+        for key, then in {**BEFORE.get(name, {}), **(manifest["config"].get(name) or {})}.items()
         if asked(name, key) and key in section and section[key] != then
     ]
 

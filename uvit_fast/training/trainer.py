@@ -97,7 +97,7 @@ class Trainer:
         self.in_a_row = self.most_refused = 0.0  # refused steps: at the end of the last row that was read, and so far
         if train.wandb:
             self.world.on_first(require_wandb)
-        self.provenance = Provenance.of(dataset, config.model.num_classes > 0)
+        self.provenance = Provenance.of(dataset, config.model.num_classes > 0, config.diffusion.meaning)
         self._agree()
         if fresh:
             self.world.on_first(lambda: set_aside(self.run_dir))
