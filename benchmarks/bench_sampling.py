@@ -1,15 +1,15 @@
 """How long do 500 samples of 50 network evaluations take, and how long does a plain call? `python -m benchmarks.bench_sampling`
 
-Cases `<S|M|L|H>:<batch>:<nocfg|cfg>:<latent|decoded>`, with the published sampler (S: DPM-Solver) and the paper's s = 0.4 with cfg.
+Cases `<S|M|L|H|USiT>:<batch>:<nocfg|cfg>:<latent|decoded>`, with the published sampler (S: DPM-Solver, USiT: Heun) and the paper's s = 0.4 with cfg.
 Providers: `ours` is the captured loop, `ours-uncaptured` the same without its graph, `ours-sm80` with the kernels of an A100, the peers those of `models.py`; all of them guide
-in one pass of twice the batch and decode with the same KL-f8 autoencoder, of random weights, in bf16. A network whose eps is not the
+in one pass of twice the batch and decode with the same autoencoder, KL-f8 or USiT's DC-f32c32, of random weights, in bf16. A network whose eps is not the
 published one's is not timed.
 
 Metrics: time, s_per_500: loops of the batch scaled to 500 samples; peak, GB (10^9 bytes) allocated, weights included; nfe_measured, of
 50: evaluations that ran in each measured loop. Where it is below 50, the time is extrapolated: evaluations of a loop are alike, so the
 loop's time is scaled to 50 of them. By default batches of at most 8, and ours without guidance, run all 50, the rest 5. Decoding is
 timed by itself and added, but for ours at such batches, where it is in the graph.
-`forward:<S|M|L|H>:<batch>` is a plain call of the network, model(x, t, y=y) without gradients, as from a user's own loop; time, ms; up to
+`forward:<S|M|L|H|USiT>:<batch>` is a plain call of the network, model(x, t, y=y) without gradients, as from a user's own loop; time, ms; up to
 50 images, measured with the loop's case. `decode:<batch>` is decoding alone, ms_per_image.
 
     --cases peers                all sizes and peers, the most telling first: two calls of nine minutes on an H100
@@ -38,7 +38,7 @@ from uvit_fast.diffusion.guidance import Guidance
 from uvit_fast.runtime.graphs import Graphs
 from uvit_fast.sampling.captured import GraphSampler
 
-SCALE, NULL, FACTOR = 0.4, 1000, 0.18215
+SCALE, NULL = 0.4, 1000
 SIZES = "HSLM"  # the most telling first
 LOOPS = ("ours", "eager", "compiled", "torchao-fp8")  # who samples many images at a time
 ALONE = ("ours", "compiled-graphs", "eager", "compiled")  # and few
@@ -70,6 +70,12 @@ PRESETS = {
         *["H:1:nocfg:latent:compiled-graphs", "H:500:*:latent:compiled"],
         *[f"{size}:500:*:latent:{provider}" for size in "LMS" for provider in ("ours", "compiled")],
     ],
+    "usit": [
+        f"USiT:{case}:{who}"
+        for case in ("500:nocfg:latent", "500:cfg:latent", "500:nocfg:decoded")
+        for who in LOOPS[:-1]
+    ]
+    + [f"USiT:1:{case}:{who}" for case in ("nocfg:latent", "nocfg:decoded") for who in ALONE],
     "decode": ["decode:*"],
     "sm80": ["H:500:nocfg:latent:ours", "H:500:nocfg:latent:ours-sm80", "H:500:nocfg:latent:eager"],
 }
@@ -114,8 +120,8 @@ class Bench:
         self.net: tuple[tuple[str, str, int] | None, Any, Any] = (None, None, None)
         self.published: tuple[str | None, Any] = (None, None)
         self.loops: dict[Case, tuple[list[float], float]] = {}
-        self.decodings: dict[int, tuple[list[float], float]] = {}
-        self.vae: Any = None
+        self.decodings: dict[tuple[str, int], tuple[list[float], float]] = {}
+        self.vae: tuple[str, Any] = ("", None)  # the kind of the last one
 
     def run(self, case: Case) -> tuple[list[float], float, int]:
         """Seconds for 500 samples, each time that was taken; peak bytes; evaluations that ran in a loop."""
@@ -128,9 +134,10 @@ class Bench:
         loop, peak = self.loops[key]
         extra = 0.0
         if case.decoded and not together:
-            if case.batch not in self.decodings:
-                self.decodings[case.batch] = self._decode(case.batch)
-            times, memory = self.decodings[case.batch]
+            key = (_kind(case.size), case.batch)
+            if key not in self.decodings:
+                self.decodings[key] = self._decode(case)
+            times, memory = self.decodings[key]
             extra, peak = sorted(times)[len(times) // 2], max(peak, memory)
         return [(t * 50 / count + extra) * 500 / case.batch for t in loop], peak, count
 
@@ -139,7 +146,7 @@ class Bench:
         cfg, net = self._network(case)
         sampler = build_sampler(cfg, count)
         x, _, y = models.images(cfg, case.batch, self.device)
-        decode = self._decoder() if case.decoded else None
+        decode = self._decoder(case.size) if case.decoded else None
         self._reset_peak()
         if case.captured:
             graphs = GraphSampler(net, decode, graphs=self.graphs)
@@ -191,14 +198,18 @@ class Bench:
             self.net = (kind, cfg, net)
         return self.net[1], self.net[2]
 
-    def _decoder(self, memory_format: torch.memory_format = torch.contiguous_format) -> Callable[[Tensor], Tensor]:
-        if self.vae is None:
-            self.vae = autoencoder(self.device)
-        return decoder(self.vae.to(memory_format=memory_format), Scaling(FACTOR))
+    def _decoder(
+        self, size: str, memory_format: torch.memory_format = torch.contiguous_format
+    ) -> Callable[[Tensor], Tensor]:
+        if self.vae[0] != (kind := _kind(size)):
+            self.vae = ("", None)  # or both would be in the peaks
+            self.vae = (kind, AUTOENCODERS[kind](self.device))
+        return decoder(self.vae[1].to(memory_format=memory_format), Scaling(FACTORS[kind]))
 
-    def _decode(self, batch: int) -> tuple[list[float], float]:
+    def _decode(self, case: Case) -> tuple[list[float], float]:
         """Seconds to decode a batch, and the peak of memory."""
-        decode, z = self._decoder(), torch.randn(batch, 4, 32, 32, device=self.device)
+        cfg = models.config(case.size, case.provider, overrides=self.overrides)
+        decode, (z, *_) = self._decoder(case.size), models.images(cfg, case.batch, self.device)
         self._reset_peak()
         with torch.inference_mode():
             decode(z[:1])
@@ -208,11 +219,11 @@ class Bench:
         """ms an image of decoding alone, by the layout of the autoencoder's weights."""
         z, found = torch.randn(batch, 4, 32, 32, device=self.device), {}
         for name, layout in (("contiguous", torch.contiguous_format), ("channels_last", torch.channels_last)):
-            decode = self._decoder(layout)
+            decode = self._decoder("H", layout)
             with torch.inference_mode():
                 decode(z)
                 found[name] = [t * 1e3 / batch for t in _enough(lambda decode=decode: decode(z))]
-        self._decoder()
+        self._decoder("H")
         return found
 
     def _reset_peak(self) -> None:
@@ -224,7 +235,7 @@ class Bench:
         return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0.0
 
 
-def autoencoder(device: torch.device, channels: tuple[int, ...] = (128, 256, 512, 512)) -> Any:
+def kl(device: torch.device, channels: tuple[int, ...] = (128, 256, 512, 512)) -> Any:
     """Stable Diffusion's KL-f8 with random weights, bf16."""
     from diffusers import AutoencoderKL
 
@@ -236,6 +247,28 @@ def autoencoder(device: torch.device, channels: tuple[int, ...] = (128, 256, 512
             layers_per_block=2,
         )
     return vae.to(torch.bfloat16).eval().requires_grad_(False)
+
+
+def dc(device: torch.device, channels: tuple[int, ...] = (128, 256, 512, 512, 1024, 1024)) -> Any:
+    """DC-AE's f32c32 of ImageNet (dc-ae-f32c32-in-1.0) with random weights, bf16."""
+    from diffusers import AutoencoderDC
+
+    blocks, multiscales = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3, ((),) * 6
+    with torch.device(device):
+        vae = AutoencoderDC(
+            encoder_block_types=blocks, encoder_block_out_channels=channels, encoder_layers_per_block=(0, 4, 8, 2, 2, 2),
+            decoder_block_types=blocks, decoder_block_out_channels=channels, decoder_layers_per_block=(0, 5, 10, 2, 2, 2),
+            encoder_qkv_multiscales=multiscales, decoder_qkv_multiscales=multiscales,
+            decoder_norm_types=("batch_norm",) * 3 + ("rms_norm",) * 3, decoder_act_fns=("relu",) * 3 + ("silu",) * 3,
+        )  # fmt: skip
+    return vae.to(torch.bfloat16).eval().requires_grad_(False)
+
+
+AUTOENCODERS, FACTORS = {"kl": kl, "dc": dc}, {"kl": 0.18215, "dc": 0.3189}
+
+
+def _kind(size: str) -> str:
+    return "dc" if size in models.OTHERS else "kl"
 
 
 def _enough(run: Callable[[], object]) -> list[float]:
@@ -257,7 +290,7 @@ def select(patterns: list[str], every: list[Case]) -> list[Case]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="all", help="presets and patterns, with commas")
-    parser.add_argument("--sizes", default=",".join(SIZES))
+    parser.add_argument("--sizes", default=",".join((*SIZES, *models.OTHERS)))
     parser.add_argument("--providers", default=",".join(("ours", "ours-uncaptured", "ours-sm80", *models.PEERS)))
     parser.add_argument("--batches", default="500,50,8,1")
     parser.add_argument("--guidance", default="nocfg,cfg")

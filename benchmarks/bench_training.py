@@ -1,7 +1,7 @@
 """How fast is a whole training step, and what does it hold? `python -m benchmarks.bench_training`
 
-Cases `<S|M|L|H>:<none|block|selective>:<ours|ours_uncaptured|ours-sm80|eager|compiled|torchao-fp8>` at 32 x 32 x 4 latents: forward, backward,
-AdamW and EMA. `ours` is the trainer's own step with its DeepSpeed engine, bf16 weights with fp32 masters, forward and backward captured.
+Cases `<S|M|L|H|USiT>:<none|block|selective>:<ours|ours_uncaptured|ours-sm80|eager|compiled|torchao-fp8>` at 32 x 32 x 4 latents (USiT: 16 x 16 x 32):
+forward, backward, AdamW and EMA. `ours` is the trainer's own step with its DeepSpeed engine, bf16 weights with fp32 masters, forward and backward captured.
 The peers are those of `models.py` with PyTorch's fused AdamW and an average, all of it on the bf16 weights: without masters, which is
 less work than ours and no way to train for long. `selective` gives ours the budget of `BUDGET`, and the peers what every block keeps
 without one. A network whose eps is not the published one's is not timed.
@@ -27,7 +27,7 @@ import torch
 
 from benchmarks import models
 from benchmarks.common import RESULTS, Rows, measure
-from uvit_fast import build_model, load_config
+from uvit_fast import build_model
 from uvit_fast.build import build_dataset, build_objective
 from uvit_fast.config import Config
 from uvit_fast.diffusion.objective import mse_loss
@@ -41,8 +41,15 @@ PROVIDERS = ("ours", "ours_uncaptured", "ours-sm80", "eager", "compiled", "torch
 STEPPED = ("ours", "compiled", "torchao-fp8", "eager")
 MAIN = [f"{size}:{policy}:{who}" for size in "HSLM" for who in STEPPED for policy in ("none", "block")]
 EVERY = [f"{size}:{policy}:{who}" for size in "HSLM" for who in PROVIDERS for policy in ("none", "block", "selective")]
+EVERY += [f"USiT:{policy}:{who}" for who in STEPPED for policy in ("none", "block")]
 EVERY = [case for case in EVERY if not case.endswith("selective:torchao-fp8")]  # which finds no product of float8
-BUDGET = {"S": 1.5, "M": 5.0, "L": 14.8, "H": 12.0}  # GB for 128 images; L: 20 GB with weights and optimizer
+BUDGET = {
+    "S": 1.5,
+    "M": 5.0,
+    "L": 14.8,
+    "H": 12.0,
+    "USiT": 12.0,
+}  # GB for 128 images; L: 20 GB with weights and optimizer
 STEPS, WARMUP = 9, 3
 
 
@@ -51,7 +58,7 @@ def config(size: str, provider: str, batch: int, device: str, overrides: list[st
     settings = [f"model.kernels={how[0]}", f"model.attention={how[1]}", "data.name=synthetic", "data.num_workers=0"]
     settings += [f"train.cuda_graphs={provider != 'ours_uncaptured'}"]
     settings += [f"device={device}", f"train.batch_size={batch}", "train.iterations=1000", "train.spike_deviations=0"]
-    return load_config(f"configs/{models.CONFIGS[size]}.yaml", [*models.LATENT, *settings, *overrides])
+    return models.load(size, [*settings, *overrides])
 
 
 class Ours:
@@ -179,7 +186,7 @@ def main() -> None:
     parser.add_argument(
         "--cases", default=" ".join(MAIN), help="as `H:none:ours L:block:eager`, or `all`; default: the main rows"
     )
-    parser.add_argument("--sizes", default="H,S,L,M", help="of those cases, the ones of these sizes")
+    parser.add_argument("--sizes", default="H,S,L,M,USiT", help="of those cases, the ones of these sizes")
     parser.add_argument("--providers", default=",".join(PROVIDERS), help="and of these")
     parser.add_argument("--missing", action="store_true", help="only cases that the file does not have of this commit")
     parser.add_argument("--batch", type=int, default=128)
@@ -192,8 +199,8 @@ def main() -> None:
     asked = EVERY if args.cases == "all" else args.cases.replace(",", " ").split()
     if unknown := [case for case in asked if case not in EVERY]:
         parser.error(f"--cases: expected some of {' '.join(EVERY)}; got {' '.join(unknown)}")
-    providers = models.installed(args.providers.split(","))
-    asked = [case for case in asked if case.split(":")[0] in args.sizes and case.split(":")[2] in providers]
+    providers, sizes = models.installed(args.providers.split(",")), args.sizes.split(",")
+    asked = [case for case in asked if case.split(":")[0] in sizes and case.split(":")[2] in providers]
     rows, began, left_out, failed = Rows("training", args.out), time.monotonic(), [], []
     if args.missing:
         there = rows.measured()

@@ -20,6 +20,7 @@ from uvit_fast.model.uvit import Block
 
 CONFIGS = {"S": "s2_cifar10", "M": "m4_64", "L": "l2_256", "H": "h2_256"}
 LATENT = ["model.img_size=32", "model.patch_size=2", "model.in_chans=4", "model.num_classes=1001"]  # 258 tokens for all
+OTHERS = {"USiT": "usit_h_512"}  # at its own latents, 16 x 16 x 32, as many tokens
 PEERS = ("eager", "compiled", "compiled-graphs", "torchao-fp8")
 MOST_IN_GRAPHS = 16  # images of `compiled-graphs`: above that the GPU takes longer than Python
 FEW = 4  # images that are compared
@@ -37,12 +38,18 @@ class PublishedBlock(Block):
 
 
 def config(size: str, provider: str, checkpointing: str = "none", overrides: Sequence[str] = ()) -> Config:
-    """The config of S, M, L or H on 32 x 32 x 4 latents with 1001 classes, with `overrides` on top."""
+    """The config of S, M, L or H on 32 x 32 x 4 latents with 1001 classes, or of USiT, with `overrides` on top."""
     how = ["model.kernels=reference", "model.attention=sdpa"]
     if provider.startswith("ours"):
         how = ["model.kernels=auto", "model.attention=auto"]
-    settings = [*LATENT, *how, f"model.activation_checkpointing={checkpointing}", "data.name=synthetic"]
-    return load_config(f"configs/{CONFIGS[size]}.yaml", [*settings, *overrides])
+    settings = [*how, f"model.activation_checkpointing={checkpointing}", "data.name=synthetic"]
+    return load(size, [*settings, *overrides])
+
+
+def load(size: str, overrides: Sequence[str]) -> Config:
+    """A size's config at the latents that it is measured on."""
+    latents = [] if size in OTHERS else LATENT
+    return load_config(f"configs/{(CONFIGS | OTHERS)[size]}.yaml", [*latents, *overrides])
 
 
 def model(

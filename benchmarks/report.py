@@ -19,6 +19,7 @@ from benchmarks.results import (
 
 HERE = Path(__file__).parent
 REPORT, PLOTS = "REPORT.md", "plots"
+ORDERED = [*models.CONFIGS, *models.OTHERS]  # sizes
 MANY = ("eager", "compiled", "torchao-fp8")  # peers with many images
 ORDER = ("ours", "ours-uncaptured", *models.PEERS, "cublas")
 
@@ -79,7 +80,8 @@ def sampling(results: Results, folder: Path) -> Iterator[str]:
     rows = []
     for decoded in (False, True):
         for guided in (False, True):
-            for size, appendix in SAMPLING_A100.items():
+            for size in ORDERED:
+                appendix = SAMPLING_A100.get(size)
                 found = {p: results.best(size, guided, decoded, p) for p in ("ours", *models.PEERS)}
                 if not any(found.values()):
                     continue
@@ -96,7 +98,7 @@ def sampling(results: Results, folder: Path) -> Iterator[str]:
                 estimate = sampling_flops(size, guided) / (rate / peak * A100) if rate and peak else None
                 what = f"{size}, {'guided' if guided else 'no guidance'}, {'decoded' if decoded else 'latents'}"
                 rows.append([
-                    what, number(appendix * (2 if guided else 1)), *(number(seconds[p]) for p in MANY), number(ours),
+                    what, number(appendix and appendix * (2 if guided else 1)), *(number(seconds[p]) for p in MANY), number(ours),
                     over(best and Peer(name, best, ours and best / ours)), str(batch or "–"),
                     number(results.value("sampling", case, "ours", "peak")), percent(rate, peak),
                     percent(rate, results.ceiling("sampling", "matmul")), number(estimate),
@@ -108,7 +110,7 @@ def sampling(results: Results, folder: Path) -> Iterator[str]:
         yield from (results.extrapolated(), "")
     few = {case: says for case, says in results.sampling().items() if says.batch in (1, 8, 50)}
     order = sorted(
-        few, key=lambda case: (few[case].batch, "SMLH".index(few[case].size), few[case].decoded, few[case].guided)
+        few, key=lambda case: (few[case].batch, ORDERED.index(few[case].size), few[case].decoded, few[case].guided)
     )
     if order:
         yield from ("Fewer images: ms of a loop of 50 evaluations, of 1, 8 and 50 images.", "")
@@ -127,7 +129,7 @@ def sampling(results: Results, folder: Path) -> Iterator[str]:
             "",
         )
         rows = []
-        for case in sorted(calls, key=lambda case: (int(case.split(":")[2]), "SMLH".index(case.split(":")[1]))):
+        for case in sorted(calls, key=lambda case: (int(case.split(":")[2]), ORDERED.index(case.split(":")[1]))):
             values = (number(results.value("sampling", case, p, "time")) for p in ("ours", *models.PEERS))
             rows.append([case, *values, over(results.peer("sampling", case, "time"))])
         yield from markdown(["", "ours", *models.PEERS, "over best peer"], rows)
@@ -143,9 +145,9 @@ def training(results: Results, folder: Path) -> Iterator[str]:
     )
     yield from picture("training", "Images a second against peak memory", folder)
     rows = []
-    for case in sorted(results.cases("training"), key=lambda case: "HLMS".find(case[0])):
+    for case in sorted(results.cases("training"), key=lambda case: "H L M S USiT".find(case.split(":")[0])):
         size, speed = case.split(":")[0], results.value("training", case, "ours", "img_per_s")
-        rate = 3 * image_flops(size) * speed if speed and size in SAMPLING_A100 else None
+        rate = 3 * image_flops(size) * speed if speed and size in ORDERED else None
         peers = (number(results.value("training", case, p, "img_per_s")) for p in MANY)
         memory = (number(results.value("training", case, "ours", m)) for m in ("peak_gb", "activation_gb"))
         published = ", ".join(f"{number(v)} ({how})" for how, v in TRAINING_A100.get(case, {}).items())

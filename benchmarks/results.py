@@ -35,7 +35,7 @@ NO_PEERS = ("ours", "paper", "cublas", "calculated")  # how names begin of ours,
 
 
 class Sampling(NamedTuple):
-    """What a loop's case of sampling.csv says: `<S|M|L|H>:<batch>:<cfg|nocfg>:<latent or how it is decoded>`."""
+    """What a loop's case of sampling.csv says: `<S|M|L|H|USiT>:<batch>:<cfg|nocfg>:<latent or how it is decoded>`."""
 
     size: str
     batch: int
@@ -117,10 +117,10 @@ class Results:
 
     def sampling(self) -> dict[str, Sampling]:
         """case -> what it says; cases of another form are left out."""
-        found = {}
+        found, sizes = {}, models.CONFIGS | models.OTHERS
         for case in self.cases("sampling"):
             parts = case.split(":")
-            if len(parts) >= 4 and parts[0] in SAMPLING_A100 and parts[1].isdecimal() and parts[2] in ("cfg", "nocfg"):
+            if len(parts) >= 4 and parts[0] in sizes and parts[1].isdecimal() and parts[2] in ("cfg", "nocfg"):
                 found[case] = Sampling(parts[0], int(parts[1]), parts[2] == "cfg", parts[3] != "latent")
         return found
 
@@ -147,7 +147,7 @@ class Results:
 
 @functools.cache
 def image_flops(size: str) -> float:
-    """FLOPs of the products of one image's evaluation by S, M, L or H: 258 tokens, 1001 classes."""
+    """FLOPs of the products of one image's evaluation by S, M, L, H or USiT: 258 tokens, 1001 classes."""
     cfg = models.config(size, "eager")
     with torch.device("meta"):
         flops = forward_flops(build_model(cfg), cfg)

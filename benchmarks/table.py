@@ -25,6 +25,14 @@ LINES = [
     *[("sampling", f"H:{batch}:nocfg:latent", "time", f"  {batch} at a time, s") for batch in (50, 8, 1)],
     *[("sampling", f"{size}:1:nocfg:latent", "time", f"{size}: one at a time, s") for size in "SML"],
     *[("sampling", f"forward:H:{n}", "time", f"H/2, a plain call of the network, batch {n}, ms") for n in (1, 8, 50)],
+    (
+        "sampling",
+        "USiT:500:nocfg:decoded",
+        "time",
+        "USiT-H, 512 pixels: 500 samples of 50 evaluations, decoded, batch 500, s",
+    ),
+    ("sampling", "USiT:500:nocfg:latent", "time", "  as latents, s"),
+    ("sampling", "USiT:1:nocfg:decoded", "time", "  one at a time, s"),
     ("sampling", "forward:S:50", "time", "S/2, a plain call of the network, batch 50, ms"),
     *[
         ("training", f"{size}:128:{policy}", metric, text)
@@ -36,6 +44,7 @@ LINES = [
             ("block", "peak_gb", "  its peak memory, GB"),
         )
     ],
+    ("training", "USiT:128:none", "img_per_s", "USiT-H training step, batch 128, images/s"),
     ("attention", "attention:fwd:1152", "time", "attention, 16 heads of 72, batch 128, forward, ms"),
     ("attention", "attention:fwdbwd:1152", "time", "  forward and backward, ms"),
     ("ops", "ln_mlp:fwd:1152", "time", "LayerNorm + MLP, 33,024 tokens, forward, ms"),

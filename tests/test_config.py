@@ -23,6 +23,7 @@ PARAMETERS = {
     "l4_512": 286_861_524,
     "h4_512": 500_942_656,
     "uvit_h_dc_512": 500_868_896,
+    "usit_h_512": 500_868_896,
     "s2_coco": 44_692_644,
     "s2deep_coco": 58_345_636,
 }
@@ -38,6 +39,7 @@ TRAINING = {
     "l4_512": (1024, 500_000, 5000, (0.99, 0.99), 2e-4, "vp", 0.15, 0.7, True, False, "dpm_fast", 50, "block"),
     "h4_512": (1024, 500_000, 5000, (0.99, 0.99), 2e-4, "sd", 0.1, 0.7, False, True, "dpmpp_fast", 50, "block"),
     "uvit_h_dc_512": (1024, 500_000, 5000, (0.99, 0.99), 2e-4, "sd", 0.1, 0.5, False, False, "dpmpp_fast", 30, "block"),
+    "usit_h_512": (1024, 500_000, 5000, (0.99, 0.99), 1e-4, "flow_sit", 0.1, 0.2, False, False, "heun", 50, "block"),
     "s2_coco": (256, 1_000_000, 5000, (0.9, 0.9), 2e-4, "sd", 0.1, 1.0, True, False, "dpmpp_fast", 50, "none"),
     "s2deep_coco": (256, 1_000_000, 5000, (0.9, 0.9), 2e-4, "sd", 0.1, 1.0, True, False, "dpmpp_fast", 50, "none"),
 }
@@ -69,7 +71,8 @@ def test_published_training_settings(name):
         *(train.p_uncond, cfg.sample.guidance_scale, cfg.model.conv, decoder, cfg.sample.sampler, cfg.sample.steps),
         cfg.model.activation_checkpointing,
     )
-    assert (train.weight_decay, train.ema_decay, train.grad_clip) == (0.03, 0.9999, 0)
+    decay = 0.0 if name == "usit_h_512" else 0.03
+    assert (train.weight_decay, train.ema_decay, train.grad_clip) == (decay, 0.9999, 0)
     assert cfg.name == name
 
 
@@ -78,12 +81,18 @@ def test_latent_scale_factors_and_null_labels():
     configs = {name: load_config(CONFIGS / f"{name}.yaml") for name in PARAMETERS}
     factors = {name: cfg.latent.scale_factor for name, cfg in configs.items() if cfg.latent}
     latent = dict.fromkeys(("l2_256", "h2_256", "l4_512", "h4_512"), 0.18215)
-    assert factors == {**latent, "s2_coco": 0.23010, "s2deep_coco": 0.23010, "uvit_h_dc_512": 0.3189}
+    assert factors == {
+        **latent,
+        "s2_coco": 0.23010,
+        "s2deep_coco": 0.23010,
+        "uvit_h_dc_512": 0.3189,
+        "usit_h_512": 0.3189,
+    }
     assert configs["h2_256"].null_label == 1000
     assert configs["l4_64"].null_label is None
 
 
-def test_the_eleven_configs_are_there():
+def test_the_published_and_demo_configs_are_there():
     assert {*PARAMETERS, "digits"} <= {path.stem for path in CONFIGS.glob("*.yaml")}
 
 

@@ -26,9 +26,11 @@ def bench(monkeypatch):
 
     monkeypatch.setattr(bench_sampling, "measure", measure)
     monkeypatch.setattr(bench_sampling, "FEW", 1)
-    monkeypatch.setattr(
-        bench_sampling, "autoencoder", lambda device, make=bench_sampling.autoencoder: make(device, (32, 32))
-    )
+    small = {
+        "kl": lambda device: bench_sampling.kl(device, (32, 32)),
+        "dc": lambda device: bench_sampling.dc(device, (32,) * 6),
+    }
+    monkeypatch.setattr(bench_sampling, "AUTOENCODERS", small)
     return lambda *arguments: Bench(torch.device("cpu"), *arguments, graphs=RecordedGraphs())  # fmt: skip
 
 
@@ -66,10 +68,12 @@ def test_what_the_cases_need_is_compiled_before():
         (Case("S", 1, False, False, "eager"), 10, (2500, 10)),
         (Case("S", 2, False, True, "eager"), None, (2750, 5)),  # and a second of decoding, which is not scaled to 50
         (Case("S", 1, False, True, "ours"), 2, (12500, 2)),  # where decoding is in the loop
+        (Case("USiT", 2, True, True, "eager"), None, (2750, 5)),  # with its own sampler and autoencoder
     ],
 )
 def test_what_did_not_run_is_scaled_and_counted(bench, case, evaluations, expected):
-    times, peak, count = bench(evaluations, TINY).run(case)
+    small = ["model.img_size=2", *TINY] if case.size == "USiT" else TINY  # 64 pixels
+    times, peak, count = bench(evaluations, small).run(case)
     assert (times[0], count) == (pytest.approx(expected[0]), expected[1]) and len(times) == bench_sampling.MOST
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from tests import autoencoders as small
 from tests.recorded import RecordedGraphs
@@ -72,7 +73,7 @@ def finished(dataset):
     return dataset.finish(dataset.raw([(i, 0) for i in range(len(dataset))]), Draws(torch.Generator()))["x"]
 
 
-def test_deep_compression_from_images_to_a_pipeline_and_back(photos, tmp_path, capsys):
+def test_deep_compression_from_images_to_a_pipeline_and_back(photos, tmp_path):
     vae, out, run = small.saved(small.dc(), tmp_path / "vae"), tmp_path / "latents", tmp_path / "run"
     overrides = [*DC, f"latent.autoencoder={vae}", "latent.scale_factor=measured"]
     manifest = extract(photos, CONFIG, out, *overrides)
@@ -107,13 +108,22 @@ def test_deep_compression_from_images_to_a_pipeline_and_back(photos, tmp_path, c
     pipe.set_progress_bar_config(disable=True)
     assert type(pipe.vae).__name__ == "AutoencoderDC" and pipe.image_size == 32 and pipe.scaling == dataset.scaling
     assert pipe(class_labels="bee", output_type="np").images.shape == (1, 32, 32, 3)
-    for out, source in ((tmp_path / "b.pth", tmp_path / "pipe"), (tmp_path / "b.npz", tmp_path / "pipe")):
-        name = "convert" if out.suffix == ".pth" else "sample"
-        more = [] if name == "convert" else ["--num", "2", "--classes", "ant,bee"]
-        assert main([name, "--checkpoint", str(source), "--out", str(out), *more]) == 0
-    assert json.loads((tmp_path / "b.data.json").read_text())["scaling"] == scaling
+    command = ["--checkpoint", str(tmp_path / "pipe"), "--out"]
+    assert main(["sample", *command, str(tmp_path / "b.npz"), "--num", "2", "--classes", "ant,bee"]) == 0
     np.testing.assert_array_equal(np.load(tmp_path / "b.npz")["arr_0"], images)
-    capsys.readouterr()
+    assert main(["convert", *command, str(tmp_path / "b.pth")]) == 0
+    assert json.loads((tmp_path / "b.data.json").read_text())["scaling"] == scaling
+
+    # the same network as DC-AE's folders on the hub have it, beside an autoencoder, and back by the published names
+    names, published = {"label_emb.weight": "label_emb.embedding_table.weight"}, torch.load(tmp_path / "b.pth")
+    state = {f"diffusion_model.{names.get(key, key)}": value for key, value in published.items()}
+    (tmp_path / "hub").mkdir()
+    save_file(state | {"autoencoder.decoder.bias": torch.zeros(1)}, tmp_path / "hub" / "model.safetensors")
+    command = ["convert", "--config", CONFIG, *sets(*DC), "--checkpoint", str(tmp_path / "hub"), "--out"]
+    with pytest.warns(UserWarning, match="names begin with 'diffusion_model.', which is dropped; what else there is"):
+        assert main([*command, str(tmp_path / "c.pth")]) == 0
+    again = torch.load(tmp_path / "c.pth")
+    assert again.keys() == published.keys() and all(torch.equal(again[key], published[key]) for key in again)
 
 
 def test_a_posteriors_measured_channels_are_those_of_its_samples(photos, tmp_path):

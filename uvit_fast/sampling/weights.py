@@ -39,7 +39,8 @@ def load_found(cfg: Config, path: Path, device: torch.device) -> UViT:
 
 def find_weights(checkpoint: str | Path) -> Path:
     """The weight file that a name means: itself; of a run's folder, the EMA weights of its newest intact checkpoint, which is the one
-    that training would continue from; of a checkpoint's or a run's best/, its EMA weights; of a pipeline's folder, its network.
+    that training would continue from; of a checkpoint's or a run's best/, its EMA weights; of a pipeline's folder, its network; of another
+    folder of the hub, such as DC-AE's, its one file of weights.
 
     Warns of checkpoints that are passed over, and where other files are damaged than those of the weights that were named.
 
@@ -59,6 +60,9 @@ def find_weights(checkpoint: str | Path) -> Path:
     if found and not file.is_file():
         raise UserError(f"{found[0]}: expected ema.safetensors, as training writes it; got none")
     if not found and checkpoints.step_of(path) is None and not file.is_file():
+        hub = [path / f"{name}.safetensors" for name in ("model", "diffusion_pytorch_model")]
+        if not (path / "manifest.json").is_file() and (named := [file for file in hub if file.is_file()]):
+            return named[0]
         held = shown(sorted(file.name for file in path.iterdir())) or "nothing"
         raise UserError(
             f"{path}: no EMA weights, but {held}; expected checkpoints/step_*/ema.safetensors, which train.py writes, or one file of weights"
