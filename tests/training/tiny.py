@@ -24,7 +24,7 @@ from uvit_fast.config import Config
 from uvit_fast.diffusion import schedules
 from uvit_fast.diffusion.noise import Draws
 from uvit_fast.diffusion.objective import Objective
-from uvit_fast.training import engine
+from uvit_fast.training import deepspeed_adapter
 from uvit_fast.training.trainer import Trainer
 
 IMAGE = (1, 4, 4)
@@ -146,7 +146,7 @@ def _rank(sender: Any, function: Callable[..., Any], args: tuple, rank: int, ran
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
-    engine.KEEP_WHOLE = 0  # or ZeRO-3 would partition nothing of so small a model
+    deepspeed_adapter.KEEP_WHOLE = 0  # or ZeRO-3 would partition nothing of so small a model
     result = function(*args)
     if rank == 0:
         file = io.BytesIO()

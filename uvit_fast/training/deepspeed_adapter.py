@@ -1,0 +1,286 @@
+"""DeepSpeed: every touch of it is here, what it is told, what is read of it, and what of it is replaced.
+
+Under ZeRO 1 and 2, with the optimizer on the device, three things are replaced (`DeepSpeed.replace_step`): its optimizer's step, by one that
+updates in a single pass; with one rank the reduction of gradients, since there is nobody to reduce with; with several, that the host
+waits for the reductions. A version in which one of them, or what they read, is not to be found runs DeepSpeed's own step: the same
+numbers, after one warning. What else is used has no other way: a version without it is refused.
+"""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from uvit_fast.config import TrainConfig
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.processes import World
+from uvit_fast.training.optimizer import GuardedAdamW
+
+TESTED = ("0.19.0", "0.19.8")  # the oldest and the newest version that the tests ran with; setup.py asks for these
+KEEP_WHOLE = 100_000  # ZeRO-3 leaves parameters of fewer values whole on every rank: biases, norms
+
+PARTITIONS = {
+    1: "single_partition_of_fp32_groups",
+    2: "single_partition_of_fp32_groups",
+    3: "fp32_partitioned_groups_flat",
+}
+NEEDED = {  # stage -> attributes of its optimizer without which nothing works
+    1: ("update_lp_params", "overflow"),
+    2: ("update_lp_params", "overflow"),
+    3: ("checkpoint_event_prologue", "_reassign_or_swap_out_partitioned_parameters", "checkpoint_event_epilogue", "overflow"),
+}  # fmt: skip
+REPLACED = ("step", "buffered_reduce_fallback")
+READ = (  # by what replaces the step
+    "micro_step_id", "averaged_gradients", "all_grad_tensors", "params_in_partition", "params_not_in_partition",
+    "free_grad_in_param_list", "flatten", "flatten_dense_tensors_aligned", "partition_size", "bit16_groups_flat",
+    "parallel_partitioned_bit16_groups", "real_dp_process_group", "nccl_start_alignment_factor", "allgather_bucket_size",
+    "reduction_stream", "loss_scale",
+)  # fmt: skip
+
+
+class DeepSpeed:
+    """DeepSpeed's engine and its ZeRO optimizer around one model.
+
+    Args:
+        model: fp32, on the device. Its class may name `fused_classes`, modules that ZeRO-3 gathers as a whole.
+        optimizer: of all its parameters, in one group; refuses gradients that are not finite by itself.
+        train: train.zero_stage, offload_optimizer and batch_size.
+        world: this process among the ranks.
+        micro_batch, accumulation: images a forward pass on one rank, forward passes a step.
+        bf16: whether weights, activations and gradients are bf16, beside fp32 masters; else all is fp32.
+
+    Attributes:
+        module: the model.
+        parameters: its (name, parameter) pairs.
+        shapes: name -> shape of the whole parameter, under ZeRO-3 too.
+        partition: (n,) fp32, the masters that this rank owns.
+        fused: whether DeepSpeed's step is replaced.
+
+    Raises:
+        UserError: a version of DeepSpeed without something that there is no other way for.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: GuardedAdamW,
+        train: TrainConfig,
+        world: World,
+        micro_batch: int,
+        accumulation: int,
+        bf16: bool,
+    ):
+        package = _import_deepspeed(world.device)
+        self.stage, self.world, self.optimizer, self.fused = train.zero_stage, world, optimizer, False
+        self.offloaded = train.offload_optimizer
+        self.overlaps = world.device.type == "cuda" and world.size > 1  # the backward and its reductions
+        if self.stage == 3 and hasattr(model, "fused_classes"):
+            package.utils.set_z3_leaf_modules(model, model.fused_classes)
+        settings = self._settings(train, micro_batch, accumulation, bf16, sum(p.numel() for p in model.parameters()))
+        self._engine, self._zero, _, _ = package.initialize(model=model, optimizer=optimizer, config=settings)
+        if missing := _missing(self._zero, (PARTITIONS[self.stage], *NEEDED[self.stage])):
+            raise UserError(
+                f"deepspeed {version('deepspeed')}: expected {', '.join(missing)} in its ZeRO-{self.stage} optimizer; "
+                f"versions {TESTED[0]} to {TESTED[1]} have it"
+            )
+        flat = getattr(self._zero, PARTITIONS[self.stage])
+        assert len(flat) == 1, "one parameter group, one flat partition"
+        self.partition: Tensor = flat[0]
+        self.module: nn.Module = self._engine.module
+        self.parameters: list[tuple[str, nn.Parameter]] = list(self.module.named_parameters())
+        self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.parameters}
+
+    def _settings(
+        self, train: TrainConfig, micro_batch: int, accumulation: int, bf16: bool, parameters: int
+    ) -> dict[str, Any]:
+        """DeepSpeed's configuration. What it would wait for the host for, and can be told not to, is off."""
+        zero = {
+            "stage": self.stage,
+            "overlap_comm": self.overlaps,
+            "contiguous_gradients": self.world.size > 1,
+            # no bucket is larger than the model: it would only be memory
+            "reduce_bucket_size": min(parameters, 50_000_000),  # twice that much memory: one is sent, one filled
+            "allgather_bucket_size": min(parameters + parameters % 2, 500_000_000),  # DeepSpeed wants it even
+            "sub_group_size": 10**12,  # one flat partition
+            "stage3_param_persistence_threshold": KEEP_WHOLE,
+        }
+        settings = {
+            "train_batch_size": train.batch_size,
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            "zero_allow_untested_optimizer": True,  # GuardedAdamW is AdamW
+            "gradient_clipping": 0.0,  # GuardedAdamW clips
+            "timers": {"throughput": {"enabled": False}},  # it synchronises every step
+            "zero_optimization": zero,
+        }
+        if self.offloaded:
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.world.device.type == "cuda"}
+            settings["zero_force_ds_cpu_optimizer"] = False  # GuardedAdamW is fused on a CPU too, and needs no compiler
+        if bf16:
+            settings["bf16"] = {
+                "enabled": True,
+                "check_grad_overflow": False,
+            }  # GuardedAdamW refuses them on the device
+            if accumulation > 1 and self.stage > 1:
+                settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        return settings
+
+    def replace_step(self, update: Callable[[Tensor, Tensor], None]) -> None:
+        """Have steps of ZeRO 1 and 2 done by `update(gradient, computed)`: (n,) both and in the network's dtype, this rank's share of the
+        averaged gradient, and that of the weights that the network computes with, which `update` writes. Where DeepSpeed looks at
+        the gradient's norm itself, under ZeRO-3 and with an offloaded optimizer, it keeps its own step, which calls `optimizer.step`.
+        """
+        if self.stage == 3 or self.offloaded:
+            return
+        if missing := self._missing_for_a_step():
+            if self.world.rank == 0:
+                warnings.warn(
+                    f"deepspeed {version('deepspeed')} has no {', '.join(missing)}, as versions {TESTED[0]} to {TESTED[1]} do: "
+                    "its own step runs, which is slower",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            return
+        assert self._zero.loss_scale == 1, "the step in one pass unscales nothing"
+        self.fused = True
+        self._zero.step = lambda: self._step_in_one_pass(update)
+        if self.world.size == 1:  # nobody to reduce with: it would copy every gradient to a bucket and back
+            self._zero.buffered_reduce_fallback = lambda *_, **__: None
+
+    def _missing_for_a_step(self) -> list[str]:
+        """What `replace_step` replaces or reads, and this version of DeepSpeed does not have."""
+        from deepspeed.accelerator import get_accelerator
+        from deepspeed.runtime import utils
+        from deepspeed.runtime.zero import stage_1_and_2
+
+        missing = _missing(self._zero, (*REPLACED, *READ))
+        missing += _missing(get_accelerator(), ("synchronize",))
+        return (
+            missing + _missing(utils, ("all_gather_dp_groups",)) + _missing(stage_1_and_2, ("INITIAL_MICRO_STEP_ID",))
+        )
+
+    @torch.no_grad()
+    def _step_in_one_pass(self, update: Callable[[Tensor, Tensor], None]) -> None:
+        """DeepSpeed's step under ZeRO 1 and 2, but for a cast of the gradient, and for passes of its own over the weights."""
+        from deepspeed.runtime.utils import all_gather_dp_groups
+        from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
+
+        zero, rank = self._zero, self.world.rank
+        reduced = torch.cuda.current_stream().record_event() if self.overlaps else None
+        zero.micro_step_id = INITIAL_MICRO_STEP_ID
+        zero.free_grad_in_param_list(zero.params_not_in_partition[0])
+        parts = zero.averaged_gradients[0]
+        gradient = getattr(parts, "flat_partition", None)  # newer versions may accumulate in one piece
+        if gradient is None:
+            last = rank == self.world.size - 1
+            gradient = (
+                zero.flatten_dense_tensors_aligned(parts, zero.partition_size[0]) if last else zero.flatten(parts)
+            )
+        zero.free_grad_in_param_list(zero.params_in_partition[0])
+        zero.averaged_gradients[0] = zero.all_grad_tensors[0] = None
+        del parts
+        update(gradient.view(-1), zero.parallel_partitioned_bit16_groups[0][rank])
+        all_gather_dp_groups(
+            groups_flat=zero.bit16_groups_flat,
+            partitioned_param_groups=zero.parallel_partitioned_bit16_groups,
+            dp_process_group=zero.real_dp_process_group,
+            start_alignment_factor=zero.nccl_start_alignment_factor,
+            allgather_bucket_size=zero.allgather_bucket_size,
+        )
+        if reduced:  # no further ahead: until then the reductions' buffers cannot be used again
+            reduced.synchronize()
+
+    def __call__(self, *inputs: Tensor, **conditions: Tensor) -> Tensor:
+        return self._engine(*inputs, **conditions)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of a micro-batch, and, in the last one of a step, their reduction."""
+        queue_on = self.overlaps and self.fused and self.ends_step
+        with self._device_waits() if queue_on else contextlib.nullcontext():
+            self._engine.backward(loss)
+
+    @contextlib.contextmanager
+    def _device_waits(self) -> Iterator[None]:
+        """Where DeepSpeed has the host wait for the reductions at the end of a backward, its device waits instead, with the optimizer's step
+        already in its queue.
+        """
+        from deepspeed.accelerator import get_accelerator
+
+        accelerator = get_accelerator()
+        accelerator.synchronize = lambda *_: torch.cuda.current_stream().wait_stream(self._zero.reduction_stream)
+        try:
+            yield
+        finally:
+            del accelerator.synchronize  # the class has its own
+
+    @property
+    def ends_step(self) -> bool:
+        """Whether the micro-batch under way is the last one of a step."""
+        return self._engine.is_gradient_accumulation_boundary()
+
+    def step(self, lr: float) -> None:
+        """End a micro-batch; the last one of a step updates the weights and clears the gradients."""
+        for group in self._zero.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+
+    @property
+    def skipped(self) -> bool:
+        """Whether DeepSpeed's own step found a gradient that is not finite, and did not call the optimizer."""
+        return self._zero.overflow
+
+    def get_whole(self, parameter: nn.Parameter) -> Tensor:
+        """The fp32 master of a parameter, whole, on every rank. All ranks must call it."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(parameter)
+
+    def set_whole(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Write a whole fp32 master, the same on all ranks, of which each keeps its share."""
+        from deepspeed.utils import safe_get_local_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        if self.stage < 3:
+            safe_set_full_fp32_param(parameter, value)
+            return
+        share = safe_get_local_fp32_param(parameter).numel()  # the last rank's is padded
+        padded = nn.functional.pad(value.flatten(), (0, share * self.world.size - value.numel()))
+        safe_set_local_fp32_param(parameter, padded.narrow(0, share * self.world.rank, share))
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Make the weights that the model computes with those of the partition, after it was written to."""
+        if self.stage < 3:
+            self._zero.update_lp_params()
+        else:
+            self._zero.checkpoint_event_prologue()  # partitions what is gathered
+            self._zero._reassign_or_swap_out_partitioned_parameters(0)
+            self._zero.checkpoint_event_epilogue()  # gathers what stays gathered
+
+    def close(self) -> None:
+        """Let go of the model, which hooks of DeepSpeed would keep alive."""
+        self._engine.destroy()
+
+
+def _missing(owner: Any, names: tuple[str, ...]) -> list[str]:
+    where = owner.__name__ if hasattr(owner, "__name__") else type(owner).__name__
+    return [f"{where}.{name}" for name in names if not hasattr(owner, name)]
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    # DeepSpeed calls collectives by names that newer versions of PyTorch deprecate, at each step.
+    warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)
+    if device.type == "cpu":
+        # Its shared-memory collectives are compiled on first use, for minutes; gloo does the same.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # adopts the group that exists
+    return deepspeed
