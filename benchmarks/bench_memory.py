@@ -23,7 +23,6 @@ from benchmarks import models
 from benchmarks.bench_training import Ours, config
 from benchmarks.common import RESULTS, Rows
 from uvit_fast import build_model, load_config
-from uvit_fast.diffusion.objective import mse_loss
 from uvit_fast.training.captured import Captured
 
 ATTENTION = {"paper": "math", "paper-efficient": "sdpa"}
@@ -50,7 +49,7 @@ class Paper:
         self.efficient = provider == "paper-efficient" and self.cuda
         with torch.device(device):  # initialised there: minutes less
             self.net = build_model(cfg).train()
-        self.inputs = inputs(self.net, batch, device)
+        self.loss_of = models.loss(cfg, batch, device)
         self.weights = list(self.net.parameters())
         self.adamw = torch.optim.AdamW(self.weights, lr=2e-4, betas=(0.99, 0.99), weight_decay=0.03, fused=True)
         self.ema = [p.detach().clone() for p in self.weights]
@@ -62,7 +61,7 @@ class Paper:
     def loss(self) -> Tensor:
         autocast = torch.autocast("cuda", torch.float16) if self.cuda else contextlib.nullcontext()
         with self._attention(), autocast:
-            return loss(self.net, *self.inputs)
+            return self.loss_of(self.net)
 
     def settle(self) -> None:
         """Make the optimizer's state."""
@@ -80,16 +79,6 @@ class Paper:
 
     def _attention(self) -> contextlib.AbstractContextManager:
         return sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if self.efficient else contextlib.nullcontext()
-
-
-def inputs(net: torch.nn.Module, batch: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Random x (B, C, H, W), t (B,) and labels (B,)."""
-    x = torch.randn(batch, net.in_chans, net.img_size, net.img_size, device=device)
-    return x, torch.rand(batch, device=device) * 999, torch.randint(net.num_classes, (batch,), device=device)
-
-
-def loss(net: torch.nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-    return mse_loss(net(x, t, y=y), x)
 
 
 def saved_bytes(forward: Callable[[], Tensor], weights: Iterable[Tensor]) -> int:
@@ -112,13 +101,13 @@ def measure(rows: Rows, size: str, provider: str, policies: tuple[str, ...], arg
     cuda = args.device == "cuda"
     before = torch.cuda.memory_allocated() if cuda else 0
     if provider == "ours":
-        subject = Ours(config(size, "ours", args.batch, args.device, args.set), torch.device(args.device))
-        some = inputs(subject.net, args.batch, args.device)
+        cfg = config(size, "ours", args.batch, args.device, args.set)
+        subject, loss = Ours(cfg, torch.device(args.device)), models.loss(cfg, args.batch, args.device)
         captured = subject.net.forward
         plain = (
             captured.forward if isinstance(captured, Captured) else subject.net
         )  # a graph shows nothing of what it saves
-        forward, keep = lambda: loss(plain, *some), lambda policy: subject.keep(policy, 0.0)
+        forward, keep = lambda: loss(plain), lambda policy: subject.keep(policy, 0.0)
     else:
         subject = Paper(size, provider, args.batch, args.device, args.set)
         forward, keep = subject.loss, subject.keep

@@ -30,7 +30,6 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -57,25 +56,23 @@ class Run:
         from uvit_fast import build_model, load_config
         from uvit_fast.build import build_dataset, build_objective
         from uvit_fast.runtime.processes import start
-        from uvit_fast.training.row import Row
         from uvit_fast.training.trainer import Trainer
 
-        cfg = load_config(path, ["data.name=synthetic", "data.num_workers=0", *overrides])
+        cfg = load_config(path, ["data.name=synthetic", "data.num_workers=0", "train.log_every=1000", *overrides])
         self.device = start(cfg.device).device
         self.cuda = self.device.type == "cuda"
         self.before = torch.cuda.memory_allocated() if self.cuda else 0
         with torch.device(self.device):
             net = build_model(cfg)
-        self.trainer = t = Trainer(cfg, net, build_objective(cfg), build_dataset(cfg), folder)
-        t.monitor, t.row = SimpleNamespace(advance=lambda step: None), Row(t.step, cfg.train.iterations, self.device)
-        self.stream = t.stream()
+        self.trainer = Trainer(cfg, net, build_objective(cfg), build_dataset(cfg), folder)
+        self.stream = self.trainer.stream()
 
     def step(self) -> None:
         self.trainer._step(self.stream)
 
     def losses(self) -> list[float]:
         """Of all steps so far, over all ranks."""
-        sums = self.trainer.row.over_ranks(self.trainer.step)
+        sums = self.trainer.rows.row.over_ranks(self.trainer.step)
         return (sums[0] / sums[1]).tolist()
 
 
@@ -123,9 +120,8 @@ def resumed(args: argparse.Namespace, folder: Path, parts: list[tuple[str, int]]
         while run.trainer.step < steps:
             run.step()
         run.trainer._save()
-        if run.trainer.main:
-            assert run.trainer.writer.finish()
-            run.trainer.claim.release()
+        assert run.trainer.saves.finish()
+        run.trainer.saves.close()
         found.append(run.losses())
         dist.barrier(device_ids=[run.trainer.world.local_rank] if run.cuda else None)
     return found

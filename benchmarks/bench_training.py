@@ -21,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -30,11 +29,9 @@ from benchmarks.common import RESULTS, Rows, measure
 from uvit_fast import build_model
 from uvit_fast.build import build_dataset, build_objective
 from uvit_fast.config import Config
-from uvit_fast.diffusion.objective import mse_loss
 from uvit_fast.training import activations
 from uvit_fast.training.captured import Captured
 from uvit_fast.training.monitor import forward_flops, utilisation
-from uvit_fast.training.row import Row
 from uvit_fast.training.trainer import Trainer
 
 PROVIDERS = ("ours", "ours_uncaptured", "ours-sm80", "eager", "compiled", "torchao-fp8")
@@ -57,7 +54,8 @@ def config(size: str, provider: str, batch: int, device: str, overrides: list[st
     how = ["auto", "auto"] if provider.startswith("ours") else ["reference", "sdpa"]
     settings = [f"model.kernels={how[0]}", f"model.attention={how[1]}", "data.name=synthetic", "data.num_workers=0"]
     settings += [f"train.cuda_graphs={provider != 'ours_uncaptured'}"]
-    settings += [f"device={device}", f"train.batch_size={batch}", "train.iterations=1000", "train.spike_deviations=0"]
+    settings += [f"device={device}", f"train.batch_size={batch}", "train.iterations=1000"]
+    settings += ["train.log_every=1000", "train.spike_deviations=0"]
     return models.load(size, [*settings, *overrides])
 
 
@@ -71,8 +69,6 @@ class Ours:
         self.costs = activations.inspect(self.net, cfg.model, cfg.train.batch_size, device, dtype)
         self.folder = tempfile.TemporaryDirectory()
         self.trainer = Trainer(cfg, self.net, build_objective(cfg), build_dataset(cfg), Path(self.folder.name))
-        self.trainer.monitor = SimpleNamespace(advance=lambda step: None)
-        self.trainer.row = Row(0, cfg.train.iterations, device)
         self.stream = self.trainer.stream()
 
     def keep(self, policy: str, budget: float) -> float | None:
@@ -111,7 +107,7 @@ class Peer:
         rate = {"lr": train.lr, "betas": train.betas, "weight_decay": train.weight_decay}
         self.adamw = torch.optim.AdamW(self.weights, fused=True, **rate)
         self.ema = [p.detach().clone() for p in self.weights]
-        self.x, self.t, self.y = models.images(cfg, batch, device)
+        self.loss = models.loss(cfg, batch, device)
 
     def keep(self, policy: str, budget: float) -> None:
         for block in self.net.blocks:
@@ -122,7 +118,7 @@ class Peer:
         self.step()
 
     def step(self) -> None:
-        mse_loss(self.net(self.x, self.t, y=self.y), self.x).backward()
+        self.loss(self.net).backward()
         self.adamw.step()
         torch._foreach_lerp_(self.ema, [p.detach() for p in self.weights], 1e-4)
         self.adamw.zero_grad(set_to_none=True)

@@ -5,7 +5,7 @@ faster than PyTorch's own choice: `eager`; `compiled`, torch.compile block by bl
 torch.compile(mode="reduce-overhead"); `torchao-fp8`, the blocks' linear layers in float8 by torchao, compiled block by block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from uvit_fast import build_model, load_config
+from uvit_fast.build import build_objective
 from uvit_fast.config import Config
 from uvit_fast.kernels.runtime.device import forced
 from uvit_fast.model.attention import attend
@@ -135,6 +136,13 @@ def images(cfg: Config, batch: int, device: torch.device | str = "cuda") -> tupl
     """Random latents (B, C, H, W), network times (B,) and labels (B,)."""
     x = torch.randn(batch, cfg.model.in_chans, cfg.model.img_size, cfg.model.img_size, device=device)
     return x, torch.rand(batch, device=device) * 999, torch.randint(1000, (batch,), device=device)
+
+
+def loss(cfg: Config, batch: int, device: torch.device | str = "cuda") -> Callable[[nn.Module], Tensor]:
+    """The trainer's loss of a network, on random latents, noise, times and labels that are drawn once."""
+    objective, (x, _, y) = build_objective(cfg), images(cfg, batch, device)
+    noise, u = torch.randn_like(x), torch.rand(batch, device=device)
+    return lambda network: objective.loss(network, x, noise, u, y=y)
 
 
 class Agreement:

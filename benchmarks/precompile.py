@@ -51,20 +51,20 @@ def compile_one(job: Job, device: str, overrides: list[str]) -> float:
     import torch
 
     from benchmarks import models
-    from uvit_fast.diffusion.objective import mse_loss
 
     began, training = time.monotonic(), job.policy is not None
     short = [] if job.provider == "compiled-graphs" else ["model.depth=2"]
     cfg = models.config(job.size, job.provider, job.policy or "none", [*short, *overrides])
     net = models.model(cfg, job.provider, device, job.batch, training)
-    x, t, y = models.images(cfg, job.batch, device)
-    with torch.set_grad_enabled(training):
-        eps = net(x, t, y=y)
-        if training:
-            mse_loss(eps, x).backward()
+    if training:
+        models.loss(cfg, job.batch, device)(net).backward()
+    else:
+        x, t, y = models.images(cfg, job.batch, device)
+        with torch.no_grad():
+            net(x, t, y=y)
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
-    del net, eps
+    del net
     torch.compiler.reset()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()

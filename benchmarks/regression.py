@@ -21,7 +21,6 @@ import torch
 
 from benchmarks import bench_ops, models
 from uvit_fast import build_sampler
-from uvit_fast.diffusion.objective import mse_loss
 from uvit_fast.kernels.ops import attention
 from uvit_fast.sampling.captured import GraphSampler
 
@@ -157,11 +156,11 @@ def _with_backward(op: Callable, args: tuple) -> Run:
 def _network(training: bool) -> Run:
     cfg = models.config("H", "ours")
     net = models.model(cfg, "ours").train(training)
-    x, t, y = models.images(cfg, 128)
     if not training:
+        x, t, y = models.images(cfg, 128)
         return torch.no_grad()(lambda: net(x, t, y=y))
-    weights = list(net.parameters())
-    return lambda: torch.autograd.grad(mse_loss(net(x, t, y=y), x), weights)
+    weights, loss = list(net.parameters()), models.loss(cfg, 128)
+    return lambda: torch.autograd.grad(loss(net), weights)
 
 
 def _sampling() -> Run:

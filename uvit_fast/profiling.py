@@ -136,7 +136,7 @@ class Profiled(Trainer):
 
     def __init__(self, config: Config, run_dir: Path, steps: int, trace: Path):
         super().__init__(config, build_model(config), build_objective(config), build_dataset(config), run_dir)
-        self.first = WARM_UP + 1  # one more, in which the profiler itself warms up
+        self.recorded_from = WARM_UP + 1  # one more, in which the profiler itself warms up
         self.profiler = _profiler(self.world.device, schedule(wait=WARM_UP, warmup=1, active=steps), trace)
         self.engine.step = _recorded(self.engine.step)
 
@@ -145,7 +145,7 @@ class Profiled(Trainer):
             return super().train()
 
     def _step(self, stream: Iterator[Any]) -> None:
-        if self.step == self.first:
+        if self.step == self.recorded_from:
             _wait(self.world.device)
         super()._step(stream)
         if self.step == self.config.train.iterations:
@@ -153,7 +153,7 @@ class Profiled(Trainer):
         self.profiler.step()
 
     def _save(self) -> None:
-        self.saved = self.step
+        pass
 
 
 def sampling(cfg: Config, batch: int, trace: Path) -> list[Row]:

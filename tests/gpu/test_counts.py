@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.counting import Counts, hopper
 from uvit_fast import build_model, load_config
-from uvit_fast.diffusion.objective import mse_loss
+from uvit_fast.build import build_objective
 
 pytestmark = pytest.mark.gpu
 
@@ -20,8 +20,9 @@ def step(device):
     cfg = load_config("configs/s2_coco.yaml", ["model.embed_dim=768", "model.num_heads=12"])
     with torch.device(device):
         net = build_model(cfg).to(torch.bfloat16)
-        x, t, context = torch.randn(8, 4, 32, 32), torch.rand(8), torch.randn(8, 77, 768)
-    return lambda: mse_loss(net(x, t, context=context), x).backward()
+        x, noise, u, context = *torch.randn(2, 8, 4, 32, 32), torch.rand(8), torch.randn(8, 77, 768)
+    objective = build_objective(cfg)
+    return lambda: objective.loss(net, x, noise, u, context=context).backward()
 
 
 def test_our_kernels_are_launched_as_often_as_counted():

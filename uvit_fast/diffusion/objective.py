@@ -1,5 +1,6 @@
 """What training asks of the network: at which times, for what, and how much each answer counts."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -58,6 +59,19 @@ class Objective:
     def __call__(self, x_0: Tensor, noise: Tensor, u: Tensor) -> Task:
         """The task of a training step, u (B,) fp32 uniform in [0, 1)."""
         return self.at(x_0, noise, self.times(u))
+
+    def loss(
+        self, network: Callable[..., Tensor], x_0: Tensor, noise: Tensor, u: Tensor, **conditions: Tensor
+    ) -> Tensor:
+        """Return the loss of a training step, `mse_loss`, 0-d fp32: what the trainer minimises, and benchmarks and guards run.
+
+        Args:
+            network: `network(x_t, time, **conditions)` -> (B, C, H, W), of any floating dtype.
+            x_0, noise, u: as for the task.
+            conditions: y (B,) int64, or context (B, T, C), by name.
+        """
+        task = self(x_0, noise, u)
+        return mse_loss(network(task.x_t, task.time, **conditions), task.target, task.weight)
 
     def _weight(self, alpha: Tensor, sigma: Tensor) -> Tensor | None:
         """min(SNR, gamma) of the error in x_0, which is that of the prediction times sigma over the determinant; with

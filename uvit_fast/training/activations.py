@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from uvit_fast.config import ModelConfig
+from uvit_fast.config import Config, ModelConfig
 from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.processes import World
+from uvit_fast.training.engine import batch_plan, computes_in_bf16
 
 LADDER = (
     "block",
@@ -77,6 +79,27 @@ def plan_within(budget: float, network: Network) -> Plan:
                 return best
             best = plan
     return best
+
+
+def share_out(budget: float, model: nn.Module, config: Config, world: World, say: Callable[[str], None]) -> None:
+    """Set what each block of `model` keeps for the backward, within `budget` bytes on each rank, the same on all of them.
+
+    Raises:
+        UserError: the budget is too small for the least.
+    """
+    micro_batch, _ = batch_plan(config.train, world.size)
+    dtype = torch.bfloat16 if computes_in_bf16(config.train, world.device) else torch.float32
+
+    def plan() -> Plan:
+        network = inspect(model, config.model, micro_batch, world.device, dtype)
+        if world.device.type == "cuda":
+            torch.cuda.empty_cache()  # of the copy that was looked at
+        chosen = plan_within(budget, network)
+        say(describe(chosen, network, budget))
+        return chosen
+
+    for block, policy in zip(model.blocks, world.on_first(plan)):
+        block.checkpointing = policy
 
 
 def describe(plan: Plan, network: Network, budget: float) -> str:

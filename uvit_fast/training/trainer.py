@@ -6,11 +6,11 @@ Nothing in a step makes the host wait for a device that has nothing queued, but 
 norm), with an offloaded optimizer, and between the accumulated micro-batches of several GPUs.
 """
 
-import copy
+import contextlib
 import hashlib
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +20,20 @@ from torch import Tensor
 
 from uvit_fast.config import Config
 from uvit_fast.diffusion.noise import Draws
-from uvit_fast.diffusion.objective import Objective, mse_loss
+from uvit_fast.diffusion.objective import Objective
 from uvit_fast.provenance import Provenance
-from uvit_fast.runtime.errors import RankError, UserError
+from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.processes import host_group, start
-from uvit_fast.training import activations, checkpoint
-from uvit_fast.training.best import Best
-from uvit_fast.training.engine import Engine, batch_plan, computes_in_bf16
-from uvit_fast.training.folder import claim, describe_run, set_aside
-from uvit_fast.training.interrupt import GRACE, Interrupt, Stalled, ticking
+from uvit_fast.training import activations
+from uvit_fast.training.engine import Engine, computes_in_bf16
+from uvit_fast.training.folder import describe_run, set_aside
+from uvit_fast.training.interrupt import GRACE, Interrupt, Stalled
 from uvit_fast.training.loader import DataError, Order, batches
-from uvit_fast.training.monitor import Mark, Monitor, Reading, forward_flops, rate, require_wandb, say, utilisation
-from uvit_fast.training.row import Row
+from uvit_fast.training.looks import Looks, Measure, Preview
+from uvit_fast.training.monitor import Mark, Monitor, forward_flops, rate, require_wandb, say
+from uvit_fast.training.rows import Rows
+from uvit_fast.training.saves import Saves
 from uvit_fast.training.spikes import Spikes
-
-SLOW_DATA = 0.5  # share of the time that the host waits for data, above which the loader is named as the slow part
-Preview = Callable[[nn.Module, int, Path], Path | None]
-Measure = Callable[[nn.Module, int], dict[str, float]]
 
 
 class Trainer:
@@ -70,38 +67,38 @@ class Trainer:
         measure: Measure | None = None,
         fresh: bool = False,
     ):
+        train = config.train
         self.config, self.objective, self.dataset, self.run_dir = config, objective, dataset, Path(run_dir)
         self.world = start(config.device)
         self.main = self.world.rank == 0
-        self.flops = forward_flops(model, config) if self.world.device.type == "cuda" else None
-        self.preview = preview if config.train.sample_every and self.main else None
-        self.measure = measure if config.evaluate and self.main else None
-        self.ema_model = copy.deepcopy(model).eval() if self.preview or self.measure else None
-        self.monitor: Monitor | None = None
-        if config.train.activation_memory_gb:
-            self._plan_activations(model, config.train.activation_memory_gb * 1e9)
-        self.engine = Engine(model, config, self.world)
-        self.generator = torch.Generator(self.world.device)
-        null_context = getattr(dataset, "null_context", None)
-        self.null_context = None if null_context is None else null_context.to(self.world.device)
-        train = config.train
-        self.writer = checkpoint.Writer(
-            self.run_dir / "checkpoints", train.keep_checkpoints, self._say, train.keep_every
-        )
-        self.pending: tuple[Reading, Row, int] | None = None
-        self.refused_in_a_row = torch.zeros((), device=self.world.device)
-        self.step = self.samples = self.saved = 0
+        device, flops = self.world.device, None
+        if device.type == "cuda":
+            flops = forward_flops(model, config)
+        self.looks = Looks(
+            model, self.run_dir, device, torch.bfloat16 if computes_in_bf16(train, device) else torch.float32,
+            preview if train.sample_every and self.main else None, measure if config.evaluate and self.main else None,
+        )  # fmt: skip
+        self.monitor: Monitor | None = None  # rank 0's, while it trains
         self.interrupt: Interrupt | None = None  # while it trains
+        if train.activation_memory_gb:
+            activations.share_out(train.activation_memory_gb * 1e9, model, config, self.world, self._say)
+        self.engine = Engine(model, config, self.world)
+        self.generator = torch.Generator(device)
+        null_context = getattr(dataset, "null_context", None)
+        self.null_context = None if null_context is None else null_context.to(device)
         self.raw: dict[str, Tensor] | None = None  # the last batch
         self.dry = False  # whether there are no more, the data having stalled
-        self.in_a_row = self.most_refused = 0.0  # refused steps: at the end of the last row that was read, and so far
+        self.done = False  # whether the last step has been taken, by all ranks
         if train.wandb:
             self.world.on_first(require_wandb)
-        self.provenance = Provenance.of(dataset, config.model.num_classes > 0, config.diffusion.meaning)
-        self._agree()
+        provenance = Provenance.of(dataset, config.model.num_classes > 0, config.diffusion.meaning)
+        self.saves = Saves(config, self.engine, self.run_dir, provenance, self._say)
         if fresh:
             self.world.on_first(lambda: set_aside(self.run_dir))
-        self._resume()
+        self.step, self.samples = self.saves.resume()
+        self.first = (self.step, self.samples)  # where this call begins
+        spikes = Spikes(train.spike_deviations, self._samples_of, self.run_dir / "spikes.jsonl")
+        self.rows = Rows(config, self.world, flops, spikes, self._write_row, self.step)
 
     def train(self) -> dict[str, float]:
         """Train to the end.
@@ -114,10 +111,66 @@ class Trainer:
         Raises:
             UserError: `train.max_refused` steps in a row had no finite gradient, or the last checkpoint could not be written.
         """
-        config, train, engine = self.config, self.config.train, self.engine
-        if self.step >= train.iterations:
-            self._say(f"{self.run_dir}: finished, {self.step} of {train.iterations} steps; --fresh starts it anew")
+        iterations = self.config.train.iterations
+        if self.step >= iterations:
+            self._say(f"{self.run_dir}: finished, {self.step} of {iterations} steps; --fresh starts it anew")
             return {"step": self.step, "seconds": 0.0, "images_per_second": 0.0}
+        self._say_what_to_expect()
+        with self._running() as (stream, interrupt):
+            began = Mark(self.world.device)
+            while self.step < iterations and not interrupt.asked():
+                try:
+                    self._step(stream)
+                except Stalled:
+                    break
+                self.done = self.step == iterations and interrupt.settle() == 0
+                self._save_if_due()  # before what others may fail at
+                self._look_if_due()
+                self._log_if_due()
+            seconds = self._finish(began)
+        return self._report(seconds)
+
+    def _due(self, every: int) -> bool:
+        """Whether what happens every so many steps (0: never), and after the last one, happens now."""
+        return every > 0 and (self.done or self.step % every == 0)
+
+    def _save_if_due(self) -> None:
+        if not self._due(self.config.train.checkpoint_every):
+            return
+        self._end_row()
+        self.rows.read(wait=True)
+        if self._diverged() or (self.rows.in_a_row and not self.done):
+            self._say(f"step {self.step}: no checkpoint while gradients are not finite: older ones would go")
+        else:
+            self._save()
+
+    def _look_if_due(self) -> None:
+        evaluate = self.config.evaluate
+        show, judge = self._due(self.config.train.sample_every), evaluate is not None and self._due(evaluate.every)
+        if not (show or judge):
+            return
+        self._end_row()
+        self.rows.read()
+        weights = self.engine.gather(self.engine.ema.values)  # by all ranks
+        self.world.on_first(lambda: self.looks.look(weights, self.step, show, judge, self.monitor, self.interrupt))
+        self.rows.restart_clock()
+
+    def _log_if_due(self) -> None:
+        if self._due(self.config.train.log_every):
+            self._end_row()
+        self.rows.read()
+        self.interrupt.wanted = self._diverged()
+
+    def _end_row(self) -> None:
+        """A row ends where it is due, and where other work begins: its images/s are the training's."""
+        self.rows.end(self.step, self.learning_rate(self.step - 1), self.engine.grad_norm)
+
+    def _diverged(self) -> bool:
+        """Whether too many steps in a row had no finite gradient."""
+        return self.rows.most_refused >= self.config.train.max_refused
+
+    def _say_what_to_expect(self) -> None:
+        train, engine = self.config.train, self.engine
         if engine.bf16 and engine.accumulation > 1 and engine.stage == 1:
             self._say("train.zero_stage 1 accumulates gradients in bf16; 2 and 3 do it in fp32")
         untrained = train.ema_decay**train.iterations
@@ -128,73 +181,61 @@ class Trainer:
             )
         if getattr(self.dataset, "synthetic", False):
             self._say("synthetic data: measures speed and memory, learns nothing")
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[tuple[Iterator[dict[str, Tensor]], Interrupt]]:
+        """The batches of a run and its signals, for as long as it has its folder and its screen."""
         self.world.on_first(self._open_folder)
-        self.spikes = Spikes(train.spike_deviations, self._samples_of, self.run_dir / "spikes.jsonl")
-        self.first = (self.step, self.samples)
-        self.interrupt = interrupt = Interrupt(host_group() if self.world.size > 1 else None)
+        self.interrupt = Interrupt(host_group() if self.world.size > 1 else None)
         stream = self.stream()
-        first_step, begin = self.step, Mark(self.world.device)
-        self.row = Row(self.step, train.log_every, self.world.device)
+        self.first = (self.step, self.samples)
+        self.rows.restart_clock()
         try:
-            while self.step < train.iterations and not interrupt.asked():
-                try:
-                    self._step(stream)
-                except Stalled:
-                    break
-                done = self.step == train.iterations and interrupt.settle() == 0
-                save = done or self.step % train.checkpoint_every == 0  # before what others may fail at
-                show = train.sample_every > 0 and (done or self.step % train.sample_every == 0)
-                judge = config.evaluate is not None and (done or self.step % config.evaluate.every == 0)
-                # a row ends where other work begins, so that images/s is the training's
-                if save or show or judge or done or self.step % train.log_every == 0:
-                    self._start_row()
-                self._finish_row(wait=save)
-                interrupt.wanted = broken = self.most_refused >= train.max_refused
-                if save and (broken or (self.in_a_row and not done)):
-                    self._say(f"step {self.step}: no checkpoint while gradients are not finite: older ones would go")
-                elif save:
-                    self._save()
-                if show or judge:
-                    self._look_at_ema(show, judge)
-            void = interrupt.settle()
-            self._take_back(void)
-            stopped = self.step < train.iterations
-            if self.row.first_step < self.step:
-                self._start_row()
-            self._finish_row(wait=True)
-            if self.most_refused >= train.max_refused and not void:  # by now on every rank
-                raise UserError(
-                    f"step {self.step}: loss or gradient not finite for {self.most_refused:.0f} steps in a row, stopped "
-                    "without another checkpoint; a lower train.lr or train.grad_clip=1 may help, and where the newest checkpoint "
-                    "is of weights that had diverged, removing it"
-                )
-            seconds = Mark(self.world.device).seconds_since(begin)
-            if self.step > self.saved:
-                self._save()
-            if self.main and not self.writer.finish():
-                raise UserError(f"{self.run_dir}: the last checkpoint could not be written")
+            yield stream, self.interrupt
         finally:
             stream.close()
-            interrupt.close()
+            self.interrupt.close()
+            self.saves.close()
             if self.main:
-                self.writer.finish()
                 self.monitor.close()
-                self.claim.release()
 
-        result = {"step": self.step, "seconds": seconds}
-        result["images_per_second"] = (self.step - first_step) * train.batch_size / seconds
-        memory = ""
+    def _finish(self, began: Mark) -> float:
+        """End the last row, and save what is not saved yet; return the seconds since `began`.
+
+        Raises:
+            UserError: the gradients were not finite, or the last checkpoint could not be written.
+        """
+        void = self.interrupt.settle()
+        self._take_back(void)
+        self._end_row()
+        self.rows.read(wait=True)
+        if self._diverged() and not void:  # by now on every rank
+            raise UserError(
+                f"step {self.step}: loss or gradient not finite for {self.rows.most_refused:.0f} steps in a row, stopped "
+                "without another checkpoint; a lower train.lr or train.grad_clip=1 may help, and where the newest checkpoint "
+                "is of weights that had diverged, removing it"
+            )
+        seconds = Mark(self.world.device).seconds_since(began)
+        if self.step > self.saves.step:
+            self._save()
+        if not self.saves.finish():
+            raise UserError(f"{self.run_dir}: the last checkpoint could not be written")
+        return seconds
+
+    def _report(self, seconds: float) -> dict[str, float]:
+        """What `train` returns, which is said too."""
+        speed = (self.step - self.first[0]) * self.config.train.batch_size / seconds
+        result, memory = {"step": self.step, "seconds": seconds, "images_per_second": speed}, ""
         if self.world.device.type == "cuda":
             result["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
             result["static_memory_gb"] = torch.cuda.memory_allocated() / 1e9
             result["reserved_memory_gb"] = torch.cuda.max_memory_reserved() / 1e9
             memory = f", peak memory {result['peak_memory_gb']:.2f} GB a GPU, {result['static_memory_gb']:.2f} GB of it static"
             memory += f", {result['reserved_memory_gb']:.2f} GB reserved"
-        if stopped:
-            signal = interrupt.name or "a signal to another rank"
+        if self.step < self.config.train.iterations:
+            signal = self.interrupt.name or "a signal to another rank"
             self._say(f"stopped by {signal} at step {self.step}; the same command continues")
-        speed = rate(result["images_per_second"])
-        self._say(f"{self.step} steps, {seconds:.0f} s, {speed}{memory}: {self.run_dir}")
+        self._say(f"{self.step} steps, {seconds:.0f} s, {rate(speed)}{memory}: {self.run_dir}")
         return result
 
     def _open_folder(self) -> None:
@@ -206,7 +247,7 @@ class Trainer:
         wandb = self.config.model_dump(mode="json") if self.config.train.wandb else None
         try:
             self.monitor = Monitor(self.run_dir, self.step, self.config.train.iterations, wandb)
-            describe_run(self.run_dir, self.config, self.world, self.provenance)
+            describe_run(self.run_dir, self.config, self.world, self.saves.provenance)
         except OSError as error:
             raise UserError(f"{self.run_dir}: expected a folder to write the run to: {error}") from None
 
@@ -226,7 +267,7 @@ class Trainer:
             Stalled: there are none, alone. With others, who wait for this rank's share of the step, it is of no finite loss, which
                 makes the step void on all of them, since their gradient is not finite: nothing changes, and they count it.
         """
-        engine, row = self.engine, self.row
+        engine, row = self.engine, self.rows.row
         for k in range(engine.accumulation):
             waits_since = time.perf_counter()
             if not self.dry:
@@ -240,13 +281,10 @@ class Trainer:
             row.add_loss(self.step, loss.detach())
         if self.dry:
             self.interrupt.void += 1
-        refused = engine.refused
-        row.refused += refused
-        self.refused_in_a_row = (self.refused_in_a_row + refused) * refused
-        row.longest = torch.maximum(row.longest, self.refused_in_a_row)
+        self.rows.add_step(engine.refused)
         self.step += 1
         self.samples += self.config.train.batch_size
-        if self.main:
+        if self.monitor is not None:
             self.monitor.advance(self.step)
 
     def _draw(self, stream: Iterator[dict[str, Tensor]]) -> None:
@@ -265,7 +303,7 @@ class Trainer:
         """The last `steps` were void: they changed nothing."""
         self.step -= steps
         self.samples -= steps * self.config.train.batch_size
-        self.row.refused -= steps
+        self.rows.row.refused -= steps
 
     def learning_rate(self, step: int) -> float:
         """lr * min(step / warmup, 1): the first step's rate is 0."""
@@ -273,13 +311,12 @@ class Trainer:
         return train.lr * min(step / train.warmup_steps, 1.0) if train.warmup_steps else train.lr
 
     def loss(self, raw: dict[str, Tensor], step: int, k: int) -> Tensor:
-        """`mse_loss` of this rank's k-th micro-batch of a step, 0-d fp32."""
+        """Return the loss of this rank's k-th micro-batch of a step, 0-d fp32."""
         train, before = self.config.train, (k * self.world.size + self.world.rank) * self.engine.micro_batch
         draws = Draws(self.generator.manual_seed(mix(train.seed, step)), train.batch_size, before)
         batch = self.dataset.finish(raw, draws)
         x_0 = batch["x"]  # (B, C, H, W)
         u, noise = draws.rand(len(x_0)), draws.randn(*x_0.shape)  # (B,), (B, C, H, W)
-        task = self.objective(x_0, noise, u)
         drop = draws.rand(len(x_0)) < train.p_uncond  # (B,)
         conditions = {}
         if self.config.model.num_classes:
@@ -289,46 +326,12 @@ class Trainer:
             conditions["context"] = (
                 torch.where(drop[:, None, None], self.null_context, text) if train.p_uncond else text
             )
-        output = self.engine(task.x_t, task.time, **conditions)  # (B, C, H, W)
-        return mse_loss(output, task.target, task.weight)
+        return self.objective.loss(self.engine, x_0, noise, u, **conditions)
 
-    def _start_row(self) -> None:
-        """Send the scalars since the last row on their way to the host."""
-        self._finish_row(wait=True)
-        row, losses = self.row, self.row.over_ranks(self.step)  # (2, steps)
-        mean = losses.sum(1)
-        scalars = [mean[0] / mean[1], self.engine.grad_norm, row.refused, row.longest, self.refused_in_a_row]
-        reading = Reading(torch.cat([torch.stack(scalars), losses[0] / losses[1]]))
-        self.pending = (reading, row, self.step)
-        self.row = Row(self.step, self.config.train.log_every, self.world.device, reading.time)
-
-    def _finish_row(self, wait: bool) -> None:
-        """Write the row that is under way, once its scalars have arrived."""
-        if self.pending is None or not (wait or self.pending[0].ready()):
-            return
-        reading, row, step = self.pending
-        self.pending = None
-        loss, grad_norm, refused, longest, self.in_a_row, *losses = reading.read()
-        self.most_refused = max(self.most_refused, longest)
-        if self.main:
-            seconds = reading.time.seconds_since(row.began)
-            speed = (step - row.first_step) * self.config.train.batch_size / seconds
-            scalars = {"step": step, "loss": loss, "lr": self.learning_rate(step - 1), "grad_norm": grad_norm}
-            scalars["images_per_second"] = speed
-            scalars |= utilisation(speed, self.flops, self.world.device, self.world.size)
-            scalars["data_wait"] = row.waited / seconds
-            if scalars["data_wait"] > SLOW_DATA:
-                share = f"{scalars['data_wait']:.0%}"
-                self.monitor.say(f"step {step}: {share} of the time went into waiting for data; see data.num_workers")
-            if refused:
-                scalars["refused"] = refused
-                self.monitor.say(
-                    f"step {step}: {refused:.0f} of {step - row.first_step} steps skipped, gradient not finite"
-                )
-            self.monitor.row(scalars)
-            for number, value in enumerate(losses, row.first_step + 1):
-                if line := self.spikes.look(number, value):
-                    self.monitor.say(line)
+    def _write_row(self, scalars: dict[str, float], remarks: list[str]) -> None:
+        self.monitor.row(scalars)
+        for line in remarks:
+            self.monitor.say(line)
 
     def _samples_of(self, step: int) -> list[int]:
         """The dataset's indices in the batch that ended with this step of this call."""
@@ -336,111 +339,13 @@ class Trainer:
         whole = Order(len(self.dataset), train.seed, train.batch_size, 1, 0, 1, 0, 1)
         return [i for i, _ in whole.pairs(first_sample + (step - 1 - first_step) * train.batch_size)]
 
-    def _plan_activations(self, model: nn.Module, budget: float) -> None:
-        """Choose what each block keeps for the backward; the same on every rank."""
-        micro_batch, _ = batch_plan(self.config.train, self.world.size)
-        dtype = torch.bfloat16 if computes_in_bf16(self.config.train, self.world.device) else torch.float32
-
-        def plan() -> activations.Plan:
-            network = activations.inspect(model, self.config.model, micro_batch, self.world.device, dtype)
-            if self.world.device.type == "cuda":
-                torch.cuda.empty_cache()  # of the copy that was looked at
-            chosen = activations.plan_within(budget, network)
-            self._say(activations.describe(chosen, network, budget))
-            return chosen
-
-        for block, policy in zip(model.blocks, self.world.on_first(plan)):
-            block.checkpointing = policy
-
-    def _parts(self) -> dict[str, Tensor]:
-        return {"model": self.engine.partition, **self.engine.moments(), "ema": self.engine.ema.values}
-
     def _save(self) -> None:
-        """Start a checkpoint. All ranks gather, rank 0 writes, beside the training."""
-        parts = {name: self.engine.gather(flat) for name, flat in self._parts().items()}
-        state = {
-            "samples": self.samples,
-            "adam_step": self.engine.adam_step,
-            "world_size": self.world.size,
-            "zero_stage": self.engine.stage,
-            "config": self.config.model_dump(mode="json"),
-            "data": self.provenance.as_json(),
-        }
-        if self.main:
-            self.writer.submit(self.step, parts, state)
-        self.saved = self.step
-        self.row.began = Mark(self.world.device)
-
-    def _resume(self) -> None:
-        """Continue from the newest intact checkpoint, if there is one. Rank 0 reads, all ranks get their share."""
-
-        def look() -> tuple[Path, dict[str, Any]] | None:
-            self.claim = claim(self.run_dir)
-            found = checkpoint.newest_intact(self.run_dir / "checkpoints", say)
-            if found:
-                checkpoint.check_whole(*found)
-                checkpoint.check_model(found[0], self.engine.shapes, self.config.model_dump(mode="json"), found[1])
-                self.provenance = checkpoint.check_data(found[0], self.provenance)
-                checkpoint.set_aside_newer(found[0])
-            return found
-
-        found = self.world.on_first(look)
-        if found is None:
-            return
-        path, manifest = found
-        for name, flat in self._parts().items():
-            self.engine.scatter(checkpoint.read(path, name) if self.main else {}, flat)
-        self.engine.adam_step = manifest["adam_step"]
-        self.engine.refresh()
-        self.step, self.samples, self.saved = manifest["step"], manifest["samples"], manifest["step"]
-        if self.step < self.config.train.iterations:
-            other = checkpoint.other_settings(self.config.model_dump(mode="json"), manifest)
-            self._say(f"continuing from {path}" + (f", with {other}" if other else ""))
-
-    def _agree(self) -> None:
-        """Refuse data whose labels or latents mean something else than those of rank 0."""
-        first = self.world.on_first(lambda: self.provenance)
-        if difference := first.difference(self.provenance):
-            raise RankError(f"rank {self.world.rank}: its data are not those of rank 0: {difference}")
-
-    def _look_at_ema(self, show: bool, judge: bool) -> None:
-        """Hand the EMA weights to `preview` and `measure`, in a copy of the model that is on the device for that time only."""
-        weights = self.engine.gather(self.engine.ema.values)  # by all ranks
-
-        def look() -> None:
-            if self.ema_model is None:
-                return
-            self.ema_model.load_state_dict(weights)
-            self.ema_model.to(self.world.device, torch.bfloat16 if self.engine.bf16 else torch.float32)
-            try:
-                with ticking(self._leave_off):
-                    if show and self.preview:
-                        folder = self.run_dir / "samples"
-                        folder.mkdir(exist_ok=True)
-                        picture = self.preview(self.ema_model, self.step, folder)
-                        if picture:
-                            self.monitor.picture(picture, self.step)
-                    if judge and self.measure:
-                        figures = self.measure(self.ema_model, self.step)
-                        self.monitor.figures(figures, self.step)
-                        Best(self.run_dir).offer(weights, figures, self.step)
-            except Stalled:
-                self._say(f"step {self.step}: samples or figures were left off after {self.interrupt.name}")
-            except OSError as error:  # a full disk
-                self._say(f"step {self.step}: samples or figures were not written: {error}")
-            self.ema_model.to("cpu", torch.float32)
-
-        self.world.on_first(look)
-        self.row.began = Mark(self.world.device)
+        self.saves.start(self.step, self.samples)
+        self.rows.restart_clock()
 
     def _overdue(self) -> bool:
         """Whether nothing should be waited for any longer, after a signal."""
         return self.interrupt is not None and self.interrupt.overdue()
-
-    def _leave_off(self, _: float) -> None:
-        """A checkpoint is worth more than what has not ended yet."""
-        if self._overdue():
-            raise Stalled
 
     def _say(self, text: str) -> None:
         if self.main:

@@ -4,7 +4,7 @@ import torch
 
 from tests.training import tiny
 from uvit_fast.runtime.processes import start
-from uvit_fast.training.row import Row
+from uvit_fast.training.rows import Row
 
 
 def rows_of_one_and_of_many():

@@ -1,0 +1,112 @@
+"""What a run continues from, and what it leaves to continue from: its checkpoints, between the engine's ranks and the run's folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from uvit_fast.config import Config
+from uvit_fast.provenance import Provenance
+from uvit_fast.runtime.claims import Claim
+from uvit_fast.runtime.errors import RankError
+from uvit_fast.training import checkpoint
+from uvit_fast.training.engine import Engine
+from uvit_fast.training.folder import claim
+from uvit_fast.training.monitor import say
+
+
+class Saves:
+    """The checkpoints of one run.
+
+    Args:
+        config, engine: whose state is saved.
+        run_dir: the run's folder.
+        provenance: what labels and latents of this rank's data mean.
+        tell: gets lines for the user.
+
+    Attributes:
+        step: of the newest checkpoint, or 0.
+        provenance: what the run has learned from, its checkpoint's included.
+
+    Raises:
+        RankError: this rank's data mean something else than those of rank 0.
+    """
+
+    def __init__(
+        self, config: Config, engine: Engine, run_dir: Path, provenance: Provenance, tell: Callable[[str], None]
+    ):
+        self.config, self.engine, self.run_dir, self.provenance, self.tell = config, engine, run_dir, provenance, tell
+        self.world = engine.world
+        self.step = 0
+        self._writer = checkpoint.Writer(
+            run_dir / "checkpoints", config.train.keep_checkpoints, tell, config.train.keep_every
+        )
+        self._claim: Claim | None = None  # rank 0's, on the folder
+        first = self.world.on_first(lambda: provenance)
+        if difference := first.difference(provenance):
+            raise RankError(f"rank {self.world.rank}: its data are not those of rank 0: {difference}")
+
+    def resume(self) -> tuple[int, int]:
+        """Take the folder for this run, and its newest intact checkpoint, if there is one, into the engine: rank 0 reads, all ranks get
+        their share.
+
+        Returns:
+            the step, and how many samples all ranks have taken in all; 0 and 0 for a new run.
+
+        Raises:
+            UserError: another process trains in the folder, no checkpoint is intact, or it is of another model or of other data.
+        """
+        config = self.config.model_dump(mode="json")
+
+        def look() -> tuple[Path, dict[str, Any]] | None:
+            self._claim = claim(self.run_dir)
+            found = checkpoint.newest_intact(self.run_dir / "checkpoints", say)
+            if found:
+                checkpoint.check_whole(*found)
+                checkpoint.check_model(found[0], self.engine.shapes, config, found[1])
+                self.provenance = checkpoint.check_data(found[0], self.provenance)
+                checkpoint.set_aside_newer(found[0])
+            return found
+
+        found = self.world.on_first(look)
+        if found is None:
+            return 0, 0
+        path, manifest = found
+        for name, flat in self._parts().items():
+            self.engine.scatter(checkpoint.read(path, name) if self.world.rank == 0 else {}, flat)
+        self.engine.adam_step = manifest["adam_step"]
+        self.engine.refresh()
+        self.step = manifest["step"]
+        if self.step < self.config.train.iterations:
+            other = checkpoint.other_settings(config, manifest)
+            self.tell(f"continuing from {path}" + (f", with {other}" if other else ""))
+        return self.step, manifest["samples"]
+
+    def start(self, step: int, samples: int) -> None:
+        """Start a checkpoint: all ranks gather, rank 0 writes, beside the training."""
+        parts = {name: self.engine.gather(flat) for name, flat in self._parts().items()}
+        state = {
+            "samples": samples,
+            "adam_step": self.engine.adam_step,
+            "world_size": self.world.size,
+            "zero_stage": self.engine.stage,
+            "config": self.config.model_dump(mode="json"),
+            "data": self.provenance.as_json(),
+        }
+        if self.world.rank == 0:
+            self._writer.submit(step, parts, state)
+        self.step = step
+
+    def finish(self) -> bool:
+        """Wait for the checkpoint under way; whether it was written. Other ranks than 0 have none."""
+        return self._writer.finish()
+
+    def close(self) -> None:
+        """Give the folder up."""
+        self._writer.finish()
+        if self._claim is not None:
+            self._claim.release()
+
+    def _parts(self) -> dict[str, Tensor]:
+        return {"model": self.engine.partition, **self.engine.moments(), "ema": self.engine.ema.values}
