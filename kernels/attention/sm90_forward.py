@@ -35,6 +35,8 @@ from uvit_fast.kernels.attention.sm90_tiles import (
     down,
     left,
     masked,
+    narrow_store,
+    narrow_tail_store,
     row_bytes,
     rows_by_rows,
     shared_head,
@@ -103,9 +105,9 @@ def attention_forward_kernel(
     qkv_rest,  # 64 rows, 16 columns; this and the others of 16 columns None where D = 64
     qkv_tail,  # 16 rows, 64 columns; these two None without a tail
     qkv_tail_rest,  # 16 rows, 16 columns
-    out,  # (B, L, H, D) in boxes of 64 rows, 64 columns
+    out,  # (B, L, H, D) in boxes of 64 rows, 64 columns; this and the next None for an e4m3 result
     out_rest,  # 64 rows, 16 columns
-    out_whole,  # (B, L, H, D), what `out` is a view of
+    out_whole,  # (B, L, H, D), what `out` is a view of; or (B, L, H * D) e4m3, in the order of `narrow`
     lse,  # (B, H, L) fp32, base 2
     L,
     scale,  # D**-0.5 * log2(e)
@@ -118,6 +120,7 @@ def attention_forward_kernel(
 ):
     WIDE: gl.constexpr = D > 64
     ROW: gl.constexpr = row_bytes(WIDE)
+    NARROW: gl.constexpr = out is None
     HEAD: gl.constexpr = (BLOCKS * 64 + (16 if TAIL else 0)) * ROW
     NK: gl.constexpr = BLOCKS * 64 // BN
     START: gl.constexpr = BLOCKS * 64 if TAIL else 0  # the tail goes first
@@ -136,6 +139,7 @@ def attention_forward_kernel(
     blocks, tails = Boxes(qkv, qkv_rest), Boxes(qkv_tail, qkv_tail_rest)
     q = Global(blocks, tails, b, h)
     to = Global(Boxes(out, out_rest), None, b, h)
+    whole = out_whole + b.to(gl.int64) * L * (H * D)
     mbarrier.expect(bars.index(0), 64 * ROW)
     q.load(START, stream.index(0), bars.index(0))
     mbarrier.expect(bars.index(2), HEAD)
@@ -156,7 +160,10 @@ def attention_forward_kernel(
         tail = _attend_whole_tail(x_tail, keys, stream.index(0).main, L, scale)
         rows_tail = START + gl.arange(0, 16, layout=gl.SliceLayout(1, SMALL))
         gl.store(lse + head * L + rows_tail, tail.lse(), mask=rows_tail < L)
-        tail_store(out_whole + b.to(gl.int64) * L * (H * D) + h * D, tail.out(), START, L, H * D, D)
+        if NARROW:
+            narrow_tail_store(whole, tail.out(), START, L, h, H, D)
+        else:
+            tail_store(whole + h * D, tail.out(), START, L, H * D, D)
         fence_async_shared()  # TMA is next to write where the scores were
     for i in range(BLOCKS):
         u = (i + BEFORE) & 1
@@ -176,6 +183,8 @@ def attention_forward_kernel(
             if j == 0 and i + BEFORE > 0:
                 # the other buffer has held the output of the block before this one: by now that has left
                 tma.store_wait(0)
+                if NARROW:
+                    barrier()  # or, where none is stored through it, every warp has read its queries
                 if i + 1 < BLOCKS:
                     mbarrier.expect(bars.index(1 - u), 64 * ROW)
                     q.load((i + 1) * 64, stream.index(1 - u), bars.index(1 - u))
@@ -207,7 +216,10 @@ def attention_forward_kernel(
         seen = Attended(m, total, o)
         rows = i * 64 + gl.arange(0, 64, layout=row)
         gl.store(lse + head * L + rows, seen.lse(), mask=rows < L)
-        to.store(i * 64, seen.out(), stream.index(u))
+        if NARROW:
+            narrow_store(whole, seen.out(), i * 64, L, h, H, D)
+        else:
+            to.store(i * 64, seen.out(), stream.index(u))
     tma.store_wait(0)
 
 
@@ -216,7 +228,8 @@ def forward_launch(qkv: Tensor, out: Tensor, lse: Tensor) -> tuple:
     _, L, _, H, D = qkv.shape
     c = cut(L)
     keys = 256 if c["BLOCKS"] % 4 == 0 else 128 if c["BLOCKS"] % 2 == 0 else 64
-    boxed = (*boxes(qkv, D, 64), *boxes(qkv, D, 16 if c["TAIL"] else None), *boxes(out, D, 64))
+    wide = out.dtype == qkv.dtype
+    boxed = (*boxes(qkv, D, 64), *boxes(qkv, D, 16 if c["TAIL"] else None), *boxes(out, D, 64 if wide else None))
     arguments = (*boxed, out, lse, L, D**-0.5 * LOG2E, D)
     return attention_forward_kernel, arguments, {"H": H, **c, "BN": keys, "num_warps": 4}
 
@@ -226,10 +239,13 @@ def launches(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, delta: Tensor,
     return [forward_launch(qkv, out, lse), *sm90_backward.launches(qkv, out, lse, dout, delta, dqkv)]
 
 
-def forward(qkv: Tensor) -> tuple[Tensor, Tensor]:
-    """Return out (B, L, H*D) and lse (B, H, L), fp32 in base 2, of qkv (B, L, 3, H, D), contiguous."""
+def forward(qkv: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Return out (B, L, H*D) and lse (B, H, L), fp32 in base 2, of qkv (B, L, 3, H, D), contiguous.
+
+    out is of qkv's dtype, or of e4m3 with its features in the order of `sm90_tiles.narrow`, for D of 64 to 80.
+    """
     B, L, _, H, D = qkv.shape
-    out = qkv.new_empty(B, L, H * D)
+    out = qkv.new_empty(B, L, H * D, dtype=dtype)
     lse = qkv.new_empty(B, H, L, dtype=torch.float32)
     kernel, arguments, options = forward_launch(qkv, out, lse)
     launch.run(qkv.device, kernel, (B * H,), arguments, options)

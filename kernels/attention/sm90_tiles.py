@@ -30,6 +30,15 @@ MMA_16 = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16]))
 LEFT = gl.constexpr(gl.DotOperandLayout(0, MMA_64.value, 2))
 SMALL = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [1, 4], [16, 8]))  # 16 rows, a quarter of the columns a warp
 LEFT_SMALL = gl.constexpr(gl.DotOperandLayout(0, SMALL.value, 2))
+NARROW_64 = gl.constexpr(  # what a thread of MMA_64 has of a row side by side, once its columns are in `narrow` order
+    gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 4], [0, 8], [8, 0]],
+        lane_bases=[[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, 64],
+    )
+)
 RIGHT_SMALL = gl.constexpr(gl.DotOperandLayout(1, SMALL.value, 2))
 
 
@@ -311,6 +320,39 @@ def tail_store(pointer, value, first, L, stride, D: gl.constexpr):
         gl.store(at + gl.expand_dims(columns_rest, 0), value.rest.to(pointer.dtype.element_ty), mask=inside)
 
 
+@gluon.jit
+def narrow_store(pointer, value, first, L, h, H: gl.constexpr, D: gl.constexpr):
+    """Store a block of rows (64, D) of head h in e4m3, straight to global memory: see `narrow`."""
+    x = value.main.reshape([64, 8, 4, 2]).permute([0, 2, 1, 3]).reshape([64, 64])
+    x = gl.convert_layout(x, NARROW_64)
+    rows = first + gl.arange(0, 64, layout=gl.SliceLayout(1, NARROW_64))
+    columns = h * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, NARROW_64))
+    at = pointer + gl.expand_dims(rows, 1) * (H * D) + gl.expand_dims(columns, 0)
+    gl.store(at, x.to(gl.float8e4nv), mask=gl.expand_dims(rows < L, 1))
+    if value.rest is not None:
+        rows_rest = first + gl.arange(0, 64, layout=gl.SliceLayout(1, MMA_16))
+        columns_rest = gl.arange(0, 16, layout=gl.SliceLayout(0, MMA_16))
+        at_rest = pointer + gl.expand_dims(rows_rest, 1) * (H * D) + H * 64 + h * (D - 64)
+        inside = gl.expand_dims(rows_rest < L, 1) & gl.expand_dims(columns_rest < D - 64, 0)
+        gl.store(at_rest + gl.expand_dims(columns_rest, 0), value.rest.to(gl.float8e4nv), mask=inside)
+
+
+@gluon.jit
+def narrow_tail_store(pointer, value, first, L, h, H: gl.constexpr, D: gl.constexpr):
+    """Store the rows of a tail (16, D) of head h as `narrow_store` does those of a block."""
+    rows = first + gl.arange(0, 16, layout=gl.SliceLayout(1, SMALL))
+    column = gl.arange(0, 64, layout=gl.SliceLayout(0, SMALL))
+    place = h * 64 + column % 8 // 2 * 16 + column // 8 * 2 + column % 2
+    at = pointer + gl.expand_dims(rows, 1) * (H * D)
+    inside = gl.expand_dims(rows < L, 1)
+    gl.store(at + gl.expand_dims(place, 0), value.main.to(gl.float8e4nv), mask=inside)
+    if value.rest is not None:
+        column_rest = gl.arange(0, 16, layout=gl.SliceLayout(0, SMALL))
+        inside = inside & gl.expand_dims(column_rest < D - 64, 0)
+        place_rest = H * 64 + h * (D - 64) + column_rest
+        gl.store(at + gl.expand_dims(place_rest, 0), value.rest.to(gl.float8e4nv), mask=inside)
+
+
 @gluon.constexpr_function
 def row_bytes(WIDE):
     """Return the bytes that TMA brings of a row."""
@@ -327,6 +369,16 @@ def cut(L: int) -> dict[str, int | bool]:
     """
     tail = L > 64 and 0 < L % 64 <= 16
     return {"BLOCKS": L // 64 if tail else cdiv(L, 64), "TAIL": tail, "RAGGED": not tail and L % 64 > 0}
+
+
+def narrow(H: int, D: int) -> list[int]:
+    """Return which of the H * D features of attention's result stands where when it is e4m3.
+
+    First the first 64 of each head, of which a thread's 16 (columns 2 q and 2 q + 1 of each 8) stand side by side, then
+    what is left of each head.
+    """
+    main = [8 * j + 2 * q + e for q in range(4) for j in range(8) for e in range(2)]
+    return [h * D + c for h in range(H) for c in main] + [h * D + c for h in range(H) for c in range(64, D)]
 
 
 def boxes(t: Tensor, D: int, rows: int | None) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:

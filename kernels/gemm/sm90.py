@@ -4,8 +4,9 @@ A tile is transposed, 128 features x 256 tokens: each consumer holds 64 weight r
 (wgmma n = 256), and both read the same stages. A consumer frees the stages it has read by itself, so the two drift
 apart and the epilogue of one hides behind the main loop of the other.
 
-Shared memory: 4 stages x (2 x 64 + 256) x 64 values + 2 x 16 KB of staging = 224 KB, and the barriers. Where such tiles
-would leave multiprocessors idle, as with a single image, a tile has 64 tokens and eight stages.
+Shared memory: 4 stages x (2 x 64 + 256) x 128 bytes + 2 x 16 KB of staging = 224 KB, and the barriers. Where such tiles
+would leave multiprocessors idle, as with a single image, a tile has 64 tokens and eight stages. Operands are of 16 bits,
+or e4m3 (`sm90_fp8`), of which a stage holds twice as many.
 """
 
 from torch import Tensor
@@ -93,7 +94,8 @@ def _producer(g):
 @gluon.jit
 def _product(ring, step, steps, TOKENS: gl.constexpr, WHO: gl.constexpr):
     """Return a consumer's [64, TOKENS] of a tile; one wgmma stays in flight, its predecessor's stage is freed."""
-    acc = gl.zeros([64, TOKENS], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16]))
+    DEEP: gl.constexpr = 256 // ring.b.dtype.primitive_bitwidth  # K of an instruction
+    acc = gl.zeros([64, TOKENS], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, DEEP]))
     w, x = ring.operands(step, WHO)
     acc = warpgroup_mma(w, x, acc, use_acc=False, is_async=True)
     for i in range(step + 1, step + steps):
@@ -136,11 +138,12 @@ def gemm_kernel(
     w,  # (N, K), boxes of [64, BK]; with TRANSPOSED (K, N), boxes of [BK, 64]
     x,  # (M, K1), boxes of [TOKENS, BK]
     x2,  # (M, K - K1), read with TWO
-    out,  # (M, N), boxes of [PART, 64]
+    out,  # (M, N), boxes of [PART, 64]; with PAIRED (M, N / 2) int16, boxes of [PART, 32]
     second,  # (M, N): GELU's h (gelu_save), GELU's value (gelu_backward)
     side,  # (M, N): the residual, or GELU's h
-    bias,  # (N,)
-    stats,  # (2, M, rounded up to whole tiles) fp32, whose second row, rstd, is read with FOLD
+    bias,  # (N,); with SCALED (3, N) fp32: bias, scale, row sums of the weight
+    stats,  # (2, M, rounded up to whole tiles) fp32: mean, read with FOLD and SCALED, and rstd, read with FOLD
+    narrow,  # (M, N) e4m3, written with NARROW
     partial,  # (ceil(M / TOKENS), N) fp32: column sums of out (gelu_backward)
     sums,  # (N / 64, 2, M) fp32, written with SUMS
     M,
@@ -160,6 +163,10 @@ def gemm_kernel(
     TWO: gl.constexpr,
     TRANSPOSED: gl.constexpr,
     SUMS: gl.constexpr,
+    SCALED: gl.constexpr,
+    PAIRED: gl.constexpr,
+    WIDE: gl.constexpr,
+    NARROW: gl.constexpr,
 ):
     PART: gl.constexpr = out.block_type.shape[0]
     # Allocations apart: the compiler puts a barrier between any two uses of one. A residual's result leaves from the
@@ -180,9 +187,11 @@ def gemm_kernel(
         second=second,
         side=side,
         bias=bias,
+        mean=stats,
         rstd=stats + stride_stats,
         partial=partial,
         sums=sums,
+        narrow=narrow,
         M=gl.to_tensor(M),
         N=gl.to_tensor(N),
         leaving=leaving,
@@ -198,6 +207,10 @@ def gemm_kernel(
         FOLD=FOLD,
         AHEAD=AHEAD,
         SUMS=SUMS,
+        SCALED=SCALED,
+        PAIRED=PAIRED,
+        WIDE=WIDE,
+        NARROW=NARROW,
     )
     g = Gemm(
         w=w,
@@ -255,6 +268,7 @@ def arguments(
         out_box if side is None else descriptor(side, part, ROWS),
         out if bias is None else bias,
         out if stats is None else stats,
+        out,
         partial,
         partial if sums is None else sums,
         M,
@@ -277,6 +291,10 @@ def arguments(
         "TWO": x2 is not None,
         "TRANSPOSED": transposed,
         "SUMS": sums is not None,
+        "SCALED": False,
+        "PAIRED": False,
+        "WIDE": True,
+        "NARROW": False,
         "num_warps": 4,
         "maxnreg": 168,
     }

@@ -58,6 +58,19 @@ def widened(x):
 
 
 @gluon.jit
+def pairs(x):
+    """Return [64, tokens] as [32, tokens] of int16: e4m3 of features i (low) and i + 8 of each 16.
+
+    They are in one thread, and as 16-bit values are turned by the store as those of a 16-bit result are.
+    """
+    tokens: gl.constexpr = x.shape[1]
+    pair: gl.constexpr = "cvt.rn.satfinite.e4m3x2.f32 $0, $2, $1;"
+    a, b = x.reshape([4, 2, 8, tokens]).permute([0, 2, 3, 1]).split()  # [4, 8, tokens] each
+    y = gl.inline_asm_elementwise(pair, "=h,f,f", [a, b], dtype=gl.int16, is_pure=True, pack=1)
+    return y.reshape([32, tokens])
+
+
+@gluon.jit
 def halves(x, rows: gl.constexpr, cols: gl.constexpr):
     """Return the left and the right half of [rows, cols]; no data moves between threads."""
     a, b = x.reshape([rows, 2, cols // 2]).permute([0, 2, 1]).split()
@@ -86,11 +99,11 @@ def parts(acc, rows: gl.constexpr, tokens: gl.constexpr, part: gl.constexpr):
 
 
 @gluon.jit
-def touch(rstd, TOKENS: gl.constexpr):
-    """Send for a tile's rstd into L1, where `Epilogue.rstd_of` will look for it after the main loop."""
+def touch(statistic, TOKENS: gl.constexpr):
+    """Send for a tile's rstd or mean into L1, where `Epilogue.of_tokens` will look for it after the main loop."""
     lay: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
     hint: gl.constexpr = "prefetch.global.L1 [$1]; mov.b32 $0, 0;"
-    line = (rstd + gl.arange(0, TOKENS, layout=lay)).to(gl.int64)
+    line = (statistic + gl.arange(0, TOKENS, layout=lay)).to(gl.int64)
     gl.inline_asm_elementwise(hint, "=r,l", [line], dtype=gl.int32, is_pure=False, pack=1)
 
 
@@ -109,20 +122,25 @@ class Ahead:
     """What a consumer has asked global memory for before the main loop."""
 
     shift: gl.tensor  # (64,) fp32, the bias; a number where there is none
+    scale: gl.tensor  # (64,) fp32, the weight's; a number where it has none
+    sums: gl.tensor  # (64,) fp32, of the weight's rows, likewise
     rstd: gl.tensor  # (PART,) fp32, of the first part's tokens; a number where no LayerNorm is folded in
+    mean: gl.tensor  # (PART,) fp32, likewise
 
 
 @aggregate
 class Epilogue:
     """Where results go, and what is taken beside the accumulator."""
 
-    out: tma.tensor_descriptor  # (M, N), boxes of [PART, 64]
+    out: tma.tensor_descriptor  # (M, N), boxes of [PART, 64]; PAIRED (M, N / 2), boxes of [PART, 32]
     second: tma.tensor_descriptor  # (M, N), likewise: GELU's h (gelu_save), GELU's value (gelu_backward)
     side: tma.tensor_descriptor  # (M, N), likewise: the residual, or GELU's h (gelu_backward)
-    bias: gl.tensor  # (N,)
-    rstd: gl.tensor  # (M, rounded up to whole tiles) fp32
+    bias: gl.tensor  # (N,); SCALED (3, N): bias, scale and sums of the weight's rows
+    mean: gl.tensor  # (M, rounded up to whole tiles) fp32
+    rstd: gl.tensor  # likewise
     partial: gl.tensor  # (ceil(M / TOKENS), N) fp32: column sums of out (gelu_backward)
     sums: gl.tensor  # (N / 64, 2, M) fp32: see layernorm.sums
+    narrow: gl.tensor  # (M, N) e4m3: the result once more
     M: gl.tensor
     N: gl.tensor
     leaving: gl.shared_memory_descriptor  # (2 LEAVING, PART, 64): out on its way
@@ -138,6 +156,10 @@ class Epilogue:
     FOLD: gl.constexpr  # whether a LayerNorm is folded in
     AHEAD: gl.constexpr  # whether a tile's rstd is asked for into L1 ahead
     SUMS: gl.constexpr  # whether the result's sums are written
+    SCALED: gl.constexpr  # whether the weight has a scale a row, and the rows sums by which a LayerNorm's mean shows
+    PAIRED: gl.constexpr  # whether the result is e4m3, in the order of `pairs`
+    WIDE: gl.constexpr  # whether out is written
+    NARROW: gl.constexpr  # whether narrow is written
 
     @gluon.jit
     def ask(self, at):
@@ -148,32 +170,50 @@ class Epilogue:
         for b in gl.static_range(self.ARRIVING):
             self.fetch(at, b)
         shift = gl.to_tensor(0.0)
+        scale = gl.to_tensor(0.0)
+        sums = gl.to_tensor(0.0)
         rstd = gl.to_tensor(0.0)
+        mean = gl.to_tensor(0.0)
+        row = at.feature + gl.arange(0, 64, layout=gl.SliceLayout(1, lay))
         if self.HAS_BIAS:
-            row = at.feature + gl.arange(0, 64, layout=gl.SliceLayout(1, lay))
             shift = gl.load(self.bias + row, mask=row < self.N, other=0.0).to(gl.float32)
+        if self.SCALED:
+            scale = gl.load(self.bias + self.N + row, mask=row < self.N, other=0.0)
         if self.FOLD:
             if self.AHEAD:
                 touch(self.rstd + at.token, self.TOKENS)
-            rstd = self.rstd_of(at, 0)
-        return Ahead(shift, rstd)
+            rstd = self.of_tokens(self.rstd, at, 0)
+            if self.SCALED:
+                sums = gl.load(self.bias + 2 * self.N + row, mask=row < self.N, other=0.0)
+                if self.AHEAD:
+                    touch(self.mean + at.token, self.TOKENS)
+                mean = self.of_tokens(self.mean, at, 0)
+        return Ahead(shift, scale, sums, rstd, mean)
 
     @gluon.jit
-    def rstd_of(self, at, j: gl.constexpr):
-        """Return rstd of part j's tokens, in the layout of its columns.
+    def of_tokens(self, statistic, at, j: gl.constexpr):
+        """Return a statistic of part j's tokens, in the layout of its columns.
 
         Past the last token there is memory to read, though nothing in it.
         """
         lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.PART, 16])
-        return gl.load(self.rstd + at.token + j * self.PART + gl.arange(0, self.PART, layout=gl.SliceLayout(0, lay)))
+        return gl.load(statistic + at.token + j * self.PART + gl.arange(0, self.PART, layout=gl.SliceLayout(0, lay)))
 
     @gluon.jit
     def affine(self, x, ahead, at, j: gl.constexpr):
-        """Return part j with the LayerNorm's scale and the bias, and the `Ahead` of the part after it."""
+        """Return part j with all scales, the LayerNorm's and the bias, and the `Ahead` of the part after it."""
+        if self.SCALED:
+            x = x * gl.expand_dims(ahead.scale, 1)
         if self.FOLD:
+            if self.SCALED:  # e4m3 rows do not sum up to 0: what shows of the mean is taken off
+                x = x - gl.expand_dims(ahead.sums, 1) * gl.expand_dims(ahead.mean, 0)
             x = x * gl.expand_dims(ahead.rstd, 0)
             if j + 1 < self.TOKENS // self.PART:
-                ahead = Ahead(ahead.shift, self.rstd_of(at, j + 1))
+                mean = ahead.mean
+                if self.SCALED:
+                    mean = self.of_tokens(self.mean, at, j + 1)
+                rstd = self.of_tokens(self.rstd, at, j + 1)
+                ahead = Ahead(ahead.shift, ahead.scale, ahead.sums, rstd, mean)
         if self.HAS_BIAS:
             x = x + gl.expand_dims(ahead.shift, 1)
         return x, ahead
@@ -198,12 +238,18 @@ class Epilogue:
 
     @gluon.jit
     def send(self, x, at, j: gl.constexpr, buf):
-        """Send part j of the result, [64, PART], through its buffer [PART, 64]; with SUMS, write its sums."""
-        buf.permute([1, 0]).store(x.to(self.out.dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(self.out, [at.token + j * self.PART, at.feature], buf)
-        if self.SUMS:
-            self.write_sums(buf, at, j)
+        """Send part j of the result, [64, PART], through its buffer [PART, 64]; write what follows from it."""
+        if self.PAIRED:
+            buf.permute([1, 0]).store(pairs(x))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(self.out, [at.token + j * self.PART, at.feature // 2], buf)
+        else:
+            buf.permute([1, 0]).store(x.to(self.out.dtype))
+            if self.WIDE:
+                fence_async_shared()
+                tma.async_copy_shared_to_global(self.out, [at.token + j * self.PART, at.feature], buf)
+        if self.SUMS or self.NARROW:
+            self.read_back(buf, at, j)
 
     @gluon.jit
     def send_two(self, x, y, at, j: gl.constexpr):
@@ -219,8 +265,9 @@ class Epilogue:
         tma.async_copy_shared_to_global(self.second, [token, at.feature], y_buf)
 
     @gluon.jit
-    def write_sums(self, buf, at, j: gl.constexpr):
-        """Write the sums of a part's 64 features, as rounded, for each token, and of the squares around their mean.
+    def read_back(self, buf, at, j: gl.constexpr):
+        """Write the result once more in e4m3, and of each token the sum of a part's 64 features, as rounded, and of
+        the squares around their mean.
 
         They are read back from the staging buffer, where a thread finds many features of one token; the accumulator
         spreads them over all threads.
@@ -228,13 +275,18 @@ class Epilogue:
         PART: gl.constexpr = self.PART
         lay: gl.constexpr = gl.BlockedLayout([1, PART * 64 // 128], [PART // 4, 128 // PART], [4, 1], [1, 0])
         x = widened(buf.load(lay))
-        total = gl.sum(x, axis=1)
-        x = x - gl.expand_dims(total * (1.0 / 64), 1)
         token = at.token + j * PART + gl.arange(0, PART, layout=gl.SliceLayout(1, lay))
-        first = self.sums + at.feature // 64 * 2 * self.M + token
         inside = (token < self.M) & (at.feature < self.N)
-        gl.store(first, total, mask=inside)
-        gl.store(first + self.M, gl.sum(x * x, axis=1), mask=inside)
+        if self.NARROW:
+            feature = at.feature + gl.arange(0, 64, layout=gl.SliceLayout(0, lay))
+            where = gl.expand_dims(token.to(gl.int64) * self.N, 1) + gl.expand_dims(feature, 0)
+            gl.store(self.narrow + where, x.to(gl.float8e4nv), mask=gl.expand_dims(inside, 1))
+        if self.SUMS:
+            total = gl.sum(x, axis=1)
+            x = x - gl.expand_dims(total * (1.0 / 64), 1)
+            first = self.sums + at.feature // 64 * 2 * self.M + token
+            gl.store(first, total, mask=inside)
+            gl.store(first + self.M, gl.sum(x * x, axis=1), mask=inside)
 
 
 @gluon.jit

@@ -89,19 +89,20 @@ _KINDS = {int: _of_int, Tensor: _of_tensor, torch.nn.Parameter: _of_tensor}  # w
 
 
 def descriptor(t: Tensor, *block: int) -> TensorDescriptor:
-    """Return a view of t, of 16-bit values, in boxes of this shape, in shared memory in the widest swizzle that fits.
+    """Return a view of t, of 16-bit or 8-bit values, in boxes of this shape, in the widest swizzle that fits.
 
     t's first element is on a 16-byte boundary and its rows are multiples of 16 bytes apart.
     """
     made = object.__new__(TensorDescriptor)
-    made.__dict__ = {**_box(block), "base": t, "shape": t.shape, "strides": t.stride(), "kind": (t.dtype, block)}
+    made.__dict__ = {**_box(block, t.itemsize), "base": t, "shape": t.shape, "strides": t.stride(), "kind": (t.dtype, block)}
     return made
 
 
 @functools.cache
-def _box(block: tuple[int, ...]) -> dict:
+def _box(block: tuple[int, ...], itemsize: int) -> dict:
     """Return the fields of a descriptor that do not depend on its tensor, checked."""
-    layout = gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16)
-    example = torch.empty(block, dtype=torch.bfloat16, device="meta")
-    strides = [max(stride, 8) if i < len(block) - 1 else 1 for i, stride in enumerate(example.stride())]
+    layout = gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16 if itemsize == 2 else gl.float8e4nv)
+    example = torch.empty(block, dtype=torch.bfloat16 if itemsize == 2 else torch.float8_e4m3fn, device="meta")
+    aligned = 16 // itemsize
+    strides = [max(stride, aligned) if i < len(block) - 1 else 1 for i, stride in enumerate(example.stride())]
     return dict(vars(TensorDescriptor(example, list(block), strides, list(block), layout)))

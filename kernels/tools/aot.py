@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory a block may take, by architecture
 _MULTIPROCESSORS = {80: 108, 90: 132}
 _INSTRUCTIONS = {  # field of the report -> what its instructions look like in the disassembly
-    "wgmma": r"\bHGMMA\b",
+    "wgmma": r"\b[HQ]GMMA\b",
     "wgmma_waits": r"WARPGROUP\.DEPBAR",
     "mma": r"\bHMMA\b",
     "tma_loads": r"UTMALDG",

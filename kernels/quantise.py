@@ -1,0 +1,55 @@
+"""Linear layers in e4m3, derived from a network's own: weights, scales, and the order of features that a kernel leaves.
+
+e4m3 is a floating-point format with three bits of mantissa: a value in [2^-6, 448] is off by at most 1/16 of itself,
+wherever it lies, so a scale has to keep values in that range and no more. A weight has one a row; the activations that
+enter and leave a product have 1.
+"""
+
+import torch
+from torch import Tensor
+
+from uvit_fast.kernels.layers import Linear, Norm, Quantised
+from uvit_fast.kernels.runtime.checks import ACCUMULATE
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = 448.0
+
+
+def narrow(x: Tensor) -> Tensor:
+    """Return x in e4m3, values past the largest as the largest: what cvt.rn.satfinite.e4m3x2.f32 gives."""
+    return x.float().clamp(-LARGEST, LARGEST).to(E4M3)
+
+
+def paired(features: int) -> Tensor:
+    """Return which feature stands where in a result whose features are written in pairs: (features,) int64.
+
+    A thread of the GEMM holds features i and i + 8 of each 16, and writes them side by side.
+    """
+    within = torch.tensor([i + 8 * half for i in range(8) for half in range(2)])
+    return (torch.arange(0, features, 16)[:, None] + within).flatten()
+
+
+def quantise(
+    linear: Linear, norm: Norm | None = None, scale: float = 1.0, order: Tensor | None = None
+) -> Quantised:
+    """Return scale * Linear(LN(x)), or without a norm scale * Linear(x), as an e4m3 layer.
+
+    As in `layernorm.fold`, a row of gamma W may lose its mean, which LayerNorm takes off x anyway; e4m3 rows keep a
+    sum all the same, and what shows of the mean through it the product takes off.
+
+    Args:
+        linear: weight (N, K), any float dtype.
+        order: (K,) which feature of x stands where; None: in order.
+    """
+    weight, bias = (None if t is None else t.detach().to(ACCUMULATE) for t in linear)
+    shift = weight.new_zeros(weight.shape[0]) if bias is None else bias
+    if norm is not None:
+        shift = shift + weight @ norm.bias.detach().to(ACCUMULATE)
+        weight = weight * norm.weight.detach().to(ACCUMULATE)
+        weight = weight - weight.mean(1, keepdim=True)
+    largest = weight.abs().amax(1).clamp(min=torch.finfo(ACCUMULATE).tiny * LARGEST)
+    step = largest / LARGEST  # (N,)
+    values = narrow(weight / step[:, None])
+    step = step * scale
+    rows = torch.stack([shift * scale, step, step * values.float().sum(1)])  # (3, N)
+    return Quantised(values if order is None else values[:, order.to(values.device)].contiguous(), rows)
