@@ -29,9 +29,7 @@ def paired(features: int) -> Tensor:
     return (torch.arange(0, features, 16)[:, None] + within).flatten()
 
 
-def quantise(
-    linear: Linear, norm: Norm | None = None, scale: float = 1.0, order: Tensor | None = None
-) -> Quantised:
+def quantise(linear: Linear, norm: Norm | None = None, scale: float = 1.0, order: Tensor | None = None) -> Quantised:
     """Return scale * Linear(LN(x)), or without a norm scale * Linear(x), as an e4m3 layer.
 
     As in `layernorm.fold`, a row of gamma W may lose its mean, which LayerNorm takes off x anyway; e4m3 rows keep a
@@ -39,7 +37,7 @@ def quantise(
 
     Args:
         linear: weight (N, K), any float dtype.
-        order: (K,) which feature of x stands where; None: in order.
+        order: (K,) which feature of x stands where, K for a column of zeros; None: in order.
     """
     weight, bias = (None if t is None else t.detach().to(ACCUMULATE) for t in linear)
     shift = weight.new_zeros(weight.shape[0]) if bias is None else bias
@@ -50,6 +48,14 @@ def quantise(
     largest = weight.abs().amax(1).clamp(min=torch.finfo(ACCUMULATE).tiny * LARGEST)
     step = largest / LARGEST  # (N,)
     values = narrow(weight / step[:, None])
-    step = step * scale
-    rows = torch.stack([shift * scale, step, step * values.float().sum(1)])  # (3, N)
-    return Quantised(values if order is None else values[:, order.to(values.device)].contiguous(), rows)
+    rows = torch.stack([shift * scale, step * scale, step * scale * values.float().sum(1)])  # (3, N)
+    if order is not None:
+        values = torch.cat([values.float(), values.new_zeros(len(values), 1).float()], 1)[:, order.to(values.device)]
+    return Quantised(values.to(E4M3).contiguous(), rows)
+
+
+def two_sources(features: int, second: int, step: int) -> Tensor:
+    """Return the order of a weight's columns where two sources of K meet: the second begins at a multiple of `step`."""
+    padded = -(-features // step) * step
+    gap = torch.full((padded - features,), features + second)
+    return torch.cat([torch.arange(features), gap, torch.arange(features, features + second)])

@@ -4,30 +4,16 @@ Operands lie K-major, both of them: there is no product with the weight transpos
 cores, which keep 14 bits of a product in flight.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from uvit_fast.kernels.gemm.fp8 import BK, CASES, Made
 from uvit_fast.kernels.gemm.sm90 import FEW, ROWS, SHORT, STAGES, STAGING, TOKENS, gemm_kernel
 from uvit_fast.kernels.layernorm import sums as layernorm_sums
 from uvit_fast.kernels.layers import Quantised
-from uvit_fast.kernels.quantise import E4M3
 from uvit_fast.kernels.runtime import launch, tuning
 from uvit_fast.kernels.runtime.device import multiprocessors
 from uvit_fast.kernels.runtime.launch import cdiv, descriptor
-
-BK = 128  # K per stage
-CASES = {"plain": "fp8_gemm", "residual": "fp8_gemm_residual", "gelu": "fp8_gemm_gelu"}
-
-
-class Made(NamedTuple):
-    """What a product wrote; None for what was not asked for."""
-
-    wide: Tensor | None  # (M, N) bf16
-    narrow: Tensor | None  # (M, N) e4m3; of "gelu" in the order of `quantise.paired`
-    sums: Tensor | None  # see layernorm.sums
-
 
 def arguments(
     epilogue: str,
@@ -51,7 +37,7 @@ def arguments(
     written = layernorm_sums.new(out) if sums else None
     out_box = descriptor(out.view(torch.int16), part, ROWS // 2) if paired else descriptor(out, part, ROWS)
     x_box = descriptor(x, tokens, BK)
-    steps = cdiv(K + (0 if x2 is None else x2.shape[1]), BK)
+    steps = cdiv(K, BK) + (0 if x2 is None else cdiv(x2.shape[1], BK))
     args = (
         descriptor(layer.weight, ROWS, BK),
         x_box,
@@ -70,7 +56,7 @@ def arguments(
         across,
         across * down,
         steps,
-        K // BK,
+        cdiv(K, BK),
     )
     buffers = min(tokens, STAGING) // part
     options = {
@@ -95,17 +81,7 @@ def arguments(
 
 
 def product(epilogue: str, x: Tensor, layer: Quantised, **more) -> Made:
-    """Launch a kernel for the epilogue of x @ weight.T.
-
-    Args:
-        epilogue: "plain", "residual" or "gelu".
-        x: (M, K) e4m3, contiguous, K a multiple of 128 where there is an x2.
-        layer: weight (N, K), or (N, K + K2) with x2.
-        x2: (M, K2) e4m3, contracted with the last K2 columns of the weight.
-        stats: (2, at least M) fp32, mean and rstd of x: the LayerNorm folded into the layer.
-        side: (M, N) bf16, the residual, whose place the bf16 result takes.
-        wide, narrow, sums: which results are wanted. Of "gelu" it is the e4m3 one, in the order of `quantise.paired`.
-    """
+    """Launch a kernel for what `fp8.reference` computes."""
     programs = multiprocessors(x.device)
     tile = FEW
     if cdiv(layer.weight.shape[0], 2 * ROWS) * cdiv(x.shape[0], TOKENS) >= programs:
@@ -113,6 +89,3 @@ def product(epilogue: str, x: Tensor, layer: Quantised, **more) -> Made:
     args, options, tiles, made = arguments(epilogue, x, layer, **more, **tile)
     launch.run(x.device, gemm_kernel, (min(tiles, programs),), args, options)
     return made
-
-
-assert E4M3.itemsize * BK == 128, "a stage has rows of 128 bytes"

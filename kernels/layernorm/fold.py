@@ -99,6 +99,7 @@ def _prepare_kernel(
     folded,  # (N, D): scale * gamma * weight, centred: its rows sum up to 0
     offset,  # (N,) fp32: scale * (bias + weight @ beta)
     sums,  # (D / 64, 2, M) fp32, read with SUMS in the place of x
+    narrow,  # (M, D) e4m3, written with NARROW: x
     M,
     N,
     stride,  # of stats
@@ -109,6 +110,7 @@ def _prepare_kernel(
     HI: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SUMS: tl.constexpr,  # D / 64, up to a power of two
+    NARROW: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
@@ -138,9 +140,14 @@ def _prepare_kernel(
         inside = (row < M)[:, None]
         a = tl.load(x + at + lo[None, :], mask=inside, other=0.0).to(tl.float32)
         mean = tl.sum(a, axis=1)
+        if NARROW:
+            tl.store(narrow + at + lo[None, :], a.to(narrow.dtype.element_ty), mask=inside)
         if HI:
             b = tl.load(x + at + hi[None, :], mask=inside & (hi < D)[None, :], other=0.0).to(tl.float32)
             mean += tl.sum(b, axis=1)
+            if NARROW:
+                last = inside & (hi < D)[None, :]
+                tl.store(narrow + at + hi[None, :], b.to(narrow.dtype.element_ty), mask=last)
         mean = mean / D
         a -= mean[:, None]
         variance = tl.sum(a * a, axis=1)  # of the centred values: exact for any mean
@@ -167,6 +174,52 @@ def folded_once() -> Iterator[None]:
 def new_statistics(x: Tensor, M: int) -> Tensor:
     """Return where the mean and rstd of M tokens go, (2, M rounded up to a multiple of TILE) fp32."""
     return x.new_empty(2, cdiv(M, TILE) * TILE, dtype=ACCUMULATE)
+
+
+def statistics(x: Tensor, sums: Tensor | None = None, narrow: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """Return mean and rstd of each row of x (M, D), (2, at least M) fp32.
+
+    Args:
+        sums: of x, where the kernel that wrote it left them: x is not read then.
+        narrow: (M, D) e4m3, filled with x in the same pass; without sums.
+    """
+    stats = new_statistics(x, x.shape[0])
+    _launch(x, (stats,) * 4, (stats, stats), stats, sums, 0, 1.0, eps, narrow)
+    return stats
+
+
+def _launch(
+    x: Tensor,
+    layer: tuple[Tensor, ...],
+    folded: tuple[Tensor, Tensor],
+    stats: Tensor,
+    sums: Tensor | None,
+    N: int,
+    scale: float,
+    eps: float,
+    narrow: Tensor | None = None,
+) -> None:
+    """Run the kernel over gamma, beta, weight and bias of N rows, and over x or its sums."""
+    M, D = x.shape
+    gamma, beta, weight, bias = layer
+    tuned = tuning.choice(x.device, "prepare", D)
+    low, high = split(D)
+    grid = (cdiv(N, tuned["rows"]) + cdiv(M, tuned["rows"] if sums is None else MERGED),)
+    args = (x, gamma, beta, weight, x if bias is None else bias, stats, *folded)
+    args += (stats if sums is None else sums, stats if narrow is None else narrow)
+    args += (M, N, stats.stride(0), scale, eps)
+    options = {
+        "D": D,
+        "LO": low,
+        "HI": high,
+        "HAS_BIAS": bias is not None,
+        "SUMS": 0 if sums is None else triton.next_power_of_2(sums.shape[0]),
+        "NARROW": narrow is not None,
+        "ROWS": tuned["rows"],
+        "TOKENS": MERGED,
+        "num_warps": tuned["warps"],
+    }
+    launch.run(x.device, _prepare_kernel, grid, args, options)
 
 
 class Folded(NamedTuple):
@@ -200,20 +253,5 @@ def prepare(x: Tensor, norm: Norm, linear: Linear, sums: Tensor | None = None, s
         folded = Linear(made, x.new_empty(N, dtype=ACCUMULATE))
         if kept is not None:
             kept[key] = folded
-    tuned = tuning.choice(x.device, "prepare", D)
-    low, high = split(D)
-    grid = (cdiv(N, tuned["rows"]) + cdiv(M, tuned["rows"] if sums is None else MERGED),)
-    args = (x, norm.weight, norm.bias, weight, x if bias is None else bias, stats, *folded)
-    args += (stats if sums is None else sums, M, N, stats.stride(0), scale, norm.eps)
-    options = {
-        "D": D,
-        "LO": low,
-        "HI": high,
-        "HAS_BIAS": bias is not None,
-        "SUMS": 0 if sums is None else triton.next_power_of_2(sums.shape[0]),
-        "ROWS": tuned["rows"],
-        "TOKENS": MERGED,
-        "num_warps": tuned["warps"],
-    }
-    launch.run(x.device, _prepare_kernel, grid, args, options)
+    _launch(x, (norm.weight, norm.bias, weight, bias), folded, stats, sums, N, scale, norm.eps)
     return Folded(folded, stats)

@@ -82,10 +82,10 @@ def plain(arch: int) -> dict:
     x, v, w, stats = meta(M, D), meta(D), meta(H, D), fp32(2, M)
 
     def prepare(sums):
-        args = (x, v, v, w, meta(H), stats, w, fp32(H), fp32(D // 64, 2, M))
+        args = (x, v, v, w, meta(H), stats, w, fp32(H), fp32(D // 64, 2, M), stats)
         args += (M, H, M, 1.0, 1e-5, D, low, high, True)
         tuned = choice(table, "prepare", D)
-        last = (sums, tuned["rows"], fold.MERGED)
+        last = (sums, False, tuned["rows"], fold.MERGED)
         return fold._prepare_kernel, (*args, *last), {"num_warps": tuned["warps"]}
 
     def backward():

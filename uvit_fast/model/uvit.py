@@ -276,6 +276,18 @@ class UViT(nn.Module):
             ValueError: a shape, type or device that does not fit, a missing condition or one that the model does not take, on a CPU a
                 label out of range; torch.jit.trace, for which torch.export is there.
         """
+        h = self.tokens(x, t, y, context)  # (B, L, D)
+        skips, sums = [], None
+        for block in self.in_blocks:
+            h, sums = _through(block, h, None, sums)
+            skips.append(h)
+        h, sums = _through(self.mid_block, h, None, sums)
+        for block in self.out_blocks:  # last in, first out
+            h, sums = _through(block, h, skips.pop() if self.skip != "none" else None, sums)
+        return self.noise(h, sums).to(x.dtype)
+
+    def tokens(self, x: Tensor, t: Tensor, y: Tensor | None, context: Tensor | None) -> Tensor:
+        """Check what `forward` was given and return its tokens, what enters the first block: (B, L, D)."""
         check_inputs(x, t, y, context, self.image, self.num_classes, self.text)
         dtype = self.pos_embed.dtype
         time = self.time_embed(timestep_embedding(t, self.embed_dim).to(dtype)).unsqueeze(1)  # (B, 1, D)
@@ -287,16 +299,10 @@ class UViT(nn.Module):
             extras = torch.cat([time, self.context_embed(context.to(dtype))], dim=1)
         else:
             extras = time
-        h = self.patch_embed(x.to(dtype), extras, self.pos_embed)  # (B, L, D)
+        return self.patch_embed(x.to(dtype), extras, self.pos_embed)  # (B, L, D)
 
-        skips, sums = [], None
-        for block in self.in_blocks:
-            h, sums = _through(block, h, None, sums)
-            skips.append(h)
-        h, sums = _through(self.mid_block, h, None, sums)
-        for block in self.out_blocks:  # last in, first out
-            h, sums = _through(block, h, skips.pop() if self.skip != "none" else None, sums)
-
+    def noise(self, h: Tensor, sums: Tensor | None) -> Tensor:
+        """Return eps (B, C, H, W) of what leaves the last block, (B, L, D), and its sums."""
         # With gradients it calls them: ZeRO-3 gathers the weights of a module where it is called.
         norm, decoder = self.norm, self.decoder_pred
         last = not torch.is_grad_enabled() and not hooked_everywhere() and (ops.layer(norm), ops.layer(decoder))
@@ -309,4 +315,4 @@ class UViT(nn.Module):
         eps = rearrange(h, "B (h w) (p1 p2 C) -> B C (h p1) (w p2)", h=side, p1=p, p2=p)  # (B, C, H, W)
         if self.final_layer is not None:
             eps = self.final_layer(eps)
-        return eps.to(x.dtype)
+        return eps

@@ -1,0 +1,72 @@
+"""What a product of e4m3 operands is asked for and gives, and the same arithmetic in plain PyTorch."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from uvit_fast.kernels.layernorm.sums import CHUNK
+from uvit_fast.kernels.layers import Quantised
+from uvit_fast.kernels.quantise import narrow as to_narrow
+from uvit_fast.kernels.quantise import paired
+from uvit_fast.kernels.runtime.checks import ACCUMULATE
+
+CASES = {"plain": "fp8_gemm", "residual": "fp8_gemm_residual", "gelu": "fp8_gemm_gelu"}  # names in the tuning tables
+BK = 128  # K of a step: a second source's columns of a weight begin at a multiple of it
+
+
+class Made(NamedTuple):
+    """What a product wrote; None for what was not asked for."""
+
+    wide: Tensor | None  # (M, N) bf16
+    narrow: Tensor | None  # (M, N) e4m3; of "gelu" in the order of `quantise.paired`
+    sums: Tensor | None  # (N / 64, 2, M) fp32: see layernorm.sums
+
+
+def reference(
+    epilogue: str,
+    x: Tensor,
+    layer: Quantised,
+    *,
+    x2: Tensor | None = None,
+    stats: Tensor | None = None,
+    side: Tensor | None = None,
+    wide: bool = True,
+    narrow: bool = False,
+    sums: bool = False,
+) -> Made:
+    """Return the epilogue of x @ weight.T, as a core's product does, with exact sums of exact products.
+
+    Args:
+        epilogue: of `CASES`: the result as it is, plus the residual, or GELU(2 h) of the result h.
+        x: (M, K) e4m3.
+        layer: weight (N, K), or (N, K padded to a multiple of BK, and K2) with x2.
+        x2: (M, K2) e4m3, contracted with the last K2 columns of the weight.
+        stats: (2, at least M) fp32, mean and rstd of x: the LayerNorm folded into the layer.
+        side: (M, N) bf16, the residual, whose place the bf16 result takes.
+        wide, narrow, sums: which results are wanted. Of "gelu" it is the e4m3 one, in the order of `quantise.paired`.
+    """
+    (M, K), weight = x.shape, layer.weight.to(ACCUMULATE)
+    bias, scale, left = layer.rows
+    y = x.to(ACCUMULATE) @ weight[:, :K].t()
+    if x2 is not None:
+        y += x2.to(ACCUMULATE) @ weight[:, -x2.shape[1] :].t()
+    y *= scale
+    if stats is not None:
+        y = (y - stats[0, :M, None] * left) * stats[1, :M, None]
+    y += bias
+    if epilogue == "gelu":
+        return Made(None, to_narrow(F.gelu(2 * y))[:, paired(y.shape[1]).to(y.device)], None)
+    if epilogue == "residual":
+        y += side.to(ACCUMULATE)
+    rounded = y.to(torch.bfloat16)
+    if side is not None and wide:
+        rounded = side.copy_(rounded)
+    y = rounded.to(ACCUMULATE)
+    written = None
+    if sums:
+        chunks = y.view(M, -1, CHUNK)  # (M, N / 64, 64)
+        apart = chunks - chunks.mean(2, keepdim=True)
+        written = torch.stack([chunks.sum(2), apart.square().sum(2)]).permute(2, 0, 1).contiguous()
+    return Made(rounded if wide else None, to_narrow(y) if narrow else None, written)

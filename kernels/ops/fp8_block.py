@@ -1,0 +1,113 @@
+"""A transformer block of e4m3 products, for sampling: every product's operand leaves the kernel before it in e4m3."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from uvit_fast.kernels.attention import sm90_forward, sm90_tiles
+from uvit_fast.kernels.gemm import fp8, sm90_fp8
+from uvit_fast.kernels.gemm.fp8 import Made
+from uvit_fast.kernels.layernorm import fold
+from uvit_fast.kernels.layers import Linear, Norm, Quantised
+from uvit_fast.kernels.ops import attention as wide_attention
+from uvit_fast.kernels.quantise import E4M3, narrow, paired, quantise, two_sources
+from uvit_fast.kernels.runtime.device import architecture
+
+
+class Layers(NamedTuple):
+    """A block's layers in e4m3."""
+
+    qkv: Quantised  # (3D, D), norm1 folded in
+    proj: Quantised  # (D, D), columns in the order of attention's result
+    fc1: Quantised  # (H, D), norm2 folded in, halved as GELU's argument
+    fc2: Quantised  # (D, H), columns in the order of GELU's result
+    skip: Quantised | None  # (D, 2D)
+
+
+def why_not(width: int, heads: int, hidden: int, device: torch.device) -> str | None:
+    """Return why a device cannot run such blocks; None where it can."""
+    if device.type != "cuda" or architecture(device) != 90:
+        return "its kernels are for compute capability 9.0 (H100, H200)"
+    if width % 64 or hidden % 64:
+        return f"the widths {width} and {hidden} must be multiples of 64"
+    if width % heads or not 64 <= width // heads <= 80 or width // heads % 8:
+        return f"the head dim must be 64, 72 or 80, got {width / heads:g}"
+    return None
+
+
+def derive(
+    norm1: Norm, qkv: Linear, proj: Linear, norm2: Norm, fc1: Linear, fc2: Linear, skip: Linear | None, heads: int
+) -> Layers:
+    """Return a block's layers in e4m3. The layers themselves stay as they are."""
+    D, H = qkv.weight.shape[1], fc1.weight.shape[0]
+    return Layers(
+        quantise(qkv, norm1),
+        quantise(proj, order=torch.tensor(sm90_tiles.narrow(heads, D // heads))),
+        quantise(fc1, norm2, scale=0.5),
+        quantise(fc2, order=paired(H)),
+        None if skip is None else quantise(skip, order=two_sources(D, D, fp8.BK)),
+    )
+
+
+def _attention(qkv: Tensor) -> Tensor:
+    return sm90_forward.forward(qkv, E4M3)[0]
+
+
+def _attention_reference(qkv: Tensor) -> Tensor:
+    H, D = qkv.shape[3:]
+    return narrow(wide_attention.reference(qkv.float()))[..., torch.tensor(sm90_tiles.narrow(H, D))]
+
+
+def _statistics_reference(x: Tensor, sums: Tensor | None, into: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    if into is not None:
+        into.copy_(narrow(x))
+    x = x.float()
+    return torch.stack([x.mean(1), (x.var(1, correction=0) + eps).rsqrt()])
+
+
+class Arithmetic(NamedTuple):
+    """Who computes: the kernels, or PyTorch."""
+
+    product: Callable[..., Made]
+    attention: Callable[[Tensor], Tensor]  # of qkv (B, L, 3, H, D), e4m3, in the order of `sm90_tiles.narrow`
+    statistics: Callable[..., Tensor]  # as `layernorm.fold.statistics`
+
+
+KERNELS = Arithmetic(sm90_fp8.product, _attention, fold.statistics)
+REFERENCE = Arithmetic(fp8.reference, _attention_reference, _statistics_reference)
+
+
+def block(
+    x: Made,
+    skip: Tensor | None,
+    layers: Layers,
+    batch: int,
+    heads: int,
+    *,
+    wide: bool = True,
+    narrow: bool = True,
+    by: Arithmetic = KERNELS,
+) -> Made:
+    """Run a block: x (M, D), as the kernel before left it, and a long skip (M, D) e4m3 -> (M, D).
+
+    Args:
+        x: wide, which is written over, and narrow, which is taken with the statistics where nobody left it; with a
+            skip narrow alone is read.
+        wide, narrow: which results are read after this block; with wide its sums come too.
+    """
+    if layers.skip is not None:
+        x = by.product("plain", x.narrow, layers.skip, x2=skip, narrow=True, sums=True)
+    made8 = None
+    if x.narrow is None:
+        made8 = torch.empty_like(x.wide, dtype=E4M3)
+        x = x._replace(narrow=made8)
+    stats = by.statistics(x.wide, x.sums, made8)
+    qkv = by.product("plain", x.narrow, layers.qkv, stats=stats).wide  # (M, 3D)
+    M, D = x.wide.shape
+    a = by.attention(qkv.view(batch, M // batch, 3, heads, D // heads)).view(M, D)
+    del qkv
+    x = by.product("residual", a, layers.proj, side=x.wide, narrow=True, sums=True)
+    h = by.product("gelu", x.narrow, layers.fc1, stats=by.statistics(x.wide, x.sums), wide=False).narrow  # (M, H)
+    return by.product("residual", h, layers.fc2, side=x.wide, wide=wide, narrow=narrow, sums=wide)
