@@ -254,7 +254,10 @@ class SampleConfig(Section):
         (0.0, 1.0),
         description="First and last time t in [0, 1] (0: data) with guidance (Kynkaanniemi et al. 2024); one branch elsewhere.",
     )
-
+    precision: Literal["bf16", "fp8"] = Field(
+        "bf16",
+        description="Of the blocks' products on a GPU, of weights that are loaded to sample: bf16, or e4m3 (compute capability 9.0, U-ViT).",
+    )
     prompts: tuple[str, ...] = Field(
         (), description="Of a text model: what its previews show, and `sample` by default."
     )

@@ -15,6 +15,7 @@ from uvit_fast.kernels.runtime import launch, tuning
 from uvit_fast.kernels.runtime.device import multiprocessors
 from uvit_fast.kernels.runtime.launch import cdiv, descriptor
 
+
 def arguments(
     epilogue: str,
     x: Tensor,

@@ -242,7 +242,7 @@ def prepare(x: Tensor, norm: Norm, linear: Linear, sums: Tensor | None = None, s
         sums: of x, where the kernel that wrote it left them: x is not read then.
         scale: a power of two, which rounds nothing.
     """
-    (weight, bias), (M, D), N = linear, x.shape, linear.weight.shape[0]
+    (weight, bias), M, N = linear, x.shape[0], linear.weight.shape[0]
     stats = new_statistics(x, M)
     kept = _kept.get()
     key = (weight.shape, scale, *(t if t is None else t.data_ptr() for t in (norm.weight, norm.bias, weight, bias)))

@@ -94,7 +94,13 @@ def descriptor(t: Tensor, *block: int) -> TensorDescriptor:
     t's first element is on a 16-byte boundary and its rows are multiples of 16 bytes apart.
     """
     made = object.__new__(TensorDescriptor)
-    made.__dict__ = {**_box(block, t.itemsize), "base": t, "shape": t.shape, "strides": t.stride(), "kind": (t.dtype, block)}
+    made.__dict__ = {
+        **_box(block, t.itemsize),
+        "base": t,
+        "shape": t.shape,
+        "strides": t.stride(),
+        "kind": (t.dtype, block),
+    }
     return made
 
 

@@ -11,12 +11,13 @@ import torch
 import triton
 from torch import Tensor
 
-from uvit_fast.kernels.gemm import sm80, sm90, sm90_weight_gradient
+from uvit_fast.kernels.gemm import fp8, sm80, sm90, sm90_fp8, sm90_weight_gradient
 from uvit_fast.kernels.gemm.contract import CASES
 from uvit_fast.kernels.layernorm import backward as ln_backward
 from uvit_fast.kernels.layernorm import fold
-from uvit_fast.kernels.layers import Linear
+from uvit_fast.kernels.layers import Linear, Quantised
 from uvit_fast.kernels.ops import adamw, assemble
+from uvit_fast.kernels.quantise import E4M3
 from uvit_fast.kernels.runtime import reduce as sums
 from uvit_fast.kernels.runtime import tuning
 from uvit_fast.kernels.tools import aot
@@ -70,7 +71,24 @@ def hopper() -> dict:
         args, options, *_ = sm90.arguments(epilogue, x, linear, **sources, **sm90.FEW)
         return sm90.gemm_kernel, args, options
 
+    def narrow(epilogue, K, N, few=None, **sources):
+        layer = Quantised(meta(N, K + (D if "x2" in sources else 0), dtype=E4M3), fp32(3, N))
+        tile = few or {"part": choice(table, fp8.CASES[epilogue], K)["part"]}
+        args, options, *_ = sm90_fp8.arguments(epilogue, meta(M, K, dtype=E4M3), layer, **sources, **tile)
+        return sm90.gemm_kernel, args, options
+
+    x8, both = meta(M, D, dtype=E4M3), {"narrow": True, "sums": True}
+    narrow_cases = {
+        "fp8": ("plain", D, 3 * D, {"stats": stats}),
+        "fp8_two_sources": ("plain", D, D, {"x2": x8, **both}),
+        "fp8_gelu": ("gelu", D, H, {"stats": stats, "wide": False}),
+        "fp8_residual": ("residual", H, D, {"side": side, **both}),
+        "fp8_residual_few": ("residual", H, D, {"side": side, **both, "few": sm90.FEW}),
+        "fp8_residual_narrow": ("residual", H, D, {"side": side, "narrow": True, "wide": False}),
+    }
+
     found = {name: lambda case=case: gemm(*case) for name, case in cases.items()}
+    found |= {name: lambda c=case: narrow(*c[:3], **c[3]) for name, case in narrow_cases.items()}
     found |= {f"{name}_few": lambda case=case: few(*case) for name, case in cases.items()}
     return found | {"wgrad": lambda: wgrad(False), "wgrad_bias": lambda: wgrad(True)}
 
@@ -81,11 +99,11 @@ def plain(arch: int) -> dict:
     low, high = fold.split(D)
     x, v, w, stats = meta(M, D), meta(D), meta(H, D), fp32(2, M)
 
-    def prepare(sums):
-        args = (x, v, v, w, meta(H), stats, w, fp32(H), fp32(D // 64, 2, M), stats)
+    def prepare(sums, narrow=False):
+        args = (x, v, v, w, meta(H), stats, w, fp32(H), fp32(D // 64, 2, M), meta(M, D, dtype=E4M3))
         args += (M, H, M, 1.0, 1e-5, D, low, high, True)
         tuned = choice(table, "prepare", D)
-        last = (sums, False, tuned["rows"], fold.MERGED)
+        last = (sums, narrow, tuned["rows"], fold.MERGED)
         return fold._prepare_kernel, (*args, *last), {"num_warps": tuned["warps"]}
 
     def backward():
@@ -123,7 +141,7 @@ def plain(arch: int) -> dict:
         "column_sums": bias_sums,
         "totals": totals,
     }
-    return found | ({"wgrad_sum": split_sum} if arch == 90 else {})
+    return found | ({"wgrad_sum": split_sum, "prepare_narrow": lambda: prepare(0, True)} if arch == 90 else {})
 
 
 def ampere() -> dict:

@@ -63,6 +63,19 @@ def checkpoint_arguments(command: argparse.ArgumentParser) -> None:
     )
 
 
+def precision_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--precision",
+        choices=["bf16", "fp8"],
+        help="of the blocks' products on a GPU: fp8 is e4m3, of compute capability 9.0; default: the config's",
+    )
+
+
+def with_precision(overrides: list[str], precision: str | None) -> list[str]:
+    """The overrides of a config, and what --precision asks for."""
+    return overrides if precision is None else [*overrides, f"sample.precision={precision}"]
+
+
 def existing(option: str, path: str, expected: str) -> None:
     """Refuse a path that is mistyped before anything slow begins.
 

@@ -4,7 +4,7 @@ import argparse
 import csv
 from pathlib import Path
 
-from uvit_fast.commands.arguments import config_of, positive
+from uvit_fast.commands.arguments import config_of, positive, with_precision
 from uvit_fast.commands.drawing import pyplot
 from uvit_fast.config import Config
 from uvit_fast.runtime.errors import UserError
@@ -37,7 +37,8 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"--time: expected a number above 0, up to 1, got {args.time}")
         if args.batch < 4 or args.images < args.batch:
             raise UserError(f"--batch: expected 4 to {args.images}, the --images, got {args.batch}")
-        configs = [config_of(args.config, checkpoint, args.set) for checkpoint in args.checkpoint]
+        overrides = with_precision(args.set, "bf16")  # its blocks are looked into
+        configs = [config_of(args.config, checkpoint, overrides) for checkpoint in args.checkpoint]
         pyplot()  # is matplotlib there? Better asked before the matrices than after
         table.parent.mkdir(parents=True, exist_ok=True)
         rows = [row for pair in zip(args.checkpoint, configs) for row in _matrix(args, *pair)]

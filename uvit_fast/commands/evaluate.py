@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from uvit_fast.commands.arguments import config_of, existing, positive, seed
+from uvit_fast.commands.arguments import config_of, existing, positive, precision_argument, seed, with_precision
 from uvit_fast.config import Config, load_config
 from uvit_fast.runtime.errors import UserError
 
@@ -17,6 +17,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--samples", help="a folder of images, or an .npz with arr_0; or draw them, with:")
     command.add_argument("--config", help="the YAML file of the model to sample from; a run folder has its own")
     command.add_argument("--checkpoint", help="its weights: .pth, .safetensors, or a run folder")
+    precision_argument(command)
     command.add_argument("--num", type=positive, default=50_000, help="samples to draw (default 50000)")
     command.add_argument("--seed", type=seed, default=0, help="of the drawn samples and their labels (default 0)")
     command.add_argument(
@@ -65,6 +66,8 @@ def run(args: argparse.Namespace) -> None:
 def _run(args: argparse.Namespace, world) -> None:
     if bool(args.samples) == bool(args.checkpoint) or (args.config and args.samples):
         raise UserError("evaluate: expected either --samples, or --checkpoint with the --config that it needs")
+    if args.precision is not None and not args.checkpoint:
+        raise UserError("evaluate: --precision is of samples that are drawn; expected --checkpoint")
     if args.classes is not None and not args.checkpoint:
         raise UserError("evaluate: --classes are of samples that are drawn; expected --checkpoint")
     if args.samples:
@@ -72,7 +75,8 @@ def _run(args: argparse.Namespace, world) -> None:
     existing("--reference", args.reference, "statistics, images, or a YAML whose data are the real images")
     is_config = Path(args.reference).suffix in (".yaml", ".yml")
     real = load_config(args.reference, args.set) if is_config else args.reference
-    cfg = config_of(args.config, args.checkpoint, args.set) if args.checkpoint else None
+    overrides = with_precision(args.set, args.precision)
+    cfg = config_of(args.config, args.checkpoint, overrides) if args.checkpoint else None
 
     from uvit_fast import measuring
     from uvit_fast.data.reading import shown

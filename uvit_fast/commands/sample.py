@@ -6,7 +6,14 @@ import math
 import os
 from pathlib import Path
 
-from uvit_fast.commands.arguments import checkpoint_arguments, config_of, positive, seed
+from uvit_fast.commands.arguments import (
+    checkpoint_arguments,
+    config_of,
+    positive,
+    precision_argument,
+    seed,
+    with_precision,
+)
 from uvit_fast.config import Config
 from uvit_fast.runtime.errors import UserError
 
@@ -37,6 +44,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
         help="guidance in diffusers' convention, 1 + s for the s of the paper and of sample.guidance_scale; 1: none; "
         "default: the config's",
     )
+    precision_argument(command)
     command.add_argument("--batch", type=positive, help="images at a time (default 250 on a GPU, 50 on a CPU)")
     command.add_argument("--resume", action="store_true", help="continue an interrupted job with the same settings")
 
@@ -50,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace, world) -> None:
-    cfg = config_of(args.config, args.checkpoint, args.set)
+    cfg = config_of(args.config, args.checkpoint, with_precision(args.set, args.precision))
     out = _out(args)
     scale = None if args.cfg_scale is None else args.cfg_scale - 1  # the paper's s
     if scale is not None and not 0 <= scale < math.inf:

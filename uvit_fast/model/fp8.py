@@ -1,76 +1,87 @@
 """A U-ViT whose blocks' products are of e4m3 operands: sampling in FP8 on compute capability 9.0.
 
-The first and the last layers, LayerNorm's statistics, softmax and the residual stream stay in the network's own dtypes.
-Weights are derived once from the network's, which never change: its checkpoint stays the published one.
+The first and the last layers, LayerNorm's statistics, softmax and the residual stream stay in bf16 and fp32. The weights
+are derived once from the network's, which never change: its checkpoint stays the published one.
 """
+
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from uvit_fast.config import UserError
 from uvit_fast.kernels.gemm.fp8 import Made
-from uvit_fast.kernels.layers import Linear, Norm
 from uvit_fast.kernels.ops import fp8_block
 from uvit_fast.model.uvit import Block, UViT
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.hooks import hooked, hooked_everywhere
+
+
+def check(model: Any, device: torch.device) -> None:
+    """Refuse what the kernels are not for.
+
+    Args:
+        model: a UViT, or what it is made of by name.
+
+    Raises:
+        UserError: another device than of compute capability 9.0, or widths that no kernel takes.
+    """
+    hidden = int(model.embed_dim * model.mlp_ratio)
+    reason = fp8_block.why_not(model.embed_dim, model.num_heads, hidden, device)
+    if reason is None and model.skip == "add":
+        reason = "skips that are added (model.skip=add) go through no product"
+    if reason:
+        raise UserError(f"sample.precision=fp8: {reason}; expected bf16")
 
 
 class Fp8UViT(nn.Module):
     """The noise prediction network eps(x_t, t, c) of a trained one, called as that is; without gradients.
 
     Args:
-        net: a `UViT` in bf16 on the device that will run it.
-        by: who computes the blocks: the kernels, or for a test `fp8_block.REFERENCE`.
+        net: in bf16, on the device that will run it.
+        by: who computes the blocks: the kernels, or to compare with them `fp8_block.REFERENCE`, anywhere.
 
     Raises:
-        UserError: the device or the network's widths are not what the kernels are for, or a block was changed.
+        UserError: as `check`; a network of another dtype, or with a block that was changed (hooks, LoRA, ...).
     """
-
-    fixed_weights = staticmethod(UViT.fixed_weights)
 
     def __init__(self, net: UViT, by: fp8_block.Arithmetic = fp8_block.KERNELS):
         super().__init__()
-        first = net.blocks[0]
-        D, device, heads = net.embed_dim, net.pos_embed.device, first.attn.num_heads
-        reason = fp8_block.why_not(D, heads, first.hidden, device) if by is fp8_block.KERNELS else None
-        if reason is None and net.skip == "add":
-            reason = "model.skip=add has no product for its skips"
-        if reason:
-            raise UserError(f"sample.precision=fp8: {reason}; expected bf16 there")
-        self.net, self.by, self.heads = net.eval().requires_grad_(False), by, heads
-        self.layers = [_derived(i, block, heads) for i, block in enumerate(net.blocks)]
-        self.image, self.text, self.num_classes = net.image, net.text, net.num_classes
+        if by is fp8_block.KERNELS:
+            check(net, net.pos_embed.device)
+        if net.pos_embed.dtype != torch.bfloat16:
+            raise UserError(f"sample.precision=fp8: expected a network in bfloat16, got {net.pos_embed.dtype}")
+        if hooked(net) or hooked_everywhere():
+            raise UserError("sample.precision=fp8: the network has hooks, which would not be called; expected bf16")
+        self.net, self.by = net, by
+        self.layers = [_derived(i, block) for i, block in enumerate(net.blocks)]
+
+    def fixed_weights(self) -> AbstractContextManager[None]:
+        """As `UViT.fixed_weights`: what is derived of the last layers is derived once."""
+        return self.net.fixed_weights()
 
     @torch.no_grad()
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """Predict the noise: see `UViT.forward`."""
-        net = self.net
+        net, last = self.net, len(self.layers) - 1
         h = net.tokens(x, t, y, context)  # (B, L, D)
-        (B, L, D), skips, last = h.shape, [], len(self.layers) - 1
+        (B, L, D), skips = h.shape, []
         h = Made(h.reshape(B * L, D), None, None)
         for i, layers in enumerate(self.layers):
-            skipped = net.skip == "concat" and i >= len(self.layers) // 2  # the next block reads e4m3 alone
-            h = fp8_block.block(
-                h,
-                skips.pop() if layers.skip else None,
-                layers,
-                B,
-                self.heads,
-                wide=i == last or not skipped,
-                narrow=i != last,
-                by=self.by,
-            )
+            skip = skips.pop() if layers.skip else None
+            # a block with a skip reads e4m3 alone, the last layer bf16 alone
+            wide = i == last or self.layers[i + 1].skip is None
+            h = fp8_block.block(h, skip, layers, B, net.num_heads, wide=wide, narrow=i != last, by=self.by)
             if i < len(self.layers) // 2:
                 skips.append(h.narrow)
         return net.noise(h.wide.view(B, L, D), h.sums).to(x.dtype)
 
 
-def _derived(index: int, block: Block, heads: int) -> fp8_block.Layers:
+def _derived(index: int, block: Block) -> fp8_block.Layers:
     skip, attention, proj, rest = block._layers()
     if not (attention and rest and (skip or block.skip_linear is None)):
         raise UserError(
             f"sample.precision=fp8: block {index} was changed (hooks, LoRA, ...), which the kernels would not call; expected bf16"
         )
-    (norm1, qkv), (norm2, fc1, fc2) = attention, rest
-    assert isinstance(norm1, Norm) and isinstance(qkv, Linear)
-    return fp8_block.derive(norm1, qkv, proj, norm2, fc1, fc2, skip, heads)
+    return fp8_block.derive(*attention, proj, *rest, skip, heads=block.attn.num_heads)

@@ -24,6 +24,7 @@ from torch import Tensor
 from uvit_fast.data.autoencoders import Scaling, check_vae, compression, decoder
 from uvit_fast.data.encoders import check_text_encoder, quiet_diffusers
 from uvit_fast.diffusion.guidance import ALWAYS, Guidance
+from uvit_fast.model.fp8 import Fp8UViT
 from uvit_fast.model.uvit import UViT
 from uvit_fast.provenance import Provenance
 from uvit_fast.sampling.captured import GraphSampler
@@ -107,6 +108,7 @@ class UViTPipeline(DiffusionPipeline):
             if isinstance(component, torch.nn.Module) and not any(p.is_meta for p in component.parameters()):
                 check(component, str(getattr(component, "name_or_path", "")) or "of the pipeline", self._known)
         self._graphs: GraphSampler | None = None
+        self._fp8: tuple[tuple, Fp8UViT] | None = None  # and the weights that it was derived from
         self._interrupt, self._guidance_scale, self._num_timesteps = False, guidance_scale, 0  # of the call that runs
 
     @property
@@ -178,6 +180,15 @@ class UViTPipeline(DiffusionPipeline):
         """
         self._graphs = GraphSampler(self.model, max_bytes=max_bytes)
 
+    def _network(self, precision: str) -> UViT | Fp8UViT:
+        """What a call evaluates. FP8 weights are derived at the first call, and anew where the model's have changed."""
+        if precision != "fp8":
+            return self.model
+        weights = tuple((p.data_ptr(), p._version) for p in self.model.parameters())
+        if self._fp8 is None or self._fp8[0] != weights:
+            self._fp8 = weights, Fp8UViT(self.model)
+        return self._fp8[1]
+
     @torch.no_grad()
     def __call__(
         self,
@@ -201,6 +212,7 @@ class UViTPipeline(DiffusionPipeline):
         eta: float = 0.0,
         callback_on_step_end: Callable[[Any, int, Tensor, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        precision: str = "bf16",
         **others: Any,
     ) -> ImagePipelineOutput | tuple:
         """Draw `num_images_per_prompt` images a label or prompt; `num_images` times as many of an unconditional model.
@@ -223,11 +235,14 @@ class UViTPipeline(DiffusionPipeline):
             eta: of DDIMScheduler.
             callback_on_step_end: called as callback_on_step_end(pipe, i, t, {"latents": x}) after each evaluation, or step of a scheduler of
                 diffusers; the "latents" of a dictionary that it returns take the state's place.
+            precision: "bf16": the model as it is. "fp8": its blocks' products of e4m3 operands; of a model in bfloat16, on compute
+                capability 9.0.
 
         Raises:
             ValueError: a condition that the model does not take or misses, a class out of range, latents of another shape,
                 fewer than one step or image, guidance of a model without a null condition, an unknown output type, a component
                 that is not there, a scheduler that does not fit the model, or an argument that is not taken.
+            UserError: FP8 where it cannot run.
         """
         for name in others:
             near = difflib.get_close_matches(name, ARGUMENTS, n=1)
@@ -235,6 +250,8 @@ class UViTPipeline(DiffusionPipeline):
             raise ValueError(f"{name}: the pipeline takes no such argument; {hint}")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type: expected pil, np, pt or latent, got {output_type!r}")
+        if precision not in ("bf16", "fp8"):
+            raise ValueError(f"precision: expected bf16 or fp8, got {precision!r}")
         if num_inference_steps is not None:
             num_inference_steps = whole("num_inference_steps", num_inference_steps)
         num_images, each = whole("num_images", num_images), whole("num_images_per_prompt", num_images_per_prompt)
@@ -272,7 +289,8 @@ class UViTPipeline(DiffusionPipeline):
         device = self._execution_device
         x_T = randn_tensor(shape, generator, device) if latents is None else latents.to(device)
 
-        eps_fn = Guidance(net, condition, null, s, guidance_interval) if s else partial(net, **condition)
+        network = self._network(precision)
+        eps_fn = Guidance(network, condition, null, s, guidance_interval) if s else partial(network, **condition)
         step_end = StepEnd(self, callback_on_step_end, callback_on_step_end_tensor_inputs, eps_fn)
         self._guidance_scale = 1 + s
         if not isinstance(self.scheduler, UViTScheduler):
@@ -285,8 +303,8 @@ class UViTPipeline(DiffusionPipeline):
             keys = new_keys(generator, batch).to(device) if sampler.draws_noise else None
             watched = callback is not None or callback_on_step_end is not None
             if self._graphs is not None and not watched and not any(map(of_each, null.values())):
-                if self._graphs.model is not net:  # the component was exchanged
-                    self.enable_cuda_graphs(self._graphs.max_bytes)
+                if self._graphs.model is not network:  # the component was exchanged, or the precision
+                    self._graphs = GraphSampler(network, max_bytes=self._graphs.max_bytes)
                 x_0 = self._graphs(sampler, x_T, condition, null, s, guidance_interval, keys)
             else:
                 times = [torch.tensor(stage.time) for stage in sampler.stages]

@@ -7,8 +7,9 @@ import torch
 
 from uvit_fast import provenance
 from uvit_fast.build import build_model
-from uvit_fast.config import Config
+from uvit_fast.config import Config, ModelConfig
 from uvit_fast.data.datasets import CLASSES
+from uvit_fast.model import fp8
 from uvit_fast.model.uvit import UViT
 from uvit_fast.model.weights import load_weights, read_weights
 from uvit_fast.provenance import Provenance, shown
@@ -16,25 +17,32 @@ from uvit_fast.runtime.errors import UserError
 from uvit_fast.training import checkpoint as checkpoints
 
 
-def load_for_sampling(cfg: Config, checkpoint: str | Path, device: torch.device) -> UViT:
-    """The network of `cfg` with the weights of a file, ready to sample: bf16 on a GPU, fp32 on a CPU, no gradients.
+def load_for_sampling(cfg: Config, checkpoint: str | Path, device: torch.device) -> UViT | fp8.Fp8UViT:
+    """The network of `cfg` with the weights of a file, ready to sample: bf16 on a GPU, its blocks' products e4m3 where
+    `cfg.sample.precision` says so; fp32 on a CPU; no gradients.
 
     Args:
         checkpoint: as `find_weights` takes it.
 
     Raises:
-        UserError: no such checkpoint, or one of another architecture or diffusion.
+        UserError: no such checkpoint, or one of another architecture or diffusion; FP8 where it cannot run.
     """
     path = find_weights(checkpoint)
     provenance_of(cfg, path)  # of another diffusion it refuses
     return load_found(cfg, path, device)
 
 
-def load_found(cfg: Config, path: Path, device: torch.device) -> UViT:
+def load_found(cfg: Config, path: Path, device: torch.device) -> UViT | fp8.Fp8UViT:
     """`load_for_sampling` of the file that `find_weights` gave, which has looked at it."""
+    narrow = cfg.sample.precision == "fp8"
+    if narrow:
+        if not isinstance(cfg.model, ModelConfig):
+            raise UserError(f"sample.precision=fp8: its kernels are U-ViT's, {cfg.name} is a U-Net; expected bf16")
+        fp8.check(cfg.model, device)
     model = load_weights(build_model(cfg), read_weights(path), source=str(path))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return model.to(device, dtype).eval().requires_grad_(False)
+    model = model.to(device, dtype).eval().requires_grad_(False)
+    return fp8.Fp8UViT(model) if narrow else model
 
 
 def find_weights(checkpoint: str | Path) -> Path:

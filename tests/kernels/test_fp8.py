@@ -1,0 +1,109 @@
+"""What FP8 costs by arithmetic alone: quantising, the LayerNorm's fold, the order of features, a block; in plain PyTorch."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.kernels import fp8_cases as cases
+from uvit_fast.kernels.gemm import fp8
+from uvit_fast.kernels.gemm.fp8 import Made
+from uvit_fast.kernels.layernorm import fold
+from uvit_fast.kernels.layers import Linear
+from uvit_fast.kernels.ops import attention, fp8_block, linear_residual, ln_linear, ln_mlp, skip_linear
+from uvit_fast.kernels.quantise import E4M3, narrow, paired, quantise, two_sources
+
+QUANTISED = 0.04  # of a product's norm: two operands, each off by 2.6% of itself at random
+
+
+def off(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.float() - b.float()).norm() / b.float().norm())
+
+
+def test_a_weight_is_off_by_a_sixteenth_of_itself_at_most_in_rows_of_any_scale():
+    torch.manual_seed(0)
+    weight = torch.randn(6, 4096) * torch.tensor([1e-6, 1e-3, 1.0, 1e3, 0.0, 1e-30])[:, None]
+    values, (_, scale, sums) = quantise(Linear(weight))
+    back = values.float() * scale[:, None]
+    least = 2**-10 * scale[:, None]  # half a step of the smallest values
+    assert ((back - weight).abs() <= weight.abs() / 16 + least).all()
+    assert back.isfinite().all() and torch.allclose(sums, back.sum(1), rtol=1e-4)
+
+
+def test_values_past_the_largest_are_the_largest():
+    assert narrow(torch.tensor([1e4, -1e4, 449.0])).float().tolist() == [448, -448, 448]
+
+
+@pytest.mark.parametrize("mean", [0.3, 8.0])
+def test_the_mean_of_a_token_does_not_show_through_the_fold(mean):
+    """Rows of e4m3 do not sum up to 0; without the rank-1 term a mean of eight deviations would cost four times as much."""
+    torch.manual_seed(0)
+    norm, linear = cases.norm(512), cases.linear(768, 512)
+    x = (torch.randn(64, 512) + mean).bfloat16()
+    exact = ln_linear.reference(x.float(), norm, Linear(*(t.float() for t in linear)))
+    operand = x.float()  # not quantised: its own error grows with the mean
+    values, rows = quantise(linear, norm)
+    mean_of, rstd = cases.statistics(x)[:, :64, None]
+    product = operand @ values.float().t() * rows[1]
+    error = off((product - mean_of * rows[2]) * rstd + rows[0], exact)
+    assert error < QUANTISED
+    if mean == 8.0:
+        assert off(product * rstd + rows[0], exact) > 4 * error
+
+
+def test_two_sources_begin_at_whole_steps():
+    torch.manual_seed(0)
+    linear, x, x2 = cases.linear(64, 384), torch.randn(9, 192).bfloat16(), torch.randn(9, 192).bfloat16()
+    layer = quantise(linear, order=two_sources(192, 192, fp8.BK))
+    assert layer.weight.shape == (64, 256 + 192) and (layer.weight[:, 192:256].float() == 0).all()
+    got = fp8.reference("plain", narrow(x), layer, x2=narrow(x2)).wide
+    assert off(got, skip_linear.reference(x, x2, linear)) < QUANTISED
+
+
+def test_features_in_pairs_meet_their_columns():
+    order = paired(64)
+    assert order[:6].tolist() == [0, 8, 1, 9, 2, 10] and order.sort().values.tolist() == list(range(64))
+    torch.manual_seed(0)
+    linear, h = cases.linear(8, 64), narrow(torch.randn(5, 64))
+    got = fp8.reference("plain", h[:, order], quantise(linear, order=order)).wide
+    assert torch.equal(got, fp8.reference("plain", h, quantise(linear)).wide)
+
+
+@pytest.mark.parametrize("with_skip", [False, True])
+def test_a_block_is_off_by_what_quantising_costs(with_skip):
+    torch.manual_seed(0)
+    B, L, D, H = 2, 17, 128, 2
+    norm1, norm2, qkv = cases.norm(D), cases.norm(D), cases.linear(3 * D, D, bias=False)
+    proj, fc1, fc2 = cases.linear(D, D), cases.linear(4 * D, D), cases.linear(D, 4 * D)
+    skip_layer = cases.linear(D, 2 * D) if with_skip else None
+    layers = fp8_block.derive(norm1, qkv, proj, norm2, fc1, fc2, skip_layer, H)
+    x, skip = (torch.randn(B * L, D).bfloat16() for _ in range(2))
+    full = [Linear(*(None if t is None else t.float() for t in each)) for each in (qkv, proj, fc1, fc2)]
+    y = x.float()
+    if with_skip:
+        y = skip_linear.reference(y, skip.float(), Linear(*(t.float() for t in skip_layer)))
+    a = attention.reference(ln_linear.reference(y, norm1, full[0]).view(B, L, 3, H, D // H)).view(B * L, D)
+    exact = ln_mlp.reference(linear_residual.reference(a, full[1], y), norm2, *full[2:])
+    given = Made(None, narrow(x), None) if with_skip else Made(x.clone(), None, None)
+    made = fp8_block.block(given, narrow(skip) if with_skip else None, layers, B, H, by=fp8_block.REFERENCE)
+    assert off(made.wide, exact) < 0.06
+    assert torch.equal(made.narrow.float(), narrow(made.wide).float())
+    assert torch.allclose(made.sums[:, 0].sum(0), made.wide.float().sum(1), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("D", [128, 192])  # a power of two, and more than one
+def test_statistics_quantise_what_they_read(D):
+    torch.manual_seed(0)
+    x = narrow(torch.randn(5, D) + 0.3).float()  # values that e4m3 holds: the interpreter rounds others as no GPU does
+    made8 = torch.zeros(5, D, dtype=E4M3)
+    stats = fold.statistics(x, None, made8)
+    assert torch.allclose(stats[:, :5], cases.statistics(x)[:, :5], rtol=1e-5)
+    assert torch.equal(made8.float(), narrow(x).float())
+
+
+def test_gelu_takes_half_its_argument_and_leaves_pairs():
+    torch.manual_seed(0)
+    epilogue, x, layer, rest = cases.arguments("fc1", 33, 128)
+    made = fp8.reference(epilogue, x, layer, **rest)
+    h = fp8.reference("plain", x, layer, stats=rest["stats"]).wide.float()
+    assert made.wide is None and off(made.narrow, F.gelu(2 * h)[:, paired(512)]) < 0.03

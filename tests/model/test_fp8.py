@@ -1,0 +1,55 @@
+"""A network in FP8, by the reference arithmetic: close to the network, which stays as it is; refused where it cannot run."""
+
+import pytest
+import torch
+
+from uvit_fast.config import load_config
+from uvit_fast.kernels.ops import fp8_block
+from uvit_fast.model import fp8
+from uvit_fast.model.uvit import UViT
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.sampling.weights import load_for_sampling
+
+SIZES = {"img_size": 8, "in_chans": 4, "patch_size": 2, "embed_dim": 128, "depth": 4, "num_heads": 2, "num_classes": 11}
+
+
+def network(**more) -> UViT:
+    torch.manual_seed(0)
+    return UViT(**SIZES, **more).bfloat16().eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("more", [{}, {"skip": "none", "conv": False}], ids=str)
+def test_eps_is_close_and_the_weights_stay(more):
+    net = network(**more)
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    x, t, y = torch.randn(3, 4, 8, 8), torch.tensor([10.0, 500.0, 990.0]), torch.tensor([0, 3, 10])
+    narrow = fp8.Fp8UViT(net, fp8_block.REFERENCE)
+    eps, exact = narrow(x, t, y), network(**more).float()(x, t, y)
+    assert eps.dtype == x.dtype and (eps - exact).norm() < 0.1 * exact.norm()
+    assert (eps - exact).norm() > (net(x, t, y) - exact).norm()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+def test_it_is_refused_where_it_cannot_run(tmp_path):
+    with pytest.raises(
+        UserError, match=r"fp8: its kernels are for compute capability 9\.0 \(H100, H200\); expected bf16"
+    ):
+        fp8.Fp8UViT(network())
+    with pytest.raises(UserError, match="expected a network in bfloat16, got torch.float32"):
+        fp8.Fp8UViT(network().float(), fp8_block.REFERENCE)
+    changed = network()
+    changed.mid_block.mlp.fc1.register_forward_hook(lambda *_: None)
+    with pytest.raises(UserError, match="block 2 was changed"):
+        fp8.Fp8UViT(changed, fp8_block.REFERENCE)
+    cfg = load_config("configs/digits.yaml", ["sample.precision=fp8"])
+    (file := tmp_path / "weights.pth").touch()
+    with pytest.raises(UserError, match="sample.precision=fp8: its kernels are for"):  # before the file is read
+        load_for_sampling(cfg, file, torch.device("cpu"))
+
+
+def test_widths_that_no_kernel_takes_are_named(monkeypatch):
+    monkeypatch.setattr(fp8_block, "architecture", lambda device: 90)
+    hopper = torch.device("cuda")
+    assert fp8_block.why_not(1152, 16, 4608, hopper) is None and fp8_block.why_not(512, 8, 2048, hopper) is None
+    assert "multiples of 64" in fp8_block.why_not(96, 4, 384, hopper)
+    assert "head dim must be 64, 72 or 80, got 32" in fp8_block.why_not(512, 16, 2048, hopper)
