@@ -10,13 +10,24 @@ import sys
 
 import torch
 
+from tests.kernels import fp8_cases
 from tests.kernels.op_cases import OPS, arguments, result, results_and_gradients
+from uvit_fast.kernels.attention import sm90_forward
+from uvit_fast.kernels.gemm import sm90_fp8
 from uvit_fast.kernels.ops.attention import attention
+from uvit_fast.kernels.quantise import E4M3
 
 
 def main(names: list[str]) -> None:
-    for name in names or [*OPS, "attention"]:
-        if name == "attention":
+    for name in names or [*OPS, "attention", *fp8_cases.NAMES, "fp8_attention"]:
+        if name in fp8_cases.NAMES:  # few tokens, and many
+            for M in (258, 20000):
+                epilogue, x, layer, rest = fp8_cases.arguments(name, M, 192, "cuda")
+                sm90_fp8.product(epilogue, x, layer, **rest)
+        elif name == "fp8_attention":
+            for D in (64, 72):
+                sm90_forward.forward(torch.randn(1, 258, 3, 2, D, device="cuda", dtype=torch.bfloat16), E4M3)
+        elif name == "attention":
             for D in (64, 72):
                 qkv = torch.randn(1, 258, 3, 2, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
                 attention(qkv).sum().backward()

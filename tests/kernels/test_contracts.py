@@ -100,7 +100,8 @@ def plain(arch: int) -> dict:
     x, v, w, stats = meta(M, D), meta(D), meta(H, D), fp32(2, M)
 
     def prepare(sums, narrow=False):
-        args = (x, v, v, w, meta(H), stats, w, fp32(H), fp32(D // 64, 2, M), meta(M, D, dtype=E4M3))
+        args = (x, v, v, w, meta(H), stats, w, fp32(H), fp32(D // 64, 2, M))
+        args += (meta(M, D, dtype=E4M3) if narrow else stats,)
         args += (M, H, M, 1.0, 1e-5, D, low, high, True)
         tuned = choice(table, "prepare", D)
         last = (sums, narrow, tuned["rows"], fold.MERGED)

@@ -1,0 +1,137 @@
+"""FP8 on a GPU: each product against the same arithmetic in PyTorch, attention's e4m3 result, a network, its captured loop."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels import fp8_cases as cases
+from uvit_fast.build import build_sampler
+from uvit_fast.config import load_config
+from uvit_fast.kernels.attention import sm90_forward, sm90_tiles
+from uvit_fast.kernels.gemm import fp8, sm90_fp8
+from uvit_fast.kernels.layernorm import fold
+from uvit_fast.kernels.ops import fp8_block
+from uvit_fast.kernels.quantise import E4M3, narrow
+from uvit_fast.model.fp8 import Fp8UViT
+from uvit_fast.model.uvit import UViT
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.sampling.captured import GraphSampler
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
+        reason="FP8 is of compute capability 9.0",
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def _exact_references():
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.manual_seed(0)
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def off(a: Tensor, b: Tensor) -> float:
+    return float((a.float() - b.float()).norm() / b.float().norm())
+
+
+def copied(rest: dict) -> dict:
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in rest.items()}
+
+
+@pytest.mark.parametrize("name", cases.NAMES)
+@pytest.mark.parametrize(
+    "M, D",
+    [
+        (33024, 1152),  # H/2 at 128 images: every tile full
+        (37 * 257, 512),  # tiles cut off in tokens
+        (5 * 334, 768),  # few tokens, tiles of 64
+        (258, 1024),  # one image
+        (1, 192),  # one token; a second source that begins past a padded step
+    ],
+    ids=str,
+)
+def test_a_product_is_its_arithmetic_but_for_the_tensor_cores_sums(name, M, D):
+    """They err by about d = 1e-3, less than bf16's rounding. An e4m3 result differs where that tips a value to its
+    neighbour, s = 0.09 of it away: one in s / d, and so by sqrt(s d) in all."""
+    epilogue, x, layer, rest = cases.arguments(name, M, D, "cuda")
+    made, want = sm90_fp8.product(epilogue, x, layer, **copied(rest)), fp8.reference(epilogue, x, layer, **copied(rest))
+    for field, allowed in (("wide", 3e-3), ("narrow", 2e-2), ("sums", 6e-3)):
+        ours, theirs = getattr(made, field), getattr(want, field)
+        assert (ours is None) == (theirs is None), field
+        if ours is not None:
+            assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+            assert off(ours, theirs) < allowed, f"{field} is off by {off(ours, theirs):.1e}"
+            largest = theirs.float().abs().max()
+            assert (ours.float() - theirs.float()).abs().max() <= largest / 8, field
+    if "side" in rest and made.wide is not None:
+        again = sm90_fp8.product(epilogue, x, layer, **copied(rest))
+        assert torch.equal(made.wide, again.wide)
+
+
+@pytest.mark.parametrize("mean", [0.0, 8.0])
+def test_the_mean_does_not_show(mean):
+    epilogue, x, layer, rest = cases.arguments("qkv", 2580, 1152, "cuda", mean)
+    assert off(sm90_fp8.product(epilogue, x, layer, **rest).wide, fp8.reference(epilogue, x, layer, **rest).wide) < 6e-3
+
+
+@pytest.mark.parametrize(
+    "B, L, H, D", [(8, 258, 16, 72), (3, 257, 8, 64), (2, 256, 16, 72), (2, 334, 8, 64), (2, 66, 4, 80)]
+)
+def test_attention_leaves_in_e4m3_what_it_leaves_in_bf16(B, L, H, D):
+    qkv = torch.randn(B, L, 3, H, D, device="cuda", dtype=torch.bfloat16)
+    (ours, lse), (wide, expected) = sm90_forward.forward(qkv, E4M3), sm90_forward.forward(qkv)
+    want = narrow(wide)[..., torch.tensor(sm90_tiles.narrow(H, D), device="cuda")]
+    assert torch.equal(lse, expected)
+    assert off(ours, want) < 2e-2  # rounded once, not by way of bf16: some values are their neighbours
+
+
+def test_statistics_quantise_what_they_read():
+    x = (torch.randn(1290, 1152, device="cuda") * 3 + 0.3).bfloat16()
+    made8 = torch.empty(1290, 1152, device="cuda", dtype=E4M3)
+    stats = fold.statistics(x, None, made8)[:, :1290]
+    assert torch.allclose(stats, cases.statistics(x)[:, :1290], rtol=1e-4, atol=1e-5)
+    assert torch.equal(made8.view(torch.uint8), narrow(x).view(torch.uint8))
+
+
+def network(D: int, heads: int, depth: int = 4, **more) -> UViT:
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        net = UViT(32, 4, 2, D, depth, heads, **more)
+    return net.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    "D, heads, B, text", [(512, 8, 5, True), (768, 12, 37, False), (1024, 16, 3, False), (1152, 16, 7, False)]
+)
+def test_a_networks_error_is_that_of_its_arithmetic(D, heads, B, text):
+    net = network(D, heads, **({"context_dim": 768} if text else {"num_classes": 1001}))
+    x, t = torch.randn(B, 4, 32, 32, device="cuda"), torch.rand(B, device="cuda") * 999
+    given = {"context": torch.randn(B, 77, 768, device="cuda")} if text else {"y": torch.arange(B, device="cuda")}
+    exact = net(x, t, **given)
+    net = net.bfloat16()
+    ours, theirs = (Fp8UViT(net, by)(x, t, **given) for by in (fp8_block.KERNELS, fp8_block.REFERENCE))
+    assert off(ours, exact) < 1.1 * off(theirs, exact) + 1e-3
+    assert torch.equal(ours, Fp8UViT(net)(x, t, **given))
+
+
+def test_a_captured_loop_is_the_loop_bit_for_bit():
+    cfg = load_config("configs/h2_256.yaml", ["sample.steps=5"])
+    net = Fp8UViT(network(1152, 16, num_classes=1001).bfloat16())
+    sampler, graphs = build_sampler(cfg), GraphSampler(net)
+    for batch in (3, 2):  # captured, then replayed with fewer
+        x_T = torch.randn(batch, 4, 32, 32, device="cuda")
+        y = torch.arange(batch, device="cuda")
+        expected = sampler(lambda x, t, y=y: net(x, t, y), x_T)
+        assert torch.equal(graphs(sampler, x_T, {"y": y}), expected)
+    assert len(graphs) == 1
+
+
+def test_an_a100_is_told_what_is_needed(monkeypatch):
+    monkeypatch.setattr("uvit_fast.kernels.runtime.device._FORCED", 80)
+    with pytest.raises(UserError, match="compute capability 9.0"):
+        Fp8UViT(network(512, 8, num_classes=11).bfloat16())
