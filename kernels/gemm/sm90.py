@@ -5,8 +5,8 @@ A tile is transposed, 128 features x 256 tokens: each consumer holds 64 weight r
 apart and the epilogue of one hides behind the main loop of the other.
 
 Shared memory: 4 stages x (2 x 64 + 256) x 128 bytes + 2 x 16 KB of staging = 224 KB, and the barriers. Where such tiles
-would leave multiprocessors idle, as with a single image, a tile has 64 tokens and eight stages. Operands are of 16 bits,
-or e4m3 (`sm90_fp8`), of which a stage holds twice as many.
+would leave multiprocessors idle, as with a single image, a tile has 64 tokens and eight stages. Operands are of 16
+bits, or e4m3 (`sm90_fp8`), of which a stage holds twice as many.
 """
 
 from torch import Tensor
