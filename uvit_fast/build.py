@@ -1,7 +1,6 @@
 """From a config to objects: the only place where a name in a YAML file becomes a constructor."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -14,21 +13,23 @@ from uvit_fast.model.uvit import UViT
 
 NETWORKS: dict[type, Callable[..., UViT | UNet]] = {ModelConfig: UViT, UNetConfig: UNet}
 
-SCHEDULES: dict[str, Callable[[], Any]] = {
+SCHEDULES: dict[str, type[schedules.Schedule]] = {
     "vp": schedules.VPSchedule,
     "sd": schedules.SDSchedule,
     "flow": schedules.FlowSchedule,
     "flow_sit": schedules.SiTFlowSchedule,
 }
 
-PREDICTIONS: dict[str, Callable[[Any], predictions.Prediction]] = {  # of a network whose schedule is that
+PREDICTIONS: dict[
+    str, Callable[[schedules.Schedule], predictions.Prediction]
+] = {  # of a network whose schedule is that
     "eps": lambda schedule: predictions.Noise(),
     "v": lambda schedule: predictions.V(),
     "x0": lambda schedule: predictions.Data(),
     "velocity": lambda schedule: predictions.Velocity(to_data=isinstance(schedule, schedules.SiTFlowSchedule)),
 }
 
-SAMPLERS: dict[str, Callable[..., Any]] = {
+SAMPLERS: dict[str, type[samplers.Staged]] = {
     "dpm_fast": samplers.DPMSolverSinglestep,
     "dpmpp_fast": samplers.DPMSolverPPSinglestep,
     "dpmpp_2m": samplers.DPMSolverPPMultistep,
@@ -37,7 +38,7 @@ SAMPLERS: dict[str, Callable[..., Any]] = {
     "heun": samplers.Heun,
 }
 
-DATASETS: dict[str, Callable[[Config], Any]] = {
+DATASETS: dict[str, Callable[[Config], datasets.Dataset]] = {
     "digits": lambda cfg: datasets.digits(),
     "synthetic": lambda cfg: datasets.Synthetic(
         shape=(cfg.model.in_chans, cfg.model.img_size, cfg.model.img_size),
@@ -77,7 +78,7 @@ def build_model(cfg: Config) -> UViT | UNet:
         return NETWORKS[type(cfg.model)](**cfg.model.model_dump())
 
 
-def build_schedule(cfg: Config) -> Any:
+def build_schedule(cfg: Config) -> schedules.Schedule:
     """The noise schedule of `cfg.diffusion`."""
     return SCHEDULES[cfg.diffusion.schedule]()
 
@@ -94,7 +95,7 @@ def build_objective(cfg: Config) -> Objective:
     )
 
 
-def build_sampler(cfg: Config, steps: int | None = None) -> Any:
+def build_sampler(cfg: Config, steps: int | None = None) -> samplers.Sampler:
     """The sampler of `cfg.sample`: `sampler(eps_fn, x_T)` -> x_0, with `eps_fn(x, t_network)` -> what the network predicts.
 
     Args:
@@ -106,7 +107,7 @@ def build_sampler(cfg: Config, steps: int | None = None) -> Any:
     return SAMPLERS[sample.sampler](schedule, steps, sample.spacing, prediction, sample.shift)
 
 
-def build_dataset(cfg: Config) -> Any:
+def build_dataset(cfg: Config) -> datasets.Dataset:
     """The training data of `cfg.data`, checked against the model's shapes.
 
     Raises:

@@ -8,6 +8,7 @@ import torch
 
 from uvit_fast.build import build_dataset
 from uvit_fast.config import load_config
+from uvit_fast.data.datasets import TensorImages
 from uvit_fast.evaluation.digits import class_accuracy, nearest_train_ratio
 from uvit_fast.runtime.device import pick_device
 from uvit_fast.runtime.errors import UserError
@@ -45,6 +46,7 @@ def run(folder: Path, seed: int = 0) -> int:
     save_grid(samples, folder / "samples.png", columns=10, row_labels=[str(digit) for digit in range(10)])
 
     dataset = build_dataset(cfg)
+    assert isinstance(dataset, TensorImages)
     real = to_uint8(dataset.images * (2 / dataset.peak) - 1).astype(float)  # the samples' own range
     real_labels = dataset.labels.numpy()
     metrics = {

@@ -16,6 +16,7 @@ from uvit_fast.build import build_dataset
 from uvit_fast.config import Config
 from uvit_fast.data import reading
 from uvit_fast.data.autoencoders import load_decoder
+from uvit_fast.data.datasets import ImageFolder, TensorImages
 from uvit_fast.diffusion.noise import Draws
 from uvit_fast.evaluation import evaluate as figures
 from uvit_fast.evaluation import reference
@@ -79,17 +80,19 @@ def real_images(cfg: Config, name: str) -> tuple[Images, np.ndarray | None, Prov
         raise UserError(f"{name}: expected data of images, got {cfg.data.name}; name a folder of images or statistics")
     data = cfg.data.model_copy(update={"flip": False, "decoder": "pillow"})  # the same pixels everywhere
     dataset = build_dataset(cfg.model_copy(update={"data": data}))
+    assert isinstance(dataset, TensorImages | ImageFolder)
 
     def read(parts: list[range]) -> Iterator[np.ndarray]:
-        for raw in ahead(lambda part: dataset.__getitems__([(i, 0) for i in part]), parts):
+        for raw in ahead(lambda part: dataset.raw([(i, 0) for i in part]), parts):
             yield to_uint8(dataset.finish(raw, Draws(torch.Generator()))["x"])
 
-    files = [dataset.folder / file for file in getattr(dataset, "files", [])]
+    files = [dataset.folder / file for file in dataset.files] if isinstance(dataset, ImageFolder) else []
 
     @functools.cache
     def identity() -> str:
         how = (cfg.data.name, cfg.data.crop, cfg.data.background, cfg.data.unreadable, dataset.shape)
-        what = hash_of(files) if files else hashlib.sha256(dataset.images.numpy().tobytes()).hexdigest()
+        pixels = dataset.images.numpy().tobytes() if isinstance(dataset, TensorImages) else b""
+        what = hashlib.sha256(pixels).hexdigest() if pixels else hash_of(files)
         return hashlib.sha256(repr((how, what)).encode()).hexdigest()
 
     labels = None if dataset.labels is None else np.asarray(dataset.labels)

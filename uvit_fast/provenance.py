@@ -9,16 +9,39 @@ import json
 import re
 import unicodedata
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.files import write_whole
 from uvit_fast.runtime.text import printable
 
 RUN_FILE = "data.json"  # in the folder of a run; beside a .pth x.data.json
+
+
+Identities = Mapping[str, dict[str, str] | None]  # by role, "vae" and "text_encoder", as `data.encoders` makes them
+
+
+class Factors(Protocol):
+    """What latents are scaled by."""
+
+    def as_json(self) -> dict[str, float | list[float]]: ...
+
+
+class Described(Protocol):
+    """A dataset, as far as it says what its values mean: the labels' names, the encoders of latents and text features, the scaling of
+    latents; empty or None where that is not known.
+    """
+
+    classes: tuple[str, ...]
+
+    @property
+    def encoders(self) -> Identities: ...
+
+    @property
+    def scaling(self) -> Factors | None: ...
 
 
 @dataclass(frozen=True)
@@ -38,12 +61,11 @@ class Provenance:
     diffusion: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, dataset: Any, labelled: bool = True, diffusion: dict[str, str] | None = None) -> "Provenance":
+    def of(cls, dataset: Described, labelled: bool = True, diffusion: dict[str, str] | None = None) -> "Provenance":
         """That of a dataset; without its classes for a model that takes none."""
-        classes = tuple(getattr(dataset, "classes", ())) if labelled else ()
-        encoders = {role: who for role, who in getattr(dataset, "encoders", {}).items() if who}
-        scaling = getattr(dataset, "scaling", None)
-        return cls(classes, encoders, scaling.as_json() if scaling else {}, diffusion or {})
+        encoders = {role: who for role, who in dataset.encoders.items() if who}
+        scaling = dataset.scaling.as_json() if dataset.scaling else {}
+        return cls(dataset.classes if labelled else (), encoders, scaling, diffusion or {})
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Provenance":

@@ -1,6 +1,7 @@
 """Captured sampling on a GPU: the plain loop's numbers bit for bit, in bounded memory, with a way out where capture fails."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from uvit_fast import build_model, load_config, sampling
 from uvit_fast.data.autoencoders import Scaling, decoder
-from uvit_fast.diffusion.guidance import class_guidance
+from uvit_fast.diffusion.guidance import Guidance
 from uvit_fast.diffusion.noise import sample_generators, sample_noise
 from uvit_fast.diffusion.samplers import (
     DPMSolverPPMultistep,
@@ -64,7 +65,8 @@ def batch(size, seed=0):
 
 @torch.no_grad()
 def plain(net, sampler, x_T, y, scale, keys=None, interval=(0.0, 1.0)):
-    return sampler(class_guidance(net, y, NULL, scale, interval), x_T, keys)
+    eps_fn = Guidance(net, {"y": y}, {"y": NULL}, scale, interval) if scale else partial(net, y=y)
+    return sampler(eps_fn, x_T, keys)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: type(s).__name__)

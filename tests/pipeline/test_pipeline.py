@@ -12,7 +12,7 @@ from uvit_fast import build_model, cli, load_config
 from uvit_fast.config import Config
 from uvit_fast.data.autoencoders import vae_identity
 from uvit_fast.data.encoders import load_clip
-from uvit_fast.diffusion.guidance import Guidance, text_guidance
+from uvit_fast.diffusion.guidance import Guidance
 from uvit_fast.pipeline import UViTModel, UViTPipeline, make_pipeline
 from uvit_fast.provenance import Provenance, read
 from uvit_fast.sampling.captured import GraphSampler
@@ -242,7 +242,7 @@ def test_text_models_take_prompts_and_keep_their_encoder(tmp_path):
     with torch.no_grad():
         tokens = tokenizer(["a b", "b", ""], padding="max_length", max_length=8, return_tensors="pt").input_ids
         *context, null = clip(tokens).last_hidden_state
-        eps_fn = text_guidance(pipe.model, torch.stack(context), null, 1.0)
+        eps_fn = Guidance(pipe.model, {"context": torch.stack(context)}, {"context": null}, 1.0)
         expected = pipe.scheduler.sampler()(eps_fn, x)
     torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(pipe(["a b", "b"], latents=x, output_type="latent").images, images)  # a prompt may come first

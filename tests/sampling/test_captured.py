@@ -1,13 +1,14 @@
 """Captured sampling gives what the plain loop gives, whatever changes between two calls; on a stand-in for CUDA graphs."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 from tests.recorded import RecordedGraphs
-from uvit_fast.diffusion.guidance import class_guidance, text_guidance
+from uvit_fast.diffusion.guidance import Guidance
 from uvit_fast.diffusion.noise import sample_generators
 from uvit_fast.diffusion.samplers import (
     DPMSolverPPMultistep,
@@ -48,7 +49,8 @@ def batch(size, seed=0):
 
 @torch.no_grad()
 def plain(net, sampler, x_T, y, scale=0.0, interval=(0.0, 1.0), keys=None):
-    return sampler(class_guidance(net, y, NULL, scale, interval), x_T, keys)
+    eps_fn = Guidance(net, {"y": y}, {"y": NULL}, scale, interval) if scale else partial(net, y=y)
+    return sampler(eps_fn, x_T, keys)
 
 
 SAMPLERS = [
@@ -96,7 +98,7 @@ def test_text_features_and_their_null_are_inputs(net):
         x_T, _ = batch(2, seed)
         context, null = torch.randn(2, 5, 3), torch.randn(5, 3)
         with torch.no_grad():
-            expected = sampler(text_guidance(net, context, null, 1.0), x_T)
+            expected = sampler(Guidance(net, {"context": context}, {"context": null}, 1.0), x_T)
         assert torch.equal(sample(sampler, x_T, {"context": context}, {"context": null}, 1.0), expected)
     assert graphs.captures == 1
 

@@ -82,10 +82,10 @@ def test_runs_lists_what_runs_what_stopped_and_what_ended(tmp_path, capsys):
     assert "no runs" in capsys.readouterr().err
 
 
-class Folders:
+class Folders(tiny.Points):
     """Two images in each of twelve folders."""
 
-    classes = [f"kind{i}" for i in range(12)]
+    classes = tuple(f"kind{i}" for i in range(12))
 
     def __len__(self):
         return 24

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from uvit_fast.config import Config
+from uvit_fast.data.datasets import Indexed
 from uvit_fast.diffusion import schedules
 from uvit_fast.diffusion.noise import Draws
 from uvit_fast.diffusion.objective import Objective
@@ -65,15 +66,13 @@ class TinyModel(nn.Module):
         return self.last(h).view_as(x).to(x.dtype)
 
 
-class Schedule(schedules.Schedule):
+class Schedule(schedules.VPSchedule):
     def levels(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return (1 - u).sqrt(), u.sqrt(), 999 * u
 
 
-class Points:
+class Points(Indexed):
     """50 items; finish() draws from the numbers of the step, as flips and posteriors do."""
-
-    synthetic = False
 
     def __init__(self, length: int = 50):
         g = torch.Generator().manual_seed(1)
@@ -84,7 +83,7 @@ class Points:
     def __len__(self) -> int:
         return len(self.x)
 
-    def __getitems__(self, items: list[tuple[int, int]]) -> dict[str, Tensor]:
+    def raw(self, items: list[tuple[int, int]]) -> dict[str, Tensor]:
         self.seen += items
         index = torch.tensor([i for i, _ in items])
         return {"x": self.x[index], "y": self.y[index]}

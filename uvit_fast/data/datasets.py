@@ -1,13 +1,4 @@
-"""Images with labels, as the trainer takes them.
-
-A dataset has a length and three more things (`Dataset` adds what torch's own DataLoader asks for):
-- `__getitems__([(index, epoch), ...])` gives a raw batch: a dict of CPU tensors. The same pair always gives the same values.
-- `finish(raw, draws)` turns the raw batch, already on the device, into the network's inputs: `x` fp32 in [-1, 1] (or
-  scaled latents), (B, C, H, W); `y` int64 (B,) where there are labels; `context` fp32 (B, T, C) where there is text. Whatever is
-  random (flips, the posterior of latents) is drawn here, from the `Draws` of the step.
-- `shape`, the (C, H, W) of x; `num_classes`, labels it can give (0: none); `synthetic`, whether the data is random; where they are
-  known `classes`, the labels' names, and `encoders`, the identities of what made latents and text features.
-"""
+"""Images with labels, as the trainer takes them: `Dataset` says what that is, `Indexed` is what the ones here share."""
 
 import gzip
 import math
@@ -17,10 +8,11 @@ import pickle
 import random
 import warnings
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, overload
 
 import numpy as np
 import torch
@@ -30,6 +22,7 @@ from torch import Tensor
 from uvit_fast.config import Config
 from uvit_fast.data.reading import WHITE, BadImage, list_images, read_image, shown
 from uvit_fast.diffusion.noise import Draws
+from uvit_fast.provenance import Described, Factors, Identities
 from uvit_fast.provenance import shown as some
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.extras import missing
@@ -45,22 +38,68 @@ CLASSES = {  # of datasets whose files have numbers only
 }  # fmt: skip
 
 
-class Dataset(torch.utils.data.Dataset):
-    """What all datasets share: `dataset[i]` and torch's DataLoader get items as the network takes them, one by one.
+class Dataset(Described, Protocol):
+    """What training takes.
+
+    Attributes:
+        shape: (C, H, W) of x. num_classes: labels that it can give; 0: none.
+        text_shape: (T, C) of a text's features, null_context: (T, C), those of ""; None where there is no text.
+        synthetic: whether the data are random. decoder: what reads the pixels, in words; None where there are none to read.
+    """
+
+    shape: tuple[int, ...]
+    num_classes: int
+    text_shape: tuple[int, ...] | None
+    null_context: Tensor | None
+    synthetic: bool
+    decoder: str | None
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, items: list[tuple[int, int]], /) -> Batch:
+        """The raw batch of (index, epoch) pairs: CPU tensors. The same pair always gives the same values."""
+
+    def finish(self, raw: Batch, draws: Draws) -> Batch:
+        """The network's inputs of a raw batch that is already on the device: `x` fp32 in [-1, 1] (or scaled latents), (B, C, H, W); `y`
+        int64 (B,) where there are labels; `context` fp32 (B, T, C) where there is text. Whatever is random (flips, the posterior of
+        latents) is drawn here, from the `Draws` of the step.
+        """
+
+
+class Indexed(torch.utils.data.Dataset, ABC):
+    """A `Dataset` of images without text, of which nothing more is known; `dataset[i]` and torch's DataLoader get items as the network
+    takes them, one by one.
 
     Such an item is a dict of `x` fp32 (C, H, W) and, where there are any, `y` int64 () and `context` fp32 (T, C); what is random about it
     comes from torch's generator.
     """
 
+    shape: tuple[int, ...]
+    num_classes: int
+    text_shape: tuple[int, ...] | None = None
+    null_context: Tensor | None = None
+    synthetic = False
+    decoder: str | None = None
+    classes: tuple[str, ...] = ()
+    encoders: Identities = {}
+    scaling: Factors | None = None
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
     def raw(self, items: list[tuple[int, int]]) -> Batch:
         """The raw batch of (index, epoch) pairs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self, raw: Batch, draws: Draws) -> Batch:
         """The network's inputs of a raw batch."""
-        raise NotImplementedError
 
-    def __getitems__(self, items: list[tuple[int, int]] | list[int]) -> Batch | list[Batch]:
+    @overload
+    def __getitems__(self, items: list[tuple[int, int]], /) -> Batch: ...
+    @overload
+    def __getitems__(self, items: list[int], /) -> list[Batch]: ...
+    def __getitems__(self, items: Any, /) -> Any:
         """The raw batch of pairs; of plain indices the list of their items."""
         if items and isinstance(items[0], tuple):
             return self.raw(items)
@@ -79,7 +118,7 @@ class Dataset(torch.utils.data.Dataset):
         return self.__getitems__([index % len(self)])[0]
 
 
-class TensorImages(Dataset):
+class TensorImages(Indexed):
     """Images that fit in memory.
 
     Args:
@@ -89,8 +128,6 @@ class TensorImages(Dataset):
         flip: mirror each image with probability 1/2.
         classes: the labels' names.
     """
-
-    synthetic = False
 
     def __init__(self, images: Tensor, labels: Tensor | None, peak: float, flip: bool, classes: tuple[str, ...] = ()):
         self.images, self.labels, self.peak, self.flip = images, labels, peak, flip
@@ -194,14 +231,12 @@ def _idx(folder: Path, name: str, dims: int) -> Tensor:
     return torch.frombuffer(bytearray(data[header:]), dtype=torch.uint8).view(lengths)
 
 
-class ImageFolder(Dataset):
+class ImageFolder(Indexed):
     """Images below a folder: one folder a class where `labelled`, any depth otherwise. Decoded and cropped by Pillow.
 
     An unreadable image ends the run with its name, or, where `skip_unreadable`, another one takes its place with a warning: one that is drawn
     for the item and the epoch.
     """
-
-    synthetic = False
 
     def __init__(
         self,
@@ -280,7 +315,7 @@ class ImageFolder(Dataset):
         yield from ((first + i * step) % len(self) for i in range(len(self)))
 
 
-class Synthetic(Dataset):
+class Synthetic(Indexed):
     """Random images of any shape, to measure speed and memory: nothing can be learned from them."""
 
     synthetic = True
@@ -371,7 +406,7 @@ def require_folder(path: str | None, holding: str, key: str = "data.path") -> Pa
     return folder
 
 
-def check_fits(dataset: Any, cfg: Config) -> None:
+def check_fits(dataset: Dataset, cfg: Config) -> None:
     """Refuse data that the model cannot take.
 
     Raises:
@@ -389,7 +424,7 @@ def check_fits(dataset: Any, cfg: Config) -> None:
             f"data {cfg.data.name}: expected labels, for model.num_classes={cfg.model.num_classes}, got none"
         )
     if cfg.model.num_classes and dataset.num_classes > room:
-        names = getattr(dataset, "classes", ())
+        names = dataset.classes
         raise UserError(
             f"data {cfg.data.name}: {dataset.num_classes} classes{f' ({some(names)})' if names else ''}"
             f"{' and the null label of train.p_uncond' if null else ''} need more than "
@@ -403,6 +438,6 @@ def check_fits(dataset: Any, cfg: Config) -> None:
         )
     if cfg.model.context_dim:
         text = (cfg.model.context_tokens, cfg.model.context_dim)
-        got = getattr(dataset, "text_shape", None)
+        got = dataset.text_shape
         if got != text:
             raise UserError(f"data {cfg.data.name}: expected text features of {text} an item, got {got or 'no text'}")

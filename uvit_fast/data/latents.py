@@ -18,13 +18,13 @@ import torch
 
 from uvit_fast.config import Factor
 from uvit_fast.data.autoencoders import Scaling, measured
-from uvit_fast.data.datasets import Batch, Dataset, require_folder
+from uvit_fast.data.datasets import Batch, Indexed, require_folder
 from uvit_fast.data.shards import Packed, read_manifest, unchecked_faults
 from uvit_fast.diffusion.noise import Draws
 from uvit_fast.runtime.errors import UserError
 
 
-class Latents(Dataset):
+class Latents(Indexed):
     """Posteriors, from which `finish` draws afresh, mean + std * eps, or a deterministic encoder's latents; scaled.
 
     Args:
@@ -36,8 +36,6 @@ class Latents(Dataset):
     Raises:
         UserError: a damaged shard that may not be skipped, arrays that do not belong together, or a scale that nothing says.
     """
-
-    synthetic = False
 
     def __init__(
         self,

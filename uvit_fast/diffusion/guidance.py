@@ -4,7 +4,7 @@ s is the paper's: s = 0.4 is a guidance scale of 1.4 in the convention of DiT an
 package's functions take s as `guidance_scale`; `uvit-fast sample --cfg-scale` and the pipeline's `guidance_scale` are 1 + s.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class Guidance:
         self,
         model: Callable[..., Tensor],
         condition: dict[str, Tensor],
-        null: dict[str, Tensor | int],
+        null: Mapping[str, Tensor | int | None],
         scale: float | Tensor,
         interval: tuple[float, float] = ALWAYS,
     ):
@@ -57,32 +57,6 @@ class Guidance:
     def conditional(self, x: Tensor, t: Tensor) -> Tensor:
         """The conditional branch alone: (B, C, H, W)."""
         return self.model(x, t, **self.condition)
-
-
-def class_guidance(
-    model: Callable[..., Tensor],
-    y: Tensor,
-    null_label: int | None,
-    scale: float,
-    interval: tuple[float, float] = ALWAYS,
-) -> EpsFn:
-    """eps_fn(x, t) of a class-conditional `model(x, t, y=...)`, for labels y (B,) and the paper's scale."""
-    if scale == 0:
-        return lambda x, t: model(x, t, y=y)
-    return Guidance(model, {"y": y}, {"y": null_label}, scale, interval)
-
-
-def text_guidance(
-    model: Callable[..., Tensor],
-    context: Tensor,
-    null_context: Tensor | None,
-    scale: float,
-    interval: tuple[float, float] = ALWAYS,
-) -> EpsFn:
-    """eps_fn(x, t) of a text-conditional `model(x, t, context=...)`: context (B, T, C), null_context (T, C) of ""."""
-    if scale == 0:
-        return lambda x, t: model(x, t, context=context)
-    return Guidance(model, {"context": context}, {"context": null_context}, scale, interval)
 
 
 def evaluate(eps_fn: EpsFn, x: Tensor, time: Tensor, t: float) -> tuple[Tensor, Tensor | None]:

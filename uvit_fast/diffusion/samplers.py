@@ -11,9 +11,10 @@ Karras et al. 2022 take it (Algorithm 1).
 """
 
 import copy
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -40,8 +41,60 @@ class Stage:
     last: bool = True  # the next state begins a new interval
 
 
-class Sampler:
-    """Runs stages: `sampler(eps_fn, x_T)` -> x_0.
+class Sampler(Protocol):
+    """From noise to data by way of stages: `sampler(eps_fn, x_T)` -> x_0.
+
+    Attributes:
+        stages: one a network evaluation, in order.
+        draws_noise: whether a generator is used.
+        keep: outputs that a new interval still uses (1 for the multistep solver).
+    """
+
+    stages: list[Stage]
+    draws_noise: bool
+    keep: int
+
+    def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """What the network receives, (steps,), and the updates, (steps, 8), both fp32; made once a device."""
+
+    def rehearsal(self, interval: tuple[float, float] = ALWAYS) -> Self:
+        """The same sampler with no more of its intervals than give each kind of stage: what a capture needs done before it,
+        at the price of a few evaluations. Its samples mean nothing.
+
+        Args:
+            interval: of guidance; stages inside and outside it are of different kinds.
+        """
+
+    def __call__(
+        self,
+        eps_fn: EpsFn,
+        x_T: Tensor,
+        generator: Generator | None = None,
+        callback: Callable[[int, int], None] | None = None,
+        change: Callable[[int, Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Solve from x_T ~ N(0, I) to x_0.
+
+        Args:
+            eps_fn: eps_fn(x, t) -> eps, or what else the network predicts; x (B, C, H, W) fp32, t (B,) fp32, what the network receives
+                as time. A `Guidance` is combined inside the update.
+            x_T: (B, C, H, W).
+            generator: of the noise, where the sampler draws some: a torch.Generator of the batch, or the (B,) int64 keys that
+                `sample_generators` makes, one a sample.
+            callback: called as callback(done, steps) after each network evaluation.
+            change: change(i, x) -> the state that takes the place of x (B, C, H, W), after evaluation i. Inside an interval of order 2
+                or 3 that is where the network is evaluated next; the interval's end follows from its start.
+
+        Returns:
+            (B, C, H, W) fp32.
+
+        Raises:
+            ValueError: keys of another shape or dtype.
+        """
+
+
+class Staged(Sampler):
+    """What runs stages; a sampler defines its plan of them.
 
     Args:
         steps: network evaluations.
@@ -49,11 +102,6 @@ class Sampler:
             which the published samplers have.
         prediction: what the network predicts; default: eps.
         shift: of the times of a flow that are uniform in t, as in `shifted`; 1: none.
-
-    Attributes:
-        stages: one a network evaluation, in order.
-        draws_noise: whether a generator is used.
-        keep: outputs that a new interval still uses (1 for the multistep solver).
     """
 
     keep = 0
@@ -78,8 +126,9 @@ class Sampler:
         self.draws_noise = any(stage.update.noise for stage in self.stages)
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
+    @abstractmethod
     def _plan(self, schedule: Schedule, steps: int, spacing: str | None) -> list[Stage]:
-        raise TypeError("a sampler defines its stages")
+        """The stages, as many as steps."""
 
     def _stage(self, schedule: Schedule, t, wanted, start, outputs, noise=0.0, last=True) -> Stage:
         """A stage at time t whose m is `wanted` of x_0 and eps; from NumPy's numbers to Python's."""
@@ -88,7 +137,6 @@ class Sampler:
         return Stage(float(t), float(schedule.network_time(t)), update, last)
 
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """What the network receives, (steps,), and the updates, (steps, 8), both fp32; made once a device."""
         if device not in self._tables:
             columns = [stage.time for stage in self.stages], [stage.update.row() for stage in self.stages]
             with torch.inference_mode(False):  # kept, so also fit for a later call with gradients
@@ -96,12 +144,6 @@ class Sampler:
         return self._tables[device]
 
     def rehearsal(self, interval: tuple[float, float] = ALWAYS) -> Self:
-        """The same sampler with no more of its intervals than give each kind of stage: what a capture needs done before it,
-        at the price of a few evaluations. Its samples mean nothing.
-
-        Args:
-            interval: of guidance; stages inside and outside it are of different kinds.
-        """
         seen, stages, group = set(), [], []
         for stage in self.stages:
             group.append(stage)
@@ -132,24 +174,6 @@ class Sampler:
         callback: Callable[[int, int], None] | None = None,
         change: Callable[[int, Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Solve from x_T ~ N(0, I) to x_0.
-
-        Args:
-            eps_fn: eps_fn(x, t) -> eps, or what else the network predicts; x (B, C, H, W) fp32, t (B,) fp32, what the network receives
-                as time. A `Guidance` is combined inside the update.
-            x_T: (B, C, H, W).
-            generator: of the noise, where the sampler draws some: a torch.Generator of the batch, or the (B,) int64 keys that
-                `sample_generators` makes, one a sample.
-            callback: called as callback(done, steps) after each network evaluation.
-            change: change(i, x) -> the state that takes the place of x (B, C, H, W), after evaluation i. Inside an interval of order 2
-                or 3 that is where the network is evaluated next; the interval's end follows from its start.
-
-        Returns:
-            (B, C, H, W) fp32.
-
-        Raises:
-            ValueError: keys of another shape or dtype.
-        """
         x = start = x_T.float()
         times, rows = self.tables(x.device)
         keys = generator if isinstance(generator, Tensor) else None
@@ -176,7 +200,7 @@ class Sampler:
         return x
 
 
-class DPMSolverSinglestep(Sampler):
+class DPMSolverSinglestep(Staged):
     """DPM-Solver "fast", noise prediction: intervals of order 3, the last ones lower so that the evaluations add up.
 
     50 evaluations are 16 intervals of order 3 and one of order 2. The published sampler of the VP models. With fewer, intervals too long
@@ -277,7 +301,7 @@ class DPMSolverPPMultistep(DPMSolverPPSinglestep):
         return stages
 
 
-class EulerMaruyama(Sampler):
+class EulerMaruyama(Staged):
     """The reverse VP-SDE on the times {0} and linspace(1e-3, 1, steps); the last step draws no noise.
 
     x_s = x + (beta x / 2 + beta score) d + sqrt(beta d) z, with d = t - s and score = -eps / sigma_t.
@@ -305,7 +329,7 @@ class EulerMaruyama(Sampler):
         return stages
 
 
-class Euler(Sampler):
+class Euler(Staged):
     """The ODE of a flow, dx / dt = eps - x_0, on times uniform from 1 to 0: x_s = x + (s - t) dx / dt.
 
     A network that predicts eps says in pure noise nothing of the data: with it, sampling starts at t = 0.999.

@@ -5,14 +5,18 @@ float64 NumPy, because it is computed before the loop; what a training step need
 """
 
 import math
+from abc import abstractmethod
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+Level = Any  # a number or a float64 array; where training draws times, a tensor
 
-class Schedule:
-    """What all schedules share. A schedule defines `log_alpha`, its inverse, `network_time` and, for training, `levels`."""
+
+class Schedule(Protocol):
+    """What solvers and training ask of a schedule; `grid` and `add_noise` are theirs to inherit."""
 
     t_max: float = 1.0  # where sampling starts
     t_min: float  # where sampling ends
@@ -20,25 +24,19 @@ class Schedule:
     spacing: str  # "logsnr" or "time": the grid of the published samplers
     published_steps: float = 50  # from so many evaluations on, the solvers' orders are those of the published samplers
 
-    def log_alpha(self, t: np.ndarray) -> np.ndarray:
-        raise TypeError("a schedule defines log_alpha")
+    @abstractmethod
+    def alpha(self, t: Level) -> Level: ...
 
-    def _time_of_log_alpha(self, log_alpha: np.ndarray) -> np.ndarray:
-        raise TypeError("a schedule defines the inverse of log_alpha")
+    @abstractmethod
+    def sigma(self, t: Level) -> Level: ...
 
-    def alpha(self, t: np.ndarray) -> np.ndarray:
-        return np.exp(self.log_alpha(t))
-
-    def sigma(self, t: np.ndarray) -> np.ndarray:
-        return np.sqrt(-np.expm1(2 * self.log_alpha(t)))
-
-    def lambda_(self, t: np.ndarray) -> np.ndarray:
+    @abstractmethod
+    def lambda_(self, t: Level) -> Level:
         """log(alpha_t / sigma_t), which falls from data to noise."""
-        return self.log_alpha(t) - np.log(self.sigma(t))
 
-    def time_of_lambda(self, lam: np.ndarray) -> np.ndarray:
+    @abstractmethod
+    def time_of_lambda(self, lam: Level) -> Level:
         """The inverse of `lambda_`."""
-        return self._time_of_log_alpha(-0.5 * np.logaddexp(0.0, -2.0 * np.asarray(lam, np.float64)))
 
     def grid(self, intervals: int, spacing: str, to_data: bool = False) -> np.ndarray:
         """Times from t_max to t_min, (intervals + 1,): uniform in "time", in "logsnr" (lambda), or as in "karras", uniform in
@@ -55,17 +53,17 @@ class Schedule:
             return self.time_of_lambda(-7 * np.log(np.linspace(*np.exp(-ends / 7), intervals + 1)))
         return self.time_of_lambda(np.linspace(*ends, intervals + 1))
 
-    def network_time(self, t: np.ndarray) -> np.ndarray:
+    @abstractmethod
+    def network_time(self, t: Level) -> Level:
         """What the network receives as time."""
-        raise TypeError("a schedule defines network_time")
 
+    @abstractmethod
     def levels(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of a training step: alpha, sigma and the network's time, each (B,) fp32 on u's device.
 
         Args:
             u: (B,) fp32 in [0, 1], the time; uniform unless training draws it otherwise.
         """
-        raise TypeError("a schedule defines levels")
 
     def add_noise(self, x_0: Tensor, noise: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """Training's noisy input.
@@ -80,25 +78,47 @@ class Schedule:
         return mix(alpha, x_0, sigma, noise), time
 
 
-class VPSchedule(Schedule):
+class VariancePreserving(Schedule):
+    """What schedules with alpha_t^2 + sigma_t^2 = 1 share; one defines `log_alpha`, its inverse, `network_time` and `levels`."""
+
+    @abstractmethod
+    def log_alpha(self, t: Level) -> Level: ...
+
+    @abstractmethod
+    def time_of_log_alpha(self, log_alpha: Level) -> Level: ...
+
+    def alpha(self, t: Level) -> Level:
+        return np.exp(self.log_alpha(t))
+
+    def sigma(self, t: Level) -> Level:
+        return np.sqrt(-np.expm1(2 * self.log_alpha(t)))
+
+    def lambda_(self, t: Level) -> Level:
+        return self.log_alpha(t) - np.log(self.sigma(t))
+
+    def time_of_lambda(self, lam: Level) -> Level:
+        return self.time_of_log_alpha(-0.5 * np.logaddexp(0.0, -2.0 * np.asarray(lam, np.float64)))
+
+
+class VPSchedule(VariancePreserving):
     """Variance preserving, continuous: beta(t) = 0.1 + 19.9 t; the network receives 999 t."""
 
     beta_0, beta_1 = 0.1, 20.0
     t_min = 1e-4
     spacing = "logsnr"
 
-    def beta(self, t: np.ndarray) -> np.ndarray:
+    def beta(self, t: Level) -> Level:
         """The rate of the forward SDE dx = -beta x / 2 dt + sqrt(beta) dw."""
         return self.beta_0 + (self.beta_1 - self.beta_0) * t
 
-    def log_alpha(self, t: np.ndarray) -> np.ndarray:
+    def log_alpha(self, t: Level) -> Level:
         return -0.25 * (self.beta_1 - self.beta_0) * t**2 - 0.5 * self.beta_0 * t
 
-    def _time_of_log_alpha(self, log_alpha: np.ndarray) -> np.ndarray:
+    def time_of_log_alpha(self, log_alpha: Level) -> Level:
         a, b, c = 0.25 * (self.beta_1 - self.beta_0), 0.5 * self.beta_0, -log_alpha  # a t^2 + b t = c
         return 2 * c / (b + np.sqrt(b**2 + 4 * a * c))  # the root's form without cancellation
 
-    def network_time(self, t: np.ndarray) -> np.ndarray:
+    def network_time(self, t: Level) -> Level:
         return 999 * t
 
     def levels(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,7 +126,7 @@ class VPSchedule(Schedule):
         return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt(), 999 * u
 
 
-class SDSchedule(Schedule):
+class SDSchedule(VariancePreserving):
     """Stable Diffusion's 1000 discrete steps: sqrt(beta) linear; the network receives n in training, 1000 t in sampling."""
 
     steps = 1000
@@ -119,14 +139,14 @@ class SDSchedule(Schedule):
         self._times = np.arange(1, self.steps + 1) / self.steps
         self._tables: dict[torch.device, Tensor] = {}
 
-    def log_alpha(self, t: np.ndarray) -> np.ndarray:
+    def log_alpha(self, t: Level) -> Level:
         """Linear between the steps t = n / 1000."""
         return np.interp(t, self._times, self._log_alphas)
 
-    def _time_of_log_alpha(self, log_alpha: np.ndarray) -> np.ndarray:
+    def time_of_log_alpha(self, log_alpha: Level) -> Level:
         return np.interp(-log_alpha, -self._log_alphas, self._times)
 
-    def network_time(self, t: np.ndarray) -> np.ndarray:
+    def network_time(self, t: Level) -> Level:
         return self.steps * t
 
     def levels(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,20 +175,20 @@ class FlowSchedule(Schedule):
     spacing = "time"
     published_steps = math.inf
 
-    def alpha(self, t: np.ndarray) -> np.ndarray:
+    def alpha(self, t: Level) -> Level:
         return 1.0 - t
 
-    def sigma(self, t: np.ndarray) -> np.ndarray:
+    def sigma(self, t: Level) -> Level:
         return t
 
-    def lambda_(self, t: np.ndarray) -> np.ndarray:
+    def lambda_(self, t: Level) -> Level:
         with np.errstate(divide="ignore"):  # infinite at t = 0
             return np.log1p(-np.asarray(t, np.float64)) - np.log(t)
 
-    def time_of_lambda(self, lam: np.ndarray) -> np.ndarray:
+    def time_of_lambda(self, lam: Level) -> Level:
         return np.exp(-np.logaddexp(0.0, lam))
 
-    def network_time(self, t: np.ndarray) -> np.ndarray:
+    def network_time(self, t: Level) -> Level:
         return 1000 * t
 
     def levels(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,7 +198,7 @@ class FlowSchedule(Schedule):
 class SiTFlowSchedule(FlowSchedule):
     """The same path for networks in SiT's terms (Ma et al. 2024), as DC-AE's USiT: they receive 1 - t, which is 1 at the data."""
 
-    def network_time(self, t: np.ndarray) -> np.ndarray:
+    def network_time(self, t: Level) -> Level:
         return 1 - t
 
 

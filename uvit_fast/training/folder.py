@@ -10,18 +10,20 @@ import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import yaml
 
 from uvit_fast.config import Config, ModelConfig, dump_config
+from uvit_fast.data.datasets import Dataset
 from uvit_fast.model import ops
 from uvit_fast.provenance import RUN_FILE, Provenance, shown
 from uvit_fast.runtime.claims import Claim, Taken, holder
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.files import read_rows
+from uvit_fast.runtime.processes import World
 from uvit_fast.training import checkpoint
 from uvit_fast.training.monitor import say
 
@@ -85,7 +87,7 @@ def run_states(folder: Path) -> list[RunState]:
     return sorted(runs, key=lambda run: run.changed)
 
 
-def summary(config: Config, model: nn.Module, dataset: Any, world: Any) -> str:
+def summary(config: Config, model: nn.Module, dataset: Dataset, world: World) -> str:
     """What trains on what and where, and which kernels run and why, for the user to read as a run begins.
 
     Raises:
@@ -99,7 +101,7 @@ def summary(config: Config, model: nn.Module, dataset: Any, world: Any) -> str:
     if isinstance(net, ModelConfig):  # U-Nets have ops of their own
         about = ops.describe(net.embed_dim, net.num_heads, net.attention, net.kernels, device)
         about = about if cuda else {}  # on a CPU there is nothing to choose
-    if hasattr(dataset, "decoder"):
+    if dataset.decoder:
         about["images"] = dataset.decoder
     if names := Provenance.of(dataset, net.num_classes > 0).classes:
         about["labels"] = shown((f"{label} {name}" for label, name in enumerate(names)), kind="classes")
@@ -107,7 +109,7 @@ def summary(config: Config, model: nn.Module, dataset: Any, world: Any) -> str:
     return "\n".join([*lines, *(f"{name:16s}{what}" for name, what in about.items())])
 
 
-def describe_run(run_dir: Path, config: Config, world: Any, provenance: Provenance) -> None:
+def describe_run(run_dir: Path, config: Config, world: World, provenance: Provenance) -> None:
     """Write config.yaml, resolved; data.json: what its labels and latents mean; environment.json: versions, device, ranks, command,
     git commit.
     """

@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
-from typing import Any
+from typing import cast
 
 import psutil
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
+from uvit_fast.data.datasets import Dataset
 from uvit_fast.runtime.errors import RankError, UserError
 from uvit_fast.training.interrupt import Stalled, heeded, ticking
 from uvit_fast.training.monitor import say
@@ -80,7 +81,7 @@ class Order:
 
 
 def batches(
-    dataset: Any, order: Order, num_workers: int, device: torch.device, overdue: Callable[[], bool] = bool
+    dataset: Dataset, order: Order, num_workers: int, device: torch.device, overdue: Callable[[], bool] = bool
 ) -> Iterator[dict[str, Tensor]]:
     """The raw batches of `order` on `device`; copies to a GPU overlap with it. Closing the iterator ends its loader processes.
 
@@ -93,7 +94,7 @@ def batches(
     """
     loader = iter(
         DataLoader(
-            dataset,
+            cast(torch.utils.data.Dataset, dataset),  # which asks for `__getitems__` alone
             batch_sampler=order,
             num_workers=num_workers,
             collate_fn=_as_it_is,

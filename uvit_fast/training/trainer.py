@@ -12,13 +12,13 @@ import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from uvit_fast.config import Config
+from uvit_fast.data.datasets import Dataset
 from uvit_fast.diffusion.noise import Draws
 from uvit_fast.diffusion.objective import Objective
 from uvit_fast.provenance import Provenance
@@ -42,7 +42,7 @@ class Trainer:
     Args:
         config: everything that decides the result.
         model: fp32 `model(x, t, y=None, context=None)` -> what `objective` asks for; taken over by the engine.
-        dataset: as in `uvit_fast.data.datasets`.
+        dataset: what it learns from.
         run_dir: the run's folder.
         preview: `preview(model with EMA weights, step, folder)` every `sample_every` steps, on rank 0; the image file that it
             returns is shown in TensorBoard too.
@@ -61,7 +61,7 @@ class Trainer:
         config: Config,
         model: nn.Module,
         objective: Objective,
-        dataset: Any,
+        dataset: Dataset,
         run_dir: Path,
         preview: Preview | None = None,
         measure: Measure | None = None,
@@ -84,8 +84,8 @@ class Trainer:
             activations.share_out(train.activation_memory_gb * 1e9, model, config, self.world, self._say)
         self.engine = Engine(model, config, self.world)
         self.generator = torch.Generator(device)
-        null_context = getattr(dataset, "null_context", None)
-        self.null_context = None if null_context is None else null_context.to(device)
+        null = dataset.null_context
+        self.null_context = None if null is None else null.to(device)
         self.raw: dict[str, Tensor] | None = None  # the last batch
         self.dry = False  # whether there are no more, the data having stalled
         self.done = False  # whether the last step has been taken, by all ranks
@@ -179,7 +179,7 @@ class Trainer:
                 f"after {train.iterations} steps the EMA still holds {untrained:.0%} of the initial weights: for samples, train "
                 "longer or with a smaller train.ema_decay"
             )
-        if getattr(self.dataset, "synthetic", False):
+        if self.dataset.synthetic:
             self._say("synthetic data: measures speed and memory, learns nothing")
 
     @contextlib.contextmanager
