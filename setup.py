@@ -19,7 +19,7 @@ setup(
     install_requires=[
         "torch>=2.11",  # the model
         "triton>=3.6,<3.10; platform_system == 'Linux'",  # the kernels
-        "deepspeed>=0.19",  # the training engine
+        "deepspeed>=0.19,<0.20",  # the training engine
         "numpy",  # samples and datasets outside torch
         "einops",  # shapes that can be read
         "pydantic>=2.10",  # the config schema

@@ -48,6 +48,7 @@ class Counts(TorchDispatchMode):
         super().__init__()
         self.launches: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
+        self._patches = contextlib.ExitStack()
         self._made: list[tuple[StorageWeakRef, int]] = []  # memory that ops allocated, and its bytes
 
     def alive(self) -> int:
@@ -55,7 +56,6 @@ class Counts(TorchDispatchMode):
         return sum({ref.cdata: size for ref, size in self._made if not ref.expired()}.values())
 
     def __enter__(self) -> "Counts":
-        self._patches = contextlib.ExitStack()
         self._patches.enter_context(_Uploads(self))
         for owner, name in WAITS:
             if not isinstance(owner, type) or name in vars(owner):

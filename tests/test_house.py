@@ -98,3 +98,53 @@ def test_moments_are_adamws():
     for room in ("kernels", "uvit_fast/evaluation", "uvit_fast/model", "uvit_fast/diffusion"):
         for file in (ROOT / room).rglob("*.py"):
             assert "moment" not in file.read_text().lower(), file
+
+
+def attributes(function: ast.FunctionDef) -> set[str]:
+    """What a method assigns to its `self`."""
+    me = function.args.args[0].arg if function.args.args else None
+    return {
+        node.attr
+        for node in ast.walk(function)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and getattr(node.value, "id", None) == me
+    }
+
+
+def test_no_attribute_is_born_outside_init():
+    """Or a reader, and a method that is called too early, cannot know what an object has."""
+    sources = [path for room in ("uvit_fast", "kernels", "benchmarks") for path in (ROOT / room).rglob("*.py")]
+    classes = [
+        (path, node)
+        for path in sources
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    ]
+
+    def born(of: ast.ClassDef) -> set[str]:
+        found = set()
+        for item in of.body:
+            if isinstance(item, ast.FunctionDef):
+                setter = any(isinstance(d, ast.Attribute) and d.attr == "setter" for d in item.decorator_list)
+                found |= attributes(item) if item.name == "__init__" else {item.name} if setter else set()
+            elif isinstance(item, ast.AnnAssign | ast.Assign):
+                targets = [item.target] if isinstance(item, ast.AnnAssign) else item.targets
+                found |= {t.id for t in targets if isinstance(t, ast.Name)}
+        for base in of.bases:
+            name = getattr(base, "id", getattr(base, "attr", None))
+            found = found.union(*(born(node) for _, node in classes if node.name == name and node is not of))
+        return found
+
+    for path, node in classes:
+        methods = [item for item in node.body if isinstance(item, ast.FunctionDef)]
+        methods = [
+            m for m in methods if not {"staticmethod", "classmethod"} & {getattr(d, "id", "") for d in m.decorator_list}
+        ]
+        late = set().union(*map(attributes, methods)) - born(node)
+        assert not late, f"{path}: {node.name}: {', '.join(sorted(late))} should be in __init__"
+
+
+def test_only_the_adapter_touches_deepspeed():
+    for _, path in files():
+        text = path.read_text()
+        if path.name != "deepspeed_adapter.py":
+            assert "import deepspeed" not in text and "from deepspeed" not in text, path

@@ -41,6 +41,7 @@ class StepEnd:
             )
         self.pipe, self.callback, self.inputs = pipe, callback, inputs
         self.guidance = eps_fn if isinstance(eps_fn, Guidance) else None
+        self.state: Tensor | None = None  # the last one, as the callback left it
         pipe._interrupt = False
 
     def __call__(self, i: int, t: Tensor, x: Tensor) -> Tensor:

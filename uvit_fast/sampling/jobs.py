@@ -37,6 +37,7 @@ class Job:
         self._note = self.folder / "job.json"
         self.num, self.batch, self.world = num, batch, world
         self.parts = [(first, min(first + batch, num)) for first in range(0, num, batch)]
+        self._claim: Claim | None = None  # rank 0's, on the folder
         told = [None, []]
         if world.rank == 0:
             refusal = self._prepare({**settings, "batch": batch}, resume)

@@ -180,7 +180,7 @@ class _Allocator:
     """Bytes beyond those at the start, as a GPU's allocator has them."""
 
     def __init__(self, device: torch.device):
-        self.device = device
+        self.device, self.before = device, 0
 
     def __enter__(self) -> "_Allocator":
         torch.cuda.reset_peak_memory_stats(self.device)

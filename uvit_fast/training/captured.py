@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from uvit_fast.runtime.graphs import CudaGraphs, Graphs
 from uvit_fast.runtime.hooks import changed
@@ -201,9 +202,11 @@ class _Cuts:
         # the first part is half of another: nothing runs after its backward that its gradients' reduction could hide behind
         self.part_of = {block: (i * (2 * parts - 1) // len(blocks) + 1) // 2 for i, block in enumerate(blocks)}
         self.parts = parts
+        self.leaves: list[dict[int, tuple[Tensor, Tensor]]] = []  # of each part, id -> (tensor, leaf)
+        self.hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> None:
-        self.leaves: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in range(self.parts)]  # id -> (tensor, leaf)
+        self.leaves = [{} for _ in range(self.parts)]
         self.hooks = [block.register_forward_pre_hook(self._enter) for block in self.part_of]
         self.hooks += [block.register_forward_hook(self._leave) for block in self.part_of]
 

@@ -30,10 +30,11 @@ PARTITIONS = {
     2: "single_partition_of_fp32_groups",
     3: "fp32_partitioned_groups_flat",
 }
-NEEDED = {  # stage -> attributes of its optimizer without which nothing works
-    1: ("update_lp_params", "overflow"),
-    2: ("update_lp_params", "overflow"),
-    3: ("checkpoint_event_prologue", "_reassign_or_swap_out_partitioned_parameters", "checkpoint_event_epilogue", "overflow"),
+EVER = ("param_groups", "overflow")
+NEEDED = {  # stage -> what of its optimizer there is no other way for
+    1: (*EVER, "update_lp_params"),
+    2: (*EVER, "update_lp_params"),
+    3: (*EVER, "checkpoint_event_prologue", "checkpoint_event_epilogue", "_reassign_or_swap_out_partitioned_parameters"),
 }  # fmt: skip
 REPLACED = ("step", "buffered_reduce_fallback")
 READ = (  # by what replaces the step

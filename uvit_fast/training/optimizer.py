@@ -22,12 +22,13 @@ class GuardedAdamW(torch.optim.AdamW):
         self.clip, self.device = train.grad_clip, device
         self.grad_norm = torch.zeros((), device="cpu" if train.offload_optimizer else device)
         self.refused = torch.zeros_like(self.grad_norm)
+        self.found_inf = self.grad_scale = None  # switches of the fused kernels, meant for loss scaling
         self.double_betas = torch.tensor(train.betas, dtype=torch.float64, device=device)
 
     def step(self, closure: None = None) -> None:
         """PyTorch's own, on the gradients of the parameters."""
         self._look_at([p.grad for group in self.param_groups for p in group["params"]])
-        self.found_inf = self.refused  # the fused kernels' own switch, meant for loss scaling
+        self.found_inf = self.refused
         if self.clip > 0:
             self.grad_scale = self._excess()
         super().step()
