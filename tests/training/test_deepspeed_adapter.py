@@ -1,5 +1,5 @@
-"""DeepSpeed, whose versions differ: the oldest and the newest that are asked for train alike, and one without what is replaced runs its
-own step.
+"""DeepSpeed, whose versions differ: the oldest and the newest that are asked for train alike, and one without what is
+replaced runs its own step.
 """
 
 import ast
@@ -62,7 +62,9 @@ def oldest(pytestconfig) -> Path:
 
 
 def curves(folder: Path) -> dict[str, list[float]]:
-    """The losses of a few steps of each of WAYS, in this process; all but ZeRO-3 and the offloaded optimizer in one pass."""
+    """The losses of a few steps of each of WAYS, in this process; all but ZeRO-3 and the offloaded optimizer in one
+    pass.
+    """
     found = {}
     for way, train in WAYS.items():
         run = tiny.trainer(folder / way, config(iterations=STEPS, **train))

@@ -1,7 +1,8 @@
 """How much each block may keep for its backward within a budget, from what blocks were seen to take.
 
-Activation memory is what a forward and its backward hold beside weights, gradients, optimizer and EMA. The blocks that run last in
-the forward get to keep the most: the backward begins with them, so that their memory is free again when others compute theirs anew.
+Activation memory is what a forward and its backward hold beside weights, gradients, optimizer and EMA. The blocks that
+run last in the forward get to keep the most: the backward begins with them, so that their memory is free again when
+others compute theirs anew.
 """
 
 import copy
@@ -82,7 +83,8 @@ def plan_within(budget: float, network: Network) -> Plan:
 
 
 def share_out(budget: float, model: nn.Module, config: Config, world: World, say: Callable[[str], None]) -> None:
-    """Set what each block of `model` keeps for the backward, within `budget` bytes on each rank, the same on all of them.
+    """Set what each block of `model` keeps for the backward, within `budget` bytes on each rank, the same on all of
+    them.
 
     Raises:
         UserError: the budget is too small for the least.
@@ -112,7 +114,8 @@ def describe(plan: Plan, network: Network, budget: float) -> str:
 
 
 def inspect(model: nn.Module, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype) -> Network:
-    """Run a copy of the network, and of each kind of block with each policy, forward and backward, and see what they take.
+    """Run a copy of the network, and of each kind of block with each policy, forward and backward, and see what they
+    take.
 
     Args:
         model: the network, with `blocks`; stays as it is.

@@ -1,9 +1,10 @@
 """DeepSpeed: every touch of it is here, what it is told, what is read of it, and what of it is replaced.
 
-Under ZeRO 1 and 2, with the optimizer on the device, three things are replaced (`DeepSpeed.replace_step`): its optimizer's step, by one that
-updates in a single pass; with one rank the reduction of gradients, since there is nobody to reduce with; with several, that the host
-waits for the reductions. A version in which one of them, or what they read, is not to be found runs DeepSpeed's own step: the same
-numbers, after one warning. What else is used has no other way: a version without it is refused.
+Under ZeRO 1 and 2, with the optimizer on the device, three things are replaced (`DeepSpeed.replace_step`): its
+optimizer's step, by one that updates in a single pass; with one rank the reduction of gradients, since there is nobody
+to reduce with; with several, that the host waits for the reductions. A version in which one of them, or what they read,
+is not to be found runs DeepSpeed's own step: the same numbers, after one warning. What else is used has no other way: a
+version without it is refused.
 """
 
 import contextlib
@@ -34,14 +35,17 @@ EVER = ("param_groups", "overflow")
 NEEDED = {  # stage -> what of its optimizer there is no other way for
     1: (*EVER, "update_lp_params"),
     2: (*EVER, "update_lp_params"),
-    3: (*EVER, "checkpoint_event_prologue", "checkpoint_event_epilogue", "_reassign_or_swap_out_partitioned_parameters"),
+    3: (
+        *EVER, "checkpoint_event_prologue", "checkpoint_event_epilogue",
+        "_reassign_or_swap_out_partitioned_parameters",
+    ),
 }  # fmt: skip
 REPLACED = ("step", "buffered_reduce_fallback")
 READ = (  # by what replaces the step
     "micro_step_id", "averaged_gradients", "all_grad_tensors", "params_in_partition", "params_not_in_partition",
     "free_grad_in_param_list", "flatten", "flatten_dense_tensors_aligned", "partition_size", "bit16_groups_flat",
-    "parallel_partitioned_bit16_groups", "real_dp_process_group", "nccl_start_alignment_factor", "allgather_bucket_size",
-    "reduction_stream", "loss_scale",
+    "parallel_partitioned_bit16_groups", "real_dp_process_group", "nccl_start_alignment_factor",
+    "allgather_bucket_size", "reduction_stream", "loss_scale",
 )  # fmt: skip
 
 
@@ -133,17 +137,18 @@ class DeepSpeed:
         return settings
 
     def replace_step(self, update: Callable[[Tensor, Tensor], None]) -> None:
-        """Have steps of ZeRO 1 and 2 done by `update(gradient, computed)`: (n,) both and in the network's dtype, this rank's share of the
-        averaged gradient, and that of the weights that the network computes with, which `update` writes. Where DeepSpeed looks at
-        the gradient's norm itself, under ZeRO-3 and with an offloaded optimizer, it keeps its own step, which calls `optimizer.step`.
+        """Have steps of ZeRO 1 and 2 done by `update(gradient, computed)`: (n,) both and in the network's dtype, this
+        rank's share of the averaged gradient, and that of the weights that the network computes with, which `update`
+        writes. Where DeepSpeed looks at the gradient's norm itself, under ZeRO-3 and with an offloaded optimizer, it
+        keeps its own step, which calls `optimizer.step`.
         """
         if self.stage == 3 or self.offloaded:
             return
         if missing := self._missing_for_a_step():
             if self.world.rank == 0:
                 warnings.warn(
-                    f"deepspeed {version('deepspeed')} has no {', '.join(missing)}, as versions {TESTED[0]} to {TESTED[1]} do: "
-                    "its own step runs, which is slower",
+                    f"deepspeed {version('deepspeed')} has no {', '.join(missing)}, as versions {TESTED[0]} to "
+                    f"{TESTED[1]} do: its own step runs, which is slower",
                     RuntimeWarning,
                     stacklevel=2,
                 )
@@ -168,7 +173,7 @@ class DeepSpeed:
 
     @torch.no_grad()
     def _step_in_one_pass(self, update: Callable[[Tensor, Tensor], None]) -> None:
-        """DeepSpeed's step under ZeRO 1 and 2, but for a cast of the gradient, and for passes of its own over the weights."""
+        """DeepSpeed's step under ZeRO 1 and 2, without its passes over gradient and weights."""
         from deepspeed.runtime.utils import all_gather_dp_groups
         from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 
@@ -208,8 +213,8 @@ class DeepSpeed:
 
     @contextlib.contextmanager
     def _device_waits(self) -> Iterator[None]:
-        """Where DeepSpeed has the host wait for the reductions at the end of a backward, its device waits instead, with the optimizer's step
-        already in its queue.
+        """Where DeepSpeed has the host wait for the reductions at the end of a backward, its device waits instead, with
+        the optimizer's step already in its queue.
         """
         from deepspeed.accelerator import get_accelerator
 

@@ -1,8 +1,8 @@
-"""A process of a training run and its DeepSpeed engine: device, process group, ZeRO, optimizer.
+"""What trains a model on this rank: its share of the weights, AdamW, the EMA, captured steps.
 
-Whatever the ZeRO stage, a rank owns one flat fp32 partition of the weights (N / ranks values, plus padding); AdamW updates it in place,
-and the EMA averages it. Checkpoints work on that partition and never need to know the stage: `gather` and `scatter` turn anything laid
-out like it into named tensors and back.
+Whatever the ZeRO stage, a rank owns one flat fp32 partition of the weights (N / ranks values, plus padding); AdamW
+updates it in place, and the EMA averages it. Checkpoints work on that partition and never need to know the stage:
+`gather` and `scatter` turn anything laid out like it into named tensors and back.
 """
 
 import torch
@@ -46,8 +46,8 @@ class Engine:
     """The training of one model: DeepSpeed, AdamW, the EMA, and captured steps.
 
     Args:
-        model: fp32, on the CPU or the device. Its class may name `block_class`, between whose modules a backward may be cut, and
-            `fused_classes`, modules that ZeRO-3 gathers as a whole.
+        model: fp32, on the CPU or the device. Its class may name `block_class`, between whose modules a backward may be
+            cut, and `fused_classes`, modules that ZeRO-3 gathers as a whole.
         config: train.zero_stage, precision, batch and optimizer settings.
         world: from `start`.
     """
@@ -113,7 +113,7 @@ class Engine:
 
     @torch.no_grad()
     def gather(self, flat: Tensor) -> dict[str, Tensor]:
-        """Whole fp32 tensors on the CPU of rank 0 by parameter name, from each rank's `flat`, laid out like `partition`.
+        """Return whole fp32 tensors on the CPU of rank 0, by parameter name, from `flat`, laid out like `partition`.
 
         All ranks must call it; ranks other than 0 get an empty dict.
         """

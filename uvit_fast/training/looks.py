@@ -41,8 +41,8 @@ class Looks:
     def look(
         self, weights: dict[str, Tensor], step: int, show: bool, judge: bool, monitor: Monitor, interrupt: Interrupt
     ) -> None:
-        """Hand `weights` to `preview` (`show`) and to `measure` (`judge`), where there is one. A checkpoint is worth more than what has not
-        ended some seconds after a signal, which is left off.
+        """Hand `weights` to `preview` (`show`) and to `measure` (`judge`), where there is one. A checkpoint is worth
+        more than what has not ended some seconds after a signal, which is left off.
         """
         if self.model is None:
             return

@@ -1,4 +1,4 @@
-"""The rows of metrics.jsonl: what steps add to them on the device, and their way to the host, for which nobody waits."""
+"""The rows of metrics.jsonl: what steps add to them on the device, and how they reach a host that does not wait."""
 
 from collections.abc import Callable
 
@@ -30,8 +30,8 @@ class Row:
         self.losses[:, step - self.first_step].add_(torch.stack([loss.where(finite, 0.0), finite.float()]))
 
     def over_ranks(self, end: int) -> Tensor:
-        """`losses` of the steps before `end`, (2, steps), added up over the ranks in their order: an all-reduce's order depends on where a
-        value stands among the others, and a run that was interrupted has other rows.
+        """`losses` of the steps before `end`, (2, steps), added up over the ranks in their order: an all-reduce's order
+        depends on where a value stands among the others, and a run that was interrupted has other rows.
         """
         mine = self.losses[:, : end - self.first_step].clone()
         if dist.get_world_size() == 1:
@@ -80,7 +80,7 @@ class Rows:
         row.longest = torch.maximum(row.longest, self.refused_in_a_row)
 
     def end(self, step: int, lr: float, grad_norm: Tensor) -> None:
-        """End the row under way with `step`, if it has any, and send its scalars on their way to the host. All ranks must call it."""
+        """End the row under way with `step`, if it has any, and send its scalars to the host. All ranks must call it."""
         row = self.row
         if row.first_step >= step:
             return

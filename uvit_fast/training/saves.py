@@ -1,4 +1,4 @@
-"""What a run continues from, and what it leaves to continue from: its checkpoints, between the engine's ranks and the run's folder."""
+"""What a run continues from and leaves to continue from: checkpoints, between the ranks and the run's folder."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -48,14 +48,15 @@ class Saves:
             raise RankError(f"rank {self.world.rank}: its data are not those of rank 0: {difference}")
 
     def resume(self) -> tuple[int, int]:
-        """Take the folder for this run, and its newest intact checkpoint, if there is one, into the engine: rank 0 reads, all ranks get
-        their share.
+        """Take the folder for this run, and its newest intact checkpoint, if there is one, into the engine: rank 0
+        reads, all ranks get their share.
 
         Returns:
             the step, and how many samples all ranks have taken in all; 0 and 0 for a new run.
 
         Raises:
-            UserError: another process trains in the folder, no checkpoint is intact, or it is of another model or of other data.
+            UserError: another process trains in the folder, no checkpoint is intact, or it is of another model or of
+            other data.
         """
         config = self.config.model_dump(mode="json")
 

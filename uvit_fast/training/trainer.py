@@ -1,9 +1,11 @@
-"""The training loop (paper, Section 2 and Appendix): predict the noise, or what else the objective asks for, AdamW, warm-up, EMA.
+"""The training loop (paper, Section 2 and Appendix): predict the noise, or what else the objective asks for, AdamW,
+warm-up, EMA.
 
-A step draws everything random from one generator on the device, seeded by (seed, step), for the whole batch, of which a micro-batch takes
-its rows: there is no random state to save, and a run that continues, on however many ranks, is the run that was never interrupted.
-Nothing in a step makes the host wait for a device that has nothing queued, but for DeepSpeed under ZeRO-3 (it looks at the gradient
-norm), with an offloaded optimizer, and between the accumulated micro-batches of several GPUs.
+A step draws everything random from one generator on the device, seeded by (seed, step), for the whole batch, of which a
+micro-batch takes its rows: there is no random state to save, and a run that continues, on however many ranks, is the
+run that was never interrupted. Nothing in a step makes the host wait for a device that has nothing queued, but for
+DeepSpeed under ZeRO-3 (it looks at the gradient norm), with an offloaded optimizer, and between the accumulated
+micro-batches of several GPUs.
 """
 
 import contextlib
@@ -44,16 +46,16 @@ class Trainer:
         model: fp32 `model(x, t, y=None, context=None)` -> what `objective` asks for; taken over by the engine.
         dataset: what it learns from.
         run_dir: the run's folder.
-        preview: `preview(model with EMA weights, step, folder)` every `sample_every` steps, on rank 0; the image file that it
-            returns is shown in TensorBoard too.
-        measure: `measure(model with EMA weights, step)` every `evaluate.every` steps, on rank 0, while the others wait: figures by
-            name. The weights with the lowest of the first one stay in best/.
+        preview: `preview(model with EMA weights, step, folder)` every `sample_every` steps, on rank 0; the image file
+            that it returns is shown in TensorBoard too.
+        measure: `measure(model with EMA weights, step)` every `evaluate.every` steps, on rank 0, while the others wait:
+            figures by name. The weights with the lowest of the first one stay in best/.
         fresh: rename what is in the folder and begin anew, once all but the folder is known to work.
 
     Raises:
-        UserError: a GPU that is not there, a batch that does not divide, activations that do not fit their budget, a folder that
-            another process trains in or that cannot be written to, a checkpoint of another architecture, of other classes or
-            encoders, or none intact.
+        UserError: a GPU that is not there, a batch that does not divide, activations that do not fit their budget, a
+            folder that another process trains in or that cannot be written to, a checkpoint of another architecture, of
+            other classes or encoders, or none intact.
     """
 
     def __init__(
@@ -71,9 +73,8 @@ class Trainer:
         self.config, self.objective, self.dataset, self.run_dir = config, objective, dataset, Path(run_dir)
         self.world = start(config.device)
         self.main = self.world.rank == 0
-        device, flops = self.world.device, None
-        if device.type == "cuda":
-            flops = forward_flops(model, config)
+        device = self.world.device
+        flops = forward_flops(model, config) if device.type == "cuda" else None
         self.looks = Looks(
             model, self.run_dir, device, torch.bfloat16 if computes_in_bf16(train, device) else torch.float32,
             preview if train.sample_every and self.main else None, measure if config.evaluate and self.main else None,
@@ -104,12 +105,13 @@ class Trainer:
         """Train to the end.
 
         Returns:
-            "step", "seconds" and "images_per_second" of this call, and on a GPU, if it trained, "peak_memory_gb", "static_memory_gb"
-            and "reserved_memory_gb" of this rank: the most that was allocated, what stays allocated between two steps, and the most
-            that the process held of the device.
+            "step", "seconds" and "images_per_second" of this call, and on a GPU, if it trained, "peak_memory_gb",
+            "static_memory_gb" and "reserved_memory_gb" of this rank: the most that was allocated, what stays allocated
+            between two steps, and the most that the process held of the device.
 
         Raises:
-            UserError: `train.max_refused` steps in a row had no finite gradient, or the last checkpoint could not be written.
+            UserError: `train.max_refused` steps in a row had no finite gradient, or the last checkpoint could not be
+            written.
         """
         iterations = self.config.train.iterations
         if self.step >= iterations:
@@ -135,6 +137,7 @@ class Trainer:
         return every > 0 and (self.done or self.step % every == 0)
 
     def _save_if_due(self) -> None:
+        """Save, unless the weights are about to diverge: that checkpoint would push out one from before."""
         if not self._due(self.config.train.checkpoint_every):
             return
         self._end_row()
@@ -176,8 +179,8 @@ class Trainer:
         untrained = train.ema_decay**train.iterations
         if untrained > 0.05:
             self._say(
-                f"after {train.iterations} steps the EMA still holds {untrained:.0%} of the initial weights: for samples, train "
-                "longer or with a smaller train.ema_decay"
+                f"after {train.iterations} steps the EMA still holds {untrained:.0%} of the initial weights: for samples, "
+                "train longer or with a smaller train.ema_decay"
             )
         if self.dataset.synthetic:
             self._say("synthetic data: measures speed and memory, learns nothing")
@@ -211,9 +214,9 @@ class Trainer:
         self.rows.read(wait=True)
         if self._diverged() and not void:  # by now on every rank
             raise UserError(
-                f"step {self.step}: loss or gradient not finite for {self.rows.most_refused:.0f} steps in a row, stopped "
-                "without another checkpoint; a lower train.lr or train.grad_clip=1 may help, and where the newest checkpoint "
-                "is of weights that had diverged, removing it"
+                f"step {self.step}: loss or gradient not finite for {self.rows.most_refused:.0f} steps in a row, "
+                "stopped without another checkpoint; a lower train.lr or train.grad_clip=1 may help, and where the newest "
+                "checkpoint is of weights that had diverged, removing it"
             )
         seconds = Mark(self.world.device).seconds_since(began)
         if self.step > self.saves.step:
@@ -230,8 +233,8 @@ class Trainer:
             result["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
             result["static_memory_gb"] = torch.cuda.memory_allocated() / 1e9
             result["reserved_memory_gb"] = torch.cuda.max_memory_reserved() / 1e9
-            memory = f", peak memory {result['peak_memory_gb']:.2f} GB a GPU, {result['static_memory_gb']:.2f} GB of it static"
-            memory += f", {result['reserved_memory_gb']:.2f} GB reserved"
+            peak, static, reserved = (result[f"{what}_memory_gb"] for what in ("peak", "static", "reserved"))
+            memory = f", peak memory {peak:.2f} GB per GPU, {static:.2f} GB of it static, {reserved:.2f} GB reserved"
         if self.step < self.config.train.iterations:
             signal = self.interrupt.name or "a signal to another rank"
             self._say(f"stopped by {signal} at step {self.step}; the same command continues")
@@ -264,8 +267,9 @@ class Trainer:
         """One optimizer step. The host waits for nothing but data.
 
         Raises:
-            Stalled: there are none, alone. With others, who wait for this rank's share of the step, it is of no finite loss, which
-                makes the step void on all of them, since their gradient is not finite: nothing changes, and they count it.
+            Stalled: there are none, alone. With others, who wait for this rank's share of the step, it is of no finite
+                loss, which makes the step void on all of them, since their gradient is not finite: nothing changes, and
+                they count it.
         """
         engine, row = self.engine, self.rows.row
         for k in range(engine.accumulation):
