@@ -1,5 +1,6 @@
 """What of a folder is an image, and which label it has."""
 
+import json
 import os
 
 import pytest
@@ -7,6 +8,7 @@ from PIL import Image
 
 from uvit_fast.data.datasets import ImageFolder
 from uvit_fast.data.reading import list_images, read_image
+from uvit_fast.provenance import Provenance
 from uvit_fast.runtime.errors import UserError
 
 
@@ -37,6 +39,12 @@ def test_folders_that_are_links_are_classes_like_others(animals, tmp_path):
     found, listing = labels(animals)
     assert listing.classes == ["ant", "bee", "cat"] and listing.counts == {"ant": 2, "bee": 2, "cat": 2}
     assert found["bee/1.png"] == "bee" and found["cat/0.png"] == "cat" and listing.notes == []
+
+
+def test_a_run_continues_with_the_classes_that_it_wrote(animals):
+    now = Provenance.of(ImageFolder(str(animals), 4, "center", False, labelled=True))
+    before = Provenance.from_json(json.loads(json.dumps(now.as_json())))
+    assert now.classes == ("ant", "bee", "cat") and before.difference(now) is None
 
 
 def test_a_link_back_is_refused_and_a_folder_reached_twice_said(animals):

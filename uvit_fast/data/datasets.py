@@ -257,7 +257,7 @@ class ImageFolder(Indexed):
             warnings.warn(f"data.path {shown(str(folder))}: {note}", stacklevel=3)
         self.folder, self.files = folder, listing.files  # names below it
         self.labels = listing.labels
-        self.classes = listing.classes  # the folders' names, by label
+        self.classes = tuple(listing.classes)  # the folders' names, by label
         self.num_classes = len(self.classes)
         self.shape = (3, size, size)
         self.size, self.crop_name, self.flip, self.skip_unreadable = size, crop, flip, skip_unreadable
