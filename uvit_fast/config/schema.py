@@ -1,18 +1,13 @@
-"""The configuration: these classes are the YAML schema. Every key is typed, documented with its unit, and read somewhere.
+"""The YAML schema: a class a section. Every key is typed, documented with its unit, and read somewhere.
 
-A file may name one other file as `base:`; its own keys then override the base's. `--set train.batch_size=512` overrides both.
 Paths are kept absolute, so that a run can be continued from another folder.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -20,20 +15,14 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from uvit_fast.runtime.errors import UserError
-from uvit_fast.runtime.text import cut, parse_yaml, shown
+from uvit_fast.runtime.text import shown
 
 CLIP = "openai/clip-vit-large-patch14"  # whose text features the published text models were trained on
-
-
-class ConfigError(UserError):
-    """A configuration that cannot be used. The message names the file, the key, what was expected and what came."""
 
 
 class Section(BaseModel):
@@ -170,7 +159,9 @@ def _network(model: Any) -> str:
 
 
 class DiffusionConfig(Section):
-    """The noise process (paper, Appendix), and what the network learns of it: by default the paper's, eps at times drawn evenly."""
+    """The noise process (paper, Appendix), and what the network learns of it: by default the paper's, eps at times
+    drawn evenly.
+    """
 
     schedule: Literal["vp", "sd", "flow", "flow_sit"] = Field(
         description="vp: continuous variance preserving. sd: Stable Diffusion's 1000 steps. flow: the linear path, "
@@ -484,155 +475,3 @@ class Config(Section):
     def null_label(self) -> int | None:
         """The label that means "no class": the last one, in models trained with label dropping."""
         return self.model.num_classes - 1 if self.model.num_classes and self.train.p_uncond > 0 else None
-
-
-def load_config(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
-    """Read a YAML config.
-
-    Args:
-        path: the file.
-        overrides: `section.key=value` strings, as after `--set`, with values in YAML; or a mapping from `section.key` to values.
-
-    Raises:
-        ConfigError: the file is missing or not YAML, a key is unknown or has a wrong value, or `base` names a file with a base.
-    """
-    path = Path(path)
-    tree = _read(path)
-    try:
-        if "base" in tree:
-            base_path = path.parent / str(tree.pop("base"))
-            base = _read(base_path)
-            if "base" in base:
-                raise ConfigError(f"{path}: base {base_path} has a base of its own; expected one level of base")
-            tree = _merge(_by_names_of_today(base), _by_names_of_today(tree))
-    except RecursionError:  # aliases that hold themselves
-        raise ConfigError(f"{path}: nested too deeply; expected sections with keys") from None
-    return config_from(tree, path, overrides)
-
-
-def config_from(tree: dict[str, Any], source: Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
-    """`load_config` of what a YAML file would hold.
-
-    Args:
-        source: what messages call it.
-    """
-    if isinstance(overrides, str):
-        overrides = [overrides]
-    try:
-        tree = _by_names_of_today(tree)
-        for key, value in overrides.items() if isinstance(overrides, Mapping) else map(_override, overrides):
-            tree = _merge(tree, _by_names_of_today(_nested(tree, key, value)))
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        lines = [_explain(source, item) for item in error.errors()]
-        more = [f"{source}: and {len(lines) - 10} more"] if len(lines) > 10 else []
-        raise ConfigError("\n".join(lines[:10] + more)) from None
-    except RecursionError:
-        raise ConfigError(f"{source}: nested too deeply; expected sections with keys") from None
-
-
-def dump_config(config: Config) -> str:
-    """The whole configuration as YAML, defaults included; `load_config` reads it back unchanged."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def _parse(text: str, what: str) -> Any:
-    try:
-        return parse_yaml(text)
-    except ValueError as error:
-        raise ConfigError(f"{what}: {error}") from None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text("utf-8-sig") if path.is_file() else None
-    except OSError as error:
-        raise ConfigError(f"{cut(str(path))}: expected a config file ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not YAML: {error.reason} at byte {error.start}") from None
-    if text is None:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise ConfigError(f"{path}: no such config file{hint}")
-    tree = _parse(text, f"{path}: not YAML")
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected a mapping of sections, got {type(tree).__name__}")
-    return tree
-
-
-def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in top.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = _merge(base[key], value) if both else value
-    return merged
-
-
-def _by_names_of_today(tree: dict[str, Any]) -> dict[str, Any]:
-    """A config of before `latent.autoencoder`, which was `latent.decoder`, as runs keep theirs."""
-    latent = tree.get("latent")
-    if not isinstance(latent, dict) or "decoder" not in latent or "autoencoder" in latent:
-        return tree
-    return tree | {"latent": {"autoencoder" if key == "decoder" else key: value for key, value in latent.items()}}
-
-
-def _override(text: Any) -> tuple[str, Any]:
-    """The key and the value of `section.key=value`."""
-    key, equals, value = text.partition("=") if isinstance(text, str) else ("", "", "")
-    if not equals:
-        raise ConfigError(f"override {cut(str(text))}: expected section.key=value, as in --set train.batch_size=512")
-    return key.strip(), _parse(value, f"override {cut(text)}: not a YAML value")
-
-
-def _nested(tree: dict[str, Any], key: Any, value: Any) -> dict[str, Any]:
-    """{section: {key: value}} of `section.key`, which must lead through sections of the tree."""
-    *sections, leaf = key.split(".") if isinstance(key, str) else [""]
-    if not all([*sections, leaf]):
-        raise ConfigError(f"override {shown(key)}: expected section.key, such as train.batch_size")
-    for name in sections:
-        tree = tree.get(name, {})
-        if not isinstance(tree, dict | None):
-            raise ConfigError(f"override {cut(key)}: {cut(name)} is a value, not a section")
-        tree = tree or {}
-    nested = {leaf: value}
-    for name in reversed(sections):
-        nested = {name: nested}
-    return nested
-
-
-def _explain(path: Path, error: Any) -> str:
-    """One pydantic error as one line: file, key, what was expected, what came, the nearest key."""
-    key = cut(".".join(str(part) for part in error["loc"] if part not in NETWORKS))
-    if error["type"] == "extra_forbidden":
-        valid = _fields_at(error["loc"][:-1])
-        near = difflib.get_close_matches(str(error["loc"][-1]), valid, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else "expected one of " + ", ".join(valid)
-        return f"{path}: {key}: unknown key; {hint}"
-    if error["type"] == "missing":
-        return f"{path}: {key}: missing; expected {_description(error['loc'])}"
-    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
-    got = "" if error["type"] == "value_error" else f", got {shown(error['input'])}"
-    return f"{path}: {key + ': ' if key else ''}{message}{got}"
-
-
-def _section_at(loc: tuple) -> type[Section]:
-    section: type[Section] = Config
-    for part in loc:
-        if part in NETWORKS:
-            section = NETWORKS[part]
-            continue
-        annotation = section.model_fields[part].annotation
-        options = [annotation, *getattr(annotation, "__args__", ()), ModelConfig]  # the last: of a union, its usual one
-        section = next(o for o in options if isinstance(o, type) and issubclass(o, Section))
-    return section
-
-
-def _fields_at(loc: tuple) -> list[str]:
-    return list(_section_at(loc).model_fields)
-
-
-def _description(loc: tuple) -> str:
-    while isinstance(loc[-1], int):  # an item of a list
-        loc = loc[:-1]
-    field = _section_at(loc[:-1]).model_fields[loc[-1]]
-    return (field.description or f"a section with {', '.join(_fields_at(loc))}").rstrip(".")
