@@ -171,6 +171,16 @@ def folded_once() -> Iterator[None]:
         _kept.reset(token)
 
 
+@contextlib.contextmanager
+def folded_each_time() -> Iterator[None]:
+    """Fold weights at each `prepare` while open, also within `folded_once`: what records it may replay it much later."""
+    token = _kept.set(None)
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
 def new_statistics(x: Tensor, M: int) -> Tensor:
     """Return where the mean and rstd of M tokens go, (2, M rounded up to a multiple of TILE) fp32."""
     return x.new_empty(2, cdiv(M, TILE) * TILE, dtype=ACCUMULATE)

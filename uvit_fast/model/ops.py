@@ -20,6 +20,7 @@ from uvit_fast.kernels.ops import ln_linear as _ln_linear
 from uvit_fast.kernels.ops import ln_mlp as _ln_mlp
 from uvit_fast.kernels.ops import proj_ln_mlp as _proj_ln_mlp
 from uvit_fast.kernels.ops import skip_linear as _skip_linear
+from uvit_fast.kernels.runtime.device import architecture as architecture
 from uvit_fast.model.attention import choose
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.hooks import plain_weights
@@ -28,6 +29,11 @@ from uvit_fast.runtime.hooks import plain_weights
 def fixed_weights() -> AbstractContextManager[None]:
     """While open, no weight changes: what the fused ops derive from weights alone is derived once."""
     return _layernorm.folded_once()
+
+
+def changing_weights() -> AbstractContextManager[None]:
+    """While open, also within `fixed_weights`, what is derived from weights is derived at each call."""
+    return _layernorm.folded_each_time()
 
 
 def layer(module: nn.Module, bias: bool = True) -> Norm | Linear | None:

@@ -17,6 +17,7 @@ from uvit_fast.model import ops
 from uvit_fast.model.attention import attend
 from uvit_fast.model.inputs import check_inputs, labels_in_range
 from uvit_fast.model.recompute import recomputed
+from uvit_fast.model.replayed import Replayed, replays
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.hooks import hooked, hooked_everywhere, plain_weights
 
@@ -176,7 +177,7 @@ def _through(block: Block, x: Tensor, skip: Tensor | None, sums: Tensor | None) 
     return block(x, skip, sums, hand_on=True)
 
 
-class UViT(nn.Module):
+class UViT(Replayed):
     """The noise prediction network eps(x_t, t, c).
 
     Args:
@@ -259,8 +260,9 @@ class UViT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    @replays
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, context: Tensor | None = None) -> Tensor:
-        """Predict the noise.
+        """Predict the noise. Without gradients, a shape's second call captures it and later ones replay it (`model.replayed`).
 
         Args:
             x: (B, C, H, W), the noisy images or latents.

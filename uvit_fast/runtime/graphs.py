@@ -3,10 +3,49 @@
 import contextlib
 import functools
 import gc
-from collections.abc import Callable
+import os
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
+
+
+def allowed() -> bool:
+    """Whether what needs no asking may be captured: not with UVIT_FAST_CUDA_GRAPHS=0 in the environment."""
+    asked = os.environ.get("UVIT_FAST_CUDA_GRAPHS") or "1"
+    if asked not in ("0", "1"):
+        raise ValueError(f"UVIT_FAST_CUDA_GRAPHS: expected 0 or 1, got {asked!r}")
+    return asked == "1"
+
+
+class _Recording(threading.local):
+    depth = 0
+
+
+_recording = _Recording()
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[None]:
+    """While open, in this thread, everything runs as it is written: it is being recorded, or rehearsed for that."""
+    _recording.depth += 1
+    try:
+        yield
+    finally:
+        _recording.depth -= 1
+
+
+def is_recording() -> bool:
+    """Whether this thread is within `recording`."""
+    return _recording.depth > 0
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager:
+    """`device` as the current one, where it is a CUDA device."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()
 
 
 class Graphs(Protocol):
@@ -55,6 +94,10 @@ class CudaGraphs:
         return torch.cuda.graph_pool_handle()
 
     def capture(self, run: Callable[[], Any], pool: Any = None) -> tuple[Callable[[], None], Any, int]:
+        with _one_at_a_time:
+            return self._capture(run, pool)
+
+    def _capture(self, run: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any, int]:
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -70,6 +113,9 @@ class CudaGraphs:
                 _abandon(graph, pool)
                 raise
         return graph.replay, output, max(0, torch.cuda.memory_reserved() - before)
+
+
+_one_at_a_time = threading.RLock()  # the allocator frees nothing while another thread captures
 
 
 @functools.cache

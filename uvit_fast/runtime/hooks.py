@@ -11,6 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 _LAYERS = (nn.Linear, nn.LayerNorm, nn.Conv2d)
 _PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)  # the last two are what tracing puts in a weight's place
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # of a module's own
 _MAKERS = ("torch", "uvit_fast", "diffusers", "transformers")  # packages whose modules are known to compute and no more
 
 
@@ -37,7 +38,7 @@ def hooked(module: nn.Module) -> bool:
     """Whether calling the module does more than its class's forward, or something else."""
     has = module.__dict__
     if has["_forward_hooks"] or has["_forward_pre_hooks"] or has["_backward_hooks"] or has["_backward_pre_hooks"]:
-        return True
+        return True  # HOOKS, written out: this is called for every layer of every call
     return "forward" in has or "_conv_forward" in has
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from uvit_fast.diffusion.guidance import ALWAYS, Guidance
 from uvit_fast.diffusion.samplers import Sampler
-from uvit_fast.runtime.graphs import CudaGraphs, Graphs
+from uvit_fast.runtime.graphs import CudaGraphs, Graphs, current, recording
 from uvit_fast.runtime.hooks import changed
 
 Inputs = dict[str, Tensor]  # x_T, keys, scale, and "condition.<name>", "null.<name>"
@@ -101,7 +101,7 @@ class GraphSampler:
             ValueError: a batch of no sample, or guidance without a condition or its null.
         """
         interval = tuple(interval) if scale else ALWAYS
-        with torch.no_grad(), _current(x_T.device):
+        with torch.no_grad(), current(x_T.device):
             inputs = self._inputs(sampler, x_T, condition or {}, null or {}, scale, keys)
             capture = self._find(sampler, inputs, interval)
             output = self._run(sampler, inputs, interval) if capture is None else _replay(capture, inputs)
@@ -122,7 +122,7 @@ class GraphSampler:
         Returns:
             Whether such a call replays; where it will not, a warning has said why.
         """
-        with torch.no_grad(), _current(x_T.device):
+        with torch.no_grad(), current(x_T.device):
             inputs = self._inputs(sampler, x_T, condition or {}, null or {}, scale, keys)
             return self._find(sampler, inputs, tuple(interval) if scale else ALWAYS) is not None
 
@@ -178,9 +178,10 @@ class GraphSampler:
                     return self._run(sampler, buffers, interval)
 
             tables = sampler.tables(device)  # a capture cannot copy from the host
-            self.graphs.warm_up(lambda: run(sampler.rehearsal(interval)))
             try:
-                replay, output, held = self.graphs.capture(lambda: run(sampler))
+                with recording():
+                    self.graphs.warm_up(lambda: run(sampler.rehearsal(interval)))
+                    replay, output, held = self.graphs.capture(lambda: run(sampler))
             except RuntimeError as error:
                 why = str(error).strip().split("\n")[0]
                 if isinstance(error, torch.OutOfMemoryError):
@@ -228,11 +229,6 @@ def _replay(capture: _Capture, inputs: Inputs) -> Tensor:
         (buffer[:batch] if _batched(name) else buffer).copy_(value)  # padding keeps what an earlier call left
     capture.replay()
     return capture.output[:batch]
-
-
-def _current(device: torch.device) -> contextlib.AbstractContextManager:
-    """`device` as the current one, where it is a CUDA device."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _batched(name: str) -> bool:

@@ -1,0 +1,288 @@
+"""The plain call, model(x, t, y): without gradients, forward is captured as a CUDA graph once a shape and then replayed, bit for bit the
+same, with nothing for the user to do.
+
+A call replays, lets the GPU work, and meanwhile compares the network with what was captured: modules, their settings, hooks, and where
+the weights lie. Where something differs, the result is dropped and the call runs as it is written. Weights that change in place are
+read where they are, and what is derived from them is derived in the graph.
+"""
+
+import functools
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from itertools import chain
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from uvit_fast.model import ops
+from uvit_fast.runtime.graphs import CudaGraphs, Graphs, allowed, current, is_recording, recording
+from uvit_fast.runtime.hooks import HOOKS, hooked, hooked_everywhere
+
+MOST = 8  # shapes that are kept
+SHARE = 8  # of a device's budget for captures, one part in so many
+_PLAIN = (Tensor, nn.Parameter)
+_LAYERS = (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Embedding, nn.Sequential, nn.ModuleList, nn.Identity, nn.SiLU)
+
+_VALUES = (bool, int, float, str, tuple, type(None))  # what settings are
+_HELD = ("_modules", "_parameters", "_buffers")  # where a module keeps what it consists of
+_IDLE = nn.Module().__dict__.keys() - {*HOOKS, *_HELD}  # what of a module decides nothing without gradients
+Inputs = tuple[Tensor | None, ...]  # x, t, y, context
+
+
+class Replayed(nn.Module):
+    """A network whose `forward`, under `@replays`, is captured and replayed where no gradient is wanted.
+
+    It is a function of its tensors and of the network's weights and settings: no random numbers, no state.
+
+    Attributes:
+        cuda_graphs: False: each call runs uncaptured, as with UVIT_FAST_CUDA_GRAPHS=0 in the environment.
+    """
+
+    cuda_graphs = True
+
+    @property
+    def captures(self) -> "Captures":
+        """This network's own; a copy of the network begins without any."""
+        return self.__dict__.get("_captures") or self.__dict__.setdefault("_captures", Captures())
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:  # what moves or casts all weights: .to, .half, .cpu
+        self.captures.clear()
+        return super()._apply(*args, **kwargs)
+
+
+def replays(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Make `forward` of a `Replayed` network the plain call that replays itself."""
+
+    @functools.wraps(forward)
+    def call(self: Replayed, x: Tensor, t: Tensor, y: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        if not torch.compiler.is_compiling() and self.cuda_graphs and allowed():
+            output = self.captures.replay(self, forward, (x, t, y, context))
+            if output is not None:
+                return output
+        return forward(self, x, t, y, context)
+
+    return call
+
+
+class _Capture(NamedTuple):
+    inputs: Inputs
+    replay: Callable[[], None]
+    output: Tensor
+    bytes: int
+    structure: "_Structure"
+
+
+class Captures:
+    """The captured calls of one network. Neither copied nor pickled with it."""
+
+    def __init__(self, graphs: Graphs | None = None):
+        """graphs: what records and replays; default: CUDA graphs."""
+        self.graphs: Graphs = CudaGraphs() if graphs is None else graphs
+        self._lock = threading.RLock()
+        self._kept: OrderedDict[tuple, _Capture] = OrderedDict()  # least recently used first
+        self._calls: Counter[tuple] = Counter()  # that ran uncaptured, by kind
+        self._pool: Any = None  # of all captures: they never run at once
+        self._last: tuple[Any, Any] | None = None  # the stream of the last replay, and an event after it
+
+    def __reduce__(self) -> tuple:
+        return Captures, ()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the captures hold."""
+        return sum(capture.bytes for capture in self._kept.values())
+
+    def clear(self) -> None:
+        """Drop all captures and their memory."""
+        with self._lock:
+            if self._last is not None:
+                self._last[1].synchronize()  # what a replay on another stream still reads may not be given away
+            self._kept.clear()
+            self._calls.clear()
+            self._pool = self._last = None
+
+    def replay(self, network: nn.Module, forward: Callable[..., Tensor], inputs: Inputs) -> Tensor | None:
+        """What forward(network, *inputs) returns, the caller's own; None where the call must run as it is written."""
+        if not self._may(network, inputs):
+            return None
+        key = (_surroundings(inputs[0].device), *map(_kind, inputs))
+        with self._lock, torch.no_grad():
+            capture = self._kept.get(key)
+            if capture is None:
+                if len(self._calls) > 100 * MOST:  # each call of another shape
+                    self._calls.clear()
+                self._calls[key] += 1
+                seen = self._calls[key]
+                # Not at once, and ever more rarely where it fails: a shape that comes once is not worth it.
+                if seen < 2 or seen & (seen - 1) or not self._capture(key, network, forward, inputs):
+                    return None
+                capture = self._kept[key]
+            self._kept.move_to_end(key)
+            output = self._run(capture, inputs)
+            if capture.structure.hooked():
+                return None
+            if capture.structure.moved(network):
+                self.clear()
+                return None
+            return output
+
+    def _may(self, network: nn.Module, inputs: Inputs) -> bool:
+        """Whether this call is one of plain tensors that wants no gradient and that nobody watches or records."""
+        if torch.is_grad_enabled() and any(p.requires_grad for p in chain(network.parameters(), inputs) if p is not None):
+            return False
+        x = inputs[0]
+        if not all(v is None or type(v) in _PLAIN for v in inputs) or x is None or not x.numel():
+            return False
+        if self.graphs.why_not(x.device) or is_recording() or "_is_replica" in network.__dict__:  # DataParallel's
+            return False
+        watched = is_in_torch_dispatch_mode() or torch._C._functorch.peek_interpreter_stack() is not None
+        if watched or forward_ad._current_level >= 0 or torch.jit.is_tracing():
+            return False
+        return x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+    def _run(self, capture: _Capture, inputs: Inputs) -> Tensor:
+        """Replay on the current stream, after any replay on another one."""
+        device = inputs[0].device
+        if device.type != "cuda":
+            return _fill(capture, inputs)
+        with current(device):
+            stream = torch.cuda.current_stream(device)
+            if self._last is None:
+                self._last = stream, torch.cuda.Event()
+            elif self._last[0] != stream:
+                stream.wait_event(self._last[1])
+                self._last = stream, self._last[1]
+            output = _fill(capture, inputs)
+            self._last[1].record(stream)
+        return output
+
+    def _capture(self, key: tuple, network: nn.Module, forward: Callable[..., Tensor], inputs: Inputs) -> bool:
+        """Record forward for inputs of this kind; False where that fails, or takes too much memory."""
+        if not capturable(network):
+            return False
+        device = inputs[0].device
+        dtype, enabled = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
+        with torch.inference_mode(False), torch.no_grad(), current(device), recording():
+            own = tuple(None if v is None else torch.empty_like(v).copy_(v) for v in inputs)
+
+            def run() -> Tensor:
+                # autocast's cache would hand the graph weights that it casts, keeps, and frees
+                with torch.autocast(device.type, dtype, enabled, cache_enabled=False), ops.changing_weights():
+                    return forward(network, *own)
+
+            self._pool = self._pool or self.graphs.pool()
+            try:
+                self.graphs.warm_up(run)
+                replay, output, held = self.graphs.capture(run, self._pool)
+            except RuntimeError:  # the call as it is written says what is wrong, if anything is
+                return False
+        held += sum(v.nbytes for v in own if v is not None)
+        if self.bytes + held > self.graphs.budget(device) // SHARE:
+            if self._kept:
+                self.clear()
+            return False
+        while len(self._kept) >= MOST:
+            self._kept.popitem(last=False)
+        self._kept[key] = _Capture(own, replay, output, held, _Structure(network))
+        return True
+
+
+def _fill(capture: _Capture, inputs: Inputs) -> Tensor:
+    for own, value in zip(capture.inputs, inputs):
+        if own is not None:
+            own.copy_(value)
+    capture.replay()
+    return capture.output.clone()
+
+
+def _kind(value: Tensor | None) -> tuple | None:
+    return value if value is None else (value.shape, value.dtype, value.device, value.dim() > 1 and value.stride())
+
+
+def _surroundings(device: torch.device) -> tuple:
+    """What decides, beside its arguments, which kernels a call runs."""
+    cudnn, matmul, cuda = torch.backends.cudnn, torch.backends.cuda.matmul, torch.backends.cuda
+    return (
+        torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+        matmul.allow_bf16_reduced_precision_reduction,
+        matmul.allow_fp16_reduced_precision_reduction,
+        cudnn.enabled,
+        cudnn.benchmark,
+        cudnn.deterministic,
+        cudnn.allow_tf32,
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+        ops.architecture(device),
+    )
+
+
+def capturable(network: nn.Module) -> bool:
+    """Whether calling the network runs our forward, layers of PyTorch and plain weights, and nothing of others."""
+    if hooked_everywhere():
+        return False
+    for module in network.modules():
+        if module is network:  # hooks of its own run outside its forward
+            continue
+        kind = type(module)
+        if kind not in _LAYERS and kind.__module__.partition(".")[0] != "uvit_fast":
+            return False
+        if hooked(module) or module.__dict__.get("_compiled_call_impl") is not None:
+            return False
+    return all(type(w) in _PLAIN and w.layout == torch.strided for w in chain(network.parameters(), network.buffers()))
+
+
+class _Structure:
+    """What a capture relies on in its network: compared, in a fraction of a millisecond, while a replay runs.
+
+    It holds the weights' memory, so that a replay that came too late reads no other's; it does not hold the network.
+    """
+
+    def __init__(self, network: nn.Module):
+        self._modules = [m for m in network.modules() if m is not network]
+        self._dicts = [m.__dict__ for m in self._modules]
+        self._hooks = [d[name] for d in self._dicts for name in HOOKS]
+        self._settings = [itemgetter(*(d.keys() - _IDLE)) for d in self._dicts]
+        own = network.__dict__
+        names = (name for name, value in own.items() if name in _HELD or type(value) in _VALUES)
+        self._own = itemgetter(*(name for name in names if name not in _IDLE))
+        self._held = [d[name] for name in _HELD for d in (own, *self._dicts)]
+        self._filled = [held for held in self._held if held]
+        self._parts = list(chain.from_iterable(map(dict.values, self._held)))  # so that their ids stay theirs
+        self._weights = [part for part in self._parts if isinstance(part, Tensor)]
+        self._memory = [weight.detach() for weight in self._weights]
+        self._before = self._now(network)
+
+    def hooked(self) -> bool:
+        return hooked_everywhere() or any(self._hooks)
+
+    def moved(self, network: nn.Module) -> bool:
+        """Whether a module, a setting, a weight or its place is another one."""
+        try:
+            return self._before != self._now(network)
+        except (KeyError, RuntimeError):  # a setting is gone, or is a tensor that is another one
+            return True
+
+    def _now(self, network: nn.Module) -> tuple:
+        return (
+            list(map(len, self._held)),
+            list(map(id, chain.from_iterable(map(dict.values, self._filled)))),
+            list(map(type, self._modules)),
+            [get(d) for get, d in zip(self._settings, self._dicts)],
+            list(map(len, self._dicts)),
+            self._own(network.__dict__),
+            list(map(Tensor.data_ptr, self._weights)),
+            list(map(Tensor.stride, self._weights)),
+        )
