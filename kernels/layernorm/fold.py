@@ -16,7 +16,7 @@ from torch import Tensor
 
 from uvit_fast.kernels.layernorm.sums import CHUNK, TILE
 from uvit_fast.kernels.layers import Linear, Norm
-from uvit_fast.kernels.runtime import launch, tuning
+from uvit_fast.kernels.runtime import launch, program, tuning
 from uvit_fast.kernels.runtime.checks import ACCUMULATE
 from uvit_fast.kernels.runtime.launch import cdiv
 
@@ -166,7 +166,8 @@ def folded_once() -> Iterator[None]:
     """Fold each weight once, at its first `prepare`, and keep it until the end: weights must not change meanwhile."""
     token = _kept.set({})
     try:
-        yield
+        with program.suspended():
+            yield
     finally:
         _kept.reset(token)
 

@@ -8,7 +8,7 @@ from uvit_fast.kernels.layernorm import backward as layernorm
 from uvit_fast.kernels.layernorm import fold
 from uvit_fast.kernels.layernorm import sums as layernorm_sums
 from uvit_fast.kernels.layers import Linear, Norm
-from uvit_fast.kernels.runtime import checks
+from uvit_fast.kernels.runtime import checks, program
 from uvit_fast.kernels.runtime.checks import rows
 from uvit_fast.kernels.runtime.op import Op, empty, is_last_backward, wants_gradient
 
@@ -89,7 +89,7 @@ def _backward(
     da, act, db1 = core.linear_gelu_backward(dy, rows(w2), h, overwrite=last)  # (M, H), (M, H), (H,)
     dw2, _ = core.weight_gradient(dy, act, bias=False)  # (D, H)
     if last:  # autograd holds on to h, which is act by now, until this returns
-        h.untyped_storage().resize_(0)
+        program.free(h)
     del act
     g = core.input_gradient(da, rows(w1))  # (M, D)
     dx, normed, dgamma, dbeta, db2 = layernorm.backward(g, flat, stats, gamma, beta, dy)

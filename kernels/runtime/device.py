@@ -33,6 +33,11 @@ def forced(arch: int) -> Iterator[None]:
         _FORCED = before
 
 
+def forced_architecture() -> int | None:
+    """Return the architecture that every device is given, if one is."""
+    return _FORCED
+
+
 def interpreting() -> bool:
     """Return whether Triton's interpreter stands in for a GPU (TRITON_INTERPRET=1)."""
     return _INTERPRETING

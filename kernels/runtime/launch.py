@@ -7,12 +7,17 @@ Three short cuts, each tested with Triton 3.6 and 3.8 (`tests/kernels/test_launc
 - a tensor descriptor is made without its dataclass's checks, which were made once for its box.
 """
 
+import contextlib
 import functools
 import threading
+from collections.abc import Callable, Iterator
+from types import BuiltinFunctionType, FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton import knobs
+from triton.backends.nvidia.driver import make_tensordesc_arg
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -35,6 +40,32 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
+class _Listener(threading.local):
+    here: Any = None  # who writes down what this thread launches, see `program`
+
+
+listener = _Listener()
+
+
+@contextlib.contextmanager
+def _ready(device: torch.device) -> Iterator[None]:
+    """Have the device current, and its context, which the driver wants for TMA: a new thread, autograd's say, has none."""
+    with guard(device):
+        if device.index not in _thread.ready:
+            torch.cuda.mem_get_info(device)  # asks the runtime, which makes it current
+            _thread.ready.add(device.index)
+        yield
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Return a context in which kernels may be launched on the device."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    if device.index in _thread.ready and device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return _ready(device)
+
+
 def run(device: torch.device, kernel: Any, grid: tuple[int, ...], args: tuple, options: dict) -> None:
     """Run kernel[grid](*args, **options) on `device`, found by a look-up of our own: Triton's is too slow.
 
@@ -45,22 +76,118 @@ def run(device: torch.device, kernel: Any, grid: tuple[int, ...], args: tuple, o
         args: the kernel's first arguments.
         options: its other arguments, constants all, and its launch's (`num_warps`, ...), by name.
     """
-    with guard(device):
+    with on(device):
         if interpreting():
-            kernel[grid](*args, **options)
+            run_it = kernel[grid] if listener.here is None else listener.here.interpreted(kernel[grid])
+            run_it(*args, **options)
             return
-        if device.type == "cuda" and device.index not in _thread.ready:
-            # The driver makes TMA descriptors and wants a current context; a new thread, autograd's say, has none.
-            torch.cuda.mem_get_info(device)  # asks the runtime, which makes it current
-            _thread.ready.add(device.index)
         names, constant = _parameters.get(id(kernel)) or _read_parameters(kernel)
         kinds = [v if c else _KINDS.get(type(v), _of_other)(v) for v, c in zip(args, constant)]
         key = (id(kernel), device.index, *options.values(), *kinds)
+        values = [*args, *[options[name] for name in names[len(args) :]]]
         compiled = _compiled.get(key)
         if compiled is None:
-            _compiled[key] = kernel[grid](*args, **options)
+            compiled = _compiled[key] = kernel[grid](*args, **options)
         else:
-            compiled[(*grid, 1, 1)[:3]](*args, *[options[name] for name in names[len(args) :]])
+            compiled[(*grid, 1, 1)[:3]](*values)
+        if listener.here is not None:
+            listener.here.launched(Direct(compiled, (*grid, 1, 1)[:3]), values)
+
+
+class Direct:
+    """A compiled kernel by the function in C that launches it, whose arguments are numbers: pointers, and maps for TMA.
+
+    Raises:
+        TypeError: Triton's launcher is none that is known here, or wants memory of its own.
+    """
+
+    def __init__(self, compiled: Any, grid: tuple[int, int, int]):
+        launcher = compiled.run
+        scratch = (getattr(launcher, name, 0) for name in ("global_scratch_size", "profile_scratch_size"))
+        if any(scratch) or getattr(launcher, "gsan_enabled", False):
+            raise TypeError("a kernel with memory of its own")
+        self.metas = getattr(compiled.metadata, "tensordesc_meta", None)
+        self.newer = hasattr(launcher, "arg_annotations")  # 3.8's, one function for all kernels; 3.6 makes one for each
+        self.launch = launcher.launch
+        if isinstance(self.launch, FunctionType):  # around the function in C, to make the maps
+            cells = dict(zip(self.launch.__code__.co_freevars, self.launch.__closure__ or ()))
+            self.launch = cells["launcher"].cell_contents if "launcher" in cells else None
+        if not isinstance(self.launch, BuiltinFunctionType):
+            raise TypeError("an unknown launcher")
+        flags = (compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl)
+        self.grid, self.before = grid, flags
+        if self.newer:
+            self.middle = (compiled.packed_metadata, None, None, None, None, None)
+            self.middle += (launcher.arg_annotations, launcher.kernel_signature)
+        else:
+            self.middle = (None, None, compiled.packed_metadata, None, None, None)
+
+    def __call__(self, stream: int, args: list) -> None:
+        if self.newer:
+            self.launch(*self.grid, stream, *self.before, *self.middle, args)
+        else:
+            self.launch(*self.grid, stream, *self.before, *self.middle, *args)
+
+
+class Step:
+    """A launch with every argument in its place but the pointers, which come by slot.
+
+    Attributes:
+        places: of each pointer: where it stands, the slot that it is in, how many bytes ahead, its maps (TMA's) or None.
+    """
+
+    def __init__(self, direct: Direct, values: list, place: Callable[[Tensor], tuple[int, int]]):
+        self.direct, self.args, self.places = direct, [], []
+        metas = iter(direct.metas or ())
+        for value in values:
+            if isinstance(value, TensorDescriptor):
+                meta = next(metas, None)
+                if meta is None:
+                    raise TypeError("a descriptor that is no map of TMA's")
+                self.places.append((len(self.args), *place(value.base), _Maps(value, meta)))
+                self.args += [None, *value.shape, *value.strides]
+            elif isinstance(value, Tensor):
+                self.places.append((len(self.args), *place(value), None))
+                self.args.append(None)
+            elif isinstance(value, tuple):
+                raise TypeError("a tuple among a kernel's arguments")
+            else:
+                self.args.append(value)
+
+    def __call__(self, held: list, at: list, stream: int) -> None:
+        args = self.args.copy()
+        for i, slot, ahead, maps in self.places:
+            pointer = at[slot] + ahead
+            args[i] = pointer if maps is None else maps[pointer]
+        self.direct(stream, args)
+
+
+class _Maps(dict):
+    """What TMA reads in the place of a descriptor, by the address of its tensor; made at first use."""
+
+    def __init__(self, value: TensorDescriptor, meta: dict):
+        super().__init__()
+        self.value, self.meta = value, meta
+
+    def __missing__(self, pointer: int) -> Any:
+        if len(self) >= 4096:  # memory that comes and goes
+            self.clear()
+        at = object.__new__(TensorDescriptor)
+        at.__dict__ = {**vars(self.value), "base": SimpleNamespace(data_ptr=lambda: pointer)}
+        more = () if make_tensordesc_arg.__code__.co_argcount == 2 else (None,)
+        self[pointer] = made = make_tensordesc_arg(at, self.meta, *more)[0]
+        return made
+
+
+def is_direct(device: torch.device) -> bool:
+    """Return whether launches may go past Triton: on a GPU, and where no profiler has hooks in them."""
+    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return (device.type == "cuda" or interpreting()) and not any(getattr(h, "calls", h) for h in hooks)
+
+
+def stream(device: torch.device) -> int:
+    """Return the current stream as the driver knows it."""
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
 
 
 _parameters: dict[int, tuple[list[str], list[bool]]] = {}

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from uvit_fast.kernels.layers import Linear, Norm
+from uvit_fast.kernels.runtime.program import Programs
 
 _FIELDS = {Norm: (Tensor, Tensor, float), Linear: (Tensor, Tensor | None)}  # as a schema has them
 
@@ -58,16 +59,19 @@ class Op:
 
         library.register_autograd(lambda ctx, dy, *_: _apart(gradient(ctx, library_backward, dy)), setup_context=setup)
 
+        self.programs = programs = Programs(flat)
+        backwards = Programs(backward)
+
         class Function(torch.autograd.Function):
             @staticmethod
             def forward(ctx, *args):  # with a setup_context of its own it would inspect the signature at every call
-                output = flat(*args)
+                output = programs(*args)
                 setup(ctx, args, output)
                 return output
 
             @staticmethod
             def backward(ctx, dy, *_):
-                return _apart(gradient(ctx, backward, dy))
+                return _apart(gradient(ctx, backward if torch.is_grad_enabled() else backwards, dy))
 
         self.function = Function
         self.library = getattr(torch.ops.uvit_fast, name).default
@@ -75,11 +79,10 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or _is_special(args[0]):
             return self.library(*_apart(args))
-        if torch.is_grad_enabled():
-            single = _apart(args)
-            if any(isinstance(a, Tensor) and a.requires_grad for a in single):
-                return self.function.apply(*single)
-        return self.forward(*args)
+        single = _apart(args)
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in single):
+            return self.function.apply(*single)
+        return self.programs(*single)
 
     def _together(self, single: tuple) -> list:
         """Return the arguments of `forward`, of single tensors and numbers in their order."""

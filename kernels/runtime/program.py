@@ -1,0 +1,319 @@
+"""What an op does on the host, written down at its second call with tensors of a kind and from then on done from the notes.
+
+An op's Python (checks, tiles, descriptors, keys) takes longer than its kernels run. It depends on shapes, dtypes and alignments
+alone, so its outcome is a list: memory, launches with every argument in its place but the pointers, calls of PyTorch.
+The notes are taken while the op runs, so they need to know nothing of it. What they cannot say is run as it is written.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, is_in_torch_dispatch_mode
+
+from uvit_fast.kernels.runtime import device as devices
+from uvit_fast.kernels.runtime import launch
+
+MOST = 64  # kinds of tensors of an op; ten programs serve a network and its training
+_PLAIN = (Tensor, torch.nn.Parameter)
+_ALLOCATIONS = {"aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty_strided"}
+_HOST_READS = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero"}
+_suspended: ContextVar[bool] = ContextVar("suspended", default=False)
+
+
+@contextlib.contextmanager
+def suspended() -> Iterator[None]:
+    """While open, ops run as they are written: what they do depends on more than their arguments."""
+    token = _suspended.set(True)
+    try:
+        yield
+    finally:
+        _suspended.reset(token)
+
+
+def free(t: Tensor) -> None:
+    """Give back the memory of an argument that nobody reads any more, whoever holds it."""
+    t.untyped_storage().resize_(0)
+    if launch.listener.here is not None:
+        launch.listener.here.freed(t)
+
+
+class Programs:
+    """A function of tensors and numbers, as it is written or, where its arguments are of a known kind, by its program."""
+
+    def __init__(self, function: Callable):
+        self.function = function
+        self._known: dict[tuple, Program | None] = {}  # None: seen once, or it cannot be written down
+        self._never: dict[tuple, str] = {}  # and why
+
+    def __call__(self, *args: Any) -> Any:
+        key: list = [devices.forced_architecture(), torch.is_autocast_enabled()]
+        for a in args:
+            if type(a) in _PLAIN:
+                key += a.shape, a.stride(), a.dtype, a.data_ptr() % 16
+            elif isinstance(a, Tensor):
+                return self.function(*args)
+            else:
+                key.append(a)
+        device = args[0].device
+        key.append(device.index)
+        program = self._known.get(found := tuple(key))
+        if _suspended.get() or is_in_torch_dispatch_mode() or not launch.is_direct(device):
+            return self.function(*args)
+        if program is not None:
+            return program.run(args, device)
+        if found in self._never:
+            return self.function(*args)
+        if found not in self._known:
+            if len(self._known) >= MOST:
+                self._known.clear()
+            self._known[found] = None
+            return self.function(*args)
+        recorder = _Recorder(args)
+        if recorder.overlap:  # whose memory would one in both be?
+            return self.function(*args)
+        with recorder:
+            output = self.function(*args)
+        try:
+            self._known[found] = recorder.program(output)
+        except _Unspeakable as error:
+            self._never[found] = str(error)
+        return output
+
+
+class _Unspeakable(Exception):
+    """Something that a program cannot say."""
+
+
+class _Ref:
+    """A tensor by the memory that it is in: `slot` of the arguments and of what the program allocates."""
+
+    def __init__(self, slot: int, ahead: int, t: Tensor):
+        self.slot, self.ahead, self.how = slot, ahead, (t.shape, t.stride())
+        self.whole = False  # whether it is what stands in the slot
+
+    def of(self, held: list) -> Tensor:
+        t = held[self.slot]
+        return t if self.whole else t.as_strided(*self.how, t.storage_offset() + self.ahead // t.element_size())
+
+
+class Program:
+    """Steps in their order, over tensors by slot: the arguments, then what is allocated."""
+
+    def __init__(self, steps: list[Callable], allocated: int, output: Any):
+        self.steps, self.allocated, self.output = steps, allocated, output
+
+    def run(self, args: tuple, device: torch.device) -> Any:
+        held = [*args, *[None] * self.allocated]
+        at = [a.data_ptr() if isinstance(a, Tensor) else 0 for a in held]
+        with launch.on(device):
+            stream = launch.stream(device)
+            for step in self.steps:
+                step(held, at, stream)
+        return _resolved(self.output, held)
+
+
+class _Allocate:
+    def __init__(self, slot: int, t: Tensor):
+        self.slot, self.how = slot, (t.shape, t.stride())
+        self.options = {"dtype": t.dtype, "device": t.device}
+
+    def __call__(self, held: list, at: list, stream: int) -> None:
+        t = held[self.slot] = torch.empty_strided(*self.how, **self.options)
+        at[self.slot] = t.data_ptr()
+
+
+class _Forget:
+    def __init__(self, slot: int):
+        self.slot = slot
+
+    def __call__(self, held: list, at: list, stream: int) -> None:
+        held[self.slot] = None
+
+
+class _Free:
+    def __init__(self, slot: int):
+        self.slot = slot
+
+    def __call__(self, held: list, at: list, stream: int) -> None:
+        held[self.slot].untyped_storage().resize_(0)
+
+
+class _Call:
+    """An op of PyTorch. Its results that are new memory go to slots."""
+
+    def __init__(self, func: Callable, args: tuple, kwargs: dict, slots: list[int | None]):
+        self.func, self.args, self.kwargs, self.slots = func, args, kwargs, slots
+
+    def __call__(self, held: list, at: list, stream: int) -> None:
+        out = self.func(*_resolved(self.args, held), **{name: _resolved(v, held) for name, v in self.kwargs.items()})
+        for slot, t in zip(self.slots, out if isinstance(out, tuple | list) else (out,)):
+            if slot is not None:
+                held[slot] = t
+                at[slot] = t.data_ptr()
+
+
+def _resolved(value: Any, held: list) -> Any:
+    if isinstance(value, _Ref):
+        return value.of(held)
+    if type(value) in (tuple, list):
+        return type(value)([_resolved(v, held) for v in value])
+    return value
+
+
+class _Recorder(TorchDispatchMode):
+    """Takes the notes: sees PyTorch's ops as a dispatch mode, and launches by `launch.run`, which knows it."""
+
+    def __init__(self, args: tuple):
+        super().__init__()
+        self.args = args
+        self.wholes: list[Any] = list(args)
+        self.roots: dict[int, int] = {}  # storage -> slot, of what was allocated
+        spans = [(a.data_ptr(), _extent(a), i) for i, a in enumerate(args) if isinstance(a, Tensor) and a.numel()]
+        self.spans = sorted(spans)
+        self.inputs = {a.untyped_storage()._cdata for a in args if isinstance(a, Tensor)}
+        self.refs: list[_Ref] = []
+        self.steps: list[Callable] = []
+        self.uses: list[set[int]] = []  # slots of each step
+        self.overlap = any(a + size > b for (a, size, _), (b, _, _) in zip(self.spans, self.spans[1:]))
+        self.trouble = ""
+        self.alive: list[Any] = []  # so that no address is another tensor's later
+
+    def __enter__(self) -> "_Recorder":
+        launch.listener.here = self
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        launch.listener.here = None
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        self.alive.append((args, kwargs, out))
+        name, results = func._schema.name, out if isinstance(out, tuple | list) else (out,)
+        if name in _ALLOCATIONS:
+            slot = self._new(out)
+            self._add(_Allocate(slot, out), {slot})
+        elif name in _HOST_READS or not all(isinstance(t, Tensor) for t in results):
+            self.trouble = name
+        elif func._schema.is_mutable or not all(self._known(t) for t in results):
+            self._call(func, args, kwargs, results)
+        return out  # else a view, which whoever reads it describes
+
+    def _call(self, func: Callable, args: tuple, kwargs: dict, results: tuple | list) -> None:
+        used: set[int] = set()
+        try:
+            args = self._refs(args, used)
+            kwargs = {name: self._refs(value, used) for name, value in kwargs.items()}
+        except _Unspeakable as error:
+            self.trouble = f"{func}: {error}"
+        else:
+            slots = [None if self._known(t) else self._new(t) for t in results]
+            self._add(_Call(func, args, kwargs, slots), used | {s for s in slots if s is not None})
+
+    def launched(self, direct: launch.Direct, values: list) -> None:
+        """A kernel was launched with these arguments."""
+        self.alive.append(values)
+        try:
+            step = launch.Step(direct, values, self._place)
+        except (_Unspeakable, TypeError) as error:
+            self.trouble = f"a launch: {error}"
+        else:
+            self._add(step, {slot for _, slot, *_ in step.places})
+
+    def interpreted(self, kernel: Callable) -> Callable:
+        """Return a kernel of Triton's interpreter that is written down when it runs, and not what that does inside."""
+
+        def run(*args: Any, **options: Any) -> None:
+            self._call(kernel, args, options, ())
+            with _disable_current_modes():
+                kernel(*args, **options)
+
+        return run
+
+    def freed(self, t: Tensor) -> None:
+        slots = [i for i, a in enumerate(self.args) if a is t]
+        if slots:
+            self._add(_Free(slots[0]), {slots[0]})
+        else:
+            self.trouble = "freed memory that is no argument's"
+
+    def program(self, output: Any) -> Program:
+        """What was seen, as a program that gives such an output."""
+        if self.trouble:
+            raise _Unspeakable(self.trouble)
+        kept: set[int] = set()
+        output = self._refs(output, kept)
+        self._shape(output)
+        last = {slot: i for i, used in enumerate(self.uses) for slot in used}
+        steps = []
+        for i, step in enumerate(self.steps):
+            steps.append(step)
+            steps += [_Forget(s) for s in self.uses[i] if s >= len(self.args) and last[s] == i and s not in kept]
+        return Program(steps, len(self.wholes) - len(self.args), output)
+
+    def _add(self, step: Callable, used: set[int]) -> None:
+        self.steps.append(step)
+        self.uses.append(used)
+
+    def _new(self, t: Tensor) -> int:
+        self.roots[t.untyped_storage()._cdata] = len(self.wholes)
+        self.wholes.append(t)
+        return len(self.wholes) - 1
+
+    def _known(self, t: Tensor) -> bool:
+        storage = t.untyped_storage()._cdata
+        return storage in self.roots or storage in self.inputs
+
+    def _place(self, t: Tensor) -> tuple[int, int]:
+        """Slot and bytes from its start."""
+        slot = self.roots.get(t.untyped_storage()._cdata)
+        if slot is not None:
+            return slot, t.data_ptr() - self.wholes[slot].data_ptr()
+        for start, size, i in self.spans:
+            if start <= t.data_ptr() < start + size:
+                return i, t.data_ptr() - start
+        raise _Unspeakable(f"a tensor {tuple(t.shape)} from elsewhere")
+
+    def _ref(self, t: Tensor, used: set[int]) -> _Ref:
+        slot, ahead = self._place(t)
+        used.add(slot)
+        if t.dtype != self.wholes[slot].dtype:
+            raise _Unspeakable(f"a view of another dtype, {t.dtype}")
+        self.refs.append(_Ref(slot, ahead, t))
+        return self.refs[-1]
+
+    def _shape(self, output: Any) -> None:
+        """Allocate results as they leave, and note where a tensor is all that a slot holds."""
+        how = [isinstance(t, Tensor) and (t.shape, t.stride()) for t in self.wholes]
+        allocations = {step.slot: step for step in self.steps if isinstance(step, _Allocate)}
+        for ref in output if isinstance(output, tuple) else (output,):
+            t = self.wholes[ref.slot]
+            if ref.slot in allocations and ref.ahead == 0 and t.is_contiguous() and _size(ref.how) == t.numel():
+                how[ref.slot] = allocations[ref.slot].how = ref.how
+        for ref in self.refs:
+            ref.whole = ref.ahead == 0 and ref.how == how[ref.slot]
+
+    def _refs(self, value: Any, used: set[int]) -> Any:
+        if isinstance(value, Tensor):
+            return self._ref(value, used)
+        if type(value) in (tuple, list):
+            return type(value)([self._refs(v, used) for v in value])
+        return value
+
+
+def _size(how: tuple) -> int:
+    """Elements of a contiguous shape; 0 of another."""
+    shape, stride = how
+    wanted = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    return math.prod(shape) if all(n == 1 or s == w for n, s, w in zip(shape, stride, wanted)) else 0
+
+
+def _extent(t: Tensor) -> int:
+    """Bytes from the first to the last element."""
+    return (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride()))) * t.element_size()
