@@ -60,7 +60,7 @@ class Op:
         library.register_autograd(lambda ctx, dy, *_: _apart(gradient(ctx, library_backward, dy)), setup_context=setup)
 
         self.programs = programs = Programs(flat)
-        backwards = Programs(backward)
+        self.backwards = backwards = Programs(backward)
 
         class Function(torch.autograd.Function):
             @staticmethod
