@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.recorded import RecordedGraphs
 from uvit_fast import build_model, load_config
-from uvit_fast.diffusion.cudagraph import GraphSampler
 from uvit_fast.diffusion.samplers import DPMSolverPPMultistep
 from uvit_fast.diffusion.schedules import SDSchedule
 from uvit_fast.model import replayed
+from uvit_fast.sampling.captured import GraphSampler
 
 TINY = ["embed_dim=64", "depth=2", "num_heads=1", "num_classes=11", "img_size=8", "activation_checkpointing=none"]
 

@@ -137,7 +137,9 @@ class Captures:
 
     def _may(self, network: nn.Module, inputs: Inputs) -> bool:
         """Whether this call is one of plain tensors that wants no gradient and that nobody watches or records."""
-        if torch.is_grad_enabled() and any(p.requires_grad for p in chain(network.parameters(), inputs) if p is not None):
+        if torch.is_grad_enabled() and any(
+            p.requires_grad for p in chain(network.parameters(), inputs) if p is not None
+        ):
             return False
         x = inputs[0]
         if not all(v is None or type(v) in _PLAIN for v in inputs) or x is None or not x.numel():
