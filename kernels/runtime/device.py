@@ -53,10 +53,12 @@ def architecture(device: torch.device) -> int:
     return 90 if device.type == "cuda" and capability(device.index) == 9 else 80
 
 
-@torch.compiler.assume_constant_result
 def capability(index: int | None) -> int:
     """Return the major compute capability of a CUDA device."""
     return _properties(index).major
+
+
+capability._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which imports the compiler: seconds
 
 
 @functools.cache
