@@ -196,6 +196,7 @@ class Bench:
                 flush=True,
             )
             self.net = (kind, cfg, net)
+        self.net[2].cuda_graphs = not case.provider.endswith("-uncaptured")
         return self.net[1], self.net[2]
 
     def _decoder(

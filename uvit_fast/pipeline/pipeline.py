@@ -172,8 +172,8 @@ class UViTPipeline(DiffusionPipeline):
         return [self._known.label(name) for name in ([label] if isinstance(label, str) else label)]
 
     def enable_cuda_graphs(self, max_bytes: int | None = None) -> None:
-        """Replay each loop as one captured CUDA graph from its second call on: a small batch is several times as fast. The first call
-        of each number of steps, size and kind of guidance captures; a call with a callback runs uncaptured.
+        """Replay each loop as one captured CUDA graph from its second call on, where otherwise each evaluation of the network is one. The
+        first call of each number of steps, size and kind of guidance captures; a call with a callback runs step by step.
 
         Args:
             max_bytes: bound on the memory of all captures; default: half of the device's.
