@@ -21,6 +21,7 @@ from triton.backends.nvidia.driver import make_tensordesc_arg
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from uvit_fast.kernels.runtime.compiling import told
 from uvit_fast.kernels.runtime.device import guard, interpreting
 
 
@@ -87,7 +88,8 @@ def run(device: torch.device, kernel: Any, grid: tuple[int, ...], args: tuple, o
         values = [*args, *[options[name] for name in names[len(args) :]]]
         compiled = _compiled.get(key)
         if compiled is None:
-            compiled = _compiled[key] = kernel[grid](*args, **options)
+            with told():
+                compiled = _compiled[key] = kernel[grid](*args, **options)
         else:
             compiled[(*grid, 1, 1)[:3]](*values)
         if listener.here is not None:

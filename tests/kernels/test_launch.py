@@ -1,11 +1,14 @@
 """Launching: a kernel is compiled once for what it specialises on, and then called with every argument in its place."""
 
+import re
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from triton import knobs
 
-from uvit_fast.kernels.runtime import launch
+from uvit_fast.kernels.runtime import compiling, launch
 
 CPU = torch.device("cpu")
 
@@ -15,12 +18,13 @@ class Kernel:
 
     params = [SimpleNamespace(name=n, is_constexpr=n.isupper()) for n in ("x", "n", "SIZE", "FLAG")]
 
-    def __init__(self):
-        self.compiled, self.ran = 0, []
+    def __init__(self, seconds=0.0):
+        self.compiled, self.ran, self.seconds = 0, [], seconds
 
     def __getitem__(self, grid):
         def compile_and_run(x, n, SIZE, FLAG, **options):
             self.compiled += 1
+            time.sleep(self.seconds)
             self.ran.append((grid, (x, n, SIZE, FLAG)))
             return Compiled(self)
 
@@ -67,3 +71,23 @@ def test_whatever_triton_specialises_on_is_compiled_anew(other):
     run(kernel, torch.zeros(64), 5)
     run(kernel, **{"x": torch.zeros(64), "n": 5} | other)
     assert kernel.compiled == 2
+
+
+def test_a_user_is_told_what_takes_long(monkeypatch, capsys):
+    """One line where a kernel is being compiled, one now and then after that, none where it is found."""
+    monkeypatch.setattr(compiling, "_told", compiling._Told())
+    monkeypatch.setattr(compiling, "AFTER", 0.05)
+    x, kernels = torch.zeros(64), [Kernel(seconds) for seconds in (0, 0, 0.2, 0.2, 0.2, 0, 0)]
+    run(kernels[0], x, 5)
+    run(kernels[1], x, 5)
+    assert capsys.readouterr().err == ""
+    for kernel in kernels[2:5]:
+        run(kernel, x, 5)
+    line = f"uvit-fast: compiling GPU kernels, once for this machine; they are kept in {knobs.cache.dir}\n"
+    assert capsys.readouterr().err == line
+    monkeypatch.setattr(compiling, "EVERY", 0.0)
+    run(kernels[5], x, 5)
+    assert re.fullmatch(r"uvit-fast: compiling GPU kernels: 4 are done after \d+ s\n", capsys.readouterr().err)
+    monkeypatch.setenv("RANK", "1")
+    run(kernels[6], x, 5)
+    assert capsys.readouterr().err == ""

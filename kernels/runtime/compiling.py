@@ -1,0 +1,60 @@
+"""What a user is told while kernels are compiled, which the first call of a kind waits for."""
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+from triton import knobs
+
+AFTER, EVERY = (
+    1.0,
+    10.0,
+)  # seconds: of one kernel, after which a line says what goes on; between lines that say how far it is
+
+
+class _Told:
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.kernels, self.began, self.last = (
+            0,
+            0.0,
+            0.0,
+        )  # compiled since the first line; when that was; the last line's time
+
+    def begin(self) -> None:
+        with self.lock:
+            if not self.began:
+                self.began = self.last = time.monotonic()
+                _say(f"compiling GPU kernels, once for this machine; they are kept in {knobs.cache.dir}")
+
+    def end(self) -> None:
+        with self.lock:
+            self.kernels += bool(self.began)
+            now = time.monotonic()
+            if self.began and now - self.last > EVERY:
+                self.last = now
+                _say(f"compiling GPU kernels: {self.kernels} are done after {now - self.began:.0f} s")
+
+
+def _say(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"uvit-fast: {text}", file=sys.stderr, flush=True)
+
+
+_told = _Told()
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Around what compiles a kernel, or finds it among those of earlier processes, which takes no line."""
+    timer = threading.Timer(AFTER, _told.begin)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        _told.end()
