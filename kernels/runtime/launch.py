@@ -11,7 +11,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from types import BuiltinFunctionType, FunctionType, SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -113,9 +113,9 @@ class Direct:
         self.launch = launcher.launch
         if isinstance(self.launch, FunctionType):  # around the function in C, to make the maps
             cells = dict(zip(self.launch.__code__.co_freevars, self.launch.__closure__ or ()))
-            self.launch = cells["launcher"].cell_contents if "launcher" in cells else None
-        if not isinstance(self.launch, BuiltinFunctionType):
-            raise TypeError("an unknown launcher")
+            if "launcher" not in cells:
+                raise TypeError("an unknown launcher")
+            self.launch = cells["launcher"].cell_contents
         flags = (compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl)
         self.grid, self.before = grid, flags
         if self.newer:

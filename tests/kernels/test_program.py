@@ -1,0 +1,148 @@
+"""Ops done from notes: the same results from new tensors, and notes of nothing that they cannot say."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.kernels.op_cases import OPS, arguments, result, tensors
+from uvit_fast.kernels.runtime import launch, program
+
+
+@pytest.fixture
+def anywhere(monkeypatch):
+    """Notes are taken on a CPU too."""
+    monkeypatch.setattr(launch, "is_direct", lambda device: True)
+
+
+def several_ops(x, w, last):
+    """What ops do beside launches: new memory, views of it, results in a slice, several at once, in place, freed arguments."""
+    wide = x.new_empty(x.shape[0], 2 * w.shape[0])
+    torch.mm(x, w.t(), out=wide[:, : w.shape[0]])
+    left, right = (x.flatten() * 2).split(x.numel() // 2)
+    wide[:, w.shape[0] :].copy_(left.sum() + right.view(-1, 1)[:1].mean())
+    wide.mul_(0.5)
+    if last:
+        program.free(w)
+    flat = x.new_empty(wide.numel() // 2, 2)
+    flat.copy_(wide.view(-1, 2))
+    return flat.view(wide.shape), wide[:, 1:], x.new_empty(0)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_from_the_third_call_on_notes_are_followed(anywhere, last):
+    programs, kept = program.Programs(several_ops), []
+    for i in range(5):
+        torch.manual_seed(i)
+        x, w = torch.randn(4, 6), torch.randn(3, 6)
+        expected = several_ops(x, w.clone(), last)
+        kept.append((programs(x, w, last), expected))
+        assert (w.untyped_storage().nbytes() == 0) == last
+    for got, expected in kept:  # no call writes over another's results
+        for a, b in zip(got, expected, strict=True):
+            assert torch.equal(a, b) and a.stride() == b.stride()
+    (noted,) = programs._known.values()
+    assert noted is not None and not programs._never
+
+
+def test_whatever_an_op_depends_on_has_notes_of_its_own(anywhere):
+    programs, x, w = program.Programs(several_ops), torch.randn(4, 6), torch.randn(3, 6)
+    odd = torch.randn(25)[1:].view(4, 6)  # on another boundary
+    for other in (x, x.double(), odd, x.t().contiguous().t(), x[:2]):
+        weight = w.to(other.dtype)
+        for _ in range(3):
+            got = programs(other, weight, False)
+            assert all(torch.equal(a, b) for a, b in zip(got, several_ops(other, weight, False), strict=True))
+    assert len(programs._known) == 5 and all(programs._known.values())
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        (lambda x, y: x * float(y.sum()), "_local_scalar_dense"),
+        (lambda x, y: x + ELSEWHERE, "elsewhere"),
+        (lambda x, y: (x * 2).view(torch.int32) + 1, "another dtype"),
+    ],
+    ids=["reads a value", "a tensor from elsewhere", "a view of other bits"],
+)
+def test_what_notes_cannot_say_runs_as_it_is_written(anywhere, function, why):
+    programs = program.Programs(function)
+    for _ in range(4):
+        x, y = torch.randn(3, 4), torch.randn(3, 4)
+        assert torch.equal(programs(x, y), function(x, y))
+    assert why in next(iter(programs._never.values()))
+
+
+ELSEWHERE = torch.ones(4)
+
+
+def test_arguments_that_share_memory_leave_no_notes_but_follow_them(anywhere):
+    def add(x, y):
+        return x * 2 + y
+
+    programs, x = program.Programs(add), torch.randn(5)
+    for _ in range(3):
+        assert torch.equal(programs(x, x), add(x, x))
+    assert not any(programs._known.values()) and not programs._never
+    programs(x, torch.randn(5))
+    assert all(programs._known.values()) and torch.equal(programs(x, x), add(x, x))
+
+
+class Launcher:
+    """Triton's own, in the form of 3.6 or 3.8: a function around the one that launches, which takes numbers."""
+
+    launch_cooperative_grid, launch_pdl = False, True
+
+    def __init__(self, newer: bool, seen: list):
+        if newer:
+            self.arg_annotations, self.kernel_signature = "annotations", "signature"
+
+        def around(launcher):
+            return lambda *args: launcher(*args)
+
+        self.launch = around(lambda *args: seen.append(args))
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_a_launch_gets_the_numbers_that_tritons_own_would_hand_on(monkeypatch, newer):
+    """Grid, stream, function, flags; pointers in their places; a map for each address, and shape and strides after it."""
+    made, seen, tensor = [], [], torch.zeros(8, 64, dtype=torch.bfloat16)
+
+    def make(arg, meta, *_):
+        made.append((arg.base.data_ptr(), meta))
+        return [f"map {len(made)}", *arg.shape, *arg.strides]
+
+    monkeypatch.setattr(launch, "make_tensordesc_arg", make)
+    metadata = SimpleNamespace(tensordesc_meta=[{"swizzle": 3}])
+    compiled = SimpleNamespace(run=Launcher(newer, seen), metadata=metadata, function=77, packed_metadata="packed")
+    step = launch.Step(
+        launch.Direct(compiled, (9, 2, 1)),
+        [launch.descriptor(tensor, 4, 64), tensor, 5, 0.5, None, True],
+        lambda t: (1, 16),
+    )
+    for address in (1024, 2048, 1024):
+        step(None, [0, address], 42)
+    arguments = ["map 1", 8, 64, 64, 1, 1040, 5, 0.5, None, True]
+    if newer:
+        middle = ("packed", None, None, None, None, None, "annotations", "signature", arguments)
+    else:
+        middle = (None, None, "packed", None, None, None, *arguments)
+    assert seen[0] == seen[2] == (9, 2, 1, 42, 77, False, True, *middle)
+    assert made == [(1040, {"swizzle": 3}), (2064, {"swizzle": 3})] and "map 2" in str(seen[1])
+
+
+@pytest.mark.interpreter
+def test_an_op_by_its_notes_is_the_op():
+    """Kernels and cuBLAS's products, there and back."""
+
+    def run(args):
+        y = result(OPS["ln_linear"][0](*args))
+        return [y, *torch.autograd.grad(y, tensors(args), torch.ones_like(y))]
+
+    for i in range(3):
+        args = arguments("ln_linear", (1, 9, 64), torch.float32, grad=True)
+        got = run(args)
+        if i == 2:
+            with program.suspended():
+                expected = run(args)
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
