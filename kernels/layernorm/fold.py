@@ -174,7 +174,7 @@ def folded_once() -> Iterator[None]:
 
 @contextlib.contextmanager
 def folded_each_time() -> Iterator[None]:
-    """Fold weights at each `prepare`, also within `folded_once`: what is recorded is replayed when they have changed."""
+    """Fold weights at each `prepare`, also within `folded_once`: a recording outlives these weights' values."""
     token = _kept.set(None)
     try:
         yield
