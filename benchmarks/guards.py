@@ -32,6 +32,7 @@ from uvit_fast.diffusion.guidance import Guidance
 BASELINE = Path(__file__).parent / "baselines" / "guards.json"
 BATCH, EVALUATIONS, STEPS = 128, 5, 3
 CONFIGS = ["h2_256", "s2_coco"]  # labels and guidance, heads of 72; text, 334 tokens, a final convolution
+SAMPLED = [*CONFIGS, "usit_h_512"]  # patches of one latent pixel, Heun's steps on a flow
 Figures = dict[str, Any]  # figure -> number, or kernel -> number
 
 
@@ -122,7 +123,7 @@ def _training_step(plant: Callable[[ExitStack], None] | None) -> Figures:
 
 
 CASES: dict[str, Callable[[], Figures]] = {
-    **{f"{name} forward": lambda name=name: forward(name) for name in CONFIGS},
+    **{f"{name} forward": lambda name=name: forward(name) for name in SAMPLED},
     **{
         f"{name} forward and backward, checkpointing {policy}": lambda name=name, policy=policy: forward_backward(
             name, policy
@@ -130,7 +131,7 @@ CASES: dict[str, Callable[[], Figures]] = {
         for name in CONFIGS
         for policy in ("none", "selective", "block")
     },
-    **{f"{name} sampling, {EVALUATIONS} guided evaluations": lambda name=name: sampling(name) for name in CONFIGS},
+    **{f"{name} sampling, {EVALUATIONS} guided evaluations": lambda name=name: sampling(name) for name in SAMPLED},
     "digits training step": training_step,
 }
 

@@ -20,6 +20,7 @@ def arguments(B, C, side, p, extras, D, dtype=torch.float32):
         ((3, 4, 16, 2, 2, 192), torch.float32, 2e-6),  # latents, no multiple of either side of a tile
         ((2, 3, 12, 4, 1, 64), torch.float32, 2e-6),  # 48 values a patch, padded
         ((2, 1, 6, 2, 70, 64), torch.float16, 1e-3),  # more text than patches
+        ((2, 32, 5, 1, 2, 192), torch.float32, 2e-6),  # DC-AE's latents: a patch is a pixel of 32 channels
     ],
     ids=str,
 )

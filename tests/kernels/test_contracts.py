@@ -125,9 +125,10 @@ def plain(arch: int) -> dict:
         args = (fp32(528, 3, D), meta(D), meta(D), meta(D), 528, 3 * D, D, 128, 32)
         return sums._totals_kernel, args, {"num_warps": 4}
 
-    def tokens():
-        args = (meta(128, 4, 32, 32), meta(D, 4, 2, 2), v, meta(128, 2, D), meta(1, 258, D), x, M, 258, 2, D, 32, 32)
-        return assemble._assemble_kernel, args, {"K": 16, "P": 2, "PADDED": 16, **assemble._TILE}
+    def tokens(C, side, p):
+        image, weight, K = meta(128, C, side, side), meta(D, C, p, p), C * p * p
+        args = (image, weight, v, meta(128, 2, D), meta(1, 258, D), x, M, 258, 2, D, side, side)
+        return assemble._assemble_kernel, args, {"K": K, "P": p, "PADDED": K, **assemble._TILE}
 
     def optimizer():
         args = (*[fp32(M * D)] * 4, meta(M * D), meta(M * D), fp32(4), M * D, 2e-4, 0.99, 0.999, 1e-8, 0.03, 0.9999)
@@ -135,7 +136,8 @@ def plain(arch: int) -> dict:
 
     found = {
         "adamw": optimizer,
-        "assemble": tokens,
+        "assemble": lambda: tokens(4, 32, 2),
+        "assemble_deep": lambda: tokens(32, 16, 1),  # DC-AE's latents
         "prepare": lambda: prepare(0),
         "prepare_sums": lambda: prepare(32),
         "ln_backward": backward,
