@@ -27,7 +27,7 @@ from uvit_fast.sampling.captured import GraphSampler
 NETWORK = ["model.img_size=8", "model.embed_dim=32", "model.depth=2", "model.num_heads=2", "sample.steps=2"]
 DC = [*NETWORK, "model.in_chans=8", "model.num_classes=3", "device=cpu"]
 SHORT = ["train.batch_size=4", "train.iterations=2", "train.warmup_steps=1", "data.num_workers=0"]
-CONFIG = "configs/uvit_h_dc_512.yaml"
+CONFIG = "configs/usit_h_512.yaml"
 
 
 @pytest.fixture(autouse=True)
