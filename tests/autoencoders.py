@@ -16,7 +16,7 @@ def kl(**options: Any) -> Any:
 
 
 def dc(**options: Any) -> Any:
-    """Three levels, so pixels are 4 x 4; latents of 8 channels, with linear attention on the last level as DC-AE has it."""
+    """Three levels, so pixels are 4 x 4; latents of 8 channels; linear attention on the last level, as DC-AE has it."""
     from diffusers import AutoencoderDC
 
     settings: dict[str, Any] = {"latent_channels": 8, "attention_head_dim": 4}

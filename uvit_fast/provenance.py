@@ -31,8 +31,8 @@ class Factors(Protocol):
 
 
 class Described(Protocol):
-    """A dataset, as far as it says what its values mean: the labels' names, the encoders of latents and text features, the scaling of
-    latents; empty or None where that is not known.
+    """A dataset, as far as it says what its values mean: the labels' names, the encoders of latents and text features,
+    the scaling of latents; empty or None where that is not known.
     """
 
     classes: tuple[str, ...]
@@ -51,8 +51,10 @@ class Provenance:
     Attributes:
         classes: names by label; empty where the model has no classes or their names are not known.
         encoders: identities by role, "vae" and "text_encoder", as `data.encoders` makes them; those that are known.
-        scaling: of latents, `scale_factor` and `shift_factor`, a number or a list of one a channel each; empty where it is not known.
-        diffusion: "schedule" and "prediction" of the network, as `diffusion` of a config names them; empty where they are not known.
+        scaling: of latents, `scale_factor` and `shift_factor`, a number or a list of one a channel each; empty where it
+            is not known.
+        diffusion: "schedule" and "prediction" of the network, as `diffusion` of a config names them; empty where they
+            are not known.
     """
 
     classes: tuple[str, ...] = ()

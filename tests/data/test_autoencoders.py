@@ -154,6 +154,11 @@ def test_an_autoencoders_own_shift_is_recorded_learned_and_undone(photos, tmp_pa
     cfg = load_config("configs/h2_256.yaml", [*config, "latent.scale_factor=null"])
     pixels = load_decoder(cfg, torch.device("cpu"))(z)
     torch.testing.assert_close(pixels, vae.decode(latents).sample, rtol=1e-4, atol=1e-4)
+    again = extract(photos, "configs/h2_256.yaml", tmp_path / "out", *config, "latent.scale_factor=measured")
+    assert (
+        again["arrays"] == manifest["arrays"] and again["scale_factor"] != manifest["scale_factor"]
+    )  # nothing is encoded anew
+    extract(photos, "configs/h2_256.yaml", tmp_path / "out", *config, "latent.scale_factor=null")
     with pytest.warns(UserWarning, match=r"extracted for shift_factor 0.12; latent.shift_factor 0.0 is used"):
         assert Latents(str(tmp_path / "out"), None, 0.0).scaling == Scaling(0.36, 0.0)
 

@@ -118,11 +118,12 @@ def test_posteriors_become_scaled_samples(tmp_path):
     torch.testing.assert_close(z[2], torch.full((4, 32, 32), 2.0), rtol=1e-5, atol=1e-5)
 
 
-def test_text_latents_draw_one_caption_an_epoch(tmp_path):
+@pytest.mark.parametrize(("kind", "channels"), [("moments", 8), ("latents", 4)])
+def test_text_latents_draw_one_caption_an_epoch(tmp_path, kind, channels):
     text = np.arange(5, dtype=np.float16)[:, None, None] + np.zeros((5, 77, 768), np.float16)
     null = np.full((1, 77, 768), -1, np.float16)
-    posterior = np.zeros((2, 8, 32, 32), np.float16)
-    pack(tmp_path, {"moments": posterior, "text": text, "captions": np.array([0, 3, 5]), "null_text": null})
+    stored = np.zeros((2, channels, 32, 32), np.float16)
+    pack(tmp_path, {kind: stored, "text": text, "captions": np.array([0, 3, 5]), "null_text": null})
     dataset = build_dataset(load_config("configs/s2_coco.yaml", [f"data.path={tmp_path}"]))
     drawn = {i: {int(finished(dataset, [(i, epoch)])["context"][0, 0, 0]) for epoch in range(40)} for i in (0, 1)}
     assert drawn == {0: {0, 1, 2}, 1: {3, 4}}

@@ -271,15 +271,18 @@ class LatentConfig(Section):
 
     autoencoder: FolderOrHub = Field(
         "CompVis/stable-diffusion-v1-4/vae",
-        description="AutoencoderKL or AutoencoderDC that makes and decodes latents: a local folder, or owner/repository[/subfolder] on the hub.",
+        description="AutoencoderKL or AutoencoderDC that makes and decodes latents: a local folder, or "
+        "owner/repository[/subfolder] on the hub.",
     )
     scale_factor: Factor | Literal["measured"] | None = Field(
         None,
-        description="A number, one a channel, or measured: the channels' mean and deviation, that extract finds. Default: the data's, else the autoencoder's own.",
+        description="A number, one a channel, or measured: of the channels' deviation and mean, that `extract` finds. "
+        "Default: the data's, else the autoencoder's own.",
     )
     shift_factor: Factor | None = Field(
         None,
-        description="A number, or one a channel, taken off latents before they are scaled. Default: the data's, else the autoencoder's own.",
+        description="A number, or one a channel, taken off latents before they are scaled. Default: the data's, else the "
+        "autoencoder's own.",
     )
     text_encoder: FolderOrHub | None = Field(
         None,

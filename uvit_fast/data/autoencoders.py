@@ -1,7 +1,8 @@
 """The frozen autoencoders of latent models, diffusers' AutoencoderKL and AutoencoderDC, as functions.
 
-KL's encoder gives a posterior, mean and log variance; DC's ("Deep Compression Autoencoder for Efficient High-Resolution Diffusion Models",
-arXiv:2410.10733) gives the latents themselves. Either decodes latents, and a network sees those scaled: see `Scaling`.
+KL's encoder gives a posterior, mean and log variance; DC's ("Deep Compression Autoencoder for Efficient High-Resolution
+Diffusion Models", arXiv:2410.10733) gives the latents themselves. Either decodes latents, and a network sees those
+scaled: see `Scaling`.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,14 +55,14 @@ class Scaling:
 
 @lru_cache
 def _on(scaling: Scaling, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Scale and shift, (1 or C, 1, 1) fp32 each, uploaded once: no step waits for it, and a captured loop finds it there."""
+    """Scale and shift, (1 or C, 1, 1) fp32, uploaded once: no step waits for it, and a captured loop finds it there."""
     with torch.inference_mode(False):
         scale, shift = (torch.tensor(value).view(-1, 1, 1).to(device) for value in (scaling.scale, scaling.shift))
     return scale, shift
 
 
 def own_scaling(vae: Any) -> Scaling:
-    """What an autoencoder's config says: its channels' mean and deviation where it has them, as diffusers applies them."""
+    """What an autoencoder's config says; where it has the channels' mean and deviation, as diffusers applies them."""
     config = vae.config
     factor, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
     mean, std = config.get("latents_mean"), config.get("latents_std")
@@ -71,7 +72,8 @@ def own_scaling(vae: Any) -> Scaling:
 
 
 def scaling_of(cfg: Config, known: Provenance = UNKNOWN, vae: Any = None) -> Scaling:
-    """What the model of `cfg` sees: what the config says, else what the model learned from, else what the autoencoder's own config says.
+    """What the model of `cfg` sees: what the config says, else what the model learned from, else what the autoencoder's
+    own config says.
 
     Args:
         vae: the autoencoder, where it is at hand.
@@ -90,7 +92,8 @@ def scaling_of(cfg: Config, known: Provenance = UNKNOWN, vae: Any = None) -> Sca
         values[name] = next((v for v in (value, learned.get(name), own.get(name)) if v is not None), None)
     if values["scale_factor"] is None:
         raise UserError(
-            f"latent.scale_factor: expected a number, or one a channel, since nothing beside the weights of {cfg.name} says it"
+            "latent.scale_factor: expected a number, or one a channel, since nothing beside the weights of "
+            f"{cfg.name} says it"
         )
     return Scaling(*(tuple(v) if isinstance(v, list | tuple) else v or 0.0 for v in values.values()))
 
@@ -119,8 +122,8 @@ def compression(vae: Any) -> int:
 
 
 def encoder(vae: Any) -> Callable[[Pixels], Tensor]:
-    """A function from pixels (B, 3, H, W) uint8 to posteriors (B, 2C, h, w) fp32, mean and log variance; of a deterministic encoder to
-    latents (B, C, h, w) fp32.
+    """A function from pixels (B, 3, H, W) uint8 to posteriors (B, 2C, h, w) fp32, mean and log variance; of a
+    deterministic encoder to latents (B, C, h, w) fp32.
     """
 
     @torch.inference_mode()
@@ -137,7 +140,7 @@ def decoder(vae: Any, scaling: Scaling, chunk: int = 25) -> Callable[[Tensor], T
 
     Args:
         vae: diffusers' `AutoencoderKL` or `AutoencoderDC`.
-        chunk: latents at a time, whatever the sampling batch: activations at the images' size are what takes the memory.
+        chunk: latents at a time, whatever the batch: activations at the images' size are what takes the memory.
     """
 
     def decode(z: Tensor) -> Tensor:
@@ -163,10 +166,10 @@ def load_decoder(cfg: Config, device: torch.device, known: Provenance = UNKNOWN)
 
 
 def load_autoencoder(name: str, known: Provenance = UNKNOWN, channels: int | None = None) -> Any:
-    """diffusers' autoencoder of the kind that its config says, by a local folder, or owner/repository[/subfolder] on the hub; fp32, frozen,
-    on the CPU.
+    """diffusers' autoencoder of the kind that its config says; fp32, frozen, on the CPU.
 
     Args:
+        name: a local folder, or owner/repository[/subfolder] on the hub; of a pipeline its `vae`.
         known: what a model learned from, where it shall be an autoencoder of its latents.
         channels: of the latents, where a model takes so many.
 
@@ -191,7 +194,8 @@ def load_autoencoder(name: str, known: Provenance = UNKNOWN, channels: int | Non
     check_vae(vae, name, known)
     if channels not in (None, vae.config.latent_channels):
         raise UserError(
-            f"autoencoder {cut(name)}: makes latents of {vae.config.latent_channels} channels; expected {channels}, as model.in_chans says"
+            f"autoencoder {cut(name)}: makes latents of {vae.config.latent_channels} channels; expected {channels}, as "
+            "model.in_chans says"
         )
     return vae.eval().requires_grad_(False)
 

@@ -1,4 +1,6 @@
-"""The frozen networks that make a model's data, with identities that a manifest keeps; and the text encoder among them, as a function."""
+"""The frozen networks that make a model's data, with identities that a manifest keeps; and the text encoder among them,
+as a function.
+"""
 
 import hashlib
 import logging
@@ -165,7 +167,8 @@ def load_text(
 
     Raises:
         ImportError: transformers is not installed; the message names the extra.
-        UserError: the encoder cannot be had, its features do not fit the model, or it is not the one that the model learned from.
+        UserError: the encoder cannot be had, its features do not fit the model, or it is not the one that the model
+            learned from.
     """
     name = name or text_encoder_name(cfg, known)
     encode = load_text_encoder(name, device, known)

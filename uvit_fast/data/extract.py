@@ -62,9 +62,10 @@ class Extraction:
 
     Args:
         listing: the images. crop: (image, size) -> image of size x size pixels. background: behind transparent ones, 8-bit RGB.
-        encode: pixels (B, 3, size, size) uint8 -> posteriors (B, 2C, h, w), mean and log variance; or, where `kind` is "latents",
-            (B, C, h, w).
-        vae: the autoencoder's identity. scaling: of the latents, recorded, not applied; None: what measuring the channels will say.
+        encode: pixels (B, 3, size, size) uint8 -> posteriors (B, 2C, h, w), mean and log variance; or, where `kind` is
+            "latents", (B, C, h, w).
+        vae: the autoencoder's identity. scaling: of the latents, recorded, not applied; None: what measuring the
+            channels will say.
         mirror: store each image's mirror image, too. dtype: of what is stored.
         shard_images, batch, workers: images a shard, images at a time, threads that decode.
     """
@@ -154,7 +155,6 @@ class Extraction:
             "vae_encoder": self.about["vae"]["encoder_sha256"],
             "text_encoder": self.text.identity["sha256"] if self.text else None,
             **{name: self.about[name] for name in ("image_size", "crop", "background", "mirror_images")},
-            **self._asked_scaling(),
             "dtype": str(self.dtype),
             "shard_images": self.shard_images,
         }
@@ -178,12 +178,6 @@ class Extraction:
             raise UserError(f"{self.out}: expected a new or empty folder, or one of an interrupted extraction")
         file.parent.mkdir(parents=True, exist_ok=True)
         shards.write_json(file, {**settings, "classes": self.listing.classes})
-
-    def _asked_scaling(self) -> dict[str, Any]:
-        """A shift of 0 is left out, as extractions of before it was kept have it."""
-        if self.scaling is None:
-            return {"scale_factor": "measured"}
-        return {name: value for name, value in self.scaling.as_json().items() if value or name == "scale_factor"}
 
     def _note(self, shard: int) -> Path:
         return self.out / "notes" / f"{shard:05d}.json"
@@ -319,6 +313,11 @@ class Extraction:
         sums = [note["channels"] for note in notes if note.get("channels")]
         whole = len(sums) == sum(bool(note["arrays"]) for note in notes)  # some may be of before channels were measured
         found: dict[str, Any] = {}
+        if not whole and self.scaling is None:
+            raise UserError(
+                f"{self.out}: its shards are of before channels were measured; expected numbers for "
+                "latent.scale_factor, or a new folder"
+            )
         if sums and whole:
             count = sum(each["count"] for each in sums)
             mean, square = (
@@ -346,8 +345,8 @@ class Extraction:
 
 
 def _channel_sums(encoded: list[np.ndarray], kind: str) -> dict[str, Any] | None:
-    """Of the latents as they are stored: how many values a channel has, their sum and that of their squares, which of a posterior are
-    expectations. None where there are no latents.
+    """Of the latents as they are stored: how many values a channel has, their sum and that of their squares, which of a
+    posterior are expectations. None where there are no latents.
     """
     if not encoded:
         return None

@@ -1,8 +1,8 @@
 """Latents of a frozen autoencoder, and text features, from the packed shards that `uvit-fast extract` writes.
 
 The arrays of a folder (see shards.py):
-- `moments` (2C, h, w): the posterior's mean and log variance; or `latents` (C, h, w) of a deterministic encoder. Items 2i and 2i + 1 are
-  image i and its mirror image; item i is image i where mirror images were not extracted (text).
+- `moments` (2C, h, w): the posterior's mean and log variance; or `latents` (C, h, w) of a deterministic encoder. Items
+  2i and 2i + 1 are image i and its mirror image; item i is image i where mirror images were not extracted (text).
 - `labels` (), int64, where images have classes.
 - `text` (T, C): the features of every caption. `captions` (), int64, one more than there are items: item i has the captions
   captions[i] to captions[i + 1] - 1. `null_text` (T, C), one item: the features of "".
@@ -29,12 +29,14 @@ class Latents(Indexed):
 
     Args:
         path: the folder.
-        scale_factor, shift_factor: as `latent` of a config has them: z = scale * (latents - shift). None: what the manifest says.
-        skip_damaged: where a shard of latents or text is missing, truncated or has a wrong checksum, warn with its name and the number of
-            its items, and let others, drawn once, take their place.
+        scale_factor, shift_factor: as `latent` of a config has them: z = scale * (latents - shift). None: what the
+            manifest says.
+        skip_damaged: where a shard of latents or text is missing, truncated or has a wrong checksum, warn with its name
+            and the number of its items, and let others, drawn once, take their place.
 
     Raises:
-        UserError: a damaged shard that may not be skipped, arrays that do not belong together, or a scale that nothing says.
+        UserError: a damaged shard that may not be skipped, arrays that do not belong together, or a scale that nothing
+            says.
     """
 
     def __init__(
@@ -99,8 +101,9 @@ class Latents(Indexed):
         asked = {"scale_factor": scale, "shift_factor": shift}
         for name, value in asked.items():
             if None not in (value, told[name]) and value != told[name]:
+                before, now = ("one a channel" if isinstance(v, tuple) else v for v in (told[name], value))
                 warnings.warn(
-                    f"{self.folder}: extracted for {name} {told[name]}; latent.{name} {value} is used", stacklevel=4
+                    f"{self.folder}: extracted for {name} {before}; latent.{name} {now} is used", stacklevel=4
                 )
         used = {name: told[name] if value is None else value for name, value in asked.items()}
         if used["scale_factor"] is None:

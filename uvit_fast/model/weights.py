@@ -21,7 +21,8 @@ from uvit_fast.runtime.text import cut
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """A state dict from a `.pth` (loaded with weights_only, which runs no code of the file's) or `.safetensors` file, on the CPU.
 
-    Of a training checkpoint's several ones it is the weights' average, else the weights; a warning says what the file holds.
+    Of a training checkpoint's several ones it is the weights' average, else the weights; a warning says what the file
+    holds.
 
     Raises:
         UserError: no such file, or one that holds no state dict: what it holds, and what to do.
@@ -64,7 +65,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: UViT, state: dict[str, Tensor], source: str = "checkpoint") -> UViT:
-    """Load a state dict with the published names into `model`, which is returned; names as `published_names` takes them.
+    """Load a state dict with the published names into `model`, which is returned; names as `published_names` takes
+    them.
 
     Where only the image size differs, the patches' position embedding is interpolated, with a warning.
 
@@ -106,8 +108,9 @@ def _has_no_values(tensor: Tensor) -> bool:
 
 
 def published_names(state: dict[str, Tensor], ours: Collection[str], source: str = "checkpoint") -> dict[str, Tensor]:
-    """A state dict by the published names, whoever wrapped the network: DDP, an average, `torch.compile`, FSDP, or a larger module
-    such as DC-AE's `diffusion_model.`, whose other parts are left out. A warning says what was before the names.
+    """A state dict by the published names, whoever wrapped the network: DDP, an average, `torch.compile`, FSDP, or a
+    larger module such as DC-AE's `diffusion_model.`, whose other parts are left out. A warning says what was before the
+    names.
 
     Args:
         ours: the network's names.
@@ -130,7 +133,9 @@ def _unwrapped(key: str) -> str:
 
 
 def _prefix(state: dict[str, Tensor], ours: Collection[str]) -> str:
-    """What stands before at least half of our names, of several an average's; "" where they stand alone or are not there."""
+    """What stands before at least half of our names, of several an average's; "" where they stand alone or are not
+    there.
+    """
     counts: Counter[str] = Counter()
     for key in state:
         parts = key.split(".")
@@ -143,7 +148,9 @@ def _prefix(state: dict[str, Tensor], ours: Collection[str]) -> str:
 
 
 def _state_dicts(tree: dict, at: tuple = ()) -> Iterator[tuple[tuple, dict]]:
-    """The dicts in a nested one that hold tensors by names of parameters, but for an optimizer's, with the keys that lead there."""
+    """The dicts in a nested one that hold tensors by names of parameters, but for an optimizer's, with the keys that lead
+    there.
+    """
     if any(isinstance(key, str) and "." in key and isinstance(value, Tensor) for key, value in tree.items()):
         yield at, tree
     for key, value in tree.items():

@@ -46,14 +46,16 @@ def load_found(cfg: Config, path: Path, device: torch.device) -> UViT | fp8.Fp8U
 
 
 def find_weights(checkpoint: str | Path) -> Path:
-    """The weight file that a name means: itself; of a run's folder, the EMA weights of its newest intact checkpoint, which is the one
-    that training would continue from; of a checkpoint's or a run's best/, its EMA weights; of a pipeline's folder, its network; of another
-    folder of the hub, such as DC-AE's, its one file of weights.
+    """The weight file that a name means: itself; of a run's folder, the EMA weights of its newest intact checkpoint,
+    which is the one that training would continue from; of a checkpoint's or a run's best/, its EMA weights; of a
+    pipeline's folder, its network; of another folder of the hub, such as DC-AE's, its one file of weights.
 
-    Warns of checkpoints that are passed over, and where other files are damaged than those of the weights that were named.
+    Warns of checkpoints that are passed over, and where other files are damaged than those of the weights that were
+    named.
 
     Raises:
-        UserError: a folder that is none of these, a checkpoint's file that holds no weights, or one that is not as its manifest says.
+        UserError: a folder that is none of these, a checkpoint's file that holds no weights, or one that is not as its
+            manifest says.
     """
     path = Path(checkpoint)
     if path.name in ("exp_avg.safetensors", "exp_avg_sq.safetensors"):  # under the weights' names
@@ -95,10 +97,12 @@ def _named(file: Path) -> Path:
 
 
 def provenance_of(cfg: Config, weights: Path) -> Provenance:
-    """What a model learned from, as it is written beside its weights, or as the names of its dataset's classes are known.
+    """What a model learned from, as it is written beside its weights, or as the names of its dataset's classes are
+    known.
 
     Raises:
-        UserError: the config takes the network's output, or its noise levels, for something else than it was trained on.
+        UserError: the config takes the network's output, or its noise levels, for something else than it was trained
+            on.
     """
     known, ours = provenance.read(weights), cfg.diffusion.meaning
     for key, there in known.diffusion.items():
