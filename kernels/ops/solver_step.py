@@ -23,7 +23,7 @@ _MASK = 0xFFFFFFFF
 
 
 class Update(NamedTuple):
-    """What one evaluation y, of eps or what else the network predicts, does to the state: m = on_x x + on_output y, then
+    """What one evaluation y, of eps or another prediction, does to the state: m = on_x x + on_output y, then
 
     next state = start * (the interval's first state) + sum of outputs[j] * m_j + noise * N(0, I),
 
@@ -54,7 +54,7 @@ def reference(
     """Compute the update in plain PyTorch.
 
     Args:
-        eps: the network's output y, (B, ...) of any float dtype; with `scale`, (2B, ...): conditional, then unconditional.
+        eps: the output y, (B, ...) of any float dtype; with `scale`, (2B, ...): conditional, then unconditional.
         x, start: (B, ...) fp32: the state that was evaluated, the first state of the interval.
         history: the older outputs m_j that `update` uses, each (B, ...) fp32.
         scale: () fp32, s in cond + s (cond - uncond).
