@@ -5,7 +5,9 @@ import contextlib
 import os
 import pickle
 import warnings
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -103,14 +105,24 @@ MOMENTS = {"state": {0: {"exp_avg": torch.zeros(2), "step": torch.zeros(())}}, "
     ("content", "said"),
     [
         ({"model": numbered(7)}, "holds model; the weights taken are model"),
-        ({"state_dict": numbered(1), "ema": numbered(7), "step": 3}, "holds state_dict; ema; step; the weights taken are ema"),
-        ({"args": argparse.Namespace(lr=1), "opt": MOMENTS, "model": numbered(1), "ema": numbered(7)}, "args; opt; .* ema"),  # DiT's
-        ({"ema": {0.999: before("uvit.", numbered(1)), 0.9999: before("uvit.", numbered(7))}}, "ema.0.9999"),  # DC-AE's trainer
+        ({"state_dict": numbered(1), "ema": numbered(7), "step": 3}, "holds state_dict; ema; step; .* taken are ema"),
+        (  # DiT's
+            {"args": argparse.Namespace(lr=1), "opt": MOMENTS, "model": numbered(1), "ema": numbered(7)},
+            "holds args; opt; model; ema; the weights taken are ema",
+        ),
+        (  # of DC-AE's trainer, several averages
+            {"ema": {0.999: before("uvit.", numbered(1)), 0.9999: before("uvit.", numbered(7))}},
+            "the weights taken are ema.0.9999",
+        ),
         ({"model": {"net": numbered(1), "ema_net": before("module.", numbered(7)), "n": 3}}, "are model.ema_net"),
+        (
+            {"model": numbered(7), "fid": np.float64(2.5), "rng": np.random.get_state(), "args": {"out": Path("runs")}},
+            "holds model; fid; rng; args; the weights taken are model",
+        ),
         ({"optimizer": {"exp_avg": numbered(1)}, "weights": numbered(7)}, "holds optimizer; weights; .* are weights"),
         ({**numbered(7), "epoch": 3}, "the weights taken are what is not within another"),
     ],
-)  # fmt: skip
+)
 def test_checkpoints_as_others_save_them_are_taken_and_described(tmp_path, content, said):
     torch.save(content, tmp_path / "x.pt")
     with pytest.warns(UserWarning, match=said):

@@ -6,8 +6,10 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator
-from pathlib import Path
+from pathlib import Path, PosixPath
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -35,7 +37,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             return load_file(path)
         with (
             warnings.catch_warnings(),
-            torch.serialization.safe_globals([argparse.Namespace]),  # of arguments, which training keeps beside weights
+            torch.serialization.safe_globals(_harmless()),
         ):
             warnings.simplefilter("ignore")
             tree = torch.load(path, map_location="cpu", weights_only=True)
@@ -62,6 +64,14 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     name = ".".join(map(str, chosen)) or "what is not within another"
     warnings.warn(f"{path}: holds {held}; the weights taken are {cut(name)}", stacklevel=2)
     return {key: value for key, value in found[chosen].items() if isinstance(key, str) and isinstance(value, Tensor)}
+
+
+def _harmless() -> list[Any]:
+    """What training keeps beside weights and what unpickling only fills: arguments, paths, NumPy's numbers and arrays."""
+    types = [argparse.Namespace, PosixPath, np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"}]
+    makers = [getattr(np._core.multiarray, name) for name in ("scalar", "_reconstruct")]
+    rooms = ("numpy.core.multiarray", "numpy._core.multiarray")  # NumPy 1's and 2's
+    return types + [(maker, f"{room}.{maker.__name__}") for maker in makers for room in rooms]
 
 
 def load_weights(model: UViT, state: dict[str, Tensor], source: str = "checkpoint") -> UViT:
