@@ -94,10 +94,9 @@ def training_step(plant: Callable[[ExitStack], None] | None = None) -> Figures:
 def _training_step(plant: Callable[[ExitStack], None] | None) -> Figures:
     os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(1)
-    import deepspeed  # noqa: F401
-    from deepspeed.accelerator import get_accelerator
 
-    from uvit_fast.build import build_dataset, build_objective
+    from uvit_fast.build import build_dataset
+    from uvit_fast.training.deepspeed_adapter import accelerator
     from uvit_fast.training.trainer import Trainer
 
     overrides = ["device=cpu", "train.precision=bf16", "data.name=synthetic", f"train.iterations={STEPS}"]
@@ -108,8 +107,8 @@ def _training_step(plant: Callable[[ExitStack], None] | None) -> Figures:
     def step(trainer: Trainer, stream: Any) -> None:
         batch = next(stream)  # reading data is the host's own work
         with Counts() as counts, ExitStack() as stack:
-            accelerator = type(get_accelerator())
-            stack.enter_context(mock.patch.object(accelerator, "synchronize", lambda *_: counts.wait("synchronize")))
+            device = type(accelerator())
+            stack.enter_context(mock.patch.object(device, "synchronize", lambda *_: counts.wait("synchronize")))
             plain_step(trainer, iter([batch]))
         seen.append(counts)
 

@@ -144,7 +144,15 @@ def test_no_attribute_is_born_outside_init():
 
 
 def test_only_the_adapter_touches_deepspeed():
-    for _, path in files():
+    for path in [*(path for _, path in files()), *(ROOT / "benchmarks").glob("*.py")]:
         text = path.read_text()
         if path.name != "deepspeed_adapter.py":
             assert "import deepspeed" not in text and "from deepspeed" not in text, path
+
+
+def test_benchmarks_run_the_trainers_loss():
+    """`Objective.loss`, whole: one of their own would be timed in its place, and guarded."""
+    uses = [path for path in (ROOT / "benchmarks").glob("*.py") if "objective.loss(" in path.read_text()]
+    assert {path.name for path in uses} == {"guards.py", "models.py"}
+    assert "self.objective.loss(" in (ROOT / "uvit_fast" / "training" / "trainer.py").read_text()
+    assert not [path for path in (ROOT / "benchmarks").glob("*.py") if "mse_loss" in path.read_text()]

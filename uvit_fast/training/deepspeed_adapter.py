@@ -161,12 +161,10 @@ class DeepSpeed:
 
     def _missing_for_a_step(self) -> list[str]:
         """What `replace_step` replaces or reads, and this version of DeepSpeed does not have."""
-        from deepspeed.accelerator import get_accelerator
         from deepspeed.runtime import utils
         from deepspeed.runtime.zero import stage_1_and_2
 
-        missing = _missing(self._zero, (*REPLACED, *READ))
-        missing += _missing(get_accelerator(), ("synchronize",))
+        missing = _missing(self._zero, (*REPLACED, *READ)) + _missing(accelerator(), ("synchronize",))
         return (
             missing + _missing(utils, ("all_gather_dp_groups",)) + _missing(stage_1_and_2, ("INITIAL_MICRO_STEP_ID",))
         )
@@ -216,14 +214,12 @@ class DeepSpeed:
         """Where DeepSpeed has the host wait for the reductions at the end of a backward, its device waits instead, with
         the optimizer's step already in its queue.
         """
-        from deepspeed.accelerator import get_accelerator
-
-        accelerator = get_accelerator()
-        accelerator.synchronize = lambda *_: torch.cuda.current_stream().wait_stream(self._zero.reduction_stream)
+        device = accelerator()
+        device.synchronize = lambda *_: torch.cuda.current_stream().wait_stream(self._zero.reduction_stream)
         try:
             yield
         finally:
-            del accelerator.synchronize  # the class has its own
+            del device.synchronize  # the class has its own
 
     @property
     def ends_step(self) -> bool:
@@ -271,6 +267,13 @@ class DeepSpeed:
     def close(self) -> None:
         """Let go of the model, which hooks of DeepSpeed would keep alive."""
         self._engine.destroy()
+
+
+def accelerator() -> Any:
+    """Return DeepSpeed's view of the device, whose `synchronize` it calls where it has the host wait."""
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator()
 
 
 def _missing(owner: Any, names: tuple[str, ...]) -> list[str]:
