@@ -5,6 +5,8 @@ on 16-row products, and as keys they are one more, narrow product of every block
 p = exp2(s * scale * log2(e) - lse). Legend and parts: sm90_tiles.py. The backward: sm90_backward.py.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -49,6 +51,10 @@ from uvit_fast.kernels.attention.sm90_tiles import (
 )
 from uvit_fast.kernels.runtime import launch
 from uvit_fast.kernels.runtime.aggregate import aggregate
+from uvit_fast.kernels.runtime.device import multiprocessors
+from uvit_fast.kernels.runtime.early import wait_for_others
+
+PROGRAMS = 0  # a multiprocessor, up to which a head's queries are divided; 0: never
 
 
 @aggregate
@@ -117,6 +123,8 @@ def attention_forward_kernel(
     TAIL: gl.constexpr,
     RAGGED: gl.constexpr,
     BN: gl.constexpr,  # keys per product: 64 times a power of two that divides BLOCKS
+    CHUNKS: gl.constexpr,  # programs that share a head's queries
+    EARLY: gl.constexpr,  # launched before the kernel before it has ended
 ):
     WIDE: gl.constexpr = D > 64
     ROW: gl.constexpr = row_bytes(WIDE)
@@ -124,7 +132,7 @@ def attention_forward_kernel(
     HEAD: gl.constexpr = (BLOCKS * 64 + (16 if TAIL else 0)) * ROW
     NK: gl.constexpr = BLOCKS * 64 // BN
     START: gl.constexpr = BLOCKS * 64 if TAIL else 0  # the tail goes first
-    BEFORE: gl.constexpr = 1 if TAIL else 0  # what has been through the buffers of q before block 0
+    ITEMS: gl.constexpr = BLOCKS + (1 if TAIL else 0)
     row: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16]))
 
     kv = Pair(shared_head(qkv.dtype, BLOCKS, TAIL, WIDE), shared_head(qkv.dtype, BLOCKS, TAIL, WIDE))
@@ -133,41 +141,58 @@ def attention_forward_kernel(
     for n in gl.static_range(4):
         mbarrier.init(bars.index(n), count=1)
 
-    head = gl.program_id(0)
+    # This program's blocks of queries, and whether it has the tail, which goes through the buffers before them.
+    head = gl.program_id(0) // CHUNKS
+    first = 0
+    before = 1 if TAIL else 0
+    count = BLOCKS
+    if CHUNKS > 1:
+        chunk = gl.program_id(0) % CHUNKS
+        first = chunk * ITEMS // CHUNKS
+        before = gl.to_tensor(0)
+        if TAIL:
+            before = (chunk == CHUNKS - 1).to(gl.int32)
+        count = (chunk + 1) * ITEMS // CHUNKS - first - before
     b = head // H
     h = head % H
     blocks, tails = Boxes(qkv, qkv_rest), Boxes(qkv_tail, qkv_tail_rest)
     q = Global(blocks, tails, b, h)
     to = Global(Boxes(out, out_rest), None, b, h)
     whole = out_whole + b.to(gl.int64) * L * (H * D)
+    if EARLY:
+        wait_for_others()
     mbarrier.expect(bars.index(0), 64 * ROW)
-    q.load(START, stream.index(0), bars.index(0))
+    if CHUNKS > 1:
+        q.load(gl.where(before > 0, START, first * 64), stream.index(0), bars.index(0))
+    else:
+        q.load(START, stream.index(0), bars.index(0))
     mbarrier.expect(bars.index(2), HEAD)
     kv.qk.load(Global(blocks, tails, b, H + h), bars.index(2))
     mbarrier.expect(bars.index(3), HEAD)
     kv.vo.load(Global(blocks, tails, b, 2 * H + h), bars.index(3))
-    if BLOCKS + BEFORE > 1:
+    if count + before > 1:
         mbarrier.expect(bars.index(1), 64 * ROW)
-        q.load(64 * (1 - BEFORE), stream.index(1), bars.index(1))
+        q.load(64 * (first + 1 - before), stream.index(1), bars.index(1))
 
     keys = kv.cut(BN)
     if TAIL:
-        mbarrier.wait(bars.index(0), 0)
-        x_tail = stream.index(0).cut(16).index(0).to_registers(LEFT_SMALL)
-        barrier()
-        mbarrier.wait(bars.index(2), 0)
-        mbarrier.wait(bars.index(3), 0)
-        tail = _attend_whole_tail(x_tail, keys, stream.index(0).main, L, scale)
-        rows_tail = START + gl.arange(0, 16, layout=gl.SliceLayout(1, SMALL))
-        gl.store(lse + head * L + rows_tail, tail.lse(), mask=rows_tail < L)
-        if NARROW:
-            narrow_tail_store(whole, tail.out(), START, L, h, H, D)
-        else:
-            tail_store(whole + h * D, tail.out(), START, L, H * D, D)
-        fence_async_shared()  # TMA is next to write where the scores were
-    for i in range(BLOCKS):
-        u = (i + BEFORE) & 1
-        mbarrier.wait(bars.index(u), ((i + BEFORE) // 2) & 1)
+        if before > 0:
+            mbarrier.wait(bars.index(0), 0)
+            x_tail = stream.index(0).cut(16).index(0).to_registers(LEFT_SMALL)
+            barrier()
+            mbarrier.wait(bars.index(2), 0)
+            mbarrier.wait(bars.index(3), 0)
+            tail = _attend_whole_tail(x_tail, keys, stream.index(0).main, L, scale)
+            rows_tail = START + gl.arange(0, 16, layout=gl.SliceLayout(1, SMALL))
+            gl.store(lse + head * L + rows_tail, tail.lse(), mask=rows_tail < L)
+            if NARROW:
+                narrow_tail_store(whole, tail.out(), START, L, h, H, D)
+            else:
+                tail_store(whole + h * D, tail.out(), START, L, H * D, D)
+            fence_async_shared()  # TMA is next to write where the scores were
+    for i in range(count):
+        u = (i + before) & 1
+        mbarrier.wait(bars.index(u), ((i + before) // 2) & 1)
         mbarrier.wait(bars.index(2), 0)
         m = gl.full([64], float("-inf"), gl.float32, row)
         total = gl.zeros([64], gl.float32, row)
@@ -180,14 +205,14 @@ def attention_forward_kernel(
                 t = masked(t, START, L, float("-inf"))
             else:
                 s = warpgroup_mma_wait(0, deps=(s,))
-            if j == 0 and i + BEFORE > 0:
+            if j == 0 and i + before > 0:
                 # the other buffer has held the output of the block before this one: by now that has left
                 tma.store_wait(0)
                 if NARROW:
                     barrier()  # or, where none is stored through it, every warp has read its queries
-                if i + 1 < BLOCKS:
+                if i + 1 < count:
                     mbarrier.expect(bars.index(1 - u), 64 * ROW)
-                    q.load((i + 1) * 64, stream.index(1 - u), bars.index(1 - u))
+                    q.load((first + i + 1) * 64, stream.index(1 - u), bars.index(1 - u))
             if RAGGED:
                 s = masked(s, j * BN, L, float("-inf"))
             top = gl.max(s, 1)
@@ -214,24 +239,27 @@ def attention_forward_kernel(
                 o = accumulate(left(t, qkv.dtype), keys.tail().vo, o)
             o = o.settled()
         seen = Attended(m, total, o)
-        rows = i * 64 + gl.arange(0, 64, layout=row)
+        rows = (first + i) * 64 + gl.arange(0, 64, layout=row)
         gl.store(lse + head * L + rows, seen.lse(), mask=rows < L)
         if NARROW:
-            narrow_store(whole, seen.out(), i * 64, L, h, H, D)
+            narrow_store(whole, seen.out(), (first + i) * 64, L, h, H, D)
         else:
-            to.store(i * 64, seen.out(), stream.index(u))
+            to.store((first + i) * 64, seen.out(), stream.index(u))
     tma.store_wait(0)
 
 
-def forward_launch(qkv: Tensor, out: Tensor, lse: Tensor) -> tuple:
-    """Return the kernel, its arguments and its options."""
+def forward_launch(qkv: Tensor, out: Tensor, lse: Tensor, chunks: int = 1, early: bool = False) -> tuple:
+    """Return the kernel, its arguments and its options: `chunks` programs a head, as `early` as in the GEMM."""
     _, L, _, H, D = qkv.shape
     c = cut(L)
     keys = 256 if c["BLOCKS"] % 4 == 0 else 128 if c["BLOCKS"] % 2 == 0 else 64
     wide = out.dtype == qkv.dtype
     boxed = (*boxes(qkv, D, 64), *boxes(qkv, D, 16 if c["TAIL"] else None), *boxes(out, D, 64 if wide else None))
     arguments = (*boxed, out, lse, L, D**-0.5 * LOG2E, D)
-    return attention_forward_kernel, arguments, {"H": H, **c, "BN": keys, "num_warps": 4}
+    options = {"H": H, **c, "BN": keys, "CHUNKS": chunks, "EARLY": early, "num_warps": 4}
+    if early:
+        options["launch_pdl"] = True
+    return attention_forward_kernel, arguments, options
 
 
 def launches(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, delta: Tensor, dqkv: Tensor) -> list[tuple]:
@@ -247,6 +275,14 @@ def forward(qkv: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tens
     B, L, _, H, D = qkv.shape
     out = qkv.new_empty(B, L, H * D, dtype=dtype)
     lse = qkv.new_empty(B, H, L, dtype=torch.float32)
-    kernel, arguments, options = forward_launch(qkv, out, lse)
-    launch.run(qkv.device, kernel, (B * H,), arguments, options)
+    n = chunks(B * H, L, PROGRAMS * multiprocessors(qkv.device)) if PROGRAMS else 1
+    kernel, arguments, options = forward_launch(qkv, out, lse, n)
+    launch.run(qkv.device, kernel, (B * H * n,), arguments, options)
     return out, lse
+
+
+@functools.cache
+def chunks(heads: int, L: int, at_once: int) -> int:
+    """Return how many programs share a head's queries: as many as run at once where there are few heads."""
+    c = cut(L)
+    return min(max(at_once // heads, 1), c["BLOCKS"] + c["TAIL"])

@@ -7,6 +7,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from uvit_fast.kernels.layernorm.sums import Summed
 from uvit_fast.kernels.layers import Linear
 from uvit_fast.kernels.runtime import reduce
 
@@ -55,6 +56,10 @@ def results(epilogue: str, x: Tensor, N: int, side: Tensor | None, overwrite: bo
 class Core(ABC):
     """An architecture's GEMM. All results are accumulated in fp32 and of the input's dtype."""
 
+    def takes_sums(self, tokens: int) -> bool:
+        """Return whether so many tokens' products take rstd from sums as fast as from statistics, taken by a launch."""
+        return False
+
     @abstractmethod
     def product(
         self,
@@ -63,7 +68,7 @@ class Core(ABC):
         linear: Linear,
         *,
         x2: Tensor | None = None,
-        stats: Tensor | None = None,
+        stats: Tensor | Summed | None = None,
         side: Tensor | None = None,
         overwrite: bool = False,
         sums: Tensor | None = None,
@@ -83,7 +88,7 @@ class Core(ABC):
         linear: Linear,
         *,
         x2: Tensor | None = None,
-        stats: Tensor | None = None,
+        stats: Tensor | Summed | None = None,
         residual: Tensor | None = None,
         overwrite: bool = False,
         sums: Tensor | None = None,
@@ -106,7 +111,9 @@ class Core(ABC):
         more = {"x2": x2, "stats": stats, "side": residual, "overwrite": overwrite, "sums": sums}
         return self.product(epilogue, x, linear, **more).out
 
-    def linear_gelu(self, x: Tensor, linear: Linear, *, stats: Tensor, save: bool) -> tuple[Tensor, Tensor | None]:
+    def linear_gelu(
+        self, x: Tensor, linear: Linear, *, stats: Tensor | Summed, save: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """Return GELU(2 h), h = LN(x) @ w.T + bias, with the LayerNorm folded in, and with `save` h: both (M, N)."""
         made = self.product("gelu_save" if save else "gelu", x, linear, stats=stats)
         return made.out, made.second if save else None

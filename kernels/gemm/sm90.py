@@ -9,6 +9,8 @@ would leave multiprocessors idle, as with a single image, a tile has 64 tokens a
 bits, or e4m3 (`sm90_fp8`), of which a stage holds twice as many.
 """
 
+import functools
+
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -33,12 +35,14 @@ from uvit_fast.kernels.gemm.sm90_epilogues import (
     residual,
 )
 from uvit_fast.kernels.gemm.sm90_ring import Ring, ring
-from uvit_fast.kernels.layernorm.sums import CHUNK, TILE
+from uvit_fast.kernels.gemm.sm90_shares import Shares
+from uvit_fast.kernels.layernorm.sums import CHUNK, TILE, Summed
 from uvit_fast.kernels.layers import Linear
-from uvit_fast.kernels.runtime import launch, tuning
+from uvit_fast.kernels.runtime import launch, once, tuning
 from uvit_fast.kernels.runtime.aggregate import aggregate
 from uvit_fast.kernels.runtime.checks import ACCUMULATE
 from uvit_fast.kernels.runtime.device import multiprocessors
+from uvit_fast.kernels.runtime.early import wait_for_others
 from uvit_fast.kernels.runtime.launch import cdiv, descriptor
 
 ROWS, TOKENS, BK = 64, 256, 64  # features per consumer, tokens per tile, K per stage
@@ -47,6 +51,8 @@ assert ROWS == CHUNK, "a consumer's features are those whose sums are taken toge
 STAGES = {TOKENS: 4, 64: 8}
 STAGING = 128  # tokens that a consumer's staging buffers hold together
 SHORT = 12  # steps of K, up to which asking for a tile's statistics ahead measured faster
+TAIL = 8  # tokens that a tile may have beside
+SUMMED = 0  # tokens, up to which rstd is taken from sums
 FEW = {"tokens": 64, "part": 32}  # a tile where tokens are few
 
 
@@ -57,37 +63,75 @@ class Gemm:
     w: tma.tensor_descriptor  # (N, K) in boxes of [64, BK]; TRANSPOSED (K, N), [BK, 64]
     x: tma.tensor_descriptor  # (M, K1), boxes of [TOKENS, BK]
     x2: tma.tensor_descriptor  # (M, K - K1), read with TWO
+    x_tail: tma.tensor_descriptor | gl.constexpr  # (M, K1), boxes of the tail's few tokens; None without one
+    x2_tail: tma.tensor_descriptor | gl.constexpr
     ring: Ring  # weights for either consumer, and tokens
     epilogue: Epilogue
+    tail: Epilogue | gl.constexpr
+    shares: Shares
     across: gl.tensor  # tiles over the features
-    tiles: gl.tensor
-    steps: gl.tensor  # of K
-    steps1: gl.tensor  # of those, from the first source
+    steps1: gl.tensor  # of a tile's steps, those from the first source
     TWO: gl.constexpr  # whether there is a second source
+    EARLY: gl.constexpr  # launched before the kernel before it has ended: only weights are read until it has
+
+
+@gluon.jit
+def _ask_weights(g, tile, k, s, bar):
+    BK: gl.constexpr = g.x.block_type.shape[1]
+    feature = (tile % g.across) * 2 * 64
+    for c in gl.static_range(2):
+        w = g.ring.a.index(s * 2 + c)
+        if g.ring.A_TURNED:
+            tma.async_copy_global_to_shared(g.w, [k * BK, feature + c * 64], bar, w)
+        else:
+            tma.async_copy_global_to_shared(g.w, [feature + c * 64, k * BK], bar, w)
+
+
+@gluon.jit
+def _ask_tokens(g, tile, k, s, bar):
+    token = (tile // g.across) * g.shares.SPAN
+    _ask_source(g, g.x, g.x2, token, k, g.ring.b.index(s), bar)
+    if g.x_tail is not None:
+        _ask_source(g, g.x_tail, g.x2_tail, token + g.epilogue.TOKENS, k, g.ring.tail.index(s), bar)
+
+
+@gluon.jit
+def _ask_source(g, x, x2, token, k, buf, bar):
+    BK: gl.constexpr = x.block_type.shape[1]
+    if g.TWO:
+        tma.async_copy_global_to_shared(x, [token, k * BK], bar, buf, pred=k < g.steps1)
+        tma.async_copy_global_to_shared(x2, [token, (k - g.steps1) * BK], bar, buf, pred=k >= g.steps1)
+    else:
+        tma.async_copy_global_to_shared(x, [token, k * BK], bar, buf)
 
 
 @gluon.jit
 def _producer(g):
-    BK: gl.constexpr = g.x.block_type.shape[1]
-    BYTES: gl.constexpr = 2 * g.w.block_type.nbytes + g.x.block_type.nbytes
+    TAIL: gl.constexpr = 0 if g.x_tail is None else g.x_tail.block_type.nbytes
+    BYTES: gl.constexpr = 2 * g.w.block_type.nbytes + g.x.block_type.nbytes + TAIL
     step = 0
-    for tile in range(gl.program_id(0), g.tiles, gl.num_programs(0)):
-        feature = (tile % g.across) * 2 * 64
-        token = (tile // g.across) * g.epilogue.TOKENS
-        for k in range(g.steps):
-            s, bar = g.ring.claim(step, BYTES)
-            x = g.ring.b.index(s)
-            if g.TWO:
-                tma.async_copy_global_to_shared(g.x, [token, k * BK], bar, x, pred=k < g.steps1)
-                tma.async_copy_global_to_shared(g.x2, [token, (k - g.steps1) * BK], bar, x, pred=k >= g.steps1)
+    first, end, stride = g.shares.tiles_of_mine()
+    early = 0  # steps whose weights are on their way
+    if g.EARLY:
+        start, stop = g.shares.steps_of(first)
+        early = gl.minimum(stop - start, g.ring.STAGES)
+        for i in range(early):
+            s, bar = g.ring.claim(i, BYTES)
+            _ask_weights(g, first, start + i, s, bar)
+        wait_for_others()
+    for tile in range(first, end, stride):
+        start, stop = g.shares.steps_of(tile)
+        for k in range(start, stop):
+            if g.EARLY:
+                s = step % g.ring.STAGES
+                if step >= early:
+                    g.ring.claim(step, BYTES)
+                    _ask_weights(g, tile, k, s, g.ring.full.index(s))
+                _ask_tokens(g, tile, k, s, g.ring.full.index(s))
             else:
-                tma.async_copy_global_to_shared(g.x, [token, k * BK], bar, x)
-            for c in gl.static_range(2):
-                w = g.ring.a.index(s * 2 + c)
-                if g.ring.A_TURNED:
-                    tma.async_copy_global_to_shared(g.w, [k * BK, feature + c * 64], bar, w)
-                else:
-                    tma.async_copy_global_to_shared(g.w, [feature + c * 64, k * BK], bar, w)
+                s, bar = g.ring.claim(step, BYTES)
+                _ask_tokens(g, tile, k, s, bar)
+                _ask_weights(g, tile, k, s, bar)
             step += 1
 
 
@@ -109,28 +153,156 @@ def _product(ring, step, steps, TOKENS: gl.constexpr, WHO: gl.constexpr):
 
 
 @gluon.jit
+def _product_tail(ring, step, steps, TOKENS: gl.constexpr, TAIL: gl.constexpr, WHO: gl.constexpr):
+    """Return a consumer's [64, TOKENS] and [64, TAIL] of a tile, as `_product`."""
+    acc = gl.zeros([64, TOKENS], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16]))
+    rest = gl.zeros([64, TAIL], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TAIL, 16]))
+    w, x = ring.operands(step, WHO)
+    acc = warpgroup_mma(w, x, acc, use_acc=False, is_async=True)
+    rest = warpgroup_mma(w, ring.operand_tail(step), rest, use_acc=False, is_async=True)
+    for i in range(step + 1, step + steps):
+        w, x = ring.operands(i, WHO)
+        acc = warpgroup_mma(w, x, acc, is_async=True)
+        rest = warpgroup_mma(w, ring.operand_tail(i), rest, is_async=True)
+        acc, rest = warpgroup_mma_wait(2, deps=(acc, rest))
+        acc = warpgroup_mma_init(acc)
+        rest = warpgroup_mma_init(rest)
+        ring.free(i - 1)
+    acc, rest = warpgroup_mma_wait(0, deps=(acc, rest))
+    ring.free(step + steps - 1)
+    return acc, rest
+
+
+@gluon.jit
+def _finish(e, xs, ahead, at, done):
+    """Write a tile."""
+    if e.KIND == "plain":
+        plain(e, xs, ahead, at)
+    elif e.KIND == "gelu":
+        gelu(e, xs, ahead, at)
+    elif e.KIND == "gelu_save":
+        gelu_save(e, xs, ahead, at)
+    elif e.KIND == "residual":
+        residual(e, xs, ahead, at, done)
+    else:
+        gelu_backward(e, xs, ahead, at, done)
+
+
+@gluon.jit
 def _consumer(g, WHO: gl.constexpr):
     e = g.epilogue
     step = 0
     done = 0  # tiles
-    for tile in range(gl.program_id(0), g.tiles, gl.num_programs(0)):
+    if g.EARLY:
+        wait_for_others()
+    first, end, stride = g.shares.tiles_of_mine()
+    for tile in range(first, end, stride):
+        start, stop = g.shares.steps_of(tile)
         down = tile // g.across
-        at = Place(((tile % g.across) * 2 + WHO) * 64, down * e.TOKENS, down, WHO)
-        ahead = e.ask(at)
-        xs = parts(_product(g.ring, step, g.steps, e.TOKENS, WHO), 64, e.TOKENS, e.PART)
-        if e.KIND == "plain":
-            plain(e, xs, ahead, at)
-        elif e.KIND == "gelu":
-            gelu(e, xs, ahead, at)
-        elif e.KIND == "gelu_save":
-            gelu_save(e, xs, ahead, at)
-        elif e.KIND == "residual":
-            residual(e, xs, ahead, at, done)
+        at = Place(((tile % g.across) * 2 + WHO) * 64, down * g.shares.SPAN, down, tile, WHO)
+        e.measure(at)
+        if g.shares.MOST == 1 and g.tail is None:
+            ahead = e.ask(at)
+            xs = parts(_product(g.ring, step, stop - start, e.TOKENS, WHO), 64, e.TOKENS, e.PART)
+            _finish(e, xs, ahead, at, done)
+            done += 1
+        elif g.tail is None:
+            xs = parts(_product(g.ring, step, stop - start, e.TOKENS, WHO), 64, e.TOKENS, e.PART)
+            g.shares.leave(xs, tile, WHO, e.TOKENS, e.PART)
+            if g.shares.hand_in(tile, WHO):
+                _finish(e, xs, e.ask(at), at, done)
+                done += 1
         else:
-            gelu_backward(e, xs, ahead, at, done)
-        step += g.steps
-        done += 1
+            t = g.tail
+            beside = Place(at.feature, at.token + e.TOKENS, down, tile, WHO)
+            t.measure(beside)
+            if g.shares.MOST == 1:
+                ahead = e.ask(at)
+                ahead_tail = t.ask(beside)
+            acc, rest = _product_tail(g.ring, step, stop - start, e.TOKENS, t.TOKENS, WHO)
+            xs = parts(acc, 64, e.TOKENS, e.PART)
+            if g.shares.MOST > 1:
+                g.shares.leave(xs, tile, WHO, e.TOKENS, e.PART)
+                t.shares.leave((rest,), tile, WHO, t.TOKENS, t.PART)
+            if g.shares.hand_in(tile, WHO):
+                if g.shares.MOST > 1:
+                    ahead = e.ask(at)
+                    ahead_tail = t.ask(beside)
+                _finish(e, xs, ahead, at, done)
+                _finish(t, (rest,), ahead_tail, beside, done)
+                done += 1
+        step += stop - start
     tma.store_wait(0)
+
+
+@gluon.jit
+def _epilogue(
+    out,
+    second,
+    side,
+    of,
+    shares,
+    LEAVING: gl.constexpr,
+    ARRIVING: gl.constexpr,
+    TOKENS: gl.constexpr,
+    how: gl.constexpr,
+):
+    """Return an epilogue with new staging buffers.
+
+    Allocations apart: the compiler puts a barrier between any two uses of one. A residual's result leaves from the
+    residual's buffer.
+    """
+    bias, mean, rstd, eps, partial, sums, narrow, M, N = of
+    KIND: gl.constexpr = how[0]
+    FOLD: gl.constexpr = how[2]
+    shape: gl.constexpr = out.block_type.shape
+    leaving = gl.allocate_shared_memory(out.dtype, [2 * (LEAVING if LEAVING else ARRIVING)] + shape, out.layout)
+    leaving2 = leaving
+    if KIND == "gelu_save" or KIND == "gelu_backward":
+        leaving2 = gl.allocate_shared_memory(out.dtype, [2 * LEAVING] + shape, out.layout)
+    arriving = leaving
+    if ARRIVING > 0 and LEAVING > 0:
+        arriving = gl.allocate_shared_memory(out.dtype, [2 * ARRIVING] + shape, out.layout)
+    arrived = gl.allocate_shared_memory(gl.int64, [2 * max(ARRIVING, 1), 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2 * ARRIVING):
+        mbarrier.init(arrived.index(i), count=1)
+    rstds = arrived
+    if FOLD == "sums":
+        rstds = gl.allocate_shared_memory(gl.float32, [2, TOKENS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    return Epilogue(
+        out=out,
+        second=second,
+        side=side,
+        bias=bias,
+        mean=mean,
+        rstd=rstd,
+        eps=eps,
+        partial=partial,
+        sums=sums,
+        narrow=narrow,
+        M=M,
+        N=N,
+        leaving=leaving,
+        leaving2=leaving2,
+        arriving=arriving,
+        arrived=arrived,
+        rstds=rstds,
+        shares=shares,
+        KIND=KIND,
+        LEAVING=LEAVING,
+        ARRIVING=ARRIVING,
+        TOKENS=TOKENS,
+        PART=shape[0],
+        HAS_BIAS=how[1],
+        FOLD=FOLD,
+        AHEAD=how[3],
+        SUMS=how[4],
+        CHUNKS=how[5],
+        SCALED=how[6],
+        PAIRED=how[7],
+        WIDE=how[8],
+        NARROW=how[9],
+    )
 
 
 @gluon.jit
@@ -141,11 +313,18 @@ def gemm_kernel(
     out,  # (M, N), boxes of [PART, 64]; with PAIRED (M, N / 2) int16, boxes of [PART, 32]
     second,  # (M, N): GELU's h (gelu_save), GELU's value (gelu_backward)
     side,  # (M, N): the residual, or GELU's h
+    x_tail,  # this and the next three are as x, x2, out and side, in boxes of the tail's few tokens; None without one
+    x2_tail,
+    out_tail,
+    side_tail,
     bias,  # (N,); with SCALED (3, N) fp32: bias, scale, row sums of the weight
-    stats,  # (2, M, rounded up to whole tiles) fp32: mean, read with FOLD and SCALED, and rstd, read with FOLD
+    stats,  # FOLD "stats": (2, M, rounded up to whole tiles) fp32: mean, read with SCALED, and rstd
+    # FOLD "sums": (CHUNKS, 2, M) fp32, see layernorm.sums, from which rstd is taken here
     narrow,  # (M, N) e4m3, written with NARROW
     partial,  # (ceil(M / TOKENS), N) fp32: column sums of out (gelu_backward)
     sums,  # (N / 64, 2, M) fp32, written with SUMS
+    shared,  # see Shares.parts, used where MOST is more than 1, as `arrivals` is
+    arrivals,
     M,
     N,
     stride_stats,
@@ -153,6 +332,7 @@ def gemm_kernel(
     tiles,
     steps,  # of K
     steps1,  # of those, from the first source
+    eps,  # of the LayerNorm that is folded in
     STAGES: gl.constexpr,
     ARRIVING: gl.constexpr,
     LEAVING: gl.constexpr,
@@ -167,64 +347,46 @@ def gemm_kernel(
     PAIRED: gl.constexpr,
     WIDE: gl.constexpr,
     NARROW: gl.constexpr,
+    CHUNKS: gl.constexpr,
+    MOST: gl.constexpr,
+    EARLY: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):
-    PART: gl.constexpr = out.block_type.shape[0]
-    # Allocations apart: the compiler puts a barrier between any two uses of one. A residual's result leaves from the
-    # residual's buffer.
-    shape: gl.constexpr = out.block_type.shape
-    leaving = gl.allocate_shared_memory(out.dtype, [2 * (LEAVING if LEAVING else ARRIVING)] + shape, out.layout)
-    leaving2 = leaving
-    if KIND == "gelu_save" or KIND == "gelu_backward":
-        leaving2 = gl.allocate_shared_memory(out.dtype, [2 * LEAVING] + shape, out.layout)
-    arriving = leaving
-    if ARRIVING > 0 and LEAVING > 0:
-        arriving = gl.allocate_shared_memory(out.dtype, [2 * ARRIVING] + shape, out.layout)
-    arrived = gl.allocate_shared_memory(gl.int64, [2 * max(ARRIVING, 1), 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2 * ARRIVING):
-        mbarrier.init(arrived.index(i), count=1)
-    epilogue = Epilogue(
-        out=out,
-        second=second,
-        side=side,
-        bias=bias,
-        mean=stats,
-        rstd=stats + stride_stats,
-        partial=partial,
-        sums=sums,
-        narrow=narrow,
-        M=gl.to_tensor(M),
-        N=gl.to_tensor(N),
-        leaving=leaving,
-        leaving2=leaving2,
-        arriving=arriving,
-        arrived=arrived,
-        KIND=KIND,
-        LEAVING=LEAVING,
-        ARRIVING=ARRIVING,
-        TOKENS=x.block_type.shape[0],
-        PART=PART,
-        HAS_BIAS=HAS_BIAS,
-        FOLD=FOLD,
-        AHEAD=AHEAD,
-        SUMS=SUMS,
-        SCALED=SCALED,
-        PAIRED=PAIRED,
-        WIDE=WIDE,
-        NARROW=NARROW,
+    shares = Shares(
+        tiles=gl.to_tensor(tiles),
+        steps=gl.to_tensor(steps),
+        parts=shared,
+        arrivals=arrivals,
+        SPAN=x.block_type.shape[0] + (0 if x_tail is None else x_tail.block_type.shape[0]),
+        MOST=MOST,
     )
+    rstd = stats + stride_stats
+    of = (bias, stats, rstd, gl.to_tensor(eps), partial, sums, narrow, gl.to_tensor(M), gl.to_tensor(N))
+    how: gl.constexpr = (KIND, HAS_BIAS, FOLD, AHEAD, SUMS, CHUNKS, SCALED, PAIRED, WIDE, NARROW)
+    epilogue = _epilogue(out, second, side, of, shares, LEAVING, ARRIVING, x.block_type.shape[0], how)
+    tail = None
+    if x_tail is not None:
+        rest = Shares(shares.tiles, shares.steps, shared + 64 * x.block_type.shape[0], arrivals, shares.SPAN, MOST)
+        buffers: gl.constexpr = (1 if LEAVING else 0, 1 if ARRIVING else 0)
+        tail = _epilogue(
+            out_tail, out_tail, side_tail, of, rest, buffers[0], buffers[1], x_tail.block_type.shape[0], how
+        )
     g = Gemm(
         w=w,
         x=x,
         x2=x2,
-        ring=ring(w, x, STAGES, TRANSPOSED, True),
+        x_tail=x_tail,
+        x2_tail=x2_tail,
+        ring=ring(w, x, STAGES, TRANSPOSED, True, x_tail),
         epilogue=epilogue,
+        tail=tail,
+        shares=shares,
         across=gl.to_tensor(across),
-        tiles=gl.to_tensor(tiles),
-        steps=gl.to_tensor(steps),
         steps1=gl.to_tensor(steps1),
         TWO=TWO,
+        EARLY=EARLY,
     )
-    gl.warp_specialize([(_consumer, (g, 0)), (_consumer, (g, 1)), (_producer, (g,))], [4, 1], [240, 24])
+    gl.warp_specialize([(_consumer, (g, 0)), (_consumer, (g, 1)), (_producer, (g,))], [4, 1], [REGISTERS, 24])
 
 
 # Staging buffers of a consumer where so many fit: for what arrives, and for each result that leaves.
@@ -243,22 +405,45 @@ def arguments(
     linear: Linear,
     *,
     x2: Tensor | None = None,
-    stats: Tensor | None = None,
+    stats: Tensor | Summed | None = None,
     side: Tensor | None = None,
     overwrite: bool = False,
     sums: Tensor | None = None,
     transposed: bool = False,
     tokens: int = TOKENS,
     part: int = 64,
+    stages: int = 0,
+    programs: int = 0,
+    pair: bool = False,
+    early: bool = False,
+    tail: bool = False,
+    staging: int = 0,
 ) -> tuple[tuple, dict, int, Product]:
-    """Return the kernel's arguments, its launch options, the number of tiles, and the results."""
+    """Return the kernel's arguments, its launch options, the number of programs that have work, and the results.
+
+    Args:
+        tokens, part: of a tile, and of a part of it in the epilogue.
+        stages: of the ring; default: `STAGES`.
+        programs: which share all tiles' steps of K; default: each tile is one program's.
+        pair: two programs a multiprocessor, with half the registers and at most half the shared memory.
+        early: the kernel may begin while the one before it ends.
+        tail: a tile has `TAIL` more tokens: 258 = 256 + 2, 2 * 129 = 128 + 1, ... then fill whole tiles.
+    """
     w, bias = linear
     (M, K), N = x.shape, w.shape[1 if transposed else 0]
-    across, down = cdiv(N, 2 * ROWS), cdiv(M, tokens)
+    span = tokens + (TAIL if tail else 0)
+    across, down = cdiv(N, 2 * ROWS), cdiv(M, span)
+    assert not tail or epilogue in ("plain", "residual", "gelu") and down * span <= cdiv(M, TILE) * TILE
     out, second = results(epilogue, x, N, side, overwrite)
     partial = x.new_empty(down, N, dtype=ACCUMULATE) if epilogue == "gelu_backward" else out
     out_box, x_box = descriptor(out, part, ROWS), descriptor(x, tokens, BK)
     steps = cdiv(K + (0 if x2 is None else x2.shape[1]), BK)
+    tiles = across * down
+    shared, arrivals, most = out, out, sharers(tiles, steps, programs)
+    if most > 1:
+        shared = x.new_empty(2 * programs, 2, ROWS * span, dtype=ACCUMULATE)
+        arrivals = once.counters(x.device, 2 * tiles)
+    summed = isinstance(stats, Summed)
     args = (
         descriptor(w, BK, ROWS) if transposed else descriptor(w, ROWS, BK),
         x_box,
@@ -266,27 +451,34 @@ def arguments(
         out_box,
         out_box if second is out else descriptor(second, part, ROWS),
         out_box if side is None else descriptor(side, part, ROWS),
+        descriptor(x, TAIL, BK) if tail else None,
+        descriptor(x if x2 is None else x2, TAIL, BK) if tail else None,
+        descriptor(out, TAIL, ROWS) if tail else None,
+        descriptor(out if side is None else side, TAIL, ROWS) if tail else None,
         out if bias is None else bias,
-        out if stats is None else stats,
+        out if stats is None else stats.sums if summed else stats,
         out,
         partial,
         partial if sums is None else sums,
+        shared,
+        arrivals,
         M,
         N,
-        0 if stats is None else stats.stride(0),
+        0 if stats is None or summed else stats.stride(0),
         across,
-        across * down,
+        tiles,
         steps,
         K // BK,
+        stats.eps if summed else 0.0,
     )
-    arriving, leaving = _STAGED[epilogue](min(tokens, STAGING) // part)
+    arriving, leaving = _STAGED[epilogue](min(tokens, staging or STAGING) // part)
     options = {
-        "STAGES": STAGES[tokens],
+        "STAGES": stages or STAGES[tokens],
         "ARRIVING": arriving,
         "LEAVING": leaving,
         "KIND": epilogue,
-        "FOLD": stats is not None,
-        "AHEAD": stats is not None and steps <= SHORT,
+        "FOLD": "" if stats is None else "sums" if summed else "stats",
+        "AHEAD": stats is not None and not summed and steps <= SHORT,
         "HAS_BIAS": bias is not None,
         "TWO": x2 is not None,
         "TRANSPOSED": transposed,
@@ -295,22 +487,50 @@ def arguments(
         "PAIRED": False,
         "WIDE": True,
         "NARROW": False,
+        "CHUNKS": K // CHUNK if summed else 1,
+        "MOST": most,
+        "EARLY": early,
+        "REGISTERS": 104 if pair else 240,
         "num_warps": 4,
-        "maxnreg": 168,
+        "maxnreg": 80 if pair else 168,
     }
-    return args, options, across * down, Product(out, second, partial)
+    if early:
+        options["launch_pdl"] = True
+    return args, options, programs if most > 1 else tiles, Product(out, second, partial)
+
+
+@functools.cache
+def sharers(tiles: int, steps: int, programs: int) -> int:
+    """Return how many programs share a tile at most, past 4 the next even number; 1 where tiles are whole."""
+    if not programs:
+        return 1
+    total = tiles * steps
+    assert programs <= total, "a program has a step to do"
+    first = [((t * steps + 1) * programs - 1) // total for t in range(tiles)]
+    last = [((t + 1) * steps * programs - 1) // total for t in range(tiles)]
+    most = max(b - a + 1 for a, b in zip(first, last))
+    return most + (most > 4) * most % 2  # fewer kernels to compile
+
+
+def tile(epilogue: str, x: Tensor, N: int, K: int) -> dict:
+    """Return the choices of `arguments` for a product (M, K) x (K, N), x being its first source."""
+    if cdiv(N, 2 * ROWS) * cdiv(x.shape[0], TOKENS) >= multiprocessors(x.device):
+        return {"part": tuning.choice(x.device, CASES[epilogue], x.shape[1])["part"]}
+    return FEW
 
 
 class Hopper(Core):
     """The core for sm_90. Gradients of weights and inputs are the table's choice between it and cuBLAS."""
 
+    def takes_sums(self, tokens: int) -> bool:
+        return tokens <= SUMMED
+
     def product(self, epilogue: str, x: Tensor, linear: Linear, **more) -> Product:
-        features, programs = linear.weight.shape[1 if more.get("transposed") else 0], multiprocessors(x.device)
-        tile = FEW
-        if cdiv(features, 2 * ROWS) * cdiv(x.shape[0], TOKENS) >= programs:
-            tile = {"part": tuning.choice(x.device, CASES[epilogue], x.shape[1])["part"]}
-        args, options, tiles, made = arguments(epilogue, x, linear, **more, **tile)
-        launch.run(x.device, gemm_kernel, (min(tiles, programs),), args, options)
+        features = linear.weight.shape[1 if more.get("transposed") else 0]
+        chosen = tile(epilogue, x, features, linear.weight.numel() // features)
+        args, options, programs, made = arguments(epilogue, x, linear, **more, **chosen)
+        at_once = multiprocessors(x.device) * (2 if chosen.get("pair") else 1)
+        launch.run(x.device, gemm_kernel, (min(programs, at_once),), args, options)
         return made
 
     def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:

@@ -6,11 +6,13 @@ A consumer goes through its [64 features, TOKENS] in parts of PART tokens. Each 
 
 import struct
 
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from uvit_fast.kernels.gemm.contract import G0, G1, G2
+from uvit_fast.kernels.gemm.sm90_shares import Shares
 from uvit_fast.kernels.runtime.aggregate import aggregate
 
 
@@ -80,9 +82,19 @@ def halves(x, rows: gl.constexpr, cols: gl.constexpr):
 
 @gluon.jit
 def parts(acc, rows: gl.constexpr, tokens: gl.constexpr, part: gl.constexpr):
-    """Return [rows, tokens] as a tuple of [rows, part]: part 64 or 32 of 256 tokens, or 32 of 64."""
-    if tokens == 64:
+    """Return [rows, tokens] as a tuple of [rows, part]: part 64 or 32 of 256 or 128 tokens, 32 of 64, or all."""
+    if tokens == part:
+        found = (acc,)
+    elif tokens == 64:
         found = halves(acc, rows, 64)
+    elif tokens == 128:
+        a, b = halves(acc, rows, 128)
+        if part == 64:
+            found = (a, b)
+        else:
+            a0, a1 = halves(a, rows, 64)
+            b0, b1 = halves(b, rows, 64)
+            found = (a0, a1, b0, b1)
     else:
         a, b = halves(acc, rows, 256)
         c, d = halves(a, rows, 128)
@@ -114,6 +126,7 @@ class Place:
     feature: gl.tensor  # its first of 64 features
     token: gl.tensor  # its first token
     down: gl.tensor  # which of the tiles of tokens it is in
+    tile: gl.tensor  # which of all tiles
     WHO: gl.constexpr  # the consumer, 0 or 1
 
 
@@ -137,7 +150,8 @@ class Epilogue:
     side: tma.tensor_descriptor  # (M, N), likewise: the residual, or GELU's h (gelu_backward)
     bias: gl.tensor  # (N,); SCALED (3, N): bias, scale and sums of the weight's rows
     mean: gl.tensor  # (M, rounded up to whole tiles) fp32
-    rstd: gl.tensor  # likewise
+    rstd: gl.tensor  # FOLD "stats": likewise; "sums": (CHUNKS, 2, M) fp32, of the tokens
+    eps: gl.tensor  # of the LayerNorm that is folded in
     partial: gl.tensor  # (ceil(M / TOKENS), N) fp32: column sums of out (gelu_backward)
     sums: gl.tensor  # (N / 64, 2, M) fp32: see layernorm.sums
     narrow: gl.tensor  # (M, N) e4m3: the result once more
@@ -147,19 +161,42 @@ class Epilogue:
     leaving2: gl.shared_memory_descriptor  # likewise: second
     arriving: gl.shared_memory_descriptor  # (2 ARRIVING, PART, 64): side on its way
     arrived: gl.shared_memory_descriptor  # (2 ARRIVING) barriers
+    rstds: gl.shared_memory_descriptor  # FOLD "sums": (2, TOKENS) fp32, a consumer's own
+    shares: Shares
     KIND: gl.constexpr  # of contract.CASES
     LEAVING: gl.constexpr  # buffers per consumer
     ARRIVING: gl.constexpr
     TOKENS: gl.constexpr  # of a tile
     PART: gl.constexpr
     HAS_BIAS: gl.constexpr
-    FOLD: gl.constexpr  # whether a LayerNorm is folded in
+    FOLD: gl.constexpr  # whether a LayerNorm is folded in, and what its rstd comes from: "", "stats" or "sums"
     AHEAD: gl.constexpr  # whether a tile's rstd is asked for into L1 ahead
     SUMS: gl.constexpr  # whether the result's sums are written
     SCALED: gl.constexpr  # whether the weight has a scale a row, and the rows sums by which a LayerNorm's mean shows
     PAIRED: gl.constexpr  # whether the result is e4m3, in the order of `pairs`
     WIDE: gl.constexpr  # whether out is written
     NARROW: gl.constexpr  # whether narrow is written
+    CHUNKS: gl.constexpr  # FOLD "sums": of 64 features each
+
+    @gluon.jit
+    def measure(self, at):
+        """Take the rstd of a tile's tokens from their sums, with FOLD "sums": see `fold.prepare`."""
+        if self.FOLD == "sums":
+            across: gl.constexpr = min(32, self.TOKENS // 4)  # lanes over the tokens
+            rows: gl.constexpr = triton.next_power_of_2(self.CHUNKS)
+            lay: gl.constexpr = gl.BlockedLayout(
+                [max(rows * across // 32, 1), 1], [32 // across, across], [1, 4], [0, 1]
+            )
+            chunk = gl.expand_dims(gl.arange(0, rows, layout=gl.SliceLayout(1, lay)), 1)
+            token = gl.expand_dims(at.token + gl.arange(0, self.TOKENS, layout=gl.SliceLayout(0, lay)), 0)
+            where = self.rstd + chunk * 2 * self.M + token
+            known = (chunk < self.CHUNKS) & (token < self.M)
+            summed = gl.load(where, mask=known, other=0.0)
+            squares = gl.load(where + self.M, mask=known, other=0.0)
+            mean = gl.sum(summed, axis=0) * (1.0 / (self.CHUNKS * 64))
+            apart = gl.where(known, summed * (1.0 / 64) - gl.expand_dims(mean, 0), 0.0)
+            variance = gl.sum(squares + 64 * apart * apart, axis=0) * (1.0 / (self.CHUNKS * 64))
+            self.rstds.index(at.WHO).store(1.0 / gl.sqrt(variance + self.eps))
 
     @gluon.jit
     def ask(self, at):
@@ -179,7 +216,7 @@ class Epilogue:
             shift = gl.load(self.bias + row, mask=row < self.N, other=0.0).to(gl.float32)
         if self.SCALED:
             scale = gl.load(self.bias + self.N + row, mask=row < self.N, other=0.0)
-        if self.FOLD:
+        if self.FOLD != "":
             if self.AHEAD:
                 touch(self.rstd + at.token, self.TOKENS)
             rstd = self.of_tokens(self.rstd, at, 0)
@@ -197,14 +234,21 @@ class Epilogue:
         Past the last token there is memory to read, though nothing in it.
         """
         lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.PART, 16])
-        return gl.load(statistic + at.token + j * self.PART + gl.arange(0, self.PART, layout=gl.SliceLayout(0, lay)))
+        if self.FOLD == "sums":
+            found = self.rstds.index(at.WHO).slice(j * self.PART, self.PART).load(gl.SliceLayout(0, lay))
+        else:
+            col = gl.arange(0, self.PART, layout=gl.SliceLayout(0, lay))
+            found = gl.load(statistic + at.token + j * self.PART + col)
+        return found
 
     @gluon.jit
     def affine(self, x, ahead, at, j: gl.constexpr):
         """Return part j with all scales, the LayerNorm's and the bias, and the `Ahead` of the part after it."""
+        if self.shares.MOST > 1:
+            x = self.shares.collected(x, at.tile, at.WHO, j)
         if self.SCALED:
             x = x * gl.expand_dims(ahead.scale, 1)
-        if self.FOLD:
+        if self.FOLD != "":
             if self.SCALED:  # e4m3 rows do not sum up to 0: what shows of the mean is taken off
                 x = x - gl.expand_dims(ahead.sums, 1) * gl.expand_dims(ahead.mean, 0)
             x = x * gl.expand_dims(ahead.rstd, 0)

@@ -13,6 +13,7 @@ class Ring:
 
     a: gl.shared_memory_descriptor  # (2 STAGES, 64, K of a stage), or with A_TURNED (2 STAGES, K, 64)
     b: gl.shared_memory_descriptor  # (STAGES, K, columns), or with B_TURNED (STAGES, columns, K)
+    tail: gl.shared_memory_descriptor | gl.constexpr  # (STAGES, columns, K): more columns; None where there are none
     full: gl.shared_memory_descriptor  # (STAGES) barriers: what the producer asked for is there
     empty: gl.shared_memory_descriptor  # (STAGES) barriers: both consumers have read it
     STAGES: gl.constexpr
@@ -42,18 +43,27 @@ class Ring:
         return a, b
 
     @gluon.jit
+    def operand_tail(self, step):
+        """Return the columns (K, columns) of the tail in a step whose `operands` are there."""
+        return self.tail.index(step % self.STAGES).permute([1, 0])
+
+    @gluon.jit
     def free(self, step):
         """Leave the stage of this step to the producer."""
         mbarrier.arrive(self.empty.index(step % self.STAGES), count=1)
 
 
 @gluon.jit
-def ring(a, b, STAGES: gl.constexpr, A_TURNED: gl.constexpr, B_TURNED: gl.constexpr):
-    """Return a new ring for the boxes of these descriptors: an a for each consumer, and a b for both."""
+def ring(a, b, STAGES: gl.constexpr, A_TURNED: gl.constexpr, B_TURNED: gl.constexpr, tail=None):
+    """Return a new ring for the boxes of these descriptors: an a for each consumer, and a b, and a tail, for both."""
     layout: gl.constexpr = mbarrier.MBarrierLayout()
+    more = None
+    if tail is not None:
+        more = gl.allocate_shared_memory(tail.dtype, [STAGES] + tail.block_type.shape, tail.layout)
     made = Ring(
         gl.allocate_shared_memory(a.dtype, [2 * STAGES] + a.block_type.shape, a.layout),
         gl.allocate_shared_memory(b.dtype, [STAGES] + b.block_type.shape, b.layout),
+        more,
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout),
         STAGES,

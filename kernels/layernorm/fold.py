@@ -6,7 +6,7 @@ Plain Triton, for every architecture. Memory-bound: each kernel reads its inputs
 import contextlib
 import functools
 from collections.abc import Iterator
-from contextvars import ContextVar
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from uvit_fast.kernels.layernorm.sums import CHUNK, TILE
+from uvit_fast.kernels.layernorm.sums import CHUNK, TILE, Summed
 from uvit_fast.kernels.layers import Linear, Norm
-from uvit_fast.kernels.runtime import launch, program, tuning
+from uvit_fast.kernels.runtime import launch, once, program, tuning
 from uvit_fast.kernels.runtime.checks import ACCUMULATE
 from uvit_fast.kernels.runtime.launch import cdiv
 
@@ -158,28 +158,16 @@ def _prepare_kernel(
         tl.store(stats + stride + row, 1.0 / tl.sqrt(variance / D + eps), mask=row < M)
 
 
-_kept: ContextVar[dict[tuple, Linear] | None] = ContextVar("kept", default=None)
-
-
 @contextlib.contextmanager
 def folded_once() -> Iterator[None]:
     """Fold each weight once, at its first `prepare`, and keep it until the end: weights must not change meanwhile."""
-    token = _kept.set({})
-    try:
-        with program.suspended():
-            yield
-    finally:
-        _kept.reset(token)
-
-
-@contextlib.contextmanager
-def folded_each_time() -> Iterator[None]:
-    """Fold weights at each `prepare`, also within `folded_once`: a recording outlives these weights' values."""
-    token = _kept.set(None)
-    try:
+    with program.suspended(), once.stretch():
         yield
-    finally:
-        _kept.reset(token)
+
+
+def folded_each_time() -> AbstractContextManager[None]:
+    """Fold weights at each `prepare`, also within `folded_once`: a recording outlives these weights' values."""
+    return once.stretch(keep=False)
 
 
 def new_statistics(x: Tensor, M: int) -> Tensor:
@@ -237,10 +225,12 @@ class Folded(NamedTuple):
     """A linear layer with the LayerNorm before it folded in: scale * Linear(LN(x)) = rstd * (x @ weight.T) + bias."""
 
     linear: Linear  # weight (N, D) in x's dtype, whose rows sum up to 0, and bias (N,) fp32
-    stats: Tensor  # (2, at least M) fp32: mean, rstd
+    stats: Tensor | Summed  # (2, at least M) fp32: mean, rstd; or what the product takes rstd from
 
 
-def prepare(x: Tensor, norm: Norm, linear: Linear, sums: Tensor | None = None, scale: float = 1.0) -> Folded:
+def prepare(
+    x: Tensor, norm: Norm, linear: Linear, sums: Tensor | None = None, scale: float = 1.0, measured: bool = True
+) -> Folded:
     """Return the row statistics of x and the weight with the LayerNorm folded in, in one launch.
 
     Within `folded_once` only the first call folds a weight; later ones take the statistics alone.
@@ -252,17 +242,21 @@ def prepare(x: Tensor, norm: Norm, linear: Linear, sums: Tensor | None = None, s
         x: (M, D); norm, linear: what it goes through next.
         sums: of x, where the kernel that wrote it left them: x is not read then.
         scale: a power of two, which rounds nothing.
+        measured: whether the statistics are wanted; else, where the sums are there and the weight was folded before,
+            nothing is launched: the product takes rstd from the sums.
     """
     (weight, bias), M, N = linear, x.shape[0], linear.weight.shape[0]
-    stats = new_statistics(x, M)
-    kept = _kept.get()
+    kept = once.kept()
     key = (weight.shape, scale, *(t if t is None else t.data_ptr() for t in (norm.weight, norm.bias, weight, bias)))
     if kept is not None and key in kept:
         folded, N = kept[key], 0
+        if sums is not None and not measured:
+            return Folded(folded, Summed(sums, norm.eps))
     else:
         made = torch.empty_like(weight, memory_format=torch.contiguous_format)
         folded = Linear(made, x.new_empty(N, dtype=ACCUMULATE))
         if kept is not None:
             kept[key] = folded
+    stats = new_statistics(x, M)
     _launch(x, (norm.weight, norm.bias, weight, bias), folded, stats, sums, N, scale, norm.eps)
     return Folded(folded, stats)

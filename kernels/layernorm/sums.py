@@ -5,6 +5,7 @@ any mean, and merged in a pass that reads a sixteenth of the bytes of a 16-bit i
 """
 
 from math import prod
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -12,6 +13,13 @@ from uvit_fast.kernels.runtime.checks import ACCUMULATE
 
 CHUNK = 64  # features whose sums are taken together
 TILE = 256  # statistics have room for a multiple of so many tokens: a GEMM reads them unmasked
+
+
+class Summed(NamedTuple):
+    """The sums of a LayerNorm's input, from which its reader takes the statistics."""
+
+    sums: Tensor  # (D / 64, 2, tokens) fp32
+    eps: float  # the LayerNorm's
 
 
 def new(like: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:

@@ -8,8 +8,8 @@ from uvit_fast.kernels.layernorm import backward as layernorm
 from uvit_fast.kernels.layernorm import fold
 from uvit_fast.kernels.layers import Linear, Norm
 from uvit_fast.kernels.runtime import checks
-from uvit_fast.kernels.runtime.checks import rows
-from uvit_fast.kernels.runtime.op import Op, empty
+from uvit_fast.kernels.runtime.checks import ACCUMULATE, rows
+from uvit_fast.kernels.runtime.op import Op, empty, wants_gradient
 
 
 def reference(x: Tensor, norm: Norm, linear: Linear) -> Tensor:
@@ -46,19 +46,25 @@ def ln_linear(x: Tensor, norm: Norm, linear: Linear, sums: Tensor | None = None)
 
 def run(x: Tensor, norm: Norm, linear: Linear, sums: Tensor | None = None) -> Tensor:
     """Run `ln_linear` on what `why_not` has nothing against."""
-    return _op(x, norm, linear, sums, 1.0)[0]
+    return _op(x, norm, linear, sums, 1.0, wants_gradient(x, norm, linear))[0]
 
 
-def _forward(x: Tensor, norm: Norm, linear: Linear, sums: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Return scale * Linear(LayerNorm(x)), and the statistics. A fused MLP's first half, computed again, takes half."""
-    flat, linear = rows(x), Linear(rows(linear.weight), linear.bias)
-    folded = fold.prepare(flat, norm, linear, sums, scale)
-    y = gemm.core(x.device).linear(flat, folded.linear, stats=folded.stats)  # (M, N)
-    return y.view(*x.shape[:-1], y.shape[-1]), folded.stats
+def _forward(
+    x: Tensor, norm: Norm, linear: Linear, sums: Tensor | None, scale: float, save: bool
+) -> tuple[Tensor, Tensor]:
+    """Return scale * Linear(LayerNorm(x)), and the statistics, which are empty unless `save` asks for them.
+
+    A fused MLP's first half, computed again, takes half.
+    """
+    core, flat, linear = gemm.core(x.device), rows(x), Linear(rows(linear.weight), linear.bias)
+    folded = fold.prepare(flat, norm, linear, sums, scale, measured=save or not core.takes_sums(flat.shape[0]))
+    y = core.linear(flat, folded.linear, stats=folded.stats)  # (M, N)
+    return y.view(*x.shape[:-1], y.shape[-1]), folded.stats if save else flat.new_empty(0, dtype=ACCUMULATE)
 
 
-def _fake(x, norm, linear, sums, scale):
-    return x.new_empty(*x.shape[:-1], linear.weight.shape[0]), fold.new_statistics(x, x.numel() // x.shape[-1])
+def _fake(x, norm, linear, sums, scale, save):
+    y = x.new_empty(*x.shape[:-1], linear.weight.shape[0])
+    return y, fold.new_statistics(x, x.numel() // x.shape[-1]) if save else x.new_empty(0, dtype=ACCUMULATE)
 
 
 def _backward(
@@ -76,7 +82,7 @@ def _fake_backward(dy, x, stats, gamma, beta, weight, has_bias):
 
 
 def _save(ctx, inputs, output):
-    x, norm, linear, _, scale = inputs
+    x, norm, linear, _, scale, _ = inputs
     assert scale == 1, "only what needs no gradient is scaled"
     ctx.save_for_backward(x, output[1], norm.weight, norm.bias, linear.weight)
     ctx.has_bias = linear.bias is not None
@@ -84,7 +90,7 @@ def _save(ctx, inputs, output):
 
 def _gradient(ctx, backward, dy):
     dx, dgamma, dbeta, dweight, dbias = backward(dy, *ctx.saved_tensors, ctx.has_bias)
-    return dx, (dgamma, dbeta, None), (dweight, dbias if ctx.has_bias else None), None, None
+    return dx, (dgamma, dbeta, None), (dweight, dbias if ctx.has_bias else None), None, None, None
 
 
 _op = Op(

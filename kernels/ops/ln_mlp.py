@@ -9,7 +9,7 @@ from uvit_fast.kernels.layernorm import fold
 from uvit_fast.kernels.layernorm import sums as layernorm_sums
 from uvit_fast.kernels.layers import Linear, Norm
 from uvit_fast.kernels.runtime import checks, program
-from uvit_fast.kernels.runtime.checks import rows
+from uvit_fast.kernels.runtime.checks import ACCUMULATE, rows
 from uvit_fast.kernels.runtime.op import Op, empty, is_last_backward, wants_gradient
 
 
@@ -69,17 +69,20 @@ def compute(
     With `overwrite` the result takes x's place. The last is empty unless `save` asks for it.
     """
     core, flat, written = gemm.core(x.device), rows(x), layernorm_sums.new(x)
-    folded = fold.prepare(flat, norm, Linear(rows(fc1.weight), fc1.bias), sums, scale=0.5)
+    measured = save or not core.takes_sums(flat.shape[0])
+    folded = fold.prepare(flat, norm, Linear(rows(fc1.weight), fc1.bias), sums, scale=0.5, measured=measured)
     act, h = core.linear_gelu(flat, folded.linear, stats=folded.stats, save=save)  # (M, H)
     fc2 = Linear(rows(fc2.weight), fc2.bias)
     y = core.linear(act, fc2, residual=flat, overwrite=overwrite, sums=written)  # (M, D)
-    return y.view(x.shape), written, folded.stats, x.new_empty(0) if h is None else h
+    stats = folded.stats if save else x.new_empty(0, dtype=ACCUMULATE)
+    return y.view(x.shape), written, stats, x.new_empty(0) if h is None else h
 
 
 def _fake(x, norm, fc1, fc2, sums, save):
     M = x.numel() // x.shape[-1]
     h = x.new_empty(M, fc1.weight.shape[0]) if save else x.new_empty(0)
-    return x.new_empty(x.shape), layernorm_sums.new(x), fold.new_statistics(x, M), h
+    stats = fold.new_statistics(x, M) if save else x.new_empty(0, dtype=ACCUMULATE)
+    return x.new_empty(x.shape), layernorm_sums.new(x), stats, h
 
 
 def _backward(
