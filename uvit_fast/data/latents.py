@@ -54,9 +54,8 @@ class Latents(Indexed):
         self.stored = self._array("moments" if self.is_posterior else "latents", dims=3)
         channels = self.stored.shape[0] // (1 + self.is_posterior)
         if not len(self) or channels * (1 + self.is_posterior) != self.stored.shape[0]:
-            raise UserError(
-                f"{self.folder}: expected posteriors, mean and logvar, got {len(self)} items of {self.stored.shape}"
-            )
+            wanted = "posteriors, mean and logvar" if self.is_posterior else "latents"
+            raise UserError(f"{self.folder}: expected {wanted}, got {len(self)} items of {self.stored.shape}")
         self.scaling = self._scaling(scale_factor, shift_factor)
         has_labels = "labels" in self.manifest["arrays"]
         self.labels = self._array("labels", dims=0, length=len(self)).all() if has_labels else None
