@@ -13,13 +13,15 @@ from uvit_fast import build_model, load_config, sampling
 from uvit_fast.data.autoencoders import Scaling, decoder
 from uvit_fast.diffusion.guidance import Guidance
 from uvit_fast.diffusion.noise import sample_generators, sample_noise
+from uvit_fast.diffusion.predictions import Velocity
 from uvit_fast.diffusion.samplers import (
     DPMSolverPPMultistep,
     DPMSolverPPSinglestep,
     DPMSolverSinglestep,
     EulerMaruyama,
+    Heun,
 )
-from uvit_fast.diffusion.schedules import SDSchedule, VPSchedule
+from uvit_fast.diffusion.schedules import FlowSchedule, SDSchedule, VPSchedule
 from uvit_fast.kernels.ops.solver_step import Update, normal, reference, solver_step, why_not
 from uvit_fast.sampling.captured import GraphSampler
 
@@ -30,6 +32,8 @@ SAMPLERS = [
     DPMSolverPPSinglestep(SDSchedule(), 50),
     DPMSolverPPMultistep(SDSchedule(), 20),
     EulerMaruyama(VPSchedule(), 30),
+    Heun(FlowSchedule(), 21, prediction=Velocity()),
+    DPMSolverPPMultistep(FlowSchedule(), 20, prediction=Velocity()),
 ]
 
 

@@ -49,12 +49,21 @@ def test_numbers_come_from_the_table():
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("name", ["DPMSolverSinglestep", "DPMSolverPPMultistep", "EulerMaruyama"])
-def test_a_sampler_runs_on_the_fused_update(name):
-    from uvit_fast.diffusion import samplers
-    from uvit_fast.diffusion.schedules import VPSchedule
+@pytest.mark.parametrize(
+    ("name", "schedule", "prediction"),
+    [
+        ("DPMSolverSinglestep", "VPSchedule", "Noise"),
+        ("DPMSolverPPMultistep", "VPSchedule", "Noise"),
+        ("EulerMaruyama", "VPSchedule", "V"),
+        ("Heun", "FlowSchedule", "Velocity"),
+        ("DPMSolverSinglestep", "FlowSchedule", "Velocity"),
+    ],
+)
+def test_a_sampler_runs_on_the_fused_update(name, schedule, prediction):
+    from uvit_fast.diffusion import predictions, samplers, schedules
 
-    sampler = getattr(samplers, name)(VPSchedule(), 5)
+    prediction = getattr(predictions, prediction)()
+    sampler = getattr(samplers, name)(getattr(schedules, schedule)(), 5, prediction=prediction)
     x_T, keys = torch.randn(2, 1, 4, 4), torch.tensor([5, 6])
 
     def eps_fn(x, t):

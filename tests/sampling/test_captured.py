@@ -10,13 +10,15 @@ from torch import nn
 from tests.recorded import RecordedGraphs
 from uvit_fast.diffusion.guidance import Guidance
 from uvit_fast.diffusion.noise import sample_generators
+from uvit_fast.diffusion.predictions import Velocity
 from uvit_fast.diffusion.samplers import (
     DPMSolverPPMultistep,
     DPMSolverPPSinglestep,
     DPMSolverSinglestep,
     EulerMaruyama,
+    Heun,
 )
-from uvit_fast.diffusion.schedules import SDSchedule, VPSchedule
+from uvit_fast.diffusion.schedules import FlowSchedule, SDSchedule, VPSchedule
 from uvit_fast.sampling.captured import GraphSampler
 
 NULL = 10
@@ -58,6 +60,8 @@ SAMPLERS = [
     DPMSolverPPSinglestep(SDSchedule(), 8),
     DPMSolverPPMultistep(SDSchedule(), 5),
     EulerMaruyama(VPSchedule(), 6),
+    Heun(FlowSchedule(), 7, prediction=Velocity()),
+    DPMSolverPPMultistep(FlowSchedule(), 5, prediction=Velocity()),
 ]
 
 
