@@ -103,3 +103,11 @@ def test_loss_is_a_mean_over_pixels_then_images_in_fp32():
     weight = torch.tensor([0.0, 1.0, 2.0, 0.5])  # a sample's, before the mean over the batch
     expected = sum(w * each.mean() for w, each in zip(weight, squares)) / 4
     torch.testing.assert_close(mse_loss(output, target, weight).double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("schedule", "prediction"), PAIRS)
+def test_a_step_never_asks_the_device_for_a_value(schedule, prediction):
+    """On the meta device any .item() or comparison of values raises."""
+    objective = Objective(schedule, prediction, logit_normal=(0.0, 1.0), shift=3.0, min_snr=5.0)
+    image, u = torch.empty(2, 1, 4, 4, device="meta"), torch.empty(2, device="meta")
+    assert objective.loss(lambda x, t: x, image, image, u).device.type == "meta"
