@@ -1,5 +1,5 @@
 """Classifier-free guidance: eps = cond + s (cond - uncond), both branches in one batch of 2B. Of any other prediction it is the same:
-at one state all are linear in eps.
+at one state all are affine in eps.
 
 s is the paper's: s = 0.4 is a guidance scale of 1.4 in the convention of DiT and diffusers; s = 0 runs one branch. Configs and this
 package's functions take s as `guidance_scale`; `uvit-fast sample --cfg-scale` and the pipeline's `guidance_scale` are 1 + s.
