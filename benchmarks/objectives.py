@@ -130,6 +130,8 @@ def _fit_first(cfg: Config, cache: str) -> None:
 
 def table(rows: list[dict[str, str]]) -> str:
     """Mean and standard deviation over the seeds, a column a dataset, and what they were measured with."""
+    if not rows:
+        return "Not measured yet."
     datasets = list(dict.fromkeys(row["data"] for row in rows))
     lines = [f"| digits-fid, lower is better | {' | '.join(datasets)} |", "|---" * (len(datasets) + 1) + "|"]
     for objective in OBJECTIVES:
