@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(cfg: Config, run_dir: Path, fresh: bool) -> None:
     """Build what the config says and train it; torch is imported once the config is known to make sense."""
-    from uvit_fast.build import build_dataset, build_model, build_objective
+    from uvit_fast.build import build_dataset, build_model, build_objective, hold_out
     from uvit_fast.measuring import training_evaluation
     from uvit_fast.provenance import Provenance
     from uvit_fast.sampling.previews import training_preview
@@ -61,12 +61,13 @@ def train(cfg: Config, run_dir: Path, fresh: bool) -> None:
     with warnings.catch_warnings():
         if world.rank > 0:  # what all meet, rank 0 says
             warnings.simplefilter("ignore")
-        model, objective, dataset = build_model(cfg), build_objective(cfg), build_dataset(cfg)
+        model, objective = build_model(cfg), build_objective(cfg)
+        dataset, held_out = hold_out(cfg, build_dataset(cfg))
     learned_from = Provenance.of(dataset, cfg.model.num_classes > 0)
     looks: list = []
     world.on_first(lambda: looks.extend((training_preview(cfg, learned_from), training_evaluation(cfg, learned_from))))
     about = world.on_first(lambda: summary(cfg, model, dataset, world))
-    trainer = Trainer(cfg, model, objective, dataset, run_dir, *looks, fresh=fresh)
+    trainer = Trainer(cfg, model, objective, dataset, run_dir, *looks, fresh=fresh, held_out=held_out)
     if world.rank == 0 and trainer.step < cfg.train.iterations:
         say(about)
     trainer.train()

@@ -1,5 +1,7 @@
 """From a config to objects: the only place where a name in a YAML file becomes a constructor."""
 
+import os
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -10,6 +12,8 @@ from uvit_fast.diffusion import predictions, samplers, schedules
 from uvit_fast.diffusion.objective import Objective
 from uvit_fast.model.unet import UNet
 from uvit_fast.model.uvit import UViT
+from uvit_fast.provenance import Provenance
+from uvit_fast.runtime.errors import UserError
 
 NETWORKS: dict[type, Callable[..., UViT | UNet]] = {ModelConfig: UViT, UNetConfig: UNet}
 
@@ -38,7 +42,7 @@ SAMPLERS: dict[str, type[samplers.Staged]] = {
     "heun": samplers.Heun,
 }
 
-DATASETS: dict[str, Callable[[Config], datasets.Dataset]] = {
+DATASETS: dict[str, Callable[[Config], datasets.Indexed]] = {
     "digits": lambda cfg: datasets.digits(),
     "synthetic": lambda cfg: datasets.Synthetic(
         shape=(cfg.model.in_chans, cfg.model.img_size, cfg.model.img_size),
@@ -107,7 +111,7 @@ def build_sampler(cfg: Config, steps: int | None = None) -> samplers.Sampler:
     return SAMPLERS[sample.sampler](schedule, steps, sample.spacing, prediction, sample.shift)
 
 
-def build_dataset(cfg: Config) -> datasets.Dataset:
+def build_dataset(cfg: Config) -> datasets.Indexed:
     """The training data of `cfg.data`, checked against the model's shapes.
 
     Raises:
@@ -116,3 +120,40 @@ def build_dataset(cfg: Config) -> datasets.Dataset:
     dataset = DATASETS[cfg.data.name](cfg)
     datasets.check_fits(dataset, cfg)
     return dataset
+
+
+def hold_out(cfg: Config, dataset: datasets.Indexed) -> tuple[datasets.Indexed, datasets.Indexed | None]:
+    """What to train on of the data, and what `evaluate.held_out` names to measure the loss of, or None.
+
+    A number of images is drawn from the data, the same whenever the data are, with their mirror images.
+
+    Raises:
+        UserError: as many as there are, or a path whose data are not like these.
+    """
+    wanted = cfg.evaluate.held_out if cfg.evaluate else None
+    if isinstance(wanted, str):
+        return dataset, _held_out_at(wanted, cfg, dataset)
+    return datasets.split(dataset, wanted) if wanted else (dataset, None)
+
+
+def _held_out_at(path: str, cfg: Config, dataset: datasets.Indexed) -> datasets.Indexed:
+    if cfg.data.name in ("digits", "synthetic") or cfg.data.path is None:
+        raise UserError(
+            f"evaluate.held_out: data {cfg.data.name} have no path: expected a number of images, got {path}"
+        )
+    if os.path.realpath(path) == os.path.realpath(cfg.data.path):
+        raise UserError(f"evaluate.held_out {path}: expected other images than data.path, which is trained on")
+    data = cfg.data.model_copy(update={"path": path, "flip": False})
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of labels without an image, as the data itself may have them
+            found = build_dataset(cfg.model_copy(update={"data": data}))
+    except UserError as error:
+        raise UserError(f"evaluate.held_out: {str(error).removeprefix('data.path ')}") from None
+    found.scaling = dataset.scaling  # which may have been measured
+    labelled = cfg.model.num_classes > 0
+    if difference := Provenance.of(dataset, labelled).difference(Provenance.of(found, labelled)):
+        raise UserError(
+            f"evaluate.held_out {path}: expected the classes and encoders of the training data: {difference}"
+        )
+    return found

@@ -210,7 +210,7 @@ def yardstick(
 
 
 def training_evaluation(cfg: Config, known: Provenance) -> Callable[[UViT, int], dict[str, float]] | None:
-    """What the trainer calls every `evaluate.every` steps on rank 0; None where the config has no such section.
+    """What the trainer calls every `evaluate.every` steps on rank 0; None where the config has no samples drawn.
 
     Returns:
         measure(model with EMA weights, step) -> figures by name, the Frechet distance first.
@@ -218,11 +218,14 @@ def training_evaluation(cfg: Config, known: Provenance) -> Callable[[UViT, int],
     Raises:
         UserError, ImportError: what `yardstick`, `drawn_images` and the decoder raise, before training and not after hours.
     """
-    if cfg.evaluate is None:
+    if cfg.evaluate is None or not cfg.evaluate.drawn:
         return None
     how, device = cfg.evaluate, pick_device(cfg.device)
     if cfg.model.context_dim:
-        raise UserError("evaluate: a model of text cannot be measured while it trains; leave the section out")
+        raise UserError(
+            "evaluate: samples of a model of text cannot be measured while it trains; expected evaluate.held_out, or no "
+            "such section"
+        )
     decode = load_decoder(cfg, device, known) if cfg.latent else None
     real = how.reference or cfg
     name = how.reference or "this config"
@@ -237,7 +240,7 @@ def training_evaluation(cfg: Config, known: Provenance) -> Callable[[UViT, int],
     figures.require_size((size, size), cfg.name, statistics)
 
     def measure(model: UViT, step: int) -> dict[str, float]:
-        samples = drawn_images(model, cfg, how.samples, f"step {step}", decode, known=known)
+        samples = drawn_images(model, cfg, how.drawn, f"step {step}", decode, known=known)
         result = figures.evaluate(samples, statistics, extractor, progress=False)
         for text in result["warnings"]:
             warnings.warn(text.replace(samples.name, "the samples"), stacklevel=1)  # the same at every step: said once

@@ -71,6 +71,25 @@ def test_losses_and_gradients_are_the_plain_ones(way, parts):
     torch.testing.assert_close(gradients, expected_gradients, **rounding)
 
 
+@pytest.mark.parametrize(
+    "learns", ["label_emb", "norm.", "mid_block", "out_blocks.1.attn", "in_blocks.0.norm1 out_blocks.2"]
+)
+@pytest.mark.parametrize("parts", [1, 3, 7])
+def test_frozen_weights_get_no_gradients(learns, parts):
+    """What learns may lie before, within or behind a border of parts, which the long skips cross, or on both sides."""
+    nets = [network() for _ in range(2)]
+    for net in nets:
+        for name, p in net.named_parameters():
+            p.requires_grad_(name.startswith(tuple(learns.split())))
+    net, graphs = captured(nets[1], parts=parts)
+    losses, gradients = train(net)
+    expected, expected_gradients = train(nets[0])
+    assert gradients.keys() == expected_gradients.keys() == {n for n, p in net.named_parameters() if p.requires_grad}
+    assert 2 <= graphs.captures <= 1 + parts and losses == pytest.approx(expected)
+    assert learns != "norm." or graphs.captures == 2  # the last part alone
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-7)
+
+
 def test_gradients_accumulate_where_they_are_kept():
     net, _ = captured(network(), keep_gradients=True)
     assert train(net, micro_batches=2)[0] == train(network(), micro_batches=2)[0]

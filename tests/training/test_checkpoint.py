@@ -195,10 +195,10 @@ def test_training_goes_on_from_whole_checkpoints_only(tmp_path):
         checkpoint.write(tmp_path, step, parts, {**STATE, **state}, keep=9)
         found = checkpoint.newest_intact(tmp_path, pytest.fail)
         if words is None:
-            checkpoint.check_whole(*found)
+            checkpoint.check_whole(*found, {"w"}, ["all"])
         else:
             with pytest.raises(UserError, match=words):
-                checkpoint.check_whole(*found)
+                checkpoint.check_whole(*found, {"w"}, ["all"])
 
 
 def test_another_architecture_names_the_keys(folder):

@@ -171,9 +171,9 @@ def test_conditions_are_dropped_with_their_probability(p_uncond):
     assert torch.equal(network.conditions["context"][~dropped], raw["context"][~dropped])
 
 
-def plain_loop(cfg, grad_clip=None):
+def plain_loop(cfg, grad_clip=None, model=None):
     """Losses, gradient norms and weights of a loop in plain PyTorch over the batches of `config`."""
-    dataset, model = tiny.Points(), tiny.TinyModel()
+    dataset, model = tiny.Points(), model or tiny.TinyModel()
     optimizer = torch.optim.AdamW(model.parameters(), betas=cfg.train.betas, weight_decay=cfg.train.weight_decay)
     model.micro_batch = 4  # as the engine has it
     plain = with_network(cfg, model, dataset)

@@ -146,7 +146,11 @@ def _explain(path: Path, error: Any) -> str:
     if error["type"] == "extra_forbidden":
         valid = _fields_at(error["loc"][:-1])
         near = difflib.get_close_matches(str(error["loc"][-1]), valid, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else "expected one of " + ", ".join(valid)
+        hint = (
+            f"did you mean {near[0]!r}?"
+            if near
+            else "expected one of " + ", ".join(valid[:24]) + ", ..." * (len(valid) > 24)
+        )
         return f"{path}: {key}: unknown key; {hint}"
     if error["type"] == "missing":
         return f"{path}: {key}: missing; expected {_description(error['loc'])}"

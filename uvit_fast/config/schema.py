@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -65,6 +66,8 @@ def _absolute_folder(name: str) -> str:
 
 LocalPath = Annotated[str, AfterValidator(_fits_a_file_system), AfterValidator(_absolute)]
 FolderOrHub = Annotated[str, AfterValidator(_fits_a_file_system), AfterValidator(_absolute_folder)]
+Name = Annotated[str, Field(min_length=1)]
+Names = Annotated[tuple[Name, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 
 
 class NetworkConfig(Section):
@@ -353,6 +356,21 @@ class TrainConfig(Section):
     """The optimisation (paper, Appendix, Table 1)."""
 
     iterations: int = Field(gt=0, description="Optimizer steps.")
+    init: LocalPath | None = Field(
+        None,
+        description="Weights that a new run and its EMA start from: .pth, .safetensors, a run or a pipeline.",
+    )
+    init_replace: Names = Field(
+        (),
+        description="Of `init`, what is replaced: label_emb (but its null row), null_label, pos_embed (interpolated), "
+        "or other parameters and modules by name (begun anew): patch_embed, decoder_pred, final_layer, ...",
+    )
+    trainable: Names = Field(
+        ("all",),
+        min_length=1,
+        description="all, or names of the parameters and modules that learn, with * and ?: [label_emb, '*.norm?']; "
+        "others are frozen.",
+    )
     batch_size: int = Field(gt=0, le=10**7, description="Images an optimizer step, over all GPUs.")
     micro_batch_size: int | None = Field(
         None,
@@ -398,11 +416,20 @@ class TrainConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """Figures of samples from the EMA weights while training; the best weights stay in the run's folder best/."""
+    """Figures of the EMA weights while training; the best weights stay in the run's folder best/."""
 
     every: int = Field(gt=0, description="Steps between two evaluations; the last step always has one.")
-    samples: int = Field(
-        10_000, gt=0, le=10**8, description="Samples that are drawn for one; published figures are of 50000."
+    held_out: int | str | None = Field(
+        None,
+        description="Images whose loss is measured and that are not trained on: so many of the data, or a path of "
+        "data like those of data.path.",
+    )
+    samples: int | None = Field(
+        None,
+        ge=0,
+        le=10**8,
+        description="Samples that are drawn for one; published figures are of 50000. 0: none. Default: 10000; with "
+        "held_out none.",
     )
     features: Literal["inception", "digits-fid"] = Field(
         "inception", description="inception: FID. digits-fid: of a small classifier of the training data's labels."
@@ -413,6 +440,28 @@ class EvaluateConfig(Section):
     inception: LocalPath | None = Field(
         None, description="Inception's weight file. Default: among torch.hub's downloads."
     )
+
+    @field_validator("held_out", mode="before")
+    @classmethod
+    def _number_or_path(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return _absolute(_fits_a_file_system(value))
+        if value is not None and not (isinstance(value, int) and 0 < value <= 10**8):
+            raise ValueError(f"expected a number of images from 1 to {10**8}, or a path, got {shown(value)}")
+        return value
+
+    @model_validator(mode="after")
+    def _something(self) -> EvaluateConfig:
+        if self.drawn == 0 and self.held_out is None:
+            raise ValueError("samples 0 leaves nothing to evaluate: expected samples to draw, or held_out")
+        return self
+
+    @property
+    def drawn(self) -> int:
+        """Samples that are drawn for an evaluation."""
+        if self.samples is None:
+            return 10_000 if self.held_out is None else 0
+        return self.samples
 
 
 class Config(Section):
@@ -447,6 +496,8 @@ class Config(Section):
         selective = self.model.activation_checkpointing == "selective"
         if self.train.activation_memory_gb and not selective:
             raise ValueError("train.activation_memory_gb needs model.activation_checkpointing selective")
+        if self.train.init_replace and not self.train.init:
+            raise ValueError("train.init_replace needs train.init: without it all weights begin anew")
         if self.train.compile and self.train.zero_stage == 3:
             raise ValueError("train.compile needs train.zero_stage 1 or 2: stage 3 moves the weights between blocks")
         if self.sample.prompts and not self.model.context_dim:

@@ -1,5 +1,6 @@
 """Images with labels, as the trainer takes them: `Dataset` says what that is, `Indexed` is what the ones here share."""
 
+import copy
 import gzip
 import math
 import operator
@@ -83,6 +84,8 @@ class Indexed(torch.utils.data.Dataset, ABC):
     classes: tuple[str, ...] = ()
     encoders: Identities = {}
     scaling: Factors | None = None
+    views = 1  # consecutive items that show one image: 2 where its mirror image is one
+    numbers: np.ndarray | None = None  # of a part's items in the whole
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -94,6 +97,10 @@ class Indexed(torch.utils.data.Dataset, ABC):
     @abstractmethod
     def finish(self, raw: Batch, draws: Draws) -> Batch:
         """The network's inputs of a raw batch."""
+
+    def part(self, items: np.ndarray) -> "Indexed":
+        """Return these items (n,) alone, in their order; what takes the place of a damaged one is among them, too."""
+        raise TypeError("a dataset of which some images are held out defines part")
 
     @overload
     def __getitems__(self, items: list[tuple[int, int]], /) -> Batch: ...
@@ -144,6 +151,11 @@ class TensorImages(Indexed):
         if self.labels is not None:
             raw["y"] = self.labels[index]
         return raw
+
+    def part(self, items: np.ndarray) -> "TensorImages":
+        part = copy.copy(self)
+        part.images, part.labels = self.images[items], None if self.labels is None else self.labels[items]
+        return part
 
     def finish(self, raw: Batch, draws: Draws) -> Batch:
         x = raw["x"].float() * (2 / self.peak) - 1
@@ -275,6 +287,12 @@ class ImageFolder(Indexed):
             raw["y"] = torch.tensor([self.labels[i] for _, i in found])
         return raw
 
+    def part(self, items: np.ndarray) -> "ImageFolder":
+        part = copy.copy(self)
+        part.files = [self.files[i] for i in items]
+        part.labels = None if self.labels is None else [self.labels[i] for i in items]
+        return part
+
     def finish(self, raw: Batch, draws: Draws) -> Batch:
         x = raw["x"].float() / 127.5 - 1
         return {**raw, "x": random_flip(x, draws) if self.flip else x}
@@ -328,9 +346,15 @@ class Synthetic(Indexed):
         self.y = torch.randint(num_classes, (self.pool,), generator=generator) if num_classes else None
         self.text = torch.randn(16, *text_shape, generator=generator) if text_shape else None
         self.null_context = torch.zeros(text_shape) if text_shape else None
+        self.length = 1_281_167  # ImageNet's size, so that epochs are as long as the real ones
 
     def __len__(self) -> int:
-        return 1_281_167  # ImageNet's size, so that epochs are as long as the real ones
+        return self.length
+
+    def part(self, items: np.ndarray) -> "Synthetic":
+        part = copy.copy(self)
+        part.length = len(items)
+        return part
 
     def raw(self, items: list[tuple[int, int]]) -> Batch:
         index = torch.tensor([i for i, _ in items])
@@ -343,6 +367,24 @@ class Synthetic(Indexed):
 
     def finish(self, raw: Batch, draws: Draws) -> Batch:
         return raw
+
+
+def split(dataset: Indexed, held_out: int) -> tuple[Indexed, Indexed]:
+    """A dataset without so many images, drawn once and for all, and these.
+
+    Of an image and its mirror image neither is in the first, and the image alone in the second.
+
+    Raises:
+        UserError: there are no more images than these.
+    """
+    images = len(dataset) // dataset.views
+    if held_out >= images:
+        raise UserError(f"evaluate.held_out: expected fewer than all {images} images of the data, got {held_out}")
+    chosen = np.zeros(images, bool)
+    chosen[np.random.default_rng(0).permutation(images)[:held_out]] = True
+    rest = dataset.part(numbers := np.flatnonzero(np.repeat(~chosen, dataset.views)))
+    rest.numbers = numbers
+    return rest, dataset.part(np.flatnonzero(chosen) * dataset.views)
 
 
 def random_flip(x: Tensor, draws: Draws) -> Tensor:

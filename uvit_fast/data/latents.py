@@ -10,6 +10,7 @@ The arrays of a folder (see shards.py):
 Opening reads what has changed since its checksum was last found right; see `shards.unchecked_faults`.
 """
 
+import copy
 import warnings
 from typing import Any
 
@@ -38,6 +39,8 @@ class Latents(Indexed):
         UserError: a damaged shard that may not be skipped, arrays that do not belong together, or a scale that nothing
             says.
     """
+
+    _place: np.ndarray | None = None  # of each item, where it lies; None: at its number
 
     def __init__(
         self,
@@ -68,11 +71,20 @@ class Latents(Indexed):
         self.num_classes = len(self.classes) or found
         if self.faults and not skip_damaged:
             raise UserError(f"{self._damage()}; data.unreadable=skip would leave these out")
-        self._place: np.ndarray | None = None
-        self._leave_out(self.stored.lost)
+        self.lost = self.stored.lost  # (items,) bool
+        self._leave_out(self.lost)
 
     def __len__(self) -> int:
-        return len(self.stored)
+        return len(self.stored) if self._place is None else len(self._place)
+
+    @property
+    def views(self) -> int:
+        return 1 + bool(self.manifest.get("mirror_images", "captions" not in self.manifest["arrays"]))
+
+    def part(self, items: np.ndarray) -> "Latents":
+        part = copy.copy(self)
+        part._place = self._instead(items)
+        return part
 
     def raw(self, items: list[tuple[int, int]]) -> Batch:
         index = [i for i, _ in self._placed(items)]
@@ -111,15 +123,21 @@ class Latents(Indexed):
 
     def _leave_out(self, lost: np.ndarray) -> None:
         """Give the place of each item in `lost` (items,), bool, to another one."""
+        self.lost = lost
         if not lost.any():
             return
-        if lost.all():
-            raise UserError(f"{self._damage()}; nothing is left")
-        self._place = np.arange(len(self))
-        self._place[lost] = np.random.default_rng(0).choice(np.flatnonzero(~lost), lost.sum())
+        self._place = self._instead(np.arange(len(self)))
         warnings.warn(
             f"{self._damage()}; {lost.sum()} of {len(self)} items are left out, others take their place", stacklevel=3
         )
+
+    def _instead(self, items: np.ndarray) -> np.ndarray:
+        """These items (n,), with others of them in the place of those that are lost."""
+        lost, places = self.lost[items], items.copy()
+        if lost.all():
+            raise UserError(f"{self._damage()}; nothing is left")
+        places[lost] = np.random.default_rng(0).choice(items[~lost], lost.sum())
+        return places
 
     def _placed(self, items: list[tuple[int, int]]) -> list[tuple[int, int]]:
         return items if self._place is None else [(int(self._place[i]), epoch) for i, epoch in items]

@@ -70,7 +70,13 @@ class Objective:
             x_0, noise, u: as for the task.
             conditions: y (B,) int64, or context (B, T, C), by name.
         """
-        task = self(x_0, noise, u)
+        return self.loss_at(network, x_0, noise, self.times(u), **conditions)
+
+    def loss_at(
+        self, network: Callable[..., Tensor], x_0: Tensor, noise: Tensor, t: Tensor, **conditions: Tensor
+    ) -> Tensor:
+        """Return the same loss at times t (B,) fp32 in [0, 1]."""
+        task = self.at(x_0, noise, t)
         return mse_loss(network(task.x_t, task.time, **conditions), task.target, task.weight)
 
     def _weight(self, alpha: Tensor, sigma: Tensor) -> Tensor | None:

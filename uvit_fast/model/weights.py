@@ -87,6 +87,26 @@ def load_weights(model: UViT, state: dict[str, Tensor], source: str = "checkpoin
     state = published_names(state, ours, source)
     if "pos_embed" in state.keys() & ours.keys() and state["pos_embed"].shape != ours["pos_embed"].shape:
         state["pos_embed"] = _resize_pos_embed(state["pos_embed"], ours["pos_embed"], model.extras)
+    refuse_misfits(ours, state, source)
+    for what, is_wrong, expected in (
+        ("without values of their own (sparse or meta)", _has_no_values, "dense ones, of a model that was not on meta"),
+        ("of whole or complex numbers", lambda t: not t.is_floating_point(), "real ones, as before a quantisation"),
+        ("with NaN or infinity", lambda t: not t.isfinite().all(), "those from before the training diverged"),
+    ):
+        if wrong := [key for key in ours if is_wrong(state[key])]:
+            raise UserError(
+                f"{source}: {len(wrong)} of {len(ours)} tensors are {what} ({_some(wrong)}); expected {expected}"
+            )
+    model.load_state_dict(state)
+    return model
+
+
+def refuse_misfits(ours: dict[str, Tensor], state: dict[str, Tensor], source: str, advice: str = "") -> None:
+    """Refuse a state dict of other names or shapes than `ours`.
+
+    Raises:
+        UserError: keys that are missing, extra or of the wrong shape, all of which are named, and then the `advice`.
+    """
     wrong = [
         f"{key}: expected {tuple(ours[key].shape)}, got {tuple(state[key].shape)}"
         for key in ours
@@ -99,18 +119,7 @@ def load_weights(model: UViT, state: dict[str, Tensor], source: str = "checkpoin
             for what, keys in (("missing", missing), ("extra", extra), ("of the wrong shape", wrong))
             if keys
         ]
-        raise UserError(f"{source} is of another architecture than the config: keys {', '.join(parts)}")
-    for what, is_wrong, expected in (
-        ("without values of their own (sparse or meta)", _has_no_values, "dense ones, of a model that was not on meta"),
-        ("of whole or complex numbers", lambda t: not t.is_floating_point(), "real ones, as before a quantisation"),
-        ("with NaN or infinity", lambda t: not t.isfinite().all(), "those from before the training diverged"),
-    ):
-        if wrong := [key for key in ours if is_wrong(state[key])]:
-            raise UserError(
-                f"{source}: {len(wrong)} of {len(ours)} tensors are {what} ({_some(wrong)}); expected {expected}"
-            )
-    model.load_state_dict(state)
-    return model
+        raise UserError(f"{source} is of another architecture than the config: keys {', '.join(parts)}{advice}")
 
 
 def _has_no_values(tensor: Tensor) -> bool:
@@ -188,7 +197,12 @@ def _resize_pos_embed(old: Tensor, new: Tensor, extras: int) -> Tensor:
     if n_old**2 != old.shape[1] - extras:
         return old
     warnings.warn(f"pos_embed: interpolated from {n_old}x{n_old} to {n_new}x{n_new} patches", stacklevel=3)
-    grid = old[:, extras:].float().reshape(1, n_old, n_old, -1).permute(0, 3, 1, 2)  # (1, D, n, n)
-    grid = F.interpolate(grid, size=(n_new, n_new), mode="bicubic", align_corners=False)
-    patches = grid.permute(0, 2, 3, 1).reshape(1, n_new**2, -1)
-    return torch.cat([old[:, :extras], patches.to(old.dtype)], dim=1)
+    return torch.cat([old[:, :extras], interpolated(old[:, extras:], n_new)], dim=1)
+
+
+def interpolated(patches: Tensor, side: int) -> Tensor:
+    """Position embeddings (1, n * n, D) of a square of patches, bicubically for one of side * side."""
+    n = math.isqrt(patches.shape[1])
+    grid = patches.float().reshape(1, n, n, -1).permute(0, 3, 1, 2)  # (1, D, n, n)
+    grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+    return grid.permute(0, 2, 3, 1).reshape(1, side**2, -1).to(patches.dtype)

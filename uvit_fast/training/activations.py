@@ -122,7 +122,7 @@ def inspect(model: nn.Module, config: ModelConfig, batch: int, device: torch.dev
         batch: images a forward pass.
         device, dtype: of the training.
     """
-    model = copy.deepcopy(model).to(device, dtype).train()
+    model = copy.deepcopy(model).to(device, dtype).train().requires_grad_()  # what is frozen takes no more
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(_discard)
     inputs, conditions = example(config, batch, device)

@@ -24,8 +24,10 @@ class Captured:
     """network.forward, captured at its first call that needs gradients and replayed from then on, bit for bit the same; with several
     parts, but for the order in which a tensor's gradients from different parts are added.
 
-    Inputs get no gradients. Another shape of input, or weights that moved, are captured anew; what cannot be captured runs
-    uncaptured, after one warning that says why, and so does a network with hooks inside or modules of others. Memory: what the uncaptured step holds at its peak, all the time.
+    Inputs and frozen weights get no gradients, and parts of the backward that lead to nothing else are left out.
+    Another shape of input, or weights that moved, are captured anew; what cannot be captured runs uncaptured, after one
+    warning that says why, and so does a network with hooks inside or modules of others. Memory: what the uncaptured
+    step holds at its peak, all the time.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class Captured:
             return self.forward(*inputs, **conditions)
         given = [*inputs, *conditions.values()]
         key = (len(inputs), *conditions, *((v.shape, v.dtype, v.device) for v in given))
-        key += tuple(p.data_ptr() for p in self.parameters)
+        key += tuple(p.data_ptr() for p in self.network.parameters())
         module = changed(self.network, inside=True)
         if module and self.recorded is not None:
             raise RuntimeError(
@@ -121,7 +123,8 @@ class Captured:
         grad_output = torch.zeros_like(output)
         backward = cuts.backward(output, grad_output)
         parts: list[_Backward] = []
-        for indices in reversed(own):
+        first = next(k for k, indices in enumerate(own) if indices)  # nothing before it learns
+        for indices in reversed(own[first:]):
             again, gradients, _ = self.graphs.capture(partial(backward, [leaves[i] for i in indices]), pool)
             parameters = [self.parameters[i] for i in indices]
             parts.insert(0, _Backward(parameters, again, gradients, None if parts else grad_output))
@@ -226,7 +229,7 @@ class _Cuts:
             return tensor
         leaves = self.leaves[part]
         if id(tensor) not in leaves:
-            leaves[id(tensor)] = (tensor, tensor.detach().requires_grad_())
+            leaves[id(tensor)] = (tensor, tensor.detach().requires_grad_(tensor.requires_grad))
         return leaves[id(tensor)][1]
 
     def backward(self, output: Tensor, grad_output: Tensor) -> Callable[[list[Tensor]], list[Tensor | None]]:
@@ -238,7 +241,12 @@ class _Cuts:
         def backward(parameters: list[Tensor]) -> list[Tensor | None]:
             part, cut = len(leaves) - 1, leaves.pop()
             ours = [starts.pop(key) for key, (made_in, _, _) in list(starts.items()) if made_in == part]
+            cut = {
+                key: pair for key, pair in cut.items() if pair[1].requires_grad
+            }  # the others reach nothing that learns
             inputs = parameters + [leaf for _, leaf in cut.values()]
+            if not ours or not inputs:
+                return [None] * len(parameters)
             found = torch.autograd.grad([t for _, t, _ in ours], inputs, [g for _, _, g in ours], allow_unused=True)
             for (key, (tensor, _)), gradient in zip(cut.items(), found[len(parameters) :]):
                 if gradient is not None:

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ LEARNING = {  # section -> what a run may be continued with otherwise, and learn
     "train": {"batch_size", "lr", "warmup_steps", "betas", "weight_decay", "ema_decay", "p_uncond", "grad_clip", "precision", "seed"},
     "data": {"name", "path", "crop", "flip"},
     "diffusion": {"time", "time_mean", "time_std", "time_shift", "weighting", "min_snr_gamma"},
+    "evaluate": {"held_out"},
 }  # fmt: skip
 BEFORE = {"diffusion": {"prediction": "eps"}}  # what checkpoints had that do not say
 MEANING = {"model", "diffusion", "latent"}  # sections that say what the weights mean, but for
@@ -98,7 +99,7 @@ def write(
         for name, tensors in parts.items():
             save_file(tensors, partial / f"{name}.safetensors")
         files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(partial.iterdir())
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(partial.iterdir())
         }
         (partial / "manifest.json").write_text(json.dumps({"step": step, **state, "files": files}, indent=1))
         for path in partial.iterdir():
@@ -170,11 +171,7 @@ def check_model(path: Path, shapes: dict[str, tuple[int, ...]], config: dict, ma
     Raises:
         UserError: names or shapes of parameters differ, or config keys that decide what the weights mean; the message names them.
     """
-    keys = _differing(
-        config,
-        manifest,
-        lambda section, key: section in MEANING and key not in HOW_NOT_WHAT and key not in LEARNING.get(section, ()),
-    )
+    keys = other_meaning(config, manifest["config"])
     theirs = _shapes(path / "model.safetensors")
     differing = [name for name in sorted(shapes.keys() | theirs.keys()) if shapes.get(name) != theirs.get(name)]
     if not differing and not keys:
@@ -190,15 +187,28 @@ def check_model(path: Path, shapes: dict[str, tuple[int, ...]], config: dict, ma
     )
 
 
-def check_whole(path: Path, manifest: dict[str, Any]) -> None:
+def check_whole(path: Path, manifest: dict[str, Any], learning: Collection[str], trainable: Collection[str]) -> None:
     """Refuse a checkpoint that holds less than training goes on from, as one that others put together.
 
+    Args:
+        learning: the parameters that learn, by name; trainable: what the user called them.
+
     Raises:
-        UserError: a part that is not there or not of the model's tensors, or a count that is none.
+        UserError: a part that is not there or not of the model's tensors, or a count that is none; other parameters
+            have learned.
     """
-    shapes = _shapes(path / "model.safetensors")
-    for name in ("ema.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors"):
-        if name not in manifest["files"] or _shapes(path / name) != shapes:
+    before = tuple(manifest["config"].get("train", {}).get("trainable", ["all"]))
+    whole = _shapes(path / "model.safetensors")
+    learned = {name: shape for name, shape in whole.items() if name in learning}
+    for name, shapes in (("ema", whole), ("exp_avg", learned), ("exp_avg_sq", learned)):
+        name = f"{name}.safetensors"
+        found = _shapes(path / name) if name in manifest["files"] else {}
+        if found and found != shapes and before != tuple(trainable):
+            raise UserError(
+                f"{path}: train.trainable {shown(list(before))} there, {shown(list(trainable))} now; expected the same, "
+                f"or another --run-dir with train.init={path.parent.parent}"
+            )
+        if found != shapes:
             raise UserError(f"{path}: expected {name} with the tensors of model.safetensors, to go on training from")
     for key in ("samples", "adam_step"):
         if type(manifest.get(key)) is not int:
@@ -222,16 +232,23 @@ def check_data(path: Path, now: Provenance) -> Provenance:
 
 def other_settings(config: dict, manifest: dict[str, Any]) -> str:
     """What a run continues with otherwise than its checkpoint was trained, for a log; empty where all is the same."""
-    return ", ".join(_differing(config, manifest, lambda section, key: key in LEARNING.get(section, ())))
+    return ", ".join(_differing(config, manifest["config"], lambda section, key: key in LEARNING.get(section, ())))
 
 
-def _differing(config: dict, manifest: dict[str, Any], asked: Callable[[str, str], bool]) -> list[str]:
-    """The keys, of those asked for by section and name and known to both, whose values are others than the checkpoint's."""
+def other_meaning(config: dict, before: dict, apart: Collection[str] = ()) -> list[str]:
+    """The keys that say what weights mean, without those `apart`, whose values are others than in the config `before`."""
+    how = HOW_NOT_WHAT.union(apart)
+    known = {section: config[section] for section in MEANING if before.get(section)}
+    return _differing(known, before, lambda section, key: key not in how and key not in LEARNING.get(section, ()))
+
+
+def _differing(config: dict, before: dict, asked: Callable[[str, str], bool]) -> list[str]:
+    """The keys, of those asked for by section and name and known to both, whose values were others in `before`."""
     return [
         f"{name}.{key} {then} there, {section[key]} now"
         for name, section in config.items()
         if isinstance(section, dict)
-        for key, then in {**BEFORE.get(name, {}), **(manifest["config"].get(name) or {})}.items()
+        for key, then in {**BEFORE.get(name, {}), **(before.get(name) or {})}.items()
         if asked(name, key) and key in section and section[key] != then
     ]
 
@@ -248,7 +265,7 @@ def faults(path: Path) -> Iterator[tuple[str, str]]:
             yield name, "missing"
         elif file.stat().st_size != size:
             yield name, f"expected {size} bytes, got {file.stat().st_size}"
-        elif _sha256(file) != digest:
+        elif sha256(file) != digest:
             yield name, "its SHA-256 is not the manifest's"
         else:
             try:
@@ -281,7 +298,8 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118, no mapping
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -54,7 +54,7 @@ class DeepSpeed:
 
     Args:
         model: fp32, on the device. Its class may name `fused_classes`, modules that ZeRO-3 gathers as a whole.
-        optimizer: of all its parameters, in one group; refuses gradients that are not finite by itself.
+        optimizer: of all its parameters that learn, in one group; refuses gradients that are not finite by itself.
         train: train.zero_stage, offload_optimizer and batch_size.
         world: this process among the ranks.
         micro_batch, accumulation: images a forward pass on one rank, forward passes a step.
@@ -87,7 +87,8 @@ class DeepSpeed:
         self.overlaps = world.device.type == "cuda" and world.size > 1  # the backward and its reductions
         if self.stage == 3 and hasattr(model, "fused_classes"):
             package.utils.set_z3_leaf_modules(model, model.fused_classes)
-        settings = self._settings(train, micro_batch, accumulation, bf16, sum(p.numel() for p in model.parameters()))
+        learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        settings = self._settings(train, micro_batch, accumulation, bf16, learning)
         self._engine, self._zero, _, _ = package.initialize(model=model, optimizer=optimizer, config=settings)
         if missing := _missing(self._zero, (PARTITIONS[self.stage], *NEEDED[self.stage])):
             raise UserError(
@@ -253,6 +254,13 @@ class DeepSpeed:
         share = safe_get_local_fp32_param(parameter).numel()  # the last rank's is padded
         padded = nn.functional.pad(value.flatten(), (0, share * self.world.size - value.numel()))
         safe_set_local_fp32_param(parameter, padded.narrow(0, share * self.world.rank, share))
+
+    def set_frozen(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Write a whole parameter that does not learn and so has no master. All ranks must call it, with one value."""
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
+            parameter.data.copy_(value)
 
     @torch.no_grad()
     def refresh(self) -> None:

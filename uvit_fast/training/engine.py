@@ -46,8 +46,9 @@ class Engine:
     """The training of one model: DeepSpeed, AdamW, the EMA, and captured steps.
 
     Args:
-        model: fp32, on the CPU or the device. Its class may name `block_class`, between whose modules a backward may be
-            cut, and `fused_classes`, modules that ZeRO-3 gathers as a whole.
+        model: fp32, on the CPU or the device; parameters that require no gradient are frozen. Its class may name
+            `block_class`, between whose modules a backward may be cut, and `fused_classes`, modules that ZeRO-3 gathers
+            as a whole.
         config: train.zero_stage, precision, batch and optimizer settings.
         world: from `start`.
     """
@@ -58,15 +59,19 @@ class Engine:
         self.micro_batch, self.accumulation = batch_plan(train, world.size)
         self.bf16 = computes_in_bf16(train, world.device)
         assert not list(model.buffers()), "buffers are neither averaged nor saved"
+        frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        # in fp32, on rank 0 and its host: the device has them as it computes with them
+        self.frozen = {name: p.detach().to("cpu", copy=True) for name, p in frozen.items() if world.rank == 0}
         model.to(world.device)
         if train.compile:
             model.compile(dynamic=False)
-        self.adamw = GuardedAdamW(list(model.parameters()), train, world.device)
+        self.adamw = GuardedAdamW([p for p in model.parameters() if p.requires_grad], train, world.device)
         self.deepspeed = DeepSpeed(model, self.adamw, train, world, self.micro_batch, self.accumulation, self.bf16)
         if train.cuda_graphs and world.device.type == "cuda" and self.stage < 3 and not train.compile:
             parts = PARTS if world.size > 1 and hasattr(model, "block_class") else 1
             model.forward = Captured(model, parts, keep_gradients=self.accumulation > 1, agree=self._on_all_ranks)
         self.partition, self.shapes = self.deepspeed.partition, self.deepspeed.shapes
+        self.learning = [(name, p) for name, p in self.deepspeed.parameters if name not in frozen]
         self.ema = EMA(self.partition, train.ema_decay)
         self.deepspeed.replace_step(self._update)
 
@@ -113,13 +118,14 @@ class Engine:
 
     @torch.no_grad()
     def gather(self, flat: Tensor) -> dict[str, Tensor]:
-        """Return whole fp32 tensors on the CPU of rank 0, by parameter name, from `flat`, laid out like `partition`.
+        """Return whole fp32 tensors on the CPU of rank 0, of the parameters that learn by name, from `flat`, laid out
+        like `partition`.
 
         All ranks must call it; ranks other than 0 get an empty dict.
         """
         full = {}
         _swap(self.partition, flat)
-        for name, parameter in self.deepspeed.parameters:
+        for name, parameter in self.learning:
             value = self.deepspeed.get_whole(parameter)
             if self.world.rank == 0:
                 full[name] = value.detach().to("cpu", copy=True)
@@ -130,16 +136,30 @@ class Engine:
     def scatter(self, full: dict[str, Tensor], flat: Tensor) -> None:
         """The inverse of `gather`: rank 0's whole tensors into each rank's `flat`. All ranks must call it."""
         _swap(self.partition, flat)
-        for name, parameter in self.deepspeed.parameters:
-            value = torch.empty(self.shapes[name], device=self.world.device)
-            if self.world.rank == 0:
-                value.copy_(full[name])
-            dist.broadcast(value, src=0)
-            self.deepspeed.set_whole(parameter, value)
+        for name, parameter in self.learning:
+            self.deepspeed.set_whole(parameter, self._on_every_rank(name, full))
         _swap(self.partition, flat)
 
-    def refresh(self) -> None:
-        """Make the weights that the model computes with those of the fp32 partition, after it was written to."""
+    def _on_every_rank(self, name: str, full: dict[str, Tensor]) -> Tensor:
+        value = torch.empty(self.shapes[name], device=self.world.device)
+        if self.world.rank == 0:
+            value.copy_(full[name])
+        dist.broadcast(value, src=0)
+        return value
+
+    def weights(self, flat: Tensor) -> dict[str, Tensor]:
+        """`gather` of the weights (`partition`) or their average, with the frozen ones, which are the same in both."""
+        return {**self.frozen, **self.gather(flat)}
+
+    @torch.no_grad()
+    def load(self, full: dict[str, Tensor]) -> None:
+        """Make rank 0's whole tensors, of all parameters, the weights, not the average. All ranks must call it."""
+        learning = dict(self.learning)
+        for name, parameter in self.deepspeed.parameters:
+            if name not in learning:
+                self.deepspeed.set_frozen(parameter, self._on_every_rank(name, full))
+        self.frozen = {name: full[name].float() for name in self.frozen}
+        self.scatter(full, self.partition)
         self.deepspeed.refresh()
 
     def moments(self) -> dict[str, Tensor]:

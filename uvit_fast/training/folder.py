@@ -109,13 +109,17 @@ def summary(config: Config, model: nn.Module, dataset: Dataset, world: World) ->
     return "\n".join([*lines, *(f"{name:16s}{what}" for name, what in about.items())])
 
 
-def describe_run(run_dir: Path, config: Config, world: World, provenance: Provenance) -> None:
+def describe_run(
+    run_dir: Path, config: Config, world: World, provenance: Provenance, start: dict[str, object] | None = None
+) -> None:
     """Write config.yaml, resolved; data.json: what its labels and latents mean; environment.json: versions, device, ranks, command,
-    git commit.
+    git commit; where the run begins with given weights init.json: which these are.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(dump_config(config))
     provenance.write(run_dir / RUN_FILE)
+    if start is not None:
+        (run_dir / "init.json").write_text(json.dumps(start, indent=1))
     versions = {}
     for package in ("uvit-fast", "torch", "triton", "deepspeed", "numpy"):
         try:

@@ -1,14 +1,16 @@
-"""Looks at the EMA weights while a run trains: sample grids and figures of evaluations."""
+"""Looks at the EMA weights while a run trains: sample grids, figures of evaluations, the loss of what is held out."""
 
 import copy
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 
 from uvit_fast.training.best import Best
+from uvit_fast.training.held_out import HeldOut
 from uvit_fast.training.interrupt import Interrupt, Stalled, ticking
 from uvit_fast.training.monitor import Monitor
 
@@ -17,13 +19,15 @@ Measure = Callable[[nn.Module, int], dict[str, float]]
 
 
 class Looks:
-    """What rank 0 makes of the EMA weights, in a copy of the model that is on the device for that time only.
+    """What is made of the EMA weights, by rank 0 and, of what is held out, by all, in a copy of the model that is on the
+    device for that time only.
 
     Args:
         model: what is copied, before the engine takes it over.
         run_dir: gets samples/ and best/.
         device, dtype: what the weights are looked at on and in.
         preview, measure: the trainer's.
+        held_out: measures a loss, on all ranks.
     """
 
     def __init__(
@@ -34,15 +38,39 @@ class Looks:
         dtype: torch.dtype,
         preview: Preview | None,
         measure: Measure | None,
+        held_out: HeldOut | None = None,
     ):
         self.run_dir, self.device, self.dtype, self.preview, self.measure = run_dir, device, dtype, preview, measure
-        self.model = copy.deepcopy(model).eval() if preview or measure else None
+        self.held_out = held_out
+        self.model = copy.deepcopy(model).eval() if preview or measure or held_out else None
+
+    def held_out_loss(self, weights: dict[str, Tensor], overdue: Callable[[], bool]) -> dict[str, float]:
+        """The figure `held_out_loss` of rank 0's `weights`, where it was not given up. All ranks must call it."""
+        if self.held_out is None:
+            return {}
+        self.model.to(self.device, self.dtype)
+        for name, parameter in self.model.named_parameters():
+            value = weights[name].to(self.device) if weights else torch.empty(parameter.shape, device=self.device)
+            if dist.get_world_size() > 1:
+                dist.broadcast(value, src=0)
+            parameter.data.copy_(value)
+        loss = self.held_out.loss(self.model, overdue)
+        self.model.to("cpu", torch.float32)
+        return {} if loss is None else {"held_out_loss": loss}
 
     def look(
-        self, weights: dict[str, Tensor], step: int, show: bool, judge: bool, monitor: Monitor, interrupt: Interrupt
+        self,
+        weights: dict[str, Tensor],
+        step: int,
+        show: bool,
+        judge: bool,
+        figures: dict[str, float],
+        monitor: Monitor,
+        interrupt: Interrupt,
     ) -> None:
-        """Hand `weights` to `preview` (`show`) and to `measure` (`judge`), where there is one. A checkpoint is worth
-        more than what has not ended some seconds after a signal, which is left off.
+        """Hand `weights` to `preview` (`show`) and to `measure` (`judge`), where there is one, and write its figures
+        and those that are there already. A checkpoint is worth more than what has not ended some seconds after a
+        signal, which is left off.
         """
         if self.model is None:
             return
@@ -51,21 +79,33 @@ class Looks:
             if interrupt.overdue():
                 raise Stalled
 
-        self.model.load_state_dict(weights)
-        self.model.to(self.device, self.dtype)
+        drawn: dict[str, float] = {}
         try:
-            with ticking(leave_off):
-                if show and self.preview:
-                    self._show(step, monitor)
-                if judge and self.measure:
-                    figures = self.measure(self.model, step)
-                    monitor.figures(figures, step)
-                    Best(self.run_dir).offer(weights, figures, step)
+            if (show and self.preview) or (judge and self.measure):
+                self.model.load_state_dict(weights)
+                self.model.to(self.device, self.dtype)
+                with ticking(leave_off):
+                    if show and self.preview:
+                        self._show(step, monitor)
+                    if judge and self.measure:
+                        drawn = self.measure(self.model, step)
         except Stalled:
             monitor.say(f"step {step}: samples or figures were left off after {interrupt.name}")
         except OSError as error:  # a full disk
             monitor.say(f"step {step}: samples or figures were not written: {error}")
         self.model.to("cpu", torch.float32)
+        if judge and self.held_out and not figures:
+            monitor.say(f"step {step}: the loss of what is held out was left off after a signal")
+        if figures := {**drawn, **figures}:
+            monitor.figures(figures, step)
+            if drawn or not self.measure:  # or the first figure is not that of the other steps
+                self._keep_best(weights, figures, step, monitor)
+
+    def _keep_best(self, weights: dict[str, Tensor], figures: dict[str, float], step: int, monitor: Monitor) -> None:
+        try:
+            Best(self.run_dir).offer(weights, figures, step)
+        except OSError as error:
+            monitor.say(f"step {step}: the best weights were not written: {error}")
 
     def _show(self, step: int, monitor: Monitor) -> None:
         folder = self.run_dir / "samples"

@@ -4,13 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from uvit_fast.config import Config
 from uvit_fast.provenance import Provenance
 from uvit_fast.runtime.claims import Claim
 from uvit_fast.runtime.errors import RankError
 from uvit_fast.training import checkpoint
+from uvit_fast.training.checkpoint import Tensors
 from uvit_fast.training.engine import Engine
 from uvit_fast.training.folder import claim
 from uvit_fast.training.monitor import say
@@ -47,9 +46,12 @@ class Saves:
         if difference := first.difference(provenance):
             raise RankError(f"rank {self.world.rank}: its data are not those of rank 0: {difference}")
 
-    def resume(self) -> tuple[int, int]:
+    def resume(self, start: Tensors | None) -> tuple[int, int]:
         """Take the folder for this run, and its newest intact checkpoint, if there is one, into the engine: rank 0
         reads, all ranks get their share.
+
+        Args:
+            start: rank 0's weights from `train.init`, for a new run and its average.
 
         Returns:
             the step, and how many samples all ranks have taken in all; 0 and 0 for a new run.
@@ -64,29 +66,37 @@ class Saves:
             self._claim = claim(self.run_dir)
             found = checkpoint.newest_intact(self.run_dir / "checkpoints", say)
             if found:
-                checkpoint.check_whole(*found)
                 checkpoint.check_model(found[0], self.engine.shapes, config, found[1])
+                checkpoint.check_whole(*found, {name for name, _ in self.engine.learning}, self.config.train.trainable)
                 self.provenance = checkpoint.check_data(found[0], self.provenance)
                 checkpoint.set_aside_newer(found[0])
             return found
 
         found = self.world.on_first(look)
         if found is None:
+            if self.config.train.init:
+                self.engine.load(start or {})
+                self.engine.scatter(start or {}, self.engine.ema.values)
             return 0, 0
         path, manifest = found
-        for name, flat in self._parts().items():
-            self.engine.scatter(checkpoint.read(path, name) if self.world.rank == 0 else {}, flat)
+        read = lambda name: checkpoint.read(path, name) if self.world.rank == 0 else {}  # noqa: E731
+        self.engine.load(read("model"))
+        for name, flat in {"ema": self.engine.ema.values, **self.engine.moments()}.items():
+            self.engine.scatter(read(name), flat)
         self.engine.adam_step = manifest["adam_step"]
-        self.engine.refresh()
         self.step = manifest["step"]
         if self.step < self.config.train.iterations:
             other = checkpoint.other_settings(config, manifest)
             self.tell(f"continuing from {path}" + (f", with {other}" if other else ""))
+            if self.config.train.init not in (None, manifest["config"]["train"].get("init")):
+                self.tell(f"train.init {self.config.train.init} is not read: the run has weights of its own")
         return self.step, manifest["samples"]
 
     def start(self, step: int, samples: int) -> None:
         """Start a checkpoint: all ranks gather, rank 0 writes, beside the training."""
-        parts = {name: self.engine.gather(flat) for name, flat in self._parts().items()}
+        engine = self.engine
+        parts = {"model": engine.weights(engine.partition), "ema": engine.weights(engine.ema.values)}
+        parts |= {name: engine.gather(flat) for name, flat in engine.moments().items()}
         state = {
             "samples": samples,
             "adam_step": self.engine.adam_step,
@@ -108,6 +118,3 @@ class Saves:
         self._writer.finish()
         if self._claim is not None:
             self._claim.release()
-
-    def _parts(self) -> dict[str, Tensor]:
-        return {"model": self.engine.partition, **self.engine.moments(), "ema": self.engine.ema.values}

@@ -10,6 +10,7 @@ micro-batches of several GPUs.
 
 import contextlib
 import hashlib
+import math
 import struct
 import time
 from collections.abc import Iterator
@@ -29,6 +30,9 @@ from uvit_fast.runtime.processes import host_group, start
 from uvit_fast.training import activations
 from uvit_fast.training.engine import Engine, computes_in_bf16
 from uvit_fast.training.folder import describe_run, set_aside
+from uvit_fast.training.frozen import freeze
+from uvit_fast.training.held_out import HeldOut
+from uvit_fast.training.initial import start_of
 from uvit_fast.training.interrupt import GRACE, Interrupt, Stalled
 from uvit_fast.training.loader import DataError, Order, batches
 from uvit_fast.training.looks import Looks, Measure, Preview
@@ -51,11 +55,13 @@ class Trainer:
         measure: `measure(model with EMA weights, step)` every `evaluate.every` steps, on rank 0, while the others wait:
             figures by name. The weights with the lowest of the first one stay in best/.
         fresh: rename what is in the folder and begin anew, once all but the folder is known to work.
+        held_out: what is not trained on, whose loss all ranks measure every `evaluate.every` steps; of the figures the
+            last.
 
     Raises:
-        UserError: a GPU that is not there, a batch that does not divide, activations that do not fit their budget, a
-            folder that another process trains in or that cannot be written to, a checkpoint of another architecture, of
-            other classes or encoders, or none intact.
+        UserError: a GPU that is not there, a batch that does not divide, activations that do not fit their budget,
+            weights to start from that do not fit, a folder that another process trains in or that cannot be written to,
+            a checkpoint of another architecture, of other classes or encoders, or none intact.
     """
 
     def __init__(
@@ -68,16 +74,22 @@ class Trainer:
         preview: Preview | None = None,
         measure: Measure | None = None,
         fresh: bool = False,
+        held_out: Dataset | None = None,
     ):
         train = config.train
         self.config, self.objective, self.dataset, self.run_dir = config, objective, dataset, Path(run_dir)
         self.world = start(config.device)
         self.main = self.world.rank == 0
-        device = self.world.device
-        flops = forward_flops(model, config) if device.type == "cuda" else None
+        provenance = Provenance.of(dataset, config.model.num_classes > 0, config.diffusion.meaning)
+        self.beginning = start_of(config, model, provenance, self.run_dir, fresh, self.world)
+        freeze(model, train.trainable)
+        device, flops = self.world.device, None
+        if device.type == "cuda" and train.trainable == ("all",):  # else a step is not three forwards
+            flops = forward_flops(model, config)
         self.looks = Looks(
             model, self.run_dir, device, torch.bfloat16 if computes_in_bf16(train, device) else torch.float32,
             preview if train.sample_every and self.main else None, measure if config.evaluate and self.main else None,
+            None if held_out is None else HeldOut(held_out, self._error, self.world, config.data.num_workers),
         )  # fmt: skip
         self.monitor: Monitor | None = None  # rank 0's, while it trains
         self.interrupt: Interrupt | None = None  # while it trains
@@ -92,11 +104,11 @@ class Trainer:
         self.done = False  # whether the last step has been taken, by all ranks
         if train.wandb:
             self.world.on_first(require_wandb)
-        provenance = Provenance.of(dataset, config.model.num_classes > 0, config.diffusion.meaning)
         self.saves = Saves(config, self.engine, self.run_dir, provenance, self._say)
         if fresh:
             self.world.on_first(lambda: set_aside(self.run_dir))
-        self.step, self.samples = self.saves.resume()
+        self.step, self.samples = self.saves.resume(self.beginning and self.beginning.weights)
+        self.beginning = self.beginning and self.beginning._replace(weights={})  # which are as large as the network
         self.first = (self.step, self.samples)  # where this call begins
         spikes = Spikes(train.spike_deviations, self._samples_of, self.run_dir / "spikes.jsonl")
         self.rows = Rows(config, self.world, flops, spikes, self._write_row, self.step)
@@ -154,8 +166,11 @@ class Trainer:
             return
         self._end_row()
         self.rows.read()
-        weights = self.engine.gather(self.engine.ema.values)  # by all ranks
-        self.world.on_first(lambda: self.looks.look(weights, self.step, show, judge, self.monitor, self.interrupt))
+        weights = self.engine.weights(self.engine.ema.values)  # by all ranks
+        figures = self.looks.held_out_loss(weights, self._overdue) if judge else {}
+        self.world.on_first(
+            lambda: self.looks.look(weights, self.step, show, judge, figures, self.monitor, self.interrupt)
+        )
         self.rows.restart_clock()
 
     def _log_if_due(self) -> None:
@@ -174,6 +189,13 @@ class Trainer:
 
     def _say_what_to_expect(self) -> None:
         train, engine = self.config.train, self.engine
+        if self.beginning and self.step == 0:
+            self._say(self.beginning.line)
+        if train.trainable != ("all",):
+            sizes = {name: math.prod(shape) for name, shape in engine.shapes.items()}
+            learning = sum(sizes[name] for name, _ in engine.learning)
+            others = "" if train.init else ", and the others stay as initialised: there is no train.init"
+            self._say(f"{learning:,} of {sum(sizes.values()):,} parameters learn{others}")
         if engine.bf16 and engine.accumulation > 1 and engine.stage == 1:
             self._say("train.zero_stage 1 accumulates gradients in bf16; 2 and 3 do it in fp32")
         untrained = train.ema_decay**train.iterations
@@ -250,7 +272,8 @@ class Trainer:
         wandb = self.config.model_dump(mode="json") if self.config.train.wandb else None
         try:
             self.monitor = Monitor(self.run_dir, self.step, self.config.train.iterations, wandb)
-            describe_run(self.run_dir, self.config, self.world, self.saves.provenance)
+            record = self.beginning and self.beginning.record
+            describe_run(self.run_dir, self.config, self.world, self.saves.provenance, record)
         except OSError as error:
             raise UserError(f"{self.run_dir}: expected a folder to write the run to: {error}") from None
 
@@ -322,15 +345,16 @@ class Trainer:
         x_0 = batch["x"]  # (B, C, H, W)
         u, noise = draws.rand(len(x_0)), draws.randn(*x_0.shape)  # (B,), (B, C, H, W)
         drop = draws.rand(len(x_0)) < train.p_uncond  # (B,)
-        conditions = {}
-        if self.config.model.num_classes:
-            conditions["y"] = batch["y"].masked_fill(drop, self.config.null_label) if train.p_uncond else batch["y"]
-        if self.config.model.context_dim:
-            text = batch["context"]  # (B, T, C)
-            conditions["context"] = (
-                torch.where(drop[:, None, None], self.null_context, text) if train.p_uncond else text
-            )
+        conditions = conditions_of(self.config, batch)
+        if train.p_uncond and "y" in conditions:
+            conditions["y"] = conditions["y"].masked_fill(drop, self.config.null_label)
+        if train.p_uncond and "context" in conditions:
+            conditions["context"] = torch.where(drop[:, None, None], self.null_context, conditions["context"])
         return self.objective.loss(self.engine, x_0, noise, u, **conditions)
+
+    def _error(self, network: nn.Module, batch: dict[str, Tensor], noise: Tensor, t: Tensor) -> Tensor:
+        """The loss of another network, at given times and with all conditions."""
+        return self.objective.loss_at(network, batch["x"], noise, t, **conditions_of(self.config, batch))
 
     def _write_row(self, scalars: dict[str, float], remarks: list[str]) -> None:
         self.monitor.row(scalars)
@@ -341,7 +365,9 @@ class Trainer:
         """The dataset's indices in the batch that ended with this step of this call."""
         train, (first_step, first_sample) = self.config.train, self.first
         whole = Order(len(self.dataset), train.seed, train.batch_size, 1, 0, 1, 0, 1)
-        return [i for i, _ in whole.pairs(first_sample + (step - 1 - first_step) * train.batch_size)]
+        indices = [i for i, _ in whole.pairs(first_sample + (step - 1 - first_step) * train.batch_size)]
+        numbers = getattr(self.dataset, "numbers", None)  # of a part's items in the whole
+        return indices if numbers is None else numbers[indices].tolist()
 
     def _save(self) -> None:
         self.saves.start(self.step, self.samples)
@@ -354,6 +380,12 @@ class Trainer:
     def _say(self, text: str) -> None:
         if self.main:
             (self.monitor.say if self.monitor else say)(text)
+
+
+def conditions_of(config: Config, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What of a batch the network takes beside x: y (B,) int64, or context (B, T, C) fp32."""
+    taken = {"y": config.model.num_classes, "context": config.model.context_dim}
+    return {name: batch[name] for name, size in taken.items() if size}
 
 
 def mix(*numbers: int) -> int:
