@@ -27,6 +27,7 @@ WAYS = {  # each with a ZeRO optimizer of its own, or a way through it
     "zero1": {"zero_stage": 1},
     "zero2": {"zero_stage": 2},
     "bf16": {"zero_stage": 2, "precision": "bf16"},  # accumulated in one flat partition, in newer versions
+    "frozen": {"zero_stage": 2, "trainable": ("blocks", "last")},
     "zero3": {"zero_stage": 3},
     "offload": {"zero_stage": 2, "offload_optimizer": True},
 }

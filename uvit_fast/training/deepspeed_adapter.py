@@ -82,7 +82,7 @@ class DeepSpeed:
         bf16: bool,
     ):
         package = _import_deepspeed(world.device)
-        self.stage, self.world, self.optimizer, self.fused = train.zero_stage, world, optimizer, False
+        self.stage, self.world, self.fused = train.zero_stage, world, False
         self.offloaded = train.offload_optimizer
         self.overlaps = world.device.type == "cuda" and world.size > 1  # the backward and its reductions
         if self.stage == 3 and hasattr(model, "fused_classes"):
