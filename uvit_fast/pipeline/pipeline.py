@@ -83,9 +83,9 @@ class UViTPipeline(DiffusionPipeline):
         guidance_scale: float = 1.0,
         id2label: dict[int, str] | dict[str, str] | None = None,
         schedule: str | None = None,
-        prediction: str | None = None,
         encoders: dict[str, dict[str, str]] | None = None,
         shift_factor: float | list[float] = 0.0,
+        prediction: str | None = None,
     ):
         super().__init__()
         self.register_modules(model=model, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
