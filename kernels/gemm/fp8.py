@@ -12,7 +12,13 @@ from uvit_fast.kernels.quantise import narrow as to_narrow
 from uvit_fast.kernels.quantise import paired
 from uvit_fast.kernels.runtime.checks import ACCUMULATE
 
-CASES = {"plain": "fp8_gemm", "residual": "fp8_gemm_residual", "gelu": "fp8_gemm_gelu"}  # names in the tuning tables
+# An epilogue, or that x has a second source, and its name in the tuning tables.
+CASES = {
+    "plain": "fp8_gemm",
+    "two_sources": "fp8_gemm_two_sources",
+    "residual": "fp8_gemm_residual",
+    "gelu": "fp8_gemm_gelu",
+}
 BK = 128  # K of a step: a second source's columns of a weight begin at a multiple of it
 
 
@@ -39,7 +45,7 @@ def reference(
     """Return the epilogue of x @ weight.T, as a core's product does, with exact sums of exact products.
 
     Args:
-        epilogue: of `CASES`: the result as it is, plus the residual, or GELU(2 h) of the result h.
+        epilogue: "plain", "residual" or "gelu": the result as it is, plus the residual, or GELU(2 h) of the result h.
         x: (M, K) e4m3.
         layer: weight (N, K), or (N, K padded to a multiple of BK, and K2) with x2.
         x2: (M, K2) e4m3, contracted with the last K2 columns of the weight.

@@ -97,7 +97,8 @@ def product(epilogue: str, x: Tensor, layer: Quantised, **more) -> Made:
     programs = multiprocessors(x.device)
     tile = FEW
     if cdiv(layer.weight.shape[0], 2 * ROWS) * cdiv(x.shape[0], TOKENS) >= programs:
-        tile = {"part": tuning.choice(x.device, CASES[epilogue], x.shape[1])["part"]}
+        case = CASES["two_sources" if more.get("x2") is not None else epilogue]
+        tile = {"part": tuning.choice(x.device, case, x.shape[1])["part"]}
     args, options, tiles, made = arguments(epilogue, x, layer, **more, **tile)
     launch.run(x.device, gemm_kernel, (min(tiles, programs),), args, options)
     return made

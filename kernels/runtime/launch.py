@@ -50,7 +50,7 @@ listener = _Listener()
 
 @contextlib.contextmanager
 def _ready(device: torch.device) -> Iterator[None]:
-    """Have the device current, and its context, which the driver wants for TMA: a new thread, autograd's say, has none."""
+    """Have the device current, and its context, which TMA's maps take: a new thread, autograd's say, has none."""
     with guard(device):
         if device.index not in _thread.ready:
             torch.cuda.mem_get_info(device)  # asks the runtime, which makes it current
@@ -135,7 +135,7 @@ class Step:
     """A launch with every argument in its place but the pointers, which come by slot.
 
     Attributes:
-        places: of each pointer: where it stands, the slot that it is in, how many bytes ahead, its maps (TMA's) or None.
+        places: of each pointer: where it stands, the slot that it is in, how many bytes ahead, its TMA maps or None.
     """
 
     def __init__(self, direct: Direct, values: list, place: Callable[[Tensor], tuple[int, int]]):

@@ -14,7 +14,7 @@ _counters: dict[tuple, Tensor] = {}  # by device and stream, outside of such str
 
 @contextlib.contextmanager
 def stretch(keep: bool = True) -> Iterator[None]:
-    """Open a stretch of work, during which weights do not change, on one stream; without `keep` close it for a while."""
+    """Open a stretch of work in which weights do not change, on one stream; without `keep` close it for a while."""
     token = _kept.set({} if keep else None)
     try:
         yield

@@ -1,7 +1,8 @@
-"""What an op does on the host, written down at its second call with tensors of a kind and from then on done from the notes.
+"""What an op does on the host, written down at its second call with tensors of a kind and then done from the notes.
 
-An op's Python (checks, tiles, descriptors, keys) takes longer than its kernels run. It depends on shapes, dtypes and alignments
-alone, so its outcome is a list: memory, launches with every argument in its place but the pointers, calls of PyTorch.
+An op's Python (checks, tiles, descriptors, keys) takes longer than its kernels run. It depends on shapes, dtypes and
+alignments alone, so its outcome is a list: memory, launches with every argument in its place but the pointers, calls of
+PyTorch.
 The notes are taken while the op runs, so they need to know nothing of it. What they cannot say is run as it is written.
 """
 
@@ -43,7 +44,7 @@ def free(t: Tensor) -> None:
 
 
 class Programs:
-    """A function of tensors and numbers, as it is written or, where its arguments are of a known kind, by its program."""
+    """A function of tensors and numbers, as written or, where its arguments are of a known kind, by its program."""
 
     def __init__(self, function: Callable):
         self.function = function

@@ -17,9 +17,12 @@ import torch
 from torch import Tensor
 
 from uvit_fast.kernels import gemm
+from uvit_fast.kernels.gemm import fp8, sm90_fp8
 from uvit_fast.kernels.layernorm import fold, sums
 from uvit_fast.kernels.layernorm.backward import backward
 from uvit_fast.kernels.layers import Linear, Norm
+from uvit_fast.kernels.ops import fp8_block
+from uvit_fast.kernels.quantise import narrow
 from uvit_fast.kernels.runtime import reduce, tuning
 from uvit_fast.kernels.runtime.device import architecture
 
@@ -38,7 +41,7 @@ def candidates(arch: int) -> dict[str, list[dict]]:
     if arch == 90:
         gemm = _grid(part=[32, 64])
         gelu_backward = _grid(part=[32])  # in parts of 64 its buffers would not fit
-        products = {"input_gradient": _OURS, "weight_gradient": _OURS}
+        products = {"input_gradient": _OURS, "weight_gradient": _OURS} | dict.fromkeys(fp8.CASES.values(), gemm)
     else:
         gemm = _grid(tile=[[128, 128, 32], [128, 64, 64], [128, 256, 32]], group=[8], warps=[4, 8], stages=[3, 4])
         gelu_backward, products = gemm, {}
@@ -80,6 +83,27 @@ def cases(D: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> 
     for gradient, source, bias in ((wide, x, False), (h, x, False), (dy, h, False), (dy, x, True)):
         size = f"{gradient.shape[1]}x{source.shape[1]}"
         yield "weight_gradient", size, lambda g=gradient, s=source, b=bias: core.weight_gradient(g, s, bias=b)
+
+
+def fp8_cases(D: int, device: torch.device) -> Iterator[tuple[str, str, Callable]]:
+    """Yield the cases of a block of e4m3 products of width D, as `cases`."""
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, dtype=torch.bfloat16)
+
+    x, norm = random(TOKENS, D), Norm(random(D), random(D))
+    qkv, proj, fc1, fc2, skip = (
+        Linear(random(n, k) * k**-0.5, random(n)) for n, k in ((3 * D, D), (D, D), (4 * D, D), (D, 4 * D), (D, 2 * D))
+    )
+    layers = fp8_block.derive(norm, qkv, proj, norm, fc1, fc2, skip, D // 64)
+    x8, h8, stats = narrow(x), narrow(random(TOKENS, 4 * D)), fold.statistics(x)
+    both = {"narrow": True, "sums": True}
+
+    yield fp8.CASES["plain"], str(D), lambda: sm90_fp8.product("plain", x8, layers.qkv, stats=stats)
+    yield fp8.CASES["two_sources"], str(D), lambda: sm90_fp8.product("plain", x8, layers.skip, x2=x8, **both)
+    yield fp8.CASES["residual"], str(D), lambda: sm90_fp8.product("residual", x8, layers.proj, side=x, **both)
+    yield fp8.CASES["residual"], str(4 * D), lambda: sm90_fp8.product("residual", h8, layers.fc2, side=x, **both)
+    yield fp8.CASES["gelu"], str(D), lambda: sm90_fp8.product("gelu", x8, layers.fc1, stats=stats, wide=False)
 
 
 def _timed(calls: list[Callable], cycles: int) -> list[float]:
@@ -131,7 +155,7 @@ def tune(
     tried = {case: choices for case, choices in tried.items() if not only or case in only}
     kept = {key: choice for key, choice in table.items() if key.partition(":")[0] not in tried}
     for D in dims:
-        for case, width, f in cases(D, device):
+        for case, width, f in itertools.chain(cases(D, device), fp8_cases(D, device) if arch == 90 else ()):
             if case not in tried:
                 continue
             entry = f"{case}:{width}"

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from uvit_fast import cli
+from uvit_fast.kernels.gemm import fp8, sm90_fp8
 from uvit_fast.kernels.runtime import launch, tuning
+from uvit_fast.kernels.runtime.device import forced
 from uvit_fast.kernels.tools import tune
 
 CPU = torch.device("cpu")
@@ -70,6 +72,13 @@ def test_every_case_calls_what_the_ops_call(monkeypatch):
         if case in tune.candidates(80):
             f()
             assert f"{case}:{width}" in asked, case
+    monkeypatch.setattr(sm90_fp8, "multiprocessors", lambda device: 1)
+    with forced(90):
+        for case, width, f in tune.fp8_cases(64, CPU):
+            f()
+            assert f"{case}:{width}" in asked, case
+    names = {entry.partition(":")[0] for entry in asked}
+    assert tune.candidates(80).keys() <= names and set(fp8.CASES.values()) <= names & tune.candidates(90).keys()
 
 
 def test_tuning_without_a_gpu_or_of_a_width_that_no_op_takes_is_refused(capsys, monkeypatch):
