@@ -5,6 +5,7 @@ import torch
 
 from uvit_fast import build_model, load_config
 from uvit_fast.training.captured import Captured
+from uvit_fast.training.frozen import freeze
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cores")]
 
@@ -26,7 +27,7 @@ def gradients(net, steps):
             torch.randn(6, 77, 768, device="cuda", generator=g),
         )
         (net(x, t, context=context) - x).square().mean().backward()
-    return {name: p.grad.clone() for name, p in net.named_parameters()}
+    return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "block"])
@@ -65,3 +66,19 @@ def test_what_waits_for_the_host_runs_uncaptured():
     with pytest.warns(RuntimeWarning, match="training runs uncaptured"):
         refused = gradients(net, 1)
     assert all(torch.equal(refused[name], value) for name, value in gradients(network("none"), 1).items())
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "block"])
+@pytest.mark.parametrize("parts", [1, 4])
+def test_frozen_weights_get_no_gradients_and_the_others_the_same(checkpointing, parts):
+    """What learns lies in the midst, behind blocks that nothing leads to and before some that gradients pass through."""
+    net = network(checkpointing)
+    freeze(net, ["out_blocks.1", "out_blocks.4.attn", "norm"])
+    expected = gradients(net, 3)
+    net.forward = Captured(net, parts=parts)
+    found = gradients(net, 3)
+    assert net.forward.recorded is not None and len(net.forward.recorded.parts) == {1: 1, 4: 2}[parts]
+    assert found.keys() == expected.keys() == {name for name, p in net.named_parameters() if p.requires_grad}
+    for name, value in expected.items():
+        error = (found[name].float() - value.float()).norm() / value.float().norm()
+        assert error == 0 if parts == 1 else error < 0.01, f"{name}: {error}"

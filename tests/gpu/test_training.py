@@ -28,6 +28,8 @@ WAYS = {  # how it is computed, never what
     "compile": ["train.compile=true"],
     "reference": ["model.kernels=reference", "model.attention=sdpa"],
 }
+FROZEN = "train.trainable=[label_emb,out_blocks,norm]"
+WAYS |= {f"frozen {way}": [FROZEN, *WAYS[way]] for way in ("plain", "uncaptured", "zero3", "block", "offload")}
 
 
 def losses(way: str, device: str) -> list[float]:
@@ -55,8 +57,9 @@ def test_every_way_gives_the_plain_curve(pytestconfig, cores):
         assert done.returncode == 0, done.stderr[-3000:]
         found |= json.loads(done.stdout.splitlines()[-1])
     for way, curve in found.items():
-        assert curve == pytest.approx(found["plain"], rel=4e-3), way
+        assert curve == pytest.approx(found["frozen plain" if way.startswith("frozen") else "plain"], rel=4e-3), way
     assert found["uncaptured"] == found["plain"]  # to the bit
+    assert found["frozen uncaptured"] == found["frozen plain"] != found["plain"]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import train
 from uvit_fast.training.best import Best
 
 SMALL = ["model.embed_dim=32", "model.depth=2", "sample.steps=2", "train.iterations=4", "device=cpu"]
-MEASURED = ["evaluate.every=2", "evaluate.samples=24", "evaluate.features=digits-fid"]
+MEASURED = ["evaluate.every=2", "evaluate.samples=24", "evaluate.features=digits-fid", "evaluate.held_out=50"]
 
 
 def test_the_best_weights_stay_and_worse_ones_change_nothing(tmp_path):
@@ -24,13 +24,14 @@ def test_the_best_weights_stay_and_worse_ones_change_nothing(tmp_path):
     assert best.offer(a, {"digits-fid": 9.0}, 40)  # another figure: nothing to compare with
 
 
-def test_train_measures_the_ema_weights_every_so_many_steps(tmp_path, monkeypatch, capsys):
+def test_train_measures_samples_and_the_loss_of_held_out_images_every_so_many_steps(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     options = [option for value in [*SMALL, *MEASURED] for option in ("--set", value)]
     assert train.main(["--config", "configs/digits.yaml", "--run-dir", str(tmp_path / "run"), *options]) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4] and all(row["digits-fid"] > 0 for row in rows)
+    assert 0 < rows[1]["held_out_loss"] < rows[0]["held_out_loss"]
     best = json.loads((tmp_path / "run" / "best" / "figures.json").read_text())
     assert best == min(rows, key=lambda row: row["digits-fid"])
     assert "step 4: digits-fid" in capsys.readouterr().err

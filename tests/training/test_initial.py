@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.training import tiny
+from tests.training.test_trainer import with_network
 from uvit_fast.build import build_model, build_objective
 from uvit_fast.config import dump_config
 from uvit_fast.model.uvit import UViT
@@ -15,6 +16,7 @@ from uvit_fast.provenance import UNKNOWN, Provenance
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.training import checkpoint
 from uvit_fast.training.initial import read_start
+from uvit_fast.training.loader import Order, batches
 from uvit_fast.training.trainer import Trainer
 
 
@@ -174,21 +176,37 @@ def test_a_pipelines_folder_is_taken(tmp_path):
 
 
 def trained(run_dir, cfg, fresh=False):
-    """Weights and averages at the beginning and at the end, the first step, and what adam has counted."""
+    """Weights and averages at the beginning and at the end, the first step, what Adam has counted, and the first loss."""
     run = Trainer(cfg, build_model(cfg), build_objective(cfg), tiny.Points(), run_dir, fresh=fresh)
-    first = [run.engine.gather(flat) for flat in (run.engine.partition, run.engine.ema.values)]
+    first = [run.engine.weights(flat) for flat in (run.engine.partition, run.engine.ema.values)]
     begin = run.step, run.samples, run.engine.adam_step
     run.train()
-    return begin, *first, run.engine.gather(run.engine.partition)
+    row = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[0])
+    return begin, *first, run.engine.weights(run.engine.partition), row["loss"]
 
 
-@pytest.mark.parametrize("ranks, settings", [(1, {"precision": "bf16"}), (2, {"zero_stage": 3})])
+def first_loss(cfg, state):
+    """Of a plain network with these weights, on the whole of the first batch."""
+    net = build_model(cfg)
+    net.load_state_dict(state)
+    net.micro_batch, data = cfg.train.batch_size, tiny.Points()
+    raw = next(batches(data, Order(len(data), 0, net.micro_batch, 1, 0, 1, 0, 1), 0, torch.device("cpu")))
+    plain = with_network(cfg, net, data)
+    plain.objective = build_objective(cfg)
+    return Trainer.loss(plain, raw, 0, 0).item()
+
+
+WAYS = [(1, {"precision": "bf16"}), (2, {"zero_stage": 3}), (2, {"zero_stage": 3, "trainable": ["pos_embed"]})]
+
+
+@pytest.mark.parametrize("ranks, settings", WAYS, ids=str)
 def test_a_run_and_its_average_start_there_and_then_go_on_by_themselves(ranks, settings, published, tmp_path):
     """To the bit in the fp32 masters; continued, the run has weights of its own; `--fresh` starts from the file."""
     file, state = published
     cfg = tiny.config(iterations=2, warmup_steps=0, init=str(file), **settings)
-    begin, weights, ema, after = tiny.launch(trained, tmp_path / "run", cfg, ranks=ranks)
+    begin, weights, ema, after, loss = tiny.launch(trained, tmp_path / "run", cfg, ranks=ranks)
     assert begin == (0, 0, 0)
+    assert loss == pytest.approx(first_loss(cfg, state), rel=1e-5 if ranks > 1 else 0.02)  # with the same weights
     for name, value in state.items():
         assert torch.equal(weights[name], value) and torch.equal(ema[name], value)
     assert not torch.equal(after["pos_embed"], state["pos_embed"])
