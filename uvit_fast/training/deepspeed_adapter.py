@@ -87,6 +87,8 @@ class DeepSpeed:
         self.overlaps = world.device.type == "cuda" and world.size > 1  # the backward and its reductions
         if self.stage == 3 and hasattr(model, "fused_classes"):
             package.utils.set_z3_leaf_modules(model, model.fused_classes)
+            if not all(p.requires_grad for p in model.parameters()):
+                _reach_inputs(model, tuple(model.fused_classes))
         learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
         settings = self._settings(train, micro_batch, accumulation, bf16, learning)
         self._engine, self._zero, _, _ = package.initialize(model=model, optimizer=optimizer, config=settings)
@@ -282,6 +284,23 @@ def accelerator() -> Any:
     from deepspeed.accelerator import get_accelerator
 
     return get_accelerator()
+
+
+def _reach_inputs(model: nn.Module, leaves: tuple[type, ...]) -> None:
+    """Have a backward end at an input of each leaf that learns, also where nothing before it does: ZeRO-3 takes a leaf's
+    gradients, and its weights away, when its inputs have their gradients, and without such inputs before it has begun.
+    """
+
+    def reach(module: nn.Module, args: tuple) -> tuple:
+        tensors = [i for i, value in enumerate(args) if isinstance(value, Tensor) and value.is_floating_point()]
+        if not torch.is_grad_enabled() or any(args[i].requires_grad for i in tensors):
+            return args
+        first = tensors[0]
+        return (*args[:first], args[first].detach().requires_grad_(), *args[first + 1 :])
+
+    for module in model.modules():
+        if isinstance(module, leaves) and any(p.requires_grad for p in module.parameters()):
+            module.register_forward_pre_hook(reach)
 
 
 def _missing(owner: Any, names: tuple[str, ...]) -> list[str]:
