@@ -4,14 +4,17 @@
 
 Milliseconds of one forward (as in inference) or one backward, 33024 tokens (128 images of 258), bf16. The GPU is kept busy while
 the calls are queued, so that a launch from Python costs no op anything: in a captured sampler or a training step of H/2 it does not
-either. `ours-sm80` are the kernels of an A100 on this card; `ours-plain` and `ours-sm80-plain` the bare products by our own cores, which say
-what prologues and epilogues cost on either. `block` is a whole block with a long skip, attention included, of 128 images of 258 tokens; `block:host` is the time that Python
+either. `ours-loop` is `ours` as a sampling loop has it, its weights folded beforehand; `ours-fp8` beside it the same of
+e4m3 operands, a LayerNorm's statistics before and all that the next op reads after it, in bf16, e4m3 or both.
+`ours-sm80` are the kernels of an A100 on this card; `ours-plain` and `ours-sm80-plain` the bare products by our own
+cores, which say what prologues and epilogues cost on either. `block` is a whole block with a long skip, attention included, of 128 images of 258 tokens; `block:host` is the time that Python
 takes to queue one, whatever the GPU does.
 """
 
 import argparse
 import functools
 import time
+from collections.abc import Callable
 
 import torch
 import torch._functorch.config as functorch_config
@@ -20,10 +23,15 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from benchmarks.common import RESULTS, Rows
 from uvit_fast.kernels import gemm
+from uvit_fast.kernels.gemm import sm90_fp8
+from uvit_fast.kernels.gemm.fp8 import Made
+from uvit_fast.kernels.layernorm import fold
 from uvit_fast.kernels.layers import Linear, Norm
-from uvit_fast.kernels.ops import linear_residual, ln_linear, ln_mlp, skip_linear
+from uvit_fast.kernels.ops import fp8_block, linear_residual, ln_linear, ln_mlp, skip_linear
+from uvit_fast.kernels.quantise import narrow
 from uvit_fast.kernels.runtime.device import forced
 from uvit_fast.kernels.tools.tune import times
+from uvit_fast.model import ops
 from uvit_fast.model.uvit import Block
 
 TOKENS, BATCH = 33024, 128
@@ -68,7 +76,46 @@ def plain_products(shapes: list[tuple[int, int, int]]):
     return lambda: [gemm.core(a.device).linear(a, b) for a, b in pairs]
 
 
+def in_fp8(D: int) -> dict[str, Callable[[], object]]:
+    """op -> the same from e4m3 operands, as the kernels before leave them, to all that the next reads; {} elsewhere."""
+    if fp8_block.why_not(D, heads(D), 4 * D, torch.device("cuda")):
+        return {}
+    x, side, norm = random(TOKENS, D), random(TOKENS, D), Norm(1 + 0.1 * random(D), 0.1 * random(D))
+    x8, skip8 = narrow(x), narrow(random(TOKENS, D))
+    shapes = {"qkv": (3 * D, D), "proj": (D, D), "fc1": (4 * D, D), "fc2": (D, 4 * D), "skip": (D, 2 * D)}
+    qkv, proj, fc1, fc2, skip = (Linear(random(*shape) * D**-0.5, random(shape[0])) for shape in shapes.values())
+    layers = fp8_block.derive(norm, qkv._replace(bias=None), proj, norm, fc1, fc2, skip, heads(D))
+    leaving = {"side": side, "narrow": True, "sums": True}
+    product = sm90_fp8.product
+
+    def mlp() -> Made:
+        h = product("gelu", x8, layers.fc1, stats=fold.statistics(x), wide=False).narrow
+        return product("residual", h, layers.fc2, **leaving)
+
+    return {
+        "ln_linear": lambda: product("plain", x8, layers.qkv, stats=fold.statistics(x)),
+        "ln_mlp": mlp,
+        "skip_linear": lambda: product("plain", x8, layers.skip, x2=skip8, narrow=True, sums=True),
+        "linear_residual": lambda: product("residual", x8, layers.proj, **leaving),
+        "block": lambda: fp8_block.block(Made(None, x8, None), skip8, layers, BATCH, heads(D)),
+    }
+
+
+def heads(D: int) -> int:
+    return D // 72 if D % 72 == 0 else D // 64
+
+
+def bench_loop(rows: Rows, case: str, ours: Callable[[], object], narrowed: Callable[[], object] | None) -> None:
+    """A forward as a sampling loop has it, nothing derived of the weights anew: in bf16, and in FP8 where that runs."""
+    kw = {"metric": "time", "unit": "ms", "batch": BATCH}
+    with torch.no_grad(), ops.fixed_weights():
+        rows.add(case, "ours-loop", times(ours), dtype="bf16", **kw)
+        if narrowed:
+            rows.add(case, "ours-fp8", times(narrowed), dtype="fp8", **kw)
+
+
 def bench(rows: Rows, D: int, names: list[str]) -> None:
+    narrowed = in_fp8(D)
     for name, (module, args, (forward, backward)) in cases(D).items():
         if name not in names:
             continue
@@ -78,6 +125,7 @@ def bench(rows: Rows, D: int, names: list[str]) -> None:
         for provider, f in providers.items():
             with torch.no_grad():
                 rows.add(f"{name}:fwd:{D}", provider, times(functools.partial(f, *args)), **kw)
+        bench_loop(rows, f"{name}:fwd:{D}", functools.partial(providers["ours"], *args), narrowed.get(name))
         rows.add(f"{name}:fwd:{D}", "cublas", times(cublas(forward)), **kw)
         rows.add(f"{name}:fwd:{D}", "ours-plain", times(plain_products(forward)), **kw)
         with forced(80), torch.no_grad():
@@ -99,11 +147,10 @@ def bench(rows: Rows, D: int, names: list[str]) -> None:
 def bench_block(rows: Rows, D: int) -> None:
     """A whole block: ours, and the published one's ops eager and compiled, all with bf16 weights."""
     x, skip = (random(BATCH, TOKENS // BATCH, D).requires_grad_() for _ in range(2))
-    heads = D // 72 if D % 72 == 0 else D // 64
     kw = {"metric": "time", "unit": "ms", "dtype": "bf16", "batch": BATCH}
     for provider in ("ours", "eager", "compiled"):
         how = ("auto", "auto") if provider == "ours" else ("sdpa", "reference")
-        block = Block(D, heads, 4.0, True, *how).to("cuda", torch.bfloat16)
+        block = Block(D, heads(D), 4.0, True, *how).to("cuda", torch.bfloat16)
         f = torch.compile(block, dynamic=False) if provider == "compiled" else block
         dy = torch.randn_like(f(x, skip))
 
@@ -114,6 +161,8 @@ def bench_block(rows: Rows, D: int) -> None:
 
         with torch.no_grad():
             rows.add(f"block:fwd:{D}", provider, times(functools.partial(f, x, skip)), **kw)
+        if provider == "ours":
+            bench_loop(rows, f"block:fwd:{D}", functools.partial(f, x, skip), in_fp8(D).get("block"))
         rows.add(f"block:fwdbwd:{D}", provider, times(step, repeats=10, cycles=6 * QUEUE_CYCLES), **kw)
         rows.add(f"block:host:{D}", provider, [host_milliseconds(step) for _ in range(10)], **kw)
 

@@ -1,7 +1,7 @@
 """How long do 500 samples of 50 network evaluations take, and how long does a plain call? `python -m benchmarks.bench_sampling`
 
 Cases `<S|M|L|H|USiT>:<batch>:<nocfg|cfg>:<latent|decoded>`, with the published sampler (S: DPM-Solver, USiT: Heun) and the paper's s = 0.4 with cfg.
-Providers: `ours` is the captured loop, `ours-uncaptured` the same without its graph, `ours-sm80` with the kernels of an A100, the peers those of `models.py`; all of them guide
+Providers: `ours` is the captured loop, `ours-fp8` that of e4m3 products, `ours-uncaptured` the same without its graph, `ours-sm80` with the kernels of an A100, the peers those of `models.py`; all of them guide
 in one pass of twice the batch and decode with the same autoencoder, KL-f8 or USiT's DC-f32c32, of random weights, in bf16. A network whose eps is not the
 published one's is not timed.
 
@@ -40,8 +40,8 @@ from uvit_fast.sampling.captured import GraphSampler
 
 SCALE, NULL = 0.4, 1000
 SIZES = "HSLM"  # the most telling first
-LOOPS = ("ours", "eager", "compiled", "torchao-fp8")  # who samples many images at a time
-ALONE = ("ours", "compiled-graphs", "eager", "compiled")  # and few
+LOOPS = ("ours", "ours-fp8", "eager", "compiled", "torchao-fp8")  # who samples many images at a time
+ALONE = ("ours", "ours-fp8", "compiled-graphs", "eager", "compiled")  # and few
 PRESETS = {
     "all": ["*"],
     "peers": [
@@ -93,7 +93,7 @@ class Case(NamedTuple):
     @property
     def captured(self) -> bool:
         """Whether it is our captured loop."""
-        return self.provider in ("ours", "ours-sm80")
+        return self.provider in ("ours", "ours-fp8", "ours-sm80")
 
     @property
     def name(self) -> str:
@@ -292,7 +292,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="all", help="presets and patterns, with commas")
     parser.add_argument("--sizes", default=",".join((*SIZES, *models.OTHERS)))
-    parser.add_argument("--providers", default=",".join(("ours", "ours-uncaptured", "ours-sm80", *models.PEERS)))
+    parser.add_argument(
+        "--providers", default=",".join(("ours", "ours-fp8", "ours-uncaptured", "ours-sm80", *models.PEERS))
+    )
     parser.add_argument("--batches", default="500,50,8,1")
     parser.add_argument("--guidance", default="nocfg,cfg")
     parser.add_argument("--decoding", default="latent,decoded")
@@ -306,7 +308,7 @@ def main() -> None:
     rows, began = Rows("sampling", args.out), time.monotonic()
     patterns = [p for name in args.cases.split(",") for p in PRESETS.get(name, [name])]
     axes = [option.split(",") for option in (args.sizes, args.providers, args.decoding, args.batches, args.guidance)]
-    axes[1] = models.installed(axes[1])
+    axes[1] = models.runnable(axes[1], args.device)
     every = [
         Case(size, int(batch), guided == "cfg", decoding == "decoded", provider)
         for size in axes[0]

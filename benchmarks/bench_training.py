@@ -195,7 +195,7 @@ def main() -> None:
     asked = EVERY if args.cases == "all" else args.cases.replace(",", " ").split()
     if unknown := [case for case in asked if case not in EVERY]:
         parser.error(f"--cases: expected some of {' '.join(EVERY)}; got {' '.join(unknown)}")
-    providers, sizes = models.installed(args.providers.split(",")), args.sizes.split(",")
+    providers, sizes = models.runnable(args.providers.split(","), args.device), args.sizes.split(",")
     asked = [case for case in asked if case.split(":")[0] in sizes and case.split(":")[2] in providers]
     rows, began, left_out, failed = Rows("training", args.out), time.monotonic(), [], []
     if args.missing:

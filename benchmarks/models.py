@@ -1,6 +1,6 @@
 """The networks that whole-model benchmarks run, by provider: ours, and the published network as its users run it today.
 
-All have bf16 weights, the same ones for a size. The peers call the published network's layers, with cuDNN's attention where it is
+`ours-fp8` samples with its blocks' products of e4m3 operands. All have bf16 weights, the same ones for a size. The peers call the published network's layers, with cuDNN's attention where it is
 faster than PyTorch's own choice: `eager`; `compiled`, torch.compile block by block; `compiled-graphs`, the whole network under
 torch.compile(mode="reduce-overhead"); `torchao-fp8`, the blocks' linear layers in float8 by torchao, compiled block by block.
 """
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from uvit_fast import build_model, load_config
 from uvit_fast.build import build_objective
 from uvit_fast.config import Config
+from uvit_fast.kernels.ops import fp8_block
 from uvit_fast.kernels.runtime.device import forced
 from uvit_fast.model.attention import attend
+from uvit_fast.model.fp8 import Fp8UViT
 from uvit_fast.model.uvit import Block
 
 CONFIGS = {"S": "s2_cifar10", "M": "m4_64", "L": "l2_256", "H": "h2_256"}
@@ -64,6 +66,8 @@ def model(
     torch.manual_seed(0)
     with torch.device(device):  # initialised there, which is minutes less for the large ones
         net = build_model(cfg).to(torch.bfloat16).train(training)
+    if provider == "ours-fp8":
+        return Fp8UViT(net)
     if provider.startswith("ours"):
         return net
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # and not quietly eager
@@ -77,12 +81,19 @@ def model(
     return torch.compile(net, mode="reduce-overhead", dynamic=False) if provider == "compiled-graphs" else net
 
 
-def installed(providers: Sequence[str]) -> list[str]:
-    """Those whose packages are there; says which are left out."""
-    if "torchao-fp8" not in providers or find_spec("torchao"):
-        return [*providers]
-    print("left out: torchao-fp8, which needs torchao: pip install torchao==0.17.0", flush=True)
-    return [provider for provider in providers if provider != "torchao-fp8"]
+def runnable(providers: Sequence[str], device: torch.device | str = "cuda") -> list[str]:
+    """Those whose packages are there and whose kernels are for the device; says which are left out."""
+    reasons = {
+        "torchao-fp8": lambda: None if find_spec("torchao") else "it needs torchao: pip install torchao==0.17.0",
+        "ours-fp8": lambda: fp8_block.why_not(1152, 16, 4608, torch.device(device)),
+    }
+    found = []
+    for provider in providers:
+        if reason := provider in reasons and reasons[provider]():
+            print(f"left out: {provider}: {reason}", flush=True)
+        else:
+            found.append(provider)
+    return found
 
 
 def in_float8(block: nn.Module, training: bool) -> None:
@@ -166,7 +177,9 @@ class Agreement:
 
         Raises:
             RuntimeError: the error is more than twice the published network's own in bf16, or in float8 twice the
-                rounding of a value with three bits of mantissa.
+                largest rounding of a value with three bits of mantissa, 2^-4. Float8 costs an eps about that rounding
+                itself (6e-2 of S/2 with random weights, results/fp8_quality.csv), ten times bf16's error: what is off
+                by less than that, this cannot see; tests/gpu/test_fp8.py can.
         """
         few, inputs = min(FEW, batch), images(self.cfg, batch, self.device)
         for values, some in zip(inputs, self.inputs):

@@ -15,6 +15,7 @@ COLOURS = {  # told apart by the colour-blind too (Okabe and Ito)
     "compiled": "#e69f00",
     "torchao-fp8": "#cc79a7",
     "ours": "#009e73",
+    "ours-fp8": "#0072b2",
     "cublas": "#cc79a7",
     "cudnn": "#0072b2",
     "flash_attn": "#d55e00",
@@ -54,6 +55,7 @@ def bars(ax: Any, groups: list[str], series: dict[str, list[float | None]], colo
 def sampling(results: Results) -> Any | None:
     """Seconds for 500 samples without guidance, as latents."""
     providers = {"eager": "eager", "compiled": "compiled", "torchao float8, compiled": "torchao-fp8", "ours": "ours"}
+    providers["ours, FP8"] = "ours-fp8"
     series: dict[str, list[float | None]] = {"appendix, A100": list(SAMPLING_A100.values())}
     for label, provider in providers.items():
         best = [results.best(size, False, False, provider) for size in SAMPLING_A100]

@@ -37,7 +37,7 @@ def jobs(sizes: Iterable[str], what: Iterable[str]) -> list[Job]:
         found += [
             Job(size, who, batch, None)
             for batch in (500, 1, 50, 8, 1000, 2)
-            for who in ("ours", "compiled")
+            for who in ("ours", "ours-fp8", "compiled")
             for size in sizes
         ]
     if "training" in what:
@@ -91,11 +91,11 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of the configs")
     args = parser.parse_args()
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # of each worker
-    from benchmarks.models import installed  # whose torch reads the line above
+    from benchmarks.models import runnable  # whose torch reads the line above
 
     began, failed = time.monotonic(), 0
     asked = jobs(args.sizes.split(","), args.what.split(","))
-    there = installed({job.provider: None for job in asked})
+    there = runnable({job.provider: None for job in asked}, args.device)
     asked = [job for job in asked if job.provider in there]
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(compile_one, job, args.device, args.set): job for job in asked}

@@ -21,7 +21,8 @@ HERE = Path(__file__).parent
 REPORT, PLOTS = "REPORT.md", "plots"
 ORDERED = [*models.CONFIGS, *models.OTHERS]  # sizes
 MANY = ("eager", "compiled", "torchao-fp8")  # peers with many images
-ORDER = ("ours", "ours-uncaptured", *models.PEERS, "cublas")
+OURS = ("ours", "ours-fp8")
+ORDER = (*OURS, "ours-uncaptured", *models.PEERS, "cublas")
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -67,11 +68,17 @@ def picture(name: str, says: str, folder: Path) -> Iterator[str]:
         yield from (f"![{says}]({PLOTS}/{name}.png)", "")
 
 
+def _times(results: Results, question: str, case: str) -> list[str]:
+    """How many times faster than the best peer ours is, in bf16 and in FP8."""
+    return [over(results.peer(question, case, "time", who)) for who in OURS]
+
+
 def sampling(results: Results, folder: Path) -> Iterator[str]:
     yield from ("## Sampling: 500 images, 50 evaluations", "")
     yield from (
         "Seconds, each at the batch that was fastest for it. Appendix: the paper's figures on an A100, with guidance twice those "
-        "without, as it says; batch, precision and decoding are unstated there. Batch, GB (at the peak) and what follows are ours. MFU: FLOPs of the "
+        "without, as it says; batch, precision and decoding are unstated there. Batch, GB (at the peak) and what follows are ours in bf16. In FP8: "
+        "with e4m3 products, which change what is sampled a little ([`docs/fp8.md`](../docs/fp8.md)). MFU: FLOPs of the "
         "network's products over the data sheet's dense bf16 peak; of ceiling: over the matrix product of the same run. A100, "
         "estimate: the same MFU of an A100's 312 TFLOP/s; it was not run on one.",
         "",
@@ -82,11 +89,11 @@ def sampling(results: Results, folder: Path) -> Iterator[str]:
         for guided in (False, True):
             for size in ORDERED:
                 appendix = SAMPLING_A100.get(size)
-                found = {p: results.best(size, guided, decoded, p) for p in ("ours", *models.PEERS)}
+                found = {p: results.best(size, guided, decoded, p) for p in (*OURS, *models.PEERS)}
                 if not any(found.values()):
                     continue
                 seconds = {p: best[0] if best else None for p, best in found.items()}
-                ours, rate = seconds.pop("ours"), None
+                (ours, narrow), rate = (seconds.pop(p) for p in OURS), None
                 name, best = min(
                     ((n, s) for n, s in seconds.items() if s), key=lambda pair: pair[1], default=("", None)
                 )
@@ -99,12 +106,13 @@ def sampling(results: Results, folder: Path) -> Iterator[str]:
                 what = f"{size}, {'guided' if guided else 'no guidance'}, {'decoded' if decoded else 'latents'}"
                 rows.append([
                     what, number(appendix and appendix * (2 if guided else 1)), *(number(seconds[p]) for p in MANY), number(ours),
-                    over(best and Peer(name, best, ours and best / ours)), str(batch or "–"),
+                    over(best and Peer(name, best, ours and best / ours)), number(narrow),
+                    over(best and Peer(name, best, narrow and best / narrow)), str(batch or "–"),
                     number(results.value("sampling", case, "ours", "peak")), percent(rate, peak),
                     percent(rate, results.ceiling("sampling", "matmul")), number(estimate),
                 ])  # fmt: skip
     if rows:
-        header = "ours | over best peer | batch | GB | MFU | of ceiling | A100, estimate"
+        header = "ours | over best peer | in FP8 | over best peer | batch | GB | MFU | of ceiling | A100, estimate"
         yield from markdown(["", "appendix, A100", *MANY, *header.split(" | ")], rows)
     if results.extrapolated():
         yield from (results.extrapolated(), "")
@@ -117,11 +125,9 @@ def sampling(results: Results, folder: Path) -> Iterator[str]:
         rows = []
         for case in order:
             scale = 2 * few[case].batch  # from seconds of 500 images to milliseconds of a batch
-            values = (results.value("sampling", case, p, "time") for p in ("ours", *models.PEERS))
-            rows.append(
-                [case, *(number(v and v * scale) for v in values), over(results.peer("sampling", case, "time"))]
-            )
-        yield from markdown(["", "ours", *models.PEERS, "over best peer"], rows)
+            values = (results.value("sampling", case, p, "time") for p in (*OURS, *models.PEERS))
+            rows.append([case, *(number(v and v * scale) for v in values), *_times(results, "sampling", case)])
+        yield from markdown(["", *OURS, *models.PEERS, "over best peer", "in FP8"], rows)
     calls = [case for case in results.cases("sampling") if case.startswith("forward:")]
     if calls:
         yield from (
@@ -130,9 +136,9 @@ def sampling(results: Results, folder: Path) -> Iterator[str]:
         )
         rows = []
         for case in sorted(calls, key=lambda case: (int(case.split(":")[2]), ORDERED.index(case.split(":")[1]))):
-            values = (number(results.value("sampling", case, p, "time")) for p in ("ours", *models.PEERS))
-            rows.append([case, *values, over(results.peer("sampling", case, "time"))])
-        yield from markdown(["", "ours", *models.PEERS, "over best peer"], rows)
+            values = (number(results.value("sampling", case, p, "time")) for p in (*OURS, *models.PEERS))
+            rows.append([case, *values, *_times(results, "sampling", case)])
+        yield from markdown(["", *OURS, *models.PEERS, "over best peer", "in FP8"], rows)
     yield from measured_on(results, "sampling", "python -m benchmarks.bench_sampling")
 
 
@@ -192,7 +198,8 @@ def ops(results: Results, folder: Path) -> Iterator[str]:
     yield from ("## The fused ops", "")
     yield from (
         "Milliseconds at batch 128: 33,024 tokens, width D. cuBLAS: its matrix products alone, without what is fused with them. Of "
-        "cuBLAS: that time over ours.",
+        "cuBLAS: that time over ours. In a loop: ours with the weights' folding done before, as while sampling; in FP8: the same "
+        "from e4m3 operands to what the next op reads, and that loop's time over it.",
         "",
     )
     yield from picture("ops", "Time of the fused ops at D = 1152 over eager", folder)
@@ -200,12 +207,15 @@ def ops(results: Results, folder: Path) -> Iterator[str]:
     for case in sorted(results.cases("ops"), key=lambda case: -int(case.split(":")[2])):
         op, part, width = case.split(":")
         found = {p: results.value("ops", case, p, "time") for p in ("ours", "eager", "compiled", "cublas")}
+        loop, narrow = (results.value("ops", case, p, "time") for p in ("ours-loop", "ours-fp8"))
         rows.append([
             f"{op} {part}, D = {width}", *map(number, found.values()), over(results.peer("ops", case, "time")),
-            percent(found["cublas"], found["ours"]),
+            percent(found["cublas"], found["ours"]), number(loop), number(narrow), times(loop, narrow),
         ])  # fmt: skip
     if rows:
-        header = "op | ours | eager | compiled | cuBLAS | over best peer | of cuBLAS"
+        header = (
+            "op | ours | eager | compiled | cuBLAS | over best peer | of cuBLAS | in a loop | in FP8 | FP8 over bf16"
+        )
         yield from markdown(header.split(" | "), rows)
     yield from measured_on(results, "ops", "python -m benchmarks.bench_ops")
 

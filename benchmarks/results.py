@@ -75,13 +75,13 @@ class Results:
                 return float(row["p50"])
         return None
 
-    def peer(self, question: str, case: str, metric: str) -> Peer | None:
-        """The best peer of a case; None where none was measured."""
+    def peer(self, question: str, case: str, metric: str, who: str = "ours") -> Peer | None:
+        """The best peer of a case, and how many times better `who` of ours is; None where none was measured."""
         rows = [row for row in self.rows.get(question, []) if (row["case"], row["metric"]) == (case, metric)]
         found = [(float(row["p50"]), row["provider"]) for row in rows if not row["provider"].startswith(NO_PEERS)]
         if not found:
             return None
-        more, ours = rows[0]["unit"] in MORE_IS_BETTER, self.value(question, case, "ours", metric)
+        more, ours = rows[0]["unit"] in MORE_IS_BETTER, self.value(question, case, who, metric)
         value, name = (max if more else min)(found)
         return Peer(name, value, ours and (ours / value if more else value / ours))
 

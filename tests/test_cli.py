@@ -463,6 +463,14 @@ def test_two_processes_finish_what_one_began(checkpoint, tmp_path, monkeypatch):
             "expected --out to name a folder or a .png",
         ),
         (["sample", "--config", DIGITS, "--set", "device=cuda"], "no CUDA device was found"),
+        (
+            ["sample", "--config", DIGITS, "--precision", "fp8"],
+            "sample.precision=fp8: its kernels are for compute capability 9.0 (H100, H200); expected bf16",
+        ),
+        (
+            ["sample", "--config", "configs/unet_adm_256.yaml", "--precision", "fp8"],
+            "sample.precision=fp8: its kernels are U-ViT's, unet_adm_256 is a U-Net; expected bf16",
+        ),
         (["sample", "--config", DIGITS, "--checkpoint", "x.pth"], "--checkpoint x.pth: no such file or folder"),
         (["sample", "--config", DIGITS, "--checkpoint", "x" * 5000], "xxx…: no such file or folder"),
         (["sample", "--config", "x" * 5000], "expected a config file (File name too long)"),

@@ -30,6 +30,11 @@ def why_not(width: int, heads: int, hidden: int, device: torch.device) -> str | 
     """Return why a device cannot run such blocks; None where it can."""
     if device.type != "cuda" or architecture(device) != 90:
         return "its kernels are for compute capability 9.0 (H100, H200)"
+    return unfit(width, heads, hidden)
+
+
+def unfit(width: int, heads: int, hidden: int) -> str | None:
+    """Return why no such block can be derived, for the kernels or for `REFERENCE`; None where it can."""
     if width % 64 or hidden % 64:
         return f"the widths {width} and {hidden} must be multiples of 64"
     if width % heads or not 64 <= width // heads <= 80 or width // heads % 8:

@@ -1,9 +1,13 @@
 """The peers are the published network, and what is told apart is told apart."""
 
+import functools
+
 import pytest
 import torch
 
 from benchmarks import models
+from uvit_fast.kernels.ops import fp8_block
+from uvit_fast.model.fp8 import Fp8UViT
 
 TINY = ["model.embed_dim=64", "model.num_heads=1", "model.depth=4", "model.img_size=16"]
 
@@ -26,7 +30,14 @@ def test_ours_and_a_peer_have_the_same_weights_and_compute_the_same(published):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("provider", ["compiled", "torchao-fp8"])
+def test_ours_in_fp8_is_told_from_bf16_and_agrees(published, monkeypatch):
+    monkeypatch.setattr(models, "Fp8UViT", functools.partial(Fp8UViT, by=fp8_block.REFERENCE))
+    assert 4 * published.own < published.check(network("ours-fp8"), "ours-fp8", 6) < 2**-4
+    assert models.dtype("ours-fp8") == "fp8"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("provider", ["compiled", "torchao-fp8", "ours-fp8"])
 def test_a_block_too_few_is_seen_in_bf16_and_in_float8(published, provider):
     net = network("eager")
     net.blocks[1].compute = lambda x, skip, sums: (x, None)
@@ -45,7 +56,9 @@ def test_blocks_are_compiled_one_by_one_and_graphs_whole(monkeypatch):
     assert len(compiled) == 5 and whole == [{"mode": "reduce-overhead", "dynamic": False}]
 
 
-def test_without_torchao_its_peer_is_left_out_and_said(monkeypatch, capsys):
+def test_what_cannot_run_is_left_out_and_said(monkeypatch, capsys):
     monkeypatch.setattr(models, "find_spec", lambda name: None)
-    assert models.installed(["ours", "torchao-fp8"]) == ["ours"] and models.installed(["eager"]) == ["eager"]
-    assert "needs torchao: pip install torchao" in capsys.readouterr().out
+    assert models.runnable(["ours", "torchao-fp8"]) == ["ours"] and models.runnable(["eager"]) == ["eager"]
+    assert "torchao-fp8: it needs torchao: pip install torchao" in capsys.readouterr().out
+    assert models.runnable(["ours", "ours-fp8"], "cpu") == ["ours"]
+    assert "ours-fp8: its kernels are for compute capability 9.0" in capsys.readouterr().out

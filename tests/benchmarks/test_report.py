@@ -56,15 +56,16 @@ def test_an_a100_is_estimated_at_the_same_mfu_and_the_best_batch_counts(tmp_path
         ("H:500:nocfg:latent", "ours", "peak", 9.0),
         ("H:500:nocfg:latent", "eager", "time", 18.0),
         ("H:500:nocfg:latent", "torchao-fp8", "time", 12.6),
+        ("H:500:nocfg:latent", "ours-fp8", "time", 7.0),
         ("H:500:cfg:decoded", "ours", "time", 30.0),
         ("warm-up", "ours", "time", 1.0),  # of another form
     ]
     text = report.text(results(tmp_path / "results", "sampling", *rows), tmp_path)
-    _, appendix, eager, compiled, fp8, ours, over, batch, peak, mfu, ceiling, a100 = cells(
+    _, appendix, eager, compiled, fp8, ours, over, narrow, narrow_over, batch, peak, mfu, ceiling, a100 = cells(
         text, "H, no guidance, latents"
     )
-    assert (appendix, eager, compiled, fp8, ours, over, batch, peak) == (
-        "89.0", "18.0", "–", "12.6", "12.0", "1.05× torchao-fp8", "500", "9.00",
+    assert (appendix, eager, compiled, fp8, ours, over, narrow, narrow_over, batch, peak) == (
+        "89.0", "18.0", "–", "12.6", "12.0", "1.05× torchao-fp8", "7.00", "1.80× torchao-fp8", "500", "9.00",
     )  # fmt: skip
     rate = 500 * 50 * image_flops("H") / 12
     assert mfu == f"{rate / 989e12:.0%}" and ceiling == f"{rate / 800e12:.0%}"
@@ -124,12 +125,13 @@ def test_few_images_and_plain_calls_stand_beside_their_best_peer(tmp_path):
         ("H:8:nocfg:latent", "compiled-graphs", "time", 20.0),
         ("H:8:nocfg:latent", "eager", "time", 30.0),
         ("forward:H:8", "ours", "time", 40.0),
+        ("forward:H:8", "ours-fp8", "time", 20.0),
         ("forward:H:8", "eager", "time", 10.0),
     ]
     text = report.text(results(tmp_path / "results", "sampling", *rows), tmp_path)
-    loop = ["H:8:nocfg:latent", "288", "480", "–", "320", "–", "1.11× compiled-graphs"]  # ms of a loop of 8 images
-    assert cells(text, "H:8:nocfg:latent") == loop
-    assert cells(text, "forward:H:8") == ["forward:H:8", "40.0", "10.0", "–", "–", "–", "0.25× eager"]
+    loop = ["288", "–", "480", "–", "320", "–", "1.11× compiled-graphs", "–"]  # ms of a loop of 8 images
+    assert cells(text, "H:8:nocfg:latent")[1:] == loop
+    assert cells(text, "forward:H:8")[1:] == ["40.0", "20.0", "10.0", "–", "–", "–", "0.25× eager", "0.50× eager"]
 
 
 def test_memory_stands_beside_the_published_figure(tmp_path):

@@ -12,7 +12,7 @@ from benchmarks.results import Results
 from tests.recorded import RecordedGraphs
 
 TINY = ["model.embed_dim=64", "model.num_heads=1", "model.depth=2"]
-PROVIDERS = ["ours", "ours-uncaptured", *models.PEERS]
+PROVIDERS = ["ours", "ours-fp8", "ours-uncaptured", *models.PEERS]
 EVERY = [Case(*c) for c in itertools.product("SMLH", (1, 8, 50, 500), (False, True), (False, True), PROVIDERS)]
 
 
@@ -44,10 +44,10 @@ def test_the_essential_cases_hold_the_aims_and_their_peers():
 
 def test_every_size_and_batch_has_its_peers_and_the_most_telling_come_first():
     cases = select(bench_sampling.PRESETS["peers"], EVERY)
-    assert [(c.size, c.batch) for c in cases[:32]] == [(s, b) for s in "HSLM" for b in (500, 1) for _ in range(4)]
+    assert [(c.size, c.batch) for c in cases[:40]] == [(s, b) for s in "HSLM" for b in (500, 1) for _ in range(5)]
     for size, batch in itertools.product("SMLH", (500, 50, 8, 1)):
         few = {"compiled-graphs"} if batch <= models.MOST_IN_GRAPHS else set()
-        wanted = {"ours", "eager", "compiled", "torchao-fp8"} | few
+        wanted = {"ours", "ours-fp8", "eager", "compiled", "torchao-fp8"} | few
         assert {c.provider for c in cases if c[:4] == (size, batch, False, False)} == wanted
 
 

@@ -202,6 +202,14 @@ def test_samples_that_are_nan_are_refused(run, checkpoint, capsys):
         (["--reference", "FILE", "--samples", "FILE", "--inception", "x.pth"], "x.pth: no such Inception weight file"),
         (["--reference", "FILE", "--samples", "FILE", "--features", "digits-fid"], "a YAML whose data have labels"),
         (["--reference", "configs/h2_256.yaml", "--samples", "FILE"], "expected data of images, got latents"),
+        (
+            ["--reference", "FILE", "--samples", "FILE", "--precision", "fp8"],
+            "--precision is of samples that are drawn",
+        ),
+        (
+            ["--reference", "FILE", "--config", DIGITS, "--checkpoint", "WEIGHTS", "--precision", "fp8"],
+            "its kernels are for compute capability 9.0 (H100, H200); expected bf16",
+        ),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_two(run, arguments, words, weights, tmp_path, capsys):

@@ -37,6 +37,8 @@ def test_it_is_refused_where_it_cannot_run(tmp_path):
         fp8.Fp8UViT(network())
     with pytest.raises(UserError, match="expected a network in bfloat16, got torch.float32"):
         fp8.Fp8UViT(network().float(), fp8_block.REFERENCE)
+    with pytest.raises(UserError, match="head dim must be 64, 72 or 80, got 32; expected bf16"):  # nor its arithmetic
+        fp8.Fp8UViT(UViT(**SIZES | {"num_heads": 4}).bfloat16(), fp8_block.REFERENCE)
     changed = network()
     changed.mid_block.mlp.fc1.register_forward_hook(lambda *_: None)
     with pytest.raises(UserError, match="block 2 was changed"):
@@ -53,3 +55,16 @@ def test_widths_that_no_kernel_takes_are_named(monkeypatch):
     assert fp8_block.why_not(1152, 16, 4608, hopper) is None and fp8_block.why_not(512, 8, 2048, hopper) is None
     assert "multiples of 64" in fp8_block.why_not(96, 4, 384, hopper)
     assert "head dim must be 64, 72 or 80, got 32" in fp8_block.why_not(512, 16, 2048, hopper)
+
+
+def test_networks_that_no_kernel_takes_are_named(monkeypatch):
+    monkeypatch.setattr(fp8_block, "architecture", lambda device: 90)
+    hopper, published = (
+        torch.device("cuda"),
+        [f"configs/{name}.yaml" for name in ("h4_512", "s2deep_coco", "s2_cifar10")],
+    )
+    for name in published:
+        fp8.check(load_config(name).model, hopper)
+    for override, words in (("img_size=128", "takes at most 512 tokens, got 4098"), ("skip=add", "model.skip=add")):
+        with pytest.raises(UserError, match=f"sample.precision=fp8: .*{words}.*; expected bf16"):
+            fp8.check(load_config("configs/h2_256.yaml", [f"model.{override}"]).model, hopper)

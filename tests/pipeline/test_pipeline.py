@@ -13,6 +13,8 @@ from uvit_fast.config import Config
 from uvit_fast.data.autoencoders import vae_identity
 from uvit_fast.data.encoders import load_clip
 from uvit_fast.diffusion.guidance import Guidance
+from uvit_fast.kernels.ops import fp8_block
+from uvit_fast.model.fp8 import Fp8UViT
 from uvit_fast.pipeline import UViTModel, UViTPipeline, make_pipeline
 from uvit_fast.provenance import Provenance, read
 from uvit_fast.sampling.captured import GraphSampler
@@ -406,6 +408,11 @@ def test_unconditional_models_take_a_number_of_images():
             "batch_size: the pipeline takes no such argument; expected num_images",
         ),
         ({"class_labels": [1], "num_inference_step": 2}, "did you mean num_inference_steps"),
+        ({"class_labels": [1], "precision": "fp16"}, "precision: expected bf16 or fp8, got 'fp16'"),
+        (
+            {"class_labels": [1], "precision": "fp8"},
+            "fp8: its kernels are for compute capability 9.0 .*; expected bf16",
+        ),
         (
             {
                 "class_labels": [1],
@@ -419,3 +426,24 @@ def test_unconditional_models_take_a_number_of_images():
 def test_bad_input_is_one_clear_error(arguments, words):
     with pytest.raises(ValueError, match=words):
         latent_pipeline()(**arguments)
+
+
+def test_fp8_is_derived_once_and_anew_where_the_weights_have_changed(monkeypatch):
+    derived = []
+
+    def derive(net):
+        derived.append(net)
+        return Fp8UViT(net, fp8_block.REFERENCE)
+
+    monkeypatch.setattr("uvit_fast.pipeline.pipeline.Fp8UViT", derive)
+    pipe = latent_pipeline("h2_256", "model.embed_dim=64", "model.num_heads=1").to(torch.bfloat16)
+
+    def call(**how):
+        return pipe(class_labels=[1], generator=seeded(), output_type="latent", **how).images
+
+    wide, first, again = call(), call(precision="fp8"), call(precision="fp8")
+    assert torch.equal(first, again) and len(derived) == 1
+    assert 0 < (first - wide).norm() < 0.2 * wide.norm()
+    with torch.no_grad():
+        pipe.model.norm.weight.mul_(2)
+    assert not torch.equal(call(precision="fp8"), first) and len(derived) == 2

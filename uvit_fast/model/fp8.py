@@ -12,23 +12,28 @@ import torch.nn as nn
 from torch import Tensor
 
 from uvit_fast.kernels.gemm.fp8 import Made
-from uvit_fast.kernels.ops import fp8_block
+from uvit_fast.kernels.ops import attention, fp8_block
 from uvit_fast.model.uvit import Block, UViT
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.hooks import hooked, hooked_everywhere
 
 
-def check(model: Any, device: torch.device) -> None:
+def check(model: Any, device: torch.device | None) -> None:
     """Refuse what the kernels are not for.
 
     Args:
         model: a UViT, or what it is made of by name.
+        device: that runs it; None: any, by `fp8_block.REFERENCE`.
 
     Raises:
-        UserError: another device than of compute capability 9.0, or widths that no kernel takes.
+        UserError: another device than of compute capability 9.0, or widths or a number of tokens that no kernel takes.
     """
-    hidden = int(model.embed_dim * model.mlp_ratio)
-    reason = fp8_block.why_not(model.embed_dim, model.num_heads, hidden, device)
+    widths = (model.embed_dim, model.num_heads, int(model.embed_dim * model.mlp_ratio))
+    reason = fp8_block.unfit(*widths) if device is None else fp8_block.why_not(*widths, device)
+    extras = 1 + bool(model.num_classes) + (model.context_tokens if model.context_dim else 0)
+    tokens = extras + (model.img_size // model.patch_size) ** 2
+    if reason is None and tokens > attention.LONGEST:
+        reason = f"its attention takes at most {attention.LONGEST} tokens, got {tokens}"
     if reason is None and model.skip == "add":
         reason = "skips that are added (model.skip=add) go through no product"
     if reason:
@@ -48,8 +53,7 @@ class Fp8UViT(nn.Module):
 
     def __init__(self, net: UViT, by: fp8_block.Arithmetic = fp8_block.KERNELS):
         super().__init__()
-        if by is fp8_block.KERNELS:
-            check(net, net.pos_embed.device)
+        check(net, net.pos_embed.device if by is fp8_block.KERNELS else None)
         if net.pos_embed.dtype != torch.bfloat16:
             raise UserError(f"sample.precision=fp8: expected a network in bfloat16, got {net.pos_embed.dtype}")
         if hooked(net) or hooked_everywhere():
