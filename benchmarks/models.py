@@ -178,7 +178,7 @@ class Agreement:
         Raises:
             RuntimeError: the error is more than twice the published network's own in bf16, or in float8 twice the
                 largest rounding of a value with three bits of mantissa, 2^-4. Float8 costs an eps about that rounding
-                itself (6e-2 of S/2 with random weights, results/fp8_quality.csv), ten times bf16's error: what is off
+                itself (with random weights 6e-2 of S/2, 9e-2 of L/2 and H/2, an H200), ten times bf16's: what is off
                 by less than that, this cannot see; tests/gpu/test_fp8.py can.
         """
         few, inputs = min(FEW, batch), images(self.cfg, batch, self.device)
