@@ -153,6 +153,13 @@ def test_overrides_win_over_the_file_and_its_base():
             ["sample.sampler heun solves the ODE of a flow", "with vp expected one of the DPM-Solvers"],
         ),
         ("sample.shift=3", ["sample.shift moves times", "needs diffusion.schedule flow"]),
+        ("train.init_replace=[label_emb]", ["train.init_replace needs train.init"]),
+        ("train.trainable=[]", ["train.trainable", "at least 1"]),
+        ("train.trainable={a: 1}", ["train.trainable", "got {'a': 1}"]),
+        ("evaluate={every: 5, held_out: 0}", ["evaluate.held_out: expected a number of images from 1", "got 0"]),
+        ("evaluate={every: 5, held_out: [3]}", ["evaluate.held_out: expected a number of images", "got [3]"]),
+        ("evaluate={every: 5, held_out: yes}", ["evaluate.held_out: expected a number"]),
+        ("evaluate={every: 5, samples: 0}", ["evaluate", "samples 0 leaves nothing to evaluate"]),
     ],
 )
 def test_a_wrong_key_or_value_is_named_with_what_was_expected(override, words):
@@ -177,6 +184,18 @@ def test_the_paper_is_the_default_and_a_flows_velocity_that_of_a_flow():
     for override in ("sample.sampler=euler_maruyama", "sample.sampler=heun", "sample.spacing=karras"):
         with pytest.raises(ConfigError, match="sample.s"):
             load_config(path, ["diffusion.schedule=flow", "sample.sampler=euler", "sample.spacing=time", override])
+
+
+def test_fine_tuning_takes_names_and_draws_no_samples_unless_asked(monkeypatch, tmp_path):
+    """One name needs no brackets; a path is absolute; held-out loss alone needs no Inception."""
+    monkeypatch.chdir(tmp_path)
+    cfg = load_config(CONFIGS / "finetune_256.yaml", ["train.trainable=norm", "train.init_replace=label_emb"])
+    assert (cfg.train.trainable, cfg.train.init_replace) == (("norm",), ("label_emb",))
+    assert cfg.train.init == f"{tmp_path}/imagenet256_uvit_huge.pth" and cfg.null_label == 10
+    assert (cfg.evaluate.held_out, cfg.evaluate.drawn) == (100, 0)
+    both = load_config(CONFIGS / "finetune_256.yaml", ["evaluate.held_out=mine", "evaluate.samples=64"]).evaluate
+    assert (both.held_out, both.drawn) == (f"{tmp_path}/mine", 64)
+    assert load_config(CONFIGS / "digits.yaml", ["evaluate.every=1"]).evaluate.drawn == 10_000
 
 
 def test_overrides_may_be_a_mapping():
