@@ -22,6 +22,7 @@ test-kernel: .venv/test.done  ## one op: interpreter, contracts and, with a GPU,
 lint: .venv/test.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 
 format: .venv/test.done
 	$(BIN)/ruff check --fix .

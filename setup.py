@@ -43,6 +43,7 @@ setup(
             "pytest",
             "pytest-benchmark",
             "ruff",
+            "mypy",
             "scikit-learn",
             "scikit-image",  # photographs
             "nvidia-dali-cuda130; platform_system == 'Linux'",

@@ -13,6 +13,7 @@ import argparse  # noqa: E402
 import time  # noqa: E402
 import warnings  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
 
 from uvit_fast.commands.arguments import Parser  # noqa: E402
 from uvit_fast.config import Config, load_config  # noqa: E402
@@ -64,10 +65,14 @@ def train(cfg: Config, run_dir: Path, fresh: bool) -> None:
         model, objective = build_model(cfg), build_objective(cfg)
         dataset, held_out = hold_out(cfg, build_dataset(cfg))
     learned_from = Provenance.of(dataset, cfg.model.num_classes > 0)
-    looks: list = []
-    world.on_first(lambda: looks.extend((training_preview(cfg, learned_from), training_evaluation(cfg, learned_from))))
+    looks: dict[str, Any] = {}  # rank 0's
+    world.on_first(
+        lambda: looks.update(
+            preview=training_preview(cfg, learned_from), measure=training_evaluation(cfg, learned_from)
+        )
+    )
     about = world.on_first(lambda: summary(cfg, model, dataset, world))
-    trainer = Trainer(cfg, model, objective, dataset, run_dir, *looks, fresh=fresh, held_out=held_out)
+    trainer = Trainer(cfg, model, objective, dataset, run_dir, **looks, fresh=fresh, held_out=held_out)
     if world.rank == 0 and trainer.step < cfg.train.iterations:
         say(about)
     trainer.train()

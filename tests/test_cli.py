@@ -481,6 +481,10 @@ def test_two_processes_finish_what_one_began(checkpoint, tmp_path, monkeypatch):
             "configs: no EMA weights, but ablations, custom.yaml, ",
         ),
         (["demo", "--run-dir", "configs"], "configs: no run"),
+        (
+            ["cka", "--config", "configs/unet_adm_256.yaml", "--checkpoint", DIGITS, "--out", "x"],
+            "expected a U-ViT, whose",
+        ),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_two(arguments, words, capsys, tmp_path, monkeypatch):

@@ -62,13 +62,15 @@ DATASETS: dict[str, Callable[[Config], datasets.Indexed]] = {
         skip_unreadable=cfg.data.unreadable == "skip",
         background=cfg.data.background,
     ),
-    "latents": lambda cfg: latents.Latents(
-        cfg.data.path, cfg.latent.scale_factor, cfg.latent.shift_factor, skip_damaged=cfg.data.unreadable == "skip"
-    ),
-    "text_latents": lambda cfg: latents.TextLatents(
-        cfg.data.path, cfg.latent.scale_factor, cfg.latent.shift_factor, skip_damaged=cfg.data.unreadable == "skip"
-    ),
+    "latents": lambda cfg: _latents(latents.Latents, cfg),
+    "text_latents": lambda cfg: _latents(latents.TextLatents, cfg),
 }
+
+
+def _latents(kind: type[latents.Latents], cfg: Config) -> latents.Latents:
+    assert cfg.latent is not None, "a config of latents has the section"
+    scale, shift = cfg.latent.scale_factor, cfg.latent.shift_factor
+    return kind(cfg.data.path, scale, shift, skip_damaged=cfg.data.unreadable == "skip")
 
 
 def build_model(cfg: Config) -> UViT | UNet:

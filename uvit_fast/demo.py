@@ -46,7 +46,7 @@ def run(folder: Path, seed: int = 0) -> int:
     save_grid(samples, folder / "samples.png", columns=10, row_labels=[str(digit) for digit in range(10)])
 
     dataset = build_dataset(cfg)
-    assert isinstance(dataset, TensorImages)
+    assert isinstance(dataset, TensorImages) and dataset.labels is not None
     real = to_uint8(dataset.images * (2 / dataset.peak) - 1).astype(float)  # the samples' own range
     real_labels = dataset.labels.numpy()
     metrics = {

@@ -7,9 +7,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 from uvit_fast.build import build_dataset
@@ -24,7 +26,6 @@ from uvit_fast.evaluation.classifier import ClassifierFeatures, cached_classifie
 from uvit_fast.evaluation.features import Extractor, InceptionFeatures
 from uvit_fast.evaluation.inception import load_inception
 from uvit_fast.evaluation.sources import Images, ahead, hash_of, lossy_share, open_files, open_npz
-from uvit_fast.model.uvit import UViT
 from uvit_fast.provenance import UNKNOWN, Provenance, shown
 from uvit_fast.runtime.device import pick_device
 from uvit_fast.runtime.errors import UserError
@@ -107,20 +108,24 @@ def of_classes(images: Images, labels: np.ndarray, names: Provenance, only: list
         UserError: the images have no such class.
     """
     wanted = [names.label(known.name(label)) if names.classes and known.classes else label for label in only]
-    rows = np.flatnonzero(np.isin(labels, wanted)).tolist()
+    rows: list[int] = np.flatnonzero(np.isin(labels, wanted)).tolist()
+    identity = images.identity
+    assert identity is not None
     if not rows:
         raise UserError(f"{images.name}: no image of the classes {shown(map(known.name, only))}")
     return replace(
         images,
         name=f"{images.name}, {shown(map(known.name, only))}",
         count=len(rows),
-        read=lambda parts: images.read([rows[part.start : part.stop] for part in parts]),
-        identity=lambda: f"{images.identity()} {rows}",  # labels may move while the images stay
+        read=lambda parts: images.read(
+            cast(list[range], [rows[part.start : part.stop] for part in parts])
+        ),  # any indices
+        identity=lambda: f"{identity()} {rows}",  # labels may move while the images stay
     )
 
 
 def drawn_images(
-    model: UViT,
+    model: nn.Module,
     cfg: Config,
     num: int,
     name: str,
@@ -143,14 +148,14 @@ def drawn_images(
     """
     if cfg.model.context_dim:
         raise UserError(f"evaluate: {cfg.name} takes text features, which this command cannot make; sample first")
-    labels = None
+    labels: Tensor | None = None
     if cfg.model.num_classes:
-        classes = torch.tensor(classes or chosen_labels(None, cfg, known))
-        labels = classes[torch.randint(len(classes), (num,), generator=torch.Generator().manual_seed(seed))]
+        drawn = torch.tensor(classes or chosen_labels(None, cfg, known))
+        labels = drawn[torch.randint(len(drawn), (num,), generator=torch.Generator().manual_seed(seed))]
     cuda = next(model.parameters()).is_cuda
     graphs = GraphSampler(model, decode) if cuda else None
 
-    options = {"labels": labels, "seed": seed, "graphs": graphs}
+    options: dict[str, Any] = {"labels": labels, "seed": seed, "graphs": graphs}
     names = sample_names(None if labels is None else labels.tolist(), None, known)
 
     def read(parts: list[range]) -> Iterator[np.ndarray]:
@@ -190,26 +195,29 @@ def yardstick(
     Raises:
         UserError: digits-fid without labelled data, no weight file, or a reference that cannot be read.
     """
-    images, labels, names = real_images(real, name) if isinstance(real, Config) else (None, None, UNKNOWN)
-    counted = images if only is None or labels is None else of_classes(images, labels, names, only, known)
+    images = labels = counted = None
+    if isinstance(real, Config):
+        images, labels, names = real_images(real, name)
+        counted = images if only is None or labels is None else of_classes(images, labels, names, only, known)
     if kind == "digits-fid":
-        if labels is None:
+        if images is None or counted is None or labels is None:
             raise UserError(f"digits-fid: expected --reference to be a YAML whose data have labels, got {name}")
         model = world.in_turn(lambda: cached_classifier(images, labels, cache, device))
         extractor = ClassifierFeatures(model, device)
         return extractor, reference.reference_from_images(counted, extractor, cache, batch, world=world)
-    network = world.in_turn(lambda: load_inception(*inception))
-    like = lambda preprocessing: InceptionFeatures(*network, device, preprocessing)  # noqa: E731
-    if images is not None:
+    network, sha = world.in_turn(lambda: load_inception(*inception))
+    like = lambda preprocessing: InceptionFeatures(network, sha, device, preprocessing)  # noqa: E731
+    if counted is not None:
         return like("tensorflow"), reference.reference_from_images(
             counted, like("tensorflow"), cache, batch, world=world
         )
+    assert not isinstance(real, Config)
     statistics = reference.load_reference(real, like, open_images, cache, batch, world=world)
     statistics.name = name
     return like(statistics.like), statistics
 
 
-def training_evaluation(cfg: Config, known: Provenance) -> Callable[[UViT, int], dict[str, float]] | None:
+def training_evaluation(cfg: Config, known: Provenance) -> Callable[[nn.Module, int], dict[str, float]] | None:
     """What the trainer calls every `evaluate.every` steps on rank 0; None where the config has no samples drawn.
 
     Returns:
@@ -239,9 +247,10 @@ def training_evaluation(cfg: Config, known: Provenance) -> Callable[[UViT, int],
             size *= decode(torch.zeros(1, cfg.model.in_chans, 8, 8, device=device)).shape[2] // 8
     figures.require_size((size, size), cfg.name, statistics)
 
-    def measure(model: UViT, step: int) -> dict[str, float]:
+    def measure(model: nn.Module, step: int) -> dict[str, float]:
         samples = drawn_images(model, cfg, how.drawn, f"step {step}", decode, known=known)
         result = figures.evaluate(samples, statistics, extractor, progress=False)
+        assert result is not None
         for text in result["warnings"]:
             warnings.warn(text.replace(samples.name, "the samples"), stacklevel=1)  # the same at every step: said once
         return result["metrics"]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from uvit_fast.build import build_dataset, build_model, build_objective, build_sampler
@@ -78,7 +79,8 @@ def breakdown(trace: dict[str, Any], steps: int) -> list[Row]:
     if not every:
         return [Row(kind, 0.0, 0.0, 0.0) for kind in ORDER]
     window = max(end for _, end in every) - min(begin for begin, _ in every)
-    spent, covered = {}, []
+    spent: dict[str, float] = {}
+    covered: list[tuple[float, float]] = []
     for kind in ORDER[
         :-1
     ]:  # an instant belongs to the first family that ran in it: communication only where none else did
@@ -104,7 +106,8 @@ def _length(intervals: list[tuple[float, float]]) -> float:
 
 def _exclusive(ops: list[dict[str, Any]]) -> list[tuple[dict[str, Any], list[tuple[float, float]]]]:
     """Each op of the host with the intervals in which none that it called ran."""
-    found, open_ops = [], {}
+    found = []
+    open_ops: dict[Any, list] = {}
     for event in sorted(ops, key=lambda e: (e["ts"], -e["dur"])):
         begin, end = _interval(event)
         stack = open_ops.setdefault(event.get("tid"), [])
@@ -138,7 +141,7 @@ class Profiled(Trainer):
         super().__init__(config, build_model(config), build_objective(config), build_dataset(config), run_dir)
         self.recorded_from = WARM_UP + 1  # one more, in which the profiler itself warms up
         self.profiler = _profiler(self.world.device, schedule(wait=WARM_UP, warmup=1, active=steps), trace)
-        self.engine.step = _recorded(self.engine.step)
+        self.engine.step = _recorded(self.engine.step)  # type: ignore[method-assign]
 
     def train(self) -> dict[str, float]:
         with self.profiler:
@@ -165,7 +168,8 @@ def sampling(cfg: Config, batch: int, trace: Path) -> list[Row]:
     model = build_model(cfg).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
     sampler, scale = build_sampler(cfg), cfg.sample.guidance_scale
     x = torch.randn(batch, m.in_chans, m.img_size, m.img_size, device=device)
-    condition, null = {}, {}
+    condition: dict[str, Tensor] = {}
+    null: dict[str, Tensor | int | None] = {}
     if m.num_classes:
         condition, null = {"y": torch.zeros(batch, dtype=torch.long, device=device)}, {"y": cfg.null_label}
     elif m.context_dim:

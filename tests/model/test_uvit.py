@@ -194,3 +194,11 @@ def test_wrong_inputs_are_named(changes, inputs, words):
     inputs = {"x": torch.zeros(2, 3, 8, 8), "t": torch.zeros(2), **inputs}
     with pytest.raises(ValueError, match=words):
         tiny(**changes)(**inputs)
+
+
+def test_a_network_of_another_image_size_compiles_too():
+    """The compiler then takes the sizes for unknowns, which the check of the inputs has to bear."""
+    for size in (4, 8):
+        model, inputs = tiny(img_size=size), (torch.randn(2, 3, size, size), torch.rand(2))
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(*inputs), model(*inputs))

@@ -5,9 +5,8 @@ import difflib
 import json
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from uvit_fast.config import Config, ModelConfig, SampleConfig, config_from, load_config
 from uvit_fast.runtime.errors import UserError
@@ -23,10 +22,10 @@ class Parser(argparse.ArgumentParser):
         example: a command line that works.
     """
 
-    def __init__(self, *args: Any, example: str, **options: Any):
-        super().__init__(*args, epilog=f"example: {example}", **options)
+    def __init__(self, *, example: str, **options: Any):
+        super().__init__(epilog=f"example: {example}", **options)
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> Any:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         known = list(self._option_string_actions)
         for text in sys.argv[1:] if args is None else args:
             name = text.partition("=")[0]
@@ -40,7 +39,7 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{cut(rest[0])}: expected no such argument")
         return found, rest
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
         self.exit(2, f"{self.prog}: error: {message[:400]}\n{self.epilog}\n")
 
@@ -140,7 +139,7 @@ def _config_of_pipeline(folder: Path, overrides: list[str]) -> Config:
     pipeline, model, scheduler = (read_json(folder / name) for name in PIPELINE_FILES)
     model = {key: value for key, value in model.items() if key in ModelConfig.model_fields}
     droppable = pipeline.get("null_label") is not None or bool(model.get("context_dim"))
-    tree = {
+    tree: dict[str, Any] = {
         "name": folder.absolute().name,
         "model": model,
         "diffusion": {

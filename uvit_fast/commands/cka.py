@@ -6,7 +6,7 @@ from pathlib import Path
 
 from uvit_fast.commands.arguments import config_of, positive, with_precision
 from uvit_fast.commands.drawing import pyplot
-from uvit_fast.config import Config
+from uvit_fast.config import Config, ModelConfig
 from uvit_fast.runtime.errors import UserError
 
 HELP = "CKA between the representations after every block, a matrix a checkpoint"
@@ -60,15 +60,19 @@ def _matrix(args: argparse.Namespace, checkpoint: str, cfg: Config) -> list[dict
     from uvit_fast.build import build_dataset, build_schedule
     from uvit_fast.diffusion.noise import Draws
     from uvit_fast.evaluation.cka import linear_cka
+    from uvit_fast.model.uvit import UViT
     from uvit_fast.runtime.device import pick_device
     from uvit_fast.sampling.weights import load_for_sampling
 
+    if not isinstance(cfg.model, ModelConfig):
+        raise UserError(f"cka: expected a U-ViT, whose blocks are compared, got {cfg.name}, a U-Net")
     device = pick_device(cfg.device)
     model = load_for_sampling(cfg, checkpoint, device)
     dataset, schedule = build_dataset(cfg), build_schedule(cfg)
     if len(dataset) < args.images:
         raise UserError(f"--images: expected at most the {len(dataset)} of the data, got {args.images}")
     after: list[torch.Tensor] = []
+    assert isinstance(model, UViT)
     for block in model.blocks:
         block.register_forward_hook(lambda block, inputs, output: after.append(output))
     draws = Draws(torch.Generator(device).manual_seed(0))  # the same images and noise for every checkpoint

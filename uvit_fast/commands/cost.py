@@ -59,8 +59,8 @@ def run(args: argparse.Namespace) -> None:
     print(
         "GFLOPs: 10^9 multiply-adds of one forward pass of one image, as the paper counts; paper: Table 1 and appendix D"
     )
-    for name, error in left_out.items():
-        print(f"left out: {name} ({error})")
+    for name, why in left_out.items():
+        print(f"left out: {name} ({why})")
 
 
 @cache

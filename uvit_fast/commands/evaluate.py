@@ -86,9 +86,7 @@ def _run(args: argparse.Namespace, world) -> None:
 
     device = pick_device(args.device)
     cache = Path(args.cache) if args.cache else default_cache()
-    samples, *chosen = (
-        _drawn(args, cfg, device, world) if args.checkpoint else (measuring.open_images(Path(args.samples)),)
-    )
+    samples, *chosen = _drawn(args, cfg, device, world) if cfg else (measuring.open_images(Path(args.samples)),)
     weights, name = (args.inception, args.download), shown(args.reference)
     extractor, statistics = measuring.yardstick(
         args.features, real, name, weights, device, cache, args.batch, world, *chosen

@@ -38,11 +38,11 @@ def run(args: argparse.Namespace) -> None:
         print(f"  cpu           {torch.get_num_threads()} threads; no CUDA device")
 
     device = "cuda" if gpus else "cpu"
-    shapes = {}  # (D, heads) -> the configs that have it
+    shapes: dict[tuple[int, int], list[str]] = {}  # (D, heads) -> the configs that have it
     for name, model in configs.items():
         if isinstance(model, ModelConfig):  # U-Nets have ops of their own
             shapes.setdefault((model.embed_dim, model.num_heads), []).append(Path(name).stem)
-    for (dim, heads), configs in sorted(shapes.items()):
-        print(f"\nD = {dim}, {heads} heads of {dim // heads} ({', '.join(configs)}) on {device}")
+    for (dim, heads), names in sorted(shapes.items()):
+        print(f"\nD = {dim}, {heads} heads of {dim // heads} ({', '.join(names)}) on {device}")
         for op, choice in ops.describe(dim, heads, "auto", "auto", device).items():
             print(f"  {op:16s}{choice}")

@@ -173,7 +173,8 @@ class _Work:
 
 def write(members: list[Member], work: _Work, out: Path) -> None:
     """sweep.csv, a row a point of the plots, and losses.csv, the training losses of every member."""
-    points, losses = [], []
+    points: list[dict[str, Any]] = []
+    losses: list[dict[str, Any]] = []
     for member in members:
         rows = list(_losses(out / member.name / "metrics.jsonl"))
         losses += [{"member": member.name, "step": step, "loss": f"{loss:.6g}"} for step, loss in rows]
@@ -194,11 +195,11 @@ def write(members: list[Member], work: _Work, out: Path) -> None:
                 device,
             )
             points.append(dict(zip(COLUMNS, (*row, *figures))))
-    for name, columns, rows in (("sweep", COLUMNS, points), ("losses", ["member", "step", "loss"], losses)):
+    for name, columns, table in (("sweep", COLUMNS, points), ("losses", ["member", "step", "loss"], losses)):
         with open(out / f"{name}.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(table)
 
 
 def _losses(path: Path) -> Iterator[tuple[int, float]]:
@@ -258,15 +259,15 @@ def draw(out: Path) -> None:
     if not skips:
         return
     figure, (ax, beside) = plt.subplots(1, 2, figsize=(9.0, 3.6), layout="constrained")
-    first = None
+    base: tuple[str, list[float]] | None = None
     for (skip, member), colour in zip(skips.items(), COLOURS):
-        rows = [(int(row["step"]), float(row["loss"])) for row in losses if row["member"] == member]
-        window = max(1, round(SMOOTH * len(rows)))
-        means = [sum(loss for _, loss in rows[i : i + window]) / window for i in range(len(rows) - window + 1)]
-        steps = [step for step, _ in rows[window - 1 :]]
-        first = first or (skip, means)
+        curve = [(int(row["step"]), float(row["loss"])) for row in losses if row["member"] == member]
+        window = max(1, round(SMOOTH * len(curve)))
+        means = [sum(loss for _, loss in curve[i : i + window]) / window for i in range(len(curve) - window + 1)]
+        steps = [step for step, _ in curve[window - 1 :]]
+        base = base or (skip, means)
         ax.plot(steps, means, color=colour, label=f"{skip}: {means[-1]:.4f} at the end")
-        beside.plot(steps, [100 * (mine / other - 1) for mine, other in zip(means, first[1])], color=colour, label=skip)
+        beside.plot(steps, [100 * (mine / other - 1) for mine, other in zip(means, base[1])], color=colour, label=skip)
     ax.set_yscale("log")
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     ax.yaxis.set_major_formatter("{x:.3g}")
@@ -274,7 +275,8 @@ def draw(out: Path) -> None:
     ax.grid(axis="y")
     ax.set_ylabel("training loss, mean of (ε − ε̂)²")
     ax.legend(frameon=False, title=f"long skip (mean over {SMOOTH:.0%} of the run)")
-    beside.set_ylabel(f"difference from {first[0]}, %")
+    assert base is not None
+    beside.set_ylabel(f"difference from {base[0]}, %")
     beside.grid(axis="y")
     beside.legend(frameon=False)
     for each in (ax, beside):

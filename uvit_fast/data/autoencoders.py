@@ -82,6 +82,7 @@ def scaling_of(cfg: Config, known: Provenance = UNKNOWN, vae: Any = None) -> Sca
         UserError: none of them says it.
     """
     asked, learned = cfg.latent, known.scaling
+    assert asked is not None
     own = own_scaling(vae).as_json() if vae is not None and asked.scale_factor != "measured" else {}
     if known.encoders.get("vae") and not learned:  # of before a shift was kept, and applied
         own["shift_factor"] = 0.0
@@ -160,6 +161,7 @@ def load_decoder(cfg: Config, device: torch.device, known: Provenance = UNKNOWN)
         ImportError: diffusers is not installed; the message names the extra.
         UserError: the autoencoder is neither a local folder nor to be had from the hub, or it is one of other latents.
     """
+    assert cfg.latent is not None
     vae = load_autoencoder(cfg.latent.autoencoder, known, cfg.model.in_chans)
     vae = vae.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     return decoder(vae, scaling_of(cfg, known, vae))

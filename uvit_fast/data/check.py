@@ -34,7 +34,7 @@ def check_folder(path: str) -> int:
 def _check_images(folder: Path) -> int:
     listing = reading.list_images(folder, labelled=False)
     unusual: dict[str, list[str]] = {}
-    sizes, bad = {}, Counter()
+    sizes, bad = {}, Counter[str]()
     for name in tqdm(listing.files, unit="image", desc="check"):
         try:
             image, oddities = reading.read_image(folder / name)

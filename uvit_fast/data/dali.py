@@ -7,7 +7,7 @@ which order, and their flips are not decided here: see `uvit_fast.training.loade
 import functools
 import gc
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -62,7 +62,7 @@ def image_folder(decoder: str, num_workers: int, *arguments: Any, **options: Any
         return DaliImages(*arguments, **options)
     images = ImageFolder(*arguments, **options)
     if reason:
-        images.decoder += f" ({reason})"
+        images.decoder = f"{images.decoder} ({reason})"
     return images
 
 
@@ -97,7 +97,7 @@ class DaliImages(ImageFolder):
         jobs = [self._readers[os.getpid()].submit(self._load, *item) for item in items]
         read = [job.result() for job in jobs]
         large = [image for image, _ in read if self._is_large(image)]
-        cropped = iter(self._run(large) if large else [])
+        cropped: Iterator[Tensor] = iter(self._run(large) if large else [])
         return [
             (next(cropped), index) if self._is_large(image) else self._cropped(image, index) for image, index in read
         ]
@@ -177,7 +177,7 @@ def _pipeline(crop: str, side: int, halvings: int) -> Any:
         size, full = given(f"half{i}"), given(f"full{i}")
 
         def pick(down: int, right: int) -> Any:
-            move = shift * types.Constant(np.float32([2 * down - 1, 2 * right - 1]))
+            move = shift * types.Constant(np.array([2 * down - 1, 2 * right - 1], np.float32))
             return fn.resize(x, size=size, roi_start=move, roi_end=full + move, interp_type=types.INTERP_NN)
 
         return mean(mean(pick(0, 0), pick(0, 1)), mean(pick(1, 0), pick(1, 1)))
@@ -203,7 +203,7 @@ def _pipeline(crop: str, side: int, halvings: int) -> Any:
 
 
 def _inputs(plans: list[Plan], crop: str, halvings: int) -> dict[str, list[np.ndarray]]:
-    def floats(pairs: list[tuple[int, int]]) -> list[np.ndarray]:
+    def floats(pairs: Sequence[tuple[float, float]]) -> list[np.ndarray]:
         return [np.array(pair, np.float32) for pair in pairs]
 
     def integers(pairs: list[tuple[int, int]]) -> list[np.ndarray]:

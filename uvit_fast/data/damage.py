@@ -35,13 +35,17 @@ def decode_jpeg(data: bytes, mode: str) -> np.ndarray:
     Raises:
         ValueError: the first of libjpeg's warnings, which Pillow does not pass on, or an error.
     """
-    return strict_jpeg().decode_jpeg(data, _COLOURS[mode])
+    jpeg = strict_jpeg()
+    assert jpeg is not None
+    return jpeg.decode_jpeg(data, _COLOURS[mode])
 
 
 def is_readable_jpeg(data: bytes, mode: str) -> bool:
     """Whether `decode_jpeg` had warnings alone against it; otherwise Pillow may know more."""
+    jpeg = strict_jpeg()
+    assert jpeg is not None
     try:
-        strict_jpeg().decode_jpeg(data, _COLOURS[mode], strict=False)
+        jpeg.decode_jpeg(data, _COLOURS[mode], strict=False)
     except ValueError:
         return False
     return True
@@ -56,7 +60,7 @@ def lost(data: bytes, image: Image.Image) -> str | None:
         return _wrong_checksum(data)
     if image.format == "QOI":
         return None if bytes(7) + b"\1" in data[14:] else "no end marker"
-    if image.format == "WEBP" and not image.is_animated:
+    if image.format == "WEBP" and not getattr(image, "is_animated", False):
         end = _end(data, 12, "<4sI", (b"VP8 ", b"VP8L"))
     elif image.format == "AVIF" and not {"exif", "xmp"} & image.info.keys():  # these may come after the pixels
         end = _end(data, 0, ">I4s", (b"mdat",))
@@ -103,7 +107,9 @@ def _unread(data: bytes, end: int, image: Image.Image) -> bool:
         return False
     half = ZEROS // 2
     try:
-        with Image.open(io.BytesIO(data[: end - half] + b"\xa5" * half + data[end:]), formats=[image.format]) as other:
+        with Image.open(
+            io.BytesIO(data[: end - half] + b"\xa5" * half + data[end:]), formats=[str(image.format)]
+        ) as other:
             return other.tobytes() == image.tobytes()
     except Exception:  # whatever a decoder says: it has read them
         return False

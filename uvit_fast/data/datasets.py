@@ -46,6 +46,7 @@ class Dataset(Described, Protocol):
         shape: (C, H, W) of x. num_classes: labels that it can give; 0: none.
         text_shape: (T, C) of a text's features, null_context: (T, C), those of ""; None where there is no text.
         synthetic: whether the data are random. decoder: what reads the pixels, in words; None where there are none to read.
+        views: consecutive items that show one image: 2 where its mirror image is one. numbers: of a part's items in the whole.
     """
 
     shape: tuple[int, ...]
@@ -54,6 +55,10 @@ class Dataset(Described, Protocol):
     null_context: Tensor | None
     synthetic: bool
     decoder: str | None
+    numbers: np.ndarray | None
+
+    @property
+    def views(self) -> int: ...
 
     def __len__(self) -> int: ...
 
@@ -65,6 +70,9 @@ class Dataset(Described, Protocol):
         int64 (B,) where there are labels; `context` fp32 (B, T, C) where there is text. Whatever is random (flips, the posterior of
         latents) is drawn here, from the `Draws` of the step.
         """
+
+    def part(self, items: np.ndarray) -> "Dataset":
+        """These items (n,) alone, in their order; what takes the place of a damaged one is among them, too."""
 
 
 class Indexed(torch.utils.data.Dataset, ABC):
@@ -84,8 +92,11 @@ class Indexed(torch.utils.data.Dataset, ABC):
     classes: tuple[str, ...] = ()
     encoders: Identities = {}
     scaling: Factors | None = None
-    views = 1  # consecutive items that show one image: 2 where its mirror image is one
-    numbers: np.ndarray | None = None  # of a part's items in the whole
+    numbers: np.ndarray | None = None
+
+    @property
+    def views(self) -> int:
+        return 1
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -99,7 +110,6 @@ class Indexed(torch.utils.data.Dataset, ABC):
         """The network's inputs of a raw batch."""
 
     def part(self, items: np.ndarray) -> "Indexed":
-        """Return these items (n,) alone, in their order; what takes the place of a damaged one is among them, too."""
         raise TypeError("a dataset of which some images are held out defines part")
 
     @overload

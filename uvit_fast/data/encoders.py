@@ -127,7 +127,8 @@ def text_encoder(tokenizer: Any, model: Any) -> Callable[[list[str]], Tensor]:
     """CLIP's tokenizer and text transformer as a function; shorter captions are padded as the tokenizer does, longer ones cut, with a
     warning of what is left out.
     """
-    length, said = model.config.max_position_embeddings, set()
+    length: int = model.config.max_position_embeddings
+    said: set[str] = set()
 
     def warn_of_the_rest(caption: str) -> None:
         tokens = tokenizer(caption, verbose=False).input_ids
@@ -212,7 +213,7 @@ def _weights_digest(state: dict[str, Tensor], dtype: torch.dtype = torch.float32
     digest = hashlib.sha256()
     for name in sorted(state):
         digest.update(name.encode())
-        digest.update(state[name].detach().to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(state[name].detach().to("cpu", dtype).contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

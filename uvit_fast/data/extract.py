@@ -97,7 +97,7 @@ class Extraction:
         self.scaling, self.kind = scaling, kind
         self.shard_images, self.batch, self.workers = shard_images, batch, workers
         self.rank, self.ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        self.about = {
+        self.about: dict[str, Any] = {
             "vae": vae,
             "text_encoder": text.identity if text else None,
             "image_size": size,
@@ -304,8 +304,8 @@ class Extraction:
         shards.write_json(self.out / "report.json", report)
         if not report["written"]:
             raise UserError(f"{self.out}: not one of {report['read']} images could be used; see report.json there")
-        counts = {name: report[name] for name in ("read", "written", "rejected")}
-        shards.write_manifest(self.out, arrays, **self.about, **self._channels(notes), images=counts)
+        made = {name: report[name] for name in ("read", "written", "rejected")}
+        shards.write_manifest(self.out, arrays, **self.about, **self._channels(notes), images=made)
         return report
 
     def _channels(self, notes: list[dict]) -> dict[str, Any]:
@@ -350,7 +350,7 @@ def _channel_sums(encoded: list[np.ndarray], kind: str) -> dict[str, Any] | None
     """
     if not encoded:
         return None
-    sums = squares = 0
+    sums = squares = np.zeros(())
     for values in encoded:
         values = values.astype(np.float64)  # (B, 2C or C, h, w)
         mean, logvar = np.split(values, 2, axis=1) if kind == "moments" else (values, -np.inf)

@@ -40,6 +40,7 @@ class Latents(Indexed):
             says.
     """
 
+    scaling: Scaling
     _place: np.ndarray | None = None  # of each item, where it lies; None: at its number
 
     def __init__(
@@ -103,13 +104,13 @@ class Latents(Indexed):
 
     def _scaling(self, scale: Factor | str | None, shift: Factor | None) -> Scaling:
         """What was asked for, else what the manifest says."""
-        known = {name: tuple(v) if isinstance(v, list) else v for name, v in self.manifest.items()}
+        known: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in self.manifest.items()}
         if scale == "measured":
             if "channel_mean" not in known:
                 raise UserError(f"{self.folder}: latent.scale_factor measured: no channel was measured; extract again")
             return measured(known["channel_mean"], known["channel_std"], str(self.folder))
         told = {"scale_factor": known.get("scale_factor"), "shift_factor": known.get("shift_factor", 0.0)}
-        asked = {"scale_factor": scale, "shift_factor": shift}
+        asked: dict[str, Any] = {"scale_factor": scale, "shift_factor": shift}
         for name, value in asked.items():
             if None not in (value, told[name]) and value != told[name]:
                 before, now = ("one a channel" if isinstance(v, tuple) else v for v in (told[name], value))

@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from uvit_fast.data import damage
 from uvit_fast.runtime.errors import UserError
@@ -88,11 +89,13 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)  # AVIF is not in every build
 
 
-def _as_rgb(image: Image.Image, data: bytes, background: tuple[int, int, int]) -> tuple[Image.Image, list[str]]:
-    stored = str([tile.args for tile in image.tile])  # gone once the pixels are loaded, as a TIFF's orientation is
-    turned = is_turned(image)
-    oddities = ["several frames"] if getattr(image, "is_animated", False) else []
-    image, damaged = _loaded(image, data)
+def _as_rgb(
+    opened: ImageFile.ImageFile, data: bytes, background: tuple[int, int, int]
+) -> tuple[Image.Image, list[str]]:
+    stored = str([tile.args for tile in opened.tile])  # gone once the pixels are loaded, as a TIFF's orientation is
+    turned = is_turned(opened)
+    oddities = ["several frames"] if getattr(opened, "is_animated", False) else []
+    image, damaged = _loaded(opened, data)
     if damaged:
         oddities.append(f"damaged ({damaged})")
     if turned or is_turned(image):  # a PNG may say so after its pixels
@@ -108,7 +111,7 @@ def _as_rgb(image: Image.Image, data: bytes, background: tuple[int, int, int]) -
         oddities.append("CMYK")
     if image.has_transparency_data:
         image = _with_alpha(image, stored)
-        if image.getextrema()[3][0] < 255:
+        if cast(tuple[int, int], image.getchannel("A").getextrema())[0] < 255:
             oddities.append("transparent")
             image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     elif image.mode in _WIDE:
@@ -223,13 +226,17 @@ def list_images(folder: Path, labelled: bool) -> Listing:
         UserError: no images, a folder that cannot be listed, a link to a folder that contains it, or, where `labelled`, images that
             lie in no class's folder or a class's folder that is a link to nothing.
     """
-    files, classes, twice, left_out = [], [], [], {}
+    files, classes, twice = [], [], []
+    left_out: dict[str, list[str]] = {}
 
     def leave(why: str, path: str) -> None:
         left_out.setdefault(why, []).append(path)
 
     root = _identity(folder)
-    todo, seen = [("", (root,))], {root}  # folders below, each with the identities of those that lead there
+    seen = {root}
+    todo: list[tuple[str, tuple[tuple[int, int], ...]]] = [
+        ("", (root,))
+    ]  # folders below, by which others they are reached
     while todo:
         below, chain = todo.pop()
         for entry in _entries(os.path.join(folder, below) if below else str(folder)):

@@ -38,12 +38,13 @@ class Guidance:
     ):
         if not condition:
             raise ValueError("guidance: expected a condition (labels or text features), got none")
-        if missing := condition.keys() - {name for name, value in null.items() if value is not None}:
+        known = {name: value for name, value in null.items() if value is not None}
+        if missing := condition.keys() - known.keys():
             raise ValueError(f"guidance: expected a null value for {', '.join(sorted(missing))}, got none")
         if not 0 <= interval[0] <= interval[1] <= 1:
             raise ValueError(f"guidance interval: expected 0 <= first <= last <= 1, got {interval}")
         self.model, self.condition, self.interval = model, condition, interval
-        self.both = {name: _with_null(value, null[name]) for name, value in condition.items()}  # (2B, ...) each
+        self.both = {name: _with_null(value, known[name]) for name, value in condition.items()}  # (2B, ...) each
         self.scale = torch.as_tensor(scale, dtype=torch.float32, device=next(iter(condition.values())).device)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:

@@ -138,13 +138,16 @@ class Staged(Sampler):
 
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._tables:
-            columns = [stage.time for stage in self.stages], [stage.update.row() for stage in self.stages]
             with torch.inference_mode(False):  # kept, so also fit for a later call with gradients
-                self._tables[device] = tuple(torch.tensor(c, dtype=torch.float32, device=device) for c in columns)
+                times = torch.tensor([stage.time for stage in self.stages], dtype=torch.float32, device=device)
+                rows = torch.tensor([stage.update.row() for stage in self.stages], dtype=torch.float32, device=device)
+            self._tables[device] = times, rows
         return self._tables[device]
 
     def rehearsal(self, interval: tuple[float, float] = ALWAYS) -> Self:
-        seen, stages, group = set(), [], []
+        seen: set[tuple] = set()
+        stages: list[Stage] = []
+        group: list[Stage] = []
         for stage in self.stages:
             group.append(stage)
             if not stage.last:
@@ -176,7 +179,7 @@ class Staged(Sampler):
     ) -> Tensor:
         x = start = x_T.float()
         times, rows = self.tables(x.device)
-        keys = generator if isinstance(generator, Tensor) else None
+        keys, source = (generator, None) if isinstance(generator, Tensor) else (None, generator)
         if keys is not None and (keys.dtype, keys.shape) != (torch.int64, x.shape[:1]):
             raise ValueError(f"generator: expected ({len(x)},) int64 keys, got {tuple(keys.shape)} {keys.dtype}")
         fused = why_not(x) is None
@@ -189,7 +192,7 @@ class Staged(Sampler):
             else:
                 x, m = reference(stage.update, eps, x, start, outputs, scale, keys, i)
             if stage.update.noise and keys is None:
-                x = x + stage.update.noise * torch.randn(x.shape, device=x.device, generator=generator)
+                x = x + stage.update.noise * torch.randn(x.shape, device=x.device, generator=source)
             outputs.append(m)
             if change is not None:
                 x = change(i, x)

@@ -6,13 +6,14 @@ float64 NumPy, because it is computed before the loop; what a training step need
 
 import math
 from abc import abstractmethod
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 Level = Any  # a number or a float64 array; where training draws times, a tensor
+Times = TypeVar("Times", np.ndarray, Tensor)
 
 
 class Schedule(Protocol):
@@ -50,8 +51,9 @@ class Schedule(Protocol):
             return np.linspace(self.t_max, last, intervals + 1)
         ends = self.lambda_(np.array([self.t_max, self.t_min]))
         if spacing == "karras":
-            return self.time_of_lambda(-7 * np.log(np.linspace(*np.exp(-ends / 7), intervals + 1)))
-        return self.time_of_lambda(np.linspace(*ends, intervals + 1))
+            first, last = np.exp(-ends / 7)
+            return self.time_of_lambda(-7 * np.log(np.linspace(first, last, intervals + 1)))
+        return self.time_of_lambda(np.linspace(ends[0], ends[1], intervals + 1))
 
     @abstractmethod
     def network_time(self, t: Level) -> Level:
@@ -202,7 +204,7 @@ class SiTFlowSchedule(FlowSchedule):
         return 1 - t
 
 
-def shifted(t: np.ndarray | Tensor, shift: float) -> np.ndarray | Tensor:
+def shifted(t: Times, shift: float) -> Times:
     """shift t / (1 + (shift - 1) t): above 1 moves times in [0, 1] to the noise (Esser et al. 2024, Section 5.3.2); by as much in lambda."""
     return t if shift == 1 else shift * t / (1 + (shift - 1) * t)
 

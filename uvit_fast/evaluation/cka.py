@@ -20,10 +20,9 @@ def linear_cka(minibatches: Iterable[list[Tensor]]) -> Tensor:
     Returns:
         (M, M) float64 on the CPU; 1 on the diagonal. Unbiased: of unrelated representations about 0, also below it.
     """
-    hsic, count = 0.0, 0
-    for representations in minibatches:
-        hsic, count = hsic + unbiased_hsic(torch.stack([_gram(x) for x in representations])), count + 1
-    assert count, "no minibatches"
+    sums = [unbiased_hsic(torch.stack([_gram(x) for x in representations])) for representations in minibatches]
+    assert sums, "no minibatches"
+    hsic = sum(sums[1:], sums[0])
     own = hsic.diagonal().sqrt()
     return (hsic / (own[:, None] * own)).cpu()
 

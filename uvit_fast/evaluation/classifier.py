@@ -55,6 +55,7 @@ class Classifier(nn.Module):
         h, w = (-(-side // (4 * stride)) for side in size)
         self.pool = nn.Linear(2 * width * h * w, dim)
         self.head = nn.Linear(dim, num_classes)
+        self.unit: Tensor
         self.register_buffer("unit", torch.ones(()))
 
     def forward(self, images: Tensor) -> Features:
@@ -132,9 +133,9 @@ def train_classifier(images: np.ndarray, labels: np.ndarray, device: torch.devic
         schedule.step()
     model.eval().requires_grad_(False)
     model.normalise(x)
-    held = torch.from_numpy(held).to(device)
-    guesses = torch.cat([model.head(model(rows).pool).argmax(1) for rows in _in_parts(x[held])])
-    accuracy = (guesses == y[held]).double().mean().item()
+    rows_held = torch.from_numpy(held).to(device)
+    guesses = torch.cat([model.head(model(rows).pool).argmax(1) for rows in _in_parts(x[rows_held])])
+    accuracy = (guesses == y[rows_held]).double().mean().item()
     if accuracy < ENOUGH:
         raise UserError(
             f"digits-fid: the classifier recognises {accuracy:.0%} of held-out images, expected at least {ENOUGH:.0%}: "
@@ -156,6 +157,7 @@ def cached_classifier(images: Images, labels: np.ndarray, cache: Path, device: t
     Args:
         labels: (N,), one an image. cache: the folder that keeps the classifier.
     """
+    assert images.identity is not None
     key = hashlib.sha256(images.identity().encode() + labels.astype(np.int64).tobytes()).hexdigest()
     file = cache / f"classifier-{key[:32]}.pt"
     (first,) = images.read([range(1)])

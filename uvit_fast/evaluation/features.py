@@ -145,8 +145,10 @@ def _merged(shares: list[_Share], images: Images) -> Extracted:
         for other in others:
             running.merge(other.statistics[kind])
     pool_statistics, spatial_statistics = (first.statistics[kind].statistics() for kind in ("pool", "spatial"))
-    size, grey = tuple(map(int, first.size)), sum(share.grey for share in shares) / len(pool)
-    return Extracted(pool_statistics, spatial_statistics, pool, size, grey, warnings)
+    assert first.size is not None, "it has seen images"
+    height, width = map(int, first.size)
+    grey = sum(share.grey for share in shares) / len(pool)
+    return Extracted(pool_statistics, spatial_statistics, pool, (height, width), grey, warnings)
 
 
 def _rgb(array: np.ndarray) -> np.ndarray:

@@ -34,6 +34,9 @@ class ConvBN(nn.Module):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
+Branches = dict[str, list[tuple]]
+
+
 class Block(nn.Module):
     """Parallel branches of ConvBN, joined along the channels.
 
@@ -42,7 +45,7 @@ class Block(nn.Module):
         pool: what the pooled branch does before its optional `branch_pool` convolution.
     """
 
-    def __init__(self, c_in: int, branches: dict[str, list[tuple]], pool: str, pool_channels: int = 0):
+    def __init__(self, c_in: int, branches: Branches, pool: str, pool_channels: int = 0):
         super().__init__()
         self.branches, self.pool = [], pool
         for name, layers in branches.items():
@@ -89,7 +92,7 @@ class ForkedBlock(nn.Module):
 
 
 def _block35(c_in: int, pool_channels: int) -> Block:
-    branches = {
+    branches: Branches = {
         "branch1x1": [(64, 1)],
         "branch5x5": [(48, 1), (64, 5, 1, 2)],
         "branch3x3dbl": [(64, 1), (96, 3, 1, 1), (96, 3, 1, 1)],
@@ -99,7 +102,7 @@ def _block35(c_in: int, pool_channels: int) -> Block:
 
 def _block17(c: int) -> Block:
     row, column = ((1, 7), 1, (0, 3)), ((7, 1), 1, (3, 0))
-    branches = {
+    branches: Branches = {
         "branch1x1": [(192, 1)],
         "branch7x7": [(c, 1), (c, *row), (192, *column)],
         "branch7x7dbl": [(c, 1), (c, *column), (c, *row), (c, *column), (192, *row)],
@@ -134,7 +137,7 @@ class Inception(nn.Module):
         self.Mixed_6c = _block17(160)  # mixed_5
         self.Mixed_6d = _block17(160)  # mixed_6
         self.Mixed_6e = _block17(192)  # mixed_7
-        branches = {
+        branches: Branches = {
             "branch3x3": [(192, 1), (320, 3, 2)],
             "branch7x7x3": [(192, 1), (192, (1, 7), 1, (0, 3)), (192, (7, 1), 1, (3, 0)), (192, 3, 2)],
         }

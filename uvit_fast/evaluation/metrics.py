@@ -257,8 +257,8 @@ def kernel_distance(
         xx, yy = kernel(x, x), kernel(y, y)
         within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (S * (S - 1))
         values.append(within - 2 * kernel(x, y).mean())
-    values = torch.stack(values)
-    return KID(values.mean().item(), values.std(correction=0).item())
+    distances = torch.stack(values)
+    return KID(distances.mean().item(), distances.std(correction=0).item())
 
 
 def _squared_radii(x: Tensor, k: int, block: int, bar: tqdm) -> Tensor:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,7 +117,8 @@ def reference_from_images(
 
     The ranks divide the images; rank 0 alone reads and writes the cache, and tells the others.
     """
-    file = reference = None
+    file: Path | None = None
+    reference: Reference | None = None
     if images.identity is not None and world.rank == 0:
         key = hashlib.sha256(f"{images.identity()}\0{extractor.identity}".encode()).hexdigest()
         file = cache / f"reference-{key[:32]}.npz"
@@ -126,8 +128,10 @@ def reference_from_images(
                 reference.name, reference.lossy = images.name, images.lossy
     if not world.tell(reference is not None):
         found = extract(images, extractor, batch, progress, world)
-        reference = found and _reference(found, images, extractor)
-        if file is not None and not reference.warnings:  # a warning would be lost with the images
+        reference = _reference(found, images, extractor) if found else None
+        if (
+            file is not None and reference is not None and not reference.warnings
+        ):  # a warning would be lost with the images
             try:
                 _write_statistics(file, reference)
             except OSError as error:
@@ -157,9 +161,10 @@ def _reference(found: Extracted, images: Images, extractor: Extractor) -> Refere
 
 
 def _write_statistics(file: Path, reference: Reference) -> None:
+    assert reference.spatial_statistics is not None and reference.pool is not None, "it is of images"
     (mu, sigma), (mu_s, sigma_s) = reference.pool_statistics, reference.spatial_statistics
     arrays = {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s, "pool": reference.pool}
-    saved = {name: value.cpu().numpy() for name, value in arrays.items()}
+    saved: dict[str, Any] = {name: value.cpu().numpy() for name, value in arrays.items()}
     saved |= {name: getattr(reference, name) for name in FACTS}
     write_whole(file, lambda path: np.savez(path, **saved))
 
@@ -173,7 +178,7 @@ def _read_statistics(path: Path) -> Reference:
     pool = torch.from_numpy(_numbers(path, arrays, "pool")).float() if "pool" in arrays else None
     if pool is not None and (pool.ndim != 2 or pool.shape[1] != len(pool_statistics.mu)):
         raise UserError(f"{path}: expected pool (M, {len(pool_statistics.mu)}), got {tuple(pool.shape)}")
-    kinds = {
+    kinds: dict[str, Callable] = {
         "count": int,
         "size": lambda x: (int(x[0]), int(x[1])),
         "like": str,

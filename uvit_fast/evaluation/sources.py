@@ -7,7 +7,7 @@ import zipfile
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -128,7 +128,7 @@ def _is_lossy(path: Path, size: int | None) -> bool:
 def ahead(work: Callable, items: Iterable) -> Iterator:
     """`work` of each item, in their order, done by threads that are a little ahead."""
     with ThreadPoolExecutor(READERS) as pool:
-        waiting = deque()
+        waiting: deque[Future] = deque()
         try:
             for item in items:
                 waiting.append(pool.submit(work, item))

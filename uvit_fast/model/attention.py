@@ -44,7 +44,7 @@ def choose(qkv: Tensor, backend: str = "auto") -> tuple[str, str]:
         if reason:
             raise UserError(f"model.attention={backend} cannot run: {reason}")
         return backend, "asked for"
-    passed_over = []
+    passed_over: list[str] = []
     for name in ("fused", "cudnn", "flash_attn"):
         reason = _why_not(name, qkv)
         if reason is None:

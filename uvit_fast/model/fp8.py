@@ -70,7 +70,8 @@ class Fp8UViT(nn.Module):
         """Predict the noise: see `UViT.forward`."""
         net, last = self.net, len(self.layers) - 1
         h = net.tokens(x, t, y, context)  # (B, L, D)
-        (B, L, D), skips = h.shape, []
+        B, L, D = h.shape
+        skips: list = []  # of the first half
         h = Made(h.reshape(B * L, D), None, None)
         for i, layers in enumerate(self.layers):
             skip = skips.pop() if layers.skip else None

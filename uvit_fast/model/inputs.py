@@ -30,7 +30,7 @@ def check_inputs(
         raise ValueError(
             "torch.jit.trace does not see the fused kernels; expected torch.export.export(model, (x, t, ...))"
         )
-    if not isinstance(x, Tensor) or x.dim() != 4 or any(n not in (None, m) for n, m in zip(image, x.shape[1:])):
+    if not isinstance(x, Tensor) or x.dim() != 4 or any(n is not None and n != m for n, m in zip(image, x.shape[1:])):
         expected = ", ".join("any" if n is None else str(n) for n in image)
         raise ValueError(f"x: expected shape (B, {expected}), got {_what(x)}")
     if not x.is_floating_point():
@@ -47,7 +47,7 @@ def check_inputs(
     if (context is None) != (text is None):
         wanted = f"text features of shape {(B, *text)}" if text else "no text: the model takes none"
         raise ValueError(f"context: expected {wanted}, got {_what(context)}")
-    if context is not None:
+    if text is not None:
         _check("context", context, (B, *text), x)
 
 

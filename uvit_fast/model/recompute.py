@@ -22,7 +22,7 @@ def recomputed(function: Callable, policy: str, hidden: int, *inputs: Tensor | N
         function: a block's forward, without random numbers, which ends with its MLP.
         hidden: fc1's outputs, by which its product is known where it is an op of PyTorch.
     """
-    contexts = {}
+    contexts: dict[str, Any] = {}
     if policy == "selective":
         contexts["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_policy, hidden))
     elif not torch.compiler.is_compiling():

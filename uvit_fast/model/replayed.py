@@ -32,7 +32,7 @@ _LAYERS = (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Embedding, nn.Sequential, nn.M
 _VALUES = (bool, int, float, str, tuple, type(None))  # what settings are
 _HELD = ("_modules", "_parameters", "_buffers")  # where a module keeps what it consists of
 _IDLE = nn.Module().__dict__.keys() - {*HOOKS, *_HELD}  # what of a module decides nothing without gradients
-Inputs = tuple[Tensor | None, ...]  # x, t, y, context
+Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # x, t, y, context
 
 
 class Replayed(nn.Module):
@@ -71,7 +71,7 @@ def replays(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class _Capture(NamedTuple):
-    inputs: Inputs
+    inputs: tuple[Tensor | None, ...]
     replay: Callable[[], None]
     output: Tensor
     bytes: int
@@ -200,7 +200,7 @@ class Captures:
 
 def _fill(capture: _Capture, inputs: Inputs) -> Tensor:
     for own, value in zip(capture.inputs, inputs):
-        if own is not None:
+        if own is not None and value is not None:
             own.copy_(value)
     capture.replay()
     return capture.output.clone()

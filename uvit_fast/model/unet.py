@@ -107,6 +107,6 @@ class UNet(nn.Module):
         """
         check_inputs(x, t, y, context, (self.in_chans, None, None), self.num_classes, self.text)
         dtype = self.net.dtype
-        condition = {"encoder_hidden_states": context.to(dtype)} if self.context_dim else {"class_labels": y}
+        condition = {"class_labels": y} if context is None else {"encoder_hidden_states": context.to(dtype)}
         with labels_in_range(y, self.num_classes):
             return self.net(x.to(dtype), t, **condition, return_dict=False)[0].to(x.dtype)  # (B, C, H, W)

@@ -16,6 +16,7 @@ from torch import Tensor
 from uvit_fast.model import ops
 from uvit_fast.model.attention import attend
 from uvit_fast.model.inputs import check_inputs, labels_in_range
+from uvit_fast.model.ops import Linear, Norm
 from uvit_fast.model.recompute import recomputed
 from uvit_fast.model.replayed import Replayed, replays
 from uvit_fast.runtime.errors import UserError
@@ -55,7 +56,8 @@ class PatchEmbed(nn.Module):
         """x (B, C, H, W), extras (B, E, D), positions (1, L, D) -> (B, L, D)."""
         weights = None if hooked_everywhere() else plain_weights(self.proj)
         if weights:
-            return ops.assemble(x, *weights, extras, positions, kernels=self.kernels)
+            weight, bias = weights
+            return ops.assemble(x, weight, bias, extras, positions, kernels=self.kernels)
         patches = self.proj(x).flatten(2).transpose(1, 2)  # (B, N, D)
         return torch.cat([extras, patches], dim=1) + positions
 
@@ -129,10 +131,12 @@ class Block(nn.Module):
     def compute(self, x: Tensor, skip: Tensor | None, sums: Tensor | None) -> tuple[Tensor, Tensor | None]:
         skip_linear, norm1_qkv, proj, norm2_mlp = self._layers()
         how = self.kernels
-        if skip_linear:  # Linear(Concat(h_m, h_s))
-            x, sums = ops.skip_linear(x, skip, skip_linear, kernels=how)  # (B, L, D)
-        elif self.skip_linear is not None:
-            x, sums = self.skip_linear(torch.cat([x, skip], dim=-1)), None
+        if self.skip_linear is not None:  # Linear(Concat(h_m, h_s))
+            assert skip is not None
+            if skip_linear:
+                x, sums = ops.skip_linear(x, skip, skip_linear, kernels=how)  # (B, L, D)
+            else:
+                x, sums = self.skip_linear(torch.cat([x, skip], dim=-1)), None
         elif skip is not None:  # h_m + h_s, the ablation of Figure 2(a)
             x, sums = x + skip, None
 
@@ -148,21 +152,22 @@ class Block(nn.Module):
             return ops.ln_mlp(x, *norm2_mlp, sums, kernels=how)  # x + fc2(gelu(fc1(norm2(x))))
         return x + self.mlp(self.norm2(x)), None
 
-    def _layers(self) -> tuple:
+    def _layers(
+        self,
+    ) -> tuple[Linear | None, tuple[Norm, Linear] | None, Linear | None, tuple[Norm, Linear, Linear] | None]:
         """What the ops take of the skip's linear layer, of (norm1, qkv), of proj, and of (norm2, fc1, fc2): None for those that were
         changed and must be called.
         """
         attn, mlp = self.attn, self.mlp
-        skip = proj = None
-        norm1_qkv = norm2_mlp = (None,)
+        skip = norm1 = qkv = proj = norm2 = fc1 = fc2 = None
         if not hooked_everywhere():
             skip = self.skip_linear and ops.layer(self.skip_linear)
             if type(attn) is Attention and not hooked(attn):
-                norm1_qkv, proj = (ops.layer(self.norm1), ops.layer(attn.qkv, bias=False)), ops.layer(attn.proj)
+                norm1, qkv, proj = ops.layer(self.norm1), ops.layer(attn.qkv, bias=False), ops.layer(attn.proj)
             if type(mlp) is Mlp and not hooked(mlp):
-                norm2_mlp = ops.layer(self.norm2), ops.layer(mlp.fc1), ops.layer(mlp.fc2)
-        attention = proj and None not in norm1_qkv and norm1_qkv
-        rest = None not in norm2_mlp and norm2_mlp
+                norm2, fc1, fc2 = ops.layer(self.norm2), ops.layer(mlp.fc1), ops.layer(mlp.fc2)
+        attention = (norm1, qkv) if norm1 and qkv and proj else None
+        rest = (norm2, fc1, fc2) if norm2 and fc1 and fc2 else None
         if self.kernels == "fused" and not (attention and rest and (skip or self.skip_linear is None)):
             raise UserError(
                 "model.kernels=fused: a block was changed (hooks, LoRA, ...), which the fused ops would not call; expected auto"
@@ -170,7 +175,7 @@ class Block(nn.Module):
         return skip, attention, proj, rest
 
 
-def _through(block: Block, x: Tensor, skip: Tensor | None, sums: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _through(block: nn.Module, x: Tensor, skip: Tensor | None, sums: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """A block's result with its sums, where no hook or wrapper may change it: (B, L, D)."""
     if not isinstance(block, Block) or hooked(block) or hooked_everywhere():
         return block(x, skip), None
@@ -297,7 +302,7 @@ class UViT(Replayed):
             with labels_in_range(y, self.num_classes):
                 label = self.label_emb(y)  # (B, D)
             extras = torch.cat([label.unsqueeze(1), time], dim=1)  # (B, E, D)
-        elif self.context_embed is not None:
+        elif self.context_embed is not None and context is not None:
             extras = torch.cat([time, self.context_embed(context.to(dtype))], dim=1)
         else:
             extras = time
@@ -307,9 +312,9 @@ class UViT(Replayed):
         """Return eps (B, C, H, W) of what leaves the last block, (B, L, D), and its sums."""
         # With gradients it calls them: ZeRO-3 gathers the weights of a module where it is called.
         norm, decoder = self.norm, self.decoder_pred
-        last = not torch.is_grad_enabled() and not hooked_everywhere() and (ops.layer(norm), ops.layer(decoder))
-        if last and None not in last:
-            h = ops.ln_linear(h, *last, sums, kernels=self.kernels)  # (B, L, p*p*C)
+        last = None if torch.is_grad_enabled() or hooked_everywhere() else (ops.layer(norm), ops.layer(decoder))
+        if last and last[0] and last[1]:
+            h = ops.ln_linear(h, last[0], last[1], sums, kernels=self.kernels)  # (B, L, p*p*C)
         else:
             h = decoder(norm(h))
         h = h[:, self.extras :]  # (B, N, p*p*C); cut here, where a token is narrow

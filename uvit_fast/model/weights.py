@@ -7,17 +7,20 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path, PosixPath
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
+import numpy._core.multiarray as multiarray
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from uvit_fast.model.uvit import UViT
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.text import cut
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -61,20 +64,20 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not found:
         raise UserError(f"{path}: expected a state dict of tensors, got a dict of {held}")
     chosen = min(found, key=_preference)
-    name = ".".join(map(str, chosen)) or "what is not within another"
-    warnings.warn(f"{path}: holds {held}; the weights taken are {cut(name)}", stacklevel=2)
+    taken = ".".join(map(str, chosen)) or "what is not within another"
+    warnings.warn(f"{path}: holds {held}; the weights taken are {cut(taken)}", stacklevel=2)
     return {key: value for key, value in found[chosen].items() if isinstance(key, str) and isinstance(value, Tensor)}
 
 
 def _harmless() -> list[Any]:
     """What training keeps beside weights and what unpickling only fills: arguments, paths, NumPy's numbers and arrays."""
     types = [argparse.Namespace, PosixPath, np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"}]
-    makers = [getattr(np._core.multiarray, name) for name in ("scalar", "_reconstruct")]
+    makers = [getattr(multiarray, name) for name in ("scalar", "_reconstruct")]
     rooms = ("numpy.core.multiarray", "numpy._core.multiarray")  # NumPy 1's and 2's
     return types + [(maker, f"{room}.{maker.__name__}") for maker in makers for room in rooms]
 
 
-def load_weights(model: UViT, state: dict[str, Tensor], source: str = "checkpoint") -> UViT:
+def load_weights(model: Network, state: dict[str, Tensor], source: str = "checkpoint") -> Network:
     """Load a state dict with the published names into `model`, which is returned; names as `published_names` takes
     them.
 
@@ -86,7 +89,7 @@ def load_weights(model: UViT, state: dict[str, Tensor], source: str = "checkpoin
     ours = model.state_dict()
     state = published_names(state, ours, source)
     if "pos_embed" in state.keys() & ours.keys() and state["pos_embed"].shape != ours["pos_embed"].shape:
-        state["pos_embed"] = _resize_pos_embed(state["pos_embed"], ours["pos_embed"], model.extras)
+        state["pos_embed"] = _resize_pos_embed(state["pos_embed"], ours["pos_embed"], cast(Any, model).extras)
     refuse_misfits(ours, state, source)
     for what, is_wrong, expected in (
         ("without values of their own (sparse or meta)", _has_no_values, "dense ones, of a model that was not on meta"),

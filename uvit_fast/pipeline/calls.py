@@ -60,6 +60,7 @@ class StepEnd:
         try:
             return solve()
         except _Interrupted:
+            assert self.state is not None
             return self.state
 
 

@@ -406,7 +406,7 @@ class UViTPipeline(DiffusionPipeline):
             raise ValueError(f"{name}: expected at least one, as text, got {texts or 'none'}")
         if self.tokenizer is None or self.text_encoder is None:
             raise ValueError(f"{name}: the pipeline has no tokenizer and text_encoder; expected both, or {name}_embeds")
-        return self._encode(texts)
+        return self._encode([str(each) for each in texts])
 
     def _encode(self, prompts: list[str]) -> Tensor:
         """CLIP's last hidden state, padded to the model's tokens, no mask: (B, T, C)."""
@@ -428,10 +428,10 @@ class UViTPipeline(DiffusionPipeline):
         images = (x_0.float() / 2 + 0.5).clamp(0, 1)  # (B, C, H, W)
         if output_type == "pt":
             return images
-        images = images.permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, C)
+        arrays = images.permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, C)
         if output_type == "np":
-            return images
-        pixels = np.round(images * 255).astype(np.uint8)
+            return arrays
+        pixels = np.round(arrays * 255).astype(np.uint8)
         return [Image.fromarray(p if p.shape[-1] == 3 else p[..., 0]) for p in pixels]
 
 

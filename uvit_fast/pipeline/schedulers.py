@@ -179,12 +179,12 @@ def solve(
     takes = inspect.signature(scheduler.step).parameters
     if eta and "eta" not in takes:
         raise ValueError(f"eta: {type(scheduler).__name__} takes none; expected 0, got {eta}")
-    extra = {"generator": generator} if "generator" in takes else {}
+    extra: dict[str, Any] = {"generator": generator} if "generator" in takes else {}
     extra |= {"eta": eta} if eta else {}
     ours, flow = SCHEDULES[schedule](), LEVELS[schedule] is _FLOW
     predicts = PREDICTIONS[prediction](ours)
     first = 1.0 if flow and predicts.determinant(0.0, 1.0) else ours.t_max
-    levels = None if flow else _levels(scheduler, ours)
+    levels = np.empty(0) if flow else _levels(scheduler, ours)
     scheduler.set_timesteps(steps, device=x_T.device)
     x = x_T.float() * getattr(scheduler, "init_noise_sigma", 1.0)
     for i, t in enumerate(scheduler.timesteps):

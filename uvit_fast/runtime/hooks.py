@@ -3,6 +3,8 @@
 Code that reads a layer's weights in place of calling it, or that records what a network launches, would pass all of these by.
 """
 
+from typing import Any
+
 import torch.nn as nn
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -15,14 +17,14 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 _MAKERS = ("torch", "uvit_fast", "diffusers", "transformers")  # packages whose modules are known to compute and no more
 
 
-def plain_weights(*layers: nn.Module, bias: bool = True) -> tuple[Tensor | None, ...] | None:
+def plain_weights(*layers: nn.Module, bias: bool = True) -> tuple[Any, ...] | None:
     """Weight and bias of each Linear, LayerNorm (of eps 1e-5) or Conv2d, one after the other, if calling them is no more than their formula
     on these: of exactly that class, without hooks, plain tensors. None otherwise: they must be called. It costs what reading them costs.
 
     Args:
         bias: False: one may be missing.
     """
-    found = ()
+    found: tuple[Tensor | None, ...] = ()
     for layer in layers:
         kind, has = type(layer), layer._parameters
         if kind not in _LAYERS or "weight" not in has or hooked(layer) or (kind is nn.LayerNorm and layer.eps != 1e-5):

@@ -18,7 +18,7 @@ def plain() -> None:
         warnings.filterwarnings("ignore", module=rf"{library}\b")
 
 
-def _line(message: Warning | str, *where: object) -> str:
+def _line(message: Warning | str, category: type, filename: str, lineno: int, line: str | None = None) -> str:
     """What stands for a warning; nothing where it has been said."""
     text = " ".join(str(message).split())
     slot = zlib.crc32(text.encode("utf-8", "replace")) % SLOTS

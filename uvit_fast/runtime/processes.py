@@ -45,7 +45,8 @@ class World:
         told = {} if alone else os.environ
         self.rank, self.size = int(told.get("RANK", "0")), int(told.get("WORLD_SIZE", "1"))
         self.local_rank = int(told.get("LOCAL_RANK", "0"))
-        self._device, self._store = device, None
+        self._device = device
+        self._store: Any = None
 
     def __enter__(self) -> "World":
         follow_launcher()

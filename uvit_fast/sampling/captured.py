@@ -7,14 +7,15 @@ is copied into the capture's own buffers; what shapes the loop (plan, image shap
 import contextlib
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from uvit_fast.diffusion.guidance import ALWAYS, Guidance
+from uvit_fast.diffusion.guidance import ALWAYS, EpsFn, Guidance
 from uvit_fast.diffusion.samplers import Sampler
 from uvit_fast.runtime.graphs import CudaGraphs, Graphs, current, recording
 from uvit_fast.runtime.hooks import changed
@@ -81,7 +82,7 @@ class GraphSampler:
         sampler: Sampler,
         x_T: Tensor,
         condition: dict[str, Tensor] | None = None,
-        null: dict[str, Tensor | int] | None = None,
+        null: Mapping[str, Tensor | int | None] | None = None,
         scale: float = 0.0,
         interval: tuple[float, float] = ALWAYS,
         keys: Tensor | None = None,
@@ -100,7 +101,7 @@ class GraphSampler:
         Raises:
             ValueError: a batch of no sample, or guidance without a condition or its null.
         """
-        interval = tuple(interval) if scale else ALWAYS
+        interval = (interval[0], interval[1]) if scale else ALWAYS
         with torch.no_grad(), current(x_T.device):
             inputs = self._inputs(sampler, x_T, condition or {}, null or {}, scale, keys)
             capture = self._find(sampler, inputs, interval)
@@ -112,7 +113,7 @@ class GraphSampler:
         sampler: Sampler,
         x_T: Tensor,
         condition: dict[str, Tensor] | None = None,
-        null: dict[str, Tensor | int] | None = None,
+        null: Mapping[str, Tensor | int | None] | None = None,
         scale: float = 0.0,
         interval: tuple[float, float] = ALWAYS,
         keys: Tensor | None = None,
@@ -124,7 +125,7 @@ class GraphSampler:
         """
         with torch.no_grad(), current(x_T.device):
             inputs = self._inputs(sampler, x_T, condition or {}, null or {}, scale, keys)
-            return self._find(sampler, inputs, tuple(interval) if scale else ALWAYS) is not None
+            return self._find(sampler, inputs, (interval[0], interval[1]) if scale else ALWAYS) is not None
 
     def _inputs(self, sampler: Sampler, x_T: Tensor, condition, null, scale: float, keys: Tensor | None) -> Inputs:
         if len(x_T) == 0:
@@ -149,7 +150,8 @@ class GraphSampler:
         """The capture that serves `inputs`, made where there is none; None where they must run uncaptured."""
         device, batch = inputs["x_T"].device, len(inputs["x_T"])
         if isinstance(self.model, nn.Module) and (why := changed(self.model)):
-            return self._refuse(why, f"{why}, and a replay would not run it")
+            self._refuse(why, f"{why}, and a replay would not run it")
+            return None
         shapes = tuple((name, v.shape[1:] if _batched(name) else v.shape, v.dtype) for name, v in inputs.items())
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
         kind = (tuple(sampler.stages), sampler.keep, shapes, interval, device, autocast)
@@ -210,12 +212,9 @@ class GraphSampler:
             for kind in ("condition.", "null.")
         )
         if "scale" in inputs:
-            eps_fn = Guidance(self.model, condition, null, inputs["scale"], interval)
+            eps_fn: EpsFn = Guidance(self.model, condition, null, inputs["scale"], interval)
         else:
-
-            def eps_fn(x: Tensor, t: Tensor) -> Tensor:
-                return self.model(x, t, **condition)
-
+            eps_fn = partial(self.model, **condition)
         with getattr(self.model, "fixed_weights", contextlib.nullcontext)():
             x_0 = sampler(eps_fn, inputs["x_T"], generator=inputs.get("keys"))
         return x_0 if self.decode is None else self.decode(x_0)

@@ -6,6 +6,7 @@ import unicodedata
 from functools import cache, lru_cache
 from itertools import accumulate
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -124,7 +125,7 @@ def _fonts_with(character: str) -> list[ImageFont.FreeTypeFont]:
 @cache
 def _fonts() -> list[ImageFont.FreeTypeFont]:
     """Pillow's own font and those of FONTS that are here."""
-    found = [ImageFont.load_default(10)]
+    found = [cast(ImageFont.FreeTypeFont, ImageFont.load_default(10))]  # of a size, it is one
     for name in FONTS:
         with contextlib.suppress(OSError):
             found.append(ImageFont.truetype(name, 10))

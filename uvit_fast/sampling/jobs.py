@@ -6,6 +6,7 @@ Sample i depends on the seed and i only, so who draws a part, and when, makes no
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +39,10 @@ class Job:
         self.num, self.batch, self.world = num, batch, world
         self.parts = [(first, min(first + batch, num)) for first in range(0, num, batch)]
         self._claim: Claim | None = None  # rank 0's, on the folder
-        told = [None, []]
+        told: tuple[str | None, list[tuple[int, int]]] = None, []
         if world.rank == 0:
             refusal = self._prepare({**settings, "batch": batch}, resume)
-            told = [refusal, [part for part in self.parts if not self._is_whole(part)]]
+            told = refusal, [part for part in self.parts if not self._is_whole(part)]
         refusal, self._missing = world.tell(told)
         if refusal is not None:
             raise UserError(refusal)
@@ -59,8 +60,7 @@ class Job:
         done = self.num - sum(last - first for first, last in self._missing)
         with tqdm(total=self.num, initial=done, unit="image", desc="sample", disable=self.world.rank > 0) as bar:
             for part in mine:
-                images = draw(*part)
-                write_whole(self._file(part), lambda file, images=images: np.save(file, images))
+                write_whole(self._file(part), partial(np.save, arr=draw(*part)))
                 bar.update(min((part[1] - part[0]) * self.world.size, self.num - bar.n))  # the others keep pace
                 self.world.check()
         return self.world.gather(None) is not None
@@ -77,6 +77,7 @@ class Job:
                 path.unlink()
         self._note.unlink()  # after the others: until here the job can go on
         shutil.rmtree(self.folder)
+        assert self._claim is not None
         self._claim.release()
 
     def collect(self, write: Callable[[Path], object]) -> None:

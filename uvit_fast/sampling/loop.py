@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 from uvit_fast.build import build_sampler
 from uvit_fast.config import Config
-from uvit_fast.diffusion.guidance import Guidance
+from uvit_fast.diffusion.guidance import EpsFn, Guidance
 from uvit_fast.diffusion.noise import sample_generators, sample_noise
-from uvit_fast.model.uvit import UViT
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.sampling.captured import GraphSampler
 from uvit_fast.sampling.conditions import check_guidance, check_labels
@@ -18,7 +18,7 @@ from uvit_fast.sampling.conditions import check_guidance, check_labels
 
 @torch.no_grad()
 def sample(
-    model: UViT,
+    model: nn.Module,
     cfg: Config,
     num: int,
     *,
@@ -66,7 +66,8 @@ def sample(
         indices = range(start, min(start + batch, num))
         x_T = sample_noise(seed, indices, shape).to(device)  # (B, C, H, W)
         rows = slice(start, start + len(indices))
-        condition, null = {}, {}
+        condition: dict[str, Tensor] = {}
+        null: dict[str, Tensor | int | None] = {}
         if labels is not None:
             condition, null = {"y": labels[rows].to(device)}, {"y": cfg.null_label}
         elif context is not None:
@@ -76,7 +77,7 @@ def sample(
         if graphs is not None:
             yield graphs(sampler, x_T, condition, null, scale, interval, keys=keys)
         else:
-            eps_fn = Guidance(model, condition, null, scale, interval) if scale else partial(model, **condition)
+            eps_fn: EpsFn = Guidance(model, condition, null, scale, interval) if scale else partial(model, **condition)
             yield sampler(eps_fn, x_T, generator=keys)
 
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn as nn
 
 from uvit_fast.config import Config
 from uvit_fast.data.autoencoders import load_decoder
 from uvit_fast.data.encoders import load_text
-from uvit_fast.model.uvit import UViT
 from uvit_fast.provenance import Provenance
 from uvit_fast.runtime.device import pick_device
 from uvit_fast.runtime.errors import UserError
@@ -17,7 +18,7 @@ from uvit_fast.sampling.images import save_grid, to_uint8
 from uvit_fast.sampling.loop import sample
 
 
-def training_preview(cfg: Config, known: Provenance) -> Callable[[UViT, int, Path], Path] | None:
+def training_preview(cfg: Config, known: Provenance) -> Callable[[nn.Module, int, Path], Path] | None:
     """What the trainer calls every `train.sample_every` steps: a grid of 64 samples, eight a row, with the names of their classes;
     None where it is 0.
 
@@ -27,7 +28,8 @@ def training_preview(cfg: Config, known: Provenance) -> Callable[[UViT, int, Pat
     """
     if not cfg.train.sample_every:
         return None
-    device, conditions, captions = pick_device(cfg.device), {}, None
+    device, captions = pick_device(cfg.device), None
+    conditions: dict[str, Any] = {}
     decode = load_decoder(cfg, device, known) if cfg.latent else lambda x: x
     if cfg.model.context_dim:
         if not cfg.sample.prompts:
@@ -42,7 +44,7 @@ def training_preview(cfg: Config, known: Provenance) -> Callable[[UViT, int, Pat
         conditions = {"labels": spread_labels(64, chosen_labels(None, cfg, known))}
         captions = [known.name(label) for label in conditions["labels"].tolist()]
 
-    def preview(model: UViT, step: int, folder: Path) -> Path:
+    def preview(model: nn.Module, step: int, folder: Path) -> Path:
         batches = sample(model, cfg, 64, batch=64, **conditions)
         path = folder / f"step_{step:08d}.png"
         save_grid(to_uint8(torch.cat([decode(x) for x in batches])), path, columns=8, captions=captions)

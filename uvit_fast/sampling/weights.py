@@ -10,6 +10,7 @@ from uvit_fast.build import build_model
 from uvit_fast.config import Config, ModelConfig
 from uvit_fast.data.datasets import CLASSES
 from uvit_fast.model import fp8
+from uvit_fast.model.unet import UNet
 from uvit_fast.model.uvit import UViT
 from uvit_fast.model.weights import load_weights, read_weights
 from uvit_fast.provenance import Provenance, shown
@@ -17,7 +18,7 @@ from uvit_fast.runtime.errors import UserError
 from uvit_fast.training import checkpoint as checkpoints
 
 
-def load_for_sampling(cfg: Config, checkpoint: str | Path, device: torch.device) -> UViT | fp8.Fp8UViT:
+def load_for_sampling(cfg: Config, checkpoint: str | Path, device: torch.device) -> UViT | UNet | fp8.Fp8UViT:
     """The network of `cfg` with the weights of a file, ready to sample: bf16 on a GPU, its blocks' products e4m3 where
     `cfg.sample.precision` says so; fp32 on a CPU; no gradients.
 
@@ -32,7 +33,7 @@ def load_for_sampling(cfg: Config, checkpoint: str | Path, device: torch.device)
     return load_found(cfg, path, device)
 
 
-def load_found(cfg: Config, path: Path, device: torch.device) -> UViT | fp8.Fp8UViT:
+def load_found(cfg: Config, path: Path, device: torch.device) -> UViT | UNet | fp8.Fp8UViT:
     """`load_for_sampling` of the file that `find_weights` gave, which has looked at it."""
     narrow = cfg.sample.precision == "fp8"
     if narrow:
@@ -42,7 +43,10 @@ def load_found(cfg: Config, path: Path, device: torch.device) -> UViT | fp8.Fp8U
     model = load_weights(build_model(cfg), read_weights(path), source=str(path))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = model.to(device, dtype).eval().requires_grad_(False)
-    return fp8.Fp8UViT(model) if narrow else model
+    if not narrow:
+        return model
+    assert isinstance(model, UViT)
+    return fp8.Fp8UViT(model)
 
 
 def find_weights(checkpoint: str | Path) -> Path:

@@ -9,7 +9,7 @@ import copy
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn as nn
@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from uvit_fast.config import Config, ModelConfig
+from uvit_fast.config import Config, ModelConfig, UNetConfig
+from uvit_fast.model.uvit import Block, UViT
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.processes import World
 from uvit_fast.training.engine import batch_plan, computes_in_bf16
@@ -92,8 +93,13 @@ def share_out(budget: float, model: nn.Module, config: Config, world: World, say
     micro_batch, _ = batch_plan(config.train, world.size)
     dtype = torch.bfloat16 if computes_in_bf16(config.train, world.device) else torch.float32
 
+    net = config.model
+    assert isinstance(net, ModelConfig) and isinstance(model, UViT), (
+        "a budget is for selective checkpointing, which is U-ViT's"
+    )
+
     def plan() -> Plan:
-        network = inspect(model, config.model, micro_batch, world.device, dtype)
+        network = inspect(model, net, micro_batch, world.device, dtype)
         if world.device.type == "cuda":
             torch.cuda.empty_cache()  # of the copy that was looked at
         chosen = plan_within(budget, network)
@@ -113,7 +119,7 @@ def describe(plan: Plan, network: Network, budget: float) -> str:
     return f"activations: of {len(plan)} blocks {', '.join(parts)}; {sizes}"
 
 
-def inspect(model: nn.Module, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype) -> Network:
+def inspect(model: UViT, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype) -> Network:
     """Run a copy of the network, and of each kind of block with each policy, forward and backward, and see what they
     take.
 
@@ -128,8 +134,8 @@ def inspect(model: nn.Module, config: ModelConfig, batch: int, device: torch.dev
     inputs, conditions = example(config, batch, device)
     shape = (batch, model.pos_embed.shape[1], config.embed_dim)
     blocks, skipping = model.blocks, [*model.out_blocks] if config.skip != "none" else []
-    last = model.out_blocks[-1]
-    kinds = {False: _block_costs(model.in_blocks[0], shape, 1), True: _block_costs(last, shape, 1 + bool(skipping))}
+    first, last = cast(Block, model.in_blocks[0]), cast(Block, model.out_blocks[-1])
+    kinds = {False: _block_costs(first, shape, 1), True: _block_costs(last, shape, 1 + bool(skipping))}
     deep = [block in model.out_blocks for block in blocks]
     token_bytes = torch.empty(shape, dtype=dtype, device="meta").nbytes
     network = Network([kinds[d] for d in deep], [token_bytes * (d and bool(skipping)) for d in deep])
@@ -140,7 +146,7 @@ def inspect(model: nn.Module, config: ModelConfig, batch: int, device: torch.dev
 
 
 def example(
-    config: ModelConfig, batch: int, device: torch.device | str
+    config: ModelConfig | UNetConfig, batch: int, device: torch.device | str
 ) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
     """Inputs of the network's shapes: (x, t) and its condition."""
     conditions = {}
@@ -152,7 +158,7 @@ def example(
     return (x, torch.zeros(batch, device=device)), conditions
 
 
-def _block_costs(block: nn.Module, shape: tuple[int, ...], inputs: int) -> dict[str, Cost]:
+def _block_costs(block: Block, shape: tuple[int, ...], inputs: int) -> dict[str, Cost]:
     weight = next(block.parameters())
     tensors = [torch.zeros(shape, dtype=weight.dtype, device=weight.device, requires_grad=True) for _ in range(inputs)]
     gradient = torch.zeros(shape, dtype=weight.dtype, device=weight.device)

@@ -7,9 +7,9 @@ earlier blocks' are computed.
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn as nn
@@ -50,7 +50,9 @@ class Captured:
         self.network, self.forward, self.keep_gradients = network, network.forward, keep_gradients
         self.agree = agree
         self.parameters = [p for p in network.parameters() if p.requires_grad]
-        self.blocks = [m for m in network.modules() if isinstance(m, network.block_class)] if parts > 1 else []
+        self.blocks = (
+            [m for m in network.modules() if isinstance(m, cast(type, network.block_class))] if parts > 1 else []
+        )
         self.parts = min(parts, max(len(self.blocks), 1))
         self.graphs: Graphs = CudaGraphs() if graphs is None else graphs
         self.recorded: _Recorded | None = None
@@ -75,12 +77,14 @@ class Captured:
                 self.refused, why = True, why or "it cannot be captured on another rank"
                 warnings.warn(f"training runs uncaptured: {why}", RuntimeWarning, stacklevel=2)
                 return self.forward(*inputs, **conditions)
-        for buffer, value in zip(self.recorded.inputs, given):
+        recorded = self.recorded
+        assert recorded is not None
+        for buffer, value in zip(recorded.inputs, given):
             buffer.copy_(value)
-        self.recorded.replay()
+        recorded.replay()
         self.calls += 1
-        output = self.recorded.output.clone()
-        for part in self.recorded.parts:  # the last one's backward is the first
+        output = recorded.output.clone()
+        for part in recorded.parts:  # the last one's backward is the first
             output = _Part.apply(self, part, output, *part.parameters)
         return output
 
@@ -154,7 +158,7 @@ def _standing_in(network: nn.Module, parameters: list[nn.Parameter]) -> Iterator
 class _Backward(NamedTuple):
     """A part of the backward."""
 
-    parameters: list[Tensor]  # that get their gradients here
+    parameters: Sequence[Tensor]  # that get their gradients here
     replay: Callable[[], None]
     gradients: list[Tensor]  # filled by the replay
     grad_output: Tensor | None  # the last part's, where the output's gradient goes
@@ -222,7 +226,7 @@ class _Cuts:
         return tuple(self._seen_from(part, v) if isinstance(v, Tensor) else v for v in args)
 
     def _leave(self, block: nn.Module, args: tuple, output: Tensor) -> None:
-        output.made_in = self.part_of[block]
+        output.made_in = self.part_of[block]  # type: ignore[attr-defined]  # a note on the tensor
 
     def _seen_from(self, part: int, tensor: Tensor) -> Tensor:
         if _made_in(tensor) == part:

@@ -14,7 +14,7 @@ import shutil
 import threading
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -52,7 +52,7 @@ class Writer:
     def __init__(self, folder: Path, keep: int, say: Callable[[str], None], keep_every: int = 0):
         self.folder, self.keep, self.say, self.keep_every = folder, keep, say, keep_every
         self._thread: threading.Thread | None = None
-        self._error: tuple[int, OSError] | None = None
+        self._error: tuple[int, Exception] | None = None
 
     def submit(self, step: int, parts: dict[str, Tensors], state: dict[str, Any]) -> None:
         """Start to write; waits for the one before. `parts` must not change any more."""
@@ -110,7 +110,7 @@ def write(
     finally:
         _remove(partial)
     for old in steps(folder)[:-keep]:
-        if not keep_every or step_of(old) % keep_every:
+        if not keep_every or _step(old) % keep_every:
             _remove(old)
 
 
@@ -120,9 +120,13 @@ def step_of(path: Path) -> int | None:
     return step if step is not None and path.name == f"step_{step:08d}" else None
 
 
+def _step(path: Path) -> int:
+    return cast(int, step_of(path))
+
+
 def steps(folder: Path) -> list[Path]:
     """The checkpoints below `folder`, oldest first; what somebody called step_00001000.old or step_best is his."""
-    return sorted((path for path in folder.glob("step_*") if step_of(path) is not None), key=step_of)
+    return sorted((path for path in folder.glob("step_*") if step_of(path) is not None), key=_step)
 
 
 def newest_intact(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
@@ -139,7 +143,7 @@ def newest_intact(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[
     for path in reversed(found):
         wrong = next(faults(path), None)
         if wrong is None:
-            return path, _manifest(path)
+            return path, cast(dict[str, Any], _manifest(path))
         say(f"checkpoint {path} is damaged ({': '.join(wrong)}); trying the one before")
     if found:
         raise UserError(
@@ -154,7 +158,7 @@ def set_aside_newer(path: Path) -> None:
     still be the newest to whoever samples, and stay while intact ones make room.
     """
     for newer in steps(path.parent):
-        if step_of(newer) > step_of(path):
+        if _step(newer) > _step(path):
             aside = newer.with_name(f"damaged_{newer.name}")
             _remove(aside)
             newer.rename(aside)

@@ -108,7 +108,7 @@ class DeepSpeed:
         self, train: TrainConfig, micro_batch: int, accumulation: int, bf16: bool, parameters: int
     ) -> dict[str, Any]:
         """DeepSpeed's configuration. What it would wait for the host for, and can be told not to, is off."""
-        zero = {
+        zero: dict[str, Any] = {
             "stage": self.stage,
             "overlap_comm": self.overlaps,
             "contiguous_gradients": self.world.size > 1,

@@ -120,7 +120,7 @@ def describe_run(
     provenance.write(run_dir / RUN_FILE)
     if start is not None:
         (run_dir / "init.json").write_text(json.dumps(start, indent=1))
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in ("uvit-fast", "torch", "triton", "deepspeed", "numpy"):
         try:
             versions[package] = version(package)

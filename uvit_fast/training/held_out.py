@@ -67,8 +67,8 @@ class HeldOut:
             stream.close()
         if world.size > 1:  # of a batch and zeros
             dist.all_reduce(sums)
-        *sums, left_off = sums.tolist()
-        return None if left_off else sum(sums) / (len(items) * len(TIMES))
+        *found, left_off = sums.tolist()
+        return None if left_off else sum(found) / (len(items) * len(TIMES))
 
     def _sum(self, network: nn.Module, number: int, raw: dict[str, Tensor]) -> Tensor:
         """Over a batch and its times, 0-d fp64."""

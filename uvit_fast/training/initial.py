@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn as nn
@@ -63,7 +63,7 @@ def read_start(config: Config, model: nn.Module, data: Provenance) -> Start:
         UserError: no such weights, or they do not fit; the message says how `train.init_replace` would mend that.
     """
     try:
-        file = find_weights(config.train.init)
+        file = find_weights(str(config.train.init))
         state = published_names(read_weights(file), model.state_dict(), str(file))
     except UserError as error:
         raise UserError(f"train.init: {error}") from None
@@ -129,7 +129,7 @@ def replace(
 def _positions(model: nn.Module, given: Tensors, new: Tensor) -> tuple[Tensor, str]:
     """The position embedding (1, extras + n * n, D) for `model`, and how it was made; the old one where none can be."""
     old = given["pos_embed"]
-    tokens = [f"text {i}" for i in range(model.context_tokens)]
+    tokens = [f"text {i}" for i in range(cast(int, model.context_tokens))]
     theirs = ["label"] * ("label_emb.weight" in given) + ["time"] + tokens * ("context_embed.weight" in given)
     ours = ["label"] * bool(model.num_classes) + ["time"] + tokens * bool(model.context_dim)
     n_old = math.isqrt(max(old.shape[1] - len(theirs), 0)) if old.dim() == 3 else 0

@@ -9,9 +9,9 @@ epoch shows each sample once. Within a step, micro-batch m = k * ranks + rank (k
 import contextlib
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from types import FrameType, TracebackType
-from typing import cast
+from typing import Any, cast
 
 import psutil
 import torch
@@ -81,8 +81,12 @@ class Order:
 
 
 def batches(
-    dataset: Dataset, order: Order, num_workers: int, device: torch.device, overdue: Callable[[], bool] = bool
-) -> Iterator[dict[str, Tensor]]:
+    dataset: Dataset,
+    order: Order | list[list[tuple[int, int]]],
+    num_workers: int,
+    device: torch.device,
+    overdue: Callable[[], bool] = bool,
+) -> Generator[dict[str, Tensor], None, None]:
     """The raw batches of `order` on `device`; copies to a GPU overlap with it. Closing the iterator ends its loader processes.
 
     Args:
@@ -92,7 +96,7 @@ def batches(
         DataError: in place of a UserError of the dataset, also from a loader process, and where one of these has died.
         Stalled: a batch was given up.
     """
-    loader = iter(
+    loader: Any = iter(
         DataLoader(
             cast(torch.utils.data.Dataset, dataset),  # which asks for `__getitems__` alone
             batch_sampler=order,
@@ -159,7 +163,7 @@ def _is_stopped(pid: int) -> bool:
     return False
 
 
-def _as_it_is(raw: dict[str, Tensor]) -> dict[str, Tensor]:
+def _as_it_is(raw: Any) -> Any:
     return raw
 
 

@@ -46,7 +46,7 @@ class Looks:
 
     def held_out_loss(self, weights: dict[str, Tensor], overdue: Callable[[], bool]) -> dict[str, float]:
         """The figure `held_out_loss` of rank 0's `weights`, where it was not given up. All ranks must call it."""
-        if self.held_out is None:
+        if self.held_out is None or self.model is None:
             return {}
         self.model.to(self.device, self.dtype)
         for name, parameter in self.model.named_parameters():
@@ -110,6 +110,7 @@ class Looks:
     def _show(self, step: int, monitor: Monitor) -> None:
         folder = self.run_dir / "samples"
         folder.mkdir(exist_ok=True)
+        assert self.preview and self.model
         picture = self.preview(self.model, step, folder)
         if picture:
             monitor.picture(picture, step)

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class Monitor:
         for path in (run_dir / "evaluation.jsonl", run_dir / "metrics.jsonl"):
             if path.exists():
                 kept = "".join(json.dumps(row) + "\n" for row in read_rows(path) if row.get("step", math.inf) <= step)
-                write_whole(path, lambda temporary, kept=kept: temporary.write_text(kept))
+                write_whole(path, partial(Path.write_text, data=kept))
         self.board: Any = None  # TensorBoard's writer, made when it is needed
         self.purge = step + 1  # whatever a board has of this step and later ones is void
         self.wandb = None if wandb is None else _start(package, run_dir, wandb)
@@ -186,8 +187,7 @@ class Reading:
         if values.device.type == "cuda":
             self.host = torch.empty(values.shape, pin_memory=True)
             self.host.copy_(values, non_blocking=True)
-            self.arrived = torch.cuda.Event()
-            self.arrived.record()
+            self.arrived: torch.cuda.Event | None = torch.cuda.current_stream().record_event()
         else:
             self.host, self.arrived = values.clone(), None
 
@@ -215,6 +215,7 @@ class Mark:
         if self.event is None:
             return self.time - earlier.time
         self.event.synchronize()
+        assert earlier.event is not None
         return earlier.event.elapsed_time(self.event) / 1e3
 
 

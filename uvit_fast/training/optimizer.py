@@ -1,5 +1,7 @@
 """AdamW on this rank's flat partition of the weights, which refuses gradients that are not finite without asking the host."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -22,10 +24,11 @@ class GuardedAdamW(torch.optim.AdamW):
         self.clip, self.device = train.grad_clip, device
         self.grad_norm = torch.zeros((), device="cpu" if train.offload_optimizer else device)
         self.refused = torch.zeros_like(self.grad_norm)
-        self.found_inf = self.grad_scale = None  # switches of the fused kernels, meant for loss scaling
+        self.found_inf: Tensor | None = None  # switches of the fused kernels, meant for loss scaling
+        self.grad_scale: Tensor | None = None
         self.double_betas = torch.tensor(train.betas, dtype=torch.float64, device=device)
 
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """PyTorch's own, on the gradients of the parameters."""
         self._look_at([p.grad for group in self.param_groups for p in group["params"]])
         self.found_inf = self.refused

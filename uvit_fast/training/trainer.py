@@ -13,7 +13,7 @@ import hashlib
 import math
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import torch
@@ -91,8 +91,8 @@ class Trainer:
             preview if train.sample_every and self.main else None, measure if config.evaluate and self.main else None,
             None if held_out is None else HeldOut(held_out, self._error, self.world, config.data.num_workers),
         )  # fmt: skip
-        self.monitor: Monitor | None = None  # rank 0's, while it trains
-        self.interrupt: Interrupt | None = None  # while it trains
+        self._monitor: Monitor | None = None  # rank 0's, while it trains
+        self._interrupt: Interrupt | None = None  # while it trains
         if train.activation_memory_gb:
             activations.share_out(train.activation_memory_gb * 1e9, model, config, self.world, self._say)
         self.engine = Engine(model, config, self.world)
@@ -143,6 +143,16 @@ class Trainer:
                 self._log_if_due()
             seconds = self._finish(began)
         return self._report(seconds)
+
+    @property
+    def monitor(self) -> Monitor:
+        assert self._monitor is not None, "rank 0 has one, while it trains"
+        return self._monitor
+
+    @property
+    def interrupt(self) -> Interrupt:
+        assert self._interrupt is not None, "there is one while it trains"
+        return self._interrupt
 
     def _due(self, every: int) -> bool:
         """Whether what happens every so many steps (0: never), and after the last one, happens now."""
@@ -211,7 +221,7 @@ class Trainer:
     def _running(self) -> Iterator[tuple[Iterator[dict[str, Tensor]], Interrupt]]:
         """The batches of a run and its signals, for as long as it has its folder and its screen."""
         self.world.on_first(self._open_folder)
-        self.interrupt = Interrupt(host_group() if self.world.size > 1 else None)
+        self._interrupt = Interrupt(host_group() if self.world.size > 1 else None)
         stream = self.stream()
         self.first = (self.step, self.samples)
         self.rows.restart_clock()
@@ -271,13 +281,13 @@ class Trainer:
         """
         wandb = self.config.model_dump(mode="json") if self.config.train.wandb else None
         try:
-            self.monitor = Monitor(self.run_dir, self.step, self.config.train.iterations, wandb)
+            self._monitor = Monitor(self.run_dir, self.step, self.config.train.iterations, wandb)
             record = self.beginning and self.beginning.record
             describe_run(self.run_dir, self.config, self.world, self.saves.provenance, record)
         except OSError as error:
             raise UserError(f"{self.run_dir}: expected a folder to write the run to: {error}") from None
 
-    def stream(self) -> Iterator[dict[str, Tensor]]:
+    def stream(self) -> Generator[dict[str, Tensor], None, None]:
         """This rank's batches, from where the run is to its end, or until data stalls after a signal."""
         engine, train, world = self.engine, self.config.train, self.world
         order = Order(
@@ -300,6 +310,7 @@ class Trainer:
             if not self.dry:
                 self._draw(stream)
             row.waited += time.perf_counter() - waits_since
+            assert self.raw is not None
             loss = self.loss(self.raw, self.step, k)
             if self.dry:
                 loss = loss * torch.nan
@@ -311,8 +322,8 @@ class Trainer:
         self.rows.add_step(engine.refused)
         self.step += 1
         self.samples += self.config.train.batch_size
-        if self.monitor is not None:
-            self.monitor.advance(self.step)
+        if self._monitor is not None:
+            self._monitor.advance(self.step)
 
     def _draw(self, stream: Iterator[dict[str, Tensor]]) -> None:
         """The next batch, or the one before once there are no more."""
@@ -345,10 +356,11 @@ class Trainer:
         x_0 = batch["x"]  # (B, C, H, W)
         u, noise = draws.rand(len(x_0)), draws.randn(*x_0.shape)  # (B,), (B, C, H, W)
         drop = draws.rand(len(x_0)) < train.p_uncond  # (B,)
-        conditions = conditions_of(self.config, batch)
-        if train.p_uncond and "y" in conditions:
-            conditions["y"] = conditions["y"].masked_fill(drop, self.config.null_label)
+        conditions, null = conditions_of(self.config, batch), self.config.null_label
+        if null is not None:
+            conditions["y"] = conditions["y"].masked_fill(drop, null)
         if train.p_uncond and "context" in conditions:
+            assert self.null_context is not None
             conditions["context"] = torch.where(drop[:, None, None], self.null_context, conditions["context"])
         return self.objective.loss(self.engine, x_0, noise, u, **conditions)
 
@@ -366,7 +378,7 @@ class Trainer:
         train, (first_step, first_sample) = self.config.train, self.first
         whole = Order(len(self.dataset), train.seed, train.batch_size, 1, 0, 1, 0, 1)
         indices = [i for i, _ in whole.pairs(first_sample + (step - 1 - first_step) * train.batch_size)]
-        numbers = getattr(self.dataset, "numbers", None)  # of a part's items in the whole
+        numbers = self.dataset.numbers
         return indices if numbers is None else numbers[indices].tolist()
 
     def _save(self) -> None:
@@ -375,11 +387,11 @@ class Trainer:
 
     def _overdue(self) -> bool:
         """Whether nothing should be waited for any longer, after a signal."""
-        return self.interrupt is not None and self.interrupt.overdue()
+        return self._interrupt is not None and self._interrupt.overdue()
 
     def _say(self, text: str) -> None:
         if self.main:
-            (self.monitor.say if self.monitor else say)(text)
+            (self._monitor.say if self._monitor else say)(text)
 
 
 def conditions_of(config: Config, batch: dict[str, Tensor]) -> dict[str, Tensor]:
