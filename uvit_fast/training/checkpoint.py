@@ -33,7 +33,7 @@ LEARNING = {  # section -> what a run may be continued with otherwise, and learn
     "evaluate": {"held_out"},
 }  # fmt: skip
 BEFORE = {"diffusion": {"prediction": "eps"}}  # what checkpoints had that do not say
-MEANING = {"model", "diffusion", "latent"}  # sections that say what the weights mean, but for
+MEANING = ("model", "diffusion", "latent")  # sections that say what the weights mean, but for
 HOW_NOT_WHAT = {
     "attention",
     "kernels",
