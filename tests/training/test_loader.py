@@ -8,6 +8,7 @@ import threading
 import time
 from multiprocessing.connection import Connection
 
+import psutil
 import pytest
 import torch
 
@@ -103,9 +104,13 @@ def test_a_loader_process_that_is_stopped_while_it_hands_over_a_batch_is_named(m
     monkeypatch.setattr(loader, "STALLED", 1)
 
     def wake_up():
+        while not (
+            found := [child for child in psutil.Process().children() if child.status() == psutil.STATUS_STOPPED]
+        ):
+            time.sleep(0.01)
         time.sleep(2.5)
-        for process in multiprocessing.active_children():
-            os.kill(process.pid, signal.SIGCONT)
+        for process in found:
+            process.resume()
 
     threading.Thread(target=wake_up).start()
     found = list(batches(Stopped(), order(steps=1), 1, CPU))
