@@ -52,9 +52,6 @@ from uvit_fast.kernels.attention.sm90_tiles import (
 from uvit_fast.kernels.runtime import launch
 from uvit_fast.kernels.runtime.aggregate import aggregate
 from uvit_fast.kernels.runtime.device import multiprocessors
-from uvit_fast.kernels.runtime.early import wait_for_others
-
-PROGRAMS = 0  # a multiprocessor, up to which a head's queries are divided; 0: never
 
 
 @aggregate
@@ -124,7 +121,6 @@ def attention_forward_kernel(
     RAGGED: gl.constexpr,
     BN: gl.constexpr,  # keys per product: 64 times a power of two that divides BLOCKS
     CHUNKS: gl.constexpr,  # programs that share a head's queries
-    EARLY: gl.constexpr,  # launched before the kernel before it has ended
 ):
     WIDE: gl.constexpr = D > 64
     ROW: gl.constexpr = row_bytes(WIDE)
@@ -159,8 +155,6 @@ def attention_forward_kernel(
     q = Global(blocks, tails, b, h)
     to = Global(Boxes(out, out_rest), None, b, h)
     whole = out_whole + b.to(gl.int64) * L * (H * D)
-    if EARLY:
-        wait_for_others()
     mbarrier.expect(bars.index(0), 64 * ROW)
     if CHUNKS > 1:
         q.load(gl.where(before > 0, START, first * 64), stream.index(0), bars.index(0))
@@ -248,17 +242,15 @@ def attention_forward_kernel(
     tma.store_wait(0)
 
 
-def forward_launch(qkv: Tensor, out: Tensor, lse: Tensor, chunks: int = 1, early: bool = False) -> tuple:
-    """Return the kernel, its arguments and its options: `chunks` programs a head, as `early` as in the GEMM."""
+def forward_launch(qkv: Tensor, out: Tensor, lse: Tensor, chunks: int = 1) -> tuple:
+    """Return the kernel, its arguments and its options: `chunks` programs a head."""
     _, L, _, H, D = qkv.shape
     c = cut(L)
     keys = 256 if c["BLOCKS"] % 4 == 0 else 128 if c["BLOCKS"] % 2 == 0 else 64
     wide = out.dtype == qkv.dtype
     boxed = (*boxes(qkv, D, 64), *boxes(qkv, D, 16 if c["TAIL"] else None), *boxes(out, D, 64 if wide else None))
     arguments = (*boxed, out, lse, L, D**-0.5 * LOG2E, D)
-    options = {"H": H, **c, "BN": keys, "CHUNKS": chunks, "EARLY": early, "num_warps": 4}
-    if early:
-        options["launch_pdl"] = True
+    options = {"H": H, **c, "BN": keys, "CHUNKS": chunks, "num_warps": 4}
     return attention_forward_kernel, arguments, options
 
 
@@ -275,7 +267,7 @@ def forward(qkv: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tens
     B, L, _, H, D = qkv.shape
     out = qkv.new_empty(B, L, H * D, dtype=dtype)
     lse = qkv.new_empty(B, H, L, dtype=torch.float32)
-    n = chunks(B * H, L, PROGRAMS * multiprocessors(qkv.device)) if PROGRAMS else 1
+    n = chunks(B * H, L, multiprocessors(qkv.device))
     kernel, arguments, options = forward_launch(qkv, out, lse, n)
     launch.run(qkv.device, kernel, (B * H * n,), arguments, options)
     return out, lse
@@ -283,6 +275,6 @@ def forward(qkv: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tens
 
 @functools.cache
 def chunks(heads: int, L: int, at_once: int) -> int:
-    """Return how many programs share a head's queries: as many as run at once where there are few heads."""
+    """Return how many programs share a head's queries: where there are few heads, one for each multiprocessor."""
     c = cut(L)
     return min(max(at_once // heads, 1), c["BLOCKS"] + c["TAIL"])

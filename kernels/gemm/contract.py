@@ -56,8 +56,8 @@ def results(epilogue: str, x: Tensor, N: int, side: Tensor | None, overwrite: bo
 class Core(ABC):
     """An architecture's GEMM. All results are accumulated in fp32 and of the input's dtype."""
 
-    def takes_sums(self, tokens: int) -> bool:
-        """Return whether so many tokens' products take rstd from sums as fast as from statistics, taken by a launch."""
+    def takes_sums(self, x: Tensor, weight: Tensor) -> bool:
+        """Return whether the product of x (M, K), weight (N, K) takes rstd from sums faster than a launch would."""
         return False
 
     @abstractmethod

@@ -42,7 +42,6 @@ from uvit_fast.kernels.runtime import launch, once, tuning
 from uvit_fast.kernels.runtime.aggregate import aggregate
 from uvit_fast.kernels.runtime.checks import ACCUMULATE
 from uvit_fast.kernels.runtime.device import multiprocessors
-from uvit_fast.kernels.runtime.early import wait_for_others
 from uvit_fast.kernels.runtime.launch import cdiv, descriptor
 
 ROWS, TOKENS, BK = 64, 256, 64  # features per consumer, tokens per tile, K per stage
@@ -51,9 +50,8 @@ assert ROWS == CHUNK, "a consumer's features are those whose sums are taken toge
 STAGES = {TOKENS: 4, 64: 8}
 STAGING = 128  # tokens that a consumer's staging buffers hold together
 SHORT = 12  # steps of K, up to which asking for a tile's statistics ahead measured faster
-TAIL = 8  # tokens that a tile may have beside
-SUMMED = 0  # tokens, up to which rstd is taken from sums
-FEW = {"tokens": 64, "part": 32}  # a tile where tokens are few
+FEW = {"tokens": 64, "part": 32}  # a tile where tokens are few, and the table does not know better
+FORWARD = ("plain", "residual", "gelu")  # epilogues whose tiles may have a tail
 
 
 @aggregate
@@ -72,7 +70,6 @@ class Gemm:
     across: gl.tensor  # tiles over the features
     steps1: gl.tensor  # of a tile's steps, those from the first source
     TWO: gl.constexpr  # whether there is a second source
-    EARLY: gl.constexpr  # launched before the kernel before it has ended: only weights are read until it has
 
 
 @gluon.jit
@@ -111,27 +108,12 @@ def _producer(g):
     BYTES: gl.constexpr = 2 * g.w.block_type.nbytes + g.x.block_type.nbytes + TAIL
     step = 0
     first, end, stride = g.shares.tiles_of_mine()
-    early = 0  # steps whose weights are on their way
-    if g.EARLY:
-        start, stop = g.shares.steps_of(first)
-        early = gl.minimum(stop - start, g.ring.STAGES)
-        for i in range(early):
-            s, bar = g.ring.claim(i, BYTES)
-            _ask_weights(g, first, start + i, s, bar)
-        wait_for_others()
     for tile in range(first, end, stride):
         start, stop = g.shares.steps_of(tile)
         for k in range(start, stop):
-            if g.EARLY:
-                s = step % g.ring.STAGES
-                if step >= early:
-                    g.ring.claim(step, BYTES)
-                    _ask_weights(g, tile, k, s, g.ring.full.index(s))
-                _ask_tokens(g, tile, k, s, g.ring.full.index(s))
-            else:
-                s, bar = g.ring.claim(step, BYTES)
-                _ask_tokens(g, tile, k, s, bar)
-                _ask_weights(g, tile, k, s, bar)
+            s, bar = g.ring.claim(step, BYTES)
+            _ask_tokens(g, tile, k, s, bar)
+            _ask_weights(g, tile, k, s, bar)
             step += 1
 
 
@@ -174,7 +156,7 @@ def _product_tail(ring, step, steps, TOKENS: gl.constexpr, TAIL: gl.constexpr, W
 
 
 @gluon.jit
-def _finish(e, xs, ahead, at, done):
+def _finish(e, xs, ahead, at, uses):
     """Write a tile."""
     if e.KIND == "plain":
         plain(e, xs, ahead, at)
@@ -183,54 +165,61 @@ def _finish(e, xs, ahead, at, done):
     elif e.KIND == "gelu_save":
         gelu_save(e, xs, ahead, at)
     elif e.KIND == "residual":
-        residual(e, xs, ahead, at, done)
+        residual(e, xs, ahead, at, uses)
     else:
-        gelu_backward(e, xs, ahead, at, done)
+        gelu_backward(e, xs, ahead, at, uses)
 
 
 @gluon.jit
 def _consumer(g, WHO: gl.constexpr):
     e = g.epilogue
+    t = g.tail
+    SHARED: gl.constexpr = g.shares.MOST > 1
     step = 0
-    done = 0  # tiles
-    if g.EARLY:
-        wait_for_others()
+    uses = 0  # of a staging buffer in which something arrives
+    uses_tail = 0
     first, end, stride = g.shares.tiles_of_mine()
     for tile in range(first, end, stride):
         start, stop = g.shares.steps_of(tile)
         down = tile // g.across
         at = Place(((tile % g.across) * 2 + WHO) * 64, down * g.shares.SPAN, down, tile, WHO)
         e.measure(at)
-        if g.shares.MOST == 1 and g.tail is None:
+        if t is None:
             ahead = e.ask(at)
             xs = parts(_product(g.ring, step, stop - start, e.TOKENS, WHO), 64, e.TOKENS, e.PART)
-            _finish(e, xs, ahead, at, done)
-            done += 1
-        elif g.tail is None:
-            xs = parts(_product(g.ring, step, stop - start, e.TOKENS, WHO), 64, e.TOKENS, e.PART)
-            g.shares.leave(xs, tile, WHO, e.TOKENS, e.PART)
+            if SHARED:
+                g.shares.leave(xs, tile, WHO, e.TOKENS, e.PART)
             if g.shares.hand_in(tile, WHO):
-                _finish(e, xs, e.ask(at), at, done)
-                done += 1
+                if SHARED:
+                    xs = g.shares.collected(tile, WHO, e.TOKENS, e.PART)
+                _finish(e, xs, ahead, at, uses)
+                uses += e.ROUNDS
+            else:
+                e.pass_by(at, uses)
+                uses += 1
         else:
-            t = g.tail
             beside = Place(at.feature, at.token + e.TOKENS, down, tile, WHO)
             t.measure(beside)
-            if g.shares.MOST == 1:
-                ahead = e.ask(at)
-                ahead_tail = t.ask(beside)
+            ahead = e.ask(at)
+            ahead_tail = t.ask(beside)
             acc, rest = _product_tail(g.ring, step, stop - start, e.TOKENS, t.TOKENS, WHO)
             xs = parts(acc, 64, e.TOKENS, e.PART)
-            if g.shares.MOST > 1:
+            xs_tail = (rest,)
+            if SHARED:
                 g.shares.leave(xs, tile, WHO, e.TOKENS, e.PART)
-                t.shares.leave((rest,), tile, WHO, t.TOKENS, t.PART)
+                t.shares.leave(xs_tail, tile, WHO, t.TOKENS, t.PART)
             if g.shares.hand_in(tile, WHO):
-                if g.shares.MOST > 1:
-                    ahead = e.ask(at)
-                    ahead_tail = t.ask(beside)
-                _finish(e, xs, ahead, at, done)
-                _finish(t, (rest,), ahead_tail, beside, done)
-                done += 1
+                if SHARED:
+                    xs = g.shares.collected(tile, WHO, e.TOKENS, e.PART)
+                    xs_tail = t.shares.collected(tile, WHO, t.TOKENS, t.PART)
+                _finish(e, xs, ahead, at, uses)
+                _finish(t, xs_tail, ahead_tail, beside, uses_tail)
+                uses += e.ROUNDS
+            else:
+                e.pass_by(at, uses)
+                t.pass_by(beside, uses_tail)
+                uses += 1
+            uses_tail += 1
         step += stop - start
     tma.store_wait(0)
 
@@ -293,6 +282,7 @@ def _epilogue(
         ARRIVING=ARRIVING,
         TOKENS=TOKENS,
         PART=shape[0],
+        ROUNDS=TOKENS // shape[0] // max(ARRIVING, 1),
         HAS_BIAS=how[1],
         FOLD=FOLD,
         AHEAD=how[3],
@@ -349,8 +339,6 @@ def gemm_kernel(
     NARROW: gl.constexpr,
     CHUNKS: gl.constexpr,
     MOST: gl.constexpr,
-    EARLY: gl.constexpr,
-    REGISTERS: gl.constexpr,
 ):
     shares = Shares(
         tiles=gl.to_tensor(tiles),
@@ -384,9 +372,8 @@ def gemm_kernel(
         across=gl.to_tensor(across),
         steps1=gl.to_tensor(steps1),
         TWO=TWO,
-        EARLY=EARLY,
     )
-    gl.warp_specialize([(_consumer, (g, 0)), (_consumer, (g, 1)), (_producer, (g,))], [4, 1], [REGISTERS, 24])
+    gl.warp_specialize([(_consumer, (g, 0)), (_consumer, (g, 1)), (_producer, (g,))], [4, 1], [240, 24])
 
 
 # Staging buffers of a consumer where so many fit: for what arrives, and for each result that leaves.
@@ -413,10 +400,9 @@ def arguments(
     tokens: int = TOKENS,
     part: int = 64,
     stages: int = 0,
-    programs: int = 0,
-    pair: bool = False,
-    early: bool = False,
-    tail: bool = False,
+    shares: int = 1,
+    at_once: int = 132,
+    tail: int = 0,
     staging: int = 0,
 ) -> tuple[tuple, dict, int, Product]:
     """Return the kernel's arguments, its launch options, the number of programs that have work, and the results.
@@ -424,22 +410,23 @@ def arguments(
     Args:
         tokens, part: of a tile, and of a part of it in the epilogue.
         stages: of the ring; default: `STAGES`.
-        programs: which share all tiles' steps of K; default: each tile is one program's.
-        pair: two programs a multiprocessor, with half the registers and at most half the shared memory.
-        early: the kernel may begin while the one before it ends.
-        tail: a tile has `TAIL` more tokens: 258 = 256 + 2, 2 * 129 = 128 + 1, ... then fill whole tiles.
+        shares: programs for each tile, of which all together share all tiles' steps of K, as many as run `at_once`.
+        tail: tokens that a tile has beside, 8, 32 or 64: 258 = 256 + 2, 2 * 129 = 128 + 1, ... then fill whole tiles,
+            and there are tiles between those whose tokens are a power of two.
+        staging: tokens that a consumer's staging buffers hold together; default: `STAGING`.
     """
     w, bias = linear
     (M, K), N = x.shape, w.shape[1 if transposed else 0]
-    span = tokens + (TAIL if tail else 0)
+    span = tokens + tail
     across, down = cdiv(N, 2 * ROWS), cdiv(M, span)
-    assert not tail or epilogue in ("plain", "residual", "gelu") and down * span <= cdiv(M, TILE) * TILE
+    assert not tail or epilogue in FORWARD and down * span <= cdiv(M, TILE) * TILE
     out, second = results(epilogue, x, N, side, overwrite)
     partial = x.new_empty(down, N, dtype=ACCUMULATE) if epilogue == "gelu_backward" else out
     out_box, x_box = descriptor(out, part, ROWS), descriptor(x, tokens, BK)
     steps = cdiv(K + (0 if x2 is None else x2.shape[1]), BK)
     tiles = across * down
-    shared, arrivals, most = out, out, sharers(tiles, steps, programs)
+    programs = min(tiles * shares, at_once) if shares > 1 else tiles
+    shared, arrivals, most = out, out, sharers(tiles, steps, programs) if shares > 1 else 1
     if most > 1:
         shared = x.new_empty(2 * programs, 2, ROWS * span, dtype=ACCUMULATE)
         arrivals = once.counters(x.device, 2 * tiles)
@@ -451,10 +438,10 @@ def arguments(
         out_box,
         out_box if second is out else descriptor(second, part, ROWS),
         out_box if side is None else descriptor(side, part, ROWS),
-        descriptor(x, TAIL, BK) if tail else None,
-        descriptor(x if x2 is None else x2, TAIL, BK) if tail else None,
-        descriptor(out, TAIL, ROWS) if tail else None,
-        descriptor(out if side is None else side, TAIL, ROWS) if tail else None,
+        descriptor(x, tail, BK) if tail else None,
+        descriptor(x if x2 is None else x2, tail, BK) if tail else None,
+        descriptor(out, tail, ROWS) if tail else None,
+        descriptor(out if side is None else side, tail, ROWS) if tail else None,
         out if bias is None else bias,
         out if stats is None else stats.sums if summed else stats,
         out,
@@ -489,21 +476,15 @@ def arguments(
         "NARROW": False,
         "CHUNKS": K // CHUNK if summed else 1,
         "MOST": most,
-        "EARLY": early,
-        "REGISTERS": 104 if pair else 240,
         "num_warps": 4,
-        "maxnreg": 80 if pair else 168,
+        "maxnreg": 168,
     }
-    if early:
-        options["launch_pdl"] = True
-    return args, options, programs if most > 1 else tiles, Product(out, second, partial)
+    return args, options, programs, Product(out, second, partial)
 
 
 @functools.cache
 def sharers(tiles: int, steps: int, programs: int) -> int:
-    """Return how many programs share a tile at most, past 4 the next even number; 1 where tiles are whole."""
-    if not programs:
-        return 1
+    """Return how many programs share a tile at most, past 4 the next even number."""
     total = tiles * steps
     assert programs <= total, "a program has a step to do"
     first = [((t * steps + 1) * programs - 1) // total for t in range(tiles)]
@@ -522,14 +503,18 @@ def tile(epilogue: str, x: Tensor, N: int, K: int) -> dict:
 class Hopper(Core):
     """The core for sm_90. Gradients of weights and inputs are the table's choice between it and cuBLAS."""
 
-    def takes_sums(self, tokens: int) -> bool:
-        return tokens <= SUMMED
+    def takes_sums(self, x: Tensor, weight: Tensor) -> bool:
+        return tuning.few(x.device, *weight.shape, x.shape[0]).get("sums", False)
 
     def product(self, epilogue: str, x: Tensor, linear: Linear, **more) -> Product:
         features = linear.weight.shape[1 if more.get("transposed") else 0]
-        chosen = tile(epilogue, x, features, linear.weight.numel() // features)
-        args, options, programs, made = arguments(epilogue, x, linear, **more, **chosen)
-        at_once = multiprocessors(x.device) * (2 if chosen.get("pair") else 1)
+        depth = linear.weight.numel() // features
+        chosen = {}
+        if epilogue in FORWARD and not more.get("transposed"):
+            chosen = dict(tuning.few(x.device, features, depth, x.shape[0]))
+            chosen.pop("sums", None)
+        chosen, at_once = chosen or tile(epilogue, x, features, depth), multiprocessors(x.device)
+        args, options, programs, made = arguments(epilogue, x, linear, **more, **chosen, at_once=at_once)
         launch.run(x.device, gemm_kernel, (min(programs, at_once),), args, options)
         return made
 

@@ -168,6 +168,7 @@ class Epilogue:
     ARRIVING: gl.constexpr
     TOKENS: gl.constexpr  # of a tile
     PART: gl.constexpr
+    ROUNDS: gl.constexpr  # uses of a buffer in which something arrives, a tile
     HAS_BIAS: gl.constexpr
     FOLD: gl.constexpr  # whether a LayerNorm is folded in, and what its rstd comes from: "", "stats" or "sums"
     AHEAD: gl.constexpr  # whether a tile's rstd is asked for into L1 ahead
@@ -244,8 +245,6 @@ class Epilogue:
     @gluon.jit
     def affine(self, x, ahead, at, j: gl.constexpr):
         """Return part j with all scales, the LayerNorm's and the bias, and the `Ahead` of the part after it."""
-        if self.shares.MOST > 1:
-            x = self.shares.collected(x, at.tile, at.WHO, j)
         if self.SCALED:
             x = x * gl.expand_dims(ahead.scale, 1)
         if self.FOLD != "":
@@ -271,14 +270,19 @@ class Epilogue:
         tma.async_copy_global_to_shared(self.side, [at.token + j * self.PART, at.feature], bar, self.arriving.index(b))
 
     @gluon.jit
-    def arrival(self, at, done, j: gl.constexpr):
-        """Return part j of the side input, fp32, and its buffer; `done` tiles were before this one."""
+    def arrival(self, at, uses, j: gl.constexpr):
+        """Return part j of the side input, fp32, and its buffer, which has had so many uses before this tile."""
         lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.PART, 16])
-        rounds: gl.constexpr = self.TOKENS // self.PART // self.ARRIVING  # uses of a buffer per tile
         b: gl.constexpr = at.WHO * self.ARRIVING + j % self.ARRIVING
-        mbarrier.wait(self.arrived.index(b), (done * rounds + j // self.ARRIVING) & 1)
+        mbarrier.wait(self.arrived.index(b), (uses + j // self.ARRIVING) & 1)
         buf = self.arriving.index(b)
         return widened(buf.permute([1, 0]).load(lay)), buf
+
+    @gluon.jit
+    def pass_by(self, at, uses):
+        """Let what `ask` asked for come in: another program finishes this tile."""
+        for b in gl.static_range(self.ARRIVING):
+            mbarrier.wait(self.arrived.index(at.WHO * self.ARRIVING + b), uses & 1)
 
     @gluon.jit
     def send(self, x, at, j: gl.constexpr, buf):
@@ -364,12 +368,12 @@ def gelu_save(e, xs, ahead, at):
 
 
 @gluon.jit
-def residual(e, xs, ahead, at, done):
+def residual(e, xs, ahead, at, uses):
     """Write out = x + side, which leaves from where the residual arrived."""
     PARTS: gl.constexpr = e.TOKENS // e.PART
     for j in gl.static_range(PARTS):
         x, ahead = e.affine(xs[j], ahead, at, j)
-        h, buf = e.arrival(at, done, j)
+        h, buf = e.arrival(at, uses, j)
         e.send(x + h, at, j, buf)
         if j >= 1 and j - 1 + e.ARRIVING < PARTS:  # the buffer sent before this one is free soonest
             tma.store_wait(1)
@@ -377,14 +381,14 @@ def residual(e, xs, ahead, at, done):
 
 
 @gluon.jit
-def gelu_backward(e, xs, ahead, at, done):
+def gelu_backward(e, xs, ahead, at, uses):
     """Write out = x GELU'(2 h), second = GELU(2 h), partial = out's column sums; h = side."""
     PARTS: gl.constexpr = e.TOKENS // e.PART
     row: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, e.PART, 16]))
     total = gl.zeros([64], gl.float32, row)
     for j in gl.static_range(PARTS):
         x, ahead = e.affine(xs[j], ahead, at, j)
-        h, buf = e.arrival(at, done, j)
+        h, buf = e.arrival(at, uses, j)
         if j + e.ARRIVING < PARTS:  # h is in registers: its buffer is free
             e.fetch(at, j + e.ARRIVING)
         t, w = gate(h)

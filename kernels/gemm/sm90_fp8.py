@@ -84,8 +84,6 @@ def arguments(
         "NARROW": narrow,
         "CHUNKS": 1,
         "MOST": 1,
-        "EARLY": False,
-        "REGISTERS": 240,
         "num_warps": 4,
         "maxnreg": 168,
     }

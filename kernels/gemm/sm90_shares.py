@@ -69,15 +69,13 @@ class Shares:
         col = gl.expand_dims(gl.arange(0, PART, layout=gl.SliceLayout(0, lay)), 0)
         late = (self.first(program) < tile * self.steps).to(gl.int32)  # not the program's first tile but its last
         slot = (program * 2 + late) * 2 + WHO
-        return self.parts + slot * (64 * self.SPAN) + j * (64 * PART) + (col // 8 * 512 + row * 8 + col % 8)
+        return self.parts + slot * (64 * self.SPAN) + j * (64 * PART) + ((col >> 3 << 9) + row * 8 + (col & 7))
 
     @gluon.jit
     def leave(self, xs, tile, WHO: gl.constexpr, TOKENS: gl.constexpr, PART: gl.constexpr):
-        """Leave this program's sums of a tile, if others share it."""
-        start, end = self.sharers(tile)
-        if start != end:
-            for j in gl.static_range(TOKENS // PART):
-                gl.store(self.place(gl.program_id(0), tile, WHO, j, PART), xs[j])
+        """Leave this program's sums of a tile, where all that finish it read them, this program too."""
+        for j in gl.static_range(TOKENS // PART):
+            gl.store(self.place(gl.program_id(0), tile, WHO, j, PART), xs[j])
 
     @gluon.jit
     def hand_in(self, tile, WHO: gl.constexpr):
@@ -94,15 +92,17 @@ class Shares:
         return finish
 
     @gluon.jit
-    def collected(self, x, tile, WHO: gl.constexpr, j: gl.constexpr):
-        """Return part j of a tile, added up over the programs that share it; x is this program's own."""
+    def collected(self, tile, WHO: gl.constexpr, TOKENS: gl.constexpr, PART: gl.constexpr):
+        """Return a tile's parts, added up over the programs that share it.
+
+        All of it before the epilogue, whose barriers would have each part's loads wait for the part before it.
+        """
         start, end = self.sharers(tile)
-        total = x
-        for n in gl.static_range(self.MOST):
-            program = start + n
-            other = (program <= end) & (program != gl.program_id(0))
-            where = self.place(program, tile, WHO, j, x.shape[1])
-            term = gl.load(where, mask=other, other=0.0, cache_modifier=".cg")
-            term = gl.where(program == gl.program_id(0), x, term)
-            total = term if n == 0 else total + term
-        return total
+        found = ()
+        for j in gl.static_range(TOKENS // PART):
+            total = gl.load(self.place(start, tile, WHO, j, PART), cache_modifier=".cg")
+            for n in gl.static_range(1, self.MOST):
+                where = self.place(start + n, tile, WHO, j, PART)
+                total += gl.load(where, mask=start + n <= end, other=0.0, cache_modifier=".cg")
+            found = found + (total,)
+        return found

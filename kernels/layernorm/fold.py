@@ -161,13 +161,13 @@ def _prepare_kernel(
 @contextlib.contextmanager
 def folded_once() -> Iterator[None]:
     """Fold each weight once, at its first `prepare`, and keep it until the end: weights must not change meanwhile."""
-    with program.suspended(), once.stretch():
+    with program.suspended(), once.stretch({}):
         yield
 
 
 def folded_each_time() -> AbstractContextManager[None]:
     """Fold weights at each `prepare`, also within `folded_once`: a recording outlives these weights' values."""
-    return once.stretch(keep=False)
+    return once.stretch(None)
 
 
 def new_statistics(x: Tensor, M: int) -> Tensor:

@@ -57,7 +57,7 @@ def _forward(
     A fused MLP's first half, computed again, takes half.
     """
     core, flat, linear = gemm.core(x.device), rows(x), Linear(rows(linear.weight), linear.bias)
-    folded = fold.prepare(flat, norm, linear, sums, scale, measured=save or not core.takes_sums(flat.shape[0]))
+    folded = fold.prepare(flat, norm, linear, sums, scale, measured=save or not core.takes_sums(flat, linear.weight))
     y = core.linear(flat, folded.linear, stats=folded.stats)  # (M, N)
     return y.view(*x.shape[:-1], y.shape[-1]), folded.stats if save else flat.new_empty(0, dtype=ACCUMULATE)
 

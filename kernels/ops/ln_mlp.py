@@ -69,7 +69,7 @@ def compute(
     With `overwrite` the result takes x's place. The last is empty unless `save` asks for it.
     """
     core, flat, written = gemm.core(x.device), rows(x), layernorm_sums.new(x)
-    measured = save or not core.takes_sums(flat.shape[0])
+    measured = save or not core.takes_sums(flat, fc1.weight)
     folded = fold.prepare(flat, norm, Linear(rows(fc1.weight), fc1.bias), sums, scale=0.5, measured=measured)
     act, h = core.linear_gelu(flat, folded.linear, stats=folded.stats, save=save)  # (M, H)
     fc2 = Linear(rows(fc2.weight), fc2.bias)

@@ -7,43 +7,51 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from uvit_fast.kernels.runtime import launch
 
 _kept: ContextVar[dict[tuple, Any] | None] = ContextVar("kept", default=None)
-_counters: dict[tuple, Tensor] = {}  # by device and stream, outside of such stretches
+_counting: ContextVar[dict[tuple, Tensor] | None] = ContextVar("counting", default=None)
+_counters: dict[tuple, Tensor] = {}  # by device and stream, outside of stretches
 
 
 @contextlib.contextmanager
-def stretch(keep: bool = True) -> Iterator[None]:
-    """Open a stretch of work in which weights do not change, on one stream; without `keep` close it for a while."""
-    token = _kept.set({} if keep else None)
+def stretch(kept: dict[tuple, Any] | None) -> Iterator[None]:
+    """Open a stretch of work on one stream, or go on with one, by what it `kept`; None: weights may change in it."""
+    token, counting = _kept.set(kept), _counting.set({} if kept is None else kept)
     try:
         yield
     finally:
         _kept.reset(token)
+        _counting.reset(counting)
 
 
 def kept() -> dict[tuple, Any] | None:
-    """Return what the stretch that is open keeps, by keys of its users; None where none is open."""
+    """Return what the stretch that is open keeps, by keys of its users; None where none is open, or it keeps nothing."""
     return _kept.get()
 
 
 def counters(device: torch.device, count: int) -> Tensor:
     """Return int32 zeros, at least `count`, for kernels that leave zeros behind: launches in turn may share them.
 
-    A stretch has its own, and so has each stream. What is captured outside of a stretch has them anew for each launch,
-    as nobody knows beside what it will be replayed.
+    A stretch has its own, and so has each stream. What is captured must not rely on counters of the stream, beside which
+    it may be replayed, nor on those of another capture: it has them anew for each launch, unless they were there when
+    a stretch's capture began, or the stretch keeps nothing and so is no longer than the capture.
     """
 
     def new() -> Tensor:
-        return torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+        with _disable_current_modes():
+            return torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
 
-    kept, key = _kept.get(), ("counters", device)
-    if kept is None and device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return new()
-        kept, key = _counters, (device, torch.cuda.current_stream(device).cuda_stream)
-    if kept is None:
-        return new()
-    if key not in kept or len(kept[key]) < count:
-        kept[key] = new()
-    return kept[key]
+    known, key = _counting.get(), ("counters", device)
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if known is None:
+        known, key = {} if capturing else _counters, ("counters", device, launch.stream(device))
+    if key not in known or len(known[key]) < count:
+        if capturing and _kept.get() is not None:
+            known = {}
+        known[key] = new()
+    if launch.listener.here is not None:
+        launch.listener.here.counted(known[key], count)
+    return known[key]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, is_in_torch_dispatch_mode
 
 from uvit_fast.kernels.runtime import device as devices
-from uvit_fast.kernels.runtime import launch
+from uvit_fast.kernels.runtime import launch, once
 
 MOST = 64  # kinds of tensors of an op; ten programs serve a network and its training
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -125,6 +125,17 @@ class _Allocate:
 
     def __call__(self, held: list, at: list, stream: int) -> None:
         t = held[self.slot] = torch.empty_strided(*self.how, **self.options)
+        at[self.slot] = t.data_ptr()
+
+
+class _Count:
+    """Counters, which are the stretch's or the stream's on which the program runs."""
+
+    def __init__(self, slot: int, t: Tensor, count: int):
+        self.slot, self.device, self.count = slot, t.device, count
+
+    def __call__(self, held: list, at: list, stream: int) -> None:
+        t = held[self.slot] = once.counters(self.device, self.count)
         at[self.slot] = t.data_ptr()
 
 
@@ -236,6 +247,11 @@ class _Recorder(TorchDispatchMode):
                 kernel(*args, **options)
 
         return run
+
+    def counted(self, t: Tensor, count: int) -> None:
+        """Counters were asked for."""
+        slot = self._new(t)
+        self._add(_Count(slot, t, count), {slot})
 
     def freed(self, t: Tensor) -> None:
         slots = [i for i, a in enumerate(self.args) if a is t]

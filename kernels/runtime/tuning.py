@@ -28,3 +28,22 @@ def choice(device: torch.device, case: str, width: int | str) -> dict:
     """Return the tuned choices of a case: those of this width (or NxK), if any, over the case's, over the defaults."""
     found = table(architecture(device))
     return found["default"] | found.get(case, {}) | found.get(f"{case}:{width}", {})
+
+
+def _few(arch: int, N: int, K: int, tokens: int) -> dict:
+    case = f"few:{N}x{K}:"
+    exact = table(arch).get(f"{case}{tokens}")
+    if exact is not None:
+        return exact
+    known = {int(key.removeprefix(case)): chosen for key, chosen in table(arch).items() if key.startswith(case)}
+    nearest = min((measured for measured in known if tokens <= measured <= 1.5 * tokens), default=None)
+    return {} if nearest is None else known[nearest]
+
+
+def few(device: torch.device, N: int, K: int, tokens: int) -> dict:
+    """Return what a product (tokens, K) x (K, N) of few tokens was tuned to, {} where nothing like it was.
+
+    It is what the next larger measured number of tokens takes, of which fewer fill at most as many tiles; not where that
+    is far away.
+    """
+    return _few(architecture(device), N, K, tokens)

@@ -23,13 +23,26 @@ from uvit_fast.kernels.layernorm.backward import backward
 from uvit_fast.kernels.layers import Linear, Norm
 from uvit_fast.kernels.ops import fp8_block
 from uvit_fast.kernels.quantise import narrow
-from uvit_fast.kernels.runtime import reduce, tuning
+from uvit_fast.kernels.runtime import once, reduce, tuning
 from uvit_fast.kernels.runtime.device import architecture
 
 TOKENS = 33024  # 128 images of 258 tokens
+FEW = [258 * images for images in (1, 2, 4, 8, 16, 32)]
+COPIES = 8  # of a weight that few tokens meet: more than L2 holds, as in a network
 NOISE = 0.015  # a candidate must win by this share
 _GEMMS = ("gemm", "gemm_residual", "gemm_gelu", "gemm_gelu_save", "gemm_gelu_backward")
 _OURS = [{"ours": True}, {"ours": False}]
+_FORMS = [  # of tiles for few tokens: tokens, tokens beside, stages, tokens of the staging buffers
+    (64, 0, 8, 128),
+    (64, 8, 7, 128),
+    (64, 32, 6, 128),
+    (128, 0, 5, 128),
+    (128, 8, 5, 128),
+    (128, 32, 4, 128),
+    (128, 64, 4, 64),
+    (256, 0, 4, 128),
+    (256, 8, 4, 64),
+]
 
 
 def _grid(**values: list) -> list[dict]:
@@ -41,7 +54,14 @@ def candidates(arch: int) -> dict[str, list[dict]]:
     if arch == 90:
         gemm = _grid(part=[32, 64])
         gelu_backward = _grid(part=[32])  # in parts of 64 its buffers would not fit
-        products = {"input_gradient": _OURS, "weight_gradient": _OURS} | dict.fromkeys(fp8.CASES.values(), gemm)
+        few = [
+            {"tokens": tokens, "tail": tail, "stages": stages, "staging": staging, "part": 32, **more}
+            for tokens, tail, stages, staging in _FORMS
+            for more in _grid(shares=[1, 2, 3], sums=[True, False])
+        ]
+        products = {"input_gradient": _OURS, "weight_gradient": _OURS, "few": few} | dict.fromkeys(
+            fp8.CASES.values(), gemm
+        )
     else:
         gemm = _grid(tile=[[128, 128, 32], [128, 64, 64], [128, 256, 32]], group=[8], warps=[4, 8], stages=[3, 4])
         gelu_backward, products = gemm, {}
@@ -83,6 +103,44 @@ def cases(D: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> 
     for gradient, source, bias in ((wide, x, False), (h, x, False), (dy, h, False), (dy, x, True)):
         size = f"{gradient.shape[1]}x{source.shape[1]}"
         yield "weight_gradient", size, lambda g=gradient, s=source, b=bias: core.weight_gradient(g, s, bias=b)
+
+    for M in FEW:
+        yield from _few(D, M, random)
+
+
+def _few(D: int, M: int, random: Callable[..., Tensor]) -> Iterator[tuple[str, str, Callable]]:
+    """Yield the products of M tokens in a block whose weights are folded already, with what their ops launch beside."""
+    x, y, h, norm = random(M, D), random(M, D), random(M, 4 * D), Norm(random(D), random(D))
+    left = torch.zeros(D // 64, 2, M, device=x.device)
+
+    def layers(N: int, K: int) -> Iterator[Linear]:
+        return itertools.cycle([Linear(random(N, K) * K**-0.5, random(N)) for _ in range(COPIES)])
+
+    core, kept = gemm.core(x.device), {}
+    qkv, proj, up, down, skip = (layers(n * D, k * D) for n, k in ((3, 1), (1, 1), (4, 1), (1, 4), (1, 2)))
+
+    def folded(linear: Linear) -> Tensor:
+        made = fold.prepare(x, norm, linear, left, measured=not core.takes_sums(x, linear.weight))
+        if linear.weight.shape[0] == 4 * D:
+            return core.linear_gelu(x, made.linear, stats=made.stats, save=False)[0]
+        return core.linear(x, made.linear, stats=made.stats)
+
+    calls = {
+        (3 * D, D): lambda: folded(next(qkv)),
+        (D, D): lambda: core.linear(x, next(proj), residual=y, sums=left),
+        (4 * D, D): lambda: folded(next(up)),
+        (D, 4 * D): lambda: core.linear(h, next(down), residual=y, sums=left),
+        (D, 2 * D): lambda: core.linear(x, next(skip), x2=y, sums=left),
+    }
+
+    def within(call: Callable) -> Any:
+        with once.stretch(kept):
+            return call()
+
+    for (N, K), call in calls.items():
+        for _ in range(COPIES):
+            within(call)  # folds the weights
+        yield "few", f"{N}x{K}:{M}", partial(within, call)
 
 
 def fp8_cases(D: int, device: torch.device) -> Iterator[tuple[str, str, Callable]]:
@@ -160,7 +218,7 @@ def tune(
                 continue
             entry = f"{case}:{width}"
             before = tuning.choice(device, case, width)
-            before = {name: before[name] for name in tried[case][0]}
+            before = {name: before[name] for name in tried[case][0]} if case != "few" else table.get(entry, {})
             choices, calls = [before, *tried[case]], {}
             for i, choice in enumerate(choices):
                 call = partial(_run_with, table, entry, choice, f)
@@ -187,8 +245,8 @@ def _run_with(table: dict, entry: str, choice: dict, f: Callable) -> Any:
 
 
 def compact(default: dict, found: dict[str, dict[str, dict]]) -> dict[str, dict]:
-    """Return case -> width -> choice as a table in which each case's commonest choice is its own."""
-    table = {"default": default}
+    """Return case -> width -> choice as a table in which each case's commonest choice is its own, but for few tokens."""
+    table = {"default": default} | {f"few:{size}": choice for size, choice in found.pop("few", {}).items()}
     for case, widths in found.items():
         common = max(widths.values(), key=lambda choice: sum(other == choice for other in widths.values()))
         table[case] = common

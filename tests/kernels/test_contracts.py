@@ -15,6 +15,7 @@ from uvit_fast.kernels.gemm import fp8, sm80, sm90, sm90_fp8, sm90_weight_gradie
 from uvit_fast.kernels.gemm.contract import CASES
 from uvit_fast.kernels.layernorm import backward as ln_backward
 from uvit_fast.kernels.layernorm import fold
+from uvit_fast.kernels.layernorm.sums import Summed
 from uvit_fast.kernels.layers import Linear, Quantised
 from uvit_fast.kernels.ops import adamw, assemble
 from uvit_fast.kernels.quantise import E4M3
@@ -71,6 +72,10 @@ def hopper() -> dict:
         args, options, *_ = sm90.arguments(epilogue, x, linear, **sources, **sm90.FEW)
         return sm90.gemm_kernel, args, options
 
+    def shared(epilogue, K, linear, sources, **tile):
+        args, options, *_ = sm90.arguments(epilogue, meta(258, K), linear, part=32, **sources, **tile)
+        return sm90.gemm_kernel, args, options
+
     def narrow(epilogue, K, N, few=None, **sources):
         layer = Quantised(meta(N, K + (D if "x2" in sources else 0), dtype=E4M3), fp32(3, N))
         case = fp8.CASES["two_sources" if "x2" in sources else epilogue]
@@ -91,6 +96,11 @@ def hopper() -> dict:
     found = {name: lambda case=case: gemm(*case) for name, case in cases.items()}
     found |= {name: lambda c=case: narrow(*c[:3], **c[3]) for name, case in narrow_cases.items()}
     found |= {f"{name}_few": lambda case=case: few(*case) for name, case in cases.items()}
+    one = {"side": meta(258, D), "sums": fp32(D // 64, 2, 258)}
+    found["gemm_residual_shared"] = lambda: shared("residual", H, down, one, tokens=64, tail=8, stages=7, shares=3)
+    found["gemm_gelu_tail"] = lambda: shared(
+        "gelu", D, up, {"stats": Summed(fp32(D // 64, 2, 258), 1e-5)}, tokens=128, tail=32, stages=4
+    )
     return found | {"wgrad": lambda: wgrad(False), "wgrad_bias": lambda: wgrad(True)}
 
 

@@ -85,3 +85,9 @@ def test_tuning_without_a_gpu_or_of_a_width_that_no_op_takes_is_refused(capsys, 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.main(["tune"]) == 2 and "no CUDA device" in capsys.readouterr().err
     assert cli.main(["tune", "--dims", "100"]) == 2 and "multiples of 64, got 100" in capsys.readouterr().err
+
+
+def test_choices_for_few_tokens_stand_each_for_itself():
+    same = {"tokens": 64}
+    table = tune.compact({"part": 64}, {"few": {"8x4:258": same, "8x4:516": same}, "gemm": {"8": {"part": 32}}})
+    assert table == {"default": {"part": 64}, "few:8x4:258": same, "few:8x4:516": same, "gemm": {"part": 32}}

@@ -1,0 +1,67 @@
+"""Few tokens: which program has which steps of K, what the table chooses, and counters that outlive no capture."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from uvit_fast.kernels.gemm import sm90
+from uvit_fast.kernels.runtime import launch, once, program, tuning
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("tiles", "steps", "programs"), [(36, 72, 108), (45, 72, 132), (117, 36, 132), (5, 3, 15)])
+def test_as_many_programs_share_a_tile_as_have_steps_of_it(tiles, steps, programs):
+    owner = [0] * (tiles * steps)  # of each step, tile after tile
+    for p in range(programs):
+        for step in range(p * tiles * steps // programs, (p + 1) * tiles * steps // programs):
+            owner[step] = p
+    most = max(len({*owner[t * steps : (t + 1) * steps]}) for t in range(tiles))
+    assert sm90.sharers(tiles, steps, programs) in (most, most + 1)
+    assert all(a <= b <= a + 1 for a, b in zip(owner, owner[1:]))
+
+
+def test_tokens_between_those_measured_take_the_choice_for_a_few_more(monkeypatch):
+    table = {"few:8x4:100": {"tokens": 64}, "few:8x4:200": {"tokens": 128}, "few:8x4:1000": {"tokens": 256}}
+    monkeypatch.setattr(tuning, "table", lambda arch: table)
+    found = {tokens: tuning.few(CPU, 8, 4, tokens).get("tokens") for tokens in (60, 70, 100, 101, 150, 201, 700, 1001)}
+    assert found == {60: None, 70: 64, 100: 64, 101: None, 150: 128, 201: None, 700: 256, 1001: None}
+    assert tuning.few(CPU, 7, 4, 100) == {}
+
+
+def test_choices_of_the_table_are_arguments_that_fit():
+    """Tiles and stages fit shared memory, shares have a step each."""
+    table = json.loads(tuning.path(90).read_text())
+    entries = [(*map(int, re.findall(r"\d+", key)), chosen) for key, chosen in table.items() if key.startswith("few:")]
+    assert entries
+    for N, K, M, chosen in entries:
+        tokens, tail = chosen.get("tokens", sm90.TOKENS), chosen.get("tail", 0)
+        tiles = -(-N // 128) * -(-M // (tokens + tail))
+        assert sm90.sharers(tiles, K // 64, min(tiles * chosen.get("shares", 1), 132)) <= 6
+        stage = (128 + tokens + tail) * 128
+        staging = 2 * min(tokens, chosen.get("staging", sm90.STAGING)) * 128 + 2 * tail * 128
+        assert chosen.get("stages", sm90.STAGES.get(tokens)) * stage + staging < 226 * 1024, (N, K, M)
+        assert -(-M // (tokens + tail)) * (tokens + tail) <= -(-M // 256) * 256  # statistics have room
+
+
+def test_counters_are_the_streams_or_a_stretchs_and_notes_ask_for_them_anew(monkeypatch):
+    monkeypatch.setattr(launch, "is_direct", lambda device: True)
+
+    def op(x):
+        counters = once.counters(x.device, 3)
+        out = x.new_empty(x.shape)
+        return out.copy_(x + counters[:3])
+
+    programs, x = program.Programs(op), torch.ones(3)
+    outs = [programs(x) for _ in range(4)]
+    assert all(torch.equal(out, x) for out in outs) and all(programs._known.values())
+    assert once.counters(CPU, 3) is once.counters(CPU, 3)
+    with once.stretch(None):
+        assert once.kept() is None
+        own = once.counters(CPU, 3)
+        own[0] = 5  # what notes read is what is there now
+        assert programs(x)[0] == 6
+        assert once.counters(CPU, 5000) is not own
+    assert programs(x)[0] == 1
