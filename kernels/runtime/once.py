@@ -28,16 +28,16 @@ def stretch(kept: dict[tuple, Any] | None) -> Iterator[None]:
 
 
 def kept() -> dict[tuple, Any] | None:
-    """Return what the stretch that is open keeps, by keys of its users; None where none is open, or it keeps nothing."""
+    """Return what the stretch that is open keeps, by keys of its users; None without one, or where it keeps nothing."""
     return _kept.get()
 
 
 def counters(device: torch.device, count: int) -> Tensor:
     """Return int32 zeros, at least `count`, for kernels that leave zeros behind: launches in turn may share them.
 
-    A stretch has its own, and so has each stream. What is captured must not rely on counters of the stream, beside which
-    it may be replayed, nor on those of another capture: it has them anew for each launch, unless they were there when
-    a stretch's capture began, or the stretch keeps nothing and so is no longer than the capture.
+    A stretch has its own, and so has each stream. What is captured must not rely on counters of the stream, beside
+    which it may be replayed, nor on those of another capture: it has them anew for each launch, unless they were there
+    when a stretch's capture began, or the stretch keeps nothing and so is no longer than the capture.
     """
 
     def new() -> Tensor:

@@ -43,7 +43,7 @@ def _few(arch: int, N: int, K: int, tokens: int) -> dict:
 def few(device: torch.device, N: int, K: int, tokens: int) -> dict:
     """Return what a product (tokens, K) x (K, N) of few tokens was tuned to, {} where nothing like it was.
 
-    It is what the next larger measured number of tokens takes, of which fewer fill at most as many tiles; not where that
-    is far away.
+    It is what the next larger measured number of tokens takes, of which fewer fill at most as many tiles; not where
+    that is far away.
     """
     return _few(architecture(device), N, K, tokens)

@@ -218,7 +218,9 @@ def tune(
                 continue
             entry = f"{case}:{width}"
             before = tuning.choice(device, case, width)
-            before = {name: before[name] for name in tried[case][0]} if case != "few" else table.get(entry, {})
+            before = {name: before[name] for name in tried[case][0]}
+            if case == "few":  # without an entry it has a rule, no default
+                before = table.get(entry, {})
             choices, calls = [before, *tried[case]], {}
             for i, choice in enumerate(choices):
                 call = partial(_run_with, table, entry, choice, f)
@@ -245,7 +247,7 @@ def _run_with(table: dict, entry: str, choice: dict, f: Callable) -> Any:
 
 
 def compact(default: dict, found: dict[str, dict[str, dict]]) -> dict[str, dict]:
-    """Return case -> width -> choice as a table in which each case's commonest choice is its own, but for few tokens."""
+    """Return case -> width -> choice as a table in which each case's commonest choice is its own; not of few tokens."""
     table = {"default": default} | {f"few:{size}": choice for size, choice in found.pop("few", {}).items()}
     for case, widths in found.items():
         common = max(widths.values(), key=lambda choice: sum(other == choice for other in widths.values()))
