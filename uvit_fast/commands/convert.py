@@ -1,6 +1,7 @@
 """`uvit-fast convert`: a checkpoint as a diffusers pipeline folder, or back as a .pth."""
 
 import argparse
+import re
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,9 @@ def arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", required=True, help="a new folder for the pipeline, or a .pth file")
     command.add_argument("--vae", help="the pipeline's autoencoder, or none; default: the config's")
     command.add_argument("--clip", help="a text model's encoder, or none; default: that of the training data")
+    command.add_argument(
+        "--license", help="of the weights, for the pipeline's model card: mit, apache-2.0, cc-by-4.0, ..."
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -25,6 +29,9 @@ def run(args: argparse.Namespace) -> None:
     cfg, out = config_of(args.config, args.checkpoint, args.set), Path(args.out)
     if out.exists():
         raise UserError(f"{out}: there already; expected a new name")
+    if args.license and (out.suffix == ".pth" or not re.fullmatch(r"[\w.+-]+", args.license)):
+        expected = "a pipeline's folder, whose card names it" if out.suffix == ".pth" else "a name, such as apache-2.0"
+        raise UserError(f"--license {args.license}: expected {expected}")
     if out.suffix in (".pt", ".ckpt", ".bin", ".safetensors"):
         raise UserError(f"--out {out}: expected a .pth file, or a name for the pipeline's folder")
     import torch
@@ -54,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         if clip != "none":
             load_text(cfg, clip, torch.device("cpu"), known)  # refuses what does not fit
             components["tokenizer"], components["text_encoder"] = load_clip(clip)
-        write = make_pipeline(cfg, state, known, **components).save_pretrained
+        write = make_pipeline(cfg, state, known, args.license, **components).save_pretrained
     try:
         write_whole(out, write)
         if out.suffix == ".pth":  # what tensors alone cannot hold

@@ -18,12 +18,14 @@ def make_pipeline(
     cfg: Config,
     weights: dict[str, Tensor],
     known: Provenance = UNKNOWN,
+    license: str | None = None,
     **components: Any,
 ) -> UViTPipeline:
     """The pipeline of a config and a state dict with the published names.
 
     Args:
         known: the names of its classes, and the encoders that made its data.
+        license: of the weights, for the model card.
         components: `vae` for a latent model; `text_encoder` and `tokenizer` for a text model.
 
     Raises:
@@ -47,5 +49,5 @@ def make_pipeline(
     names = dict(enumerate(known.classes)) or None
     return UViTPipeline(
         model.eval(), scheduler, **scaling.as_json(), null_label=cfg.null_label, guidance_scale=scale, id2label=names,
-        encoders=known.encoders or None, **components,
+        encoders=known.encoders or None, license=license, **components,
     )  # fmt: skip

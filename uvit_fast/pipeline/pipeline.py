@@ -16,8 +16,11 @@ import numpy as np
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from PIL import Image
 from torch import Tensor
 
@@ -32,13 +35,20 @@ from uvit_fast.sampling.loop import check_finite
 
 from . import schedulers
 from .calls import INSTEAD, StepEnd, is_text, new_keys, of_each, whole
-from .model_card import LOADER, model_card
+from .model_card import FOLDER, LOADER, model_card
 from .schedulers import UViTScheduler, usual_prediction
 
-LOADER_NAME = "uvit_pipeline"  # of the folder's file that diffusers runs where it is trusted to
+LIBRARY = __package__
+LOADER_NAME = "uvit_pipeline"  # of the folder's files that diffusers runs where it is trusted to
 STEPS = 50  # of a scheduler of diffusers, unless the call says how many
 logger = logging.get_logger(__name__)
 quiet_diffusers()
+LOADABLE_CLASSES[LIBRARY] = LOADABLE_CLASSES["diffusers"]  # or a repository's components could not be of this package
+
+
+def _parts(index: dict[str, Any]) -> dict[str, list[str]]:
+    """The components of a folder's index: library and class by name."""
+    return {name: value for name, value in index.items() if isinstance(value, list) and not name.startswith("_")}
 
 
 class UViTModel(UViT, ModelMixin, ConfigMixin):
@@ -63,6 +73,7 @@ class UViTPipeline(DiffusionPipeline):
             scheduler's.
         prediction: what the model predicts, "eps", "v", "x0" or "velocity"; default: the scheduler's, else what is usual of the schedule.
         encoders: identities of the autoencoder and text encoder that made what the model learned from, where they are known.
+        license: of the weights, as the hub names it ("mit", "apache-2.0"); None where it is not known. The model card has it.
 
     Raises:
         ValueError: a vae or text_encoder that is not one of these.
@@ -86,6 +97,7 @@ class UViTPipeline(DiffusionPipeline):
         encoders: dict[str, dict[str, str]] | None = None,
         shift_factor: float | list[float] = 0.0,
         prediction: str | None = None,
+        license: str | None = None,
     ):
         super().__init__()
         self.register_modules(model=model, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
@@ -100,6 +112,7 @@ class UViTPipeline(DiffusionPipeline):
             schedule=schedule,
             prediction=prediction,
             encoders=encoders,
+            license=license,
         )
         names = {int(label): name for label, name in (id2label or {}).items()}  # JSON's keys are texts
         classes = tuple(names.get(label, str(label)) for label in range(max(names, default=-1) + 1))
@@ -107,6 +120,7 @@ class UViTPipeline(DiffusionPipeline):
         for check, component in ((check_vae, vae), (check_text_encoder, text_encoder)):
             if isinstance(component, torch.nn.Module) and not any(p.is_meta for p in component.parameters()):
                 check(component, str(getattr(component, "name_or_path", "")) or "of the pipeline", self._known)
+        self._card = ""  # of the folder that was saved last
         self._graphs: GraphSampler | None = None
         self._fp8: tuple[tuple, Fp8UViT] | None = None  # and the weights that it was derived from
         self._interrupt, self._guidance_scale, self._num_timesteps = False, guidance_scale, 0  # of the call that runs
@@ -150,7 +164,9 @@ class UViTPipeline(DiffusionPipeline):
     @classmethod
     def _dict_from_json_file(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """A folder's index; to this class it says nothing of code in the folder, which is therefore not run."""
-        return super()._dict_from_json_file(*args, **kwargs) | {"_class_name": cls.__name__}
+        index = super()._dict_from_json_file(*args, **kwargs) | {"_class_name": cls.__name__}
+        ours = {name: [LIBRARY, part[1]] for name, part in _parts(index).items() if part[0] == LOADER_NAME}
+        return index | ours
 
     def save_config(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """The folder's index, what diffusers' own `DiffusionPipeline` needs to load it, and a model card where there is none yet."""
@@ -158,10 +174,26 @@ class UViTPipeline(DiffusionPipeline):
         folder = Path(save_directory)
         index = json.loads((folder / self.config_name).read_text("utf-8"))
         index["_class_name"] = [LOADER_NAME, type(self).__name__]
-        (folder / self.config_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
         (folder / f"{LOADER_NAME}.py").write_text(LOADER, "utf-8")
+        for name, (library, kind) in _parts(index).items():
+            if library == LIBRARY:  # which diffusers takes from a folder on disk, but from no repository
+                index[name] = [LOADER_NAME, kind]
+                (folder / name).mkdir(exist_ok=True)
+                (folder / name / f"{LOADER_NAME}.py").write_text(LOADER, "utf-8")
+        (folder / self.config_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
         if not (folder / "README.md").exists():
             (folder / "README.md").write_text(model_card(self), "utf-8")
+        self._card = (folder / "README.md").read_text("utf-8")
+
+    def _upload_folder(self, working_dir: str | Path, repo_id: str, token: Any = None, **kwargs: Any) -> Any:
+        """Upload a saved folder, as `push_to_hub` and `save_pretrained(..., push_to_hub=True)` do. Where the repository has no card yet,
+        diffusers has put one of general words into the folder's: then it is the folder's own that goes up, with the repository's name.
+        """
+        try:
+            ModelCard.load(repo_id, token=token)
+        except (EntryNotFoundError, RepositoryNotFoundError):
+            (Path(working_dir) / "README.md").write_text(self._card.replace(FOLDER, repo_id), "utf-8")
+        return super()._upload_folder(working_dir, repo_id, token=token, **kwargs)
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
         """The labels of classes' names.
