@@ -3,13 +3,15 @@
 import os
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-from uvit_fast.config import Config, ModelConfig, UNetConfig
+from uvit_fast.config import Config, ModelConfig, UNetConfig, plans
 from uvit_fast.data import dali, datasets, latents
-from uvit_fast.diffusion import predictions, samplers, schedules
+from uvit_fast.diffusion import caching, predictions, samplers, schedules
 from uvit_fast.diffusion.objective import Objective
+from uvit_fast.model.cached import sublayers
 from uvit_fast.model.unet import UNet
 from uvit_fast.model.uvit import UViT
 from uvit_fast.provenance import Provenance
@@ -106,11 +108,38 @@ def build_sampler(cfg: Config, steps: int | None = None) -> samplers.Sampler:
 
     Args:
         steps: network evaluations (NFE); default `cfg.sample.steps`.
+
+    Raises:
+        UserError: `cfg.sample.cache` is no plan, or one for another network, sampler or number of evaluations.
     """
     sample, schedule = cfg.sample, build_schedule(cfg)
     prediction = PREDICTIONS[cfg.diffusion.prediction](schedule)
     steps = sample.steps if steps is None else steps
-    return SAMPLERS[sample.sampler](schedule, steps, sample.spacing, prediction, sample.shift)
+    sampler = SAMPLERS[sample.sampler](schedule, steps, sample.spacing, prediction, sample.shift)
+    return sampler if sample.cache == "none" else sampler.caching(_cache_plan(cfg, sampler))
+
+
+def _cache_plan(cfg: Config, sampler: samplers.Sampler) -> caching.Plan:
+    """Which of the model's sublayers reuse their last output at which of the sampler's evaluations."""
+    assert isinstance(cfg.model, ModelConfig)  # as the config's check has it
+    cache, names, stages = cfg.sample.cache, sublayers(cfg.model.depth), sampler.stages
+    if cache.startswith("outer:"):
+        every, *outer = map(int, cache.split(":")[1:])
+        kept, half = (outer or [1])[0], cfg.model.depth // 2
+        if kept > half:
+            raise UserError(f"sample.cache {cache}: expected at most {half} outer blocks, all of a side, got {kept}")
+        inner = names[2 * kept : len(names) - 2 * kept]  # two of a block
+        begins = [True, *(stage.last for stage in stages[:-1])]
+        return caching.outer_plan([stage.t for stage in stages], begins, inner, every)
+    plan = plans.read_plan(Path(cache))
+    if plan.sampler not in (None, cfg.sample.sampler):
+        raise UserError(f"sample.cache {cache}: a plan for sample.sampler {plan.sampler}, got {cfg.sample.sampler}")
+    if plan.steps != len(stages):
+        raise UserError(f"sample.cache {cache}: a plan of {plan.steps} evaluations, got sample.steps {len(stages)}")
+    reuse = plans.expanded(plan, names, f"sample.cache {cache}")
+    if reuse[0]:
+        raise UserError(f"sample.cache {cache}: the first evaluation has nothing to reuse; expected no entry 0")
+    return reuse
 
 
 def build_dataset(cfg: Config) -> datasets.Indexed:

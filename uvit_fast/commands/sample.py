@@ -67,9 +67,11 @@ def _run(args: argparse.Namespace, world) -> None:
 
     import numpy as np
 
+    from uvit_fast.build import build_sampler
     from uvit_fast.data.autoencoders import load_decoder
     from uvit_fast.data.encoders import load_text, text_encoder_name
     from uvit_fast.runtime.device import pick_device
+    from uvit_fast.sampling.caches import cached_layers
     from uvit_fast.sampling.captured import GraphSampler
     from uvit_fast.sampling.conditions import check_guidance, chosen_labels, spread, spread_labels
     from uvit_fast.sampling.images import to_uint8
@@ -79,6 +81,9 @@ def _run(args: argparse.Namespace, world) -> None:
     from uvit_fast.sampling.weights import find_weights, load_found, provenance_of
 
     check_guidance(scale or 0.0, cfg)
+    plan = build_sampler(
+        cfg, args.steps
+    ).stages  # a plan of cached layers that does not fit is said before the weights are read
     device = pick_device(cfg.device)
     checkpoint = find_weights(args.checkpoint)
     known, labels = provenance_of(cfg, checkpoint), None
@@ -95,6 +100,9 @@ def _run(args: argparse.Namespace, world) -> None:
     graphs = GraphSampler(model, decode) if device.type == "cuda" else None
     decode = decode if decode and not graphs else lambda x: x
     batch = args.batch or (250 if device.type == "cuda" else 50)
+    if cfg.sample.cache != "none" and world.rank == 0:
+        guided = (cfg.sample.guidance_scale if scale is None else scale) > 0
+        print(cached_layers(cfg, plan, min(batch, args.num), guided, next(model.parameters()).element_size()))
 
     def draw(first: int, last: int) -> np.ndarray:
         batches = sample(model, cfg, last, first=first, batch=batch, graphs=graphs, **options)
@@ -105,6 +113,7 @@ def _run(args: argparse.Namespace, world) -> None:
     settings["config"] = args.config and os.path.abspath(args.config)
     decides = cfg.model_dump_json(include={"model", "diffusion", "latent", "sample"})
     settings["contents of the config"] = hashlib.sha256(decides.encode()).hexdigest()
+    settings["cached layers"] = [sorted(stage.layers.reuse) if stage.layers else [] for stage in plan]
     # of a run that goes on, the newest may be another one tomorrow
     settings["checkpoint"] = os.path.abspath(checkpoint)
     settings["prompts"] = prompts and hashlib.sha256("\n".join([clip, *prompts]).encode()).hexdigest()

@@ -64,6 +64,20 @@ def _absolute_folder(name: str) -> str:
     return _absolute(name) if os.path.isdir(os.path.expanduser(name)) else name
 
 
+def _plan_of_layers(value: str) -> str:
+    name, *numbers = value.split(":")
+    if value == "none" or (name == "outer" and 1 <= len(numbers) <= 2 and all(n.isdecimal() for n in numbers)):
+        if numbers and (int(numbers[0]) < 2 or int(numbers[-1]) < 1):
+            raise ValueError(
+                f"expected outer:N:K with N of at least 2 evaluations and K of at least 1 block, got {value}"
+            )
+        return value
+    if not value.endswith((".yaml", ".yml", ".json")):
+        raise ValueError(f"expected none, outer:N, outer:N:K, or a plan's .yaml or .json file, got {shown(value)}")
+    return _absolute(_fits_a_file_system(value))
+
+
+CachedLayers = Annotated[str, AfterValidator(_plan_of_layers)]
 LocalPath = Annotated[str, AfterValidator(_fits_a_file_system), AfterValidator(_absolute)]
 FolderOrHub = Annotated[str, AfterValidator(_fits_a_file_system), AfterValidator(_absolute_folder)]
 Name = Annotated[str, Field(min_length=1)]
@@ -251,6 +265,11 @@ class SampleConfig(Section):
     precision: Literal["bf16", "fp8"] = Field(
         "bf16",
         description="Of the blocks' products on a GPU, of weights that are loaded to sample: bf16, or e4m3 (compute capability 9.0, U-ViT).",
+    )
+    cache: CachedLayers = Field(
+        "none",
+        description="Layers that reuse their last output: none, a plan's file (.yaml, .json), or outer:N:K, the K outermost blocks of each "
+        "side always and the others at one of N evaluations; outer:N is outer:N:1.",
     )
     prompts: tuple[str, ...] = Field(
         (), description="Of a text model: what its previews show, and `sample` by default."
@@ -500,6 +519,12 @@ class Config(Section):
             raise ValueError("train.init_replace needs train.init: without it all weights begin anew")
         if self.train.compile and self.train.zero_stage == 3:
             raise ValueError("train.compile needs train.zero_stage 1 or 2: stage 3 moves the weights between blocks")
+        if self.sample.cache != "none" and self.sample.precision == "fp8":
+            raise ValueError(
+                "sample.cache: the layers of sample.precision fp8 are not cached; expected bf16, or cache none"
+            )
+        if self.sample.cache != "none" and not isinstance(self.model, ModelConfig):
+            raise ValueError("sample.cache: a U-Net has no layers that are cached; expected cache none")
         if self.sample.prompts and not self.model.context_dim:
             raise ValueError("sample.prompts needs a model of text: set model.context_dim")
         if self.data.name in ("latents", "text_latents") and not self.latent:

@@ -6,11 +6,12 @@ package's functions take s as `guidance_scale`; `uvit-fast sample --cfg-scale` a
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-EpsFn = Callable[[Tensor, Tensor], Tensor]  # (x (B, C, H, W), network time (B,)) -> eps (B, C, H, W)
+EpsFn = Callable[..., Tensor]  # (x (B, C, H, W), network time (B,)) -> eps (B, C, H, W)
 ALWAYS = (0.0, 1.0)
 
 
@@ -52,25 +53,30 @@ class Guidance:
         cond, uncond = self.branches(x, t).float().chunk(2)  # (B, C, H, W) each
         return cond + self.scale * (cond - uncond)
 
-    def branches(self, x: Tensor, t: Tensor) -> Tensor:
+    def branches(self, x: Tensor, t: Tensor, **cache: Any) -> Tensor:
         """Both branches in one call of the network: (2B, C, H, W), conditional first."""
-        return self.model(torch.cat([x, x]), torch.cat([t, t]), **self.both)
+        return self.model(torch.cat([x, x]), torch.cat([t, t]), **self.both, **cache)
 
-    def conditional(self, x: Tensor, t: Tensor) -> Tensor:
+    def conditional(self, x: Tensor, t: Tensor, **cache: Any) -> Tensor:
         """The conditional branch alone: (B, C, H, W)."""
-        return self.model(x, t, **self.condition)
+        return self.model(x, t, **self.condition, **cache)
 
 
-def evaluate(eps_fn: EpsFn, x: Tensor, time: Tensor, t: float) -> tuple[Tensor, Tensor | None]:
+def evaluate(eps_fn: EpsFn, x: Tensor, time: Tensor, t: float, **cache: Any) -> tuple[Tensor, Tensor | None]:
     """One evaluation at the network's `time` (B,), which is the schedule's t, as the solver's update takes it.
+
+    Args:
+        cache: of a plan's evaluations, handed on to the network: see `diffusion.caching`.
 
     Returns:
         eps (B, ...) and None, or both branches (2B, ...) and their scale.
     """
     if not isinstance(eps_fn, Guidance):
-        return eps_fn(x, time), None
+        return eps_fn(x, time, **cache), None
     first, last = eps_fn.interval
-    return (eps_fn.branches(x, time), eps_fn.scale) if first <= t <= last else (eps_fn.conditional(x, time), None)
+    if first <= t <= last:
+        return eps_fn.branches(x, time, **cache), eps_fn.scale
+    return eps_fn.conditional(x, time, **cache), None
 
 
 def _with_null(value: Tensor, null: Tensor | int) -> Tensor:

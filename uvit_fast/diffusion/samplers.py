@@ -13,13 +13,14 @@ Karras et al. 2022 take it (Algorithm 1).
 import copy
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from uvit_fast.diffusion.caching import LayerCache, Layers, Plan, layers
 from uvit_fast.diffusion.guidance import ALWAYS, EpsFn, evaluate
 from uvit_fast.diffusion.predictions import DATA, NOISE, VELOCITY, Noise, Prediction
 from uvit_fast.diffusion.schedules import FlowSchedule, Schedule, VPSchedule, shifted
@@ -39,6 +40,7 @@ class Stage:
     time: float  # what the network receives there
     update: Update  # from its output to the next state
     last: bool = True  # the next state begins a new interval
+    layers: Layers | None = None  # what the network reuses and keeps
 
 
 class Sampler(Protocol):
@@ -56,6 +58,13 @@ class Sampler(Protocol):
 
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """What the network receives, (steps,), and the updates, (steps, 8), both fp32; made once a device."""
+
+    def caching(self, plan: Plan) -> Self:
+        """The same sampler with evaluations that reuse sublayers: its network must take a `cache`, as UViT does.
+
+        Raises:
+            ValueError: a plan of another number of evaluations, or one whose first evaluation reuses what is not there.
+        """
 
     def rehearsal(self, interval: tuple[float, float] = ALWAYS) -> Self:
         """The same sampler with no more of its intervals than give each kind of stage: what a capture needs done before it,
@@ -144,6 +153,15 @@ class Staged(Sampler):
             self._tables[device] = times, rows
         return self._tables[device]
 
+    def caching(self, plan: Plan) -> Self:
+        if len(plan) != len(self.stages):
+            raise ValueError(f"cache: expected a plan of {len(self.stages)} evaluations, got {len(plan)}")
+        if plan[0]:
+            raise ValueError(f"cache: the first evaluation has nothing to reuse; got {', '.join(sorted(plan[0])[:3])}")
+        planned = copy.copy(self)
+        planned.stages = [replace(stage, layers=each) for stage, each in zip(self.stages, layers(plan))]
+        return planned
+
     def rehearsal(self, interval: tuple[float, float] = ALWAYS) -> Self:
         seen: set[tuple] = set()
         stages: list[Stage] = []
@@ -159,6 +177,7 @@ class Staged(Sampler):
                     s.update.noise > 0,
                     s.last,
                     interval[0] <= s.t <= interval[1],
+                    s.layers,
                 )
                 for s in group
             }
@@ -184,8 +203,10 @@ class Staged(Sampler):
             raise ValueError(f"generator: expected ({len(x)},) int64 keys, got {tuple(keys.shape)} {keys.dtype}")
         fused = why_not(x) is None
         outputs: list[Tensor] = []
+        held: dict[str, Tensor] = {}
         for i, stage in enumerate(self.stages):
-            eps, scale = evaluate(eps_fn, x, times[i].expand(len(x)), stage.t)
+            cache = {"cache": LayerCache(held, *stage.layers)} if stage.layers else {}
+            eps, scale = evaluate(eps_fn, x, times[i].expand(len(x)), stage.t, **cache)
             if fused and not (eps.requires_grad or x.requires_grad):
                 keep = self.keep > 0 or not stage.last
                 x, m = solver_step(stage.update, rows[i], eps, x, start, outputs, scale, keys, i, keep)

@@ -60,12 +60,14 @@ def replays(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Make `forward` of a `Replayed` network the plain call that replays itself."""
 
     @functools.wraps(forward)
-    def call(self: Replayed, x: Tensor, t: Tensor, y: Tensor | None = None, context: Tensor | None = None) -> Tensor:
-        if not torch.compiler.is_compiling() and self.cuda_graphs and allowed():
+    def call(
+        self: Replayed, x: Tensor, t: Tensor, y: Tensor | None = None, context: Tensor | None = None, **cache: Any
+    ) -> Tensor:
+        if not cache and not torch.compiler.is_compiling() and self.cuda_graphs and allowed():
             output = self.captures.replay(self, forward, (x, t, y, context))
             if output is not None:
                 return output
-        return forward(self, x, t, y, context)
+        return forward(self, x, t, y, context, **cache)
 
     return call
 

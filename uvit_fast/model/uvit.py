@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from uvit_fast.model import ops
+from uvit_fast.model import cached, ops
 from uvit_fast.model.attention import attend
+from uvit_fast.model.cached import Cache
 from uvit_fast.model.inputs import check_inputs, labels_in_range
 from uvit_fast.model.ops import Linear, Norm
 from uvit_fast.model.recompute import recomputed
@@ -130,27 +131,40 @@ class Block(nn.Module):
 
     def compute(self, x: Tensor, skip: Tensor | None, sums: Tensor | None) -> tuple[Tensor, Tensor | None]:
         skip_linear, norm1_qkv, proj, norm2_mlp = self._layers()
-        how = self.kernels
+        x, sums = self.joined(x, skip, sums, skip_linear)
+        if norm1_qkv and norm2_mlp and self.skip_linear is not None and self.checkpointing == "none":
+            # Both halves in one op, which keeps less for the backward: here the skip's linear layer keeps its inputs too.
+            a = self.attn.mix(ops.ln_linear(x, *norm1_qkv, sums, kernels=self.kernels))  # (B, L, D)
+            return ops.proj_ln_mlp(a, proj, x, *norm2_mlp, kernels=self.kernels)
+        x, sums = self.attended(x, sums, norm1_qkv, proj)
+        return self.through_mlp(x, sums, norm2_mlp)
+
+    # The block's three parts, (B, L, D) and sums -> (B, L, D) and sums, each with what `_layers` gives for it.
+
+    def joined(
+        self, x: Tensor, skip: Tensor | None, sums: Tensor | None, skip_linear: Linear | None
+    ) -> tuple[Tensor, Tensor | None]:
         if self.skip_linear is not None:  # Linear(Concat(h_m, h_s))
             assert skip is not None
             if skip_linear:
-                x, sums = ops.skip_linear(x, skip, skip_linear, kernels=how)  # (B, L, D)
-            else:
-                x, sums = self.skip_linear(torch.cat([x, skip], dim=-1)), None
-        elif skip is not None:  # h_m + h_s, the ablation of Figure 2(a)
-            x, sums = x + skip, None
+                return ops.skip_linear(x, skip, skip_linear, kernels=self.kernels)
+            return self.skip_linear(torch.cat([x, skip], dim=-1)), None
+        return (x, sums) if skip is None else (x + skip, None)  # h_m + h_s, the ablation of Figure 2(a)
 
-        if norm1_qkv:
-            a = self.attn.mix(ops.ln_linear(x, *norm1_qkv, sums, kernels=how))  # (B, L, D)
-            if norm2_mlp and self.skip_linear is not None and self.checkpointing == "none":
-                # Both halves in one op, which keeps less for the backward: here the skip's linear layer keeps its inputs too.
-                return ops.proj_ln_mlp(a, proj, x, *norm2_mlp, kernels=how)
-            x, sums = ops.linear_residual(a, proj, x, kernels=how)  # x + proj(attention(norm1(x)))
-        else:
-            x, sums = x + self.attn(self.norm1(x)), None
-        if norm2_mlp:
-            return ops.ln_mlp(x, *norm2_mlp, sums, kernels=how)  # x + fc2(gelu(fc1(norm2(x))))
-        return x + self.mlp(self.norm2(x)), None
+    def attended(
+        self, x: Tensor, sums: Tensor | None, norm1_qkv: tuple[Norm, Linear] | None, proj: Linear | None
+    ) -> tuple[Tensor, Tensor | None]:
+        if not norm1_qkv:
+            return x + self.attn(self.norm1(x)), None
+        a = self.attn.mix(ops.ln_linear(x, *norm1_qkv, sums, kernels=self.kernels))  # (B, L, D)
+        return ops.linear_residual(a, proj, x, kernels=self.kernels)  # x + proj(attention(norm1(x)))
+
+    def through_mlp(
+        self, x: Tensor, sums: Tensor | None, norm2_mlp: tuple[Norm, Linear, Linear] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        if not norm2_mlp:
+            return x + self.mlp(self.norm2(x)), None
+        return ops.ln_mlp(x, *norm2_mlp, sums, kernels=self.kernels)  # x + fc2(gelu(fc1(norm2(x))))
 
     def _layers(
         self,
@@ -266,7 +280,9 @@ class UViT(Replayed):
                     nn.init.zeros_(module.bias)
 
     @replays
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, context: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
         """Predict the noise. Without gradients, a shape's second call captures it and later ones replay it (`model.replayed`).
 
         Args:
@@ -275,6 +291,7 @@ class UViT(Replayed):
             y: (B,) labels in [0, num_classes), int64 or int32, for class-conditional models only. On a GPU their values are not looked
                 at, for which the host would have to wait: one out of range ends in a device-side assertion.
             context: (B, context_tokens, context_dim) text features, for text-conditional models only.
+            cache: outputs of other evaluations in the place of some sublayers (`model.cached`); such a call is not replayed by itself.
 
         Returns:
             (B, C, H, W), eps, in x's dtype.
@@ -285,12 +302,13 @@ class UViT(Replayed):
         """
         h = self.tokens(x, t, y, context)  # (B, L, D)
         skips, sums = [], None
+        through = _through if cache is None else cached.through(self, cache)
         for block in self.in_blocks:
-            h, sums = _through(block, h, None, sums)
+            h, sums = through(block, h, None, sums)
             skips.append(h)
-        h, sums = _through(self.mid_block, h, None, sums)
+        h, sums = through(self.mid_block, h, None, sums)
         for block in self.out_blocks:  # last in, first out
-            h, sums = _through(block, h, skips.pop() if self.skip != "none" else None, sums)
+            h, sums = through(block, h, skips.pop() if self.skip != "none" else None, sums)
         return self.noise(h, sums).to(x.dtype)
 
     def tokens(self, x: Tensor, t: Tensor, y: Tensor | None, context: Tensor | None) -> Tensor:

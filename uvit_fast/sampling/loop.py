@@ -11,6 +11,7 @@ from uvit_fast.build import build_sampler
 from uvit_fast.config import Config
 from uvit_fast.diffusion.guidance import EpsFn, Guidance
 from uvit_fast.diffusion.noise import sample_generators, sample_noise
+from uvit_fast.model.uvit import UViT
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.sampling.captured import GraphSampler
 from uvit_fast.sampling.conditions import check_guidance, check_labels
@@ -50,7 +51,8 @@ def sample(
         (B, C, H, W) fp32 on the model's device: pixels in about [-1, 1], or latents times the scale factor.
 
     Raises:
-        UserError: labels that the model does not have, or fewer than samples; guidance of a model that was trained without it.
+        UserError: labels that the model does not have, or fewer than samples; guidance of a model that was trained without it;
+            cached layers of another network than a UViT.
     """
     if labels is not None:
         if len(labels) < num:
@@ -61,6 +63,10 @@ def sample(
     scale = cfg.sample.guidance_scale if guidance_scale is None else guidance_scale
     interval = cfg.sample.guidance_interval if guidance_interval is None else guidance_interval
     check_guidance(scale, cfg)
+    if cfg.sample.cache != "none" and not isinstance(model, UViT):
+        raise UserError(
+            f"sample.cache: expected a UViT as it is, got {type(model).__name__}; torch.compile and others run with none"
+        )
     shape = (cfg.model.in_chans, cfg.model.img_size, cfg.model.img_size)
     for start in range(first, num, batch):
         indices = range(start, min(start + batch, num))

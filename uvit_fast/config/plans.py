@@ -1,0 +1,95 @@
+"""Files that `sample.cache` names: which sublayers reuse their last output at which evaluation."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import yaml
+from pydantic import Field, ValidationError
+
+from uvit_fast.config.schema import Section
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.files import write_whole
+from uvit_fast.runtime.text import cut, parse_yaml, shown
+
+
+class CachePlan(Section):
+    """A plan's file, YAML or JSON."""
+
+    about: str = Field("", description="Where it comes from: for people.")
+    steps: int = Field(ge=1, le=10**5, description="Network evaluations a sample that it is for.")
+    sampler: str | None = Field(None, description="sample.sampler that it is for. Default: any.")
+    reuse: dict[int, tuple[str, ...]] = Field(
+        description="Evaluation, from 0 -> sublayers that reuse their last output: names or patterns, as in_blocks.3.attn, *.mlp."
+    )
+
+
+def read_plan(path: Path) -> CachePlan:
+    """Read a plan.
+
+    Raises:
+        UserError: no such file, or one that is no plan.
+    """
+    try:
+        return CachePlan.model_validate(parse_yaml(path.read_text("utf-8-sig")))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        why = (
+            f"{where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}, got {shown(first['input'])}"
+        )
+    except (OSError, ValueError) as error:
+        why = cut(str(getattr(error, "strerror", None) or error))
+    raise UserError(f"sample.cache {cut(str(path))}: expected a plan, with steps and reuse: {why}")
+
+
+def write_plan(plan: CachePlan, path: Path) -> None:
+    """Write it as JSON where the name says so, else as YAML, whole or not at all."""
+    if path.suffix == ".json":
+        text = plan.model_dump_json(indent=1, exclude_none=True)
+    else:
+        text = yaml.safe_dump(
+            plan.model_dump(mode="json", exclude_none=True), sort_keys=False, width=120, default_flow_style=None
+        )
+    write_whole(path, lambda file: file.write_text(text, "utf-8"))
+
+
+def expanded(plan: CachePlan, names: Sequence[str], source: str) -> tuple[frozenset[str], ...]:
+    """Return the sublayers that each evaluation reuses, of a network that has `names`.
+
+    Raises:
+        UserError: an evaluation that there is not, or a name that fits no sublayer.
+    """
+    reuse = [frozenset[str]()] * plan.steps
+    for evaluation, patterns in plan.reuse.items():
+        if not 0 <= evaluation < plan.steps:
+            raise UserError(f"{source}: expected evaluations from 0 to {plan.steps - 1}, got {evaluation}")
+        for pattern in patterns:
+            found = [name for name in names if fnmatchcase(name, pattern)]
+            if not found:
+                near = difflib.get_close_matches(pattern, names, n=1)
+                hint = f"; did you mean {near[0]}?" if near else f"; they are {names[0]} to {names[-1]}"
+                raise UserError(f"{source}: the network has no sublayer {shown(pattern)}{hint}")
+            reuse[evaluation] |= frozenset(found)
+    return tuple(reuse)
+
+
+def contracted(names: Sequence[str], reused: frozenset[str]) -> tuple[str, ...]:
+    """Return few patterns that fit exactly the reused ones of `names`."""
+    groups = [
+        "*",
+        "*.attn",
+        "*.mlp",
+        *(f"{side}.{part}" for side in ("in_blocks", "out_blocks") for part in ("*", "*.attn", "*.mlp")),
+    ]
+    groups += [f"{name.rpartition('.')[0]}.*" for name in names]
+    found, left = [], set(reused)
+    for pattern in [*groups, *names]:
+        fitting = {name for name in names if fnmatchcase(name, pattern)}
+        if fitting & left and fitting <= reused:
+            found.append(pattern)
+            left -= fitting
+    return tuple(found)

@@ -1,0 +1,31 @@
+"""What a plan of cached layers saves, and what it holds, in a sentence."""
+
+from collections.abc import Sequence
+
+from uvit_fast.config import Config, ModelConfig
+from uvit_fast.diffusion.caching import most_kept
+from uvit_fast.diffusion.samplers import Stage
+from uvit_fast.model.cached import sublayers
+
+
+def held_bytes(cfg: Config, stages: Sequence[Stage], images: int, guided: bool, width: int) -> int:
+    """Return the memory of the kept outputs, beside that of the loop: tokens times D of each, of both branches where there is guidance.
+
+    Args:
+        images: at a time. width: bytes of a number, those of the weights.
+    """
+    model = cfg.model
+    assert isinstance(model, ModelConfig)
+    extras = 1 + bool(model.num_classes) + (model.context_tokens if model.context_dim else 0)
+    tokens = extras + (model.img_size // model.patch_size) ** 2
+    return most_kept(stage.layers for stage in stages) * images * (1 + guided) * tokens * model.embed_dim * width
+
+
+def cached_layers(cfg: Config, stages: Sequence[Stage], images: int, guided: bool, width: int) -> str:
+    """Return what is reused of all sublayers of all evaluations, and the memory that this takes."""
+    assert isinstance(cfg.model, ModelConfig)
+    reused = sum(len(stage.layers.reuse) for stage in stages if stage.layers)
+    share = reused / (len(stages) * len(sublayers(cfg.model.depth)))
+    size = held_bytes(cfg, stages, images, guided, width) / 1e9
+    both = ", both branches" if guided else ""
+    return f"cached layers: {share:.0%} of the attentions and MLPs reuse an output; {size:.3g} GB for {images} images at a time{both}"
