@@ -11,12 +11,13 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from tqdm import trange
 
+from tests.evaluation.test_metrics import statistics_of
 from uvit_fast.evaluation import metrics
 from uvit_fast.evaluation.classifier import ClassifierFeatures, cached_classifier, train_classifier
 from uvit_fast.evaluation.evaluate import evaluate, table
 from uvit_fast.evaluation.features import extract
 from uvit_fast.evaluation.inception import Features
-from uvit_fast.evaluation.metrics import frechet_distance, inception_score, precision_recall, statistics_of
+from uvit_fast.evaluation.metrics import frechet_distance, inception_score, precision_recall
 from uvit_fast.evaluation.reference import load_reference, reference_from_images
 from uvit_fast.evaluation.sources import Images
 from uvit_fast.measuring import open_images

@@ -13,8 +13,12 @@ from uvit_fast.evaluation.metrics import (
     inception_score,
     kernel_distance,
     precision_recall,
-    statistics_of,
 )
+
+
+def statistics_of(features):
+    """Mean and unbiased covariance of (N, D) features, in one piece."""
+    return Statistics(features.mean(0), torch.cov(features.T))
 
 
 def random_statistics(rng, dim, count):

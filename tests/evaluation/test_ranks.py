@@ -10,9 +10,10 @@ from PIL import Image
 
 from tests.evaluation.test_evaluate_command import DIGITS, checkpoint  # noqa: F401 - a fixture
 from tests.evaluation.test_features import folder_of, pictures
+from tests.evaluation.test_metrics import statistics_of
 from tests.training.tiny import launch
 from uvit_fast import cli
-from uvit_fast.evaluation.metrics import RunningStatistics, statistics_of
+from uvit_fast.evaluation.metrics import RunningStatistics
 from uvit_fast.runtime.processes import World
 
 COMMON = ["evaluate", "--device", "cpu", "--features", "digits-fid", "--reference", DIGITS]

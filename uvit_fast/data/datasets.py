@@ -4,7 +4,6 @@ import copy
 import gzip
 import math
 import operator
-import os
 import pickle
 import random
 import warnings
@@ -27,6 +26,7 @@ from uvit_fast.provenance import Described, Factors, Identities
 from uvit_fast.provenance import shown as some
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.extras import missing
+from uvit_fast.runtime.processes import World
 from uvit_fast.runtime.text import cut
 
 Batch = dict[str, Tensor]
@@ -275,7 +275,7 @@ class ImageFolder(Indexed):
             listing = list_images(folder, labelled)
         except UserError as error:
             raise UserError(f"data.path {error}") from None
-        for note in listing.notes if os.environ.get("RANK", "0") == "0" else []:
+        for note in listing.notes if World().rank == 0 else []:
             warnings.warn(f"data.path {shown(str(folder))}: {note}", stacklevel=3)
         self.folder, self.files = folder, listing.files  # names below it
         self.labels = listing.labels

@@ -26,6 +26,7 @@ from uvit_fast.data.autoencoders import Pixels, Scaling, measured
 from uvit_fast.data.reading import WHITE, BadImage, Listing, read_image, shown
 from uvit_fast.provenance import classes_difference
 from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.processes import World
 
 NO_CAPTION = "no caption"
 
@@ -96,7 +97,7 @@ class Extraction:
         self.mirror, self.text, self.policy, self.dtype = mirror, text, policy, np.dtype(dtype)
         self.scaling, self.kind = scaling, kind
         self.shard_images, self.batch, self.workers = shard_images, batch, workers
-        self.rank, self.ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.world = World()
         self.about: dict[str, Any] = {
             "vae": vae,
             "text_encoder": text.identity if text else None,
@@ -117,7 +118,7 @@ class Extraction:
             UserError: `out` holds an extraction of other images or with other settings; the disk is full; or an image is not as
                 the policy asks. What is complete stays.
         """
-        mine = range(self.rank, len(self.parts), self.ranks)
+        mine = range(self.world.rank, len(self.parts), self.world.size)
         total = sum(len(self.parts[shard]) for shard in mine)
         try:
             self._agree()
@@ -125,7 +126,9 @@ class Extraction:
             left = sum(len(self.parts[shard]) for shard in missing)
             with (
                 ThreadPoolExecutor(max(1, self.workers)) as pool,
-                tqdm(total=total, initial=total - left, unit="image", desc="extract", disable=self.rank > 0) as bar,
+                tqdm(
+                    total=total, initial=total - left, unit="image", desc="extract", disable=self.world.rank > 0
+                ) as bar,
             ):
                 for shard in missing:
                     self._make(shard, pool, bar)
@@ -350,7 +353,8 @@ def _channel_sums(encoded: list[np.ndarray], kind: str) -> dict[str, Any] | None
     """
     if not encoded:
         return None
-    sums = squares = np.zeros(())
+    sums: Any = 0  # (C,) from the first on
+    squares: Any = 0
     for values in encoded:
         values = values.astype(np.float64)  # (B, 2C or C, h, w)
         mean, logvar = np.split(values, 2, axis=1) if kind == "moments" else (values, -np.inf)

@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.processes import World
 from uvit_fast.runtime.text import cut, shown
 
 FORMAT = "uvit-fast shards 1"
@@ -172,7 +173,7 @@ def unchecked_faults(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
     if not unread:
         return {}
     found = {}
-    quiet = os.environ.get("RANK", "0") != "0" or len(unread) < 10
+    quiet = World().rank > 0 or len(unread) < 10
     with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:  # hashing lets other threads run
         results = pool.map(lambda shard: shard_fault(folder, shard), unread)
         for shard, fault in zip(unread, tqdm(results, "checksums", len(unread), unit="shard", disable=quiet)):

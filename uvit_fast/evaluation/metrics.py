@@ -83,13 +83,6 @@ class RunningStatistics:
         return Statistics(self.mean.clone(), self.scatter / (self.count - 1))
 
 
-def statistics_of(features: Tensor) -> Statistics:
-    """Mean and unbiased covariance of (N, D) features."""
-    running = RunningStatistics(features.shape[1], features.device)
-    running.update(features)
-    return running.statistics()
-
-
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """Fréchet distance of two Gaussians: |mu_a - mu_b|² + tr(A + B - 2 (A B)^1/2). With pool3 features this is FID.
 

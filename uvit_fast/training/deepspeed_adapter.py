@@ -10,9 +10,9 @@ version without it is refused.
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -88,7 +88,7 @@ class DeepSpeed:
         if self.stage == 3 and hasattr(model, "fused_classes"):
             package.utils.set_z3_leaf_modules(model, model.fused_classes)
             if not all(p.requires_grad for p in model.parameters()):
-                _reach_inputs(model, tuple(model.fused_classes))
+                _reach_inputs(model, tuple(cast(Iterable, model.fused_classes)))
         learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
         settings = self._settings(train, micro_batch, accumulation, bf16, learning)
         self._engine, self._zero, _, _ = package.initialize(model=model, optimizer=optimizer, config=settings)
