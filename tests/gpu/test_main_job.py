@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -25,15 +26,24 @@ def train(root, run_dir, *overrides):
 
 @pytest.mark.parametrize("checkpointing", ["none", "block"])
 def test_fused_kernels_give_the_loss_curve_of_plain_pytorch(pytestconfig, tmp_path, checkpointing):
-    """Three hundred steps, the same seed: means of 25 losses stay within 1% of each other."""
-    curves = []
-    for kernels, attention in (("fused", "fused"), ("reference", "math")):
+    """Three hundred steps of three seeds: the means of 75 losses stay within 1%.
+
+    Of one seed alone, PyTorch's own attentions differ by 0.4 to 0.7% at the end, as rounding grows with the steps.
+    """
+
+    def curve(run: tuple[str, str, int]) -> torch.Tensor:
+        kernels, attention, seed = run
         overrides = (f"model.kernels={kernels}", f"model.attention={attention}", "train.iterations=300")
-        overrides += (f"model.activation_checkpointing={checkpointing}", "train.log_every=1")
+        overrides += (f"model.activation_checkpointing={checkpointing}", "train.log_every=1", f"train.seed={seed}")
         overrides += ("model.embed_dim=256", "train.batch_size=256", "train.lr=5.0e-4")
-        curves.append(train(pytestconfig.rootpath, tmp_path / kernels, *overrides).view(-1, 25).mean(1))
-    assert curves[0][-1] < curves[0][0] / 2  # it learns
-    torch.testing.assert_close(curves[0], curves[1], rtol=0.01, atol=0)
+        return train(pytestconfig.rootpath, tmp_path / f"{kernels}{seed}", *overrides).view(-1, 25).mean(1)
+
+    ways = ("fused", "fused"), ("reference", "math")
+    with ThreadPoolExecutor(6) as pool:
+        curves = [*pool.map(curve, [(*how, seed) for how in ways for seed in range(3)])]
+    fused, plain = (torch.stack(curves[i : i + 3]).mean(0) for i in (0, 3))
+    assert fused[-1] < fused[0] / 2  # it learns
+    torch.testing.assert_close(fused, plain, rtol=0.01, atol=0)
 
 
 def test_the_demo_reaches_its_figures_on_a_gpu(pytestconfig, tmp_path, monkeypatch):
