@@ -9,6 +9,7 @@ import sys
 import uvit_fast
 from uvit_fast.commands import (
     bench,
+    calibrate,
     cka,
     convert,
     cost,
@@ -35,6 +36,7 @@ COMMANDS = {
     "extract": extract,
     "data": data,
     "demo": demo,
+    "calibrate": calibrate,
     "tune": tune,
     "bench": bench,
     "profile": profile,

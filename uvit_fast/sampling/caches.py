@@ -16,9 +16,8 @@ def held_bytes(cfg: Config, stages: Sequence[Stage], images: int, guided: bool, 
     """
     model = cfg.model
     assert isinstance(model, ModelConfig)
-    extras = 1 + bool(model.num_classes) + (model.context_tokens if model.context_dim else 0)
-    tokens = extras + (model.img_size // model.patch_size) ** 2
-    return most_kept(stage.layers for stage in stages) * images * (1 + guided) * tokens * model.embed_dim * width
+    rows = images * (1 + guided)
+    return most_kept(stage.layers for stage in stages) * rows * _tokens(model) * model.embed_dim * width
 
 
 def cached_layers(cfg: Config, stages: Sequence[Stage], images: int, guided: bool, width: int) -> str:
@@ -29,3 +28,16 @@ def cached_layers(cfg: Config, stages: Sequence[Stage], images: int, guided: boo
     size = held_bytes(cfg, stages, images, guided, width) / 1e9
     both = ", both branches" if guided else ""
     return f"cached layers: {share:.0%} of the attentions and MLPs reuse an output; {size:.3g} GB for {images} images at a time{both}"
+
+
+def sublayer_macs(cfg: Config) -> list[float]:
+    """Return the multiply-adds of a block's attention and of its MLP, of one image."""
+    model = cfg.model
+    assert isinstance(model, ModelConfig)
+    tokens, D = _tokens(model), model.embed_dim
+    return [tokens * (4 * D**2 + 2 * tokens * D), tokens * 2 * D * int(D * model.mlp_ratio)]
+
+
+def _tokens(model: ModelConfig) -> int:
+    extras = 1 + bool(model.num_classes) + (model.context_tokens if model.context_dim else 0)
+    return extras + (model.img_size // model.patch_size) ** 2

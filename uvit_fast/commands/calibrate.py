@@ -1,0 +1,106 @@
+"""`uvit-fast calibrate`: make a plan of cached layers from trajectories of a checkpoint."""
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+from uvit_fast.commands.arguments import checkpoint_arguments, config_of, positive, seed
+from uvit_fast.config import ModelConfig
+from uvit_fast.runtime.errors import UserError
+
+HELP = "make a plan of cached layers (sample.cache) from some trajectories of a checkpoint"
+EXAMPLE = "uvit-fast calibrate --checkpoint runs/digits --speedup 1.5 --out plan.yaml"
+
+
+def arguments(command: argparse.ArgumentParser) -> None:
+    checkpoint_arguments(command)
+    command.add_argument("--speedup", type=float, required=True, help="to reach, by multiply-adds, such as 1.5")
+    command.add_argument("--out", required=True, type=Path, help="the plan, a new .yaml or .json file")
+    command.add_argument("--num", type=positive, default=16, help="trajectories to measure, in one batch (default 16)")
+    command.add_argument("--seed", type=seed, default=0, help="of their noise and classes (default 0)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the plan; print what it saves and how far its samples are from those of all evaluations, beside fewer evaluations."""
+    cfg = config_of(args.config, args.checkpoint, args.set)
+    if not 1 < args.speedup < math.inf:
+        raise UserError(f"--speedup: expected a number above 1, got {args.speedup:g}")
+    if args.out.suffix not in (".yaml", ".yml", ".json") or args.out.exists():
+        raise UserError(f"--out {args.out}: expected a new file that ends in .yaml or .json")
+    if not isinstance(cfg.model, ModelConfig) or cfg.sample.precision != "bf16" or cfg.sample.cache != "none":
+        raise UserError("calibrate: expected a U-ViT with sample.precision bf16 and sample.cache none")
+    if cfg.model.context_dim:
+        raise UserError(f"calibrate: {cfg.name} takes text; expected a model of classes, or without a condition")
+
+    import torch
+
+    from uvit_fast.build import build_sampler
+    from uvit_fast.commands.cost import count
+    from uvit_fast.config.plans import CachePlan, contracted, write_plan
+    from uvit_fast.model.cached import sublayers
+    from uvit_fast.model.uvit import UViT
+    from uvit_fast.runtime.device import pick_device
+    from uvit_fast.sampling import calibration
+    from uvit_fast.sampling.caches import cached_layers, sublayer_macs
+    from uvit_fast.sampling.captured import GraphSampler
+    from uvit_fast.sampling.conditions import chosen_labels
+    from uvit_fast.sampling.loop import check_finite, sample
+    from uvit_fast.sampling.weights import find_weights, load_found, provenance_of
+
+    device = pick_device(cfg.device)
+    weights = find_weights(args.checkpoint)
+    known = provenance_of(cfg, weights)
+    model = load_found(cfg, weights, device)
+    assert isinstance(model, UViT)
+    names, steps = sublayers(cfg.model.depth), cfg.sample.steps
+
+    def options(of: int) -> dict:
+        classes = torch.tensor(chosen_labels(None, cfg, known) if cfg.model.num_classes else [0])
+        drawn = classes[torch.randint(len(classes), (args.num,), generator=torch.Generator().manual_seed(of))]
+        return {"seed": of, "labels": drawn if cfg.model.num_classes else None}
+
+    def draw(config, of: int, evaluations: int | None = None) -> tuple[torch.Tensor, float]:
+        """x_0 (num, C, H, W), and the seconds of the second time."""
+        graphs = GraphSampler(model) if device.type == "cuda" else None
+        for _ in range(2):
+            began = time.perf_counter()
+            (x,) = sample(model, config, args.num, batch=args.num, steps=evaluations, graphs=graphs, **options(of))
+            x = check_finite(x, "the samples").cpu()
+        return x, time.perf_counter() - began
+
+    print(f"measuring {args.num} trajectories of {steps} evaluations", flush=True)
+    errors = calibration.measure(model, cfg, args.num, names, **options(args.seed))
+    stages, costs = build_sampler(cfg).stages, sublayer_macs(cfg)
+    found = calibration.find(
+        errors, calibration.stage_weights(stages), names, costs * (len(names) // 2), count(cfg)[1], args.speedup
+    )
+    about = (
+        f"of {args.checkpoint}, {args.num} trajectories, seed {args.seed}, guidance {cfg.sample.guidance_scale:g}: weighted errors of at most "
+        f"{found.bound:.3g}, {found.speedup:.2f} times fewer multiply-adds"
+    )
+    reuse = {i: contracted(names, each) for i, each in enumerate(found.plan) if each}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_plan(CachePlan(about=about, steps=steps, sampler=cfg.sample.sampler, reuse=reuse), args.out)
+
+    planned = cfg.model_copy(update={"sample": cfg.sample.model_copy(update={"cache": str(args.out.absolute())})})
+    fewer = max(1, round(steps / found.speedup))
+    print(f"{args.out}: {about}")
+    print(
+        cached_layers(
+            planned,
+            build_sampler(planned).stages,
+            args.num,
+            cfg.sample.guidance_scale > 0,
+            next(model.parameters()).element_size(),
+        )
+    )
+    print(f"{'':34}seconds   distance from {steps} whole evaluations, of the same noise, and of other noise")
+    whole, seconds = draw(cfg, args.seed)
+    other, _ = draw(cfg, args.seed + 1)
+    print(f"{f'{steps} whole evaluations':34}{seconds:7.2f}")
+    for name, config, evaluations in (("the plan", planned, None), (f"{fewer} whole evaluations", cfg, fewer)):
+        (x, seconds), (y, _) = draw(config, args.seed, evaluations), draw(config, args.seed + 1, evaluations)
+        near, far = (float((a - b).norm() / b.norm()) for a, b in ((x, whole), (y, other)))
+        print(f"{name:34}{seconds:7.2f}   {near:.4f}   {far:.4f}")
+    print(f"use it: --set sample.cache={args.out}; by quality it compares with fewer evaluations in uvit-fast front")

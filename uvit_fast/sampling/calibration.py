@@ -1,0 +1,159 @@
+"""A plan of cached layers from some trajectories of the checkpoint itself (SmoothCache, Liu et al. 2024, Section 3).
+
+Of every attention and MLP the error of reusing an older output is measured: the mean of |old - new| over that of |new|. Where it stays below a bound
+the output is reused, at most three evaluations long; the bound is the smallest that gives the speed-up that was asked for.
+SmoothCache averages over the blocks; here each sublayer has its own schedule.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch.nn as nn
+from torch import Tensor
+
+from uvit_fast.config import Config
+from uvit_fast.diffusion.caching import Plan
+from uvit_fast.diffusion.samplers import Stage
+from uvit_fast.model.uvit import UViT
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.sampling.loop import sample
+
+LONGEST = 3  # evaluations in a row that reuse an output
+LEAST = 0.25  # weight of an interval's start
+
+
+class Found(NamedTuple):
+    """A plan, the largest error of what it reuses, weighted, and its speed-up by multiply-adds."""
+
+    plan: Plan
+    bound: float
+    speedup: float
+
+
+class _Watching(nn.Module):
+    """A network that is called as it is while the errors of its sublayers are measured: the `Cache` of its evaluations.
+
+    Attributes:
+        errors: of each evaluation, by gap and sublayer; () fp32 tensors, where there is an older output of as many rows.
+        rows: of each evaluation, over the first one's.
+    """
+
+    def __init__(self, net: UViT):
+        super().__init__()
+        self.net = net
+        self.errors: list[dict[tuple[int, str], Tensor]] = []
+        self.rows: list[int] = []
+        self._last: deque[dict[str, Tensor]] = deque(maxlen=LONGEST + 1)  # newest first, this one's too
+
+    def forward(self, x: Tensor, t: Tensor, **condition: Tensor) -> Tensor:
+        self.errors.append({})
+        self.rows.append(len(x))
+        self._last.appendleft({})
+        return self.net(x, t, **condition, cache=self)
+
+    def find(self, name: str, rows: int) -> None:
+        return None
+
+    def wants(self, name: str) -> bool:
+        return True
+
+    def leave(self, name: str, before: Tensor, after: Tensor) -> None:
+        new = (after - before).float()
+        for gap, outputs in enumerate(list(self._last)[1:], 1):
+            if len(old := outputs[name]) >= len(new):
+                self.errors[-1][gap, name] = (old[: len(new)].float() - new).abs().mean() / new.abs().mean()
+        self._last[0][name] = after - before
+
+
+class Errors(NamedTuple):
+    """Of reusing at an evaluation what a sublayer gave `gap` evaluations before."""
+
+    values: np.ndarray  # (evaluations, gaps, sublayers), infinite where there is nothing to reuse
+    rows: list[int]  # of each evaluation: 2 B where both branches run
+
+
+def measure(net: UViT, cfg: Config, num: int, names: Sequence[str], **options) -> Errors:
+    """Measure the errors on `num` trajectories.
+
+    Args:
+        cfg: without a plan. names: the sublayers, see `model.cached`. options: of `sampling.sample`.
+    """
+    watching = _Watching(net)
+    for _ in sample(watching, cfg, num, batch=num, **options):
+        pass
+    values = np.full((len(watching.errors), LONGEST, len(names)), np.inf)
+    for evaluation, found in enumerate(watching.errors):
+        for (gap, name), error in found.items():
+            values[evaluation, gap - 1, names.index(name)] = float(error)
+    return Errors(values, watching.rows)
+
+
+def stage_weights(stages: Sequence[Stage]) -> list[float]:
+    """Return what an error of each evaluation counts: its output's share of its interval's end, times the evaluations of the interval.
+
+    Of order 2 that is 0, 2, of order 3 about 3/4, 0, 9/4 (DPM-Solver, Algorithms 1 and 2). Starts count at least 1/4, since the inner states
+    follow from them. Inner evaluations count as the dearest of the interval, the middle one of order 3 too: reused, it would
+    equal the start, and the order would go.
+    """
+    weights: list[float] = []
+    interval = 0  # its evaluations so far
+    for stage in stages:
+        interval += 1
+        if stage.last:
+            shares = np.abs(stage.update.outputs[-interval:])
+            shares = shares / shares.sum() * interval
+            weights += [max(LEAST, float(shares[0])), *[float(shares.max())] * (interval - 1)]
+            interval = 0
+    return weights
+
+
+def find(
+    errors: Errors, weights: Sequence[float], names: Sequence[str], costs: Sequence[float], whole: float, speedup: float
+) -> Found:
+    """Return the plan with the smallest bound on the weighted errors that is `speedup` times as fast.
+
+    The first and the last evaluation are computed.
+
+    Args:
+        costs: multiply-adds of each sublayer. whole: of the network; both of one image.
+
+    Raises:
+        UserError: no plan is as fast.
+    """
+    weighted = errors.values * np.asarray(weights)[:, None, None]
+    bounds = np.unique(weighted[np.isfinite(weighted)])
+    rows = np.asarray(errors.rows, dtype=float)
+
+    def at(bound: float) -> Found:
+        reused = _scan(weighted <= bound)  # (evaluations, sublayers)
+        saved = float(rows @ (reused @ np.asarray(costs)))
+        plan = tuple(frozenset(name for name, reuse in zip(names, each) if reuse) for each in reused)
+        return Found(plan, bound, rows.sum() * whole / (rows.sum() * whole - saved))
+
+    best = at(float(bounds[-1]) if len(bounds) else 0.0)
+    if best.speedup < speedup:
+        raise UserError(
+            f"--speedup {speedup:g}: with these evaluations expected at most {best.speedup:.2f}, all that can be reused"
+        )
+    low, high = -1, len(bounds) - 1  # bounds[high] is fast enough
+    while high - low > 1:
+        middle = (low + high) // 2
+        if (found := at(float(bounds[middle]))).speedup >= speedup:
+            best, high = found, middle
+        else:
+            low = middle
+    return best
+
+
+def _scan(allowed: np.ndarray) -> np.ndarray:
+    """From (evaluations, gaps, sublayers), whether an output may be reused, the greedy schedule (evaluations, sublayers)."""
+    steps, gaps, count = allowed.shape
+    reused = np.zeros((steps, count), dtype=bool)
+    for k in range(count):
+        gap = 0
+        for i in range(1, steps - 1):
+            gap = gap + 1 if gap < gaps and allowed[i, gap, k] else 0
+            reused[i, k] = gap > 0
+    return reused
