@@ -24,6 +24,7 @@ LEVELS = {
     "measuring": 3,
     "cli": 3,
     "demo": 3,
+    "gallery": 3,
 }
 
 

@@ -17,6 +17,7 @@ from uvit_fast.commands import (
     demo,
     evaluate,
     extract,
+    gallery,
     info,
     profile,
     runs,
@@ -31,6 +32,7 @@ from uvit_fast.runtime.errors import UserError
 COMMANDS = {
     "info": info,
     "sample": sample,
+    "gallery": gallery,
     "convert": convert,
     "evaluate": evaluate,
     "extract": extract,

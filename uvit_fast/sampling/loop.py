@@ -11,6 +11,7 @@ from uvit_fast.build import build_sampler
 from uvit_fast.config import Config
 from uvit_fast.diffusion.guidance import EpsFn, Guidance
 from uvit_fast.diffusion.noise import sample_generators, sample_noise
+from uvit_fast.diffusion.samplers import Sampler
 from uvit_fast.model.uvit import UViT
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.sampling.captured import GraphSampler
@@ -80,11 +81,25 @@ def sample(
             features = context(indices) if callable(context) else context[rows]
             condition, null = {"context": features.to(device)}, {"context": null_context}
         keys = sample_generators(seed, indices, device)
-        if graphs is not None:
-            yield graphs(sampler, x_T, condition, null, scale, interval, keys=keys)
-        else:
-            eps_fn: EpsFn = Guidance(model, condition, null, scale, interval) if scale else partial(model, **condition)
-            yield sampler(eps_fn, x_T, generator=keys)
+        yield solve(model, sampler, x_T, condition, null, scale, interval, keys, graphs)
+
+
+def solve(
+    model: UViT,
+    sampler: Sampler,
+    x_T: Tensor,
+    condition: dict[str, Tensor],
+    null: dict[str, Tensor | int | None],
+    scale: float,
+    interval: tuple[float, float],
+    keys: Tensor,
+    graphs: GraphSampler | None = None,
+) -> Tensor:
+    """Return what the sampler makes of x_T (B, C, H, W), by way of `graphs` where there are some; arguments as theirs."""
+    if graphs is not None:
+        return graphs(sampler, x_T, condition, null, scale, interval, keys=keys)
+    eps_fn: EpsFn = Guidance(model, condition, null, scale, interval) if scale else partial(model, **condition)
+    return sampler(eps_fn, x_T, generator=keys)
 
 
 def check_finite(images: Tensor, what: str) -> Tensor:

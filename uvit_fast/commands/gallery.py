@@ -1,0 +1,70 @@
+"""`uvit-fast gallery`: draw from checkpoints in the browser."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from uvit_fast.commands.arguments import config_of
+from uvit_fast.runtime.errors import UserError
+
+HELP = "draw from checkpoints in the browser"
+EXAMPLE = "uvit-fast gallery --checkpoint runs/s2_fashion"
+
+
+def arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--checkpoint",
+        nargs="+",
+        required=True,
+        help="run folders, pipeline folders, .pth or .safetensors; several may be compared",
+    )
+    command.add_argument("--config", help="the YAML file of weight files; runs and pipelines have their own")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, as sample.spacing=karras"
+    )
+    command.add_argument("--clip", help="text encoder: a folder, or a hub name; default: that of the training data")
+    command.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine only)"
+    )
+    command.add_argument("--port", type=_port, default=7860, help="default 7860; 0: a free one")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serve the gallery until Ctrl-C."""
+    names = short_names(args.checkpoint)
+    configs = [config_of(args.config, checkpoint, args.set) for checkpoint in args.checkpoint]
+    if len({cfg.device for cfg in configs}) > 1:
+        raise UserError("gallery: expected checkpoints of one device; --set device=cpu or cuda says which")
+    from uvit_fast.gallery.page import LOOPBACK, serve
+    from uvit_fast.gallery.session import Session
+    from uvit_fast.runtime.device import pick_device
+
+    checkpoints = dict(zip(names, zip(configs, args.checkpoint)))
+    session = Session(checkpoints, pick_device(configs[0].device), args.clip)
+    if args.host not in LOOPBACK:
+        print(
+            f"gallery: --host {args.host}: whoever reaches this address can draw, without a password", file=sys.stderr
+        )
+    serve(session, args.host, args.port)
+
+
+def short_names(checkpoints: list[str]) -> list[str]:
+    """What the page calls checkpoints: the ends of their paths, no longer than tells them apart.
+
+    Raises:
+        UserError: one is there twice.
+    """
+    parts = [Path(checkpoint).absolute().parts for checkpoint in checkpoints]
+    if len(set(parts)) < len(parts):
+        raise UserError(f"--checkpoint: expected each once, got {', '.join(checkpoints)}")
+    for length in range(1, 1 + max(map(len, parts))):
+        names = ["/".join(each[-length:]) for each in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not int(text) < 2**16:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {text!r:.40}")
+    return int(text)

@@ -1,0 +1,420 @@
+"""What a gallery does, without a page: pictures of recipes as they are denoised, side by side, along walks, and from files."""
+
+import hashlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import uvit_fast
+from uvit_fast.build import SAMPLERS, build_sampler
+from uvit_fast.config import Config, ModelConfig, config_from
+from uvit_fast.data.autoencoders import load_decoder
+from uvit_fast.data.encoders import load_text, text_encoder_name
+from uvit_fast.diffusion.noise import sample_generators, sample_noise
+from uvit_fast.gallery.recipe import Precision, Recipe, checked, from_png, to_png
+from uvit_fast.gallery.watched import Watched
+from uvit_fast.model import fp8
+from uvit_fast.provenance import Provenance, shown
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.graphs import CudaGraphs, Graphs
+from uvit_fast.runtime.text import cut
+from uvit_fast.sampling.captured import GraphSampler
+from uvit_fast.sampling.conditions import check_guidance, check_labels, chosen_labels
+from uvit_fast.sampling.images import to_uint8
+from uvit_fast.sampling.loop import check_finite, solve
+from uvit_fast.sampling.weights import find_weights, load_found, provenance_of
+
+FRAMES = 10  # states of a picture that are shown
+MOST = 64  # pictures at a time
+FIXED = ("spacing", "shift", "guidance_interval")  # of a config's section sample, which the gallery does not change
+
+
+@dataclass(frozen=True)
+class View:
+    """Pictures on their way.
+
+    Attributes:
+        images: (N, H, W, C) uint8.
+        done, steps: network evaluations until here, and in all.
+        milliseconds: of the loop, once it is done: without the decoder of latents, and a replay without its capture.
+        replayed: whether a captured loop was.
+    """
+
+    images: np.ndarray
+    done: int
+    steps: int
+    milliseconds: float | None = None
+    replayed: bool = False
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What can be asked of one checkpoint.
+
+    Attributes:
+        classes: name and label of each that it has learned; empty where it has none.
+        text: whether it takes a prompt.
+        guided: whether it was trained for guidance.
+        start: the config's own settings.
+    """
+
+    classes: list[tuple[str, int]]
+    text: bool
+    guided: bool
+    samplers: list[str]
+    precisions: list[Precision]
+    start: Recipe
+
+
+@dataclass
+class _Source:
+    """One checkpoint, and what is loaded of it so far."""
+
+    name: str
+    cfg: Config
+    path: Path
+    known: Provenance
+    device: torch.device
+    clip: str | None
+    networks: dict[str, Any] = field(default_factory=dict)  # by precision
+    graphs: dict[tuple[str, bool], GraphSampler] = field(default_factory=dict)  # by precision; for one picture, or more
+
+    @cached_property
+    def digest(self) -> str:
+        with open(self.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+    @cached_property
+    def decode(self) -> Callable[[Tensor], Tensor]:
+        return load_decoder(self.cfg, self.device, self.known) if self.cfg.latent else lambda x: x
+
+    @cached_property
+    def text(self) -> tuple[Callable[[list[str]], Tensor], Tensor]:
+        name = self.clip or text_encoder_name(self.cfg, self.known)
+        return load_text(self.cfg, name, self.device, self.known)
+
+    @cached_property
+    def choices(self) -> Choices:
+        cfg, sample = self.cfg, self.cfg.sample
+        labels = chosen_labels(None, cfg, self.known) if cfg.model.num_classes else []
+        precisions: list[Precision] = ["fp32"] if self.device.type == "cpu" else ["bf16"]
+        if isinstance(cfg.model, ModelConfig) and _can(lambda: fp8.check(cfg.model, self.device)):
+            precisions.append("fp8")
+        start = checked(
+            checkpoint=self.name,
+            label=labels[0] if labels else None,
+            prompt=next(iter(sample.prompts), "") if cfg.model.context_dim else None,
+            seed=0,
+            cfg_scale=1 + sample.guidance_scale,
+            steps=sample.steps,
+            sampler=sample.sampler,
+            precision=sample.precision if sample.precision in precisions else precisions[0],
+        )
+        return Choices(
+            [(self.known.name(label), label) for label in labels],
+            bool(cfg.model.context_dim),
+            cfg.train.p_uncond > 0,
+            [name for name in SAMPLERS if _can(lambda name=name: self.config(name))],
+            precisions,
+            start,
+        )
+
+    def config(self, sampler: str, precision: str | None = None) -> Config:
+        """Return the config with another sampler and precision.
+
+        Raises:
+            UserError: that sampler is not for this diffusion.
+        """
+        changed = {"sample.sampler": sampler} | ({"sample.precision": "fp8"} if precision == "fp8" else {})
+        changed |= {"sample.precision": "bf16"} if precision in ("fp32", "bf16") else {}
+        return config_from(self.cfg.model_dump(mode="json"), Path(self.name), changed)
+
+
+class Session:
+    """Checkpoints to draw from. One draw runs at a time, whoever asks; others wait.
+
+    Args:
+        checkpoints: config and weights, as `find_weights` takes them, by the name that recipes call them.
+        device: where they run; on a GPU through captured loops.
+        clip: the text encoder of text models; default: that of the training data.
+        graphs: what records and replays; default: CUDA graphs, on a GPU.
+
+    Raises:
+        UserError: no such checkpoint, or of another diffusion than its config's. The weights are loaded at first use.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Mapping[str, tuple[Config, str | Path]],
+        device: torch.device,
+        clip: str | None = None,
+        graphs: Graphs | None = None,
+    ):
+        assert checkpoints
+        self.device = device
+        self._sources: dict[str, _Source] = {}
+        for name, (cfg, checkpoint) in checkpoints.items():
+            path = find_weights(checkpoint)
+            self._sources[name] = _Source(name, cfg, path, provenance_of(cfg, path), device, clip)
+        self._graphs = CudaGraphs() if graphs is None and device.type == "cuda" else graphs
+        self._lock = threading.Lock()
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._sources)
+
+    def choices(self, checkpoint: str) -> Choices:
+        """Return what can be asked of a checkpoint.
+
+        Raises:
+            UserError: it is none of this session.
+        """
+        return self._source(checkpoint).choices
+
+    def recipes(self, base: Recipe, labels: list[int] | None = None, num: int = 1) -> list[Recipe]:
+        """Return `num` recipes of each class, as `base` but for the seed, which counts up: two classes have the same noise.
+
+        Args:
+            labels: of a class-conditional model; default: the label of `base`.
+
+        Raises:
+            UserError: more than MOST, or no class of a model that has some.
+        """
+        wanted = [base.label] if labels is None else labels
+        if base.label is not None and not wanted:
+            raise UserError("classes: expected one or more, got none")
+        if not 1 <= len(wanted) * num <= MOST:
+            raise UserError(f"pictures: expected 1 to {MOST} at a time, got {len(wanted) * num}")
+        return [checked(base, label=label, seed=base.seed + i) for label in wanted for i in range(num)]
+
+    def draw(self, recipes: list[Recipe]) -> Iterator[View]:
+        """Draw pictures of one loop, as they are denoised; the last view is of the finished ones.
+
+        On a CPU each view comes as soon as its evaluation is done. A captured loop is replayed whole, with its states.
+        Closing the iterator ends the loop at its next view.
+
+        Args:
+            recipes: up to MOST, alike in their `loop`.
+
+        Raises:
+            UserError: a class, prompt, sampler, precision or guidance that this checkpoint does not take; weights that cannot
+                be loaded; samples that are not finite.
+        """
+        assert recipes and len({recipe.loop for recipe in recipes}) == 1
+        views: queue.Queue[View | BaseException | None] = queue.Queue()
+        stopped = threading.Event()
+
+        def show(view: View) -> None:
+            if stopped.is_set():
+                raise _Stopped
+            views.put(view)
+
+        def work() -> None:
+            try:
+                with self._lock, torch.no_grad():
+                    self._draw(recipes, show)
+                views.put(None)
+            except BaseException as error:
+                views.put(error)
+
+        threading.Thread(target=work, daemon=True).start()
+        try:
+            while (view := views.get()) is not None:
+                if isinstance(view, BaseException):
+                    raise view
+                yield view
+        finally:
+            stopped.set()
+
+    def side_by_side(self, left: list[Recipe], right: list[Recipe]) -> Iterator[tuple[View | None, View | None]]:
+        """Draw two settings or two checkpoints from the same noise, the left one first.
+
+        Raises:
+            UserError: the noise is not the same: other seeds, or other shapes; or as `draw`.
+        """
+        shapes = [self._shape(side[0].checkpoint) for side in (left, right)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"side by side: expected checkpoints whose noise has one shape, got {shapes[0]} and {shapes[1]}"
+            )
+        if [r.seed for r in left] != [r.seed for r in right]:
+            raise UserError("side by side: expected the same seeds on both sides")
+        done = None
+        for done in self.draw(left):
+            yield done, None
+        for view in self.draw(right):
+            yield done, view
+
+    def png(self, image: np.ndarray, recipe: Recipe) -> bytes:
+        """Return a finished picture (H, W, C) uint8 as a PNG that says what made it."""
+        source = self._source(recipe.checkpoint)
+        said = source.cfg.sample.model_dump(mode="json", include=set(FIXED))
+        return to_png(
+            image,
+            recipe,
+            {
+                "uvit_fast": uvit_fast.__version__,
+                "weights": source.digest,
+                "class": None if recipe.label is None else source.known.name(recipe.label),
+                "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
+                **said,
+            },
+        )
+
+    def load(self, data: bytes) -> tuple[Recipe, list[str]]:
+        """Return the recipe of a PNG that `png` made, of this session's checkpoints, and notes of what differs here.
+
+        Raises:
+            UserError: it is no such PNG, or no checkpoint here can follow its recipe.
+        """
+        recipe, said = from_png(data)
+        same = [name for name, source in self._sources.items() if source.digest == said.get("weights")]
+        name = recipe.checkpoint if recipe.checkpoint in same or not same else same[0]
+        if name not in self._sources:
+            raise UserError(f"picture: made by {cut(name)}, which is not here; expected one of {shown(self.names)}")
+        source, notes = self._sources[name], []
+        if not same:
+            notes.append(f"other weights are called {name} here than those that made it")
+        now = source.cfg.sample.model_dump(mode="json", include=set(FIXED))
+        for key in FIXED:
+            if key in said and said[key] != now[key]:
+                notes.append(f"made with sample.{key} {cut(str(said[key]))}, here {now[key]}")
+        precision = recipe.precision
+        if precision not in source.choices.precisions:
+            precision = source.choices.precisions[0]
+            notes.append(f"made in {recipe.precision}, drawn here in {precision}")
+        recipe = checked(recipe, checkpoint=name, precision=precision)
+        self._check(recipe)
+        if recipe.label is not None and said.get("class") not in (None, here := source.known.name(recipe.label)):
+            notes.append(f"its class was {cut(str(said['class']))}, here {here}")
+        return recipe, notes
+
+    def _source(self, checkpoint: str) -> _Source:
+        if checkpoint not in self._sources:
+            raise UserError(f"checkpoint: expected one of {shown(self.names)}, got {cut(checkpoint)}")
+        return self._sources[checkpoint]
+
+    def _shape(self, checkpoint: str) -> tuple[int, int, int]:
+        model = self._source(checkpoint).cfg.model
+        return model.in_chans, model.img_size, model.img_size
+
+    def _check(self, recipe: Recipe) -> None:
+        """Refuse what its checkpoint does not take."""
+        source = self._source(recipe.checkpoint)
+        choices = source.choices
+        for key, got, among in (
+            ("sampler", recipe.sampler, choices.samplers),
+            ("precision", recipe.precision, choices.precisions),
+        ):
+            if got not in among:
+                raise UserError(f"{key}: {source.name} takes {shown(among)} here, got {cut(got)}")
+        check_guidance(recipe.cfg_scale - 1, source.cfg)
+        if (recipe.label is not None) != bool(choices.classes):
+            raise UserError(f"class: {source.name} has {'classes: expected one' if choices.classes else 'none'}")
+        if recipe.label is not None:
+            check_labels([recipe.label], source.cfg)
+        if (recipe.prompt is not None) != choices.text:
+            raise UserError(f"prompt: {source.name} takes {'text: expected one' if choices.text else 'none'}")
+
+    def _draw(self, recipes: list[Recipe], show: Callable[[View], None]) -> None:
+        for recipe in recipes:
+            self._check(recipe)
+        first, source = recipes[0], self._source(recipes[0].checkpoint)
+        cfg, steps = source.config(first.sampler, first.precision), first.steps
+        if first.precision not in source.networks:
+            source.networks[first.precision] = load_found(cfg, source.path, self.device)
+        model, decode = source.networks[first.precision], source.decode
+        x_T = torch.stack([self._noise(recipe) for recipe in recipes]).to(self.device)  # (N, C, H, W)
+        keys = torch.cat([sample_generators(recipe.seed, [0], self.device) for recipe in recipes])  # (N,)
+        condition, null = self._condition(source, recipes)
+        scale, interval = first.cfg_scale - 1, cfg.sample.guidance_interval
+        looking = 0.0  # seconds that are not the loop's
+
+        def view(done: int, x: Tensor, milliseconds: float | None = None, replayed: bool = False) -> None:
+            if done == steps:
+                check_finite(x, "the pictures")
+            show(View(to_uint8(decode(x)), done, steps, milliseconds, replayed))
+
+        def live(done: int, x: Tensor) -> None:
+            nonlocal looking
+            begun = time.perf_counter()
+            if done < steps:
+                view(done, x)
+            looking += time.perf_counter() - begun
+
+        graphs = self._captured(source, first.precision, len(recipes)) if self._graphs is not None else None
+        sampler = Watched(build_sampler(cfg, steps), FRAMES, live if graphs is None else None)
+        replayed = graphs is not None and graphs.prepare(sampler, x_T, condition, null, scale, interval, keys)
+        self._wait()
+        begun = time.perf_counter()
+        states = solve(model, sampler, x_T, condition, null, scale, interval, keys, graphs)  # (N, F, C, H, W)
+        self._wait()
+        milliseconds = 1000 * (time.perf_counter() - begun - looking)
+        if graphs is not None:
+            for done, x in zip(sampler.seen[:-1], states.unbind(1)):
+                view(done, x)
+        view(steps, states[:, -1], milliseconds, replayed)
+
+    def _noise(self, recipe: Recipe) -> Tensor:
+        """x_T (C, H, W) fp32 of a recipe."""
+        shape = self._shape(recipe.checkpoint)
+        start = sample_noise(recipe.seed, [0], shape)[0]
+        if recipe.to_seed is None:
+            return start
+        return between(start, sample_noise(recipe.to_seed, [0], shape)[0], recipe.position)
+
+    def _condition(self, source: _Source, recipes: list[Recipe]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        if source.choices.classes:
+            labels = torch.tensor([recipe.label for recipe in recipes], device=self.device)
+            return {"y": labels}, {"y": source.cfg.null_label}
+        if source.choices.text:
+            encode, null = source.text
+            return {"context": encode([recipe.prompt or "" for recipe in recipes])}, {"context": null}
+        return {}, {}
+
+    def _captured(self, source: _Source, precision: str, num: int) -> GraphSampler:
+        """One picture is not padded to a batch that was captured before."""
+        key = precision, num == 1
+        if key not in source.graphs:
+            share = self._graphs.budget(self.device) // (4 * len(self._sources))
+            source.graphs[key] = GraphSampler(source.networks[precision], max_bytes=share, graphs=self._graphs)
+        return source.graphs[key]
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+class _Stopped(Exception):
+    """Nobody looks any more."""
+
+
+def between(a: Tensor, b: Tensor, position: float) -> Tensor:
+    """Return noise on the great circle from a (0) to b (1), which keeps its norm (Shoemake 1985, slerp): as a, fp32.
+
+    Args:
+        a, b: noise of one shape, fp32.
+    """
+    a64, b64 = a.double(), b.double()
+    cosine = (a64 * b64).sum() / (a64.norm() * b64.norm())
+    angle = torch.arccos(cosine.clamp(-1, 1))
+    if angle < 1e-6:
+        return a
+    return ((torch.sin((1 - position) * angle) * a64 + torch.sin(position * angle) * b64) / torch.sin(angle)).float()
+
+
+def _can(does: Callable[[], object]) -> bool:
+    try:
+        does()
+    except UserError:
+        return False
+    return True
