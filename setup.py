@@ -39,6 +39,7 @@ setup(
         "xformers": ["xformers"],  # another attention backend
         "wandb": ["wandb"],  # training curves elsewhere
         "plot": ["matplotlib"],  # benchmark pictures
+        "gallery": ["gradio>=6"],  # the page of `uvit-fast gallery`
         "test": [
             "pytest",
             "pytest-benchmark",

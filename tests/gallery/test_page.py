@@ -127,7 +127,7 @@ def test_a_person_draws_compares_walks_and_loads_back(gallery, browser, tmp_path
     *_, view = of.draw(recipes)
     assert all(np.array_equal(pixels(data), image) for data, image in zip(files, view.images))
     assert (
-        "12 evaluations of 4 in" in one(browser, "#drawn .finished").text
+        "12 evaluations of 4, uncaptured, on cpu" in one(browser, "#drawn .finished").text
         and " ms" in one(browser, "#drawn .finished").text
     )
 
@@ -153,16 +153,17 @@ def test_a_person_draws_compares_walks_and_loads_back(gallery, browser, tmp_path
 
 
 def test_a_picture_appears_as_it_is_denoised(browser):
+    from selenium.webdriver.support.ui import WebDriverWait
+
     write(browser, "#steps input[type=number]", "120")
     browser.execute_script(
         "window.seen = []; new MutationObserver(() => document.querySelectorAll('#drawn .said').forEach("
         "e => seen.push(e.textContent))).observe(document.body, {subtree: true, childList: true, characterData: true})"
     )
     one(browser, "#draw-button").click()
-    one(browser, "#drawn .running")
-    one(browser, "#drawn .finished")
+    WebDriverWait(browser, 20).until(lambda b: " ms: 120 evaluations" in one(b, "#drawn .said").text)
     seen = browser.execute_script("return window.seen")
-    assert {"12 of 120 evaluations", "24 of 120 evaluations"} & set(seen) and "120 evaluations of 1 in" in seen[-1]
+    assert {"12 of 120 evaluations", "24 of 120 evaluations"} & set(seen) and " ms: 120 evaluations of 1" in seen[-1]
 
 
 def test_a_mistake_is_a_line_in_the_page(browser, tmp_path):

@@ -142,14 +142,15 @@ def build(session: Session) -> "gr.Blocks":
                     draw = gr.Button("Draw", variant="primary", elem_id="draw-button")
                     drawn = gr.HTML(elem_id="drawn")
                 with gr.Tab("Side by side", id="side"):
+                    gr.Markdown("The settings at the left, beside these, from the same noise:")
+                    with gr.Row():
+                        right = _controls(names, names[-1], session, "-b")
+                    side = gr.Button("Draw both", variant="primary", elem_id="side-button")
                     with gr.Row():
                         with gr.Column():
-                            gr.Markdown("The settings at the left")
                             side_a = gr.HTML(elem_id="side-a")
                         with gr.Column():
-                            right = _controls(names, names[-1], session, "-b")
                             side_b = gr.HTML(elem_id="side-b")
-                    side = gr.Button("Draw both from the same noise", variant="primary", elem_id="side-button")
                 with gr.Tab("Walk", id="walk"):
                     with gr.Row():
                         to_seed = gr.Number(
@@ -264,8 +265,8 @@ def pictures(session: Session, view: View, recipes: list[Recipe]) -> str:
         figures.append(f'<figure>{picture}<figcaption style="max-width:{width}px">{said}</figcaption></figure>')
     took = f"{view.done} of {view.steps} evaluations"
     if finished:
-        how = "of a replayed CUDA graph" if view.replayed else "uncaptured"
-        took = f"{view.steps} evaluations of {len(recipes)} in {view.milliseconds:,.1f} ms, {how}"
+        how = "a replayed CUDA graph" if view.replayed else f"uncaptured, on {session.device.type}"
+        took = f"{view.milliseconds:,.1f} ms: {view.steps} evaluations of {len(recipes)}, {how}"
     state = "finished" if finished else "running"
     return f'<div class="pictures">{"".join(figures)}</div><div class="said {state}">{took}</div>'
 

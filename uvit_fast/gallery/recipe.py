@@ -30,8 +30,14 @@ class Recipe(Section):
     sampler: str = Field(max_length=100, description="As sample.sampler of a config.")
     precision: Precision = Field(description="Of the blocks' products: fp32 on a CPU, bf16 or fp8 on a GPU.")
 
-    def walk(self, to_seed: int, num: int) -> list["Recipe"]:
-        """Return `num` recipes at equal distances from this one's noise to that of `to_seed`."""
+    def walk(self, to_seed: int | None, num: int) -> list["Recipe"]:
+        """Return `num` recipes at equal distances from this one's noise to that of `to_seed`.
+
+        Raises:
+            UserError: no such seed.
+        """
+        if to_seed is None:
+            raise UserError("to_seed: expected a number, got none")
         return [checked(self, to_seed=to_seed, position=i / max(1, num - 1)) for i in range(num)]
 
     @property

@@ -180,7 +180,7 @@ class Session:
         """
         return self._source(checkpoint).choices
 
-    def recipes(self, base: Recipe, labels: list[int] | None = None, num: int = 1) -> list[Recipe]:
+    def recipes(self, base: Recipe, labels: list[int] | None = None, num: int | None = 1) -> list[Recipe]:
         """Return `num` recipes of each class, as `base` but for the seed, which counts up: two classes have the same noise.
 
         Args:
@@ -192,8 +192,8 @@ class Session:
         wanted = [base.label] if labels is None else labels
         if base.label is not None and not wanted:
             raise UserError("classes: expected one or more, got none")
-        if not 1 <= len(wanted) * num <= MOST:
-            raise UserError(f"pictures: expected 1 to {MOST} at a time, got {len(wanted) * num}")
+        if num is None or not 1 <= len(wanted) * num <= MOST:
+            raise UserError(f"pictures: expected 1 to {MOST} at a time, got {num and len(wanted) * num}")
         return [checked(base, label=label, seed=base.seed + i) for label in wanted for i in range(num)]
 
     def draw(self, recipes: list[Recipe]) -> Iterator[View]:
