@@ -127,7 +127,7 @@ def test_a_person_draws_compares_walks_and_loads_back(gallery, browser, tmp_path
     *_, view = of.draw(recipes)
     assert all(np.array_equal(pixels(data), image) for data, image in zip(files, view.images))
     assert (
-        "12 evaluations of 4, uncaptured, on cpu" in one(browser, "#drawn .finished").text
+        " ms: 4 pictures, 12 evaluations, on a CPU" in one(browser, "#drawn .finished").text
         and " ms" in one(browser, "#drawn .finished").text
     )
 
@@ -161,9 +161,11 @@ def test_a_picture_appears_as_it_is_denoised(browser):
         "e => seen.push(e.textContent))).observe(document.body, {subtree: true, childList: true, characterData: true})"
     )
     one(browser, "#draw-button").click()
-    WebDriverWait(browser, 20).until(lambda b: " ms: 120 evaluations" in one(b, "#drawn .said").text)
+    WebDriverWait(browser, 20).until(lambda b: " ms: one picture, 120 evaluations" in one(b, "#drawn .said").text)
     seen = browser.execute_script("return window.seen")
-    assert {"12 of 120 evaluations", "24 of 120 evaluations"} & set(seen) and " ms: 120 evaluations of 1" in seen[-1]
+    assert {"12 of 120 evaluations", "24 of 120 evaluations"} & set(
+        seen
+    ) and " ms: one picture, 120 evaluations" in seen[-1]
 
 
 def test_a_mistake_is_a_line_in_the_page(browser, tmp_path):

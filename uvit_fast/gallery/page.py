@@ -38,7 +38,7 @@ CSS = """
 .pictures {display: flex; flex-wrap: wrap; gap: 10px}
 .pictures figure {margin: 0; font-size: 13px; text-align: center}
 .pictures img {image-rendering: pixelated; border-radius: 4px}
-.said {margin-top: 6px; font-size: 13px; opacity: .8}
+.said {margin-bottom: 8px; font-size: 13px; opacity: .8}
 footer {display: none !important}
 """
 
@@ -196,7 +196,7 @@ def build(session: Session) -> "gr.Blocks":
                 recipe, notes = session.load(data)
                 choices = session.choices(recipe.checkpoint)
                 for note in notes:
-                    gr.Warning(note)
+                    gr.Warning(html.escape(note))
                 settings = _settings(session, recipe) | {
                     classes: gr.update(choices=choices.classes, value=[recipe.label], visible=bool(choices.classes)),
                     prompt: gr.update(value=recipe.prompt or "", visible=choices.text),
@@ -265,10 +265,13 @@ def pictures(session: Session, view: View, recipes: list[Recipe]) -> str:
         figures.append(f'<figure>{picture}<figcaption style="max-width:{width}px">{said}</figcaption></figure>')
     took = f"{view.done} of {view.steps} evaluations"
     if finished:
-        how = "a replayed CUDA graph" if view.replayed else f"uncaptured, on {session.device.type}"
-        took = f"{view.milliseconds:,.1f} ms: {view.steps} evaluations of {len(recipes)}, {how}"
+        how = (
+            "a replayed CUDA graph" if view.replayed else "uncaptured" if session.device.type == "cuda" else "on a CPU"
+        )
+        count = "one picture" if len(recipes) == 1 else f"{len(recipes)} pictures"
+        took = f"{view.milliseconds:,.1f} ms: {count}, {view.steps} evaluations, {how}"
     state = "finished" if finished else "running"
-    return f'<div class="pictures">{"".join(figures)}</div><div class="said {state}">{took}</div>'
+    return f'<div class="said {state}">{took}</div><div class="pictures">{"".join(figures)}</div>'
 
 
 @contextlib.contextmanager
@@ -310,7 +313,7 @@ def _controls(names: list[str], name: str, session: Session, suffix: str) -> dic
         "checkpoint": checkpoint,
         "cfg_scale": gr.Slider(
             1, 10, start.cfg_scale, step=0.1, visible=choices.guided, elem_id=f"scale{suffix}",
-            label="Guidance scale", info="1 + s, as --cfg-scale; 1: none",
+            label="Guidance scale", info="1 + s; 1: none",
         ),
         "steps": gr.Slider(
             1, max(250, start.steps), start.steps, step=1, label="Steps", info="network evaluations", elem_id=f"steps{suffix}"
