@@ -126,10 +126,7 @@ def test_a_person_draws_compares_walks_and_loads_back(gallery, browser, tmp_path
     assert [(r.label, r.seed, r.steps) for r in recipes] == [(label, 5, 12) for label in range(4)]
     *_, view = of.draw(recipes)
     assert all(np.array_equal(pixels(data), image) for data, image in zip(files, view.images))
-    assert (
-        " ms: 4 pictures, 12 evaluations, on a CPU" in one(browser, "#drawn .finished").text
-        and " ms" in one(browser, "#drawn .finished").text
-    )
+    assert " ms: 4 pictures, 12 evaluations, on a CPU" in one(browser, "#drawn .finished").text
 
     one(browser, "button[role=tab]:nth-of-type(2)").click()
     write(browser, "#steps-b input[type=number]", "6")

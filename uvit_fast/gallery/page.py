@@ -10,7 +10,7 @@ import os
 import random
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from uvit_fast.gallery.recipe import Recipe, checked, plain_png
@@ -163,7 +163,7 @@ def build(session: Session) -> "gr.Blocks":
 
         what = [classes, prompt, seed, num]
 
-        def recipes(settings: list, labels: list[int], prompt: str, seed: int, num: int) -> list[Recipe]:
+        def recipes(settings: Sequence, labels: list[int], prompt: str, seed: int, num: int) -> list[Recipe]:
             choices = session.choices(settings[0])
             base = checked(
                 choices.start,
@@ -182,12 +182,13 @@ def build(session: Session) -> "gr.Blocks":
         def on_side(*values: Any) -> Iterator[tuple[str, str]]:
             with _told():
                 sides = [recipes(values[5 * i : 5 * i + 5], *values[10:14]) for i in range(2)]
-                for views in session.side_by_side(*sides):
-                    yield tuple(pictures(session, view, side) if view else "" for view, side in zip(views, sides))
+                for a, b in session.side_by_side(*sides):
+                    yield pictures(session, a, sides[0]) if a else "", pictures(session, b, sides[1]) if b else ""
 
         def on_walk(*values: Any) -> Iterator[str]:
             with _told():
-                wanted = recipes(values[:5], *values[5:8], 1)[0].walk(values[9], values[10])
+                labels, prompt, seed, _, to_seed, stations = values[5:]
+                wanted = recipes(values[:5], labels, prompt, seed, 1)[0].walk(to_seed, stations)
                 for view in session.draw(wanted):
                     yield pictures(session, view, wanted)
 

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,12 @@ from uvit_fast.sampling.weights import find_weights, load_found, provenance_of
 
 FRAMES = 10  # states of a picture that are shown
 MOST = 64  # pictures at a time
-FIXED = ("spacing", "shift", "guidance_interval")  # of a config's section sample, which the gallery does not change
+FIXED = (
+    "spacing",
+    "shift",
+    "guidance_interval",
+    "cache",
+)  # of a config's section sample, which the gallery does not change
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,7 @@ class _Source:
         cfg, sample = self.cfg, self.cfg.sample
         labels = chosen_labels(None, cfg, self.known) if cfg.model.num_classes else []
         precisions: list[Precision] = ["fp32"] if self.device.type == "cpu" else ["bf16"]
-        if isinstance(cfg.model, ModelConfig) and _can(lambda: fp8.check(cfg.model, self.device)):
+        if self._takes_fp8():
             precisions.append("fp8")
         start = checked(
             checkpoint=self.name,
@@ -123,10 +128,22 @@ class _Source:
             [(self.known.name(label), label) for label in labels],
             bool(cfg.model.context_dim),
             cfg.train.p_uncond > 0,
-            [name for name in SAMPLERS if _can(lambda name=name: self.config(name))],
+            [name for name in SAMPLERS if _can(partial(self.config, name))],
             precisions,
             start,
         )
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """What the config decides of a picture beside the recipe; of a plan's file the name alone."""
+        said = self.cfg.sample.model_dump(mode="json", include=set(FIXED))
+        return said | {"cache": Path(said["cache"]).name}
+
+    def _takes_fp8(self) -> bool:
+        model, sampler = self.cfg.model, self.cfg.sample.sampler
+        if not isinstance(model, ModelConfig):
+            return False
+        return _can(lambda: fp8.check(model, self.device)) and _can(lambda: self.config(sampler, "fp8"))
 
     def config(self, sampler: str, precision: str | None = None) -> Config:
         """Return the config with another sampler and precision.
@@ -165,7 +182,7 @@ class Session:
         for name, (cfg, checkpoint) in checkpoints.items():
             path = find_weights(checkpoint)
             self._sources[name] = _Source(name, cfg, path, provenance_of(cfg, path), device, clip)
-        self._graphs = CudaGraphs() if graphs is None and device.type == "cuda" else graphs
+        self._graphs: Graphs | None = CudaGraphs() if graphs is None and device.type == "cuda" else graphs
         self._lock = threading.Lock()
 
     @property
@@ -257,7 +274,6 @@ class Session:
     def png(self, image: np.ndarray, recipe: Recipe) -> bytes:
         """Return a finished picture (H, W, C) uint8 as a PNG that says what made it."""
         source = self._source(recipe.checkpoint)
-        said = source.cfg.sample.model_dump(mode="json", include=set(FIXED))
         return to_png(
             image,
             recipe,
@@ -266,7 +282,7 @@ class Session:
                 "weights": source.digest,
                 "class": None if recipe.label is None else source.known.name(recipe.label),
                 "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
-                **said,
+                **source.fixed,
             },
         )
 
@@ -284,10 +300,9 @@ class Session:
         source, notes = self._sources[name], []
         if not same:
             notes.append(f"other weights are called {name} here than those that made it")
-        now = source.cfg.sample.model_dump(mode="json", include=set(FIXED))
-        for key in FIXED:
-            if key in said and said[key] != now[key]:
-                notes.append(f"made with sample.{key} {cut(str(said[key]))}, here {now[key]}")
+        for key, now in source.fixed.items():
+            if key in said and said[key] != now:
+                notes.append(f"made with sample.{key} {cut(str(said[key]))}, here {now}")
         precision = recipe.precision
         if precision not in source.choices.precisions:
             precision = source.choices.precisions[0]
@@ -351,7 +366,7 @@ class Session:
                 view(done, x)
             looking += time.perf_counter() - begun
 
-        graphs = self._captured(source, first.precision, len(recipes)) if self._graphs is not None else None
+        graphs = None if self._graphs is None else self._captured(self._graphs, source, first.precision, len(recipes))
         sampler = Watched(build_sampler(cfg, steps), FRAMES, live if graphs is None else None)
         replayed = graphs is not None and graphs.prepare(sampler, x_T, condition, null, scale, interval, keys)
         self._wait()
@@ -381,12 +396,12 @@ class Session:
             return {"context": encode([recipe.prompt or "" for recipe in recipes])}, {"context": null}
         return {}, {}
 
-    def _captured(self, source: _Source, precision: str, num: int) -> GraphSampler:
+    def _captured(self, graphs: Graphs, source: _Source, precision: str, num: int) -> GraphSampler:
         """One picture is not padded to a batch that was captured before."""
         key = precision, num == 1
         if key not in source.graphs:
-            share = self._graphs.budget(self.device) // (4 * len(self._sources))
-            source.graphs[key] = GraphSampler(source.networks[precision], max_bytes=share, graphs=self._graphs)
+            share = graphs.budget(self.device) // (4 * len(self._sources))
+            source.graphs[key] = GraphSampler(source.networks[precision], max_bytes=share, graphs=graphs)
         return source.graphs[key]
 
     def _wait(self) -> None:

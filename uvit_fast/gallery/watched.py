@@ -6,6 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from uvit_fast.diffusion.caching import Plan
 from uvit_fast.diffusion.guidance import ALWAYS, EpsFn
 from uvit_fast.diffusion.samplers import Generator, Sampler, Stage
 
@@ -30,6 +31,9 @@ class Watched:
 
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
         return self.sampler.tables(device)
+
+    def caching(self, plan: Plan) -> Self:
+        return type(self)(self.sampler.caching(plan), self.frames, self.show)
 
     def rehearsal(self, interval: tuple[float, float] = ALWAYS) -> Self:
         return type(self)(self.sampler.rehearsal(interval), self.frames)

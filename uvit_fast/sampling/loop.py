@@ -85,7 +85,7 @@ def sample(
 
 
 def solve(
-    model: UViT,
+    model: nn.Module,
     sampler: Sampler,
     x_T: Tensor,
     condition: dict[str, Tensor],
