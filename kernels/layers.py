@@ -24,4 +24,4 @@ class Quantised(NamedTuple):
     """A linear layer in e4m3, with the LayerNorm before it folded in where there is one: see `quantise`."""
 
     weight: Tensor  # (N, K) e4m3, columns in the order of its operand's features
-    rows: Tensor  # (3, N) fp32: bias, scale, and the scaled weight's row sums
+    rows: Tensor  # (2, N) fp32: bias, scale

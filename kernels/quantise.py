@@ -29,11 +29,36 @@ def paired(features: int) -> Tensor:
     return (torch.arange(0, features, 16)[:, None] + within).flatten()
 
 
+def balanced(x: Tensor) -> Tensor:
+    """Return x (N, K), whose rows sum up to 0, in e4m3 with rows that sum up to next to nothing.
+
+    Some values take their other neighbour: first those that cost least, a value half way between two costing nothing,
+    then the largest steps that what is left has room for.
+    """
+    rounded = narrow(x)
+    values, bits = rounded.float(), rounded.view(torch.uint8).to(torch.int16)
+    off = values - x
+    outwards = (off > 0) == (values < 0)
+    bits = bits + torch.where(outwards, 1, -1)  # of the other neighbour
+    step = bits.clamp(0, 255).to(torch.uint8).view(E4M3).float() - values
+    step = torch.where((values != 0) & (bits & 127 != 127), step, 0)
+    left = values.sum(1, keepdim=True)  # (N, 1)
+    room = step.abs() * (step * left < 0)
+    cost, order = torch.where(room > 0, step + 2 * off, torch.inf).abs().sort(1)  # of a unit
+    taken = room.gather(1, order).cumsum(1).le(left.abs()) & cost.isfinite()
+    taken = torch.zeros_like(taken).scatter(1, order, taken)
+    for _ in range(16):
+        left = values.sum(1, keepdim=True) + (step * taken).sum(1, keepdim=True)
+        room = torch.where(~taken & (step * left < 0) & (step.abs() <= left.abs()), step.abs(), 0)
+        most, where = room.max(1, keepdim=True)
+        taken = taken.scatter(1, where, taken.gather(1, where) | (most > 0))
+    return (values + step * taken).to(E4M3)
+
+
 def quantise(linear: Linear, norm: Norm | None = None, scale: float = 1.0, order: Tensor | None = None) -> Quantised:
     """Return scale * Linear(LN(x)), or without a norm scale * Linear(x), as an e4m3 layer.
 
-    As in `layernorm.fold`, a row of gamma W may lose its mean, which LayerNorm takes off x anyway; e4m3 rows keep a
-    sum all the same, and what shows of the mean through it the product takes off.
+    As in `layernorm.fold`, a row of gamma W loses its mean, which LayerNorm takes off x anyway, and is `balanced`.
 
     Args:
         linear: weight (N, K), any float dtype.
@@ -47,8 +72,8 @@ def quantise(linear: Linear, norm: Norm | None = None, scale: float = 1.0, order
         weight = weight - weight.mean(1, keepdim=True)
     largest = weight.abs().amax(1).clamp(min=torch.finfo(ACCUMULATE).tiny * LARGEST)
     step = largest / LARGEST  # (N,)
-    values = narrow(weight / step[:, None])
-    rows = torch.stack([shift * scale, step * scale, step * scale * values.float().sum(1)])  # (3, N)
+    values = (narrow if norm is None else balanced)(weight / step[:, None])
+    rows = torch.stack([shift * scale, step * scale])  # (2, N)
     if order is not None:
         values = torch.cat([values.float(), values.new_zeros(len(values), 1).float()], 1)[:, order.to(values.device)]
     return Quantised(values.to(E4M3).contiguous(), rows)

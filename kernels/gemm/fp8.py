@@ -54,13 +54,13 @@ def reference(
         wide, narrow, sums: which results are wanted. Of "gelu" it is the e4m3 one, in the order of `quantise.paired`.
     """
     (M, K), weight = x.shape, layer.weight.to(ACCUMULATE)
-    bias, scale, left = layer.rows
+    bias, scale = layer.rows
     y = x.to(ACCUMULATE) @ weight[:, :K].t()
     if x2 is not None:
         y += x2.to(ACCUMULATE) @ weight[:, -x2.shape[1] :].t()
     y *= scale
     if stats is not None:
-        y = (y - stats[0, :M, None] * left) * stats[1, :M, None]
+        y *= stats[1, :M, None]
     y += bias
     if epilogue == "gelu":
         return Made(None, to_narrow(F.gelu(2 * y))[:, paired(y.shape[1]).to(y.device)], None)

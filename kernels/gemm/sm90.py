@@ -241,7 +241,7 @@ def _epilogue(
     Allocations apart: the compiler puts a barrier between any two uses of one. A residual's result leaves from the
     residual's buffer.
     """
-    bias, mean, rstd, eps, partial, sums, narrow, M, N = of
+    bias, rstd, eps, partial, sums, narrow, M, N = of
     KIND: gl.constexpr = how[0]
     FOLD: gl.constexpr = how[2]
     shape: gl.constexpr = out.block_type.shape
@@ -263,7 +263,6 @@ def _epilogue(
         second=second,
         side=side,
         bias=bias,
-        mean=mean,
         rstd=rstd,
         eps=eps,
         partial=partial,
@@ -307,8 +306,8 @@ def gemm_kernel(
     x2_tail,
     out_tail,
     side_tail,
-    bias,  # (N,); with SCALED (3, N) fp32: bias, scale, row sums of the weight
-    stats,  # FOLD "stats": (2, M, rounded up to whole tiles) fp32: mean, read with SCALED, and rstd
+    bias,  # (N,); with SCALED (2, N) fp32: bias, scale
+    stats,  # FOLD "stats": (2, M, rounded up to whole tiles) fp32, whose second row, rstd, is read
     # FOLD "sums": (CHUNKS, 2, M) fp32, see layernorm.sums, from which rstd is taken here
     narrow,  # (M, N) e4m3, written with NARROW
     partial,  # (ceil(M / TOKENS), N) fp32: column sums of out (gelu_backward)
@@ -349,7 +348,7 @@ def gemm_kernel(
         MOST=MOST,
     )
     rstd = stats + stride_stats
-    of = (bias, stats, rstd, gl.to_tensor(eps), partial, sums, narrow, gl.to_tensor(M), gl.to_tensor(N))
+    of = (bias, rstd, gl.to_tensor(eps), partial, sums, narrow, gl.to_tensor(M), gl.to_tensor(N))
     how: gl.constexpr = (KIND, HAS_BIAS, FOLD, AHEAD, SUMS, CHUNKS, SCALED, PAIRED, WIDE, NARROW)
     epilogue = _epilogue(out, second, side, of, shares, LEAVING, ARRIVING, x.block_type.shape[0], how)
     tail = None

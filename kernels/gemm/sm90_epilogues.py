@@ -111,11 +111,11 @@ def parts(acc, rows: gl.constexpr, tokens: gl.constexpr, part: gl.constexpr):
 
 
 @gluon.jit
-def touch(statistic, TOKENS: gl.constexpr):
-    """Send for a tile's rstd or mean into L1, where `Epilogue.of_tokens` will look for it after the main loop."""
+def touch(rstd, TOKENS: gl.constexpr):
+    """Send for a tile's rstd into L1, where `Epilogue.rstd_of` will look for it after the main loop."""
     lay: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
     hint: gl.constexpr = "prefetch.global.L1 [$1]; mov.b32 $0, 0;"
-    line = (statistic + gl.arange(0, TOKENS, layout=lay)).to(gl.int64)
+    line = (rstd + gl.arange(0, TOKENS, layout=lay)).to(gl.int64)
     gl.inline_asm_elementwise(hint, "=r,l", [line], dtype=gl.int32, is_pure=False, pack=1)
 
 
@@ -136,9 +136,7 @@ class Ahead:
 
     shift: gl.tensor  # (64,) fp32, the bias; a number where there is none
     scale: gl.tensor  # (64,) fp32, the weight's; a number where it has none
-    sums: gl.tensor  # (64,) fp32, of the weight's rows, likewise
     rstd: gl.tensor  # (PART,) fp32, of the first part's tokens; a number where no LayerNorm is folded in
-    mean: gl.tensor  # (PART,) fp32, likewise
 
 
 @aggregate
@@ -148,9 +146,8 @@ class Epilogue:
     out: tma.tensor_descriptor  # (M, N), boxes of [PART, 64]; PAIRED (M, N / 2), boxes of [PART, 32]
     second: tma.tensor_descriptor  # (M, N), likewise: GELU's h (gelu_save), GELU's value (gelu_backward)
     side: tma.tensor_descriptor  # (M, N), likewise: the residual, or GELU's h (gelu_backward)
-    bias: gl.tensor  # (N,); SCALED (3, N): bias, scale and sums of the weight's rows
-    mean: gl.tensor  # (M, rounded up to whole tiles) fp32
-    rstd: gl.tensor  # FOLD "stats": likewise; "sums": (CHUNKS, 2, M) fp32, of the tokens
+    bias: gl.tensor  # (N,); SCALED (2, N): bias and scale of the weight's rows
+    rstd: gl.tensor  # FOLD "stats": (M, rounded up to whole tiles) fp32; "sums": (CHUNKS, 2, M) fp32, of the tokens
     eps: gl.tensor  # of the LayerNorm that is folded in
     partial: gl.tensor  # (ceil(M / TOKENS), N) fp32: column sums of out (gelu_backward)
     sums: gl.tensor  # (N / 64, 2, M) fp32: see layernorm.sums
@@ -173,7 +170,7 @@ class Epilogue:
     FOLD: gl.constexpr  # whether a LayerNorm is folded in, and what its rstd comes from: "", "stats" or "sums"
     AHEAD: gl.constexpr  # whether a tile's rstd is asked for into L1 ahead
     SUMS: gl.constexpr  # whether the result's sums are written
-    SCALED: gl.constexpr  # whether the weight has a scale a row, and the rows sums by which a LayerNorm's mean shows
+    SCALED: gl.constexpr  # whether the weight has a scale a row
     PAIRED: gl.constexpr  # whether the result is e4m3, in the order of `pairs`
     WIDE: gl.constexpr  # whether out is written
     NARROW: gl.constexpr  # whether narrow is written
@@ -209,9 +206,7 @@ class Epilogue:
             self.fetch(at, b)
         shift = gl.to_tensor(0.0)
         scale = gl.to_tensor(0.0)
-        sums = gl.to_tensor(0.0)
         rstd = gl.to_tensor(0.0)
-        mean = gl.to_tensor(0.0)
         row = at.feature + gl.arange(0, 64, layout=gl.SliceLayout(1, lay))
         if self.HAS_BIAS:
             shift = gl.load(self.bias + row, mask=row < self.N, other=0.0).to(gl.float32)
@@ -220,17 +215,12 @@ class Epilogue:
         if self.FOLD != "":
             if self.AHEAD:
                 touch(self.rstd + at.token, self.TOKENS)
-            rstd = self.of_tokens(self.rstd, at, 0)
-            if self.SCALED:
-                sums = gl.load(self.bias + 2 * self.N + row, mask=row < self.N, other=0.0)
-                if self.AHEAD:
-                    touch(self.mean + at.token, self.TOKENS)
-                mean = self.of_tokens(self.mean, at, 0)
-        return Ahead(shift, scale, sums, rstd, mean)
+            rstd = self.rstd_of(at, 0)
+        return Ahead(shift, scale, rstd)
 
     @gluon.jit
-    def of_tokens(self, statistic, at, j: gl.constexpr):
-        """Return a statistic of part j's tokens, in the layout of its columns.
+    def rstd_of(self, at, j: gl.constexpr):
+        """Return rstd of part j's tokens, in the layout of its columns.
 
         Past the last token there is memory to read, though nothing in it.
         """
@@ -239,7 +229,7 @@ class Epilogue:
             found = self.rstds.index(at.WHO).slice(j * self.PART, self.PART).load(gl.SliceLayout(0, lay))
         else:
             col = gl.arange(0, self.PART, layout=gl.SliceLayout(0, lay))
-            found = gl.load(statistic + at.token + j * self.PART + col)
+            found = gl.load(self.rstd + at.token + j * self.PART + col)
         return found
 
     @gluon.jit
@@ -248,15 +238,9 @@ class Epilogue:
         if self.SCALED:
             x = x * gl.expand_dims(ahead.scale, 1)
         if self.FOLD != "":
-            if self.SCALED:  # e4m3 rows do not sum up to 0: what shows of the mean is taken off
-                x = x - gl.expand_dims(ahead.sums, 1) * gl.expand_dims(ahead.mean, 0)
             x = x * gl.expand_dims(ahead.rstd, 0)
             if j + 1 < self.TOKENS // self.PART:
-                mean = ahead.mean
-                if self.SCALED:
-                    mean = self.of_tokens(self.mean, at, j + 1)
-                rstd = self.of_tokens(self.rstd, at, j + 1)
-                ahead = Ahead(ahead.shift, ahead.scale, ahead.sums, rstd, mean)
+                ahead = Ahead(ahead.shift, ahead.scale, self.rstd_of(at, j + 1))
         if self.HAS_BIAS:
             x = x + gl.expand_dims(ahead.shift, 1)
         return x, ahead

@@ -77,7 +77,7 @@ def hopper() -> dict:
         return sm90.gemm_kernel, args, options
 
     def narrow(epilogue, K, N, few=None, **sources):
-        layer = Quantised(meta(N, K + (D if "x2" in sources else 0), dtype=E4M3), fp32(3, N))
+        layer = Quantised(meta(N, K + (D if "x2" in sources else 0), dtype=E4M3), fp32(2, N))
         case = fp8.CASES["two_sources" if "x2" in sources else epilogue]
         tile = few or {"part": choice(table, case, K)["part"]}
         args, options, *_ = sm90_fp8.arguments(epilogue, meta(M, K, dtype=E4M3), layer, **sources, **tile)

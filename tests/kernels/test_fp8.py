@@ -10,7 +10,7 @@ from uvit_fast.kernels.gemm.fp8 import Made
 from uvit_fast.kernels.layernorm import fold
 from uvit_fast.kernels.layers import Linear
 from uvit_fast.kernels.ops import attention, fp8_block, linear_residual, ln_linear, ln_mlp, skip_linear
-from uvit_fast.kernels.quantise import E4M3, narrow, paired, quantise, two_sources
+from uvit_fast.kernels.quantise import E4M3, LARGEST, balanced, narrow, paired, quantise, two_sources
 
 QUANTISED = 0.04  # of a product's norm: two operands, each off by 2.6% of itself at random
 
@@ -22,32 +22,40 @@ def off(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_a_weight_is_off_by_a_sixteenth_of_itself_at_most_in_rows_of_any_scale():
     torch.manual_seed(0)
     weight = torch.randn(6, 4096) * torch.tensor([1e-6, 1e-3, 1.0, 1e3, 0.0, 1e-30])[:, None]
-    values, (_, scale, sums) = quantise(Linear(weight))
+    values, (_, scale) = quantise(Linear(weight))
     back = values.float() * scale[:, None]
     least = 2**-10 * scale[:, None]  # half a step of the smallest values
     assert ((back - weight).abs() <= weight.abs() / 16 + least).all()
-    assert back.isfinite().all() and torch.allclose(sums, back.sum(1), rtol=1e-4)
+    assert back.isfinite().all()
 
 
 def test_values_past_the_largest_are_the_largest():
     assert narrow(torch.tensor([1e4, -1e4, 449.0])).float().tolist() == [448, -448, 448]
 
 
-@pytest.mark.parametrize("mean", [0.3, 8.0])
+@pytest.mark.parametrize("N, K", [(33, 64), (128, 512), (40, 1152)])
+def test_balanced_rows_sum_up_to_next_to_nothing_at_no_cost(N, K):
+    torch.manual_seed(0)
+    x = torch.randn(N, K) * torch.rand(N, 1) * (0.01 + torch.randn(N, K) ** 2)  # of all sizes
+    x = x - x.mean(1, keepdim=True)
+    x = x * (LARGEST / x.abs().amax(1, keepdim=True))
+    nearest, found = narrow(x).float(), balanced(x).float()
+    assert found.sum(1).norm() < nearest.sum(1).norm() / (10 if K == 64 else 50)
+    assert off(found, x) < (1.03 if K == 64 else 1.005) * off(nearest, x)
+    assert ((found - x).abs() <= (x.abs() / 8).clamp(min=2**-9)).all(), "the nearest value or the one beyond"
+    assert torch.equal(balanced(torch.zeros(2, K)).float(), torch.zeros(2, K))
+
+
+@pytest.mark.parametrize("mean", [0.3, 8.0, 100.0])
 def test_the_mean_of_a_token_does_not_show_through_the_fold(mean):
-    """Rows of e4m3 do not sum up to 0; without the rank-1 term a mean of eight deviations would cost four times as much."""
     torch.manual_seed(0)
     norm, linear = cases.norm(512), cases.linear(768, 512)
     x = (torch.randn(64, 512) + mean).bfloat16()
     exact = ln_linear.reference(x.float(), norm, Linear(*(t.float() for t in linear)))
-    operand = x.float()  # not quantised: its own error grows with the mean
-    values, rows = quantise(linear, norm)
-    mean_of, rstd = cases.statistics(x)[:, :64, None]
-    product = operand @ values.float().t() * rows[1]
-    error = off((product - mean_of * rows[2]) * rstd + rows[0], exact)
-    assert error < QUANTISED
-    if mean == 8.0:
-        assert off(product * rstd + rows[0], exact) > 4 * error
+    values, (bias, scale) = quantise(linear, norm)
+    rstd = cases.statistics(x)[1, :64, None]
+    got = x.float() @ values.float().t() * scale * rstd + bias  # x is not quantised: its own error grows with the mean
+    assert off(got, exact) < QUANTISED
 
 
 def test_two_sources_begin_at_whole_steps():
