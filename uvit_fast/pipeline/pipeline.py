@@ -48,7 +48,9 @@ LOADABLE_CLASSES[LIBRARY] = LOADABLE_CLASSES["diffusers"]  # or a repository's c
 
 def _parts(index: dict[str, Any]) -> dict[str, list[str]]:
     """The components of a folder's index: library and class by name."""
-    return {name: value for name, value in index.items() if isinstance(value, list) and not name.startswith("_")}
+    lists = {name: value for name, value in index.items() if isinstance(value, list) and not name.startswith("_")}
+    # other lists are scalings, of a number a channel
+    return {name: value for name, value in lists.items() if all(isinstance(part, str | None) for part in value)}
 
 
 class UViTModel(UViT, ModelMixin, ConfigMixin):
