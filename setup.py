@@ -1,5 +1,6 @@
 """Package definition. `kernels/` is installed as `uvit_fast.kernels`; no top-level `kernels` is ever importable:
-Hugging Face ships a package of that name, which transformers probes for."""
+Hugging Face ships a package of that name, which transformers probes for. `configs/` is installed as
+`uvit_fast/configs`, where `--config` finds them by name."""
 
 from setuptools import find_packages, setup
 
@@ -9,13 +10,17 @@ setup(
     description="U-ViT for diffusion: the published model, fused kernels, DeepSpeed training, captured sampling",
     license="Apache-2.0",
     python_requires=">=3.11",
-    package_dir={"uvit_fast.kernels": "kernels"},
+    package_dir={"uvit_fast.kernels": "kernels", "uvit_fast.configs": "configs"},
     packages=[
         *find_packages(include=["uvit_fast", "uvit_fast.*"]),
         "uvit_fast.kernels",
         *(f"uvit_fast.kernels.{name}" for name in find_packages("kernels")),
+        "uvit_fast.configs",
     ],
-    package_data={"uvit_fast.kernels": ["runtime/tables/*.json", "tools/contracts/*.json"]},
+    package_data={
+        "uvit_fast.kernels": ["runtime/tables/*.json", "tools/contracts/*.json"],
+        "uvit_fast.configs": ["*.yaml", "ablations/*.yaml"],
+    },
     install_requires=[
         "torch>=2.11",  # the model
         "triton>=3.6,<3.10; platform_system == 'Linux'",  # the kernels
@@ -38,7 +43,7 @@ setup(
         "flash-attn": ["flash-attn>=2.8"],  # another attention backend
         "xformers": ["xformers"],  # another attention backend
         "wandb": ["wandb"],  # training curves elsewhere
-        "plot": ["matplotlib"],  # benchmark pictures
+        "plot": ["matplotlib"],  # pictures of runs, analyses, benchmarks
         "gallery": ["gradio>=6"],  # the page of `uvit-fast gallery`
         "test": [
             "pytest",

@@ -1,9 +1,12 @@
 """The commands: what they write, and one clear line for each mistake."""
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -533,33 +536,21 @@ def test_a_checkpoint_of_another_architecture_names_the_keys(checkpoint, tmp_pat
     assert "another architecture" in error and "missing (in_blocks.1" in error and "of the wrong shape" in error
 
 
-def test_numbers_below_one_are_refused_by_the_parser(capsys):
-    for option in ("--num", "--steps", "--batch"):
-        with pytest.raises(SystemExit) as stop:
-            sample("x.pth", "out", option, "0")
-        assert stop.value.code == 2
-        assert "expected a whole number of at least 1, got '0'" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        sample("x.pth", "out", "--seed=-1")
-    assert "expected a whole number from 0 to 2^63 - 1, got '-1'" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
         (["--version"], 0, ["uvit-fast 0.1.0"]),
-        (["smaple"], 2, ["invalid choice: 'smaple' (choose from 'info', 'sample'", "example: uvit-fast sample --help"]),
+        (["smaple"], 2, ["uvit-fast: smaple: no such command; did you mean sample?"]),
+        ([], 2, ["uvit-fast: expected one of train, sample, ", "; example: uvit-fast sample --help"]),
+        (["sample", "--out", "x", "--nme", "3"], 2, ["uvit-fast: sample: --nme: no such option; did you mean --num?"]),
+        (["sample", "--out", "x"], 2, ["uvit-fast: sample: expected --checkpoint; example: uvit-fast sample --check"]),
+        (["info", "x"], 2, ["uvit-fast: info: x: expected no such argument; example: uvit-fast info"]),
+        (["data", "check", "--folder", "x"], 2, ["uvit-fast: data check: --folder: no such option"]),
         (
-            ["sample", "--out", "x", "--nme", "3"],
+            ["train", "--config", "h2_255"],
             2,
-            [
-                "usage: uvit-fast sample [-h]",
-                "--nme: no such option; did you mean --num?",
-                "example: uvit-fast sample --checkpoint",
-            ],
+            ["uvit-fast: h2_255: no such config file; did you mean h2_256 or l2_256?"],
         ),
-        (["info", "x"], 2, ["usage: uvit-fast info", "x: expected no such argument", "example: uvit-fast info"]),
-        (["data", "check", "--folder", "x"], 2, ["usage: uvit-fast data check", "--folder: no such option"]),
         (["sample", "--checkpoint", "x.pth", "--out", "x"], 2, ["x.pth: no such file or folder"]),
         (["sample", "--checkpoint", DIGITS, "--out", "x", "--config", DIGITS, "--set", "trian.lr=1"], 2, ["'train'"]),
         (["sample", "--checkpoint", DIGITS, "--out", "x", "--config", DIGITS, "--prompt", "x"], 2, ["takes classes"]),
@@ -568,12 +559,49 @@ def test_numbers_below_one_are_refused_by_the_parser(capsys):
     ],
 )
 def test_typos_are_answered_before_torch_is_imported(arguments, code, words):
-    """And an unknown option before a missing one, with the command's usage and an example."""
+    """In one line; an unknown option before a missing one."""
     script = "import sys; sys.modules['torch'] = None; from uvit_fast.cli import main; sys.exit(main(sys.argv[1:]))"
     done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
     assert done.returncode == code, done.stderr
+    assert (done.stdout + done.stderr).count("\n") == 1
     for word in words:
         assert word in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--num", "0"], "uvit-fast: sample: --num: expected a whole number of at least 1, got '0'\n"),
+        (["--seed=-1"], "uvit-fast: sample: --seed: expected a whole number from 0 to 2^63 - 1, got '-1'\n"),
+        (["--cfg-scale", "x\ny"], "uvit-fast: sample: --cfg-scale: expected a number, got 'x\\ny'\n"),
+        (["--precision", "fp9"], "uvit-fast: sample: --precision: expected bf16 or fp8, got 'fp9'\n"),
+        (["--resume=3"], "uvit-fast: sample: --resume: expected no value, got '3'\n"),
+    ],
+)
+def test_a_value_that_an_option_does_not_take_is_one_line(arguments, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["sample", "--checkpoint", "x", "--out", "x", *arguments])
+    assert stop.value.code == 2 and capsys.readouterr().err == words
+
+
+HELP = [[name] for name in cli.COMMANDS if name != "data"] + [[], ["data"], ["data", "check"], ["data", "cifar10"]]
+
+
+@pytest.mark.parametrize("command", HELP, ids=" ".join)
+def test_help_fits_a_screen_and_shows_an_example_that_the_parser_takes(command, capsys, monkeypatch):
+    """Of 80 columns and 36 lines; options stand in groups that say what they are of."""
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--help"])
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    assert len(lines) <= 36 and max(map(len, lines)) <= 80
+    assert not command or "options:" not in lines
+    example = re.sub(r" \\\n +", " ", text.split("example:\n")[1]).splitlines()[0].removeprefix("  uvit-fast ")
+    with monkeypatch.context() as patch, contextlib.suppress(SystemExit):  # the first one's example is a --help
+        patch.setattr(cli, "_run", lambda args, *_: args.command)
+        assert cli.main(shlex.split(example)) == (command or ["sample"])[0]
+    assert not capsys.readouterr().err
 
 
 def test_info_says_what_would_run_and_why(capsys):

@@ -96,6 +96,44 @@ def test_the_published_and_demo_configs_are_there():
     assert {*PARAMETERS, "digits"} <= {path.stem for path in CONFIGS.glob("*.yaml")}
 
 
+def test_a_name_finds_the_packages_config_and_a_path_what_is_there(tmp_path, monkeypatch):
+    """With or without .yaml, from any folder; a file of that name comes first, a folder does not."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()  # as `sample --out digits` makes it
+    assert load_config("digits") == load_config("digits.yaml") == load_config(CONFIGS / "digits.yaml")
+    (tmp_path / "mine.yaml").write_text("base: h2_256\nname: mine\ntrain: {lr: 1.0e-5}\n")
+    mine = load_config("mine.yaml", ["model.depth=2"])
+    assert (mine.name, mine.train.lr, mine.model.embed_dim, mine.model.depth) == ("mine", 1e-5, 1152, 2)
+    (tmp_path / "digits.yaml").write_text("base: s2_cifar10.yaml\nname: of this folder\n")
+    assert load_config("digits.yaml").name == "of this folder" and load_config("digits").name == "digits"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("h2_255", "h2_255: no such config file; did you mean h2_256 or l2_256?"),
+        ("coco", "did you mean s2_coco, s2deep_coco or unet_ldm_coco?"),
+        ("configs/H4_512.yaml", "configs/H4_512.yaml: no such config file; did you mean h4_512"),  # from elsewhere
+        ("mien", "mien: no such config file; did you mean mine.yaml?"),
+        ("???", "expected a YAML file, or one of custom, custom_small, digits, "),
+        ("run", "run: a folder; expected a config file; did you mean run/config.yaml?"),
+    ],
+)
+def test_a_wrong_name_lists_near_ones(name, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    with pytest.raises(ConfigError) as error:
+        load_config(name)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_mistake_in_a_named_config_is_called_by_its_name():
+    with pytest.raises(ConfigError, match=r"^digits: train.lr: expected "):
+        load_config("digits", ["train.lr=x"])
+
+
 def test_dumped_config_loads_unchanged(tmp_path):
     cfg = load_config(CONFIGS / "h4_512.yaml")  # one with a base
     (tmp_path / "config.yaml").write_text(dump_config(cfg))

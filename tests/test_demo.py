@@ -2,25 +2,23 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.training import tiny
 from uvit_fast import cli
 
 
 @pytest.fixture(scope="module")
-def run(pytestconfig, tmp_path_factory):
-    """Thirty steps of the digits config, through train.py."""
+def run(tmp_path_factory):
+    """Thirty steps of the digits config."""
     folder = tmp_path_factory.mktemp("runs") / "digits"
-    command = [sys.executable, "train.py", "--config", "configs/digits.yaml", "--run-dir", str(folder)]
+    command = ["train", "--config", "digits", "--run-dir", str(folder)]
     for override in ("train.iterations=30", "train.log_every=10", "train.sample_every=30", "sample.steps=2"):
         command += ["--set", override]
-    done = subprocess.run(command, cwd=pytestconfig.rootpath, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert tiny.launch(cli.main, command) == 0
     return folder
 
 

@@ -23,6 +23,7 @@ LEVELS = {
     "commands": 3,
     "measuring": 3,
     "cli": 3,
+    "__main__": 3,
     "demo": 3,
     "gallery": 3,
 }

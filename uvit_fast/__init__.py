@@ -1,6 +1,6 @@
 """U-ViT for diffusion (CVPR 2023): the published model, fast.
 
-cfg = load_config("configs/h2_256.yaml", overrides=["model.attention=math"])
+cfg = load_config("h2_256", overrides=["model.attention=math"])
 model = build_model(cfg)          # model(x, t, y=None, context=None) -> eps; t: 999 t for VP, n for SD
 objective = build_objective(cfg)  # objective(x_0, noise, u) -> x_t, t, and the target of the network's output
 sampler = build_sampler(cfg)      # sampler(eps_fn, x_T) -> x_0, with eps_fn(x, t_network)

@@ -4,7 +4,9 @@ Nothing here imports torch, nor does a command before it knows that its argument
 """
 
 import argparse
+import os
 import sys
+from typing import Any
 
 import uvit_fast
 from uvit_fast.commands import (
@@ -23,6 +25,7 @@ from uvit_fast.commands import (
     runs,
     sample,
     sweep,
+    train,
     tune,
 )
 from uvit_fast.commands.arguments import Parser
@@ -30,52 +33,92 @@ from uvit_fast.runtime import notices
 from uvit_fast.runtime.errors import UserError
 
 COMMANDS = {
-    "info": info,
+    "train": train,
     "sample": sample,
     "gallery": gallery,
-    "convert": convert,
     "evaluate": evaluate,
+    "convert": convert,
     "extract": extract,
     "data": data,
-    "demo": demo,
-    "calibrate": calibrate,
-    "tune": tune,
-    "bench": bench,
-    "profile": profile,
     "runs": runs,
+    "demo": demo,
+    "info": info,
     "cost": cost,
-    "cka": cka,
+    "calibrate": calibrate,
     "sweep": sweep,
+    "cka": cka,
+    "profile": profile,
+    "bench": bench,
+    "tune": tune,
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="uvit-fast", description="U-ViT: sample, inspect, measure.", example="uvit-fast sample --help")
+    """Run a command, by default that of the command line, with which this process then ends."""
+    parser = Parser(
+        prog="uvit-fast",
+        description="U-ViT for diffusion: train, sample, measure.",
+        example="uvit-fast sample --help",
+    )
     parser.add_argument("--version", action="version", version=f"uvit-fast {uvit_fast.__version__}")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed's launcher says it before the command
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="command")
     for name, module in COMMANDS.items():
-        command = commands.add_parser(name, help=module.HELP, description=module.HELP, example=module.EXAMPLE)
-        command.set_defaults(run=module.run)
-        module.arguments(command)
+        _add(module, commands.add_parser(name, help=module.HELP, **_words(module)))
+    return _run(parser.parse_args(argv), "uvit-fast", argv is None)
 
-    args = parser.parse_args(argv)
-    if argv is None:  # as a process of its own
+
+def script(name: str, command: str, argv: list[str] | None = None) -> int:
+    """`main` of a script that is one of the commands."""
+    words = _words(COMMANDS[command])
+    words["example"] = words["example"].replace(f"uvit-fast {command}", f"python {name}")
+    parser = Parser(prog=name, **words)
+    _add(COMMANDS[command], parser)
+    parser.set_defaults(command=command)
+    return _run(parser.parse_args(argv), name, argv is None)
+
+
+def _words(module: Any) -> dict[str, Any]:
+    """What a command's help says beside its options."""
+    about = module.HELP[0].upper() + module.HELP[1:] + "."
+    return {"description": about, "example": module.EXAMPLE, "notes": getattr(module, "NOTES", "")}
+
+
+def _add(module: Any, parser: Parser) -> None:
+    parser.set_defaults(run=module.run, goes_on=None)
+    module.arguments(parser)
+
+
+def _run(args: argparse.Namespace, name: str, whole: bool) -> int:
+    """Run the command; its exit code.
+
+    Args:
+        name: what speaks of mistakes.
+        whole: whether the process is the command's, and ends with it.
+    """
+    if whole:
         notices.plain()
     try:
-        return args.run(args) or 0
+        code = args.run(args) or 0
     except (UserError, ImportError) as error:
-        print(f"uvit-fast: {error}", file=sys.stderr)
-        return 2
+        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        code = 2
     except BrokenPipeError:  # of whom it printed to
-        return 1
+        code = 1
     except OSError as error:
-        print(f"uvit-fast: {error}", file=sys.stderr)
-        return 2
+        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        code = 2
     except KeyboardInterrupt:
-        goes_on = "; the same command with --resume continues" if hasattr(args, "resume") else ""
-        print(f"uvit-fast: {args.command} interrupted{goes_on}", file=sys.stderr)
-        return 130
+        goes_on = f"; the same command {args.goes_on}" if args.goes_on else ""
+        print(f"{name}: {args.command} interrupted{goes_on}", file=sys.stderr)
+        code = 130
+    if whole and args.run is train.run:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(
+            code
+        )  # all is written; an interpreter that ends may abort over a thread of gloo's that is still in Python
+    return code
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from tqdm import trange
 
 from tests.evaluation.test_metrics import statistics_of
 from uvit_fast.evaluation import metrics
@@ -22,6 +22,7 @@ from uvit_fast.evaluation.reference import load_reference, reference_from_images
 from uvit_fast.evaluation.sources import Images
 from uvit_fast.measuring import open_images
 from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.progress import Bar
 
 
 class MeanColours:
@@ -332,8 +333,9 @@ def test_a_classifier_of_large_images_is_trained_in_fewer_and_no_slower_steps(mo
         np.uint8
     )
     images = replace(in_memory(pixels), identity=lambda: "large")
-    for name, value in {"STEPS": 40, "TRAINED_ON": 60, "trange": lambda n, delay, **how: trange(n, **how)}.items():
+    for name, value in {"STEPS": 40, "TRAINED_ON": 60, "Bar": lambda *items, delay, **how: Bar(*items, **how)}.items():
         monkeypatch.setattr(f"uvit_fast.evaluation.classifier.{name}", value)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     model = cached_classifier(images, labels, tmp_path, torch.device("cpu"))
     said = capsys.readouterr()
     assert "20/20" in said.err and "a classifier of 50 images" in said.err and "on 50 images" in said.out

@@ -5,7 +5,7 @@ import json
 import torch
 from safetensors.torch import load_file
 
-import train
+from uvit_fast import cli
 from uvit_fast.training.best import Best
 
 SMALL = ["model.embed_dim=32", "model.depth=2", "sample.steps=2", "train.iterations=4", "device=cpu"]
@@ -28,7 +28,7 @@ def test_train_measures_samples_and_the_loss_of_held_out_images_every_so_many_st
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     options = [option for value in [*SMALL, *MEASURED] for option in ("--set", value)]
-    assert train.main(["--config", "configs/digits.yaml", "--run-dir", str(tmp_path / "run"), *options]) == 0
+    assert cli.main(["train", "--config", "digits", "--run-dir", str(tmp_path / "run"), *options]) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4] and all(row["digits-fid"] > 0 for row in rows)
     assert 0 < rows[1]["held_out_loss"] < rows[0]["held_out_loss"]

@@ -1,4 +1,4 @@
-"""train.py as users call it."""
+"""`uvit-fast train` and train.py as users call them."""
 
 import contextlib
 import importlib.util
@@ -155,13 +155,24 @@ def test_synthetic_data_says_so(tmp_path):
     assert code == 0 and "synthetic data: measures speed and memory, learns nothing" in lines
 
 
-def test_the_deepspeed_launcher_trains_on_two_ranks(tmp_path):
-    port = str(tiny.free_port())
-    deepspeed = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--master_port", port]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+LAUNCHERS = {
+    "deepspeed": ["--num_accelerators", "2", "--master_port", "PORT", "--module", "uvit_fast.cli"],
+    "torchrun": ["--nproc-per-node", "2", "--master-port", "PORT", "-m", "uvit_fast"],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher_trains_a_config_of_the_package_on_two_ranks_from_any_folder(launcher, tmp_path):
+    """As `--help` and docs/multi_node.md say; the other test of two launchers starts train.py."""
+    folder, port = Path(sys.executable).parent, str(tiny.free_port())
+    command = [str(folder / launcher), *(port if word == "PORT" else word for word in LAUNCHERS[launcher]), "train"]
+    what = ["--config", "digits", *arguments(tmp_path)[2:]]
     done = subprocess.run(
-        [*deepspeed, "train.py", *arguments(tmp_path)], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path},
+        [*command, *what], cwd=tmp_path, capture_output=True, text=True,
+        env={
+            **os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+            "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
+        },
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr and "deprecated" not in done.stderr

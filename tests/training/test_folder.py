@@ -78,7 +78,9 @@ def test_runs_lists_what_runs_what_stopped_and_what_ended(tmp_path, capsys):
     assert main(["runs", str(tmp_path)]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [line[:3] for line in lines[1:]] == [["a", "finished", "4/4"], ["b", "unreadable", "0/0"]]
-    assert main(["runs", str(tmp_path / "a")]) == 2
+    assert main(["runs", str(tmp_path / "a")]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["run", "a"]
+    assert main(["runs", str(tmp_path / "a" / "checkpoints")]) == 2
     assert "no runs" in capsys.readouterr().err
 
 

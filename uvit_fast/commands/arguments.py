@@ -4,26 +4,36 @@ import argparse
 import difflib
 import json
 import re
+import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any, NoReturn
 
 from uvit_fast.config import Config, ModelConfig, SampleConfig, config_from, load_config
 from uvit_fast.runtime.errors import UserError
-from uvit_fast.runtime.text import cut, shown
+from uvit_fast.runtime.text import cut, printable, shown
 
 PIPELINE_FILES = ("model_index.json", "model/config.json", "scheduler/scheduler_config.json")
 
 
 class Parser(argparse.ArgumentParser):
-    """One that answers a mistake with the command's own usage and an example, an unknown option before anything else.
+    """One whose help fits a screen and ends in an example, and that answers a mistake in one line, as commands do; an
+    unknown option before anything else.
 
     Args:
         example: a command line that works.
+        notes: what else the help is to say, as it stands.
     """
 
-    def __init__(self, *, example: str, **options: Any):
-        super().__init__(epilog=f"example: {example}", **options)
+    def __init__(self, *, example: str, notes: str = "", **options: Any):
+        super().__init__(formatter_class=_Help, **options)
+        self.example = example
+        self.usage = None  # made for the help, once the arguments are known
+        self._actions[0].help = argparse.SUPPRESS  # -h, which whoever reads this knows
+        words = textwrap.wrap(example, 74, break_long_words=False, break_on_hyphens=False)
+        shown = "\n".join(["example:", "  " + " \\\n    ".join(words), *filter(None, [notes])])
+        self.epilog = shown.replace("%", "%%")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         known = list(self._option_string_actions)
@@ -39,34 +49,75 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{cut(rest[0])}: expected no such argument")
         return found, rest
 
+    def format_help(self) -> str:
+        needed = [_as_typed(action) for action in self._actions if action.required]
+        options = ["[options]"] * any(action.option_strings and not action.required for action in self._actions)
+        optional = [f"[{_as_typed(a)} ...]" for a in self._actions if not a.option_strings and not a.required]
+        further = ["..."] if self._subparsers else []
+        self.usage = " ".join([self.prog, *needed, *optional, *further, *options]).replace("%", "%%")
+        return super().format_help()
+
     def error(self, message: str) -> NoReturn:
-        self.print_usage(sys.stderr)
-        self.exit(2, f"{self.prog}: error: {message[:400]}\n{self.epilog}\n")
+        script, _, command = self.prog.partition(" ")
+        message = message.removeprefix("argument ").replace("expected one argument", "expected a value")
+        message = re.sub(r"ignored explicit argument", "expected no value, got", message)
+        message = message.replace("the following arguments are required:", "expected")
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction) and message == f"expected {action.dest}":
+                message = f"expected one of {', '.join(action.choices)}"
+        known = "did you mean" in message or ", got" in message
+        line = ": ".join(filter(None, (script, command, printable(message[:400]))))
+        self.exit(2, line + ("" if known else f"; example: {self.example}") + "\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        names = [str(choice) for choice in action.choices]
+        if isinstance(action, argparse._SubParsersAction):
+            near = difflib.get_close_matches(value, names, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(names)}"
+            raise argparse.ArgumentError(None, f"{cut(value)}: no such {action.dest}; {hint}")
+        raise argparse.ArgumentError(action, f"expected {' or '.join(names)}, got {shown(value)}")
 
 
-def config_arguments(command: argparse.ArgumentParser, required: bool = True) -> None:
-    without = "" if required else "; a run folder has its own"
-    command.add_argument("--config", required=required, help=f"a YAML file, such as configs/h2_256.yaml{without}")
-    command.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, as train.batch_size=512"
-    )
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Options and what they do beside each other, on lines of at most 100 characters."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=24, width=min(shutil.get_terminal_size().columns, 102) - 2)
+
+
+def _as_typed(action: argparse.Action) -> str:
+    """An argument that must be there, as a usage shows it."""
+    value = action.metavar or action.dest.upper()
+    return f"{action.option_strings[0]} {value}" if action.option_strings else str(value)
+
+
+def config_arguments(command: argparse.ArgumentParser) -> None:
+    """--config and --set, in a group of their own."""
+    group = command.add_argument_group("config")
+    group.add_argument("--config", required=True, metavar="NAME", help="one of the package, as h2_256, or a YAML file")
+    set_argument(group)
+
+
+def set_argument(group: Any, help: str = "override, as train.batch_size=512; again for more") -> None:
+    group.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=help)
 
 
 def checkpoint_arguments(command: argparse.ArgumentParser) -> None:
-    """--config, --set and --checkpoint, of which a run folder brings its config."""
-    config_arguments(command, required=False)
-    command.add_argument(
-        "--checkpoint",
-        required=True,
-        help=".pth, .safetensors, a pipeline folder, or a run folder (its newest EMA weights)",
+    """--checkpoint, and --config and --set, of which a run folder brings its config."""
+    group = command.add_argument_group("weights")
+    group.add_argument(
+        "--checkpoint", required=True, metavar="PATH", help="a run, a pipeline folder, or .pth, .safetensors"
     )
+    group.add_argument("--config", metavar="NAME", help="by name, as h2_256, or file; a run has its own")
+    set_argument(group, "override, as model.attention=math; again for more")
 
 
-def precision_argument(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--precision",
-        choices=["bf16", "fp8"],
-        help="of the blocks' products on a GPU: fp8 is e4m3, of compute capability 9.0; default: the config's",
+def precision_argument(group: Any) -> None:
+    choices = ["bf16", "fp8"]
+    group.add_argument(
+        "--precision", choices=choices, metavar="TYPE", help="on a GPU: bf16, fp8 (H100); default: the config's"
     )
 
 
@@ -159,6 +210,13 @@ def _config_of_pipeline(folder: Path, overrides: list[str]) -> Config:
         if (folder / "text_encoder").is_dir():
             tree["latent"]["text_encoder"] = str(folder)
     return config_from(tree, folder / PIPELINE_FILES[0], overrides)
+
+
+def number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {shown(text)}") from None
 
 
 def positive(text: str) -> int:

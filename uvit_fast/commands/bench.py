@@ -5,16 +5,16 @@ from pathlib import Path
 
 from uvit_fast.runtime.errors import UserError
 
-HELP = "run the benchmark suite on this machine and write its report"
+HELP = "run the benchmark suite here and write its report"
 EXAMPLE = "uvit-fast bench --quick --only sampling,memory"
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--quick", action="store_true", help="fewer sizes and peers: an H100 takes six minutes")
-    command.add_argument("--only", default="", help="benchmarks by name, with commas, such as sampling,memory")
-    command.add_argument(
-        "--out", type=Path, help="folder of the CSV files, the report beside it (default benchmarks/results)"
-    )
+    group = command.add_argument_group("what is measured")
+    group.add_argument("--quick", action="store_true", help="fewer sizes and peers: an H100 takes six minutes")
+    group.add_argument("--only", default="", metavar="LIST", help="by name, with commas, such as sampling,memory")
+    group = command.add_argument_group("output")
+    group.add_argument("--out", type=Path, metavar="DIR", help="of CSV files and report (default benchmarks/results)")
 
 
 def run(args: argparse.Namespace) -> int:

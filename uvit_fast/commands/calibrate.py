@@ -5,20 +5,24 @@ import math
 import time
 from pathlib import Path
 
-from uvit_fast.commands.arguments import checkpoint_arguments, config_of, positive, seed
+from uvit_fast.commands.arguments import checkpoint_arguments, config_of, number, positive, seed
 from uvit_fast.config import ModelConfig
 from uvit_fast.runtime.errors import UserError
 
-HELP = "make a plan of cached layers (sample.cache) from some trajectories of a checkpoint"
+HELP = "a plan of cached layers (sample.cache) from some trajectories"
 EXAMPLE = "uvit-fast calibrate --checkpoint runs/digits --speedup 1.5 --out plan.yaml"
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
     checkpoint_arguments(command)
-    command.add_argument("--speedup", type=float, required=True, help="to reach, by multiply-adds, such as 1.5")
-    command.add_argument("--out", required=True, type=Path, help="the plan, a new .yaml or .json file")
-    command.add_argument("--num", type=positive, default=16, help="trajectories to measure, in one batch (default 16)")
-    command.add_argument("--seed", type=seed, default=0, help="of their noise and classes (default 0)")
+    group = command.add_argument_group("plan")
+    group.add_argument(
+        "--speedup", type=number, required=True, metavar="X", help="to reach, by multiply-adds, such as 1.5"
+    )
+    group.add_argument("--out", required=True, type=Path, metavar="FILE", help="a new .yaml or .json file")
+    group = command.add_argument_group("what it is measured on")
+    group.add_argument("--num", type=positive, default=16, metavar="N", help="trajectories, in one batch (default 16)")
+    group.add_argument("--seed", type=seed, default=0, metavar="N", help="of their noise and classes (default 0)")
 
 
 def run(args: argparse.Namespace) -> None:

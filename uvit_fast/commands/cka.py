@@ -4,27 +4,28 @@ import argparse
 import csv
 from pathlib import Path
 
-from uvit_fast.commands.arguments import config_of, positive, with_precision
+from uvit_fast.commands.arguments import config_of, number, positive, set_argument, with_precision
 from uvit_fast.commands.drawing import pyplot
 from uvit_fast.config import Config, ModelConfig
 from uvit_fast.runtime.errors import UserError
 
-HELP = "CKA between the representations after every block, a matrix a checkpoint"
+HELP = "how alike the representations after the blocks are (CKA)"
 EXAMPLE = "uvit-fast cka --checkpoint runs/sweep_digits/base runs/sweep_digits/skip-add --out digits_cka"
 COLUMNS = ["checkpoint", "data", "skip", "block", "other_block", "cka"]
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--checkpoint", nargs="+", help="run folders or weight files, one a matrix")
-    command.add_argument("--config", help="the YAML file of weight files; default: config.yaml of each run folder")
-    command.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, as data.path=data/fashion"
-    )
-    command.add_argument("--time", type=float, default=0.5, help="of the noisy images, from 0 to 1 (default 0.5)")
-    command.add_argument("--images", type=positive, default=1024, help="training images that are used (default 1024)")
-    command.add_argument("--batch", type=positive, default=128, help="images a minibatch (default 128)")
-    command.add_argument("--out", type=Path, required=True, help="writes <out>.csv and the picture <out>.png")
-    command.add_argument("--draw", action="store_true", help="only draw again what <out>.csv holds")
+    group = command.add_argument_group("networks")
+    group.add_argument("--checkpoint", nargs="+", metavar="PATH", help="run folders or weight files, one a matrix")
+    group.add_argument("--config", metavar="NAME", help="of weight files, by name or file; run folders have their own")
+    set_argument(group, "override, as data.path=data/fashion")
+    group = command.add_argument_group("what they see")
+    group.add_argument("--time", type=number, default=0.5, metavar="T", help="of the noise, from 0 to 1 (default 0.5)")
+    group.add_argument("--images", type=positive, default=1024, metavar="N", help="of the training (default 1024)")
+    group.add_argument("--batch", type=positive, default=128, metavar="N", help="images a minibatch (default 128)")
+    group = command.add_argument_group("output")
+    group.add_argument("--out", type=Path, required=True, metavar="NAME", help="writes <NAME>.csv and <NAME>.png")
+    group.add_argument("--draw", action="store_true", help="only draw again what <NAME>.csv holds")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -16,12 +16,11 @@ EXAMPLE = "uvit-fast convert --checkpoint runs/digits --out digits.pth"
 
 def arguments(command: argparse.ArgumentParser) -> None:
     checkpoint_arguments(command)
-    command.add_argument("--out", required=True, help="a new folder for the pipeline, or a .pth file")
-    command.add_argument("--vae", help="the pipeline's autoencoder, or none; default: the config's")
-    command.add_argument("--clip", help="a text model's encoder, or none; default: that of the training data")
-    command.add_argument(
-        "--license", help="of the weights, for the pipeline's model card: mit, apache-2.0, cc-by-4.0, ..."
-    )
+    group = command.add_argument_group("output")
+    group.add_argument("--out", required=True, metavar="PATH", help="a new folder for the pipeline, or a .pth file")
+    group.add_argument("--vae", metavar="NAME", help="its autoencoder, or none; default: the config's")
+    group.add_argument("--clip", metavar="NAME", help="a text model's encoder, or none; default: the data's")
+    group.add_argument("--license", metavar="NAME", help="of the weights, for the card: mit, apache-2.0, ...")
 
 
 def run(args: argparse.Namespace) -> None:

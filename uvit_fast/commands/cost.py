@@ -4,11 +4,10 @@ import argparse
 from functools import cache
 from pathlib import Path
 
-from uvit_fast.config import Config, load_config
-from uvit_fast.runtime.errors import UserError
+from uvit_fast.config import Config, config_names, load_config
 
-HELP = "parameters and GFLOPs (multiply-adds, as the paper counts) of configs, beside the paper's"
-EXAMPLE = "uvit-fast cost --config configs/h2_256.yaml"
+HELP = "parameters and GFLOPs of configs, beside the paper's"
+EXAMPLE = "uvit-fast cost --config h2_256"
 # Millions of parameters and GFLOPs, of which the paper counts one a multiply-add.
 PAPER: dict[str, tuple[float, float | None]] = {
     "s2_cifar10": (44, None),
@@ -27,26 +26,24 @@ PAPER: dict[str, tuple[float, float | None]] = {
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--config", nargs="+", type=Path, help="YAML files (default: those of configs/)")
+    group = command.add_argument_group("config")
+    group.add_argument("--config", nargs="+", metavar="NAME", help="some of the package, or YAML files; default: all")
 
 
 def run(args: argparse.Namespace) -> None:
     """Print a table. Nothing is allocated: models are built on the meta device."""
-    found = args.config or sorted(Path("configs").glob("*.yaml"))
-    if not found:
-        raise UserError("cost: no configs/*.yaml here; expected the repository's root, or --config")
     rows = [("config", "parameters", "M", "paper", "GFLOPs", "paper")]
     counted, left_out = [], {}
-    configs = {path: load_config(path) for path in found}
-    for path, config in configs.items():
+    configs = {Path(name).stem: load_config(name) for name in args.config or config_names()}
+    for name, config in configs.items():
         try:
             parameters, macs = count(config)
         except ImportError as error:  # a U-Net, which is built of diffusers' parts
             if args.config:
                 raise
-            left_out[path.stem] = error
+            left_out[name] = error
             continue
-        counted.append((macs, path.stem, parameters))
+        counted.append((macs, name, parameters))
     for macs, name, parameters in sorted(counted):
         published = ["–" if x is None else f"{x:g}" for x in PAPER.get(name, (None, None))]
         rows.append(

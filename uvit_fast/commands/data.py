@@ -10,15 +10,14 @@ EXAMPLE = "uvit-fast data check pictures"
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
-    actions = command.add_subparsers(dest="action", required=True, metavar="action")
-    action = actions.add_parser(
-        "cifar10", help="CIFAR-10's python batches", example="uvit-fast data cifar10 --download"
-    )
-    action.add_argument("--download", action="store_true", required=True, help="fetch 170 MB from its authors' site")
-    action.add_argument("--out", default="data", metavar="DIR", help="gets cifar-10-batches-py (default data)")
-    action = actions.add_parser(
-        "check", help="read everything; name each damaged shard, unreadable or unusual image", example=EXAMPLE
-    )
+    actions = command.add_subparsers(title="actions", dest="action", required=True, metavar="action")
+    about = "fetch CIFAR-10's python batches"
+    action = actions.add_parser("cifar10", help=about, description=about, example="uvit-fast data cifar10 --download")
+    group = action.add_argument_group("files")
+    group.add_argument("--download", action="store_true", required=True, help="fetch 170 MB from its authors' site")
+    group.add_argument("--out", default="data", metavar="DIR", help="gets cifar-10-batches-py (default data)")
+    about = "read all of a folder; name each damaged shard, unreadable or unusual image"
+    action = actions.add_parser("check", help=about, description=about, example=EXAMPLE)
     action.add_argument("folder", help="of latents, or of images")
 
 

@@ -10,12 +10,13 @@ EXAMPLE = "uvit-fast demo --run-dir runs/digits"
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--run-dir", default="runs/digits", help="the run's folder (default runs/digits)")
+    group = command.add_argument_group("run")
+    group.add_argument("--run-dir", default="runs/digits", metavar="DIR", help="its folder (default runs/digits)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Sample and measure the digits; see uvit_fast/demo.py."""
-    existing("--run-dir", args.run_dir, "the folder that `python train.py --config configs/digits.yaml` writes")
+    existing("--run-dir", args.run_dir, "the folder that `uvit-fast train --config digits` writes")
     from uvit_fast import demo
 
     return demo.run(Path(args.run_dir))

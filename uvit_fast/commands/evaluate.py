@@ -5,51 +5,55 @@ import os
 import sys
 from pathlib import Path
 
-from uvit_fast.commands.arguments import config_of, existing, positive, precision_argument, seed, with_precision
-from uvit_fast.config import Config, load_config
+from uvit_fast.commands.arguments import (
+    config_of,
+    existing,
+    positive,
+    precision_argument,
+    seed,
+    set_argument,
+    with_precision,
+)
+from uvit_fast.config import Config, is_config_name, load_config
 from uvit_fast.runtime.errors import UserError
 
 HELP = "FID, sFID, Inception score, precision, recall, KID of samples"
-EXAMPLE = "uvit-fast evaluate --checkpoint runs/digits --num 1797 --reference configs/digits.yaml --features digits-fid"
+EXAMPLE = "uvit-fast evaluate --checkpoint runs/digits --num 1797 --reference digits --features digits-fid"
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--samples", help="a folder of images, or an .npz with arr_0; or draw them, with:")
-    command.add_argument("--config", help="the YAML file of the model to sample from; a run folder has its own")
-    command.add_argument("--checkpoint", help="its weights: .pth, .safetensors, or a run folder")
-    precision_argument(command)
-    command.add_argument("--num", type=positive, default=50_000, help="samples to draw (default 50000)")
-    command.add_argument("--seed", type=seed, default=0, help="of the drawn samples and their labels (default 0)")
-    command.add_argument(
-        "--classes", help="draw these only, as cat,dog or 207,360; of --reference YAML, too (default: all)"
+    group = command.add_argument_group("samples that are there")
+    group.add_argument("--samples", metavar="PATH", help="a folder of images, or an .npz with arr_0")
+    group = command.add_argument_group("or samples that are drawn")
+    group.add_argument("--checkpoint", metavar="PATH", help="a run, a pipeline folder, or .pth, .safetensors")
+    group.add_argument("--config", metavar="NAME", help="by name, as h2_256, or file; a run has its own")
+    group.add_argument("--num", type=positive, default=50_000, metavar="N", help="images (default 50000)")
+    group.add_argument("--classes", metavar="LIST", help="as cat,dog or 207,360, also of --reference")
+    group.add_argument("--seed", type=seed, default=0, metavar="N", help="of noise and labels (default 0)")
+    precision_argument(group)
+    group.add_argument("--save-images", metavar="DIR", help="keep them as PNGs in this new folder")
+    group = command.add_argument_group("what they are compared with")
+    group.add_argument(
+        "--reference", required=True, metavar="PATH", help="statistics (.npz), images, or a config: its data"
     )
-    command.add_argument(
-        "--save-images", metavar="DIR", help="keep the drawn samples as PNGs in this new folder (default: not written)"
+    group.add_argument(
+        "--features", choices=["inception", "digits-fid"], default="inception", metavar="NAME",
+        help="inception (default), or digits-fid, which is no FID",
+    )  # fmt: skip
+    group.add_argument("--inception", metavar="FILE", help="its weights; default: torch.hub's download")
+    group.add_argument("--download", action="store_true", help="fetch these weights where they are missing")
+    group.add_argument("--cache", metavar="DIR", help="of statistics (default ~/.cache/uvit-fast)")
+    group = command.add_argument_group("how, and where to")
+    set_argument(group, "override of both configs; again for more")
+    group.add_argument(
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        metavar="NAME",
+        help="cpu, cuda; default: a GPU if any",
     )
-    command.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override, as data.path=/my/images; also of --reference YAML",
-    )
-    command.add_argument(
-        "--reference",
-        required=True,
-        help="statistics (.npz of ADM or pytorch-fid), images (folder or .npz), or a YAML whose data are the real images",
-    )
-    command.add_argument(
-        "--features",
-        choices=["inception", "digits-fid"],
-        default="inception",
-        help="digits-fid: of a small classifier, trained on the labelled data of --reference YAML; no FID",
-    )
-    command.add_argument("--inception", metavar="FILE", help="the weight file; default: among torch.hub's downloads")
-    command.add_argument("--download", action="store_true", help="fetch the weight file where it is missing")
-    command.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: a GPU if any")
-    command.add_argument("--batch", type=positive, default=50, help="images at a time (default 50)")
-    command.add_argument("--cache", help="folder for statistics of real images (default ~/.cache/uvit-fast)")
-    command.add_argument("--out", help="JSON of the figures; default: beside the samples, <samples>.evaluation.json")
+    group.add_argument("--batch", type=positive, default=50, metavar="N", help="images at a time (default 50)")
+    group.add_argument("--out", metavar="FILE", help="JSON (default <samples>.evaluation.json)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -72,8 +76,9 @@ def _run(args: argparse.Namespace, world) -> None:
         raise UserError("evaluate: --classes are of samples that are drawn; expected --checkpoint")
     if args.samples:
         existing("--samples", args.samples, "a folder of images, or an .npz with arr_0")
-    existing("--reference", args.reference, "statistics, images, or a YAML whose data are the real images")
-    is_config = Path(args.reference).suffix in (".yaml", ".yml")
+    is_config = _is_config(args.reference)
+    if not is_config:
+        existing("--reference", args.reference, "statistics, images, or a config whose data are the real images")
     real = load_config(args.reference, args.set) if is_config else args.reference
     overrides = with_precision(args.set, args.precision)
     cfg = config_of(args.config, args.checkpoint, overrides) if args.checkpoint else None
@@ -110,6 +115,11 @@ def _run(args: argparse.Namespace, world) -> None:
     except OSError as error:
         raise UserError(f"{shown(str(out))}: cannot be written ({error.strerror}); --out names another file") from None
     print(f"wrote {shown(str(out))}")
+
+
+def _is_config(reference: str) -> bool:
+    """Whether --reference is a config; what is there under a config's name, such as samples, comes first."""
+    return Path(reference).suffix in (".yaml", ".yml") or (is_config_name(reference) and not Path(reference).exists())
 
 
 def _drawn(args: argparse.Namespace, cfg: Config, device, world):

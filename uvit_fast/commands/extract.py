@@ -4,44 +4,47 @@ import argparse
 from pathlib import Path
 
 from uvit_fast.commands.arguments import config_arguments, existing, positive
-from uvit_fast.config import CLIP, load_config
+from uvit_fast.config import load_config
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.processes import follow_launcher
 
 HELP = "images (and captions) as latents that training reads"
-EXAMPLE = "uvit-fast extract --config configs/h2_256.yaml --images imagenet/train --out latents"
+EXAMPLE = "uvit-fast extract --config h2_256 --images imagenet/train --out latents"
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
     config_arguments(command)
-    command.add_argument(
-        "--images", required=True, metavar="DIR", help="one folder a class where the model has classes"
+    group = command.add_argument_group("images")
+    group.add_argument("--images", required=True, metavar="DIR", help="one folder a class, where the model has classes")
+    group.add_argument("--captions", metavar="FILE", help="COCO's .json, or a table; default: in --images")
+    group.add_argument("--no-mirror", action="store_true", help="leave out the mirror images")
+    group.add_argument(
+        "--unreadable",
+        choices=["skip", "refuse"],
+        default="skip",
+        metavar="DO",
+        help="skip (default) or refuse no images",
     )
-    command.add_argument("--out", required=True, metavar="DIR", help="of the shards; continues what is there")
-    command.add_argument(
-        "--vae",
-        help="AutoencoderKL or AutoencoderDC: a folder, or owner/repository on the hub; default: latent.autoencoder",
+    group.add_argument(
+        "--unusual", choices=["convert", "skip", "refuse"], default="convert", metavar="DO",
+        help="convert (default), skip or refuse grey, CMYK, ...",
+    )  # fmt: skip
+    group = command.add_argument_group("encoders: a folder, or owner/repository on the hub")
+    group.add_argument("--vae", metavar="NAME", help="of images, KL or DC; default: latent.autoencoder")
+    group.add_argument("--clip", metavar="NAME", help="of text; default: latent.text_encoder, else CLIP L/14")
+    group = command.add_argument_group("output, and how")
+    group.add_argument("--out", required=True, metavar="DIR", help="of the shards; continues what is there")
+    group.add_argument(
+        "--dtype",
+        choices=["float16", "float32"],
+        default="float16",
+        metavar="TYPE",
+        help="float16 (default) or float32",
     )
-    command.add_argument(
-        "--captions",
-        metavar="FILE",
-        help="for models of text: COCO's .json, or a table (docs/data.md); default: those in --images",
-    )
-    command.add_argument(
-        "--clip", help=f"text encoder: a folder, or a hub name; default: latent.text_encoder, else {CLIP}"
-    )
-    command.add_argument("--no-mirror", action="store_true", help="leave out the mirror images")
-    command.add_argument("--unreadable", choices=["skip", "refuse"], default="skip", help="files that are no images")
-    command.add_argument(
-        "--unusual",
-        choices=["convert", "skip", "refuse"],
-        default="convert",
-        help="greyscale, CMYK, 16-bit, transparent, EXIF-rotated, ... images (default: converted to upright, opaque RGB)",
-    )
-    command.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="stored (default float16)")
-    command.add_argument("--shard", type=positive, default=4096, help="images a shard (default 4096)")
-    command.add_argument("--batch", type=positive, default=32, help="images at a time (default 32)")
-    command.add_argument("--workers", type=positive, default=4, help="threads that decode images (default 4)")
+    group.add_argument("--shard", type=positive, default=4096, metavar="N", help="images a shard (default 4096)")
+    group.add_argument("--batch", type=positive, default=32, metavar="N", help="images at a time (default 32)")
+    group.add_argument("--workers", type=positive, default=4, metavar="N", help="threads that decode (default 4)")
+    command.set_defaults(goes_on="continues")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from uvit_fast.commands.arguments import config_of
+from uvit_fast.commands.arguments import config_of, set_argument
 from uvit_fast.runtime.errors import UserError
 
 HELP = "draw from checkpoints in the browser"
@@ -12,21 +12,20 @@ EXAMPLE = "uvit-fast gallery --checkpoint runs/s2_fashion"
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
+    group = command.add_argument_group("weights")
+    group.add_argument(
         "--checkpoint",
         nargs="+",
         required=True,
-        help="run folders, pipeline folders, .pth or .safetensors; several may be compared",
+        metavar="PATH",
+        help="runs, pipeline folders, .pth, .safetensors; to compare",
     )
-    command.add_argument("--config", help="the YAML file of weight files; runs and pipelines have their own")
-    command.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, as sample.spacing=karras"
-    )
-    command.add_argument("--clip", help="text encoder: a folder, or a hub name; default: that of the training data")
-    command.add_argument(
-        "--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine only)"
-    )
-    command.add_argument("--port", type=_port, default=7860, help="default 7860; 0: a free one")
+    group.add_argument("--config", metavar="NAME", help="by name, as h2_256, or file; a run has its own")
+    set_argument(group, "override, as sample.spacing=karras; again for more")
+    group.add_argument("--clip", metavar="NAME", help="text encoder, folder or hub name; default: the data's")
+    group = command.add_argument_group("page")
+    group.add_argument("--host", default="127.0.0.1", help="address (default 127.0.0.1: this machine only)")
+    group.add_argument("--port", type=_port, default=7860, metavar="N", help="default 7860; 0: a free one")
 
 
 def run(args: argparse.Namespace) -> None:

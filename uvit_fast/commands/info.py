@@ -4,19 +4,20 @@ import argparse
 import sys
 from pathlib import Path
 
-from uvit_fast.config import ModelConfig, load_config
+from uvit_fast.config import CONFIGS, ModelConfig, config_names, load_config
 
-HELP = "versions, devices, and which kernels and attention would run, and why"
-EXAMPLE = "uvit-fast info --config configs/h2_256.yaml"
+HELP = "versions, devices, and which kernels would run, and why"
+EXAMPLE = "uvit-fast info --config h2_256"
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--config", help="report for this config's model only")
+    group = command.add_argument_group("config")
+    group.add_argument("--config", metavar="NAME", help="report for its model only; default: for all of the package")
 
 
 def run(args: argparse.Namespace) -> None:
     """Print what is installed and what would run."""
-    names = [args.config] if args.config else sorted(map(str, Path("configs").glob("*.yaml")))
+    names = [args.config] if args.config else config_names()
     configs = {name: load_config(name).model for name in names}
     from importlib.metadata import PackageNotFoundError, version
 
@@ -31,6 +32,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"  {package:14s}{version(package)}")
         except PackageNotFoundError:
             print(f"  {package:14s}not installed")
+    print(f"  {'configs':14s}{CONFIGS}")
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     for i, gpu in enumerate(gpus):
         print(f"  cuda:{i}        {gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB")

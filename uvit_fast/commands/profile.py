@@ -7,16 +7,22 @@ from pathlib import Path
 from uvit_fast.commands.arguments import config_arguments, positive
 from uvit_fast.config import load_config
 
-HELP = "a trace, and the time by families of ops, of a training step and of sampling"
-EXAMPLE = "uvit-fast profile --config configs/digits.yaml --only training"
+HELP = "a trace, and the time by kinds of ops, of training and sampling"
+EXAMPLE = "uvit-fast profile --config digits --only training"
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
     config_arguments(command)
-    command.add_argument("--batch", type=positive, default=64, help="images a step and images sampled (default 64)")
-    command.add_argument("--steps", type=positive, default=3, help="training steps that are recorded (default 3)")
-    command.add_argument("--only", choices=["training", "sampling"], help="default: both")
-    command.add_argument("--out", type=Path, help="folder of the traces and tables (default runs/<name>/profile)")
+    group = command.add_argument_group("what is recorded")
+    group.add_argument(
+        "--only", choices=["training", "sampling"], metavar="WHAT", help="training or sampling; default: both"
+    )
+    group.add_argument(
+        "--batch", type=positive, default=64, metavar="N", help="images a step, and sampled (default 64)"
+    )
+    group.add_argument("--steps", type=positive, default=3, metavar="N", help="training steps (default 3)")
+    group = command.add_argument_group("output")
+    group.add_argument("--out", type=Path, metavar="DIR", help="traces, tables (default runs/<name>/profile)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -9,12 +9,13 @@ from pathlib import Path
 from uvit_fast.commands.arguments import (
     checkpoint_arguments,
     config_of,
+    number,
     positive,
     precision_argument,
     seed,
     with_precision,
 )
-from uvit_fast.config import Config
+from uvit_fast.config import Config, find_config
 from uvit_fast.runtime.errors import UserError
 
 HELP = "draw images from a checkpoint"
@@ -23,30 +24,29 @@ EXAMPLE = "uvit-fast sample --checkpoint runs/digits --num 16 --classes 3,7 --ou
 
 def arguments(command: argparse.ArgumentParser) -> None:
     checkpoint_arguments(command)
-    command.add_argument(
-        "--out",
-        required=True,
-        help="a new folder for the images, a new .npz in ADM's format, or a .png of up to a hundred",
+    group = command.add_argument_group("what is drawn")
+    group.add_argument("--num", type=positive, default=16, metavar="N", help="images (default 16)")
+    group.add_argument("--classes", metavar="LIST", help="as cat,dog or 207,360 (default: all, evenly)")
+    group.add_argument("--prompt", action="append", metavar="TEXT", help="of a text model; again for more, evenly")
+    group.add_argument("--prompts", metavar="FILE", help="of a text model: one prompt a line")
+    group.add_argument("--clip", metavar="NAME", help="text encoder, folder or hub name; default: the data's")
+    group.add_argument(
+        "--seed", type=seed, default=0, metavar="N", help="sample i depends on it and i only (default 0)"
     )
-    command.add_argument("--format", choices=["png", "npz"], help="default: npz where --out ends in .npz, else png")
-    command.add_argument("--num", type=positive, default=16, help="images to draw (default 16)")
-    command.add_argument("--classes", help="names or labels, as cat,dog or 207,360; default: all in equal shares")
-    command.add_argument("--prompt", action="append", help="of a text model; may be given again, for equal shares")
-    command.add_argument("--prompts", metavar="FILE", help="of a text model: one prompt a line")
-    command.add_argument("--clip", help="text encoder: a folder, or a hub name; default: that of the training data")
-    command.add_argument(
-        "--seed", type=seed, default=0, help="sample i depends on the seed, i and its class only (default 0)"
+    group = command.add_argument_group("how")
+    group.add_argument("--steps", type=positive, metavar="N", help="evaluations a sample; default: the config's")
+    group.add_argument(
+        "--cfg-scale", type=number, metavar="X", help="guidance: 1 + the paper's s; default: the config's"
     )
-    command.add_argument("--steps", type=positive, help="network evaluations a sample; default: the config's")
-    command.add_argument(
-        "--cfg-scale",
-        type=float,
-        help="guidance in diffusers' convention, 1 + s for the s of the paper and of sample.guidance_scale; 1: none; "
-        "default: the config's",
+    precision_argument(group)
+    group.add_argument("--batch", type=positive, metavar="N", help="images at a time (default: GPU 250, CPU 50)")
+    group = command.add_argument_group("output")
+    group.add_argument(
+        "--out", required=True, metavar="PATH", help="new: a folder of PNGs, .npz (ADM's), .png (a grid)"
     )
-    precision_argument(command)
-    command.add_argument("--batch", type=positive, help="images at a time (default 250 on a GPU, 50 on a CPU)")
-    command.add_argument("--resume", action="store_true", help="continue an interrupted job with the same settings")
+    group.add_argument("--format", choices=["png", "npz"], help="default: as --out ends, else png")
+    group.add_argument("--resume", action="store_true", help="go on with an interrupted job, same settings")
+    command.set_defaults(goes_on="with --resume continues")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -110,7 +110,7 @@ def _run(args: argparse.Namespace, world) -> None:
         return np.concatenate([to_uint8(check_finite(decode(x), what)) for x in batches])
 
     settings = {name: getattr(args, name) for name in ("set", "num", "classes", "seed", "steps", "cfg_scale")}
-    settings["config"] = args.config and os.path.abspath(args.config)
+    settings["config"] = args.config and os.path.abspath(find_config(args.config))
     decides = cfg.model_dump_json(include={"model", "diffusion", "latent", "sample"})
     settings["contents of the config"] = hashlib.sha256(decides.encode()).hexdigest()
     settings["cached layers"] = [sorted(stage.layers.reuse) if stage.layers else [] for stage in plan]

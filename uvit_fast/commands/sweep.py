@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import Field
 
-from uvit_fast.commands.arguments import positive
+from uvit_fast.commands.arguments import positive, set_argument
 from uvit_fast.commands.cost import count
-from uvit_fast.config import Config, Section, load_config
+from uvit_fast.config import CONFIGS, Config, Section, find_config, load_config
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.text import cut, parse_yaml
 
-HELP = "train and measure variations of one config, and plot the metric against each factor"
-EXAMPLE = "uvit-fast sweep --config configs/ablations/digits.yaml --only skip"
+HELP = "train and measure variations of one config, and plot them"
+EXAMPLE = "uvit-fast sweep --config digits --only skip"
 COLUMNS = ["factor", "value", "member", "parameters", "gmacs", "steps", "images", "loss", "metric", "figure"]
 COLUMNS += ["data", "device"]
 AXES = {
@@ -37,7 +37,7 @@ SMOOTH = 0.05  # of a run: what a point of the loss curve, and the table's loss,
 class Sweep(Section):
     """A file of configs/ablations: members differ from `base` with `set` in one factor each."""
 
-    base: str = Field(description="The config that everything varies, relative to this file.")
+    base: str = Field(description="The config that everything varies: a path from this file, or a name.")
     set: list[str] = Field([], description="Overrides of the base for all members, as section.key=value.")
     factors: dict[str, dict[str, list[Any]]] = Field(
         description="Factor -> keys -> values; several keys of a factor change together, the first one names the value."
@@ -54,16 +54,22 @@ class Member(NamedTuple):
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--config", required=True, help="a sweep, such as configs/ablations/fashion.yaml")
-    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override for all members")
-    command.add_argument("--only", default="", help="factors, with commas, such as skip,depth (default: all)")
-    command.add_argument("--jobs", type=positive, default=1, help="trainings at a time on this machine (default 1)")
-    command.add_argument("--num", type=positive, default=5000, help="samples that the metric is of (default 5000)")
-    command.add_argument(
-        "--features", choices=["inception", "digits-fid"], default="digits-fid", help="see `uvit-fast evaluate`"
+    group = command.add_argument_group("config")
+    group.add_argument(
+        "--config", required=True, metavar="NAME", help="a sweep of the package, as digits, or a YAML file"
     )
-    command.add_argument("--out", type=Path, help="folder of runs, CSV files and pictures (default runs/sweep_<name>)")
-    command.add_argument("--draw", action="store_true", help="only draw again what the CSV files in --out hold")
+    set_argument(group, "override for all members; again for more")
+    group.add_argument("--only", default="", metavar="LIST", help="factors, such as skip,depth (default: all)")
+    group = command.add_argument_group("how")
+    group.add_argument("--jobs", type=positive, default=1, metavar="N", help="trainings at a time here (default 1)")
+    group.add_argument("--num", type=positive, default=5000, metavar="N", help="samples of the metric (default 5000)")
+    group.add_argument(
+        "--features", choices=["inception", "digits-fid"], default="digits-fid", metavar="NAME", help="as of `evaluate`"
+    )
+    group = command.add_argument_group("output")
+    group.add_argument("--out", type=Path, metavar="DIR", help="runs, CSVs, plots (default runs/sweep_<name>)")
+    group.add_argument("--draw", action="store_true", help="only draw again what the CSV files in --out hold")
+    command.set_defaults(goes_on="continues")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,12 +78,10 @@ def run(args: argparse.Namespace) -> int:
     if args.draw:
         draw(out)
         return 0
-    root = Path(__file__).resolve().parents[2]
-    if not (root / "train.py").is_file():
-        raise UserError(f"sweep: expected the source tree around {root}, with train.py; clone the repository")
-    members = read_members(Path(args.config), args.set, [name for name in args.only.split(",") if name])
+    config = find_config(args.config, folder=CONFIGS / "ablations")
+    members = read_members(config, args.set, [name for name in args.only.split(",") if name])
     out.mkdir(parents=True, exist_ok=True)
-    work, lock = _Work(args, root, out), threading.Lock()
+    work, lock = _Work(args, config, out), threading.Lock()
     done: dict[str, bool] = {}
 
     def finish(member: Member) -> None:
@@ -108,7 +112,7 @@ def read_members(path: Path, overrides: list[str], only: list[str]) -> list[Memb
         ) from None
     if unknown := [name for name in only if name not in sweep.factors]:
         raise UserError(f"--only: expected some of {', '.join(sweep.factors)}, got {unknown[0]}")
-    base, common = path.parent / sweep.base, [*sweep.set, *overrides]
+    base, common = find_config(sweep.base, beside=path.parent), [*sweep.set, *overrides]
     members: list[Member] = [Member("base", common, load_config(base, common), [])]
     for factor, keys in sweep.factors.items():
         if only and factor not in only:
@@ -130,10 +134,9 @@ def read_members(path: Path, overrides: list[str], only: list[str]) -> list[Memb
 class _Work:
     """Trains and measures a member in processes of their own; gives None, or what went wrong."""
 
-    def __init__(self, args: argparse.Namespace, root: Path, out: Path):
-        self.args, self.root, self.out = args, root, out
-        sweep = yaml.safe_load(Path(args.config).read_text())
-        self.base = Path(args.config).parent / sweep["base"]
+    def __init__(self, args: argparse.Namespace, config: Path, out: Path):
+        self.args, self.out = args, out
+        self.base = find_config(yaml.safe_load(config.read_text())["base"], beside=config.parent)
         self.first, self.fitted = threading.Lock(), False
         threads = max(1, (os.cpu_count() or 1) // args.jobs)
         self.environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
@@ -142,7 +145,7 @@ class _Work:
         folder, result = self.out / member.name, self.result(member)
         folder.mkdir(exist_ok=True)
         sets = [part for override in member.overrides for part in ("--set", override)]
-        train = [str(self.root / "train.py"), "--config", str(self.base), *sets, "--run-dir", str(folder)]
+        train = ["-m", "uvit_fast", "train", "--config", str(self.base), *sets, "--run-dir", str(folder)]
         if error := self._call(train, folder):
             return error
         if result.is_file():
@@ -163,7 +166,7 @@ class _Work:
         config, features = str(folder / "config.yaml"), self.args.features
         what = ["--config", config, "--checkpoint", str(folder), "--reference", config, "--features", features]
         how = ["--num", str(self.args.num), "--batch", "1000", "--cache", str(self.out / "cache"), "--out", str(result)]
-        return self._call(["-m", "uvit_fast.cli", "evaluate", *what, *how], folder)
+        return self._call(["-m", "uvit_fast", "evaluate", *what, *how], folder)
 
     def _call(self, command: list[str], folder: Path) -> str | None:
         with open(folder / "log.txt", "a") as log:

@@ -7,18 +7,23 @@ from pathlib import Path
 from uvit_fast.commands.arguments import positive
 from uvit_fast.runtime.errors import UserError
 
-HELP = "measure the kernels' choices on this GPU and write its architecture's tuning table"
+HELP = "measure the kernels' choices on this GPU: its tuning table"
 EXAMPLE = "uvit-fast tune --dims 1152"
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--dims", type=positive, nargs="+", default=[512, 768, 1024, 1152], help="widths D (default: the paper's four)"
+    group = command.add_argument_group("what is measured")
+    group.add_argument(
+        "--dims",
+        type=positive,
+        nargs="+",
+        default=[512, 768, 1024, 1152],
+        metavar="D",
+        help="widths (default: the paper's)",
     )
-    command.add_argument("--cases", nargs="+", help="kernels to measure, as prepare weight_gradient (default: all)")
-    command.add_argument(
-        "--out", help="the table's file (default: the installed one, kernels/runtime/tables/sm_<arch>.json)"
-    )
+    group.add_argument("--cases", nargs="+", metavar="NAME", help="kernels, as prepare weight_gradient (default: all)")
+    group = command.add_argument_group("output")
+    group.add_argument("--out", metavar="FILE", help="the table (default: the installed one, sm_<arch>.json)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,6 +1,9 @@
-"""The configuration: `schema.py` says what may be set, `reading.py` takes it from a YAML file and `--set`."""
+"""The configuration: `schema.py` says what may be set, `reading.py` takes it from a YAML file and `--set`, `finding.py`
+knows the files by name.
+"""
 
-from uvit_fast.config.reading import ConfigError, config_from, dump_config, load_config
+from uvit_fast.config.finding import CONFIGS, ConfigError, config_names, find_config, is_config_name
+from uvit_fast.config.reading import config_from, dump_config, load_config
 from uvit_fast.config.schema import (
     CLIP,
     Config,
@@ -15,6 +18,7 @@ from uvit_fast.config.schema import (
 
 __all__ = [
     "CLIP",
+    "CONFIGS",
     "Config",
     "ConfigError",
     "DiffusionConfig",
@@ -25,6 +29,9 @@ __all__ = [
     "TrainConfig",
     "UNetConfig",
     "config_from",
+    "config_names",
     "dump_config",
+    "find_config",
+    "is_config_name",
     "load_config",
 ]

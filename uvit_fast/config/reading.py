@@ -1,7 +1,7 @@
 """Config files: read, merged with their base and with overrides, and checked against the schema, with errors of a line
 each.
 
-A file may name one other file as `base:`; its own keys then override the base's. `--set train.batch_size=512` overrides
+A file may name one other config as `base:`; its own keys then override the base's. `--set train.batch_size=512` overrides
 both.
 """
 
@@ -15,20 +15,16 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from uvit_fast.config.finding import ConfigError, find_config
 from uvit_fast.config.schema import NETWORKS, Config, ModelConfig, Section
-from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.text import cut, parse_yaml, shown
 
 
-class ConfigError(UserError):
-    """A configuration that cannot be used. The message names the file, the key, what was expected and what came."""
-
-
-def load_config(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
+def load_config(config: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
     """Read a YAML config.
 
     Args:
-        path: the file.
+        config: the file, or the name of one that comes with the package, such as h2_256.
         overrides: `section.key=value` strings, as after `--set`, with values in YAML; or a mapping from `section.key`
         to values.
 
@@ -36,21 +32,21 @@ def load_config(path: str | Path, overrides: Iterable[str] | Mapping[str, Any] =
         ConfigError: the file is missing or not YAML, a key is unknown or has a wrong value, or `base` names a file with
         a base.
     """
-    path = Path(path)
+    path = find_config(config)
     tree = _read(path)
     try:
         if "base" in tree:
-            base_path = path.parent / str(tree.pop("base"))
+            base_path = find_config(str(tree.pop("base")), beside=path.parent)
             base = _read(base_path)
             if "base" in base:
                 raise ConfigError(f"{path}: base {base_path} has a base of its own; expected one level of base")
             tree = _merge(_by_names_of_today(base), _by_names_of_today(tree))
     except RecursionError:  # aliases that hold themselves
         raise ConfigError(f"{path}: nested too deeply; expected sections with keys") from None
-    return config_from(tree, path, overrides)
+    return config_from(tree, config, overrides)
 
 
-def config_from(tree: dict[str, Any], source: Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
+def config_from(tree: dict[str, Any], source: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
     """`load_config` of what a YAML file would hold.
 
     Args:
@@ -85,15 +81,11 @@ def _parse(text: str, what: str) -> Any:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text("utf-8-sig") if path.is_file() else None
+        text = path.read_text("utf-8-sig")
     except OSError as error:
         raise ConfigError(f"{cut(str(path))}: expected a config file ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not YAML: {error.reason} at byte {error.start}") from None
-    if text is None:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise ConfigError(f"{path}: no such config file{hint}")
     tree = _parse(text, f"{path}: not YAML")
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, got {type(tree).__name__}")
@@ -140,7 +132,7 @@ def _nested(tree: dict[str, Any], key: Any, value: Any) -> dict[str, Any]:
     return nested
 
 
-def _explain(path: Path, error: Any) -> str:
+def _explain(path: str | Path, error: Any) -> str:
     """One pydantic error as one line: file, key, what was expected, what came, the nearest key."""
     key = cut(".".join(str(part) for part in error["loc"] if part not in NETWORKS))
     if error["type"] == "extra_forbidden":

@@ -4,12 +4,11 @@ from collections import Counter
 from pathlib import Path
 from statistics import median
 
-from tqdm import tqdm
-
 from uvit_fast.data import reading, shards
 from uvit_fast.data.datasets import require_folder
 from uvit_fast.data.reading import shown
 from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.progress import Bar
 
 TINY = 16  # pixels of the shorter side; less than a quarter of the folder's median is tiny, too
 NARROW = 4  # longer over shorter side from which on a centre crop shows a quarter or less
@@ -35,7 +34,7 @@ def _check_images(folder: Path) -> int:
     listing = reading.list_images(folder, labelled=False)
     unusual: dict[str, list[str]] = {}
     sizes, bad = {}, Counter[str]()
-    for name in tqdm(listing.files, unit="image", desc="check"):
+    for name in Bar(listing.files, what="check", unit="images"):
         try:
             image, oddities = reading.read_image(folder / name)
         except reading.BadImage as error:

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from uvit_fast.data import shards
 from uvit_fast.data.autoencoders import Pixels, Scaling, measured
@@ -27,6 +26,7 @@ from uvit_fast.data.reading import WHITE, BadImage, Listing, read_image, shown
 from uvit_fast.provenance import classes_difference
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.processes import World
+from uvit_fast.runtime.progress import Bar
 
 NO_CAPTION = "no caption"
 
@@ -126,9 +126,7 @@ class Extraction:
             left = sum(len(self.parts[shard]) for shard in missing)
             with (
                 ThreadPoolExecutor(max(1, self.workers)) as pool,
-                tqdm(
-                    total=total, initial=total - left, unit="image", desc="extract", disable=self.world.rank > 0
-                ) as bar,
+                Bar(what="extract", unit="images", total=total, done=total - left, quiet=self.world.rank > 0) as bar,
             ):
                 for shard in missing:
                     self._make(shard, pool, bar)
@@ -192,12 +190,12 @@ class Extraction:
         written = json.loads(self._note(shard).read_text())["arrays"].values()
         damaged = [fault for entry in written if (fault := shards.shard_fault(self.out, entry))]
         for fault in damaged:
-            tqdm.write(f"{fault}; extracted again")
+            Bar.write(f"{fault}; extracted again")
         if damaged:
             self._note(shard).unlink()
         return not damaged
 
-    def _make(self, shard: int, pool: ThreadPoolExecutor, bar: tqdm) -> None:
+    def _make(self, shard: int, pool: ThreadPoolExecutor, bar: Bar) -> None:
         encoded, text, labels, captions = [], [], [], []
         rejected: list[list[str]] = []
         unusual: list[list[str]] = []

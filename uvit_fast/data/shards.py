@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.processes import World
+from uvit_fast.runtime.progress import Bar
 from uvit_fast.runtime.text import cut, shown
 
 FORMAT = "uvit-fast shards 1"
@@ -176,7 +176,8 @@ def unchecked_faults(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
     quiet = World().rank > 0 or len(unread) < 10
     with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:  # hashing lets other threads run
         results = pool.map(lambda shard: shard_fault(folder, shard), unread)
-        for shard, fault in zip(unread, tqdm(results, "checksums", len(unread), unit="shard", disable=quiet)):
+        bar = Bar(results, what="checksums", unit="shards", total=len(unread), quiet=quiet)
+        for shard, fault in zip(unread, bar):
             if fault:
                 found[shard["file"]] = fault
     with contextlib.suppress(OSError):

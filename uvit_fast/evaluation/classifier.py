@@ -15,12 +15,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm, trange
 
 from uvit_fast.evaluation.inception import Features
 from uvit_fast.evaluation.sources import Images
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.files import write_whole
+from uvit_fast.runtime.progress import Bar
 
 STEPS, BATCH, LEARNING_RATE = 600, 128, 2e-3
 FULL = (
@@ -124,7 +124,7 @@ def train_classifier(images: np.ndarray, labels: np.ndarray, device: torch.devic
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
     steps = STEPS if max(images.shape[1:3]) <= FULL else STEPS // 2
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
-    for _ in trange(steps, desc=f"digits-fid: a classifier of {len(images):,} images", unit="step", delay=1):
+    for _ in Bar(range(steps), what=f"digits-fid: a classifier of {len(images):,} images", unit="steps", delay=1):
         rows = torch.from_numpy(rng.choice(kept, BATCH)).to(device)
         loss = F.cross_entropy(model.head(model(x[rows]).pool), y[rows])
         optimizer.zero_grad()
@@ -169,7 +169,8 @@ def cached_classifier(images: Images, labels: np.ndarray, cache: Path, device: t
     step = max(1, -(-images.count // TRAINED_ON), -(-images.count * first.nbytes // ROOM))
     wide = 1 if step > 1 else 256
     parts = [range(i, min(i + wide, images.count)) for i in range(0, images.count, step * wide)]
-    reading = tqdm(images.read(parts), f"digits-fid: reading {images.name}", len(parts), unit="batch", delay=1)
+    what = f"digits-fid: reading {images.name}"
+    reading = Bar(images.read(parts), what=what, unit="batches", total=len(parts), delay=1)
     pixels = np.concatenate(list(reading))
     model, accuracy = train_classifier(pixels, labels[::step], device)
     print(f"digits-fid: trained a classifier on {len(pixels):,} images, held-out accuracy {accuracy:.3f}")

@@ -10,13 +10,13 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from uvit_fast.evaluation.inception import Features, Inception, preprocess
 from uvit_fast.evaluation.metrics import RunningStatistics, Statistics
 from uvit_fast.evaluation.sources import Images
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.processes import ALONE, World
+from uvit_fast.runtime.progress import Bar
 
 CONSTANT_SHARE = 0.01  # of images of one colour, beyond which there is a warning
 
@@ -93,7 +93,7 @@ def extract(
     parts = [range(start, min(start + batch, images.count)) for start in range(0, images.count, batch)]
     mine, share = world.share(parts), _Share()
     described = f"features of {images.name}"
-    with tqdm(total=images.count, unit="image", desc=described, disable=not progress or world.rank > 0) as bar:
+    with Bar(what=described, unit="images", total=images.count, quiet=not progress or world.rank > 0) as bar:
         for array in images.read(mine):
             share.add(array, extractor, images.name)
             bar.update(min(len(array) * world.size, images.count - bar.n))  # the others keep pace

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm, trange
+
+from uvit_fast.runtime.progress import Bar
 
 NEGATIVE = 1e-6  # of the largest eigenvalue: rounding stays far below it; a covariance has nothing beyond it
 SPLIT = 5000  # samples of which ADM takes an Inception score; 10 of them are the usual 50,000
@@ -199,7 +200,7 @@ def precision_recall(
     centre = reference.mean(0)  # distances do not change, and their squares lose fewer digits
     samples, reference = samples - centre, reference - centre
     total = 2 * len(samples) + len(reference)
-    with tqdm(total=total, desc="precision and recall", unit="row", delay=2, disable=not progress) as bar:
+    with Bar(what="precision and recall", unit="rows", total=total, delay=2, quiet=not progress) as bar:
         sample_radii, reference_radii = (_squared_radii(x, k, block, bar) for x in (samples, reference))
         precise, recalled = [], torch.zeros(len(reference), dtype=torch.bool, device=samples.device)
         for rows, radii in zip(samples.split(block), sample_radii.split(block)):
@@ -245,7 +246,7 @@ def kernel_distance(
         return (x @ y.T / D + 1) ** 3  # (S, S)
 
     values = []
-    for _ in trange(subsets, desc="KID", unit="subset", delay=2, disable=not progress):
+    for _ in Bar(range(subsets), what="KID", unit="subsets", delay=2, quiet=not progress):
         x, y = draw(samples), draw(reference)
         xx, yy = kernel(x, x), kernel(y, y)
         within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (S * (S - 1))
@@ -254,7 +255,7 @@ def kernel_distance(
     return KID(distances.mean().item(), distances.std(correction=0).item())
 
 
-def _squared_radii(x: Tensor, k: int, block: int, bar: tqdm) -> Tensor:
+def _squared_radii(x: Tensor, k: int, block: int, bar: Bar) -> Tensor:
     """(N,) squared distance of each point to its k-th nearest neighbour."""
     radii = []
     for start in range(0, len(x), block):

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.progress import Bar
 
 READERS = 8  # threads that read files
 LARGEST = 4 << 30  # bytes of an array that is read whole: the features of 500,000 images
@@ -90,9 +90,8 @@ def hash_of(paths: Iterable[Path], progress: bool = True) -> str:
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
-    for digest in tqdm(
-        ahead(one, paths), "looking for changed images", len(paths), unit="image", delay=2, disable=not progress
-    ):
+    what, total = "looking for changed images", len(paths)
+    for digest in Bar(ahead(one, paths), what=what, unit="images", total=total, delay=2, quiet=not progress):
         whole.update(digest)
     return whole.hexdigest()
 

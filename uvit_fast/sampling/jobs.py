@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from uvit_fast.runtime.claims import LOCK, Claim, Taken
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.files import write_whole
 from uvit_fast.runtime.processes import ALONE, World
+from uvit_fast.runtime.progress import Bar
 from uvit_fast.runtime.text import shown
 
 
@@ -58,7 +58,7 @@ class Job:
         """
         mine = self.world.share(self._missing)
         done = self.num - sum(last - first for first, last in self._missing)
-        with tqdm(total=self.num, initial=done, unit="image", desc="sample", disable=self.world.rank > 0) as bar:
+        with Bar(what="sample", unit="images", total=self.num, done=done, quiet=self.world.rank > 0) as bar:
             for part in mine:
                 write_whole(self._file(part), partial(np.save, arr=draw(*part)))
                 bar.update(min((part[1] - part[0]) * self.world.size, self.num - bar.n))  # the others keep pace

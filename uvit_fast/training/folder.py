@@ -80,11 +80,27 @@ class RunState(NamedTuple):
     changed: float
 
 
-def run_states(folder: Path) -> list[RunState]:
-    """The runs below a folder, the one that changed last first."""
-    found = [path.parent for path in folder.glob("*/config.yaml") if (path.parent / "environment.json").exists()]
-    runs = [_state(path) or RunState(path.name, "unreadable", 0, 0, None, None, None, None, math.inf) for path in found]
-    return sorted(runs, key=lambda run: run.changed)
+def find_runs(*folders: Path) -> list[Path]:
+    """The runs in folders, of which each is a run or holds some, in the folders' order and by name."""
+    runs = []
+    for folder in folders:
+        runs += [folder] if _is_run(folder) else sorted(filter(_is_run, folder.iterdir() if folder.is_dir() else []))
+    return list({run.resolve(): run for run in runs}.values())
+
+
+def run_states(*folders: Path) -> list[RunState]:
+    """The state of each of their runs, of the one that changed last first."""
+    unknown = (0, 0, None, None, None, None, math.inf)
+    states = [_state(path) or RunState(_name(path), "unreadable", *unknown) for path in find_runs(*folders)]
+    return sorted(states, key=lambda run: run.changed)
+
+
+def _is_run(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in ("config.yaml", "environment.json"))
+
+
+def _name(run_dir: Path) -> str:
+    return run_dir.absolute().name  # of ".", too
 
 
 def summary(config: Config, model: nn.Module, dataset: Dataset, world: World) -> str:
@@ -185,6 +201,6 @@ def _state(run_dir: Path) -> RunState | None:
     state = "no checkpoint" if newest is None else "finished" if newest >= steps else "stopped"
     state = "running" if holder(run_dir) else state
     return RunState(
-        run_dir.name, state, last.get("step", 0), steps, last.get("loss"), last.get("images_per_second"),
+        _name(run_dir), state, last.get("step", 0), steps, last.get("loss"), last.get("images_per_second"),
         newest, commit, time.time() - touched,
     )  # fmt: skip

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from uvit_fast.config import Config
 from uvit_fast.runtime.extras import missing
 from uvit_fast.runtime.files import append_row, read_rows, write_whole
+from uvit_fast.runtime.progress import Bar
 from uvit_fast.training.activations import example
 
 # Dense bf16 FLOP/s of the data sheets, by what the device's name holds.
@@ -56,11 +57,9 @@ class Monitor:
         self.wandb = None if wandb is None else _start(package, run_dir, wandb)
         self.bar = None
         if sys.stderr.isatty():
-            from tqdm import tqdm
-
             wide = os.get_terminal_size(sys.stderr.fileno()).columns  # 0 on some pseudo-terminals
             size = {"dynamic_ncols": True} if wide else {"ncols": 100, "nrows": 24}
-            self.bar = tqdm(total=total, initial=step, unit="step", file=sys.stderr, **size)
+            self.bar = Bar(what="train", unit="steps", total=total, done=step, **size)
 
     def advance(self, step: int) -> None:
         """A step was given to the device."""

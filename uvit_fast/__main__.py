@@ -1,0 +1,8 @@
+"""`python -m uvit_fast` is `uvit-fast`; launchers start their ranks so: `torchrun -m uvit_fast train ...`."""
+
+import sys
+
+from uvit_fast.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
