@@ -26,11 +26,11 @@ def load_config(config: str | Path, overrides: Iterable[str] | Mapping[str, Any]
     Args:
         config: the file, or the name of one that comes with the package, such as h2_256.
         overrides: `section.key=value` strings, as after `--set`, with values in YAML; or a mapping from `section.key`
-        to values.
+            to values.
 
     Raises:
         ConfigError: the file is missing or not YAML, a key is unknown or has a wrong value, or `base` names a file with
-        a base.
+            a base.
     """
     path = find_config(config)
     tree = _read(path)

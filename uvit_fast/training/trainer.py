@@ -123,7 +123,7 @@ class Trainer:
 
         Raises:
             UserError: `train.max_refused` steps in a row had no finite gradient, or the last checkpoint could not be
-            written.
+                written.
         """
         iterations = self.config.train.iterations
         if self.step >= iterations:
