@@ -1,4 +1,4 @@
-# Two commands for a newcomer: `make demo` and `make test`. Each sets up its own .venv.
+# Two commands for a newcomer: `make demo` and `make test`. Each sets up its own .venv; `make help` lists the others.
 # Without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves several GB of CUDA packages.
 
 PYTHON ?= python3
@@ -6,7 +6,10 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-kernel lint format install clean bench report readme
+.PHONY: help demo test test-kernel lint format docs install clean bench report readme
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' Makefile | expand -t 13
 
 demo: .venv/demo.done  ## train on real digits, sample, and measure the samples
 	$(BIN)/python train.py --config configs/digits.yaml
@@ -19,12 +22,12 @@ test: .venv/test.done  ## the whole CPU suite
 test-kernel: .venv/test.done  ## one op: interpreter, contracts and, with a GPU, its tests there; make test-kernel OP=ln_mlp
 	@$(BIN)/python -m tests.kernels $(OP)
 
-lint: .venv/test.done
+lint: .venv/test.done  ## ruff and mypy, as CI runs them
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy
 
-format: .venv/test.done
+format: .venv/test.done  ## ruff's repairs and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -38,7 +41,10 @@ report: .venv/test.done  ## tables and plots anew from benchmarks/results/*.csv
 readme: .venv/test.done  ## README's table anew from benchmarks/results/*.csv
 	$(BIN)/python -m benchmarks.table
 
-install: .venv/demo.done
+docs: .venv/docs.done  ## the documentation as a site, site/index.html; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+install: .venv/demo.done  ## the package alone, editable, into .venv
 
 .venv/torch.done: constraints.txt tools/make_venv.sh
 	sh tools/make_venv.sh $(PYTHON) .venv
@@ -56,5 +62,11 @@ install: .venv/demo.done
 	$(PIP) --no-build-isolation -e ".[digits,test]"
 	touch $@
 
-clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
+# The site reads the sources and imports nothing of them: no torch is needed.
+.venv/docs.done: constraints.txt tools/make_venv.sh
+	sh tools/make_venv.sh $(PYTHON) .venv
+	$(PIP) mkdocs-material "mkdocstrings[python]"
+	touch $@
+
+clean:  ## remove .venv and whatever was built
+	rm -rf .venv build site *.egg-info .pytest_cache .ruff_cache

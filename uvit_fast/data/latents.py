@@ -1,6 +1,7 @@
 """Latents of a frozen autoencoder, and text features, from the packed shards that `uvit-fast extract` writes.
 
 The arrays of a folder (see shards.py):
+
 - `moments` (2C, h, w): the posterior's mean and log variance; or `latents` (C, h, w) of a deterministic encoder. Items
   2i and 2i + 1 are image i and its mirror image; item i is image i where mirror images were not extracted (text).
 - `labels` (), int64, where images have classes.

@@ -1,0 +1,64 @@
+"""The docs: pages whose links hold, lines that fit, a site whose pages exist; hooks and templates that name what there is."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "examples" / "README.md"])
+NAV = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_and_names_of_files_exist(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)\s#:]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / target).exists(), target
+    for path in re.findall(r"`((?:tests|kernels|uvit_fast|examples|tools)/[\w/]+\.(?:py|md|sh|yaml))`", text):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_the_reference_shows_is_there(page):
+    """A name that griffe does not find is an error of `make docs`; here of the tests too, by the sources alone."""
+    for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE):
+        module = ROOT / name.replace(".", "/")
+        if not module.with_suffix(".py").is_file() and not (module / "__init__.py").is_file():
+            parent, _, last = name.rpartition(".")
+            file = ROOT / (parent.replace(".", "/") + ".py")
+            source = (file if file.is_file() else ROOT / parent.replace(".", "/") / "__init__.py").read_text()
+            assert re.search(rf"\b{last}\b", source), name
+
+
+def test_every_page_stands_in_the_sites_list():
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert page.relative_to(ROOT / "docs").as_posix() in NAV, f"{page}: add it to mkdocs.yml"
+
+
+def test_the_site_is_built_without_a_warning(tmp_path):
+    """Where the extra docs is installed, which CI's tests do without."""
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    build = [sys.executable, "-m", "mkdocs", "build", "-d", str(tmp_path / "site")]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+    page = (tmp_path / "site" / "api" / "model.html").read_text()
+    assert "The noise prediction network" in page and (tmp_path / "site" / "kernels" / "LOG.html").is_file()
+
+
+def test_the_hook_before_a_commit_is_lints_ruff():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    pinned = re.search(r"^ruff==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
+    assert [repo["rev"] for repo in hooks] == [f"v{pinned}"]
+
+
+def test_make_help_lists_every_target_that_is_meant_to_be_called():
+    makefile = (ROOT / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split()
+    done = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
+    assert {name for name, _ in lines} == set(phony)
