@@ -23,5 +23,6 @@ def save_run(folder, *more):
 
 
 def session(tmp_path, **options):
-    """Of the checkpoints "a" and "other", of the same shapes and other weights."""
-    return Session({name: save_run(tmp_path / name) for name in ("a", "other")}, CPU, **options)
+    """Of the checkpoints "a" and "other", of the same shapes, other weights and a config of 9 steps."""
+    other = save_run(tmp_path / "other", "sample.steps=9")
+    return Session({"a": save_run(tmp_path / "a"), "other": other}, CPU, **options)

@@ -165,6 +165,18 @@ def test_a_picture_appears_as_it_is_denoised(browser):
     ) and " ms: one picture, 120 evaluations" in seen[-1]
 
 
+def test_another_checkpoint_brings_its_own_settings(browser):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    one(browser, "#checkpoint input").click()
+    one(browser, "[role=option]")
+    options = browser.find_elements(By.CSS_SELECTOR, "[role=option]")
+    next(option for option in options if option.text.endswith("other")).click()
+    steps = one(browser, "#steps input[type=number]")
+    WebDriverWait(browser, 20).until(lambda _: steps.get_attribute("value") == "9")
+
+
 def test_a_mistake_is_a_line_in_the_page(browser, tmp_path):
     (tmp_path / "other.png").write_bytes(b"GIF89a")
     one(browser, "input[type=file]").send_keys(str(tmp_path / "other.png"))

@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
+from tests import autoencoders
+from tests.clip import save_clip
 from tests.gallery.small import CPU, save_run, session
 from tests.recorded import RecordedGraphs
 from uvit_fast import sampling
@@ -175,6 +177,33 @@ def test_what_a_checkpoint_offers(two, tmp_path):
         two.recipes(start(two), list(range(10)), num=10)
     with pytest.raises(UserError, match="classes: expected one or more, got none"):
         two.recipes(start(two), [])
+
+
+def test_a_prompt_becomes_decoded_latents(tmp_path):
+    text = ["model.num_classes=0", "model.context_dim=16", "model.context_tokens=8", "model.in_chans=4"]
+    vae = autoencoders.saved(autoencoders.kl(), tmp_path / "vae")
+    run = save_run(tmp_path / "text", *text, f"latent.autoencoder={vae}", "latent.scale_factor=0.5")
+    of = Session({"t": run}, CPU, clip=save_clip(tmp_path / "clip"))
+    assert of.choices("t").text and not of.choices("t").classes
+    recipe = start(of, prompt="a b", seed=2)
+    views = list(of.draw([recipe]))
+    assert {view.images.shape for view in views} == {(1, 16, 16, 3)}  # each state is decoded
+    other = last(of.draw([checked(recipe, prompt="b")]))
+    assert not np.array_equal(other.images, views[-1].images)
+    again, notes = of.load(of.png(views[-1].images[0], recipe))
+    assert again == recipe and not notes
+    with pytest.raises(UserError, match="class: t has none"):
+        last(of.draw([checked(recipe, label=3)]))
+
+
+def test_plans_of_cached_layers_are_followed_and_named_in_files(two, tmp_path):
+    cached = ["sample.sampler=dpmpp_2m", "sample.cache=outer:3", "model.depth=4"]
+    cfg, run = save_run(tmp_path / "cached", *cached)
+    of = Session({"c": (cfg, run)}, CPU)
+    (wanted,) = sampling.sample(sampling.load_for_sampling(cfg, run, CPU), cfg, 1, labels=torch.tensor([0]))
+    view = last(of.draw([start(of)]))
+    assert np.array_equal(view.images, to_uint8(wanted))
+    assert from_png(of.png(view.images[0], start(of)))[1]["cache"] == "outer:3"
 
 
 def test_who_looks_away_ends_the_loop_and_the_next_is_served(two):
