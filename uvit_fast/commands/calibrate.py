@@ -26,7 +26,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the plan; print what it saves and how far its samples are from those of all evaluations, beside fewer evaluations."""
+    """Write the plan; print what it saves, and how far its samples are from whole evaluations', beside fewer of these."""
     cfg = config_of(args.config, args.checkpoint, args.set)
     if not 1 < args.speedup < math.inf:
         raise UserError(f"--speedup: expected a number above 1, got {args.speedup:g}")
@@ -80,8 +80,8 @@ def run(args: argparse.Namespace) -> None:
         errors, calibration.stage_weights(stages), names, costs * (len(names) // 2), count(cfg)[1], args.speedup
     )
     about = (
-        f"of {args.checkpoint}, {args.num} trajectories, seed {args.seed}, guidance {cfg.sample.guidance_scale:g}: weighted errors of at most "
-        f"{found.bound:.3g}, {found.speedup:.2f} times fewer multiply-adds"
+        f"of {args.checkpoint}, {args.num} trajectories, seed {args.seed}, guidance {cfg.sample.guidance_scale:g}: "
+        f"weighted errors of at most {found.bound:.3g}, {found.speedup:.2f} times fewer multiply-adds"
     )
     reuse = {i: contracted(names, each) for i, each in enumerate(found.plan) if each}
     args.out.parent.mkdir(parents=True, exist_ok=True)

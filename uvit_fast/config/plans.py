@@ -23,7 +23,7 @@ class CachePlan(Section):
     steps: int = Field(ge=1, le=10**5, description="Network evaluations a sample that it is for.")
     sampler: str | None = Field(None, description="sample.sampler that it is for. Default: any.")
     reuse: dict[int, tuple[str, ...]] = Field(
-        description="Evaluation, from 0 -> sublayers that reuse their last output: names or patterns, as in_blocks.3.attn, *.mlp."
+        description="Evaluation, from 0 -> sublayers that reuse their last output, as in_blocks.3.attn or *.mlp."
     )
 
 

@@ -268,8 +268,8 @@ class SampleConfig(Section):
     )
     cache: CachedLayers = Field(
         "none",
-        description="Layers that reuse their last output: none, a plan's file (.yaml, .json), or outer:N:K, the K outermost blocks of each "
-        "side always and the others at one of N evaluations; outer:N is outer:N:1.",
+        description="Layers that reuse their last output: none, a plan's file (.yaml, .json), or outer:N:K, the K outermost "
+        "blocks of each side always and the others at one of N evaluations; outer:N is outer:N:1.",
     )
     prompts: tuple[str, ...] = Field(
         (), description="Of a text model: what its previews show, and `sample` by default."

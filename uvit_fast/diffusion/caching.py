@@ -1,8 +1,9 @@
-"""Cached layers: which sublayers of a network reuse their last output at which evaluation, and the outputs that are kept for that.
+"""Cached layers: which sublayers of a network reuse their last output at which evaluation, and the outputs that are
+kept for that.
 
-A sublayer is what a residual block adds to its stream: its attention or its MLP. A plan is fixed before the loop starts, so that a captured loop
-holds the kernels of what is computed and no others. Sources: Learning-to-Cache (Ma et al. 2024), SmoothCache (Liu et al. 2024),
-Skip-DiT (Chen et al. 2024).
+A sublayer is what a residual block adds to its stream: its attention or its MLP. A plan is fixed before the loop
+starts, so that a captured loop holds the kernels of what is computed and no others. Sources: Learning-to-Cache (Ma et
+al. 2024), SmoothCache (Liu et al. 2024), Skip-DiT (Chen et al. 2024).
 """
 
 from collections.abc import Iterable, Sequence
@@ -37,9 +38,9 @@ def most_kept(each: Iterable[Layers | None]) -> int:
 class LayerCache:
     """The kept outputs of one loop, as one evaluation sees them.
 
-    Guided evaluations have both branches in a batch of 2B, the conditional one first, and so do the outputs that they keep: a branch reuses its
-    own. An unguided evaluation reads the first half. The first guided one after unguided ones has nothing of its second half
-    and computes.
+    Guided evaluations have both branches in a batch of 2B, the conditional one first, and so do the outputs that they
+    keep: a branch reuses its own. An unguided evaluation reads the first half. The first guided one after unguided
+    ones has nothing of its second half and computes.
     """
 
     def __init__(self, held: dict[str, Tensor], reuse: frozenset[str], keep: frozenset[str]):
@@ -65,11 +66,12 @@ class LayerCache:
 
 
 def outer_plan(times: Sequence[float], begins: Sequence[bool], inner: Iterable[str], every: int) -> Plan:
-    """Return the plan that computes the `inner` sublayers at one of `every` evaluations, the others always (Skip-DiT's schedule).
+    """Return the plan that computes the `inner` sublayers at one of `every` evaluations, the others always
+    (Skip-DiT's schedule).
 
-    Skip-DiT replaces the stream where the last outer blocks begin; here the inner blocks' long skips still run. Evaluations inside an interval
-    of order 2 or 3 are always whole, since an output that equals the one at the interval's start takes the order away, and so are
-    those at t <= 0.02.
+    Skip-DiT replaces the stream where the last outer blocks begin; here the inner blocks' long skips still run.
+    Evaluations inside an interval of order 2 or 3 are always whole, since an output that equals the one at the
+    interval's start takes the order away, and so are those at t <= 0.02.
 
     Args:
         times, begins: the schedule's t of each evaluation, and whether an interval of the solver begins there.

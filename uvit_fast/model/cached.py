@@ -1,8 +1,9 @@
 """A U-ViT's blocks where some of their attentions and MLPs reuse the output that they had at an earlier evaluation.
 
-What is kept is what the sublayer added to the residual stream, `after - before`: the fused ops add it themselves, and an evaluation with a
-cache computes what one without computes, bit for bit. The subtraction is one pass over the stream, at evaluations that are
-reused later only; an evaluation that reuses adds it and launches nothing else of the sublayer.
+What is kept is what the sublayer added to the residual stream, `after - before`: the fused ops add it themselves, and
+an evaluation with a cache computes what one without computes, bit for bit. The subtraction is one pass over the
+stream, at evaluations that are reused later only; an evaluation that reuses adds it and launches nothing else of the
+sublayer.
 """
 
 from __future__ import annotations

@@ -291,7 +291,7 @@ class UViT(Replayed):
             y: (B,) labels in [0, num_classes), int64 or int32, for class-conditional models only. On a GPU their values are not looked
                 at, for which the host would have to wait: one out of range ends in a device-side assertion.
             context: (B, context_tokens, context_dim) text features, for text-conditional models only.
-            cache: outputs of other evaluations in the place of some sublayers (`model.cached`); such a call is not replayed by itself.
+            cache: outputs of other evaluations in the place of some sublayers (`model.cached`); not replayed by itself.
 
         Returns:
             (B, C, H, W), eps, in x's dtype.

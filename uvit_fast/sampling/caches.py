@@ -9,7 +9,8 @@ from uvit_fast.model.cached import sublayers
 
 
 def held_bytes(cfg: Config, stages: Sequence[Stage], images: int, guided: bool, width: int) -> int:
-    """Return the memory of the kept outputs, beside that of the loop: tokens times D of each, of both branches where there is guidance.
+    """Return the memory of the kept outputs, beside that of the loop: tokens times D of each, of both branches where
+    there is guidance.
 
     Args:
         images: at a time. width: bytes of a number, those of the weights.
@@ -27,7 +28,8 @@ def cached_layers(cfg: Config, stages: Sequence[Stage], images: int, guided: boo
     share = reused / (len(stages) * len(sublayers(cfg.model.depth)))
     size = held_bytes(cfg, stages, images, guided, width) / 1e9
     both = ", both branches" if guided else ""
-    return f"cached layers: {share:.0%} of the attentions and MLPs reuse an output; {size:.3g} GB for {images} images at a time{both}"
+    what = f"{share:.0%} of the attentions and MLPs reuse an output"
+    return f"cached layers: {what}; {size:.3g} GB for {images} images at a time{both}"
 
 
 def sublayer_macs(cfg: Config) -> list[float]:

@@ -1,8 +1,9 @@
 """A plan of cached layers from some trajectories of the checkpoint itself (SmoothCache, Liu et al. 2024, Section 3).
 
-Of every attention and MLP the error of reusing an older output is measured: the mean of |old - new| over that of |new|. Where it stays below a bound
-the output is reused, at most three evaluations long; the bound is the smallest that gives the speed-up that was asked for.
-SmoothCache averages over the blocks; here each sublayer has its own schedule.
+Of every attention and MLP the error of reusing an older output is measured: the mean of |old - new| over that of
+|new|. Where it stays below a bound the output is reused, at most three evaluations long; the bound is the smallest
+that gives the speed-up that was asked for. SmoothCache averages over the blocks; here each sublayer has its own
+schedule.
 """
 
 from collections import deque
@@ -36,7 +37,8 @@ class _Watching(nn.Module):
     """A network that is called as it is while the errors of its sublayers are measured: the `Cache` of its evaluations.
 
     Attributes:
-        errors: of each evaluation, by gap and sublayer; () fp32 tensors, where there is an older output of as many rows.
+        errors: of each evaluation, by gap and sublayer; () fp32 tensors, where there is an older output of as many
+            rows.
         rows: of each evaluation, over the first one's.
     """
 
@@ -91,11 +93,12 @@ def measure(net: UViT, cfg: Config, num: int, names: Sequence[str], **options) -
 
 
 def stage_weights(stages: Sequence[Stage]) -> list[float]:
-    """Return what an error of each evaluation counts: its output's share of its interval's end, times the evaluations of the interval.
+    """Return what an error of each evaluation counts: its output's share of its interval's end, times the evaluations
+    of the interval.
 
-    Of order 2 that is 0, 2, of order 3 about 3/4, 0, 9/4 (DPM-Solver, Algorithms 1 and 2). Starts count at least 1/4, since the inner states
-    follow from them. Inner evaluations count as the dearest of the interval, the middle one of order 3 too: reused, it would
-    equal the start, and the order would go.
+    Of order 2 that is 0, 2, of order 3 about 3/4, 0, 9/4 (DPM-Solver, Algorithms 1 and 2). Starts count at least 1/4,
+    since the inner states follow from them. Inner evaluations count as the dearest of the interval, the middle one of
+    order 3 too: reused, it would equal the start, and the order would go.
     """
     weights: list[float] = []
     interval = 0  # its evaluations so far
@@ -148,7 +151,7 @@ def find(
 
 
 def _scan(allowed: np.ndarray) -> np.ndarray:
-    """From (evaluations, gaps, sublayers), whether an output may be reused, the greedy schedule (evaluations, sublayers)."""
+    """The greedy schedule (evaluations, sublayers) from whether outputs may be reused (evaluations, gaps, sublayers)."""
     steps, gaps, count = allowed.shape
     reused = np.zeros((steps, count), dtype=bool)
     for k in range(count):

@@ -1,0 +1,302 @@
+"""`uvit-fast front`: quality against time of one checkpoint, over ways to sample from it, and the best of them."""
+
+import argparse
+import hashlib
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from uvit_fast.commands.arguments import checkpoint_arguments, config_of, existing, positive
+from uvit_fast.commands.points import Point, Table, as_good, draw, key_of, pareto, row_of, summarised
+from uvit_fast.config import Config, config_from, load_config
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.files import write_whole
+from uvit_fast.runtime.text import shown
+
+HELP = "quality against time of one checkpoint: samplers, steps, guidance, precision, cached layers"
+EXAMPLE = (
+    "uvit-fast front --checkpoint runs/digits --reference configs/digits.yaml --features digits-fid --steps 50,25,12"
+)
+
+
+def arguments(command: argparse.ArgumentParser) -> None:
+    checkpoint_arguments(command)
+    command.add_argument("--reference", required=True, help="the real images' side, as `uvit-fast evaluate` takes it")
+    command.add_argument(
+        "--features", choices=["inception", "digits-fid"], default="inception", help="see `uvit-fast evaluate`"
+    )
+    command.add_argument("--inception", metavar="FILE", help="the weight file; default: among torch.hub's downloads")
+    command.add_argument("--download", action="store_true", help="fetch the weight file where it is missing")
+    command.add_argument("--samplers", help="with commas, as dpm_fast,dpmpp_2m (default: the config's)")
+    command.add_argument("--steps", help="evaluations, as 50,25,12 (default: the config's)")
+    command.add_argument("--cfg-scales", help="1 + s for the paper's s, as 1,1.4 (default: the config's)")
+    command.add_argument("--intervals", help="times with guidance, as 0:1,0.1:0.8 (default: the config's)")
+    command.add_argument("--precisions", help="bf16,fp8 (default: the config's)")
+    command.add_argument(
+        "--plans", help="cached layers, as sample.cache takes them: none,outer:2,plan.yaml (default: the config's)"
+    )
+    command.add_argument("--num", type=positive, default=10_000, help="samples a point and seed (default 10000)")
+    command.add_argument("--seeds", type=positive, default=1, help="draw and measure each point so often (default 1)")
+    command.add_argument("--batch", type=positive, help="images at a time (default 250 on a GPU, 50 on a CPU)")
+    command.add_argument("--cache", help="folder for statistics of real images (default ~/.cache/uvit-fast)")
+    command.add_argument(
+        "--out", type=Path, help="folder of points.csv, front.png and front.txt (default runs/front_<name>)"
+    )
+    command.add_argument("--draw", action="store_true", help="only draw again what --out holds")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure every point that is not measured yet, write the table after each, then the picture and the best points.
+
+    The same command goes on where it stopped; other points join those that are there. `torchrun -m -- uvit_fast.cli
+    front ...` divides the samples of each point among all GPUs of a host.
+    """
+    cfg = config_of(args.config, args.checkpoint, args.set)
+    existing("--reference", args.reference, "statistics, images, or a YAML whose data are the real images")
+    out = args.out or Path("runs") / f"front_{cfg.name}"
+    points = grid(args, cfg)
+    from uvit_fast.commands.drawing import pyplot
+    from uvit_fast.runtime.processes import World
+
+    pyplot()  # is matplotlib there? Better asked before hours than after
+    with World() as world:
+        if not args.draw:
+            _measure_all(args, cfg, points, out, world)
+        if world.rank == 0:
+            _conclude(cfg, out)
+
+
+def grid(args: argparse.Namespace, cfg: Config) -> list[Point]:
+    """Return the points that are asked for, each once, those of one precision together.
+
+    Raises:
+        UserError: a value that no config takes.
+    """
+    sample = cfg.sample
+
+    def values(option: str, default: Any, parse: Callable[[str], Any]) -> list:
+        text = getattr(args, option)
+        if text is None:
+            return [default]
+        try:
+            return [parse(part) for part in text.split(",")]
+        except ValueError:
+            raise UserError(f"--{option.replace('_', '-')}: expected {example[option]}, got {shown(text)}") from None
+
+    example = {"steps": "numbers, as 50,25", "cfg_scales": "numbers, as 1,1.4", "intervals": "as 0:1,0.1:0.8"}
+
+    def interval(text: str) -> tuple[float, float]:
+        first, last = map(float, text.split(":"))
+        return first, last
+
+    axes = (
+        values("precisions", sample.precision, str),
+        values("samplers", sample.sampler, str),
+        values("steps", sample.steps, int),
+        values("cfg_scales", sample.guidance_scale, lambda text: round(float(text) - 1, 9)),
+        values("intervals", sample.guidance_interval, interval),
+        values("plans", sample.cache, str),
+    )
+    points: dict[Point, None] = {}
+    for precision, sampler, steps, scale, inside, cache in itertools.product(*axes):
+        where = inside if scale else (0.0, 1.0)  # without guidance they are one point
+        changed = load_checked(cfg, Point(sampler, steps, scale, where, precision, cache))
+        points[Point(sampler, steps, scale, where, precision, changed.sample.cache if changed else cache)] = None
+    return list(points)
+
+
+def load_checked(cfg: Config, point: Point) -> Config | None:
+    """Return the config of a point; None for FP8 with cached layers, which there is not.
+
+    Raises:
+        UserError: values that the config refuses.
+    """
+    if point.precision == "fp8" and point.cache != "none":
+        return None
+    tree = cfg.model_dump(mode="json")
+    tree["sample"] |= point.settings()
+    return config_from(tree, Path("front"))
+
+
+def _measure_all(args: argparse.Namespace, cfg: Config, points: list[Point], out: Path, world) -> None:
+    from uvit_fast import measuring
+    from uvit_fast.build import build_sampler
+    from uvit_fast.data.autoencoders import load_decoder
+    from uvit_fast.evaluation.reference import default_cache
+    from uvit_fast.runtime.device import pick_device
+    from uvit_fast.sampling.conditions import check_guidance
+    from uvit_fast.sampling.weights import find_weights, load_found, provenance_of
+
+    device, weights = pick_device(cfg.device), find_weights(args.checkpoint)
+    known = provenance_of(cfg, weights)
+    batch = args.batch or (250 if device.type == "cuda" else 50)
+    wanted: list[tuple[Point, Config, str, int]] = []
+    left_out: dict[str, list[Point]] = {}  # why -> which
+    for point in points:
+        try:
+            changed = load_checked(cfg, point)
+            if changed is None:
+                raise UserError("sample.cache: the layers of sample.precision fp8 are not cached")
+            check_guidance(point.scale, cfg)
+            plan = [sorted(s.layers.reuse) if s.layers else [] for s in build_sampler(changed).stages]
+        except UserError as error:  # a plan is for one sampler and number of evaluations
+            left_out.setdefault(str(error), []).append(point)
+            continue
+        contents = hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:12] if any(plan) else ""
+        wanted += [(point, changed, contents, of) for of in range(args.seeds)]
+    if not wanted:
+        raise UserError(f"front: no point is left to measure: {next(iter(left_out))}")
+
+    is_config = Path(args.reference).suffix in (".yaml", ".yml")
+    real = load_config(args.reference, args.set) if is_config else args.reference
+    table, rows = Table(out), []
+    told: tuple[str | None, list[tuple]] = (None, [])
+    if world.rank == 0:
+        for why, which in left_out.items():
+            print(f"left out: {which[0]}{_more(which)}: {why}", flush=True)
+        what = cfg.model_dump(mode="json", include={"model", "diffusion", "latent"})
+        what |= cfg.sample.model_dump(mode="json", include={"spacing", "shift"})  # of all points
+        settings = {
+            "checkpoint": str(weights.absolute()),
+            "bytes": [weights.stat().st_size, weights.stat().st_mtime_ns],
+            "config": hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest(),
+            "reference": str(Path(args.reference).absolute()),
+            "features": args.features,
+            "num": args.num,
+            "batch": batch,
+            "processes": world.size,
+        }
+        refusal = table.claim(settings)
+        rows = [] if refusal else table.rows()
+        told = (refusal, [key_of(row) for row in rows])
+    refusal, there = world.tell(told)
+    if refusal:
+        raise UserError(refusal)
+    todo = [each for each in wanted if key_of(row_of(*each)) not in set(there)]
+    if not todo:
+        return
+    cache = Path(args.cache) if args.cache else default_cache()
+    inception = (args.inception, args.download)
+    extractor, reference = measuring.yardstick(
+        args.features, real, shown(args.reference), inception, device, cache, batch, world
+    )
+    decode = load_decoder(cfg, device, known) if cfg.latent else None
+    costs = [point.steps * (1 + (point.scale > 0)) for point, *_ in todo]
+    began, model, loaded, refused = time.monotonic(), None, "", ""
+    for i, (point, changed, contents, of) in enumerate(todo):
+        if point.precision == refused:
+            continue
+        if loaded != point.precision:
+            model = None  # its memory first
+            try:
+                model = load_found(changed, weights, device)
+            except UserError as error:  # FP8 where it cannot run
+                if point.precision == cfg.sample.precision:
+                    raise
+                if world.rank == 0:
+                    print(f"left out: all points in {point.precision}: {error}", flush=True)
+                refused = point.precision
+                continue
+            loaded = point.precision
+        assert model is not None  # loaded above
+        samples = measuring.drawn_images(model, changed, args.num, str(point), decode, of, known=known)
+        timed = _Timed(samples.read, reference.size, device.type == "cuda")
+        try:
+            found = _distance(replace(samples, read=timed), reference, extractor, batch, world)
+        except UserError as error:  # samples that are no images
+            if world.size > 1:  # which the others do not know
+                raise
+            print(f"left out: {point}, seed {of}: {error}", flush=True)
+            continue
+        seconds = world.gather(timed.seconds())
+        if found is None:
+            continue
+        row = row_of(point, changed, contents, of) | {
+            "images": args.num,
+            "metric": f"{extractor.prefix}fid",
+            "figure": f"{found:.6g}",
+        }
+        rows.append(row | {"seconds": f"{1000 * max(seconds):.6g}", "batch": batch, "device": _name(device)})
+        table.write(rows)
+        left = (time.monotonic() - began) / sum(costs[: i + 1]) * sum(costs[i + 1 :])
+        print(
+            f"{i + 1} of {len(todo)}: {point}, seed {of}: {row['metric']} {found:.4g}, "
+            f"{1000 * max(seconds):.4g} s a 1,000 images; {_minutes(left)} left",
+            flush=True,
+        )
+
+
+class _Timed:
+    """A reader of drawn images that takes the time of drawing alone, the median of the batches.
+
+    On a GPU one batch comes before, which captures the loop. Batches that are not full are not counted where there
+    are full ones.
+    """
+
+    def __init__(self, read: Callable[[list[range]], Iterator], size: tuple[int, int] | None, warm_up: bool):
+        self.read, self.size, self.warm_up = read, size, warm_up
+        self.batches: list[tuple[int, float]] = []
+
+    def __call__(self, parts: list[range]) -> Iterator:
+        if self.warm_up and parts:
+            next(self.read(parts[:1]))
+        images = self.read(parts)
+        for _ in parts:
+            began = time.perf_counter()
+            array = next(images)  # on the host: the device has finished
+            self.batches.append((len(array), time.perf_counter() - began))
+            if self.size not in (None, array.shape[1:3]):
+                raise UserError(
+                    f"front: samples of {array.shape[2]} x {array.shape[1]} pixels; the reference has {self.size}"
+                )
+            yield array
+
+    def seconds(self) -> float:
+        """Return those of an image; 0 where this process drew none."""
+        most = max((size for size, _ in self.batches), default=1)
+        took = [seconds for size, seconds in self.batches if size == most]
+        return statistics.median(took) / most if took else 0.0
+
+
+def _distance(samples, reference, extractor, batch: int, world) -> float | None:
+    """The Frechet distance alone, on rank 0."""
+    from uvit_fast.evaluation.features import extract
+    from uvit_fast.evaluation.metrics import frechet_distance
+
+    found = extract(samples, extractor, batch, sys.stderr.isatty(), world)
+    return None if found is None else float(frechet_distance(found.pool_statistics, reference.pool_statistics))
+
+
+def _name(device) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def _conclude(cfg: Config, out: Path) -> None:
+    """Draw front.png, write front.txt and print it."""
+    rows = Table(out).rows()
+    if not rows:
+        raise UserError(f"{out}: no points.csv; expected a folder that `uvit-fast front` wrote")
+    points = summarised(rows)
+    front, metric = pareto(points), rows[0]["metric"]
+    lines = [f"seconds of 1,000 images  {metric}  options"]
+    lines += [f"{each.seconds:12.4g}  {each.figure:10.4g}  {each.point.lines(cfg)}" for each in front]
+    text = "\n".join([*lines, *as_good(points)]) + "\n"
+    write_whole(out / "front.txt", lambda file: file.write_text(text, "utf-8"))
+    draw(points, front, rows[0], out / "front.png")
+    print(text + f"wrote {out / 'points.csv'}, {out / 'front.png'} and {out / 'front.txt'}")
+
+
+def _more(points: Sequence[Point]) -> str:
+    return f" and {len(points) - 1} more" if len(points) > 1 else ""

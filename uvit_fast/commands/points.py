@@ -1,0 +1,237 @@
+"""Ways to sample from one checkpoint, what has been measured of them, and which of them no other beats."""
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from uvit_fast.config import Config
+from uvit_fast.runtime.claims import Claim, Taken
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.files import write_whole
+from uvit_fast.runtime.text import shown
+
+COLUMNS = ["sampler", "steps", "guidance_scale", "guidance_interval", "precision", "cache", "plan", "seed", "images"]
+COLUMNS += ["metric", "figure", "seconds", "batch", "device"]  # seconds: of 1,000 images on one device
+
+
+class Point(NamedTuple):
+    """One way to sample."""
+
+    sampler: str
+    steps: int
+    scale: float  # the paper's s
+    interval: tuple[float, float]
+    precision: str
+    cache: str
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the section `sample` says for it."""
+        guided = {"guidance_scale": self.scale, "guidance_interval": list(self.interval)}
+        return {
+            "sampler": self.sampler,
+            "steps": self.steps,
+            **guided,
+            "precision": self.precision,
+            "cache": self.cache,
+        }
+
+    def lines(self, base: Config) -> str:
+        """Return the --set options that make it of a config."""
+        before = base.sample.model_dump(mode="json")
+        changed = {key: value for key, value in self.settings().items() if value != before[key]}
+        options = [
+            f"--set sample.{key}={json.dumps(value).strip(chr(34))}".replace(", ", ",")
+            for key, value in changed.items()
+        ]
+        return " ".join(options) or "(the config as it is)"
+
+    def __str__(self) -> str:
+        guided = f"s {self.scale:g}" if self.scale else "unguided"
+        inside = "" if self.interval == (0.0, 1.0) else f" in {self.interval[0]:g} to {self.interval[1]:g}"
+        others = [self.precision] * (self.precision != "bf16") + [Path(self.cache).name] * (self.cache != "none")
+        return ", ".join([f"{self.sampler} {self.steps}", guided + inside, *others])
+
+
+class Measured(NamedTuple):
+    """A point's figures over its seeds."""
+
+    point: Point
+    figures: list[float]
+    seconds: float  # of 1,000 images
+
+    @property
+    def figure(self) -> float:
+        return sum(self.figures) / len(self.figures)
+
+
+class Table:
+    """points.csv, whole after each point, and the settings that all its rows have."""
+
+    def __init__(self, out: Path):
+        self.out, self.file = out, out / "points.csv"
+        self._held: Claim | None = None
+
+    def claim(self, settings: dict[str, Any]) -> str | None:
+        """Keep other processes out; return why its rows cannot be joined by others."""
+        try:
+            self._held = Claim(self.out)
+        except Taken as taken:
+            return f"--out {self.out}: another process writes it, {taken}; expected another folder"
+        note = self.out / "settings.json"
+        try:
+            before = json.loads(note.read_text("utf-8")) if note.is_file() else settings
+        except ValueError:
+            return f"{note}: damaged; expected another --out"
+        for name, value in settings.items():
+            if before.get(name) != value:
+                there = shown(before.get(name))
+                return f"--out {self.out}: its points have {name} {there}, got {shown(value)}; expected another folder"
+        write_whole(note, lambda file: file.write_text(json.dumps(settings, indent=1), "utf-8"))
+        return None
+
+    def rows(self) -> list[dict]:
+        """Return what has been measured.
+
+        Raises:
+            UserError: another table.
+        """
+        if not self.file.is_file():
+            return []
+        with open(self.file, newline="") as file:
+            reader = csv.DictReader(file)
+            if reader.fieldnames != COLUMNS:
+                raise UserError(
+                    f"{self.file}: expected what `uvit-fast front` writes, with the columns {', '.join(COLUMNS)}"
+                )
+            return list(reader)
+
+    def write(self, rows: list[dict]) -> None:
+        def put(path: Path) -> None:
+            with open(path, "w", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS)
+                writer.writeheader()
+                writer.writerows(rows)
+
+        write_whole(self.file, put)
+
+
+def row_of(point: Point, changed: Config, contents: str, of: int) -> dict[str, Any]:
+    guided = {"guidance_scale": f"{point.scale:g}", "guidance_interval": "{:g}:{:g}".format(*point.interval)}
+    return {
+        "sampler": point.sampler,
+        "steps": str(point.steps),
+        **guided,
+        "precision": point.precision,
+        "cache": point.cache,
+        "plan": contents,
+        "seed": str(of),
+    }
+
+
+def key_of(row: dict[str, Any]) -> tuple:
+    return tuple(row[name] for name in COLUMNS[: COLUMNS.index("seed") + 1])
+
+
+def summarised(rows: Iterable[dict[str, str]]) -> list[Measured]:
+    """Return the points of a table, by their seconds."""
+    figures: dict[Point, list[float]] = {}
+    seconds: dict[Point, list[float]] = {}
+    for row in rows:
+        first, last = map(float, row["guidance_interval"].split(":"))
+        point = Point(
+            row["sampler"],
+            int(row["steps"]),
+            float(row["guidance_scale"]),
+            (first, last),
+            row["precision"],
+            row["cache"],
+        )
+        figures.setdefault(point, []).append(float(row["figure"]))
+        seconds.setdefault(point, []).append(float(row["seconds"]))
+    found = [Measured(point, figures[point], min(seconds[point])) for point in figures]
+    return sorted(found, key=lambda each: (each.seconds, each.figure))
+
+
+def pareto(points: Sequence[Measured]) -> list[Measured]:
+    """Return those that no other beats in both seconds and figure, the fastest first."""
+    best, front = math.inf, []
+    for each in sorted(points, key=lambda each: (each.seconds, each.figure)):
+        if each.figure < best:
+            front.append(each)
+            best = each.figure
+    return front
+
+
+def as_good(points: Sequence[Measured]) -> list[str]:
+    """Return what is as good as the most whole evaluations in bf16, within their seeds, and how much faster, in sentences."""
+    whole = [each for each in points if each.point.cache == "none" and each.point.precision == "bf16"]
+    if not whole:
+        return []
+    most = min(whole, key=lambda each: (-each.point.steps, each.figure))
+    if len(most.figures) < 2:
+        return ["with --seeds of at least 2 it is said here what is as good as the most evaluations"]
+    bound = max(most.figures)
+    sentences = [
+        f"{most.point}: {most.figure:.4g}, of {len(most.figures)} seeds {min(most.figures):.4g} to {bound:.4g}; as good:"
+    ]
+    for what, these in (("without cached layers", whole), ("of all", points)):
+        fastest = min((each for each in these if each.figure <= bound), key=lambda each: each.seconds)
+        sentences.append(
+            f"  {what}: {fastest.point}, {most.seconds / fastest.seconds:.2f} times as fast, {fastest.figure:.4g}"
+        )
+    return sentences
+
+
+def draw(points: Sequence[Measured], front: Sequence[Measured], about: dict[str, str], path: Path) -> None:
+    """Draw the figure against the seconds of 1,000 images, the front as a labelled line."""
+    from uvit_fast.commands.drawing import COLOURS, INK, pyplot
+
+    plt = pyplot()
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    figure, ax = plt.subplots(figsize=(8.0, 5.0), layout="constrained")
+    kinds = [("whole evaluations", False, "o"), ("cached layers", True, "s")]
+    for (name, cached, marker), colour in zip(kinds, COLOURS):
+        mine = [each for each in points if (each.point.cache != "none") == cached]
+        if mine:
+            low, high = (
+                [each.figure - min(each.figures) for each in mine],
+                [max(each.figures) - each.figure for each in mine],
+            )
+            ax.errorbar(
+                [e.seconds for e in mine],
+                [e.figure for e in mine],
+                (low, high),
+                fmt=marker,
+                ms=4,
+                color=colour,
+                label=name,
+            )
+    ax.step(
+        [e.seconds for e in front],
+        [e.figure for e in front],
+        where="post",
+        color=INK,
+        linewidth=0.8,
+        label="the front",
+        zorder=0,
+    )
+    for i, each in enumerate(front):
+        above = (4, 5 + 11 * (i % 2))
+        label = ax.annotate(str(each.point), (each.seconds, each.figure), above, textcoords="offset points", fontsize=7)
+        label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.7})
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
+    ax.set_xlabel(f"seconds of 1,000 images, {about['batch']} at a time, {about['device']}")
+    ax.set_ylabel(f"{about['metric']} of {int(about['images']):,} samples (lower is better)")
+    ax.grid(axis="both")
+    ax.legend(frameon=False)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    plt.close(figure)
