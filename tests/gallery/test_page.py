@@ -1,6 +1,7 @@
 """The page, by a person's clicks in headless Chromium, and by what it answers to others.
 
-Needs Gradio (`pip install -e ".[gallery]" -c constraints.txt`); the clicks need selenium, and Debian's chromium and chromium-driver too.
+Needs Gradio (`pip install -e ".[gallery]" -c constraints.txt`); the clicks need selenium, and Debian's chromium and
+chromium-driver, too.
 """
 
 import base64
@@ -10,6 +11,7 @@ import os
 import shutil
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -64,7 +66,18 @@ def test_no_file_is_served_and_no_other_name_answered(gallery, tmp_path):
 
 def test_it_listens_at_the_loopback_and_shares_nothing(gallery):
     _, url = gallery
-    assert url.startswith("http://127.0.0.1:")
+    port = int(url.rstrip("/").split(":")[-1])
+    listening = [c.laddr for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    assert [address.ip for address in listening if address.port == port] == ["127.0.0.1"]
+
+
+def test_uploads_have_a_bound(gallery):
+    _, url = gallery
+    connection = http.client.HTTPConnection(url.split("/")[2], timeout=20)
+    head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    body = head + bytes(pages.LARGEST_UPLOAD + 1) + b"\r\n--x--\r\n"
+    connection.request("POST", "/gradio_api/upload", body, {"Content-Type": "multipart/form-data; boundary=x"})
+    assert connection.getresponse().status == 413
 
 
 def test_a_port_in_use_is_one_line(gallery):

@@ -135,7 +135,8 @@ def hidden(text):
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"GIF89a", plain_png(np.zeros((8, 8, 1), np.uint8)), hidden("["), hidden("[]"), hidden('{"recipe": 1, "source": {}}'),
+    [b"", b"GIF89a", plain_png(np.zeros((8, 8, 1), np.uint8)), hidden("["), hidden("[]"),
+     hidden('{"recipe": 1, "source": {}}'),
      hidden("[" * 100_000)],
     ids=["empty", "gif", "another's", "no JSON", "a list", "no recipe", "deep"],
 )  # fmt: skip

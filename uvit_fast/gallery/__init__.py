@@ -1,4 +1,5 @@
-"""A gallery in the browser: `session` samples and knows nothing of a page, `recipe` is what makes a picture, `page` shows both.
+"""A gallery in the browser.
 
-Nothing but `page` needs Gradio.
+`session` samples and knows nothing of a page, `source` is one checkpoint, `recipe` what makes a picture, `page` shows
+them. Nothing but `page` needs Gradio.
 """

@@ -1,6 +1,6 @@
 """The gallery's page: Gradio's controls around a `Session`, and a server that gives away pictures and nothing else.
 
-Pictures travel inside the page as data: URIs. So no route needs to read a file, and those of Gradio's that would are closed.
+Pictures travel inside the page as data: URIs. So no route needs to read a file, and those that would are closed.
 """
 
 import base64
@@ -261,7 +261,9 @@ def pictures(session: Session, view: View, recipes: list[Recipe]) -> str:
         picture = f'<img src="{data}" width="{width}" alt="{html.escape(what or where)}">'
         if finished:
             name = "_".join(file_name(part) for part in (recipe.checkpoint, what or "", where) if part)
-            picture = f'<a href="{data}" download="{html.escape(name)}.png" title="save, with its settings inside">{picture}</a>'
+            picture = (
+                f'<a href="{data}" download="{html.escape(name)}.png" title="save, with its settings">{picture}</a>'
+            )
         said = html.escape(", ".join(filter(None, (what, where))))
         figures.append(f'<figure>{picture}<figcaption style="max-width:{width}px">{said}</figcaption></figure>')
     took = f"{view.done} of {view.steps} evaluations"
@@ -317,7 +319,8 @@ def _controls(names: list[str], name: str, session: Session, suffix: str) -> dic
             label="Guidance scale", info="1 + s; 1: none",
         ),
         "steps": gr.Slider(
-            1, max(250, start.steps), start.steps, step=1, label="Steps", info="network evaluations", elem_id=f"steps{suffix}"
+            1, max(250, start.steps), start.steps, step=1, elem_id=f"steps{suffix}",
+            label="Steps", info="network evaluations",
         ),
         "sampler": gr.Dropdown(choices.samplers, value=start.sampler, label="Sampler", elem_id=f"sampler{suffix}"),
         "precision": gr.Dropdown(

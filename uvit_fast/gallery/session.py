@@ -1,12 +1,10 @@
-"""What a gallery does, without a page: pictures of recipes as they are denoised, side by side, along walks, and from files."""
+"""What a gallery does, without a page: pictures as they are denoised, side by side, along walks, and from files."""
 
-import hashlib
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +13,24 @@ import torch
 from torch import Tensor
 
 import uvit_fast
-from uvit_fast.build import SAMPLERS, build_sampler
-from uvit_fast.config import Config, ModelConfig, config_from
-from uvit_fast.data.autoencoders import load_decoder
-from uvit_fast.data.encoders import load_text, text_encoder_name
+from uvit_fast.build import build_sampler
+from uvit_fast.config import Config
 from uvit_fast.diffusion.noise import sample_generators, sample_noise
-from uvit_fast.gallery.recipe import Precision, Recipe, checked, from_png, to_png
+from uvit_fast.gallery.recipe import Recipe, checked, from_png, to_png
+from uvit_fast.gallery.source import Choices, Source
 from uvit_fast.gallery.watched import Watched
-from uvit_fast.model import fp8
-from uvit_fast.provenance import Provenance, shown
+from uvit_fast.provenance import shown
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.graphs import CudaGraphs, Graphs
 from uvit_fast.runtime.text import cut
 from uvit_fast.sampling.captured import GraphSampler
-from uvit_fast.sampling.conditions import check_guidance, check_labels, chosen_labels
+from uvit_fast.sampling.conditions import check_guidance, check_labels
 from uvit_fast.sampling.images import to_uint8
 from uvit_fast.sampling.loop import check_finite, solve
 from uvit_fast.sampling.weights import find_weights, load_found, provenance_of
 
 FRAMES = 10  # states of a picture that are shown
 MOST = 64  # pictures at a time
-FIXED = (
-    "spacing",
-    "shift",
-    "guidance_interval",
-    "cache",
-)  # of a config's section sample, which the gallery does not change
 
 
 @dataclass(frozen=True)
@@ -59,101 +49,6 @@ class View:
     steps: int
     milliseconds: float | None = None
     replayed: bool = False
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What can be asked of one checkpoint.
-
-    Attributes:
-        classes: name and label of each that it has learned; empty where it has none.
-        text: whether it takes a prompt.
-        guided: whether it was trained for guidance.
-        start: the config's own settings.
-    """
-
-    classes: list[tuple[str, int]]
-    text: bool
-    guided: bool
-    samplers: list[str]
-    precisions: list[Precision]
-    start: Recipe
-
-
-@dataclass
-class _Source:
-    """One checkpoint, and what is loaded of it so far."""
-
-    name: str
-    cfg: Config
-    path: Path
-    known: Provenance
-    device: torch.device
-    clip: str | None
-    networks: dict[str, Any] = field(default_factory=dict)  # by precision
-    graphs: dict[tuple[str, bool], GraphSampler] = field(default_factory=dict)  # by precision; for one picture, or more
-
-    @cached_property
-    def digest(self) -> str:
-        with open(self.path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-    @cached_property
-    def decode(self) -> Callable[[Tensor], Tensor]:
-        return load_decoder(self.cfg, self.device, self.known) if self.cfg.latent else lambda x: x
-
-    @cached_property
-    def text(self) -> tuple[Callable[[list[str]], Tensor], Tensor]:
-        name = self.clip or text_encoder_name(self.cfg, self.known)
-        return load_text(self.cfg, name, self.device, self.known)
-
-    @cached_property
-    def choices(self) -> Choices:
-        cfg, sample = self.cfg, self.cfg.sample
-        labels = chosen_labels(None, cfg, self.known) if cfg.model.num_classes else []
-        precisions: list[Precision] = ["fp32"] if self.device.type == "cpu" else ["bf16"]
-        if self._takes_fp8():
-            precisions.append("fp8")
-        start = checked(
-            checkpoint=self.name,
-            label=labels[0] if labels else None,
-            prompt=next(iter(sample.prompts), "") if cfg.model.context_dim else None,
-            seed=0,
-            cfg_scale=1 + sample.guidance_scale,
-            steps=sample.steps,
-            sampler=sample.sampler,
-            precision=sample.precision if sample.precision in precisions else precisions[0],
-        )
-        return Choices(
-            [(self.known.name(label), label) for label in labels],
-            bool(cfg.model.context_dim),
-            cfg.train.p_uncond > 0,
-            [name for name in SAMPLERS if _can(partial(self.config, name))],
-            precisions,
-            start,
-        )
-
-    @property
-    def fixed(self) -> dict[str, Any]:
-        """What the config decides of a picture beside the recipe; of a plan's file the name alone."""
-        said = self.cfg.sample.model_dump(mode="json", include=set(FIXED))
-        return said | {"cache": Path(said["cache"]).name}
-
-    def _takes_fp8(self) -> bool:
-        model, sampler = self.cfg.model, self.cfg.sample.sampler
-        if not isinstance(model, ModelConfig):
-            return False
-        return _can(lambda: fp8.check(model, self.device)) and _can(lambda: self.config(sampler, "fp8"))
-
-    def config(self, sampler: str, precision: str | None = None) -> Config:
-        """Return the config with another sampler and precision.
-
-        Raises:
-            UserError: that sampler is not for this diffusion.
-        """
-        changed = {"sample.sampler": sampler} | ({"sample.precision": "fp8"} if precision == "fp8" else {})
-        changed |= {"sample.precision": "bf16"} if precision in ("fp32", "bf16") else {}
-        return config_from(self.cfg.model_dump(mode="json"), Path(self.name), changed)
 
 
 class Session:
@@ -178,10 +73,10 @@ class Session:
     ):
         assert checkpoints
         self.device = device
-        self._sources: dict[str, _Source] = {}
+        self._sources: dict[str, Source] = {}
         for name, (cfg, checkpoint) in checkpoints.items():
             path = find_weights(checkpoint)
-            self._sources[name] = _Source(name, cfg, path, provenance_of(cfg, path), device, clip)
+            self._sources[name] = Source(name, cfg, path, provenance_of(cfg, path), device, clip)
         self._graphs: Graphs | None = CudaGraphs() if graphs is None and device.type == "cuda" else graphs
         self._lock = threading.Lock()
 
@@ -198,7 +93,7 @@ class Session:
         return self._source(checkpoint).choices
 
     def recipes(self, base: Recipe, labels: list[int] | None = None, num: int | None = 1) -> list[Recipe]:
-        """Return `num` recipes of each class, as `base` but for the seed, which counts up: two classes have the same noise.
+        """Return `num` recipes of each class, as `base` but for the seed, which counts up: classes share noise.
 
         Args:
             labels: of a class-conditional model; default: the label of `base`.
@@ -223,8 +118,8 @@ class Session:
             recipes: up to MOST, alike in their `loop`.
 
         Raises:
-            UserError: a class, prompt, sampler, precision or guidance that this checkpoint does not take; weights that cannot
-                be loaded; samples that are not finite.
+            UserError: a class, prompt, sampler, precision or guidance that this checkpoint does not take; weights that
+                cannot be loaded; samples that are not finite.
         """
         assert recipes and len({recipe.loop for recipe in recipes}) == 1
         views: queue.Queue[View | BaseException | None] = queue.Queue()
@@ -313,7 +208,7 @@ class Session:
             notes.append(f"its class was {cut(str(said['class']))}, here {here}")
         return recipe, notes
 
-    def _source(self, checkpoint: str) -> _Source:
+    def _source(self, checkpoint: str) -> Source:
         if checkpoint not in self._sources:
             raise UserError(f"checkpoint: expected one of {shown(self.names)}, got {cut(checkpoint)}")
         return self._sources[checkpoint]
@@ -387,7 +282,7 @@ class Session:
             return start
         return between(start, sample_noise(recipe.to_seed, [0], shape)[0], recipe.position)
 
-    def _condition(self, source: _Source, recipes: list[Recipe]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _condition(self, source: Source, recipes: list[Recipe]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if source.choices.classes:
             labels = torch.tensor([recipe.label for recipe in recipes], device=self.device)
             return {"y": labels}, {"y": source.cfg.null_label}
@@ -396,7 +291,7 @@ class Session:
             return {"context": encode([recipe.prompt or "" for recipe in recipes])}, {"context": null}
         return {}, {}
 
-    def _captured(self, graphs: Graphs, source: _Source, precision: str, num: int) -> GraphSampler:
+    def _captured(self, graphs: Graphs, source: Source, precision: str, num: int) -> GraphSampler:
         """One picture is not padded to a batch that was captured before."""
         key = precision, num == 1
         if key not in source.graphs:
@@ -425,11 +320,3 @@ def between(a: Tensor, b: Tensor, position: float) -> Tensor:
     if angle < 1e-6:
         return a
     return ((torch.sin((1 - position) * angle) * a64 + torch.sin(position * angle) * b64) / torch.sin(angle)).float()
-
-
-def _can(does: Callable[[], object]) -> bool:
-    try:
-        does()
-    except UserError:
-        return False
-    return True
