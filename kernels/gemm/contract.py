@@ -28,6 +28,25 @@ G1: tl.constexpr = tl.constexpr(0.2960452655195679)
 G2: tl.constexpr = tl.constexpr(-0.011248595984110748)
 
 
+class Call(NamedTuple):
+    """What a core is asked for: the epilogue of x @ w.T, with `transposed` of x @ w."""
+
+    epilogue: str  # of `CASES`
+    x: Tensor  # (M, K), contiguous
+    linear: Linear  # weight (N, K), or (N, K + K2) with x2; bias (N,), any float dtype
+    x2: Tensor | None = None  # (M, K2): contracted with the last K2 columns of the weight
+    stats: Tensor | Summed | None = None  # of `layernorm.fold.prepare`, as linear is: x's LayerNorm is folded in
+    side: Tensor | None = None  # (M, N), contiguous: the residual, added last, or GELU's h
+    overwrite: bool = False  # the result that is computed from side, value by value, takes its place
+    sums: Tensor | None = None  # of `layernorm.sums.new`, filled with those of the result
+    transposed: bool = False
+
+    @property
+    def features(self) -> int:
+        """N, of the result."""
+        return self.linear.weight.shape[1 if self.transposed else 0]
+
+
 class Product(NamedTuple):
     """What a product with its epilogue wrote."""
 
@@ -36,21 +55,18 @@ class Product(NamedTuple):
     partial: Tensor  # (tiles of M, N) fp32, parts of out's column sums, of gelu_backward; else out
 
 
-def results(epilogue: str, x: Tensor, N: int, side: Tensor | None, overwrite: bool) -> tuple[Tensor, Tensor]:
-    """Return where a product of x (M, K) writes its one or two results (M, N).
-
-    That is new memory; with `overwrite` it is the side input's for the result that is computed from it value by value.
-    """
+def results(call: Call) -> tuple[Tensor, Tensor]:
+    """Return where a product writes its one or two results (M, N): new memory, or with `overwrite` the side input's."""
 
     def new() -> Tensor:
-        return x.new_empty(x.shape[0], N)
+        return call.x.new_empty(call.x.shape[0], call.features)
 
-    if epilogue == "residual" and overwrite:
-        return side, side
-    if epilogue == "gelu_backward":
-        return new(), side if overwrite else new()
+    if call.epilogue == "residual" and call.overwrite:
+        return call.side, call.side
+    if call.epilogue == "gelu_backward":
+        return new(), call.side if call.overwrite else new()
     out = new()
-    return out, new() if epilogue == "gelu_save" else out
+    return out, new() if call.epilogue == "gelu_save" else out
 
 
 class Core(ABC):
@@ -61,26 +77,8 @@ class Core(ABC):
         return False
 
     @abstractmethod
-    def product(
-        self,
-        epilogue: str,
-        x: Tensor,
-        linear: Linear,
-        *,
-        x2: Tensor | None = None,
-        stats: Tensor | Summed | None = None,
-        side: Tensor | None = None,
-        overwrite: bool = False,
-        sums: Tensor | None = None,
-        transposed: bool = False,
-    ) -> Product:
-        """Launch a kernel for the epilogue of x @ w.T, with `transposed` of x @ w.
-
-        Args:
-            epilogue: of `CASES`.
-            x, x2, stats, overwrite, sums: as in `linear`.
-            side: (M, N): the residual, or GELU's h.
-        """
+    def product(self, call: Call) -> Product:
+        """Launch a kernel."""
 
     def linear(
         self,
@@ -96,26 +94,21 @@ class Core(ABC):
         """Return x @ w.T + bias, with the sources and the epilogue that are given.
 
         Args:
-            x: (M, K), contiguous.
-            linear: weight (N, K), or (N, K + K2) with x2; bias (N,), any float dtype.
-            x2: (M, K2): contracted with the last K2 columns of the weight.
-            stats: of `layernorm.fold.prepare`, as `linear` is: the LayerNorm of x is folded in.
+            x, linear, x2, stats, sums: as in `Call`.
             residual: (M, N), contiguous, added last.
             overwrite: the result takes the residual's place.
-            sums: of `layernorm.sums.new`, filled with those of the result.
 
         Returns:
             (M, N).
         """
         epilogue = "plain" if residual is None else "residual"
-        more = {"x2": x2, "stats": stats, "side": residual, "overwrite": overwrite, "sums": sums}
-        return self.product(epilogue, x, linear, **more).out
+        return self.product(Call(epilogue, x, linear, x2, stats, residual, overwrite, sums)).out
 
     def linear_gelu(
         self, x: Tensor, linear: Linear, *, stats: Tensor | Summed, save: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Return GELU(2 h), h = LN(x) @ w.T + bias, with the LayerNorm folded in, and with `save` h: both (M, N)."""
-        made = self.product("gelu_save" if save else "gelu", x, linear, stats=stats)
+        made = self.product(Call("gelu_save" if save else "gelu", x, linear, stats=stats))
         return made.out, made.second if save else None
 
     def linear_gelu_backward(
@@ -133,7 +126,8 @@ class Core(ABC):
             The argument's gradient (dy @ w) * GELU'(2 h), (M, N); GELU(2 h), (M, N), which the weight gradient needs;
             the column sums of the first, (N,).
         """
-        made = self.product("gelu_backward", dy, Linear(weight), side=h, overwrite=overwrite, transposed=True)
+        call = Call("gelu_backward", dy, Linear(weight), side=h, overwrite=overwrite, transposed=True)
+        made = self.product(call)
         return made.out, made.second, *reduce.totals(made.partial, 1, dy.dtype)
 
     def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:

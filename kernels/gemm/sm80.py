@@ -5,11 +5,9 @@ One kernel, out = epilogue(x @ w.T): one or two sources of K, then LayerNorm's s
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from uvit_fast.kernels.gemm.contract import CASES, G0, G1, G2, Core, Product, results
+from uvit_fast.kernels.gemm.contract import CASES, G0, G1, G2, Call, Core, Product, results
 from uvit_fast.kernels.layernorm.sums import CHUNK
-from uvit_fast.kernels.layers import Linear
 from uvit_fast.kernels.runtime import launch, tuning
 from uvit_fast.kernels.runtime.checks import ACCUMULATE
 from uvit_fast.kernels.runtime.launch import cdiv
@@ -140,24 +138,12 @@ def gemm_kernel(
         _write_sums(sums, rounded.to(tl.float32), tile_m * BM, tile_n * BN, M, N)
 
 
-def arguments(
-    epilogue: str,
-    x: Tensor,
-    linear: Linear,
-    tuned: dict,
-    *,
-    x2: Tensor | None = None,
-    stats: Tensor | None = None,
-    side: Tensor | None = None,
-    overwrite: bool = False,
-    sums: Tensor | None = None,
-    transposed: bool = False,
-) -> tuple[tuple, dict, int, Product]:
+def arguments(call: Call, tuned: dict) -> tuple[tuple, dict, int, Product]:
     """Return the kernel's arguments, its launch options, the number of tiles, and the results."""
-    w, bias = linear
+    epilogue, x, (w, bias), x2, stats, side, _, sums, transposed = call
     w = w.t() if transposed else w
     (M, K), N, (BM, BN, BK) = x.shape, w.shape[0], tuned["tile"]
-    out, second = results(epilogue, x, N, side, overwrite)
+    out, second = results(call)
     partial = x.new_empty(cdiv(M, BM), N, dtype=ACCUMULATE) if epilogue == "gelu_backward" else out
     args = (
         x,
@@ -197,10 +183,10 @@ def arguments(
 class Plain(Core):
     """The core in plain Triton. Gradients of weights and inputs are cuBLAS's."""
 
-    def product(self, epilogue: str, x: Tensor, linear: Linear, **more) -> Product:
-        tuned = tuning.choice(x.device, CASES[epilogue], x.shape[1])
-        args, options, tiles, made = arguments(epilogue, x, linear, tuned, **more)
-        launch.run(x.device, gemm_kernel, (tiles,), args, options)
+    def product(self, call: Call) -> Product:
+        device = call.x.device
+        args, options, tiles, made = arguments(call, tuning.choice(device, CASES[call.epilogue], call.x.shape[1]))
+        launch.run(device, gemm_kernel, (tiles,), args, options)
         return made
 
 

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from uvit_fast.kernels.gemm import sm90_weight_gradient
-from uvit_fast.kernels.gemm.contract import CASES, Core, Product, results
+from uvit_fast.kernels.gemm.contract import CASES, Call, Core, Product, results
 from uvit_fast.kernels.gemm.sm90_epilogues import (
     Epilogue,
     Place,
@@ -386,16 +386,8 @@ _STAGED = {
 
 
 def arguments(
-    epilogue: str,
-    x: Tensor,
-    linear: Linear,
+    call: Call,
     *,
-    x2: Tensor | None = None,
-    stats: Tensor | Summed | None = None,
-    side: Tensor | None = None,
-    overwrite: bool = False,
-    sums: Tensor | None = None,
-    transposed: bool = False,
     tokens: int = TOKENS,
     part: int = 64,
     stages: int = 0,
@@ -414,12 +406,12 @@ def arguments(
             and there are tiles between those whose tokens are a power of two.
         staging: tokens that a consumer's staging buffers hold together; default: `STAGING`.
     """
-    w, bias = linear
-    (M, K), N = x.shape, w.shape[1 if transposed else 0]
+    epilogue, x, (w, bias), x2, stats, side, _, sums, transposed = call
+    (M, K), N = x.shape, call.features
     span = tokens + tail
     across, down = cdiv(N, 2 * ROWS), cdiv(M, span)
     assert not tail or epilogue in FORWARD and down * span <= cdiv(M, TILE) * TILE
-    out, second = results(epilogue, x, N, side, overwrite)
+    out, second = results(call)
     partial = x.new_empty(down, N, dtype=ACCUMULATE) if epilogue == "gelu_backward" else out
     out_box, x_box = descriptor(out, part, ROWS), descriptor(x, tokens, BK)
     steps = cdiv(K + (0 if x2 is None else x2.shape[1]), BK)
@@ -505,22 +497,22 @@ class Hopper(Core):
     def takes_sums(self, x: Tensor, weight: Tensor) -> bool:
         return tuning.few(x.device, *weight.shape, x.shape[0]).get("sums", False)
 
-    def product(self, epilogue: str, x: Tensor, linear: Linear, **more) -> Product:
-        features = linear.weight.shape[1 if more.get("transposed") else 0]
-        depth = linear.weight.numel() // features
+    def product(self, call: Call) -> Product:
+        x, N = call.x, call.features
+        K = call.linear.weight.numel() // N
         chosen = {}
-        if epilogue in FORWARD and not more.get("transposed"):
-            chosen = dict(tuning.few(x.device, features, depth, x.shape[0]))
+        if call.epilogue in FORWARD and not call.transposed:
+            chosen = dict(tuning.few(x.device, N, K, x.shape[0]))
             chosen.pop("sums", None)
-        chosen, at_once = chosen or tile(epilogue, x, features, depth), multiprocessors(x.device)
-        args, options, programs, made = arguments(epilogue, x, linear, **more, **chosen, at_once=at_once)
+        chosen, at_once = chosen or tile(call.epilogue, x, N, K), multiprocessors(x.device)
+        args, options, programs, made = arguments(call, **chosen, at_once=at_once)
         launch.run(x.device, gemm_kernel, (min(programs, at_once),), args, options)
         return made
 
     def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:
         if not tuning.choice(dy.device, "input_gradient", f"{weight.shape[0]}x{weight.shape[1]}")["ours"]:
             return super().input_gradient(dy, weight)
-        return self.product("plain", dy, Linear(weight), transposed=True).out
+        return self.product(Call("plain", dy, Linear(weight), transposed=True)).out
 
     def weight_gradient(
         self, dy: Tensor, x: Tensor, *, bias: bool, out: Tensor | None = None

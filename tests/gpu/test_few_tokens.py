@@ -5,6 +5,7 @@ import torch
 
 from uvit_fast.kernels.attention import sm90_forward
 from uvit_fast.kernels.gemm import sm90
+from uvit_fast.kernels.gemm.contract import Call
 from uvit_fast.kernels.layernorm.sums import Summed
 from uvit_fast.kernels.layers import Linear
 from uvit_fast.kernels.runtime import launch, once, tuning
@@ -60,7 +61,7 @@ def test_products_in_tiles_and_shares(epilogue, form, shares, monkeypatch):
         x = x[:, :576].contiguous()
     kind = "plain" if epilogue == "two_sources" else epilogue
     with once.stretch({}):
-        outs = [sm90.core.product(kind, x, Linear(w, bias), **given).out for _ in range(5)]
+        outs = [sm90.core.product(Call(kind, x, Linear(w, bias), **given)).out for _ in range(5)]
         assert not once.counters(x.device, 1).any()
     assert all(torch.equal(out, outs[0]) for out in outs)
     assert (outs[0].double() - exact).norm() < 4e-3 * exact.norm()

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from uvit_fast.kernels.gemm import fp8, sm80, sm90, sm90_fp8, sm90_weight_gradient
-from uvit_fast.kernels.gemm.contract import CASES
+from uvit_fast.kernels.gemm.contract import CASES, Call
 from uvit_fast.kernels.layernorm import backward as ln_backward
 from uvit_fast.kernels.layernorm import fold
 from uvit_fast.kernels.layernorm.sums import Summed
@@ -61,7 +61,7 @@ def hopper() -> dict:
 
     def gemm(epilogue, x, linear, sources):
         tuned = choice(table, CASES[epilogue], x.shape[1])
-        args, options, *_ = sm90.arguments(epilogue, x, linear, part=tuned["part"], **sources)
+        args, options, *_ = sm90.arguments(Call(epilogue, x, linear, **sources), part=tuned["part"])
         return sm90.gemm_kernel, args, options
 
     def wgrad(bias):
@@ -69,11 +69,11 @@ def hopper() -> dict:
         return sm90_weight_gradient.weight_gradient_kernel, args, options
 
     def few(epilogue, x, linear, sources):
-        args, options, *_ = sm90.arguments(epilogue, x, linear, **sources, **sm90.FEW)
+        args, options, *_ = sm90.arguments(Call(epilogue, x, linear, **sources), **sm90.FEW)
         return sm90.gemm_kernel, args, options
 
     def shared(epilogue, K, linear, sources, **tile):
-        args, options, *_ = sm90.arguments(epilogue, meta(258, K), linear, part=32, **sources, **tile)
+        args, options, *_ = sm90.arguments(Call(epilogue, meta(258, K), linear, **sources), part=32, **tile)
         return sm90.gemm_kernel, args, options
 
     def narrow(epilogue, K, N, few=None, **sources):
@@ -164,7 +164,8 @@ def ampere() -> dict:
     qkv, up, down = Linear(meta(3 * D, D), meta(3 * D)), Linear(meta(H, D), meta(H)), Linear(meta(D, H), meta(D))
 
     def gemm(epilogue, x, linear, **sources):
-        args, options, *_ = sm80.arguments(epilogue, x, linear, choice(table, CASES[epilogue], x.shape[1]), **sources)
+        tuned = choice(table, CASES[epilogue], x.shape[1])
+        args, options, *_ = sm80.arguments(Call(epilogue, x, linear, **sources), tuned)
         return sm80.gemm_kernel, args, options
 
     return {
