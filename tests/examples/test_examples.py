@@ -122,8 +122,8 @@ def test_the_notebook(digits_run):
     names: dict = {}
     for cell in code:
         exec(compile("".join(cell["source"]), "digits.ipynb", "exec"), names)
-    rows = {name: names[name].height // 48 for name in ("steps", "evaluations", "guidance")}
-    assert rows == {"steps": 8, "evaluations": 4, "guidance": 4} and names["steps"].width == 10 * 48
+    rows = {name: names[name].height // 60 for name in ("steps", "evaluations", "guidance")}
+    assert rows == {"steps": 8, "evaluations": 4, "guidance": 4} and names["steps"].width == 10 * 60
 
 
 def test_the_list_of_examples_is_whole():
