@@ -27,5 +27,5 @@ def sample(cfg: Config, checkpoint: str, labels: list[int], steps: int = 20) -> 
 
 
 if __name__ == "__main__":
-    latents = sample(load_config("configs/h2_256.yaml"), sys.argv[1], labels=[207, 360])
+    latents = sample(load_config("h2_256"), sys.argv[1], labels=[207, 360])
     torch.save(latents, "latents.pt")

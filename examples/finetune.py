@@ -18,7 +18,7 @@ def finetune(
     weights: str,
     photographs: str,
     run: Path,
-    config: str = "configs/finetune_256.yaml",
+    config: str = "finetune_256",
     overrides: tuple[str, ...] = (),
 ) -> dict[str, float]:
     """Encode the photographs, then train; the weights with the lowest held-out loss are in `run / "best"`.

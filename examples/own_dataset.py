@@ -48,8 +48,8 @@ class Rings(Indexed):
 
 
 def train(run: Path, *overrides: str) -> dict[str, float]:
-    """`configs/digits.yaml` with another dataset: a name in a config is needed only for the commands."""
-    cfg = load_config("configs/digits.yaml", ["name=rings", "model.img_size=16", "train.sample_every=500", *overrides])
+    """The config `digits` with another dataset: a name in a config is needed only for the commands."""
+    cfg = load_config("digits", ["name=rings", "model.img_size=16", "train.sample_every=500", *overrides])
     dataset = Rings(cfg.model.img_size)
     check_fits(dataset, cfg)
     preview = training_preview(cfg, Provenance.of(dataset))

@@ -16,7 +16,7 @@ from uvit_fast.pipeline import UViTPipeline, make_pipeline
 GOLDEN_RETRIEVER, OTTER = 207, 360
 
 
-def load(checkpoint: str, config: str = "configs/h2_256.yaml", overrides: tuple[str, ...] = ()) -> UViTPipeline:
+def load(checkpoint: str, config: str = "h2_256", overrides: tuple[str, ...] = ()) -> UViTPipeline:
     """The pipeline of a published `.pth`; `pipe.save_pretrained(folder)` keeps it as a folder of diffusers."""
     cfg = load_config(config, overrides)
     pipe = make_pipeline(cfg, read_weights(checkpoint), vae=load_autoencoder(cfg.latent.autoencoder))

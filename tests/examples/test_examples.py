@@ -28,7 +28,7 @@ DIGITS = ["model.embed_dim=32", "model.depth=2", "model.num_heads=2"]
 def published(tmp_path):
     """A narrow `imagenet256_uvit_huge.pth`, the overrides that fit it, and an autoencoder of 2 x 2 pixels."""
     overrides = (*SMALL, f"latent.autoencoder={autoencoders.saved(autoencoders.kl(), tmp_path / 'vae')}")
-    torch.save(build_model(load_config("configs/h2_256.yaml", overrides)).state_dict(), tmp_path / "huge.pth")
+    torch.save(build_model(load_config("h2_256", overrides)).state_dict(), tmp_path / "huge.pth")
     return str(tmp_path / "huge.pth"), overrides
 
 
@@ -56,7 +56,7 @@ def test_a_scheduler_of_diffusers(published):
     """The ten lines are what the pipeline does with that scheduler."""
     checkpoint, overrides = published
     torch.manual_seed(0)
-    latents = diffusers_scheduler.sample(load_config("configs/h2_256.yaml", overrides), checkpoint, [207, 360], steps=3)
+    latents = diffusers_scheduler.sample(load_config("h2_256", overrides), checkpoint, [207, 360], steps=3)
     pipe = published_weights.load(checkpoint, overrides=overrides)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = diffusers_scheduler.UniPCMultistepScheduler.from_config(pipe.scheduler.config)
