@@ -149,7 +149,7 @@ class _NarrowNorm(nn.Module):
 def _quantised(layer: nn.Linear, norm: nn.LayerNorm | None = None) -> nn.Linear:
     """A layer with the values that its e4m3 weights stand for, the norm's gamma and beta in it."""
     given = None if norm is None else Norm(norm.weight, norm.bias)
-    values, (bias, step, _) = quantise(Linear(layer.weight, layer.bias), given)
+    values, (bias, step) = quantise(Linear(layer.weight, layer.bias), given)
     made = nn.Linear(layer.in_features, layer.out_features, device="meta")
     made.weight = nn.Parameter(values.float() * step[:, None], requires_grad=False)
     made.bias = nn.Parameter(bias.clone(), requires_grad=False)
