@@ -65,7 +65,7 @@ install: .venv/demo.done  ## the package alone, editable, into .venv
 # The site reads the sources and imports nothing of them: no torch is needed.
 .venv/docs.done: constraints.txt tools/make_venv.sh
 	sh tools/make_venv.sh $(PYTHON) .venv
-	$(PIP) mkdocs-material "mkdocstrings[python]"
+	$(PIP) mkdocs-material "mkdocstrings[python]" ruff
 	touch $@
 
 clean:  ## remove .venv and whatever was built

@@ -45,7 +45,7 @@ setup(
         "wandb": ["wandb"],  # training curves elsewhere
         "plot": ["matplotlib"],  # pictures of runs, analyses, benchmarks
         "gallery": ["gradio>=6"],  # the page of `uvit-fast gallery`
-        "docs": ["mkdocs-material", "mkdocstrings[python]"],  # the documentation as a site
+        "docs": ["mkdocs-material", "mkdocstrings[python]", "ruff"],  # the documentation as a site
         "test": [
             "pytest",
             "pytest-benchmark",
