@@ -10,7 +10,7 @@ import textwrap
 from pathlib import Path
 from typing import Any, NoReturn
 
-from uvit_fast.config import Config, ModelConfig, SampleConfig, config_from, load_config
+from uvit_fast.config import Config, ModelConfig, SampleConfig, config_from, is_config_name, load_config
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.text import cut, printable, shown
 
@@ -138,6 +138,11 @@ def existing(option: str, path: str, expected: str) -> None:
         there = False
     if not there:
         raise UserError(f"{option} {cut(path)}: no such file or folder; expected {expected}")
+
+
+def reference_is_config(reference: str) -> bool:
+    """Whether --reference is a config; what is there under a config's name, such as samples, comes first."""
+    return Path(reference).suffix in (".yaml", ".yml") or (is_config_name(reference) and not Path(reference).exists())
 
 
 def config_of(config: str | None, checkpoint: str, overrides: list[str]) -> Config:

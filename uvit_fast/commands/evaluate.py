@@ -10,11 +10,12 @@ from uvit_fast.commands.arguments import (
     existing,
     positive,
     precision_argument,
+    reference_is_config,
     seed,
     set_argument,
     with_precision,
 )
-from uvit_fast.config import Config, is_config_name, load_config
+from uvit_fast.config import Config, load_config
 from uvit_fast.runtime.errors import UserError
 
 HELP = "FID, sFID, Inception score, precision, recall, KID of samples"
@@ -76,7 +77,7 @@ def _run(args: argparse.Namespace, world) -> None:
         raise UserError("evaluate: --classes are of samples that are drawn; expected --checkpoint")
     if args.samples:
         existing("--samples", args.samples, "a folder of images, or an .npz with arr_0")
-    is_config = _is_config(args.reference)
+    is_config = reference_is_config(args.reference)
     if not is_config:
         existing("--reference", args.reference, "statistics, images, or a config whose data are the real images")
     real = load_config(args.reference, args.set) if is_config else args.reference
@@ -115,11 +116,6 @@ def _run(args: argparse.Namespace, world) -> None:
     except OSError as error:
         raise UserError(f"{shown(str(out))}: cannot be written ({error.strerror}); --out names another file") from None
     print(f"wrote {shown(str(out))}")
-
-
-def _is_config(reference: str) -> bool:
-    """Whether --reference is a config; what is there under a config's name, such as samples, comes first."""
-    return Path(reference).suffix in (".yaml", ".yml") or (is_config_name(reference) and not Path(reference).exists())
 
 
 def _drawn(args: argparse.Namespace, cfg: Config, device, world):

@@ -12,43 +12,41 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from uvit_fast.commands.arguments import checkpoint_arguments, config_of, existing, positive
+from uvit_fast.commands.arguments import checkpoint_arguments, config_of, existing, positive, reference_is_config
 from uvit_fast.commands.points import Point, Table, as_good, draw, key_of, pareto, row_of, summarised
 from uvit_fast.config import Config, config_from, load_config
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.files import write_whole
 from uvit_fast.runtime.text import shown
 
-HELP = "quality against time of one checkpoint: samplers, steps, guidance, precision, cached layers"
-EXAMPLE = (
-    "uvit-fast front --checkpoint runs/digits --reference configs/digits.yaml --features digits-fid --steps 50,25,12"
-)
+HELP = "measure quality against time of ways to sample"
+EXAMPLE = "uvit-fast front --checkpoint runs/digits --reference digits --features digits-fid --steps 50,25,12"
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
     checkpoint_arguments(command)
-    command.add_argument("--reference", required=True, help="the real images' side, as `uvit-fast evaluate` takes it")
-    command.add_argument(
-        "--features", choices=["inception", "digits-fid"], default="inception", help="see `uvit-fast evaluate`"
-    )
-    command.add_argument("--inception", metavar="FILE", help="the weight file; default: among torch.hub's downloads")
-    command.add_argument("--download", action="store_true", help="fetch the weight file where it is missing")
-    command.add_argument("--samplers", help="with commas, as dpm_fast,dpmpp_2m (default: the config's)")
-    command.add_argument("--steps", help="evaluations, as 50,25,12 (default: the config's)")
-    command.add_argument("--cfg-scales", help="1 + s for the paper's s, as 1,1.4 (default: the config's)")
-    command.add_argument("--intervals", help="times with guidance, as 0:1,0.1:0.8 (default: the config's)")
-    command.add_argument("--precisions", help="bf16,fp8 (default: the config's)")
-    command.add_argument(
-        "--plans", help="cached layers, as sample.cache takes them: none,outer:2,plan.yaml (default: the config's)"
-    )
-    command.add_argument("--num", type=positive, default=10_000, help="samples a point and seed (default 10000)")
-    command.add_argument("--seeds", type=positive, default=1, help="draw and measure each point so often (default 1)")
-    command.add_argument("--batch", type=positive, help="images at a time (default 250 on a GPU, 50 on a CPU)")
-    command.add_argument("--cache", help="folder for statistics of real images (default ~/.cache/uvit-fast)")
-    command.add_argument(
-        "--out", type=Path, help="folder of points.csv, front.png and front.txt (default runs/front_<name>)"
-    )
-    command.add_argument("--draw", action="store_true", help="only draw again what --out holds")
+    group = command.add_argument_group("what it is compared with, as by evaluate")
+    group.add_argument("--reference", required=True, metavar="PATH", help="statistics, images, or a config: its data")
+    group.add_argument(
+        "--features", choices=["inception", "digits-fid"], default="inception", metavar="NAME",
+        help="inception (default), or digits-fid",
+    )  # fmt: skip
+    group.add_argument("--inception", metavar="FILE", help="its weights; default: torch.hub's download")
+    group.add_argument("--download", action="store_true", help="fetch these weights where missing")
+    group.add_argument("--cache", metavar="DIR", help="of statistics (default ~/.cache/uvit-fast)")
+    group = command.add_argument_group("every combination of (default of each: the config's)")
+    group.add_argument("--samplers", metavar="LIST", help="as dpm_fast,dpmpp_2m")
+    group.add_argument("--steps", metavar="LIST", help="evaluations, as 50,25,12")
+    group.add_argument("--cfg-scales", metavar="LIST", help="1 + s for the paper's s, as 1,1.4")
+    group.add_argument("--intervals", metavar="LIST", help="times with guidance, as 0:1,0.1:0.8")
+    group.add_argument("--precisions", metavar="LIST", help="bf16,fp8")
+    group.add_argument("--plans", metavar="LIST", help="cached layers, as none,outer:2,plan.yaml")
+    group = command.add_argument_group("how, and where to")
+    group.add_argument("--num", type=positive, default=10_000, metavar="N", help="samples a point (default 10000)")
+    group.add_argument("--seeds", type=positive, default=1, metavar="N", help="measure so often (default 1)")
+    group.add_argument("--batch", type=positive, metavar="N", help="images at a time (250 on a GPU, or 50)")
+    group.add_argument("--out", type=Path, metavar="DIR", help="new, or to go on (default runs/front_<name>)")
+    group.add_argument("--draw", action="store_true", help="only draw again what --out holds")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -58,7 +56,8 @@ def run(args: argparse.Namespace) -> None:
     front ...` divides the samples of each point among all GPUs of a host.
     """
     cfg = config_of(args.config, args.checkpoint, args.set)
-    existing("--reference", args.reference, "statistics, images, or a YAML whose data are the real images")
+    if not reference_is_config(args.reference):
+        existing("--reference", args.reference, "statistics, images, or a config whose data are the real images")
     out = args.out or Path("runs") / f"front_{cfg.name}"
     points = grid(args, cfg)
     from uvit_fast.commands.drawing import pyplot
@@ -153,8 +152,7 @@ def _measure_all(args: argparse.Namespace, cfg: Config, points: list[Point], out
     if not wanted:
         raise UserError(f"front: no point is left to measure: {next(iter(left_out))}")
 
-    is_config = Path(args.reference).suffix in (".yaml", ".yml")
-    real = load_config(args.reference, args.set) if is_config else args.reference
+    real = load_config(args.reference, args.set) if reference_is_config(args.reference) else args.reference
     table, rows = Table(out), []
     told: tuple[str | None, list[tuple]] = (None, [])
     if world.rank == 0:
@@ -166,7 +164,7 @@ def _measure_all(args: argparse.Namespace, cfg: Config, points: list[Point], out
             "checkpoint": str(weights.absolute()),
             "bytes": [weights.stat().st_size, weights.stat().st_mtime_ns],
             "config": hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest(),
-            "reference": str(Path(args.reference).absolute()),
+            "reference": args.reference,
             "features": args.features,
             "num": args.num,
             "batch": batch,
