@@ -113,7 +113,8 @@ def _run(args: argparse.Namespace, world) -> None:
     settings["config"] = args.config and os.path.abspath(find_config(args.config))
     decides = cfg.model_dump_json(include={"model", "diffusion", "latent", "sample"})
     settings["contents of the config"] = hashlib.sha256(decides.encode()).hexdigest()
-    settings["cached layers"] = [sorted(stage.layers.reuse) if stage.layers else [] for stage in plan]
+    if cfg.sample.cache != "none":  # a plan's file may change
+        settings["cached layers"] = [sorted(stage.layers.reuse) if stage.layers else [] for stage in plan]
     # of a run that goes on, the newest may be another one tomorrow
     settings["checkpoint"] = os.path.abspath(checkpoint)
     settings["prompts"] = prompts and hashlib.sha256("\n".join([clip, *prompts]).encode()).hexdigest()

@@ -38,9 +38,9 @@ def read_plan(path: Path) -> CachePlan:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        why = (
-            f"{where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}, got {shown(first['input'])}"
-        )
+        words = first["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
+        words = words.replace("Input should be", "expected")
+        why = f"{where + ': ' if where else ''}{words}, got {shown(first['input'])}"
     except (OSError, ValueError) as error:
         why = cut(str(getattr(error, "strerror", None) or error))
     raise UserError(f"sample.cache {cut(str(path))}: expected a plan, with steps and reuse: {why}")
