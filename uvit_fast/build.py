@@ -3,9 +3,11 @@
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from uvit_fast.config import Config, ModelConfig, UNetConfig, plans
 from uvit_fast.data import dali, datasets, latents
@@ -75,13 +77,25 @@ def _latents(kind: type[latents.Latents], cfg: Config) -> latents.Latents:
     return kind(cfg.data.path, scale, shift, skip_damaged=cfg.data.unreadable == "skip")
 
 
+class _Unfilled(TorchFunctionMode):
+    """Leaves out what works in place: on meta tensors it does nothing, after a second of imports."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name, filled = getattr(func, "__name__", ""), args[0] if args else kwargs.get("tensor")
+        if name.endswith("_") and not name.endswith("__") and isinstance(filled, torch.Tensor) and filled.is_meta:
+            return filled
+        return func(*args, **kwargs)
+
+
 def build_model(cfg: Config) -> UViT | UNet:
     """The network of `cfg.model`, initialised from `cfg.train.seed`; `model(x, t, y=None, context=None)` -> eps, or what else
     `cfg.diffusion.prediction` names.
 
     t is what the network receives: 999 t for VP, n for SD, 1000 t for flow. Under `torch.device("meta")` nothing is allocated.
     """
-    with torch.random.fork_rng(devices=[]):
+    on_meta = torch.get_default_device().type == "meta"
+    with torch.random.fork_rng(devices=[]), _Unfilled() if on_meta else nullcontext():
         torch.manual_seed(cfg.train.seed)
         return NETWORKS[type(cfg.model)](**cfg.model.model_dump())
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from uvit_fast import build_model, load_config
-from uvit_fast.diffusion.schedules import noise_loss
+from uvit_fast.diffusion.objective import mse_loss
 from uvit_fast.kernels.runtime import program
 
 pytestmark = pytest.mark.gpu
@@ -145,7 +145,7 @@ def test_a_step_by_the_notes_has_the_gradients_of_one_without(cores, policy):
 
     def step(i):
         x, t, y = inputs(3, i)
-        return torch.autograd.grad(noise_loss(net(x, t, y=y), x), weights)
+        return torch.autograd.grad(mse_loss(net(x, t, y=y), x), weights)
 
     for i in range(4):
         got = step(i)
@@ -161,7 +161,7 @@ def test_every_op_is_written_down_on_a_gpu(net):
     x, t, y = inputs()
     ops = [m._op for m in (assemble, attention, linear_residual, ln_linear, ln_mlp, proj_ln_mlp, skip_linear)]
     for _ in range(3):
-        noise_loss(net(x, t, y=y), x).backward()
+        mse_loss(net(x, t, y=y), x).backward()
     for op in ops:
         assert not op.programs._never, op.programs._never
         assert any(op.programs._known.values())

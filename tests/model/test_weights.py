@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.model.test_uvit import tiny
+from uvit_fast import build_model, load_config
 from uvit_fast.model.weights import load_weights, read_weights
 from uvit_fast.runtime.errors import UserError
 
@@ -26,6 +27,21 @@ def test_weights_round_trip(tmp_path, suffix):
     load_weights(model, read_weights(path))
     for key, value in model.state_dict().items():
         assert torch.equal(value, state[key])
+
+
+def test_a_network_without_initial_values_takes_the_files(tmp_path):
+    """Copies, which outlive the file; in the network's dtype."""
+    cfg = load_config("configs/digits.yaml", ["model.embed_dim=32", "model.depth=2", "model.num_heads=1"])
+    wanted, path = build_model(cfg), tmp_path / "model.safetensors"
+    save_file({key: value.half().clone() for key, value in wanted.state_dict().items()}, path)
+    with torch.device("meta"):
+        model = build_model(cfg)
+    assert all(p.is_meta for p in model.parameters()) and model.state_dict().keys() == wanted.state_dict().keys()
+    load_weights(model, read_weights(path))
+    path.write_bytes(bytes(path.stat().st_size))
+    for key, value in model.state_dict().items():
+        assert value.dtype == torch.float32 and torch.equal(value, wanted.state_dict()[key].half().float())
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_missing_extra_and_misshapen_keys_are_all_named():

@@ -62,6 +62,20 @@ def test_an_autoencoder_of_other_latents_is_refused(tmp_path):
         UViTPipeline.from_pretrained(tmp_path, vae=made)
 
 
+def test_the_network_is_replayed_with_nothing_to_ask_for():
+    """From the second evaluation of a shape, the same images bit for bit; `enable_cuda_graphs` is for the whole loop."""
+    pipe = latent_pipeline()
+
+    def draw():
+        return pipe(class_labels=[3, 999], generator=seeded(), output_type="latent").images
+
+    pipe.model.cuda_graphs = False
+    written = draw()
+    del pipe.model.cuda_graphs
+    pipe.model.captures.graphs = graphs = RecordedGraphs()
+    assert torch.equal(draw(), written) and torch.equal(draw(), written) and graphs.captures == 1
+
+
 def test_classes_go_by_their_names(tmp_path):
     """Also from a saved folder, whose JSON has no whole numbers for keys."""
     cfg = load_config("configs/digits.yaml", SMALL)

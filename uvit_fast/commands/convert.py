@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> None:
     known = provenance_of(cfg, source).joined(Provenance(diffusion=cfg.diffusion.meaning))
     state = read_weights(source)
     if out.suffix == ".pth":
-        model = build_model(cfg)
+        with torch.device("meta"):
+            model = build_model(cfg)
         state = published_names(state, model.state_dict(), str(source))
         load_weights(model, state, str(source))  # refuses what does not fit
         write = partial(torch.save, state)

@@ -81,7 +81,8 @@ def load_weights(model: Network, state: dict[str, Tensor], source: str = "checkp
     """Load a state dict with the published names into `model`, which is returned; names as `published_names` takes
     them.
 
-    Where only the image size differs, the patches' position embedding is interpolated, with a warning.
+    Where only the image size differs, the patches' position embedding is interpolated, with a warning. A network on meta gets
+    copies of the values, on their device.
 
     Raises:
         UserError: keys that are missing, extra or of the wrong shape, all of which are named; NaN or infinity.
@@ -100,7 +101,11 @@ def load_weights(model: Network, state: dict[str, Tensor], source: str = "checkp
             raise UserError(
                 f"{source}: {len(wrong)} of {len(ours)} tensors are {what} ({_some(wrong)}); expected {expected}"
             )
-    model.load_state_dict(state)
+    if any(value.is_meta for value in ours.values()):
+        # copies: what safetensors reads is the file itself, which somebody may write over
+        model.load_state_dict({key: state[key].to(ours[key].dtype, copy=True) for key in ours}, assign=True)
+    else:
+        model.load_state_dict(state)
     return model
 
 

@@ -40,7 +40,9 @@ def load_found(cfg: Config, path: Path, device: torch.device) -> UViT | UNet | f
         if not isinstance(cfg.model, ModelConfig):
             raise UserError(f"sample.precision=fp8: its kernels are U-ViT's, {cfg.name} is a U-Net; expected bf16")
         fp8.check(cfg.model, device)
-    model = load_weights(build_model(cfg), read_weights(path), source=str(path))
+    with torch.device("meta"):  # initial values would take longer than reading these
+        model = build_model(cfg)
+    model = load_weights(model, read_weights(path), source=str(path))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = model.to(device, dtype).eval().requires_grad_(False)
     if not narrow:
