@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from benchmarks import models
 from benchmarks.common import RESULTS, Rows
-from benchmarks.report import markdown, number
+from benchmarks.report import markdown, number, wrapped
 from benchmarks.results import Results
 from uvit_fast import build_model
 from uvit_fast.build import build_dataset, build_schedule
@@ -292,9 +292,11 @@ def tables(results: Results) -> str:
     kinds = [name for name in names if value(results, f"{name}: all", "e4m3 in fp32")]
     if kinds:
         lines += [
-            f"By layer: the error, mean over t = {', '.join(map(str, LAYER_TIMES))}, where the products of one kind, or "
-            "of one block, alone have e4m3 operands and all else is fp32; in brackets its share of the squares of all "
-            "kinds, or of all blocks.",
+            *wrapped(
+                f"By layer: the error, mean over t = {', '.join(map(str, LAYER_TIMES))}, where the products of one "
+                "kind, or of one block, alone have e4m3 operands and all else is fp32; in brackets its share of the "
+                "squares of all kinds, or of all blocks."
+            ),
             "",
         ]
         rows = []
@@ -332,9 +334,8 @@ def tables(results: Results) -> str:
     for name in dict.fromkeys(name.split(",")[0] for name in trained):
         if (DOCS / f"fp8_{name}.png").is_file():
             lines += [f"![{name}: bf16, FP8 of the same noise, bf16 of another seed](fp8_{name}.png)", ""]
-    return "\n".join(
-        [*lines, f"[`fp8_quality.csv`](../benchmarks/results/fp8_quality.csv): {results.stack('fp8_quality')}."]
-    )
+    source = f"[`fp8_quality.csv`](../benchmarks/results/fp8_quality.csv): {results.stack('fp8_quality')}."
+    return "\n".join([*lines, *wrapped(source)])
 
 
 def _percent(share: float | None) -> str:

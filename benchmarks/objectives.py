@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.report import wrapped
 from uvit_fast.build import build_dataset, build_model, build_objective
 from uvit_fast.config import Config, load_config
 from uvit_fast.evaluation.evaluate import evaluate
@@ -149,7 +150,7 @@ def table(rows: list[dict[str, str]]) -> str:
             f"{data}: {int(one['parameters']) / 1e6:.2f} M parameters, {int(one['steps']):,} steps of {one['batch']} images, "
             f"{int(one['samples']):,} samples of {one['evaluations']} evaluations, {seeds} seeds, {one['device']}"
         )
-    return "\n".join([*lines, "", f"Mean ± standard deviation over seeds. {'; '.join(said)}."])
+    return "\n".join([*lines, "", *wrapped(f"Mean ± standard deviation over seeds. {'; '.join(said)}.")])
 
 
 def documented() -> str:

@@ -1,6 +1,7 @@
 """benchmarks/REPORT.md from the CSV files: `python -m benchmarks.report`. The plots beside it: `python -m benchmarks.plot`."""
 
 import argparse
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -49,6 +50,11 @@ def over(peer: Peer | None) -> str:
 def markdown(header: Sequence[str], rows: list[Sequence[str]]) -> list[str]:
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
+
+
+def wrapped(text: str) -> list[str]:
+    """A paragraph as lines of at most 120 characters."""
+    return textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def measured_on(results: Results, question: str, command: str) -> Iterator[str]:

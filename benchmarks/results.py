@@ -124,11 +124,15 @@ class Results:
                 found[case] = Sampling(parts[0], int(parts[1]), parts[2] == "cfg", parts[3] != "latent")
         return found
 
-    def extrapolated(self) -> str:
-        """A sentence about the times of sampling.csv of which fewer than the 50 evaluations were measured; empty where there is none."""
+    def extrapolated(self, batches: set[str] | None = None) -> str:
+        """Return a sentence about the times of sampling.csv of which fewer than the 50 evaluations were measured.
+
+        It is empty where there is none; with `batches` it is about those only.
+        """
         counts: dict[tuple[str, float], dict[str, None]] = {}
         for row in self.rows.get("sampling", []):
-            if row["metric"] == "nfe_measured" and float(row["p50"]) < 50:
+            told_of = batches is None or row["batch"] in batches
+            if told_of and row["metric"] == "nfe_measured" and float(row["p50"]) < 50:
                 counts.setdefault((row["batch"], float(row["p50"])), {})[row["provider"]] = None
         told = [
             f"batch {batch}, {count:g} of them ({', '.join(who)})" for (batch, count), who in sorted(counts.items())
