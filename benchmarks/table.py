@@ -63,7 +63,6 @@ APPENDIX = {  # (question, case, metric) -> what the paper's appendix says, of o
 }
 
 
-
 def overview(results: Results) -> str:
     """README's table: S, M, L and H, 500 images and one, ours in bf16 and in FP8 beside the best peer of each."""
     others = ["in FP8", "best peer", "ratio / FP8's"]

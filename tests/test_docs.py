@@ -23,6 +23,11 @@ def test_links_and_names_of_files_exist(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_lines_have_at_most_120_characters(page):
+    assert [line for line in page.read_text().splitlines() if len(line) > 120] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_what_the_reference_shows_is_there(page):
     """A name that griffe does not find is an error of `make docs`; here of the tests too, by the sources alone."""
     for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE):
