@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from benchmarks.common import RESULTS
-from benchmarks.report import markdown, number, wrapped
+from benchmarks.report import OURS, markdown, number, wrapped
 from benchmarks.results import MEMORY_A100, SAMPLING_A100, Results
 
 ROOT = Path(__file__).parent.parent
@@ -65,19 +65,20 @@ APPENDIX = {  # (question, case, metric) -> what the paper's appendix says, of o
 
 def overview(results: Results) -> str:
     """README's table: S, M, L and H, 500 images and one, ours in bf16 and in FP8 beside the best peer of each."""
-    others = ["in FP8", "best peer", "ratio / FP8's"]
-    header = ["", "500 images, s", *others, "one image, ms", *others]
+    pair, peer = "ours, bf16 / FP8", ["best peer", "ratio"]
+    header = ["", f"500 images, s: {pair}", *peer, f"one image, ms: {pair}", *peer]
     rows, used = [], []
     for size in "SMLH":
         cells = [f"{size}/2"]
         for batch, scale in ((500, 1), (1, 2)):  # from seconds of 500 images
             key = ("sampling", f"{size}:{batch}:nocfg:latent")
             used += [row for row in results.rows.get("sampling", []) if row["case"] == key[1]]
-            values = [results.value(*key, who, "time") for who in ("ours", "ours-fp8")]
-            best, times = results.peer(*key, "time"), [_times(results, *key, "time", w) for w in ("ours", "ours-fp8")]
-            cells += [number(value and value * scale) for value in values]
-            cells += [f"{number(best.value * scale)} {best.name}" if best else "–"]
-            cells.append("–" if set(times) == {"–"} else " / ".join(times))
+            best, values = results.peer(*key, "time"), [results.value(*key, who, "time") for who in OURS]
+            cells += [
+                _pair(number(value and value * scale) for value in values),
+                f"{number(best.value * scale)} {best.name}" if best else "–",
+                _pair(_times(results, *key, "time", who) for who in OURS),
+            ]
         rows.append(cells)
     said = f"{_measured_with(used)} {results.extrapolated({'1', '500'})}".rstrip()
     return "\n".join([*markdown(header, rows), *wrapped(said)])
@@ -109,6 +110,12 @@ def _times(results: Results, question: str, case: str, metric: str, who: str) ->
     """How many times better than the best peer `who` of ours is."""
     best = results.peer(question, case, metric, who)
     return f"{best.times:.2f}×" if best and best.times else "–"
+
+
+def _pair(cells: Iterable[str]) -> str:
+    """Ours in bf16 and in FP8; a single dash where neither was measured."""
+    text = " / ".join(cells)
+    return "–" if text == "– / –" else text
 
 
 def _measured_with(rows: Iterable[dict[str, str]]) -> str:
