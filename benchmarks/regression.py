@@ -18,6 +18,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from benchmarks import bench_ops, models
 from uvit_fast import build_sampler
@@ -148,9 +150,15 @@ def _without_gradients(op: Callable, args: tuple) -> Run:
 
 def _with_backward(op: Callable, args: tuple) -> Run:
     """Forward and backward."""
-    leaves = [t.detach().requires_grad_() for t in args]
-    dout = torch.randn_like(op(*leaves))
-    return lambda: torch.autograd.grad(op(*leaves), leaves, dout)
+    given = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(), args)
+    leaves = [t for t in tree_leaves(given) if isinstance(t, Tensor)]
+
+    def output() -> Tensor:
+        y = op(*given)
+        return y[0] if isinstance(y, tuple) else y  # without the sums for a LayerNorm that follows
+
+    dout = torch.randn_like(output())
+    return lambda: torch.autograd.grad(output(), leaves, dout)
 
 
 def _network(training: bool) -> Run:

@@ -169,13 +169,14 @@ class _Maps(dict):
 
     def __init__(self, value: TensorDescriptor, meta: dict):
         super().__init__()
-        self.value, self.meta = value, meta
+        self.fields = {**vars(value), "base": None}  # its tensor is not for a program to keep
+        self.meta = meta
 
     def __missing__(self, pointer: int) -> Any:
         if len(self) >= 4096:  # memory that comes and goes
             self.clear()
         at = object.__new__(TensorDescriptor)
-        at.__dict__ = {**vars(self.value), "base": SimpleNamespace(data_ptr=lambda: pointer)}
+        at.__dict__ = {**self.fields, "base": SimpleNamespace(data_ptr=lambda: pointer)}
         more = () if make_tensordesc_arg.__code__.co_argcount == 2 else (None,)
         self[pointer] = made = make_tensordesc_arg(at, self.meta, *more)[0]
         return made

@@ -3,9 +3,11 @@
 import random
 
 import pytest
+import torch
 
 from benchmarks import regression
 from benchmarks.regression import Times, compare, summary
+from uvit_fast.kernels.layers import Norm
 
 WAS, PRODUCTS = Times(product=1.4, copy=0.7, case=1.0), 0.7
 
@@ -67,3 +69,11 @@ def test_rounds_are_timed_one_by_one_and_calls_are_divided():
     yard = regression.Yard("cpu", side=16, elements=16)
     times = yard.measure(lambda: time.sleep(0.002), calls=2, rounds=4)
     assert 2 <= times.case < 2 * 2 and max(times.product, times.copy) < times.case
+
+
+def test_an_op_of_layers_and_of_two_results_has_its_backward():
+    def op(x, norm):
+        return x * norm.weight + norm.bias, None
+
+    run = regression._with_backward(op, (torch.ones(2, 3), Norm(torch.ones(3), torch.zeros(3))))
+    assert [tuple(g.shape) for g in run()] == [(2, 3), (3,), (3,)]

@@ -1,5 +1,7 @@
 """Ops done from notes: the same results from new tensors, and notes of nothing that they cannot say."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -129,6 +131,23 @@ def test_a_launch_gets_the_numbers_that_tritons_own_would_hand_on(monkeypatch, n
         middle = (None, None, "packed", None, None, None, *arguments)
     assert seen[0] == seen[2] == (9, 2, 1, 42, 77, False, True, *middle)
     assert made == [(1040, {"swizzle": 3}), (2064, {"swizzle": 3})] and "map 2" in str(seen[1])
+
+
+def test_notes_hold_no_tensor_that_they_were_taken_of(anywhere):
+    """Neither a program nor a launch by descriptors: an op's memory would stay as long as the process."""
+    programs, (x, w) = program.Programs(several_ops), (torch.randn(4, 6), torch.randn(3, 6))
+    seen = [weakref.ref(t) for t in (x, w)]
+    for _ in range(2):
+        seen += [weakref.ref(t) for t in programs(x, w, False)]
+    tensor = torch.zeros(8, 64, dtype=torch.bfloat16)
+    metadata = SimpleNamespace(tensordesc_meta=[{}])
+    compiled = SimpleNamespace(run=Launcher(True, []), metadata=metadata, function=77, packed_metadata="packed")
+    step = launch.Step(launch.Direct(compiled, (1, 1, 1)), [launch.descriptor(tensor, 4, 64), tensor], lambda t: (0, 0))
+    seen.append(weakref.ref(tensor))
+    del x, w, tensor
+    gc.collect()
+    assert step.places and [*programs._known.values()][0] is not None
+    assert not any(reference() is not None for reference in seen)
 
 
 @pytest.mark.interpreter
