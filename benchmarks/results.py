@@ -54,7 +54,7 @@ class Peer(NamedTuple):
 class Results:
     """Medians by (question, case, provider, metric); what was not measured is None.
 
-    A case that several devices ran is the last one's alone: a ratio of two devices would compare the devices.
+    What several devices measured is the last one's alone: a ratio of two devices would compare the devices.
 
     Args:
         folder: of the CSV files; files that are not there are empty.
@@ -66,8 +66,9 @@ class Results:
         for path in sorted(self.folder.glob("*.csv")):
             with open(path, newline="") as file:
                 rows = list(csv.DictReader(file))
-            last = {row["case"]: row["device"] for row in sorted(rows, key=lambda row: row["date"])}
-            self.rows[path.stem] = [row for row in rows if row["device"] == last[row["case"]]]
+            dated = sorted(rows, key=lambda row: row["date"])
+            last = {(row["case"], row["metric"]): row["device"] for row in dated}
+            self.rows[path.stem] = [row for row in rows if row["device"] == last[row["case"], row["metric"]]]
 
     def value(self, question: str, case: str, provider: str, metric: str) -> float | None:
         for row in self.rows.get(question, []):
