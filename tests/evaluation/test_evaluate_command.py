@@ -14,7 +14,7 @@ from tests.data.photographs import JPEG
 from tests.evaluation.test_features import MeanColours, npz_of, reference_of
 from tests.evaluation.test_inception import random_state
 from uvit_fast import build_model, cli, load_config, measuring
-from uvit_fast.commands import evaluate as evaluate_command
+from uvit_fast.commands.arguments import reference_is_config
 from uvit_fast.evaluation import inception
 from uvit_fast.evaluation.sources import Images
 from uvit_fast.provenance import UNKNOWN, Provenance
@@ -222,7 +222,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_two(run, arguments, words, we
 
 def test_a_reference_may_be_a_configs_name_unless_something_is_called_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert evaluate_command._is_config("digits") and evaluate_command._is_config("x.yaml")
-    assert not evaluate_command._is_config("digit")
+    assert reference_is_config("digits") and reference_is_config("x.yaml")
+    assert not reference_is_config("digit")
     (tmp_path / "digits").mkdir()  # as `sample --out digits` makes it
-    assert not evaluate_command._is_config("digits")
+    assert not reference_is_config("digits")
