@@ -230,7 +230,6 @@ def quality(rows: Rows, given: Network, run: str, args: argparse.Namespace) -> N
     name, cfg, net, _ = given
     device = net.pos_embed.device
     features, real = yardstick("digits-fid", cfg, cfg.name, (None, False), device, Path(args.cache))
-    reference = Statistics(*(each.to(device) for each in real.pool_statistics))  # kept ones come to the host
     classes = chosen_labels(None, cfg, provenance_of(cfg, find_weights(run)))
     labels = spread_labels(args.samples, classes)[
         torch.randperm(args.samples, generator=torch.Generator().manual_seed(0))
@@ -243,7 +242,7 @@ def quality(rows: Rows, given: Network, run: str, args: argparse.Namespace) -> N
         mine = found[provider] = drawn(network, cfg, labels, seed, args.batch, features)
         first = found["ours"]
         figures = {
-            "digits-fid": frechet_distance(mine.statistics, reference),
+            "digits-fid": frechet_distance(mine.statistics, real.pool_statistics),
             "class_accuracy": mine.accuracy,
         }
         if provider != "ours":

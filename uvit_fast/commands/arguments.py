@@ -140,6 +140,20 @@ def existing(option: str, path: str, expected: str) -> None:
         raise UserError(f"{option} {cut(path)}: no such file or folder; expected {expected}")
 
 
+def reference_arguments(group: Any) -> None:
+    """--reference, in which features it is compared, and where those come from."""
+    group.add_argument(
+        "--reference", required=True, metavar="PATH", help="statistics (.npz), images, or a config: its data"
+    )
+    group.add_argument(
+        "--features", choices=["inception", "digits-fid"], default="inception", metavar="NAME",
+        help="inception (default), or digits-fid, which is no FID",
+    )  # fmt: skip
+    group.add_argument("--inception", metavar="FILE", help="its weights; default: torch.hub's download")
+    group.add_argument("--download", action="store_true", help="fetch these weights where they are missing")
+    group.add_argument("--cache", metavar="DIR", help="of statistics (default ~/.cache/uvit-fast)")
+
+
 def reference_is_config(reference: str) -> bool:
     """Whether --reference is a config; what is there under a config's name, such as samples, comes first."""
     return Path(reference).suffix in (".yaml", ".yml") or (is_config_name(reference) and not Path(reference).exists())

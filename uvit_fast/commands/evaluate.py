@@ -10,6 +10,7 @@ from uvit_fast.commands.arguments import (
     existing,
     positive,
     precision_argument,
+    reference_arguments,
     reference_is_config,
     seed,
     set_argument,
@@ -33,17 +34,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=seed, default=0, metavar="N", help="of noise and labels (default 0)")
     precision_argument(group)
     group.add_argument("--save-images", metavar="DIR", help="keep them as PNGs in this new folder")
-    group = command.add_argument_group("what they are compared with")
-    group.add_argument(
-        "--reference", required=True, metavar="PATH", help="statistics (.npz), images, or a config: its data"
-    )
-    group.add_argument(
-        "--features", choices=["inception", "digits-fid"], default="inception", metavar="NAME",
-        help="inception (default), or digits-fid, which is no FID",
-    )  # fmt: skip
-    group.add_argument("--inception", metavar="FILE", help="its weights; default: torch.hub's download")
-    group.add_argument("--download", action="store_true", help="fetch these weights where they are missing")
-    group.add_argument("--cache", metavar="DIR", help="of statistics (default ~/.cache/uvit-fast)")
+    reference_arguments(command.add_argument_group("what they are compared with"))
     group = command.add_argument_group("how, and where to")
     set_argument(group, "override of both configs; again for more")
     group.add_argument(

@@ -12,7 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from uvit_fast.commands.arguments import checkpoint_arguments, config_of, existing, positive, reference_is_config
+from uvit_fast.commands.arguments import (
+    checkpoint_arguments,
+    config_of,
+    existing,
+    positive,
+    reference_arguments,
+    reference_is_config,
+)
 from uvit_fast.commands.points import Point, Table, as_good, draw, key_of, pareto, row_of, summarised
 from uvit_fast.config import Config, config_from, load_config
 from uvit_fast.runtime.errors import UserError
@@ -25,15 +32,7 @@ EXAMPLE = "uvit-fast front --checkpoint runs/digits --reference digits --feature
 
 def arguments(command: argparse.ArgumentParser) -> None:
     checkpoint_arguments(command)
-    group = command.add_argument_group("what it is compared with, as by evaluate")
-    group.add_argument("--reference", required=True, metavar="PATH", help="statistics, images, or a config: its data")
-    group.add_argument(
-        "--features", choices=["inception", "digits-fid"], default="inception", metavar="NAME",
-        help="inception (default), or digits-fid",
-    )  # fmt: skip
-    group.add_argument("--inception", metavar="FILE", help="its weights; default: torch.hub's download")
-    group.add_argument("--download", action="store_true", help="fetch these weights where missing")
-    group.add_argument("--cache", metavar="DIR", help="of statistics (default ~/.cache/uvit-fast)")
+    reference_arguments(command.add_argument_group("what it is compared with, as by evaluate"))
     group = command.add_argument_group("every combination of (default of each: the config's)")
     group.add_argument("--samplers", metavar="LIST", help="as dpm_fast,dpmpp_2m")
     group.add_argument("--steps", metavar="LIST", help="evaluations, as 50,25,12")

@@ -72,7 +72,7 @@ def evaluate(
 
     def distance(a: Statistics, b: Statistics) -> float:
         try:
-            found = frechet_distance(Statistics(*(x.to(device) for x in a)), Statistics(*(x.to(device) for x in b)))
+            found = frechet_distance(a, b)
         except (ValueError, torch.linalg.LinAlgError) as error:  # the samples' own are a covariance
             raise UserError(f"{reference.name}: statistics that no images have: {error}") from None
         if not math.isfinite(found):

@@ -88,13 +88,13 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     """Fréchet distance of two Gaussians: |mu_a - mu_b|² + tr(A + B - 2 (A B)^1/2). With pool3 features this is FID.
 
     The trace of (A B)^1/2 is that of (A^1/2 B A^1/2)^1/2, whose argument is symmetric and positive semi-definite: two symmetric
-    eigendecompositions, real and without an added epsilon, also for singular covariances.
+    eigendecompositions, real and without an added epsilon, also for singular covariances. Computed where `a` is.
 
     Raises:
         ValueError: different dimensions, values that are not finite, or a matrix that is no covariance.
     """
-    mu_a, mu_b = (torch.as_tensor(m.mu, dtype=torch.float64) for m in (a, b))
-    sigma_a, sigma_b = (torch.as_tensor(m.sigma, dtype=torch.float64) for m in (a, b))
+    mu_a, sigma_a = (torch.as_tensor(value, dtype=torch.float64) for value in a)
+    mu_b, sigma_b = (torch.as_tensor(value, dtype=torch.float64, device=mu_a.device) for value in b)
     D = len(mu_a)
     if mu_b.shape != (D,) or sigma_a.shape != (D, D) or sigma_b.shape != (D, D):
         raise ValueError(
