@@ -137,7 +137,7 @@ def sampling(results: Results, folder: Path) -> Iterator[str]:
     calls = [case for case in results.cases("sampling") if case.startswith("forward:")]
     if calls:
         yield from (
-            "A plain call of the network, model(x, t, y=y), as from a loop of one's own: nothing of ours is captured; ms.",
+            "A plain call of the network, model(x, t, y=y), without gradients, as from a loop of one's own; ours replays a CUDA graph of it; ms.",
             "",
         )
         rows = []
