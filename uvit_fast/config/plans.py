@@ -1,4 +1,4 @@
-"""Files that `sample.cache` names: which sublayers reuse their last output at which evaluation."""
+"""`sample.cache`: none, outer:N:K, or a plan's file, which says which sublayers reuse their last output at which evaluation."""
 
 from __future__ import annotations
 
@@ -6,14 +6,31 @@ import difflib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Annotated
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
-from uvit_fast.config.schema import Section
+from uvit_fast.config.section import Section, absolute, fits_a_file_system
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.files import write_whole
 from uvit_fast.runtime.text import cut, parse_yaml, shown
+
+
+def _plan_of_layers(value: str) -> str:
+    name, *numbers = value.split(":")
+    if value == "none" or (name == "outer" and 1 <= len(numbers) <= 2 and all(n.isdecimal() for n in numbers)):
+        if numbers and (int(numbers[0]) < 2 or int(numbers[-1]) < 1):
+            raise ValueError(
+                f"expected outer:N:K with N of at least 2 evaluations and K of at least 1 block, got {value}"
+            )
+        return value
+    if not value.endswith((".yaml", ".yml", ".json")):
+        raise ValueError(f"expected none, outer:N, outer:N:K, or a plan's .yaml or .json file, got {shown(value)}")
+    return absolute(fits_a_file_system(value))
+
+
+CachedLayers = Annotated[str, AfterValidator(_plan_of_layers)]
 
 
 class CachePlan(Section):

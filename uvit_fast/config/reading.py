@@ -16,7 +16,9 @@ import yaml
 from pydantic import ValidationError
 
 from uvit_fast.config.finding import ConfigError, find_config
-from uvit_fast.config.schema import NETWORKS, Config, ModelConfig, Section
+from uvit_fast.config.networks import NETWORKS, ModelConfig
+from uvit_fast.config.schema import Config
+from uvit_fast.config.section import Section
 from uvit_fast.runtime.text import cut, parse_yaml, shown
 
 

@@ -1,178 +1,17 @@
-"""The YAML schema: a class a section. Every key is typed, documented with its unit, and read somewhere.
-
-Paths are kept absolute, so that a run can be continued from another folder.
-"""
+"""The YAML schema: a class per section. Every key is typed, documented with its unit, and read somewhere."""
 
 from __future__ import annotations
 
-import os
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
+from uvit_fast.config.networks import ModelConfig, UNetConfig, kind_of_network
+from uvit_fast.config.plans import CachedLayers
+from uvit_fast.config.section import FolderOrHub, LocalPath, Names, Section, absolute, fits_a_file_system
 from uvit_fast.runtime.text import shown
 
 CLIP = "openai/clip-vit-large-patch14"  # whose text features the published text models were trained on
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, and a loaded config does not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        annotation = cls.model_fields[str(info.field_name)].annotation
-        kinds = {annotation, *get_args(annotation)}
-        if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
-            raise ValueError(f"expected a number, got {str(value).lower()}")
-        if isinstance(value, set):  # of YAML's !!set, in an order of its own
-            raise ValueError(f"expected a list in brackets, got {shown(value)}")
-        return value
-
-    @model_validator(mode="after")
-    def _can_name_files(self) -> Section:
-        for key, value in self:
-            if isinstance(value, str) and "\0" in value:
-                raise ValueError(f"{key}: expected text without the character 0, got {shown(value)}")
-        return self
-
-
-def _fits_a_file_system(path: str) -> str:
-    if len(path) > 4000 or any(len(os.fsencode(part)) > 255 for part in path.split("/")):
-        raise ValueError(f"expected a path that a file system can hold, got {len(path)} characters, {shown(path)}")
-    return path
-
-
-def _absolute(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path)) if path else path
-
-
-def _absolute_folder(name: str) -> str:
-    return _absolute(name) if os.path.isdir(os.path.expanduser(name)) else name
-
-
-def _plan_of_layers(value: str) -> str:
-    name, *numbers = value.split(":")
-    if value == "none" or (name == "outer" and 1 <= len(numbers) <= 2 and all(n.isdecimal() for n in numbers)):
-        if numbers and (int(numbers[0]) < 2 or int(numbers[-1]) < 1):
-            raise ValueError(
-                f"expected outer:N:K with N of at least 2 evaluations and K of at least 1 block, got {value}"
-            )
-        return value
-    if not value.endswith((".yaml", ".yml", ".json")):
-        raise ValueError(f"expected none, outer:N, outer:N:K, or a plan's .yaml or .json file, got {shown(value)}")
-    return _absolute(_fits_a_file_system(value))
-
-
-CachedLayers = Annotated[str, AfterValidator(_plan_of_layers)]
-LocalPath = Annotated[str, AfterValidator(_fits_a_file_system), AfterValidator(_absolute)]
-FolderOrHub = Annotated[str, AfterValidator(_fits_a_file_system), AfterValidator(_absolute_folder)]
-Name = Annotated[str, Field(min_length=1)]
-Names = Annotated[tuple[Name, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
-
-
-class NetworkConfig(Section):
-    """What every network has: the shapes of image and condition."""
-
-    img_size: int = Field(
-        gt=0, le=2**14, description="Height and width of the network's input: pixels, or latent pixels."
-    )
-    in_chans: int = Field(gt=0, le=2**14, description="Channels of the input: 3 for RGB, 4 for KL-f8 latents.")
-    num_classes: int = Field(
-        0, ge=0, le=2**24, description="Rows of the label embedding, null label included; 0: no classes."
-    )
-    context_dim: int = Field(0, ge=0, le=2**16, description="Width of a text token (CLIP ViT-L/14: 768); 0: no text.")
-    context_tokens: int = Field(77, gt=0, le=2**16, description="Text tokens an image, when context_dim > 0.")
-
-    @model_validator(mode="after")
-    def _one_condition(self) -> NetworkConfig:
-        if self.num_classes and self.context_dim:
-            raise ValueError("num_classes and context_dim cannot both be set: condition on classes or on text")
-        return self
-
-
-class ModelConfig(NetworkConfig):
-    """U-ViT (paper, Section 3 and Table 1)."""
-
-    patch_size: int = Field(gt=0, le=2**14, description="Side of a square patch, in (latent) pixels; divides img_size.")
-    embed_dim: int = Field(gt=0, le=2**16, description="Width D of a token.")
-    depth: int = Field(ge=2, le=1000, description="Depth of the paper; there are 2 * (depth // 2) + 1 blocks.")
-    num_heads: int = Field(gt=0, le=2**16, description="Attention heads; divides embed_dim.")
-    mlp_ratio: float = Field(4.0, gt=0, le=64, description="Hidden width of the MLP over D.")
-    mlp_time_embed: bool = Field(False, description="Pass the sinusoidal time embedding through an MLP.")
-    conv: bool = Field(True, description="One 3x3 convolution after unpatchify (paper, Section 3.1).")
-    skip: Literal["concat", "add", "none"] = Field("concat", description="Long skip connections (paper, Figure 2a).")
-    attention: Literal["auto", "fused", "flash_attn", "cudnn", "sdpa", "xformers", "math"] = Field(
-        "auto", description="Attention backend; auto takes the fastest that can run."
-    )
-    kernels: Literal["auto", "fused", "reference"] = Field(
-        "auto", description="Fused Triton kernels or plain PyTorch for the rest of a block; auto: fused where they run."
-    )
-    activation_checkpointing: Literal["none", "block", "selective"] = Field(
-        "none",
-        description="Keep everything for the backward, each block's input, or also attention's output and fc1's.",
-    )
-
-    @model_validator(mode="after")
-    def _fits(self) -> ModelConfig:
-        if self.img_size % self.patch_size:
-            raise ValueError(f"img_size {self.img_size} must be a multiple of patch_size {self.patch_size}")
-        if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim {self.embed_dim} must be a multiple of num_heads {self.num_heads}")
-        return self
-
-
-class UNetConfig(NetworkConfig):
-    """A convolutional baseline (paper, Appendix C and F), where `unet` is set."""
-
-    unet: Literal["ldm", "adm"] = Field(
-        description="ldm: LDM's, conditioned on text. adm: ADM's, conditioned on classes or nothing."
-    )
-    channels: tuple[int, ...] = Field(
-        max_length=15, description="Of each level, from full resolution down; multiples of 32."
-    )
-    layers: int = Field(gt=0, le=1000, description="Residual blocks a level.")
-    attention: tuple[bool, ...] = Field(description="For each level: whether attention follows its residual blocks.")
-    activation_checkpointing: Literal["none", "block"] = Field(
-        "none", description="Keep everything for the backward, or compute residual and attention blocks again."
-    )
-
-    @model_validator(mode="after")
-    def _fits(self) -> UNetConfig:
-        if not self.channels or any(c % 32 or not 0 < c <= 2**16 for c in self.channels):
-            raise ValueError(f"channels: expected multiples of 32, up to 65536, got {shown(self.channels)}")
-        if len(self.attention) != len(self.channels):
-            raise ValueError(
-                f"attention: expected one of each of {len(self.channels)} levels, got {len(self.attention)}"
-            )
-        if self.img_size % 2 ** (len(self.channels) - 1):
-            raise ValueError(f"img_size {self.img_size} must be a multiple of {2 ** (len(self.channels) - 1)}")
-        if (self.unet == "ldm") != bool(self.context_dim):
-            raise ValueError("unet: ldm needs context_dim, adm takes none")
-        if self.unet == "adm" and any(has and c % 64 for c, has in zip(self.channels, self.attention)):
-            raise ValueError("channels: adm's attention has heads of 64; expected multiples of 64 where there is some")
-        return self
-
-
-NETWORKS: dict[str, type[NetworkConfig]] = {"U-ViT": ModelConfig, "U-Net": UNetConfig}
-
-
-def _network(model: Any) -> str:
-    """The key in NETWORKS of a `model` section."""
-    return "U-Net" if isinstance(model, UNetConfig) or (isinstance(model, dict) and "unet" in model) else "U-ViT"
 
 
 class DiffusionConfig(Section):
@@ -464,7 +303,7 @@ class EvaluateConfig(Section):
     @classmethod
     def _number_or_path(cls, value: Any) -> Any:
         if isinstance(value, str):
-            return _absolute(_fits_a_file_system(value))
+            return absolute(fits_a_file_system(value))
         if value is not None and not (isinstance(value, int) and 0 < value <= 10**8):
             raise ValueError(f"expected a number of images from 1 to {10**8}, or a path, got {shown(value)}")
         return value
@@ -489,7 +328,7 @@ class Config(Section):
     name: str = Field(min_length=1, max_length=100, description="Names the run's folder, runs/<name>.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is a GPU.")
     model: Annotated[
-        Annotated[ModelConfig, Tag("U-ViT")] | Annotated[UNetConfig, Tag("U-Net")], Discriminator(_network)
+        Annotated[ModelConfig, Tag("U-ViT")] | Annotated[UNetConfig, Tag("U-Net")], Discriminator(kind_of_network)
     ]
     diffusion: DiffusionConfig
     train: TrainConfig

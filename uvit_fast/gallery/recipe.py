@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 from pydantic import Field, ValidationError
 
-from uvit_fast.config.schema import Section
+from uvit_fast.config import Section
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.sampling.images import as_picture
 
