@@ -14,8 +14,8 @@ import torch
 
 from uvit_fast import build_schedule, load_config
 from uvit_fast.diffusion.predictions import NOISE
-from uvit_fast.diffusion.samplers import Stage, Staged
 from uvit_fast.diffusion.schedules import Schedule
+from uvit_fast.diffusion.stages import Stage, Staged
 from uvit_fast.sampling import load_for_sampling
 from uvit_fast.sampling.images import save_grid, to_uint8
 

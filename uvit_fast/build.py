@@ -13,6 +13,7 @@ from uvit_fast.config import Config, ModelConfig, UNetConfig, plans
 from uvit_fast.data import dali, datasets, latents
 from uvit_fast.diffusion import caching, predictions, samplers, schedules
 from uvit_fast.diffusion.objective import Objective
+from uvit_fast.diffusion.stages import Sampler, Staged
 from uvit_fast.model.cached import sublayers
 from uvit_fast.model.unet import UNet
 from uvit_fast.model.uvit import UViT
@@ -37,7 +38,7 @@ PREDICTIONS: dict[
     "velocity": lambda schedule: predictions.Velocity(to_data=isinstance(schedule, schedules.SiTFlowSchedule)),
 }
 
-SAMPLERS: dict[str, type[samplers.Staged]] = {
+SAMPLERS: dict[str, type[Staged]] = {
     "dpm_fast": samplers.DPMSolverSinglestep,
     "dpmpp_fast": samplers.DPMSolverPPSinglestep,
     "dpmpp_2m": samplers.DPMSolverPPMultistep,
@@ -117,7 +118,7 @@ def build_objective(cfg: Config) -> Objective:
     )
 
 
-def build_sampler(cfg: Config, steps: int | None = None) -> samplers.Sampler:
+def build_sampler(cfg: Config, steps: int | None = None) -> Sampler:
     """The sampler of `cfg.sample`: `sampler(eps_fn, x_T)` -> x_0, with `eps_fn(x, t_network)` -> what the network predicts.
 
     Args:
@@ -133,7 +134,7 @@ def build_sampler(cfg: Config, steps: int | None = None) -> samplers.Sampler:
     return sampler if sample.cache == "none" else sampler.caching(_cache_plan(cfg, sampler))
 
 
-def _cache_plan(cfg: Config, sampler: samplers.Sampler) -> caching.Plan:
+def _cache_plan(cfg: Config, sampler: Sampler) -> caching.Plan:
     """Which of the model's sublayers reuse their last output at which of the sampler's evaluations."""
     assert isinstance(cfg.model, ModelConfig)  # as the config's check has it
     cache, names, stages = cfg.sample.cache, sublayers(cfg.model.depth), sampler.stages

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.diffusion.test_samplers import run_in_float64
+from tests.diffusion.exact import run_in_float64
 from uvit_fast import build_sampler, load_config
 from uvit_fast.config import ConfigError
 from uvit_fast.diffusion.samplers import DPMSolverPPMultistep, DPMSolverPPSinglestep, DPMSolverSinglestep

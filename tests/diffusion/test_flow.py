@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 
-from tests.diffusion.test_samplers import MEAN, SPREAD, nonlinear_eps, run_in_float64
+from tests.diffusion.exact import MEAN, SPREAD, nonlinear_eps, run_in_float64
 from uvit_fast.diffusion.guidance import Guidance
 from uvit_fast.diffusion.predictions import Data, Noise, V, Velocity
 from uvit_fast.diffusion.samplers import (

@@ -5,7 +5,6 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler
 
-from uvit_fast.diffusion.noise import sample_generators, sample_noise
 from uvit_fast.diffusion.samplers import (
     DPMSolverPPMultistep,
     DPMSolverPPSinglestep,
@@ -15,44 +14,7 @@ from uvit_fast.diffusion.samplers import (
 )
 from uvit_fast.diffusion.schedules import SDSchedule, VPSchedule
 
-ODE = [DPMSolverSinglestep, DPMSolverPPSinglestep, DPMSolverPPMultistep]
-MEAN, SPREAD = 1.5, 0.5  # of the Gaussian data whose score is known
-
-
-def gaussian_eps(schedule, mean=MEAN, spread=SPREAD):
-    """The exact noise prediction for data ~ N(mean, spread^2): eps = sigma_t (x - alpha_t mean) / var_t."""
-
-    def eps_fn(x, time):
-        t = (time[0].double() / schedule.network_time(1.0)).item()
-        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-        return sigma * (x.double() - alpha * mean) / (alpha**2 * spread**2 + sigma**2)
-
-    return eps_fn
-
-
-def gaussian_solution(schedule, x_T, mean=MEAN, spread=SPREAD):
-    """The probability-flow ODE maps quantiles to quantiles: standardise at t_max, unstandardise at t_min."""
-    a, s = (f(np.array([schedule.t_max, schedule.t_min])) for f in (schedule.alpha, schedule.sigma))
-    deviation = np.sqrt(a**2 * spread**2 + s**2)
-    return a[1] * mean + deviation[1] * (x_T.double() - a[0] * mean) / deviation[0]
-
-
-class Recorder:
-    """An eps_fn that keeps the times it was asked for."""
-
-    def __init__(self):
-        self.times = []
-
-    def __call__(self, x, time):
-        assert time.shape == (len(x),) and time.dtype == torch.float32
-        self.times.append(time[0].item())
-        return torch.zeros_like(x)
-
-
-def times_of(sampler):
-    recorder = Recorder()
-    sampler(recorder, torch.randn(2, 1, 2, 2))
-    return np.array(recorder.times)
+from .exact import MEAN, ODE, SPREAD, gaussian_eps, gaussian_solution, nonlinear_eps, run_in_float64, times_of
 
 
 @pytest.mark.parametrize("schedule", [VPSchedule(), SDSchedule()])
@@ -123,16 +85,6 @@ def gaussian_eps_exact_times(schedule, sampler):
     return lambda x, _: eps_at(x, torch.tensor([next(times)], dtype=torch.float64))
 
 
-def run_in_float64(sampler, eps_fn, x_T):
-    """The sampler's loop, unchanged, on a state that stays float64."""
-
-    class Double(torch.Tensor):
-        def float(self):
-            return self
-
-    return sampler(eps_fn, x_T.as_subclass(Double)).as_subclass(torch.Tensor)
-
-
 @pytest.mark.parametrize("solver", ODE)
 @pytest.mark.parametrize("schedule", [VPSchedule(), SDSchedule()])
 def test_samples_converge_to_the_exact_solution_of_a_gaussian(solver, schedule):
@@ -155,16 +107,6 @@ def test_euler_maruyama_samples_the_gaussian():
     assert sampler.stages[-1].update.noise == 0 and sampler.stages[-2].update.noise > 0
     times = times_of(sampler) / 999
     np.testing.assert_allclose(times, np.linspace(1e-3, 1, 1000)[::-1], rtol=1e-5)
-
-
-def nonlinear_eps(schedule):
-    """A network that is nonlinear in x and t, so that agreement is not an accident of linear problems."""
-
-    def eps_fn(x, time):
-        t = time.double().view(-1, 1, 1, 1) / schedule.network_time(1.0)
-        return torch.tanh(x.double() * (1 + t)) + 0.1 * t
-
-    return eps_fn
 
 
 def dpm_solver(x, eps, a, s, lam):
@@ -308,49 +250,3 @@ def check_against_diffusers(scheduler, sampler, schedule, times):
     theirs = diffusers_sample(scheduler, eps_fn, x_T, scheduler.timesteps)
     ours = sampler(eps_fn, x_T)
     torch.testing.assert_close(ours.double(), theirs.double(), rtol=2e-4, atol=2e-4)
-
-
-@pytest.mark.parametrize("solver", [*ODE, EulerMaruyama])
-def test_the_loop_never_asks_the_device_for_a_value(solver):
-    """On the meta device any .item() or comparison of values raises."""
-    sampler = solver(VPSchedule(), 12)
-    x = sampler(lambda x, t: x * t.view(-1, 1, 1, 1), torch.empty(2, 1, 4, 4, device="meta"))
-    assert x.shape == (2, 1, 4, 4) and x.device.type == "meta"
-
-
-@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.2, 0.6)])
-@pytest.mark.parametrize("solver", [*ODE, EulerMaruyama])
-def test_a_rehearsal_is_short_and_has_every_kind_of_stage(solver, interval):
-    def kinds(sampler):
-        return {
-            (len(s.update.outputs), bool(s.update.on_x), s.update.noise > 0, s.last, interval[0] <= s.t <= interval[1])
-            for s in sampler.stages
-        }
-
-    for steps in (1, 2, 3, 50):
-        sampler = solver(VPSchedule(), steps)
-        short = sampler.rehearsal(interval)
-        assert kinds(short) == kinds(sampler) and len(short.stages) <= min(steps, 14) and len(sampler.stages) == steps
-        assert torch.isfinite(short(gaussian_eps(VPSchedule()), torch.randn(2, 1, 2, 2))).all()
-
-
-def test_steps_below_one_are_refused():
-    for solver in (*ODE, EulerMaruyama):
-        with pytest.raises(ValueError, match="steps: expected at least 1 network evaluation, got 0"):
-            solver(VPSchedule(), 0)
-
-
-def test_a_samples_noise_depends_on_its_index_only():
-    together = sample_noise(3, range(6), (1, 4, 4))
-    apart = torch.cat([sample_noise(3, [i], (1, 4, 4)) for i in range(6)])
-    assert torch.equal(together, apart)
-    assert not torch.equal(together, sample_noise(4, range(6), (1, 4, 4)))
-    vp, eps = VPSchedule(), gaussian_eps(VPSchedule())
-    runs = [EulerMaruyama(vp, 20)(eps, together[rows], sample_generators(5, rows)) for rows in (range(6), range(2, 4))]
-    torch.testing.assert_close(runs[0][2:4], runs[1])
-
-
-def test_progress_is_reported_once_an_evaluation():
-    seen = []
-    DPMSolverSinglestep(VPSchedule(), 7)(Recorder(), torch.randn(1, 1, 2, 2), callback=lambda *a: seen.append(a))
-    assert seen == [(i, 7) for i in range(1, 8)]

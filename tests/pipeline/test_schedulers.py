@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.diffusion.exact import MEAN, SPREAD, gaussian_eps, gaussian_solution
 from tests.diffusion.test_flow import solution
-from tests.diffusion.test_samplers import MEAN, SPREAD, gaussian_eps, gaussian_solution
 from tests.pipeline.test_pipeline import latent_pipeline, seeded
 from uvit_fast.commands.arguments import config_of
 from uvit_fast.diffusion.guidance import Guidance

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from uvit_fast.diffusion.caching import Plan
 from uvit_fast.diffusion.guidance import ALWAYS, EpsFn
-from uvit_fast.diffusion.samplers import Generator, Sampler, Stage
+from uvit_fast.diffusion.stages import Generator, Sampler, Stage
 
 
 class Watched:

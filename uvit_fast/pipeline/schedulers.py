@@ -21,8 +21,8 @@ from uvit_fast.build import PREDICTIONS, SAMPLERS, SCHEDULES
 from uvit_fast.config import DiffusionConfig
 from uvit_fast.diffusion.guidance import EpsFn, evaluate
 from uvit_fast.diffusion.predictions import VELOCITY
-from uvit_fast.diffusion.samplers import SPACINGS, Sampler
 from uvit_fast.diffusion.schedules import Schedule
+from uvit_fast.diffusion.stages import SPACINGS, Sampler
 
 _COMMON = {"num_train_timesteps": 1000, "trained_betas": None, "rescale_betas_zero_snr": False}
 _FLOW = {"num_train_timesteps": 1000, "prediction_type": "flow_prediction", "use_flow_sigmas": True}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from uvit_fast.config import Config, ModelConfig
 from uvit_fast.diffusion.caching import most_kept
-from uvit_fast.diffusion.samplers import Stage
+from uvit_fast.diffusion.stages import Stage
 from uvit_fast.model.cached import sublayers
 
 

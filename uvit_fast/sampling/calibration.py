@@ -16,7 +16,7 @@ from torch import Tensor
 
 from uvit_fast.config import Config
 from uvit_fast.diffusion.caching import Plan
-from uvit_fast.diffusion.samplers import Stage
+from uvit_fast.diffusion.stages import Stage
 from uvit_fast.model.uvit import UViT
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.sampling.loop import sample

@@ -16,7 +16,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from uvit_fast.diffusion.guidance import ALWAYS, EpsFn, Guidance
-from uvit_fast.diffusion.samplers import Sampler
+from uvit_fast.diffusion.stages import Sampler
 from uvit_fast.runtime.graphs import CudaGraphs, Graphs, current, recording
 from uvit_fast.runtime.hooks import changed
 

@@ -11,7 +11,7 @@ from uvit_fast.build import build_sampler
 from uvit_fast.config import Config
 from uvit_fast.diffusion.guidance import EpsFn, Guidance
 from uvit_fast.diffusion.noise import sample_generators, sample_noise
-from uvit_fast.diffusion.samplers import Sampler
+from uvit_fast.diffusion.stages import Sampler
 from uvit_fast.model.uvit import UViT
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.sampling.captured import GraphSampler
