@@ -63,6 +63,7 @@ PRESETS = {
         *[f"{size}:500:cfg:decoded:{provider}" for size in SIZES for provider in LOOPS[:-1]],
         *[f"{size}:1:cfg:latent:{provider}" for size in SIZES for provider in ALONE],
         *[f"{size}:{batch}:nocfg:latent:torchao-fp8" for size in SIZES for batch in (8, 1)],
+        *[f"{size}:16:nocfg:latent:{provider}" for size in SIZES for provider in ALONE],
         *[f"{size}:1:*:decoded:{provider}" for size in SIZES for provider in ALONE],
     ],
     "essential": [
@@ -295,7 +296,7 @@ def main() -> None:
     parser.add_argument(
         "--providers", default=",".join(("ours", "ours-fp8", "ours-uncaptured", "ours-sm80", *models.PEERS))
     )
-    parser.add_argument("--batches", default="500,50,8,1")
+    parser.add_argument("--batches", default="500,50,16,8,1")
     parser.add_argument("--guidance", default="nocfg,cfg")
     parser.add_argument("--decoding", default="latent,decoded")
     parser.add_argument("--evaluations", type=int, help="of each measured loop; below 50 the time is extrapolated")

@@ -32,7 +32,7 @@ def jobs(sizes: Iterable[str], what: Iterable[str]) -> list[Job]:
     """What `--cases peers` of the sampling benchmark and the main rows of the training benchmark compile, the longest first."""
     found = []
     if "sampling" in what:
-        found += [Job(size, "compiled-graphs", batch, None) for size in sizes for batch in (1, 8, 2)]
+        found += [Job(size, "compiled-graphs", batch, None) for size in sizes for batch in (1, 8, 2, 16)]
         found += [Job(size, "torchao-fp8", batch, None) for batch in (500, 50) for size in sizes]  # minutes each
         found += [
             Job(size, who, batch, None)
