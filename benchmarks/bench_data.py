@@ -20,7 +20,7 @@ from PIL import Image
 from benchmarks.common import RESULTS, Rows
 from uvit_fast.data import shards
 from uvit_fast.data.dali import DaliImages, why_not
-from uvit_fast.data.datasets import ImageFolder
+from uvit_fast.data.image_folder import ImageFolder
 from uvit_fast.data.latents import Latents
 
 BATCH = 256

@@ -10,7 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from uvit_fast.config import Config, ModelConfig, UNetConfig, plans
-from uvit_fast.data import dali, datasets, latents
+from uvit_fast.data import dali, datasets, in_memory, latents
 from uvit_fast.diffusion import caching, predictions, samplers, schedules
 from uvit_fast.diffusion.objective import Objective
 from uvit_fast.diffusion.stages import Sampler, Staged
@@ -48,14 +48,14 @@ SAMPLERS: dict[str, type[Staged]] = {
 }
 
 DATASETS: dict[str, Callable[[Config], datasets.Indexed]] = {
-    "digits": lambda cfg: datasets.digits(),
-    "synthetic": lambda cfg: datasets.Synthetic(
+    "digits": lambda cfg: in_memory.digits(),
+    "synthetic": lambda cfg: in_memory.Synthetic(
         shape=(cfg.model.in_chans, cfg.model.img_size, cfg.model.img_size),
         num_classes=cfg.model.num_classes,
         text_shape=(cfg.model.context_tokens, cfg.model.context_dim) if cfg.model.context_dim else None,
     ),
-    "cifar10": lambda cfg: datasets.cifar10(cfg.data.path, cfg.data.flip, labelled=cfg.model.num_classes > 0),
-    "fashion_mnist": lambda cfg: datasets.fashion_mnist(cfg.data.path, cfg.data.flip),
+    "cifar10": lambda cfg: in_memory.cifar10(cfg.data.path, cfg.data.flip, labelled=cfg.model.num_classes > 0),
+    "fashion_mnist": lambda cfg: in_memory.fashion_mnist(cfg.data.path, cfg.data.flip),
     "images": lambda cfg: dali.image_folder(
         cfg.data.decoder,
         cfg.data.num_workers,

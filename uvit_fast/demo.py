@@ -8,7 +8,7 @@ import torch
 
 from uvit_fast.build import build_dataset
 from uvit_fast.config import load_config
-from uvit_fast.data.datasets import TensorImages
+from uvit_fast.data.in_memory import TensorImages
 from uvit_fast.evaluation.digits import class_accuracy, nearest_train_ratio
 from uvit_fast.runtime.device import pick_device
 from uvit_fast.runtime.errors import UserError

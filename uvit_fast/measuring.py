@@ -18,7 +18,8 @@ from uvit_fast.build import build_dataset
 from uvit_fast.config import Config
 from uvit_fast.data import reading
 from uvit_fast.data.autoencoders import load_decoder
-from uvit_fast.data.datasets import ImageFolder, TensorImages
+from uvit_fast.data.image_folder import ImageFolder
+from uvit_fast.data.in_memory import TensorImages
 from uvit_fast.diffusion.noise import Draws
 from uvit_fast.evaluation import evaluate as figures
 from uvit_fast.evaluation import reference

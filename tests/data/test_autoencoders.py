@@ -17,8 +17,8 @@ from uvit_fast.cli import main
 from uvit_fast.config import load_config
 from uvit_fast.data import shards
 from uvit_fast.data.autoencoders import Scaling, decoder, load_autoencoder, load_decoder, own_scaling, scaling_of
-from uvit_fast.data.datasets import center_crop
 from uvit_fast.data.latents import Latents
+from uvit_fast.data.transforms import center_crop
 from uvit_fast.diffusion.noise import Draws
 from uvit_fast.provenance import UNKNOWN, Provenance
 from uvit_fast.runtime.errors import UserError

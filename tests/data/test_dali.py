@@ -14,7 +14,7 @@ from tests.data.photographs import JPEG, PNG
 from uvit_fast.build import build_dataset
 from uvit_fast.config import load_config
 from uvit_fast.data import dali
-from uvit_fast.data.datasets import ImageFolder
+from uvit_fast.data.image_folder import ImageFolder
 from uvit_fast.diffusion.noise import Draws
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.training.loader import Order, batches

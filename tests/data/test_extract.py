@@ -24,8 +24,8 @@ from uvit_fast.cli import main
 from uvit_fast.config import load_config
 from uvit_fast.data import extract, shards
 from uvit_fast.data.autoencoders import Scaling, load_autoencoder
-from uvit_fast.data.datasets import center_crop
 from uvit_fast.data.reading import list_images
+from uvit_fast.data.transforms import center_crop
 from uvit_fast.runtime.errors import UserError
 
 # h2_256's recipe with a small model, on 64 pixels: 8 x 8 latents.

@@ -8,7 +8,8 @@ from PIL import Image
 from uvit_fast.build import build_dataset, hold_out
 from uvit_fast.config import load_config
 from uvit_fast.data import shards
-from uvit_fast.data.datasets import ImageFolder, split
+from uvit_fast.data.datasets import split
+from uvit_fast.data.image_folder import ImageFolder
 from uvit_fast.data.latents import Latents
 from uvit_fast.diffusion.noise import Draws
 from uvit_fast.runtime.errors import UserError

@@ -6,7 +6,7 @@ import os
 import pytest
 from PIL import Image
 
-from uvit_fast.data.datasets import ImageFolder
+from uvit_fast.data.image_folder import ImageFolder
 from uvit_fast.data.reading import list_images, read_image
 from uvit_fast.provenance import Provenance
 from uvit_fast.runtime.errors import UserError

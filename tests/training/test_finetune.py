@@ -7,7 +7,8 @@ import torch
 from tests.training import tiny
 from uvit_fast.build import build_model, build_objective
 from uvit_fast.config import Config
-from uvit_fast.data.datasets import TensorImages, digits, split
+from uvit_fast.data.datasets import split
+from uvit_fast.data.in_memory import TensorImages, digits
 from uvit_fast.training.trainer import Trainer
 
 SEVEN, THREE, STEPS = range(7), range(7, 10), 150

@@ -59,10 +59,11 @@ def run(args: argparse.Namespace) -> None:
 
     from uvit_fast.data import autoencoders, encoders
     from uvit_fast.data.captions import list_captioned
-    from uvit_fast.data.datasets import CROPS, require_folder
+    from uvit_fast.data.datasets import require_folder
     from uvit_fast.data.encoders import text_encoder_name
     from uvit_fast.data.extract import Extraction, Policy, Text, summary
     from uvit_fast.data.reading import list_images
+    from uvit_fast.data.transforms import CROPS
     from uvit_fast.provenance import UNKNOWN
     from uvit_fast.runtime.device import pick_device
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from uvit_fast.data.datasets import ImageFolder
+from uvit_fast.data.image_folder import ImageFolder
 from uvit_fast.runtime.extras import install
 
 CHUNK = 64  # images that are held decoded at a time
@@ -127,7 +127,7 @@ def _survive_forks() -> None:
 
 
 def _center(size: tuple[int, int], side: int) -> Plan:
-    """`datasets.center_crop`."""
+    """`transforms.center_crop`."""
     width, height = size
     halvings = []
     while min(width, height) >= 2 * side:
@@ -140,12 +140,12 @@ def _center(size: tuple[int, int], side: int) -> Plan:
 
 
 def _celeba(size: tuple[int, int], side: int) -> Plan:
-    """`datasets.celeba_crop`, for images that fit it."""
+    """`transforms.celeba_crop`, for images that fit it."""
     return Plan((57, 25), (128, 128), size=(side, side))
 
 
 def _square(size: tuple[int, int], side: int) -> Plan:
-    """`datasets.square_crop`."""
+    """`transforms.square_crop`."""
     short = min(size)
     return Plan(((size[1] - short) // 2, (size[0] - short) // 2), (short, short), size=(side, side))
 

@@ -8,7 +8,7 @@ import torch
 from uvit_fast import provenance
 from uvit_fast.build import build_model
 from uvit_fast.config import Config, ModelConfig
-from uvit_fast.data.datasets import CLASSES
+from uvit_fast.data.in_memory import CLASSES
 from uvit_fast.model import fp8
 from uvit_fast.model.unet import UNet
 from uvit_fast.model.uvit import UViT
