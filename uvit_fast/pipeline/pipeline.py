@@ -17,7 +17,6 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
-from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
@@ -35,13 +34,13 @@ from uvit_fast.sampling.loop import check_finite
 
 from . import schedulers
 from .calls import INSTEAD, StepEnd, is_text, new_keys, of_each, whole
+from .conditions import condition_of
 from .model_card import FOLDER, LOADER, model_card
 from .schedulers import UViTScheduler, usual_prediction
 
 LIBRARY = __package__
 LOADER_NAME = "uvit_pipeline"  # of the folder's files that diffusers runs where it is trusted to
 STEPS = 50  # of a scheduler of diffusers, unless the call says how many
-logger = logging.get_logger(__name__)
 quiet_diffusers()
 LOADABLE_CLASSES[LIBRARY] = LOADABLE_CLASSES["diffusers"]  # or a repository's components could not be of this package
 
@@ -305,7 +304,7 @@ class UViTPipeline(DiffusionPipeline):
             "negative_prompt": negative_prompt,
             "negative_prompt_embeds": negative_prompt_embeds,
         }
-        condition, null = self._condition(class_labels, texts, guided=s > 0)
+        condition, null = condition_of(self, class_labels, texts, guided=s > 0)
         if s > 0 and (not condition or None in [v for v in null.values() if not isinstance(v, Tensor)]):
             raise ValueError(f"guidance_scale: the model has no null condition; expected 1 (no guidance), got {1 + s}")
         given = len(next(iter(condition.values()))) if condition else num_images
@@ -379,79 +378,6 @@ class UViTPipeline(DiffusionPipeline):
             return step_end.until_interrupted(
                 lambda: schedulers.solve(scheduler, schedule, steps, eps_fn, x_T, generator, eta, change, prediction)
             )
-
-    def _condition(self, class_labels, texts: dict[str, Any], guided: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The network's condition and, where `guided`, its null, by argument name; both empty for an unconditional model."""
-        net, device = self.model, self._execution_device
-        wants = "prompt" if net.context_dim else "class_labels" if net.num_classes else None
-        asked = texts["prompt"] is not None or texts["prompt_embeds"] is not None
-        for name, value in (("class_labels", class_labels is not None), ("prompt", asked)):
-            if value != (name == wants):
-                kind = {"prompt": "text", "class_labels": "classes", None: "no condition"}[wants]
-                raise ValueError(f"{name}: the model takes {kind}; {'got' if value else 'expected'} {name}")
-        if wants == "prompt":
-            return self._text_condition(**texts, guided=guided)
-        for name, value in texts.items():
-            if value is not None:
-                raise ValueError(f"{name}: the model takes no text; expected none")
-        if wants == "class_labels":
-            several = isinstance(class_labels, Sequence | Tensor | np.ndarray) and np.ndim(class_labels)
-            classes = net.num_classes - (self.config.null_label is not None)
-            classes = min(classes, len(self.class_names) or classes)  # those that the model saw
-            each = class_labels if several else [class_labels]
-            labels = [self._known.label(v) if isinstance(v, str) else whole("class_labels", v, least=0) for v in each]
-            if not labels or not all(label < classes for label in labels):
-                raise ValueError(f"class_labels: expected labels from 0 to {classes - 1}, got {labels}")
-            return {"y": torch.tensor(labels, device=device)}, {"y": self.config.null_label}
-        return {}, {}
-
-    def _text_condition(
-        self, prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, guided: bool
-    ) -> tuple[dict, dict]:
-        """The features of the prompts (B, T, C), and those that guidance leads away from, (T, C) or (B, T, C)."""
-        for name, text, features in (
-            ("prompt", prompt, prompt_embeds),
-            ("negative_prompt", negative_prompt, negative_prompt_embeds),
-        ):
-            if text is not None and features is not None:
-                raise ValueError(f"{name}: expected it or {name}_embeds, got both")
-        context = self._features("prompt", prompt, prompt_embeds)
-        if not guided:
-            if negative_prompt is not None or negative_prompt_embeds is not None:
-                logger.warning("negative_prompt is not used: the guidance scale is 1")
-            return {"context": context}, {"context": None}
-        if negative_prompt is None and negative_prompt_embeds is None:
-            negative_prompt = ""
-        null = self._features("negative_prompt", negative_prompt, negative_prompt_embeds)
-        if len(null) not in (1, len(context)):
-            raise ValueError(f"negative_prompt: expected one, or one a prompt, {len(context)}, got {len(null)}")
-        return {"context": context}, {"context": null if len(null) > 1 else null[0]}
-
-    def _features(self, name: str, text: list[str] | str | None, features: Tensor | None) -> Tensor:
-        """(B, T, C), of texts or as they were given."""
-        net = self.model
-        if features is not None:
-            if features.dim() != 3 or features.shape[1:] != (net.context_tokens, net.context_dim) or not len(features):
-                expected = f"(B, {net.context_tokens}, {net.context_dim})"
-                raise ValueError(f"{name}_embeds: expected {expected}, got {tuple(features.shape)}")
-            return features.to(self._execution_device)
-        texts = list(text) if isinstance(text, list | tuple) else [text]
-        if not texts or not all(isinstance(each, str) for each in texts):
-            raise ValueError(f"{name}: expected at least one, as text, got {texts or 'none'}")
-        if self.tokenizer is None or self.text_encoder is None:
-            raise ValueError(f"{name}: the pipeline has no tokenizer and text_encoder; expected both, or {name}_embeds")
-        return self._encode([str(each) for each in texts])
-
-    def _encode(self, prompts: list[str]) -> Tensor:
-        """CLIP's last hidden state, padded to the model's tokens, no mask: (B, T, C)."""
-        length = self.model.context_tokens
-        tokens = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        for prompt, uncut in zip(prompts, self.tokenizer(prompts, verbose=False).input_ids):
-            if len(uncut) > length:
-                logger.warning(
-                    f"a prompt of {len(uncut)} tokens is cut to the {length} that the model takes: {prompt[:80]!r}"
-                )
-        return self.text_encoder(tokens.input_ids.to(self._execution_device)).last_hidden_state
 
     def _output(self, x_0: Tensor, output_type: str) -> Any:
         if output_type == "latent":
