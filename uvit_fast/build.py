@@ -1,6 +1,5 @@
 """From a config to objects: the only place where a name in a YAML file becomes a constructor."""
 
-import os
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -187,7 +186,8 @@ def _held_out_at(path: str, cfg: Config, dataset: datasets.Indexed) -> datasets.
         raise UserError(
             f"evaluate.held_out: data {cfg.data.name} have no path: expected a number of images, got {path}"
         )
-    if os.path.realpath(path) == os.path.realpath(cfg.data.path):
+    here, trained_on = Path(path).resolve(), Path(cfg.data.path).resolve()
+    if here == trained_on or (cfg.data.name == "images" and here.is_relative_to(trained_on)):  # with its subfolders
         raise UserError(f"evaluate.held_out {path}: expected other images than data.path, which is trained on")
     data = cfg.data.model_copy(update={"path": path, "flip": False})
     try:

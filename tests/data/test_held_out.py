@@ -88,6 +88,7 @@ def test_a_path_has_data_of_the_same_kind(tmp_path):
     assert (len(rest), len(found)) == (12, 4) and not found.flip and rest.flip
     for path, words in (
         (train, "expected other images than data.path"),
+        (train / "a", "expected other images than data.path"),  # a part of them
         (tmp_path / "nothing", "evaluate.held_out: .*nothing: no such folder"),
         (tmp_path / "classes", "evaluate.held_out .*expected the classes .*label 1 was b, now c"),
         (12, "evaluate.held_out: expected fewer than all 12 images of the data, got 12"),

@@ -12,6 +12,7 @@ from uvit_fast.diffusion.noise import Draws
 from uvit_fast.diffusion.objective import Objective
 from uvit_fast.runtime.processes import World
 from uvit_fast.training import held_out
+from uvit_fast.training.checkpoint import held_out_but_seen
 from uvit_fast.training.held_out import TIMES, HeldOut
 from uvit_fast.training.trainer import Trainer, conditions_of
 
@@ -76,3 +77,13 @@ def test_two_looks_see_the_same_noise_and_a_weight_of_the_objective_counts():
 
 def test_the_times_are_the_middles_of_eighths():
     assert held_out.BATCH == 64 and TIMES == tuple((2 * i + 1) / 16 for i in range(8))
+
+
+@pytest.mark.parametrize(
+    "before, now, seen",
+    [(None, 100, 100), (200, 100, 0), (100, 200, 100), ("elsewhere", 100, 100), (100, "elsewhere", 0), (100, None, 0)],
+)
+def test_a_run_that_goes_on_says_how_many_it_has_trained_on_before(before, now, seen):
+    """Of two numbers the less are among the more; a path is other data."""
+    before, now = ({"evaluate": held and {"every": 1, "held_out": held}} for held in (before, now))
+    assert held_out_but_seen(now, {"config": before}) == seen

@@ -119,6 +119,8 @@ def test_what_does_not_fit_is_an_error_whose_key_allows_it(model, names, publish
         start(cfg)
     hint = f"train.init_replace=[{','.join(names)}] would"
     assert hint in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(UserError, match=rf"train.init_replace=\[norm,{','.join(names)}\] would"):  # what is named stays
+        start(config(file, replace=["norm"], **model))
     found, own = start(config(file, replace=names, **model))
     for name, value in found.weights.items():
         whole = name.partition(".")[0] in names
@@ -173,6 +175,10 @@ def test_a_pipelines_folder_is_taken(tmp_path):
     found, _ = start(config(tmp_path))
     assert all(torch.equal(found.weights[name], value.float()) for name, value in state.items())
     assert "model.num_heads 8 there, 2 now" in found.line
+    (tmp_path / "model" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(state, tmp_path / "model" / "diffusion_pytorch_model.bin")  # as of safe_serialization=False
+    for folder in (tmp_path, tmp_path / "model"):
+        assert torch.equal(start(config(folder))[0].weights["norm.weight"], state["norm.weight"].float())
 
 
 def trained(run_dir, cfg, fresh=False):

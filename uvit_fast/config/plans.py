@@ -11,7 +11,7 @@ from typing import Annotated
 import yaml
 from pydantic import AfterValidator, Field, ValidationError
 
-from uvit_fast.config.section import Section, absolute, fits_a_file_system
+from uvit_fast.config.section import Section, absolute, fits_a_file_system, wrong_value
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.files import write_whole
 from uvit_fast.runtime.text import cut, parse_yaml, shown
@@ -55,9 +55,7 @@ def read_plan(path: Path) -> CachePlan:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        words = first["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
-        words = words.replace("Input should be", "expected")
-        why = f"{where + ': ' if where else ''}{words}, got {shown(first['input'])}"
+        why = f"{where + ': ' if where else ''}{wrong_value(first)}"
     except (OSError, ValueError) as error:
         why = cut(str(getattr(error, "strerror", None) or error))
     raise UserError(f"sample.cache {cut(str(path))}: expected a plan, with steps and reuse: {why}")

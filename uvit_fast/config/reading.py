@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from uvit_fast.config.finding import ConfigError, find_config
 from uvit_fast.config.networks import NETWORKS, ModelConfig
 from uvit_fast.config.schema import Config
-from uvit_fast.config.section import Section
+from uvit_fast.config.section import Section, wrong_value
 from uvit_fast.runtime.text import cut, parse_yaml, shown
 
 
@@ -148,9 +148,7 @@ def _explain(path: str | Path, error: Any) -> str:
         return f"{path}: {key}: unknown key; {hint}"
     if error["type"] == "missing":
         return f"{path}: {key}: missing; expected {_description(error['loc'])}"
-    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
-    got = "" if error["type"] == "value_error" else f", got {shown(error['input'])}"
-    return f"{path}: {key + ': ' if key else ''}{message}{got}"
+    return f"{path}: {key + ': ' if key else ''}{wrong_value(error)}"
 
 
 def _section_at(loc: tuple) -> type[Section]:

@@ -64,3 +64,23 @@ LocalPath = Annotated[str, AfterValidator(fits_a_file_system), AfterValidator(ab
 FolderOrHub = Annotated[str, AfterValidator(fits_a_file_system), AfterValidator(_absolute_folder)]
 Name = Annotated[str, Field(min_length=1)]
 Names = Annotated[tuple[Name, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+
+
+def wrong_value(error: Any) -> str:
+    """Return what pydantic expected, and what came, in words of ours."""
+    if error["type"] == "value_error":
+        return error["msg"].removeprefix("Value error, ")
+    kinds = {
+        "tuple_type": "expected a list in brackets",
+        "string_type": "expected text",
+        "string_too_short": "expected text that is not empty",
+        "string_too_long": "expected text of at most {max_length} characters",
+        "too_short": "expected a list of at least {min_length}",
+        "too_long": "expected a list of at most {max_length}",
+        "dict_type": "expected keys with values",
+        "model_type": "expected a section of keys with values",
+        "model_attributes_type": "expected a section of keys with values",
+        "int_parsing_size": "expected a smaller number",
+    }
+    words = kinds[error["type"]].format(**error.get("ctx", {})) if error["type"] in kinds else error["msg"]
+    return f"{words.replace('Input should be', 'expected')}, got {shown(error['input'])}"

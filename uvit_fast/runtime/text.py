@@ -65,7 +65,8 @@ def parse_yaml(text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ValueError(f"{cut(error.problem or error.context or '')}{where}") from None
+        hint = "; text that begins with * wants quotes" if "alias" in f"{error.context} {error.problem}" else ""
+        raise ValueError(f"{cut(error.problem or error.context or '')}{where}{hint}") from None
     except yaml.YAMLError as error:
         raise ValueError(cut(" ".join(str(error).split()))) from None
     except RecursionError:

@@ -1,6 +1,7 @@
 """The weights that a name means, and the network that samples with them."""
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -67,7 +68,8 @@ def find_weights(checkpoint: str | Path) -> Path:
     if path.name in ("exp_avg.safetensors", "exp_avg_sq.safetensors"):  # under the weights' names
         raise UserError(f"{path}: expected weights, as in ema.safetensors beside it; these are AdamW's moments")
     if path.is_dir() and (path / "model_index.json").is_file():
-        return path / "model" / "diffusion_pytorch_model.safetensors"
+        network = path / "model"
+        return next(_of_the_hub(network), network / "diffusion_pytorch_model.safetensors")
     if not path.is_dir():
         return _named(path)
     folder = path if checkpoints.steps(path) else path / "checkpoints"
@@ -76,14 +78,23 @@ def find_weights(checkpoint: str | Path) -> Path:
     if found and not file.is_file():
         raise UserError(f"{found[0]}: expected ema.safetensors, as training writes it; got none")
     if not found and checkpoints.step_of(path) is None and not file.is_file():
-        hub = [path / f"{name}.safetensors" for name in ("model", "diffusion_pytorch_model")]
-        if not (path / "manifest.json").is_file() and (named := [file for file in hub if file.is_file()]):
-            return named[0]
+        if not (path / "manifest.json").is_file() and (named := next(_of_the_hub(path), None)):
+            return named
         held = shown(sorted(file.name for file in path.iterdir())) or "nothing"
         raise UserError(
             f"{path}: no EMA weights, but {held}; expected checkpoints/step_*/ema.safetensors, which train.py writes, or one file of weights"
         )
     return file if found else _named(file)
+
+
+def _of_the_hub(folder: Path) -> Iterator[Path]:
+    """The files of weights in a folder as the hub's libraries write them, the safer ones first."""
+    files = (
+        folder / f"{name}{suffix}"
+        for suffix in (".safetensors", ".bin")
+        for name in ("model", "diffusion_pytorch_model", "pytorch_model")
+    )
+    return filter(Path.is_file, files)
 
 
 def _named(file: Path) -> Path:

@@ -239,6 +239,14 @@ def other_settings(config: dict, manifest: dict[str, Any]) -> str:
     return ", ".join(_differing(config, manifest["config"], lambda section, key: key in LEARNING.get(section, ())))
 
 
+def held_out_but_seen(config: dict, manifest: dict[str, Any]) -> int:
+    """Return how many of the images that are held out the run has trained on before: of two numbers the less are among
+    the more.
+    """
+    now, then = ((each.get("evaluate") or {}).get("held_out") for each in (config, manifest["config"]))
+    return max(now - (then if isinstance(then, int) else 0), 0) if isinstance(now, int) else 0
+
+
 def other_meaning(config: dict, before: dict, apart: Collection[str] = ()) -> list[str]:
     """The keys that say what weights mean, without those `apart`, whose values are others than in the config `before`."""
     how = HOW_NOT_WHAT.union(apart)

@@ -72,7 +72,7 @@ def read_start(config: Config, model: nn.Module, data: Provenance) -> Start:
     drops = before.get("train", {}).get("p_uncond", 1) > 0  # of a bare file, as of the published ones
     state, replaced = replace(model, state, names, config.null_label is not None and drops, str(file))
     source = f"train.init: {file}"
-    refuse_misfits(model.state_dict(), state, source, _advice(model, state))
+    refuse_misfits(model.state_dict(), state, source, _advice(model, state, names))
     load_weights(model, state, source)
     digest = checkpoint.sha256(file)
     if any(_within(table, name) for table in TABLES for name in names):
@@ -141,11 +141,14 @@ def _positions(model: nn.Module, given: Tensors, new: Tensor) -> tuple[Tensor, s
             extras[:, i] = old[:, theirs.index(token)]
     n_new = math.isqrt(new.shape[1] - len(ours))
     patches = interpolated(old[:, len(theirs) :], n_new)
-    return torch.cat([extras, patches], dim=1), f"is interpolated from {n_old}x{n_old} to {n_new}x{n_new} patches"
+    how = f"is interpolated from {n_old}x{n_old} to {n_new}x{n_new} patches" if n_new != n_old else "keeps its patches"
+    return torch.cat([extras, patches], dim=1), how
 
 
-def _advice(model: nn.Module, state: Tensors) -> str:
-    """What to name in `train.init_replace`, where the rest would still be of use: where blocks and most others fit."""
+def _advice(model: nn.Module, state: Tensors, named: Collection[str]) -> str:
+    """What to name in `train.init_replace`, beside what is `named`, where the rest would still be of use: where blocks
+    and most others fit.
+    """
     ours, nothing = model.state_dict(), torch.empty(0)
     misfits = [k for k in ours.keys() | state.keys() if ours.get(k, nothing).shape != state.get(k, nothing).shape]
     depth = 2 if len({key.partition(".")[0] for key in ours}) == 1 else 1  # a network within another
@@ -154,7 +157,7 @@ def _advice(model: nn.Module, state: Tensors) -> str:
     held = {name.partition(".")[0] for name, module in model.named_modules() if isinstance(module, blocks)}
     if held & set(names) or 2 * len(misfits) > len(ours):
         return ""
-    return f"; train.init_replace=[{','.join(names)}] would replace what does not fit"
+    return f"; train.init_replace=[{','.join(dict.fromkeys([*named, *names]))}] would replace what does not fit"
 
 
 def _config_of(file: Path) -> dict[str, Any]:

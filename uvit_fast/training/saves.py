@@ -90,6 +90,11 @@ class Saves:
             self.tell(f"continuing from {path}" + (f", with {other}" if other else ""))
             if self.config.train.init not in (None, manifest["config"]["train"].get("init")):
                 self.tell(f"train.init {self.config.train.init} is not read: the run has weights of its own")
+            if seen := checkpoint.held_out_but_seen(config, manifest):
+                self.tell(
+                    f"evaluate.held_out: the run has already trained on {seen:,} of these images, so their loss is not "
+                    "that of unseen ones"
+                )
         return self.step, manifest["samples"]
 
     def start(self, step: int, samples: int) -> None:
