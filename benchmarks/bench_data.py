@@ -17,23 +17,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.common import RESULTS, Rows
+from benchmarks.common import RESULTS, Rows, seconds
 from uvit_fast.data import shards
 from uvit_fast.data.dali import DaliImages, why_not
 from uvit_fast.data.image_folder import ImageFolder
 from uvit_fast.data.latents import Latents
 
 BATCH = 256
-
-
-def seconds(f, repeats: int = 7) -> list[float]:
-    f()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        f()
-        times.append(time.perf_counter() - start)
-    return times
 
 
 def posteriors(rows: Rows, folder: Path, count: int, size: int) -> None:
@@ -73,8 +63,8 @@ def posteriors(rows: Rows, folder: Path, count: int, size: int) -> None:
         ) -> None:
             rows.add(f"{case}:{metric}", name, values, metric=metric, unit=unit, dtype=kind, batch=batch)
 
-        add([t * 1e3 for t in seconds(opened)], "open", "ms", 1)
-        add([count / t for t in seconds(read, repeats=5)], "random-read", "items/s", BATCH)
+        add([t * 1e3 for t in seconds(opened, 8)[1:]], "open", "ms", 1)
+        add([count / t for t in seconds(read, 6)[1:]], "random-read", "items/s", BATCH)
         add([sum(file.stat().st_blocks * 512 for file in where.iterdir()) / count], "disk", "bytes/item", 1)
 
 

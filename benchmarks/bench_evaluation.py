@@ -7,27 +7,16 @@ Random features and random Inception weights: speed does not depend on the value
 """
 
 import argparse
-import time
 
 import numpy as np
 import torch
 
-from benchmarks.common import RESULTS, Rows, measure
+from benchmarks.common import RESULTS, Rows, measure, seconds
 from uvit_fast.evaluation.features import InceptionFeatures
 from uvit_fast.evaluation.inception import Inception
 from uvit_fast.evaluation.metrics import RunningStatistics, frechet_distance, precision_recall
 
 DIM = 2048
-
-
-def seconds(f, repeats: int) -> list[float]:
-    """Wall-clock seconds of calls that return numbers, and so end with the device's work."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        f()
-        times.append(time.perf_counter() - start)
-    return times
 
 
 def features(rows: Rows, device: torch.device, sizes: list[int], batch: int, repeats: int) -> None:

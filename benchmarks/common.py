@@ -116,12 +116,7 @@ def measure(f: Callable[[], object], repeats: int = 25, warmup: int = 5) -> list
     for _ in range(warmup):
         f()
     if not torch.cuda.is_available():
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            f()
-            times.append((time.perf_counter() - start) * 1e3)
-        return times
+        return [1e3 * t for t in seconds(f, repeats)]
     torch.cuda.synchronize()
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for start, end in pairs:
@@ -130,6 +125,16 @@ def measure(f: Callable[[], object], repeats: int = 25, warmup: int = 5) -> list
         end.record()
     torch.cuda.synchronize()
     return [start.elapsed_time(end) for start, end in pairs]
+
+
+def seconds(f: Callable[[], object], repeats: int) -> list[float]:
+    """Wall-clock seconds of calls that end with the device's work, such as those that return numbers."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        f()
+        times.append(time.perf_counter() - start)
+    return times
 
 
 def quantiles(values: list[float]) -> tuple[float, float, float]:

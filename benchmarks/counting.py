@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
-from uvit_fast.diffusion import samplers
+from uvit_fast.diffusion import stages
 from uvit_fast.kernels.runtime import device
 
 ROOT = Path(__file__).parent.parent
@@ -160,7 +160,7 @@ def hopper(counts: Counts | None = None) -> Iterator[None]:
 
     pretences = [
         (device, "_INTERPRETING", True),  # what lets the ops take tensors that are not on CUDA
-        (samplers, "why_not", lambda x: None),
+        (stages, "why_not", lambda x: None),
         (device, "_FORCED", 90),
         (device, "_properties", lambda index: SimpleNamespace(multi_processor_count=132, major=9)),
         (JITFunction, "run", launched),

@@ -18,7 +18,6 @@ from benchmarks.results import (
     sampling_flops,
 )
 
-HERE = Path(__file__).parent
 REPORT, PLOTS = "REPORT.md", "plots"
 ORDERED = [*models.CONFIGS, *models.OTHERS]  # sizes
 MANY = ("eager", "compiled", "torchao-fp8")  # peers with many images

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 
 from tests.training import tiny
 from uvit_fast.config import load_config
-from uvit_fast.diffusion.noise import Draws
+from uvit_fast.diffusion.noise import Draws, seed_from
 from uvit_fast.diffusion.objective import Objective
 from uvit_fast.training import checkpoint
 from uvit_fast.training.loader import Order, batches
 from uvit_fast.training.monitor import Reading
-from uvit_fast.training.trainer import Trainer, mix
+from uvit_fast.training.trainer import Trainer
 
 STEPS = 20
 
@@ -142,7 +142,7 @@ def test_the_loss_is_the_error_of_the_predicted_noise():
     whole batch of 8, of which the second micro-batch has the last four.
     """
     dataset, items = tiny.Points(), [(i, 0) for i in range(8)]
-    draws = Draws(torch.Generator().manual_seed(mix(0, 5)))
+    draws = Draws(torch.Generator().manual_seed(seed_from(0, 5)))
     x_0, u, noise = dataset.finish(dataset.__getitems__(items), draws)["x"], draws.rand(8), draws.randn(8, *tiny.IMAGE)
     x_t, t = tiny.Schedule().add_noise(x_0, noise, u)
     raw, knowing = dataset.__getitems__(items[4:]), Answering(noise[4:])

@@ -3,6 +3,8 @@
 For samples that are drawn, NumPy's Philox takes the pair as its 128-bit key; torch's CPU generator would keep only 32 bits of a seed.
 """
 
+import hashlib
+import struct
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -50,3 +52,9 @@ class Draws:
         own, *rest = shape
         whole = draw(self.batch or own, *rest, device=self.generator.device, generator=self.generator)
         return whole[self.first : self.first + own]
+
+
+def seed_from(*numbers: int) -> int:
+    """Return a 63-bit seed made of several numbers; neighbouring numbers give unrelated seeds."""
+    packed = struct.pack(f"<{len(numbers)}q", *numbers)
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1

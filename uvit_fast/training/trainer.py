@@ -9,9 +9,7 @@ micro-batches of several GPUs.
 """
 
 import contextlib
-import hashlib
 import math
-import struct
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -22,7 +20,7 @@ from torch import Tensor
 
 from uvit_fast.config import Config
 from uvit_fast.data.datasets import Dataset
-from uvit_fast.diffusion.noise import Draws
+from uvit_fast.diffusion.noise import Draws, seed_from
 from uvit_fast.diffusion.objective import Objective
 from uvit_fast.provenance import Provenance
 from uvit_fast.runtime.errors import UserError
@@ -351,7 +349,7 @@ class Trainer:
     def loss(self, raw: dict[str, Tensor], step: int, k: int) -> Tensor:
         """Return the loss of this rank's k-th micro-batch of a step, 0-d fp32."""
         train, before = self.config.train, (k * self.world.size + self.world.rank) * self.engine.micro_batch
-        draws = Draws(self.generator.manual_seed(mix(train.seed, step)), train.batch_size, before)
+        draws = Draws(self.generator.manual_seed(seed_from(train.seed, step)), train.batch_size, before)
         batch = self.dataset.finish(raw, draws)
         x_0 = batch["x"]  # (B, C, H, W)
         u, noise = draws.rand(len(x_0)), draws.randn(*x_0.shape)  # (B,), (B, C, H, W)
@@ -398,9 +396,3 @@ def conditions_of(config: Config, batch: dict[str, Tensor]) -> dict[str, Tensor]
     """What of a batch the network takes beside x: y (B,) int64, or context (B, T, C) fp32."""
     taken = {"y": config.model.num_classes, "context": config.model.context_dim}
     return {name: batch[name] for name, size in taken.items() if size}
-
-
-def mix(*numbers: int) -> int:
-    """A 63-bit seed from several numbers, such that near numbers give unrelated seeds."""
-    packed = struct.pack(f"<{len(numbers)}q", *numbers)
-    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
