@@ -1,6 +1,7 @@
 """`uvit-fast front`: every point once, none twice, and of all of them those that no other beats."""
 
 import csv
+import shlex
 
 import pytest
 from safetensors.torch import save_file
@@ -14,6 +15,11 @@ POINT = Point("dpmpp_2m", 20, 0.4, (0.0, 1.0), "bf16", "none")
 
 def measured(seconds, *figures, **changes):
     return Measured(POINT._replace(**changes), list(figures), seconds)
+
+
+def point_of(cfg):
+    sample = cfg.sample
+    return Point(sample.sampler, sample.steps, sample.guidance_scale, (0.0, 1.0), sample.precision, sample.cache)
 
 
 def test_the_front_is_what_no_other_beats():
@@ -41,11 +47,28 @@ def test_a_points_options_are_what_differs_from_the_config():
     point = Point("dpmpp_2m", cfg.sample.steps, 0.7, (0.1, 0.8), "bf16", "outer:3")
     line = point.lines(cfg)
     assert line == (
-        "--set sample.sampler=dpmpp_2m --set sample.guidance_scale=0.7 --set sample.guidance_interval=[0.1,0.8] "
+        "--set sample.sampler=dpmpp_2m --set sample.guidance_scale=0.7 --set 'sample.guidance_interval=[0.1,0.8]' "
         "--set sample.cache=outer:3"
     )
-    again = load_config("configs/h2_256.yaml", line.replace("--set ", "").split())
+    again = load_config("configs/h2_256.yaml", line.replace("--set ", "").replace("'", "").split())
     assert again.sample.guidance_interval == (0.1, 0.8) and again.sample.cache == "outer:3"
+
+
+def test_the_options_of_a_plan_survive_a_shell_and_yaml():
+    cfg = load_config("configs/h2_256.yaml")
+    for path in ("/plans/größte pläne #1.yaml", "/plans/it's.json"):
+        line = point_of(cfg)._replace(cache=path).lines(cfg)
+        assert load_config("configs/h2_256.yaml", shlex.split(line)[1::2]).sample.cache == path
+
+
+def test_of_a_plan_that_was_changed_the_last_contents_count():
+    rows = [
+        {"sampler": "heun", "steps": "4", "guidance_scale": "0", "guidance_interval": "0:1", "precision": "bf16"}
+        | {"cache": "p.yaml", "plan": plan, "figure": figure, "seconds": "1"}
+        for plan, figure in (("a", "9"), ("a", "9"), ("b", "3"), ("b", "5"))
+    ]
+    (only,) = summarised(rows)
+    assert only.figures == [3.0, 5.0]
 
 
 @pytest.fixture
@@ -72,7 +95,12 @@ def test_a_grid_is_measured_continued_and_drawn(command, tmp_path, capsys, monke
     assert cli.main([*command, "--steps", "4,2", "--seeds", "2", "--precisions", "bf16,fp8"]) == 0
     said, first = capsys.readouterr().out, rows_of(tmp_path)
     assert [(row["steps"], row["seed"]) for row in first] == [("4", "0"), ("4", "1"), ("2", "0"), ("2", "1")]
-    assert "4 of 8" in said and "left" in said and "left out: all points in fp8" in said and "as good" in said
+    assert (
+        "4 of 4" in said
+        and "left" in said
+        and "and 1 more: sample.precision=fp8: its kernels" in said
+        and "as good" in said
+    )
     assert all(float(row["seconds"]) > 0 and row["metric"] == "digits-fid" for row in first)
     assert (tmp_path / "out" / "front.png").read_bytes()[:4] == b"\x89PNG"
     options = ["--steps", "4,2", "--plans", f"none,{tmp_path / 'plan.yaml'}", "--cfg-scales", "1,1.7"]
@@ -108,13 +136,15 @@ def test_a_grid_is_measured_continued_and_drawn(command, tmp_path, capsys, monke
         (["--samplers", "dpm"], "sample.sampler: expected"),
         (["--plans", "fast"], "expected none, outer:N, outer:N:K"),
         (["--plans", "outer:2:9"], "no point is left to measure: sample.cache outer:2:9"),
+        (["--precisions", "fp8"], "no point is left to measure: sample.precision=fp8: its kernels are for"),
+        (["--num", "1"], "--num: expected at least 2 images"),
         (["--draw"], "no points.csv"),
     ],
 )
-def test_mistakes_are_one_line(command, capsys, more, message):
+def test_mistakes_are_one_line_and_leave_nothing(command, capsys, more, message, tmp_path):
     assert cli.main([*command, *more]) == 2
     error = capsys.readouterr().err.strip()
-    assert message in error and "\n" not in error
+    assert message in error and "\n" not in error and not (tmp_path / "out").exists()
 
 
 def test_points_of_other_settings_do_not_join(command, tmp_path, capsys):
@@ -122,6 +152,10 @@ def test_points_of_other_settings_do_not_join(command, tmp_path, capsys):
 
     assert Table(tmp_path / "out").claim({"num": 80}) is None
     assert "num 80, got 90" in Table(tmp_path / "out").claim({"num": 90})
+    (tmp_path / "out" / "settings.json").write_text("[]")
+    assert "settings.json: damaged" in Table(tmp_path / "out").claim({"num": 80})
+    assert "expected a new folder" in Table(tmp_path).claim({"num": 80})  # which holds out/
+    assert "expected a new folder" in Table(tmp_path / "ema.safetensors").claim({"num": 80})
     (tmp_path / "out" / "points.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match="expected what `uvit-fast front` writes"):
         Table(tmp_path / "out").rows()

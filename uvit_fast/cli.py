@@ -108,7 +108,8 @@ def _run(args: argparse.Namespace, name: str, whole: bool) -> int:
     except BrokenPipeError:  # of whom it printed to
         code = 1
     except OSError as error:
-        print(f"{name}: {error}", file=sys.stderr, flush=True)
+        where = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        print(f"{name}: {where}", file=sys.stderr, flush=True)
         code = 2
     except KeyboardInterrupt:
         goes_on = f"; the same command {args.goes_on}" if args.goes_on else ""

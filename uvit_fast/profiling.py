@@ -4,7 +4,6 @@ The trace of a GPU holds every kernel with its begin and end; the families share
 holds the ops of the host, each without the ops inside it.
 """
 
-import csv
 import gzip
 import json
 import re
@@ -21,6 +20,7 @@ from uvit_fast.build import build_dataset, build_model, build_objective, build_s
 from uvit_fast.config import Config
 from uvit_fast.diffusion.guidance import Guidance
 from uvit_fast.runtime.device import pick_device
+from uvit_fast.runtime.files import write_table
 from uvit_fast.sampling.captured import GraphSampler
 from uvit_fast.training.trainer import Trainer
 
@@ -201,10 +201,8 @@ def table(rows: list[Row]) -> str:
 
 def write(rows: list[Row], path: Path) -> None:
     """The rows as CSV."""
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(Row._fields)
-        writer.writerows((row.family, f"{row.ms:.6g}", f"{row.share:.4f}", f"{row.calls:.6g}") for row in rows)
+    cells = ((row.family, f"{row.ms:.6g}", f"{row.share:.4f}", f"{row.calls:.6g}") for row in rows)
+    write_table(path, Row._fields, (dict(zip(Row._fields, each)) for each in cells))
 
 
 def _profiler(device: torch.device, when: Callable[[int], Any], trace: Path) -> profile:

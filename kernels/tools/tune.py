@@ -7,6 +7,7 @@ candidates differ. What the table says now stays where nothing beats it by more 
 import itertools
 import json
 import math
+import os
 import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -261,4 +262,6 @@ def write(table: dict[str, dict], path: Path) -> None:
     names = ["default", *sorted(table.keys() - {"default"})]
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(table[name])}" for name in names)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("{\n" + lines + "\n}\n")
+    whole = path.with_name(f".{path.name}.{os.getpid()}")  # a table cut short would end every process that reads it
+    whole.write_text("{\n" + lines + "\n}\n")
+    whole.replace(path)

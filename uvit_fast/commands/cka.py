@@ -5,9 +5,10 @@ import csv
 from pathlib import Path
 
 from uvit_fast.commands.arguments import config_of, number, positive, set_argument, with_precision
-from uvit_fast.commands.drawing import pyplot
+from uvit_fast.commands.drawing import pyplot, save
 from uvit_fast.config import Config, ModelConfig
 from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.files import write_table
 
 HELP = "how alike the representations after the blocks are (CKA)"
 EXAMPLE = "uvit-fast cka --checkpoint runs/sweep_digits/base runs/sweep_digits/skip-add --out digits_cka"
@@ -43,10 +44,7 @@ def run(args: argparse.Namespace) -> None:
         pyplot()  # is matplotlib there? Better asked before the matrices than after
         table.parent.mkdir(parents=True, exist_ok=True)
         rows = [row for pair in zip(args.checkpoint, configs) for row in _matrix(args, *pair)]
-        with open(table, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+        write_table(table, COLUMNS, rows)
     if not table.is_file():
         raise UserError(f"{table}: no such file; expected what `uvit-fast cka` without --draw writes")
     with open(table, newline="") as file:
@@ -129,5 +127,4 @@ def draw(rows: list[dict[str, str]], path: Path, time: float) -> None:
         f"Similarity of the representations after each block, t = {time:g}, {rows[0]['data']} (the paper's appendix E)"
     )
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
-    plt.close(figure)
+    save(figure, path)

@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from uvit_fast.commands.drawing import COLOURS, pyplot
+from uvit_fast.commands.drawing import COLOURS, pyplot, save
 from uvit_fast.runtime.errors import UserError
-from uvit_fast.runtime.files import read_rows, write_whole
+from uvit_fast.runtime.files import read_rows
 
 SMOOTH = 0.02  # of a run's rows, which a point of the thick loss curve is the mean of
 LABELS = {
@@ -72,11 +72,9 @@ def draw(runs: list[Path], path: Path) -> None:
     ]
     figure.legend(handles, list(curves), loc="outside upper left", ncols=min(4, len(curves)), frameon=False)
     try:
-        write_whole(path, lambda file: figure.savefig(file, dpi=150, format=path.suffix[1:].lower()))
+        save(figure, path)
     except OSError as error:
         raise UserError(f"--plot {path}: cannot be written ({error.strerror})") from None
-    finally:
-        plt.close(figure)
 
 
 def _line(ax: Any, panel: str, steps: list[float], values: list[float], name: str, style: tuple[str, str]) -> None:

@@ -1,8 +1,10 @@
 """What the commands' pictures share."""
 
+from pathlib import Path
 from typing import Any
 
 from uvit_fast.runtime.extras import missing
+from uvit_fast.runtime.files import write_whole
 
 INK, GRID = "#333333", "#dddddd"
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"]  # told apart by the colour-blind too (Okabe and Ito)
@@ -25,3 +27,17 @@ def pyplot() -> Any:
     pyplot.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
     pyplot.rcParams.update({"axes.grid.axis": "y", "grid.color": GRID, "grid.linewidth": 0.6, "axes.axisbelow": True})
     return pyplot
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure as `path` says by its ending, whole or not at all, and close it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    kind = path.suffix[1:].lower()
+    about = {"metadata": {"Software": None}} if kind == "png" else {}  # the same picture is the same file
+    try:
+        write_whole(path, lambda file: figure.savefig(file, dpi=150, format=kind, **about))
+    finally:
+        pyplot().close(figure)

@@ -57,6 +57,8 @@ def run(args: argparse.Namespace) -> None:
     cfg = config_of(args.config, args.checkpoint, args.set)
     if not reference_is_config(args.reference):
         existing("--reference", args.reference, "statistics, images, or a config whose data are the real images")
+    if args.num < 2:
+        raise UserError(f"--num: expected at least 2 images, of which a covariance is taken, got {args.num}")
     out = args.out or Path("runs") / f"front_{cfg.name}"
     points = grid(args, cfg)
     from uvit_fast.commands.drawing import pyplot
@@ -129,7 +131,7 @@ def _measure_all(args: argparse.Namespace, cfg: Config, points: list[Point], out
     from uvit_fast.evaluation.reference import default_cache
     from uvit_fast.runtime.device import pick_device
     from uvit_fast.sampling.conditions import check_guidance
-    from uvit_fast.sampling.weights import find_weights, load_found, provenance_of
+    from uvit_fast.sampling.weights import check_precision, find_weights, load_found, provenance_of
 
     device, weights = pick_device(cfg.device), find_weights(args.checkpoint)
     known = provenance_of(cfg, weights)
@@ -142,6 +144,7 @@ def _measure_all(args: argparse.Namespace, cfg: Config, points: list[Point], out
             if changed is None:
                 raise UserError("sample.cache: the layers of sample.precision fp8 are not cached")
             check_guidance(point.scale, cfg)
+            check_precision(changed, device)
             plan = [sorted(s.layers.reuse) if s.layers else [] for s in build_sampler(changed).stages]
         except UserError as error:  # a plan is for one sampler and number of evaluations
             left_out.setdefault(str(error), []).append(point)
@@ -185,22 +188,11 @@ def _measure_all(args: argparse.Namespace, cfg: Config, points: list[Point], out
     )
     decode = load_decoder(cfg, device, known) if cfg.latent else None
     costs = [point.steps * (1 + (point.scale > 0)) for point, *_ in todo]
-    began, model, loaded, refused = time.monotonic(), None, "", ""
+    began, model, loaded = time.monotonic(), None, ""
     for i, (point, changed, contents, of) in enumerate(todo):
-        if point.precision == refused:
-            continue
         if loaded != point.precision:
             model = None  # its memory first
-            try:
-                model = load_found(changed, weights, device)
-            except UserError as error:  # FP8 where it cannot run
-                if point.precision == cfg.sample.precision:
-                    raise
-                if world.rank == 0:
-                    print(f"left out: all points in {point.precision}: {error}", flush=True)
-                refused = point.precision
-                continue
-            loaded = point.precision
+            model, loaded = load_found(changed, weights, device), point.precision
         assert model is not None  # loaded above
         samples = measuring.drawn_images(model, changed, args.num, str(point), decode, of, known=known)
         timed = _Timed(samples.read, reference.size, device.type == "cuda")

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,8 +11,8 @@ from typing import Any, NamedTuple
 from uvit_fast.config import Config
 from uvit_fast.runtime.claims import Claim, Taken
 from uvit_fast.runtime.errors import UserError
-from uvit_fast.runtime.files import write_whole
-from uvit_fast.runtime.text import shown
+from uvit_fast.runtime.files import write_table, write_whole
+from uvit_fast.runtime.text import parse_yaml, shown
 
 COLUMNS = ["sampler", "steps", "guidance_scale", "guidance_interval", "precision", "cache", "plan", "seed", "images"]
 COLUMNS += ["metric", "figure", "seconds", "batch", "device"]  # seconds: of 1,000 images on one device
@@ -42,10 +43,7 @@ class Point(NamedTuple):
         """Return the --set options that make it of a config."""
         before = base.sample.model_dump(mode="json")
         changed = {key: value for key, value in self.settings().items() if value != before[key]}
-        options = [
-            f"--set sample.{key}={json.dumps(value).strip(chr(34))}".replace(", ", ",")
-            for key, value in changed.items()
-        ]
+        options = [f"--set {shlex.quote(f'sample.{key}={_as_yaml(value)}')}" for key, value in changed.items()]
         return " ".join(options) or "(the config as it is)"
 
     def __str__(self) -> str:
@@ -53,6 +51,12 @@ class Point(NamedTuple):
         inside = "" if self.interval == (0.0, 1.0) else f" in {self.interval[0]:g} to {self.interval[1]:g}"
         others = [self.precision] * (self.precision != "bf16") + [Path(self.cache).name] * (self.cache != "none")
         return ", ".join([f"{self.sampler} {self.steps}", guided + inside, *others])
+
+
+def _as_yaml(value: Any) -> str:
+    if isinstance(value, str) and parse_yaml(value) == value:
+        return value  # which needs no quotes
+    return json.dumps(value, ensure_ascii=False).replace(", ", ",")
 
 
 class Measured(NamedTuple):
@@ -76,14 +80,19 @@ class Table:
 
     def claim(self, settings: dict[str, Any]) -> str | None:
         """Keep other processes out; return why its rows cannot be joined by others."""
+        note = self.out / "settings.json"
+        others = self.out.exists() and (not self.out.is_dir() or any(p.name[0] != "." for p in self.out.iterdir()))
+        if others and not note.is_file():
+            return f"--out {self.out}: expected a new folder, or one that `uvit-fast front` wrote"
         try:
             self._held = Claim(self.out)
         except Taken as taken:
             return f"--out {self.out}: another process writes it, {taken}; expected another folder"
-        note = self.out / "settings.json"
         try:
             before = json.loads(note.read_text("utf-8")) if note.is_file() else settings
         except ValueError:
+            before = None
+        if not isinstance(before, dict):
             return f"{note}: damaged; expected another --out"
         for name, value in settings.items():
             if before.get(name) != value:
@@ -100,7 +109,7 @@ class Table:
         """
         if not self.file.is_file():
             return []
-        with open(self.file, newline="") as file:
+        with open(self.file, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             if reader.fieldnames != COLUMNS:
                 raise UserError(
@@ -109,13 +118,7 @@ class Table:
             return list(reader)
 
     def write(self, rows: list[dict]) -> None:
-        def put(path: Path) -> None:
-            with open(path, "w", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS)
-                writer.writeheader()
-                writer.writerows(rows)
-
-        write_whole(self.file, put)
+        write_table(self.file, COLUMNS, rows)
 
 
 def row_of(point: Point, changed: Config, contents: str, of: int) -> dict[str, Any]:
@@ -136,9 +139,10 @@ def key_of(row: dict[str, Any]) -> tuple:
 
 
 def summarised(rows: Iterable[dict[str, str]]) -> list[Measured]:
-    """Return the points of a table, by their seconds."""
+    """Return the points of a table, by their seconds; where a plan's file was changed, the rows of its last contents."""
     figures: dict[Point, list[float]] = {}
     seconds: dict[Point, list[float]] = {}
+    contents: dict[Point, str] = {}
     for row in rows:
         first, last = map(float, row["guidance_interval"].split(":"))
         point = Point(
@@ -149,6 +153,9 @@ def summarised(rows: Iterable[dict[str, str]]) -> list[Measured]:
             row["precision"],
             row["cache"],
         )
+        if contents.setdefault(point, row["plan"]) != row["plan"]:
+            contents[point] = row["plan"]
+            del figures[point], seconds[point]
         figures.setdefault(point, []).append(float(row["figure"]))
         seconds.setdefault(point, []).append(float(row["seconds"]))
     found = [Measured(point, figures[point], min(seconds[point])) for point in figures]
@@ -187,7 +194,7 @@ def as_good(points: Sequence[Measured]) -> list[str]:
 
 def draw(points: Sequence[Measured], front: Sequence[Measured], about: dict[str, str], path: Path) -> None:
     """Draw the figure against the seconds of 1,000 images, the front as a labelled line."""
-    from uvit_fast.commands.drawing import COLOURS, INK, pyplot
+    from uvit_fast.commands.drawing import COLOURS, INK, pyplot, save
 
     plt = pyplot()
     from matplotlib.ticker import LogLocator, NullFormatter
@@ -233,5 +240,4 @@ def draw(points: Sequence[Measured], front: Sequence[Measured], about: dict[str,
     ax.set_ylabel(f"{about['metric']} of {int(about['images']):,} samples (lower is better)")
     ax.grid(axis="both")
     ax.legend(frameon=False)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
-    plt.close(figure)
+    save(figure, path)

@@ -187,7 +187,7 @@ def _save_grid(path: Path, batches, num: int, captions: list[str] | None) -> Non
     """The first hundred images, ten a row, with their classes or prompts; a single one without them as it is."""
     import numpy as np
 
-    from uvit_fast.sampling.images import as_picture, save_grid
+    from uvit_fast.sampling.images import as_picture, save_grid, save_png
 
     images: list[np.ndarray] = []
     for batch in batches:
@@ -195,6 +195,6 @@ def _save_grid(path: Path, batches, num: int, captions: list[str] | None) -> Non
         if len(images) == min(100, num):
             break
     if num == 1 and captions is None:
-        as_picture(images[0]).save(path)
+        save_png(as_picture(images[0]), path)
     else:
         save_grid(np.stack(images), path, columns=min(10, num), captions=captions and captions[: len(images)])

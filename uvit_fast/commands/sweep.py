@@ -19,6 +19,7 @@ from uvit_fast.commands.arguments import positive, set_argument
 from uvit_fast.commands.cost import count
 from uvit_fast.config import CONFIGS, Config, Section, find_config, load_config
 from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.files import read_rows, write_table
 from uvit_fast.runtime.text import cut, parse_yaml
 
 HELP = "train and measure variations of one config, and plot them"
@@ -199,15 +200,12 @@ def write(members: list[Member], work: _Work, out: Path) -> None:
             )
             points.append(dict(zip(COLUMNS, (*row, *figures))))
     for name, columns, table in (("sweep", COLUMNS, points), ("losses", ["member", "step", "loss"], losses)):
-        with open(out / f"{name}.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(table)
+        write_table(out / f"{name}.csv", columns, table)
 
 
 def _losses(path: Path) -> Iterator[tuple[int, float]]:
     """(step, mean loss since the row before)."""
-    for row in map(json.loads, path.read_text().splitlines()):
+    for row in read_rows(path):
         yield row["step"], row["loss"]
 
 
@@ -217,7 +215,7 @@ def draw(out: Path) -> None:
     Raises:
         UserError: no such files. ImportError: matplotlib is not installed.
     """
-    from uvit_fast.commands.drawing import COLOURS, pyplot
+    from uvit_fast.commands.drawing import COLOURS, pyplot, save
 
     if not (out / "sweep.csv").is_file():
         raise UserError(f"{out}: no sweep.csv; expected a folder that `uvit-fast sweep` wrote")
@@ -255,8 +253,7 @@ def draw(out: Path) -> None:
     where = f"{first['data']}, {first['device']}"
     about = f"{int(first['steps']):,} steps each, {int(first['images']):,} samples of the EMA weights; {where}"
     figure.suptitle(f"One factor at a time (the paper's appendix B, Figure 1)\n{about}", fontsize=9)
-    figure.savefig(out / "factors.png", dpi=150, metadata={"Software": None})
-    plt.close(figure)
+    save(figure, out / "factors.png")
 
     skips = {point["value"]: point["member"] for point in points if point["factor"] == "skip"}
     if not skips:
@@ -286,5 +283,4 @@ def draw(out: Path) -> None:
         each.set_xlabel("optimizer steps")
     title = "Training loss by skip mode, same data and noise (compare the paper's Figure 2a)"
     figure.suptitle(f"{title}\n{where}", fontsize=9)
-    figure.savefig(out / "losses.png", dpi=150, metadata={"Software": None})
-    plt.close(figure)
+    save(figure, out / "losses.png")

@@ -1,10 +1,11 @@
 """Files and folders that are whole or not there, and files of rows that outlive a row that is not."""
 
+import csv
 import json
 import os
 import shutil
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,18 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         if temporary.is_dir():
             shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a CSV file of rows by column, whole or not at all."""
+
+    def put(temporary: Path) -> None:
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_whole(path, put)
 
 
 def file_name(text: str, most: int = 80) -> str:

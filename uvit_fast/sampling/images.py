@@ -12,6 +12,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from uvit_fast.runtime.files import write_whole
+
 LINE = 14  # pixels of a line of text
 FONTS = [  # of Linux, macOS and Windows, the first that has a character draws it; Pillow's own has little beyond ASCII
     "DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "DroidSansFallbackFull.ttf",
@@ -28,6 +30,11 @@ def to_uint8(x: Tensor) -> np.ndarray:
 def as_picture(image: np.ndarray) -> Image.Image:
     """An image (H, W, C) uint8, grey where C is 1."""
     return Image.fromarray(image if image.shape[-1] == 3 else image[..., 0])
+
+
+def save_png(picture: Image.Image, path: Path) -> None:
+    """Write a picture as PNG, whole or not at all."""
+    write_whole(path, lambda file: picture.save(file, format="PNG"))
 
 
 def save_grid(
@@ -58,8 +65,7 @@ def save_grid(
             sheet.paste(text_picture(captions[i], w), (corner[0], corner[1] + height))
     for row, text in enumerate(row_labels or []):
         sheet.paste(text_picture(text), (4, gap + row * (h + gap) + (h - LINE) // 2))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    save_png(sheet, Path(path))
 
 
 @lru_cache(4096)

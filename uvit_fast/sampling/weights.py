@@ -36,20 +36,29 @@ def load_for_sampling(cfg: Config, checkpoint: str | Path, device: torch.device)
 
 def load_found(cfg: Config, path: Path, device: torch.device) -> UViT | UNet | fp8.Fp8UViT:
     """`load_for_sampling` of the file that `find_weights` gave, which has looked at it."""
-    narrow = cfg.sample.precision == "fp8"
-    if narrow:
-        if not isinstance(cfg.model, ModelConfig):
-            raise UserError(f"sample.precision=fp8: its kernels are U-ViT's, {cfg.name} is a U-Net; expected bf16")
-        fp8.check(cfg.model, device)
+    check_precision(cfg, device)
     with torch.device("meta"):  # initial values would take longer than reading these
         model = build_model(cfg)
     model = load_weights(model, read_weights(path), source=str(path))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = model.to(device, dtype).eval().requires_grad_(False)
-    if not narrow:
+    if cfg.sample.precision != "fp8":
         return model
     assert isinstance(model, UViT)
     return fp8.Fp8UViT(model)
+
+
+def check_precision(cfg: Config, device: torch.device) -> None:
+    """Refuse FP8 where it cannot run.
+
+    Raises:
+        UserError: of another network, or on another device, than its kernels are for.
+    """
+    if cfg.sample.precision != "fp8":
+        return
+    if not isinstance(cfg.model, ModelConfig):
+        raise UserError(f"sample.precision=fp8: its kernels are U-ViT's, {cfg.name} is a U-Net; expected bf16")
+    fp8.check(cfg.model, device)
 
 
 def find_weights(checkpoint: str | Path) -> Path:

@@ -22,7 +22,7 @@ from uvit_fast.model import ops
 from uvit_fast.provenance import RUN_FILE, Provenance, shown
 from uvit_fast.runtime.claims import Claim, Taken, holder
 from uvit_fast.runtime.errors import UserError
-from uvit_fast.runtime.files import read_rows
+from uvit_fast.runtime.files import read_rows, write_whole
 from uvit_fast.runtime.processes import World
 from uvit_fast.training import checkpoint
 from uvit_fast.training.monitor import say
@@ -132,10 +132,10 @@ def describe_run(
     git commit; where the run begins with given weights init.json: which these are.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(dump_config(config))
+    _write(run_dir / "config.yaml", dump_config(config))
     provenance.write(run_dir / RUN_FILE)
     if start is not None:
-        (run_dir / "init.json").write_text(json.dumps(start, indent=1))
+        _write(run_dir / "init.json", json.dumps(start, indent=1))
     versions: dict[str, str | None] = {}
     for package in ("uvit-fast", "torch", "triton", "deepspeed", "numpy"):
         try:
@@ -156,7 +156,12 @@ def describe_run(
         "commit": _commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    (run_dir / "environment.json").write_text(json.dumps(environment, indent=1))
+    _write(run_dir / "environment.json", json.dumps(environment, indent=1))
+
+
+def _write(path: Path, text: str) -> None:
+    """On a full disk, what a run that goes on had there stays."""
+    write_whole(path, lambda file: file.write_text(text, "utf-8"))
 
 
 def _commit() -> str | None:
