@@ -92,12 +92,16 @@ def in_fp8(D: int) -> dict[str, Callable[[], object]]:
         h = product("gelu", x8, layers.fc1, stats=fold.statistics(x), wide=False).narrow
         return product("residual", h, layers.fc2, **leaving)
 
+    def block() -> Made:
+        h = fp8_block.joined(Made(None, x8, None), skip8, layers)
+        return fp8_block.through_mlp(fp8_block.attended(h, layers, BATCH, heads(D)), layers)
+
     return {
         "ln_linear": lambda: product("plain", x8, layers.qkv, stats=fold.statistics(x)),
         "ln_mlp": mlp,
         "skip_linear": lambda: product("plain", x8, layers.skip, x2=skip8, narrow=True, sums=True),
         "linear_residual": lambda: product("residual", x8, layers.proj, **leaving),
-        "block": lambda: fp8_block.block(Made(None, x8, None), skip8, layers, BATCH, heads(D)),
+        "block": block,
     }
 
 

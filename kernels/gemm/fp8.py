@@ -38,6 +38,7 @@ def reference(
     x2: Tensor | None = None,
     stats: Tensor | None = None,
     side: Tensor | None = None,
+    overwrite: bool = True,
     wide: bool = True,
     narrow: bool = False,
     sums: bool = False,
@@ -50,7 +51,7 @@ def reference(
         layer: weight (N, K), or (N, K padded to a multiple of BK, and K2) with x2.
         x2: (M, K2) e4m3, contracted with the last K2 columns of the weight.
         stats: (2, at least M) fp32, mean and rstd of x: the LayerNorm folded into the layer.
-        side: (M, N) bf16, the residual, whose place the bf16 result takes.
+        side: (M, N) bf16, the residual, whose place the bf16 result takes with `overwrite`.
         wide, narrow, sums: which results are wanted. Of "gelu" it is the e4m3 one, in the order of `quantise.paired`.
     """
     (M, K), weight = x.shape, layer.weight.to(ACCUMULATE)
@@ -67,7 +68,7 @@ def reference(
     if epilogue == "residual":
         y += side.to(ACCUMULATE)
     rounded = y.to(torch.bfloat16)
-    if side is not None and wide:
+    if side is not None and wide and overwrite:
         rounded = side.copy_(rounded)
     y = rounded.to(ACCUMULATE)
     written = None

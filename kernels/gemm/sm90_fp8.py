@@ -24,6 +24,7 @@ def arguments(
     x2: Tensor | None = None,
     stats: Tensor | None = None,
     side: Tensor | None = None,
+    overwrite: bool = True,
     wide: bool = True,
     narrow: bool = False,
     sums: bool = False,
@@ -34,7 +35,8 @@ def arguments(
     (M, K), N, paired = x.shape, layer.weight.shape[0], epilogue == "gelu"
     across, down = cdiv(N, 2 * ROWS), cdiv(M, tokens)
     made8 = x.new_empty(M, N) if narrow or paired else None
-    out = side if side is not None else made8 if paired else x.new_empty(M, N, dtype=torch.bfloat16)
+    inplace = side is not None and (overwrite or not wide)
+    out = side if inplace else made8 if paired else x.new_empty(M, N, dtype=torch.bfloat16)
     written = layernorm_sums.new(out) if sums else None
     out_box = descriptor(out.view(torch.int16), part, ROWS // 2) if paired else descriptor(out, part, ROWS)
     x_box = descriptor(x, tokens, BK)
@@ -45,7 +47,7 @@ def arguments(
         x_box if x2 is None else descriptor(x2, tokens, BK),
         out_box,
         out_box,
-        out_box,
+        out_box if side is None or inplace else descriptor(side, part, ROWS),
         None,
         None,
         None,

@@ -17,12 +17,12 @@ from uvit_fast.kernels.runtime.device import architecture
 
 
 class Layers(NamedTuple):
-    """A block's layers in e4m3."""
+    """A block's layers in e4m3; None for those that it has not, or not in e4m3."""
 
-    qkv: Quantised  # (3D, D), norm1 folded in
-    proj: Quantised  # (D, D), columns in the order of attention's result
-    fc1: Quantised  # (H, D), norm2 folded in, halved as GELU's argument
-    fc2: Quantised  # (D, H), columns in the order of GELU's result
+    qkv: Quantised | None  # (3D, D), norm1 folded in
+    proj: Quantised | None  # (D, D), columns in the order of attention's result
+    fc1: Quantised | None  # (H, D), norm2 folded in, halved as GELU's argument
+    fc2: Quantised | None  # (D, H), columns in the order of GELU's result
     skip: Quantised | None  # (D, 2D)
 
 
@@ -84,35 +84,60 @@ KERNELS = Arithmetic(sm90_fp8.product, _attention, fold.statistics)
 REFERENCE = Arithmetic(fp8.reference, _attention_reference, _statistics_reference)
 
 
-def block(
-    x: Made,
-    skip: Tensor | None,
-    layers: Layers,
-    batch: int,
-    heads: int,
-    *,
-    wide: bool = True,
-    narrow: bool = True,
-    by: Arithmetic = KERNELS,
+# A block's three parts: x (M, D), as the kernel before left it -> (M, D). A part reads x in bf16 or in e4m3, which is
+# taken of the other, with the statistics, where nobody left it.
+
+
+def joined(x: Made, skip: Tensor, layers: Layers, by: Arithmetic = KERNELS) -> Made:
+    """Return Linear(Concat(x, skip)) of the e4m3 x and a long skip (M, D) e4m3."""
+    return by.product("plain", narrowed(x, by).narrow, layers.skip, x2=skip, narrow=True, sums=True)
+
+
+def attended(
+    x: Made, layers: Layers, batch: int, heads: int, *, overwrite: bool = True, by: Arithmetic = KERNELS
 ) -> Made:
-    """Run a block: x (M, D), as the kernel before left it, and a long skip (M, D) e4m3 -> (M, D).
+    """Return x + proj(attention(norm1(x))).
 
     Args:
-        x: wide, which is written over, and narrow, which is taken with the statistics where nobody left it; with a
-            skip narrow alone is read.
-        wide, narrow: which results are read after this block; with wide its sums come too.
+        overwrite: the bf16 result takes the place of x's.
     """
-    if layers.skip is not None:
-        x = by.product("plain", x.narrow, layers.skip, x2=skip, narrow=True, sums=True)
-    made8 = None
-    if x.narrow is None:
-        made8 = torch.empty_like(x.wide, dtype=E4M3)
-        x = x._replace(narrow=made8)
-    stats = by.statistics(x.wide, x.sums, made8)
-    qkv = by.product("plain", x.narrow, layers.qkv, stats=stats).wide  # (M, 3D)
+    x8, stats = _operand(x, by)
+    qkv = by.product("plain", x8, layers.qkv, stats=stats).wide  # (M, 3D)
     M, D = x.wide.shape
     a = by.attention(qkv.view(batch, M // batch, 3, heads, D // heads)).view(M, D)
     del qkv
-    x = by.product("residual", a, layers.proj, side=x.wide, narrow=True, sums=True)
-    h = by.product("gelu", x.narrow, layers.fc1, stats=by.statistics(x.wide, x.sums), wide=False).narrow  # (M, H)
-    return by.product("residual", h, layers.fc2, side=x.wide, wide=wide, narrow=narrow, sums=wide)
+    return by.product("residual", a, layers.proj, side=x.wide, overwrite=overwrite, narrow=True, sums=True)
+
+
+def through_mlp(
+    x: Made,
+    layers: Layers,
+    *,
+    wide: bool = True,
+    narrow: bool = True,
+    overwrite: bool = True,
+    by: Arithmetic = KERNELS,
+) -> Made:
+    """Return x + fc2(gelu(fc1(norm2(x)))).
+
+    Args:
+        wide, narrow: which results are read after it; with wide its sums come too.
+        overwrite: as of `attended`.
+    """
+    x8, stats = _operand(x, by)
+    h = by.product("gelu", x8, layers.fc1, stats=stats, wide=False).narrow  # (M, H)
+    asked = {"overwrite": overwrite, "wide": wide, "narrow": narrow, "sums": wide}
+    return by.product("residual", h, layers.fc2, side=x.wide, **asked)
+
+
+def narrowed(x: Made, by: Arithmetic = KERNELS) -> Made:
+    """Return x with its e4m3 values."""
+    return x if x.narrow is not None else x._replace(narrow=_operand(x, by)[0])
+
+
+def _operand(x: Made, by: Arithmetic) -> tuple[Tensor, Tensor]:
+    """Return x in e4m3 and its statistics, in one pass over it where nobody left the former."""
+    if x.narrow is not None:
+        return x.narrow, by.statistics(x.wide, x.sums)
+    made8 = torch.empty_like(x.wide, dtype=E4M3)
+    return made8, by.statistics(x.wide, None, made8)

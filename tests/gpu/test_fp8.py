@@ -7,11 +7,13 @@ from torch import Tensor
 from tests.kernels import fp8_cases as cases
 from uvit_fast.build import build_sampler
 from uvit_fast.config import load_config
+from uvit_fast.diffusion.caching import LayerCache
 from uvit_fast.kernels.attention import sm90_forward, sm90_tiles
 from uvit_fast.kernels.gemm import fp8, sm90_fp8
 from uvit_fast.kernels.layernorm import fold
 from uvit_fast.kernels.ops import fp8_block
 from uvit_fast.kernels.quantise import E4M3, narrow
+from uvit_fast.model.cached import sublayers
 from uvit_fast.model.fp8 import Fp8UViT
 from uvit_fast.model.uvit import UViT
 from uvit_fast.runtime.errors import UserError
@@ -59,6 +61,7 @@ def test_a_product_is_its_arithmetic_but_for_the_tensor_cores_sums(name, M, D):
     """They err by about d = 1e-3, less than bf16's rounding. An e4m3 result differs where that tips a value to its
     neighbour, s = 0.09 of it away: one in s / d, and so by sqrt(s d) in all."""
     epilogue, x, layer, rest = cases.arguments(name, M, D, "cuda")
+    x_before = copied(rest).get("side")
     made, want = sm90_fp8.product(epilogue, x, layer, **copied(rest)), fp8.reference(epilogue, x, layer, **copied(rest))
     for field, allowed in (("wide", 3e-3), ("narrow", 2e-2), ("sums", 6e-3)):
         ours, theirs = getattr(made, field), getattr(want, field)
@@ -69,8 +72,9 @@ def test_a_product_is_its_arithmetic_but_for_the_tensor_cores_sums(name, M, D):
             largest = theirs.float().abs().max()
             assert (ours.float() - theirs.float()).abs().max() <= largest / 8, field
     if "side" in rest and made.wide is not None:
-        again = sm90_fp8.product(epilogue, x, layer, **copied(rest))
-        assert torch.equal(made.wide, again.wide)
+        again = sm90_fp8.product(epilogue, x, layer, overwrite=False, **rest)  # which leaves the residual as it is
+        assert torch.equal(made.wide, again.wide) and torch.equal(made.narrow, again.narrow)
+        assert torch.equal(rest["side"], x_before) and again.wide.data_ptr() != rest["side"].data_ptr()
 
 
 @pytest.mark.parametrize("mean", [0.0, 8.0])
@@ -119,14 +123,44 @@ def test_a_networks_error_is_that_of_its_arithmetic(D, heads, B, text):
     assert torch.equal(ours, Fp8UViT(net)(x, t, **given))
 
 
-def test_a_captured_loop_is_the_loop_bit_for_bit():
-    cfg = load_config("configs/h2_256.yaml", ["sample.steps=5"])
+@pytest.mark.parametrize("keep", [("in_blocks.0", "out_blocks.-1"), ("in_blocks.0.mlp", "out_blocks.0.skip_linear")])
+def test_what_stays_in_bf16_meets_what_does_not(keep):
+    """As their reference arithmetic does, and with all of it kept the network itself."""
+    net, (x, t, y) = network(1152, 16, num_classes=1001), inputs(7)
+    exact = net(x, t, y)
+    net = net.bfloat16()
+    ours, theirs, whole = (
+        off(Fp8UViT(net, *how)(x, t, y), exact)
+        for how in ((fp8_block.KERNELS, keep), (fp8_block.REFERENCE, keep), (fp8_block.KERNELS, ()))
+    )
+    assert ours < 1.1 * theirs + 1e-3 and ours < whole
+    assert off(Fp8UViT(net, keep=["*"])(x, t, y), net(x, t, y)) < 5e-3  # in the ops of a block's halves
+
+
+def test_cached_layers_keep_all_bits_and_reuse_what_was_kept():
+    net, held, given = Fp8UViT(network(1152, 16, num_classes=1001).bfloat16()), {}, inputs(7)
+    names = frozenset(sublayers(4))
+    whole = net(*given)
+    assert torch.equal(net(*given, cache=LayerCache(held, frozenset(), names)), whole)
+    assert off(net(*given, cache=LayerCache(held, names, frozenset())), whole) < 3e-2
+    attentions = frozenset(name for name in names if name.endswith("attn"))
+    assert off(net(*given, cache=LayerCache(held, attentions, frozenset())), whole) < 3e-2
+
+
+def inputs(B: int) -> tuple[Tensor, Tensor, Tensor]:
+    x, t = torch.randn(B, 4, 32, 32, device="cuda"), torch.rand(B, device="cuda") * 999
+    return x, t, torch.arange(B, device="cuda")
+
+
+@pytest.mark.parametrize("settings", [[], ["sample.sampler=dpmpp_2m", "sample.cache=outer:2"]], ids=["whole", "cached"])
+def test_a_captured_loop_is_the_loop_bit_for_bit(settings):
+    cfg = load_config("configs/h2_256.yaml", ["sample.steps=5", "model.depth=4", *settings])
     net = Fp8UViT(network(1152, 16, num_classes=1001).bfloat16())
     sampler, graphs = build_sampler(cfg), GraphSampler(net)
     for batch in (3, 2):  # captured, then replayed with fewer
         x_T = torch.randn(batch, 4, 32, 32, device="cuda")
         y = torch.arange(batch, device="cuda")
-        expected = sampler(lambda x, t, y=y: net(x, t, y), x_T)
+        expected = sampler(lambda x, t, y=y, **cache: net(x, t, y, **cache), x_T)
         assert torch.equal(graphs(sampler, x_T, {"y": y}), expected)
     assert len(graphs) == 1
 

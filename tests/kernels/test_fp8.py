@@ -92,7 +92,9 @@ def test_a_block_is_off_by_what_quantising_costs(with_skip):
     a = attention.reference(ln_linear.reference(y, norm1, full[0]).view(B, L, 3, H, D // H)).view(B * L, D)
     exact = ln_mlp.reference(linear_residual.reference(a, full[1], y), norm2, *full[2:])
     given = Made(None, narrow(x), None) if with_skip else Made(x.clone(), None, None)
-    made = fp8_block.block(given, narrow(skip) if with_skip else None, layers, B, H, by=fp8_block.REFERENCE)
+    by = fp8_block.REFERENCE
+    h = fp8_block.joined(given, narrow(skip), layers, by) if with_skip else given
+    made = fp8_block.through_mlp(fp8_block.attended(h, layers, B, H, by=by), layers, by=by)
     assert off(made.wide, exact) < 0.06
     assert torch.equal(made.narrow.float(), narrow(made.wide).float())
     assert torch.allclose(made.sums[:, 0].sum(0), made.wide.float().sum(1), rtol=1e-4, atol=1e-3)

@@ -1,5 +1,6 @@
 """Cached layers: what reuses is what the plan says, at the price that it promises; refused where it cannot be."""
 
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -12,7 +13,9 @@ from uvit_fast import build_model, build_sampler, load_config
 from uvit_fast.config.plans import CachePlan, contracted, expanded, read_plan, write_plan
 from uvit_fast.diffusion.caching import LayerCache, layers, outer_plan
 from uvit_fast.diffusion.guidance import Guidance
+from uvit_fast.kernels.ops import fp8_block
 from uvit_fast.model.cached import sublayers
+from uvit_fast.model.fp8 import Fp8UViT
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.sampling.captured import GraphSampler
 from uvit_fast.sampling.loop import sample
@@ -97,11 +100,46 @@ def test_branches_reuse_their_own_and_a_branch_without_any_computes():
     assert cache.find("a", 8) is None and cache.find("b", 4) is None
 
 
-@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.2, 0.7)])
-def test_a_captured_loop_with_a_plan_is_the_plain_one_bit_for_bit(net, interval):
+def in_fp8(keep=("in_blocks.0.mlp", "out_blocks.-1")):
+    net = network("model.embed_dim=128", "model.num_heads=2").to(torch.bfloat16)
+    return Fp8UViT(net, fp8_block.REFERENCE, keep)
+
+
+@pytest.mark.parametrize("keep", [(), ("in_blocks.0.mlp", "out_blocks.-1"), ("in_blocks.0", "out_blocks.-1")])
+def test_in_fp8_keeping_changes_no_bit_and_reusing_at_the_same_input_gives_the_same_output(keep):
+    net, held, arguments = in_fp8(keep), {}, inputs()
+    whole = net(*arguments)
+    assert torch.equal(net(*arguments, cache=LayerCache(held, frozenset(), ALL)), whole)
+    assert held.keys() == ALL and all(kept.shape == (2, 18, 128) for kept in held.values())
+    before = {name: kept.clone() for name, kept in held.items()}
+    attentions = frozenset(n for n in NAMES if n.endswith("attn"))
+    for reuse in (ALL, attentions, ALL - attentions):
+        again = net(*arguments, cache=LayerCache(held, reuse, frozenset()))
+        assert (again - whole).norm() < 0.03 * whole.norm()  # sums of bf16 values, rounded anew to e4m3
+    assert all(torch.equal(held[name], kept) for name, kept in before.items())
+
+
+def test_in_fp8_what_is_reused_is_not_computed():
+    net, held, arguments = in_fp8(()), {}, inputs()
+    net(*arguments, cache=LayerCache(held, frozenset(), ALL))
+    counts = Counter()
+
+    def product(epilogue, *args, **more):
+        counts[epilogue, more.get("x2") is not None] += 1
+        return fp8_block.REFERENCE.product(epilogue, *args, **more)
+
+    net.by = fp8_block.REFERENCE._replace(product=product)
+    net(*arguments, cache=LayerCache(held, ALL - {"mid_block.attn"}, frozenset()))
+    assert counts == {("plain", True): 2, ("plain", False): 1, ("residual", False): 1}
+
+
+@pytest.mark.parametrize(
+    ("make", "interval"), [(network, (0.0, 1.0)), (network, (0.2, 0.7)), (in_fp8, (0.2, 0.7))], ids=str
+)
+def test_a_captured_loop_with_a_plan_is_the_plain_one_bit_for_bit(make, interval):
     """Guided throughout, and from no guidance to guidance and back: replayed with other noise."""
     cfg = load_config("configs/digits.yaml", ["model.embed_dim=64", "sample.cache=outer:2", "sample.sampler=dpmpp_2m"])
-    sampler, graphs, (_, _, y) = build_sampler(cfg, 8), RecordedGraphs(), inputs()
+    net, sampler, graphs, (_, _, y) = make(), build_sampler(cfg, 8), RecordedGraphs(), inputs()
     assert sum(bool(s.layers and s.layers.reuse) for s in sampler.stages) == 3
     replay = GraphSampler(net, graphs=graphs)
     for seed in range(2):
@@ -179,7 +217,6 @@ def test_plans_that_do_not_fit_are_one_line(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("config", "override", "message"),
     [
-        ("h2_256", "sample.precision=fp8", "precision fp8 are not cached; expected bf16, or cache none"),
         ("unet_adm_256", "sample.steps=50", "a U-Net has no layers that are cached"),
         ("h2_256", "sample.cache=outer:1", "N of at least 2"),
         ("h2_256", "sample.cache=fast", "expected none, outer:N, outer:N:K, or a plan's"),
@@ -203,7 +240,8 @@ def test_networks_that_cannot_be_cached_say_why():
     compiled.mid_block.compile()
     with pytest.raises(UserError, match="sample.cache: blocks under torch.compile .*; expected none"):
         compiled(*arguments, cache=cache)
-    cfg = load_config("configs/digits.yaml", ["sample.cache=outer:2"])
+    cfg = load_config("configs/digits.yaml", ["sample.cache=outer:2", "sample.steps=4"])
+    assert torch.isfinite(next(sample(in_fp8(), cfg, 1, labels=torch.tensor([1])))).all()
     with pytest.raises(UserError, match="expected a UViT as it is, got OptimizedModule"):
         next(sample(torch.compile(network()), cfg, 1, labels=torch.tensor([1])))
     cfg = load_config("configs/digits.yaml", ["sample.cache=outer:2:3"])

@@ -1,5 +1,8 @@
 """A network in FP8, by the reference arithmetic: close to the network, which stays as it is; refused where it cannot run."""
 
+import functools
+import math
+
 import pytest
 import torch
 
@@ -30,6 +33,56 @@ def test_eps_is_close_and_the_weights_stay(more):
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
+@pytest.fixture(scope="module")
+def error():
+    """The relative error of what stays in bf16."""
+    net, g = network(), torch.Generator().manual_seed(0)
+    x, t, y = (
+        torch.randn(4, 4, 8, 8, generator=g),
+        torch.tensor([10.0, 300.0, 600.0, 990.0]),
+        torch.tensor([0, 3, 7, 10]),
+    )
+    exact = network().float()(x, t, y)
+
+    @functools.cache
+    def of(*keep: str) -> float:
+        return float((fp8.Fp8UViT(net, fp8_block.REFERENCE, keep)(x, t, y) - exact).norm() / exact.norm())
+
+    return of
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        ("in_blocks.0",),  # its output is a bf16 skip's e4m3 copy, and what the next block writes over
+        ("out_blocks.-1",),  # reads in bf16 what an e4m3 block left
+        ("in_blocks.0", "out_blocks.-1"),  # a skip in bf16, which stays while its stream goes on
+        ("*.skip_linear", "in_blocks.1.mlp", "mid_block.attn"),
+    ],
+    ids=str,
+)
+def test_what_is_kept_in_bf16_costs_no_error(keep, error):
+    """Errors of different layers are independent: what is kept and all else make up the whole."""
+    kept = fp8._kept(4, keep)
+    others = tuple(part for part in fp8.parts(4) if part not in kept)
+    assert math.hypot(error(*keep), error(*others)) == pytest.approx(error(), rel=0.1)
+
+
+def test_all_kept_is_the_network_itself():
+    net, (x, t, y) = network(), (torch.randn(2, 4, 8, 8), torch.tensor([10.0, 500.0]), torch.tensor([0, 3]))
+    assert torch.equal(fp8.Fp8UViT(net, fp8_block.REFERENCE, ["*"])(x, t, y), net(x, t, y))
+
+
+def test_parts_that_there_are_not_are_named():
+    with pytest.raises(
+        UserError, match=r"sample.fp8_keep: the network has no sublayer 'in_block.0'; did you mean in_bl"
+    ):
+        fp8.check(load_config("h2_256").model, None, ["in_block.0"])
+    assert fp8._kept(4, ["out_blocks.-2"]) == {f"out_blocks.0.{part}" for part in ("skip_linear", "attn", "mlp")}
+    with pytest.raises(UserError, match="no sublayer 'out_blocks.-3'"):
+        fp8._kept(4, ["out_blocks.-3"])
+
+
 def test_it_is_refused_where_it_cannot_run(tmp_path):
     with pytest.raises(
         UserError, match=r"fp8: its kernels are for compute capability 9\.0 \(H100, H200\); expected bf16"
@@ -41,7 +94,7 @@ def test_it_is_refused_where_it_cannot_run(tmp_path):
         fp8.Fp8UViT(UViT(**SIZES | {"num_heads": 4}).bfloat16(), fp8_block.REFERENCE)
     changed = network()
     changed.mid_block.mlp.fc1.register_forward_hook(lambda *_: None)
-    with pytest.raises(UserError, match="block 2 was changed"):
+    with pytest.raises(UserError, match="mid_block was changed"):
         fp8.Fp8UViT(changed, fp8_block.REFERENCE)
     cfg = load_config("configs/digits.yaml", ["sample.precision=fp8"])
     (file := tmp_path / "weights.pth").touch()

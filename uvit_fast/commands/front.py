@@ -107,18 +107,16 @@ def grid(args: argparse.Namespace, cfg: Config) -> list[Point]:
     for precision, sampler, steps, scale, inside, cache in itertools.product(*axes):
         where = inside if scale else (0.0, 1.0)  # without guidance they are one point
         changed = load_checked(cfg, Point(sampler, steps, scale, where, precision, cache))
-        points[Point(sampler, steps, scale, where, precision, changed.sample.cache if changed else cache)] = None
+        points[Point(sampler, steps, scale, where, precision, changed.sample.cache)] = None
     return list(points)
 
 
-def load_checked(cfg: Config, point: Point) -> Config | None:
-    """Return the config of a point; None for FP8 with cached layers, which there is not.
+def load_checked(cfg: Config, point: Point) -> Config:
+    """Return the config of a point.
 
     Raises:
         UserError: values that the config refuses.
     """
-    if point.precision == "fp8" and point.cache != "none":
-        return None
     tree = cfg.model_dump(mode="json")
     tree["sample"] |= point.settings()
     return config_from(tree, Path("front"))
@@ -141,8 +139,6 @@ def _measure_all(args: argparse.Namespace, cfg: Config, points: list[Point], out
     for point in points:
         try:
             changed = load_checked(cfg, point)
-            if changed is None:
-                raise UserError("sample.cache: the layers of sample.precision fp8 are not cached")
             check_guidance(point.scale, cfg)
             check_precision(changed, device)
             plan = [sorted(s.layers.reuse) if s.layers else [] for s in build_sampler(changed).stages]
@@ -161,7 +157,7 @@ def _measure_all(args: argparse.Namespace, cfg: Config, points: list[Point], out
         for why, which in left_out.items():
             print(f"left out: {which[0]}{_more(which)}: {why}", flush=True)
         what = cfg.model_dump(mode="json", include={"model", "diffusion", "latent"})
-        what |= cfg.sample.model_dump(mode="json", include={"spacing", "shift"})  # of all points
+        what |= cfg.sample.model_dump(mode="json", include={"spacing", "shift", "fp8_keep"})  # of all points
         settings = {
             "checkpoint": str(weights.absolute()),
             "bytes": [weights.stat().st_size, weights.stat().st_mtime_ns],

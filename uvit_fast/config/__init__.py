@@ -5,7 +5,7 @@
 from uvit_fast.config.finding import CONFIGS, ConfigError, config_names, find_config, is_config_name
 from uvit_fast.config.networks import ModelConfig, UNetConfig
 from uvit_fast.config.reading import config_from, dump_config, load_config
-from uvit_fast.config.schema import CLIP, Config, DiffusionConfig, Factor, SampleConfig, TrainConfig
+from uvit_fast.config.schema import CLIP, FP8_KEEP, Config, DiffusionConfig, Factor, SampleConfig, TrainConfig
 from uvit_fast.config.section import Section
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DiffusionConfig",
+    "FP8_KEEP",
     "Factor",
     "ModelConfig",
     "SampleConfig",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -83,13 +84,30 @@ def expanded(plan: CachePlan, names: Sequence[str], source: str) -> tuple[frozen
         if not 0 <= evaluation < plan.steps:
             raise UserError(f"{source}: expected evaluations from 0 to {plan.steps - 1}, got {evaluation}")
         for pattern in patterns:
-            found = [name for name in names if fnmatchcase(name, pattern)]
-            if not found:
-                near = difflib.get_close_matches(pattern, names, n=1)
-                hint = f"; did you mean {near[0]}?" if near else f"; they are {names[0]} to {names[-1]}"
-                raise UserError(f"{source}: the network has no sublayer {shown(pattern)}{hint}")
-            reuse[evaluation] |= frozenset(found)
+            reuse[evaluation] |= frozenset(fitting(pattern, names, source))
     return tuple(reuse)
+
+
+def fitting(pattern: str, names: Sequence[str], source: str) -> list[str]:
+    """Return the sublayers' `names` that a name or pattern fits: a block's name fits all of it, and blocks are counted
+    from the end with -1, -2, ...
+
+    Raises:
+        UserError: it fits none.
+    """
+    side, _, rest = pattern.partition(".")
+    index, dot, part = rest.partition(".")
+    if re.fullmatch(r"-[1-9]\d*", index):
+        blocks = {name.split(".")[1] for name in names if name.startswith(f"{side}.")}
+        whole = f"{side}.{len(blocks) + int(index)}{dot}{part}"
+    else:
+        whole = pattern
+    found = [name for name in names if fnmatchcase(name, whole) or fnmatchcase(name, f"{whole}.*")]
+    if not found:
+        near = difflib.get_close_matches(pattern, names, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; they are {names[0]} to {names[-1]}"
+        raise UserError(f"{source}: the network has no sublayer {shown(pattern)}{hint}")
+    return found
 
 
 def contracted(names: Sequence[str], reused: frozenset[str]) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from uvit_fast.config.plans import CachedLayers
 from uvit_fast.config.section import FolderOrHub, LocalPath, Names, Section, absolute, fits_a_file_system
 from uvit_fast.runtime.text import shown
 
+FP8_KEEP: tuple[str, ...] = ("in_blocks.0.mlp",)  # see docs/fp8.md
 CLIP = "openai/clip-vit-large-patch14"  # whose text features the published text models were trained on
 
 
@@ -104,6 +105,11 @@ class SampleConfig(Section):
     precision: Literal["bf16", "fp8"] = Field(
         "bf16",
         description="Of the blocks' products on a GPU, of weights that are loaded to sample: bf16, or e4m3 (compute capability 9.0, U-ViT).",
+    )
+    fp8_keep: tuple[str, ...] = Field(
+        FP8_KEEP,
+        description="Of fp8: what stays in bf16, a block as out_blocks.-1, its attn, mlp or skip_linear as in_blocks.0.mlp, "
+        "or a pattern; []: nothing.",
     )
     cache: CachedLayers = Field(
         "none",
@@ -358,10 +364,6 @@ class Config(Section):
             raise ValueError("train.init_replace needs train.init: without it all weights begin anew")
         if self.train.compile and self.train.zero_stage == 3:
             raise ValueError("train.compile needs train.zero_stage 1 or 2: stage 3 moves the weights between blocks")
-        if self.sample.cache != "none" and self.sample.precision == "fp8":
-            raise ValueError(
-                "sample.cache: the layers of sample.precision fp8 are not cached; expected bf16, or cache none"
-            )
         if self.sample.cache != "none" and not isinstance(self.model, ModelConfig):
             raise ValueError("sample.cache: a U-Net has no layers that are cached; expected cache none")
         if self.sample.prompts and not self.model.context_dim:

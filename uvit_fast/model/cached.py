@@ -63,7 +63,7 @@ def through(net: UViT, cache: Cache) -> Through:
         why = f"{found}, which would not be called where its output is reused"
     if why:
         raise UserError(f"sample.cache: {why}; expected none, or a plain network that samples")
-    names = dict(zip(net.blocks, block_names(2 * len(net.in_blocks))))
+    names = dict(zip(net.blocks, block_names(net.depth)))
 
     def step(block: Block, x: Tensor, skip: Tensor | None, sums: Sums) -> tuple[Tensor, Sums]:
         skip_linear, norm1_qkv, proj, norm2_mlp = block._layers()

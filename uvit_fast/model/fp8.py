@@ -1,9 +1,11 @@
 """A U-ViT whose blocks' products are of e4m3 operands: sampling in FP8 on compute capability 9.0.
 
-The first and the last layers, LayerNorm's statistics, softmax and the residual stream stay in bf16 and fp32. The weights
-are derived once from the network's, which never change: its checkpoint stays the published one.
+The first and the last layers, LayerNorm's statistics, softmax and the residual stream stay in bf16 and fp32, and so do
+the parts of blocks that are asked for. The weights are derived once from the network's, which never change: its
+checkpoint stays the published one.
 """
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -11,22 +13,39 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from uvit_fast.config import FP8_KEEP
+from uvit_fast.config.plans import fitting
 from uvit_fast.kernels.gemm.fp8 import Made
 from uvit_fast.kernels.ops import attention, fp8_block
+from uvit_fast.model.cached import Cache, block_names
 from uvit_fast.model.uvit import Block, UViT
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.hooks import hooked, hooked_everywhere
 
 
-def check(model: Any, device: torch.device | None) -> None:
+def parts(depth: int) -> list[str]:
+    """Return what may stay in bf16, in its order: each block's attention and MLP, and the linear layer over the long
+    skip before them: "in_blocks.0.attn", ..., "out_blocks.0.skip_linear", "out_blocks.0.attn", ...
+    """
+    return [
+        f"{block}.{part}"
+        for block in block_names(depth)
+        for part in ("skip_linear", "attn", "mlp")
+        if part != "skip_linear" or block.startswith("out_blocks.")
+    ]
+
+
+def check(model: Any, device: torch.device | None, keep: Sequence[str] = FP8_KEEP) -> None:
     """Refuse what the kernels are not for.
 
     Args:
         model: a UViT, or what it is made of by name.
         device: that runs it; None: any, by `fp8_block.REFERENCE`.
+        keep: see `Fp8UViT`.
 
     Raises:
-        UserError: another device than of compute capability 9.0, or widths or a number of tokens that no kernel takes.
+        UserError: another device than of compute capability 9.0, or widths or a number of tokens that no kernel takes; a
+            name in `keep` that fits no part.
     """
     widths = (model.embed_dim, model.num_heads, int(model.embed_dim * model.mlp_ratio))
     reason = fp8_block.unfit(*widths) if device is None else fp8_block.why_not(*widths, device)
@@ -38,6 +57,12 @@ def check(model: Any, device: torch.device | None) -> None:
         reason = "skips that are added (model.skip=add) go through no product"
     if reason:
         raise UserError(f"sample.precision=fp8: {reason}; expected bf16")
+    _kept(model.depth, keep)
+
+
+def _kept(depth: int, keep: Sequence[str]) -> frozenset[str]:
+    names = parts(depth)
+    return frozenset(name for pattern in keep for name in fitting(pattern, names, "sample.fp8_keep"))
 
 
 class Fp8UViT(nn.Module):
@@ -45,48 +70,116 @@ class Fp8UViT(nn.Module):
 
     Args:
         net: in bf16, on the device that will run it.
-        by: who computes the blocks: the kernels, or to compare with them `fp8_block.REFERENCE`, anywhere.
+        by: who computes the e4m3 products: the kernels, or to compare with them `fp8_block.REFERENCE`, anywhere.
+        keep: names or patterns of `parts` that stay in bf16; a block's name is all of it, "out_blocks.-1" the last one.
 
     Raises:
         UserError: as `check`; a network of another dtype, or with a block that was changed (hooks, LoRA, ...).
     """
 
-    def __init__(self, net: UViT, by: fp8_block.Arithmetic = fp8_block.KERNELS):
+    def __init__(self, net: UViT, by: fp8_block.Arithmetic = fp8_block.KERNELS, keep: Sequence[str] = FP8_KEEP):
         super().__init__()
-        check(net, net.pos_embed.device if by is fp8_block.KERNELS else None)
+        check(net, net.pos_embed.device if by is fp8_block.KERNELS else None, keep)
         if net.pos_embed.dtype != torch.bfloat16:
             raise UserError(f"sample.precision=fp8: expected a network in bfloat16, got {net.pos_embed.dtype}")
         if hooked(net) or hooked_everywhere():
             raise UserError("sample.precision=fp8: the network has hooks, which would not be called; expected bf16")
-        self.net, self.by = net, by
-        self.layers = [_derived(i, block) for i, block in enumerate(net.blocks)]
+        self.net, self.by, self.names, kept = net, by, block_names(net.depth), _kept(net.depth, keep)
+        self.layers = [_derived(name, block, kept) for name, block in zip(self.names, net.blocks)]
 
     def fixed_weights(self) -> AbstractContextManager[None]:
-        """As `UViT.fixed_weights`: what is derived of the last layers is derived once."""
+        """As `UViT.fixed_weights`: what is derived of the layers in bf16 is derived once."""
         return self.net.fixed_weights()
 
     @torch.no_grad()
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, context: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
         """Predict the noise: see `UViT.forward`."""
         net, last = self.net, len(self.layers) - 1
-        h = net.tokens(x, t, y, context)  # (B, L, D)
-        B, L, D = h.shape
-        skips: list = []  # of the first half
-        h = Made(h.reshape(B * L, D), None, None)
-        for i, layers in enumerate(self.layers):
-            skip = skips.pop() if layers.skip else None
-            # a block with a skip reads e4m3 alone, the last layer bf16 alone
-            wide = i == last or self.layers[i + 1].skip is None
-            h = fp8_block.block(h, skip, layers, B, net.num_heads, wide=wide, narrow=i != last, by=self.by)
-            if i < len(self.layers) // 2:
-                skips.append(h.narrow)
-        return net.noise(h.wide.view(B, L, D), h.sums).to(x.dtype)
+        tokens = net.tokens(x, t, y, context)  # (B, L, D)
+        shape = tokens.shape
+        h = Made(tokens.reshape(-1, shape[2]), None, None)  # (B * L, D), as all of the stream
+        skips: list[Tensor] = []  # of the first half, each as its reader takes it
+        shared = False  # whether the stream is a skip too, which nothing may write over
+        for i, (block, layers) in enumerate(zip(net.blocks, self.layers)):
+            if block.skip_linear is not None:
+                h = self._joined(h, skips.pop(), block, layers, shape)
+            h = self._attended(i, h, cache, shape, overwrite=not shared)
+            # a linear layer over a skip reads e4m3 alone, if it is in e4m3, and the last layer bf16 alone
+            reader, following = self._reader(i), self.layers[i + 1].skip if i != last else None
+            shared = reader is not None and reader.skip is None
+            h = self._through_mlp(i, h, cache, shape, wide=shared or following is None, narrow=i != last)
+            if reader is not None:
+                h = h if shared else fp8_block.narrowed(h, self.by)
+                skips.append(h.wide if shared else h.narrow)
+        return net.noise(h.wide.view(shape), h.sums).to(x.dtype)
+
+    def _reader(self, i: int) -> fp8_block.Layers | None:
+        """The layers of the block that block i's output goes to by a long skip; None where there is none."""
+        far = len(self.layers) - 1 - i
+        return self.layers[far] if i < far and self.net.blocks[far].skip_linear is not None else None
+
+    def _joined(self, h: Made, skip: Tensor, block: Block, layers: fp8_block.Layers, shape: torch.Size) -> Made:
+        if layers.skip is not None:
+            return fp8_block.joined(h, skip, layers, self.by)
+        return _made(block.joined(h.wide.view(shape), skip.view(shape), h.sums, block._layers()[0]))
+
+    def _attended(self, i: int, h: Made, cache: Cache | None, shape: torch.Size, overwrite: bool) -> Made:
+        block, layers = self.net.blocks[i], self.layers[i]
+
+        def compute(overwrite: bool) -> Made:
+            if layers.qkv is None:
+                return _made(block.attended(h.wide.view(shape), h.sums, *block._layers()[1:3]))
+            return fp8_block.attended(h, layers, shape[0], self.net.num_heads, overwrite=overwrite, by=self.by)
+
+        return _cached(f"{self.names[i]}.attn", h, cache, shape, overwrite, compute)
+
+    def _through_mlp(self, i: int, h: Made, cache: Cache | None, shape: torch.Size, wide: bool, narrow: bool) -> Made:
+        block, layers, name = self.net.blocks[i], self.layers[i], f"{self.names[i]}.mlp"
+        wide = wide or (cache is not None and cache.wants(name))
+
+        def compute(overwrite: bool) -> Made:
+            if layers.fc1 is None:
+                return _made(block.through_mlp(h.wide.view(shape), h.sums, block._layers()[3]))
+            return fp8_block.through_mlp(h, layers, wide=wide, narrow=narrow, overwrite=overwrite, by=self.by)
+
+        return _cached(name, h, cache, shape, True, compute)
 
 
-def _derived(index: int, block: Block) -> fp8_block.Layers:
+def _cached(
+    name: str, h: Made, cache: Cache | None, shape: torch.Size, overwrite: bool, compute: Callable[[bool], Made]
+) -> Made:
+    """Return h with a sublayer's output added: the one of `compute`, or one of another evaluation (`model.cached`).
+
+    Args:
+        shape: (B, L, D), as the outputs are kept. overwrite: the result may take the place of h's bf16 values.
+    """
+    if cache is None:
+        return compute(overwrite)
+    if (reused := cache.find(name, shape[0])) is not None:
+        return Made(torch.add(h.wide, reused.view_as(h.wide), out=h.wide if overwrite else None), None, None)
+    if not cache.wants(name):
+        return compute(overwrite)
+    after = compute(False)
+    cache.leave(name, h.wide.view(shape), after.wide.view(shape))
+    return after
+
+
+def _made(by_block: tuple[Tensor, Tensor | None]) -> Made:
+    """What a part in bf16 left: the stream (B, L, D) and its sums."""
+    wide, sums = by_block
+    return Made(wide.reshape(-1, wide.shape[-1]), None, sums)
+
+
+def _derived(name: str, block: Block, kept: frozenset[str]) -> fp8_block.Layers:
     skip, attention, proj, rest = block._layers()
     if not (attention and rest and (skip or block.skip_linear is None)):
         raise UserError(
-            f"sample.precision=fp8: block {index} was changed (hooks, LoRA, ...), which the kernels would not call; expected bf16"
+            f"sample.precision=fp8: {name} was changed (hooks, LoRA, ...), which the kernels would not call; expected bf16"
         )
-    return fp8_block.derive(*attention, proj, *rest, skip, heads=block.attn.num_heads)
+    layers = fp8_block.derive(*attention, proj, *rest, skip, heads=block.attn.num_heads)
+    for part, fields in (("skip_linear", ("skip",)), ("attn", ("qkv", "proj")), ("mlp", ("fc1", "fc2"))):
+        if f"{name}.{part}" in kept:
+            layers = layers._replace(**dict.fromkeys(fields))
+    return layers

@@ -240,7 +240,7 @@ class UViT(Replayed):
         self.img_size, self.in_chans, self.patch_size, self.embed_dim = img_size, in_chans, patch_size, D
         self.num_classes, self.context_dim, self.context_tokens = num_classes, context_dim, context_tokens
         self.image, self.text = (in_chans, img_size, img_size), (context_tokens, context_dim) if context_dim else None
-        self.skip, self.kernels, self.num_heads, self.mlp_ratio = skip, kernels, num_heads, mlp_ratio
+        self.skip, self.kernels, self.depth, self.num_heads, self.mlp_ratio = skip, kernels, depth, num_heads, mlp_ratio
 
         self.patch_embed = PatchEmbed(in_chans, D, patch_size, kernels)
         self.time_embed = (

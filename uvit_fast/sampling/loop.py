@@ -12,6 +12,7 @@ from uvit_fast.config import Config
 from uvit_fast.diffusion.guidance import EpsFn, Guidance
 from uvit_fast.diffusion.noise import sample_generators, sample_noise
 from uvit_fast.diffusion.stages import Sampler
+from uvit_fast.model.fp8 import Fp8UViT
 from uvit_fast.model.uvit import UViT
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.sampling.captured import GraphSampler
@@ -64,7 +65,7 @@ def sample(
     scale = cfg.sample.guidance_scale if guidance_scale is None else guidance_scale
     interval = cfg.sample.guidance_interval if guidance_interval is None else guidance_interval
     check_guidance(scale, cfg)
-    if cfg.sample.cache != "none" and not isinstance(model, UViT):
+    if cfg.sample.cache != "none" and not isinstance(model, UViT | Fp8UViT):
         raise UserError(
             f"sample.cache: expected a UViT as it is, got {type(model).__name__}; torch.compile and others run with none"
         )

@@ -45,7 +45,7 @@ def load_found(cfg: Config, path: Path, device: torch.device) -> UViT | UNet | f
     if cfg.sample.precision != "fp8":
         return model
     assert isinstance(model, UViT)
-    return fp8.Fp8UViT(model)
+    return fp8.Fp8UViT(model, keep=cfg.sample.fp8_keep)
 
 
 def check_precision(cfg: Config, device: torch.device) -> None:
@@ -58,7 +58,7 @@ def check_precision(cfg: Config, device: torch.device) -> None:
         return
     if not isinstance(cfg.model, ModelConfig):
         raise UserError(f"sample.precision=fp8: its kernels are U-ViT's, {cfg.name} is a U-Net; expected bf16")
-    fp8.check(cfg.model, device)
+    fp8.check(cfg.model, device, cfg.sample.fp8_keep)
 
 
 def find_weights(checkpoint: str | Path) -> Path:
