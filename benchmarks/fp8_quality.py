@@ -6,11 +6,11 @@ Networks are S, M, L, H with random weights, or runs, of which the EMA weights a
 - by layer: the error where the products of one kind alone, or of one block alone, have e4m3 operands, all else being
   fp32. Errors of different layers are nearly independent: each costs its share of the sum of squares.
 
-Of a run also `--samples` samples, the same labels and noise in bf16 and in FP8, and bf16 of `--seeds` - 1 more seeds:
-their digits-fid (a distance in the features of a small classifier of the real images, and no FID), the share that the
-classifier takes for the class that was asked for, and two distances from the first bf16 samples: in those features, and
-pixel by pixel. FP8 is as good as bf16 where it differs by less than another seed does. The first ones are shown in
-`--pictures`.
+Of a run also `--samples` samples of `--seeds` seeds, the same labels and noise in bf16 and in FP8: as it is by default, with
+all parts in e4m3, and with what each `--keep` keeps in bf16. Their digits-fid (a distance in the features of a small
+classifier of the real images, and no FID), the share that the classifier takes for the class that was asked for, and two
+distances from the bf16 samples: in those features, and pixel by pixel. FP8 is as good as bf16 where it differs by less
+than another seed does. The first ones are shown in `--pictures`.
 
 Rows go to fp8_quality.csv. On a machine without the kernels, their arithmetic in PyTorch takes their place, and the
 device says so. `--set` overrides the configs, as data.path=DIR or sample.steps=50. Without networks it writes
@@ -20,7 +20,7 @@ docs/fp8.md's tables and plot from the committed rows.
 import argparse
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +36,7 @@ from uvit_fast import build_model
 from uvit_fast.build import build_dataset, build_schedule
 from uvit_fast.commands.arguments import config_of
 from uvit_fast.commands.drawing import COLOURS, pyplot
-from uvit_fast.config import Config
+from uvit_fast.config import FP8_KEEP, Config
 from uvit_fast.diffusion.noise import Draws
 from uvit_fast.evaluation.classifier import ClassifierFeatures
 from uvit_fast.evaluation.features import extract
@@ -121,10 +121,10 @@ def in_bf16(cfg: Config, exact: UViT) -> UViT:
     return net.to(torch.bfloat16).eval().requires_grad_(False)
 
 
-def in_fp8(net: UViT) -> Fp8UViT:
-    """The same in FP8: by its kernels, or on another device than theirs by their arithmetic."""
+def in_fp8(net: UViT, keep: tuple[str, ...] = ()) -> Fp8UViT:
+    """The same in FP8, but for what is kept: by its kernels, or on another device than theirs by their arithmetic."""
     elsewhere = fp8_block.why_not(1152, 16, 4608, net.pos_embed.device)
-    return Fp8UViT(net, fp8_block.REFERENCE if elsewhere else fp8_block.KERNELS)
+    return Fp8UViT(net, fp8_block.REFERENCE if elsewhere else fp8_block.KERNELS, keep)
 
 
 class _Narrow(nn.Module):
@@ -190,7 +190,8 @@ def errors(rows: Rows, given: Network) -> None:
     exact = {time: net(*inputs(time)) for time in {*TIMES, *LAYER_TIMES}}
     wide = in_bf16(cfg, net)
     images = len(next(iter(exact.values())))
-    for provider, network in (("ours", wide), ("ours-fp8", in_fp8(wide))):
+    kept = {provider_of(keep): in_fp8(wide, keep) for keep in ((), FP8_KEEP)}
+    for provider, network in {"ours": wide, **kept}.items():
         common = {"metric": "error", "unit": "of_eps", "dtype": models.dtype(provider), "batch": images}
         for time in TIMES:
             error = models.difference(network(*inputs(time)), exact[time])
@@ -215,14 +216,26 @@ class Samples(NamedTuple):
     accuracy: float  # of what the classifier sees in them
 
 
-def drawn(net: nn.Module, cfg: Config, labels: Tensor, seed: int, batch: int, features: ClassifierFeatures) -> Samples:
-    graphs = GraphSampler(net) if next(net.parameters()).is_cuda else None
-    batches = sample(net, cfg, len(labels), labels=labels, seed=seed, batch=batch, graphs=graphs)
-    images = np.concatenate([to_uint8(check_finite(x, f"samples of seed {seed}")) for x in batches])
-    source = Images(f"seed {seed}", len(images), lambda parts: (images[part.start : part.stop] for part in parts))
-    found = extract(source, features, batch, progress=False)
-    seen = torch.cat([features.probabilities(rows).argmax(1).cpu() for rows in found.pool.split(1000)])
-    return Samples(images, found.pool_statistics, (seen == labels).double().mean().item())
+class Drawing:
+    """Draws one network's samples, by a captured loop where that runs."""
+
+    def __init__(self, net: nn.Module, cfg: Config, labels: Tensor, batch: int, features: ClassifierFeatures):
+        self.net, self.cfg, self.labels, self.batch, self.features = net, cfg, labels, batch, features
+        self.graphs = GraphSampler(net) if next(net.parameters()).is_cuda else None
+
+    def samples(self, seed: int) -> Samples:
+        how = {"labels": self.labels, "seed": seed, "batch": self.batch, "graphs": self.graphs}
+        batches = sample(self.net, self.cfg, len(self.labels), **how)
+        images = np.concatenate([to_uint8(check_finite(x, f"samples of seed {seed}")) for x in batches])
+        source = Images(f"seed {seed}", len(images), lambda parts: (images[part.start : part.stop] for part in parts))
+        found = extract(source, self.features, self.batch, progress=False)
+        seen = torch.cat([self.features.probabilities(rows).argmax(1).cpu() for rows in found.pool.split(1000)])
+        return Samples(images, found.pool_statistics, (seen == self.labels).double().mean().item())
+
+
+def provider_of(keep: tuple[str, ...]) -> str:
+    """What FP8 with some parts kept in bf16 is called in the rows."""
+    return "ours-fp8" if keep == FP8_KEEP else f"ours-fp8, kept {' '.join(keep) or 'nothing'}"
 
 
 def quality(rows: Rows, given: Network, run: str, args: argparse.Namespace) -> None:
@@ -235,33 +248,42 @@ def quality(rows: Rows, given: Network, run: str, args: argparse.Namespace) -> N
         torch.randperm(args.samples, generator=torch.Generator().manual_seed(0))
     ]
     wide = in_bf16(cfg, net)
-    found: dict[str, Samples] = {}
-    for provider, network, seed in (
-        ("ours", wide, 0), ("ours-fp8", in_fp8(wide), 0), *((f"ours, seed {s}", wide, s) for s in range(1, args.seeds)),
-    ):  # fmt: skip
-        mine = found[provider] = drawn(network, cfg, labels, seed, args.batch, features)
-        first = found["ours"]
-        figures = {
-            "digits-fid": frechet_distance(mine.statistics, real.pool_statistics),
-            "class_accuracy": mine.accuracy,
-        }
-        if provider != "ours":
-            pixels = (mine.images.astype(np.float32) - first.images) / 127.5
-            figures["digits-fid to bf16"] = frechet_distance(mine.statistics, first.statistics)
-            figures["pixels from bf16"] = float(np.sqrt(np.square(pixels).mean()))
-        for metric, value in figures.items():
-            dtype = "fp8" if provider == "ours-fp8" else "bf16"
-            rows.add(f"{name}: samples", provider, [value], metric=metric, unit="-", dtype=dtype, batch=args.samples)
+    networks = {"ours": wide} | {provider_of(keep): in_fp8(wide, keep) for keep in args.keep}
+    found: dict[tuple[str, int], Samples] = {}
+    for provider, network in networks.items():
+        drawing = Drawing(network, cfg, labels, args.batch, features)
+        for seed in range(args.seeds):
+            mine = drawing.samples(seed)
+            first = found.get(("ours", seed if provider != "ours" else 0))
+            figures = {
+                "digits-fid": frechet_distance(mine.statistics, real.pool_statistics),
+                "class_accuracy": mine.accuracy,
+            }
+            if first is not None:
+                pixels = (mine.images.astype(np.float32) - first.images) / 127.5
+                figures["digits-fid to bf16"] = frechet_distance(mine.statistics, first.statistics)
+                figures["pixels from bf16"] = float(np.sqrt(np.square(pixels).mean()))
+            if provider == "ours" or seed == 0:
+                found[provider, seed] = mine
+            for metric, value in figures.items():
+                common = {
+                    "metric": metric,
+                    "unit": "-",
+                    "batch": args.samples,
+                    "dtype": "fp8" if provider != "ours" else "bf16",
+                }
+                rows.add(f"{name}: samples, seed {seed}", provider, [value], **common)
         rows.write()
     picture(args.pictures / f"fp8_{cfg.name}.png", labels, found)
 
 
-def picture(path: Path, labels: Tensor, found: dict[str, Samples]) -> None:
+def picture(path: Path, labels: Tensor, found: dict[tuple[str, int], Samples]) -> None:
     """The first samples of each class: a row of bf16, below it FP8 of the same noise, then another seed."""
-    shown = ["ours", "ours-fp8", *[who for who in found if who not in ("ours", "ours-fp8")][:1]]
+    shown = {"bf16": ("ours", 0), "FP8": ("ours-fp8", 0), "seed 1": ("ours", 1)}
+    shown = {says: key for says, key in shown.items() if key in found}
     columns = [int(i) for label in labels.unique()[:SHOWN] for i in torch.nonzero(labels == label)[:2, 0]]
-    images = np.concatenate([found[who].images[columns] for who in shown])
-    save_grid(images, path, len(columns), [{"ours": "bf16", "ours-fp8": "FP8"}.get(who, who[6:]) for who in shown])
+    images = np.concatenate([found[key].images[columns] for key in shown.values()])
+    save_grid(images, path, len(columns), [*shown])
     print(f"wrote {path}", flush=True)
 
 
@@ -285,7 +307,7 @@ def tables(results: Results) -> str:
     rows = [
         [f"{name}, {said}", *(_percent(value(results, f"{name}: t = {time:g}", who)) for time in TIMES)]
         for name in names
-        for who, said in (("ours", "bf16"), ("ours-fp8", "FP8"))
+        for who, said in (("ours", "bf16"), (provider_of(()), "all in e4m3"), ("ours-fp8", "FP8"))
     ]
     lines += markdown(["", *(f"t = {time:g}" for time in TIMES)], rows)
     kinds = [name for name in names if value(results, f"{name}: all", "e4m3 in fp32")]
@@ -305,29 +327,9 @@ def tables(results: Results) -> str:
             rows.append([says, *(_block(results, name, which) for name in kinds)])
         rows.append(["all", *(_percent(value(results, f"{name}: all", "e4m3 in fp32")) for name in kinds)])
         lines += markdown(["e4m3 in", *kinds], rows)
-    trained = [name for name in names if value(results, f"{name}: samples", "ours", "digits-fid")]
-    if trained:
-        lines += ["Samples, FP8 of bf16's labels and noise:", ""]
-        rows = []
-        for name in trained:
-            mine = [row for row in results.rows["fp8_quality"] if row["case"] == f"{name}: samples"]
-            for who in dict.fromkeys(row["provider"] for row in mine):
-                said = {"ours": "bf16", "ours-fp8": "FP8"}.get(who, f"bf16{who[4:]}")
-                metrics = ("digits-fid", "class_accuracy", "digits-fid to bf16", "pixels from bf16")
-                figures = [value(results, f"{name}: samples", who, metric) for metric in metrics]
-                accuracy = "–" if figures[1] is None else f"{figures[1]:.2%}"
-                count = int(next(row["batch"] for row in mine if row["provider"] == who))
-                rows.append(
-                    [f"{name}, {count:,} samples, {said}", number(figures[0]), accuracy, *map(number, figures[2:])]
-                )
-        header = [
-            "",
-            "digits-fid",
-            "class accuracy",
-            "digits-fid to the first row's",
-            "pixels, rms from the first row's",
-        ]
-        lines += markdown(header, rows)
+    trained = [name for name in names if value(results, f"{name}: samples, seed 0", "ours", "digits-fid")]
+    for name in trained:
+        lines += _samples(results, name)
     if PLOT.is_file():
         lines += [f"![Error by time and by block]({PLOT.name})", ""]
     for name in dict.fromkeys(name.split(",")[0] for name in trained):
@@ -335,6 +337,45 @@ def tables(results: Results) -> str:
             lines += [f"![{name}: bf16, FP8 of the same noise, bf16 of another seed](fp8_{name}.png)", ""]
     source = f"[`fp8_quality.csv`](../benchmarks/results/fp8_quality.csv): {results.stack('fp8_quality')}."
     return "\n".join([*lines, *wrapped(source)])
+
+
+def _samples(results: Results, name: str) -> list[str]:
+    """The table of a network's samples, a row of bf16 and of each FP8, and what it says."""
+    mine = [row for row in results.rows["fp8_quality"] if row["case"].startswith(f"{name}: samples, seed ")]
+    seeds = list(dict.fromkeys(row["case"].rsplit(" ", 1)[1] for row in mine))
+
+    def of(who: str, metric: str) -> dict[str, float]:
+        found = {seed: value(results, f"{name}: samples, seed {seed}", who, metric) for seed in seeds}
+        return {seed: figure for seed, figure in found.items() if figure is not None}
+
+    def mean(figures: Iterable[float]) -> float | None:
+        figures = list(figures)
+        return sum(figures) / len(figures) if figures else None
+
+    wide, rows = of("ours", "digits-fid"), []
+    for who in dict.fromkeys(row["provider"] for row in mine):
+        narrow = of(who, "digits-fid")
+        apart = mean(narrow[seed] - wide[seed] for seed in narrow if who != "ours")
+        accuracy = mean(of(who, "class_accuracy").values())
+        kept = ", all in e4m3" if who.endswith("nothing") else f", {who[10:]}" if "," in who else ""
+        rows.append(
+            [
+                "bf16" if who == "ours" else f"FP8{kept}",
+                ", ".join(map(number, narrow.values())),
+                "–" if apart is None else f"{apart:+.3f}",
+                "–" if accuracy is None else f"{accuracy:.2%}",
+                number(mean(of(who, "digits-fid to bf16").values())),
+                number(mean(of(who, "pixels from bf16").values())),
+            ]
+        )
+    count = int(next(row["batch"] for row in mine))
+    text = (
+        f"{name}, {count:,} samples a seed, FP8 of bf16's labels and noise; of bf16 the last two columns are distances of "
+        f"other seeds from the first, of FP8 from bf16 of the same seed. Seeds of bf16 differ by "
+        f"{max(wide.values()) - min(wide.values()):.3f} in `digits-fid`."
+    )
+    header = ["", "digits-fid by seed", "from bf16's, mean", "class accuracy", "digits-fid to bf16", "pixels, rms"]
+    return [*wrapped(text), "", *markdown(header, rows)]
 
 
 def _percent(share: float | None) -> str:
@@ -402,13 +443,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of the configs")
     parser.add_argument("--images", type=int, default=32, help="noisy images that errors are of")
     parser.add_argument("--samples", type=int, default=10_000, help="of a run; 0: errors only")
-    parser.add_argument("--seeds", type=int, default=2, help="of the bf16 samples")
+    parser.add_argument("--seeds", type=int, default=3, help="of the samples")
+    parser.add_argument(
+        "--keep", action="append", metavar="LIST", help="FP8 that keeps these in bf16, with commas; again: another one"
+    )
     parser.add_argument("--batch", type=int, default=500, help="samples at a time")
     parser.add_argument("--cache", default=default_cache(), help="folder of the classifiers and statistics")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--out", default=RESULTS, help="folder of fp8_quality.csv")
     parser.add_argument("--pictures", type=Path, default=DOCS, help="folder of fp8_<run>.png")
     args = parser.parse_args(argv)
+    lists = [tuple(filter(None, names.split(","))) for names in args.keep or []]
+    args.keep = list(dict.fromkeys([FP8_KEEP, (), *lists]))
     if not args.networks:
         PAGE.write_text(page())
         if (results := Results(RESULTS)).rows.get("fp8_quality"):

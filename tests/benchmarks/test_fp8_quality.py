@@ -9,7 +9,7 @@ import torch
 from benchmarks import fp8_quality, models
 from benchmarks.common import Rows
 from benchmarks.results import Results
-from uvit_fast.config import load_config
+from uvit_fast.config import FP8_KEEP, load_config
 from uvit_fast.evaluation.classifier import Classifier, ClassifierFeatures
 from uvit_fast.evaluation.features import extract
 from uvit_fast.evaluation.sources import Images
@@ -65,19 +65,22 @@ def test_samples_are_compared_of_the_same_noise_and_of_other_seeds(tmp_path, mon
     )
     monkeypatch.setattr(fp8_quality, "yardstick", lambda *_: (features, real))
     monkeypatch.setattr(fp8_quality, "find_weights", lambda run: tmp_path / "ema.safetensors")
-    args = argparse.Namespace(samples=40, seeds=2, batch=20, cache=tmp_path, pictures=tmp_path)
+    keep = [FP8_KEEP, ("in_blocks.0", "out_blocks.-1")]
+    args = argparse.Namespace(samples=40, seeds=2, batch=20, cache=tmp_path, pictures=tmp_path, keep=keep)
     rows = Rows("fp8_quality", tmp_path)
     fp8_quality.quality(rows, fp8_quality.Network("digits, 0 steps", cfg, net, None), "run", args)
     found = Results(tmp_path)
 
-    def figure(who, metric):
-        return fp8_quality.value(found, "digits, 0 steps: samples", who, metric)
+    def figure(who, metric, seed=1):
+        return fp8_quality.value(found, f"digits, 0 steps: samples, seed {seed}", who, metric)
 
-    assert 0 < figure("ours-fp8", "pixels from bf16") < 0.2 * figure("ours, seed 1", "pixels from bf16")
-    assert figure("ours-fp8", "digits-fid to bf16") < 0.2 * figure("ours, seed 1", "digits-fid to bf16")
-    assert 0 <= figure("ours", "class_accuracy") <= 1
+    assert 0 < figure("ours-fp8", "pixels from bf16") < 0.2 * figure("ours", "pixels from bf16")
+    assert figure("ours-fp8", "digits-fid to bf16") < 0.2 * figure("ours", "digits-fid to bf16")
+    assert 0 <= figure("ours", "class_accuracy", 0) <= 1
     text = fp8_quality.tables(found)
-    assert "| digits, 0 steps, 40 samples, FP8 |" in text and "| digits, 0 steps, 40 samples, bf16, seed 1 |" in text
+    both = [figure("ours-fp8", "digits-fid", seed) - figure("ours", "digits-fid", seed) for seed in (0, 1)]
+    assert f"| {sum(both) / 2:+.3f} |" in text and "digits, 0 steps, 40 samples a seed" in " ".join(text.split())
+    assert "\n| FP8, kept in_blocks.0 out_blocks.-1 |" in text
     assert (tmp_path / "fp8_digits.png").is_file()
 
 
