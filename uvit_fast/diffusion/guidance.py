@@ -1,8 +1,9 @@
-"""Classifier-free guidance: eps = cond + s (cond - uncond), both branches in one batch of 2B. Of any other prediction it is the same:
-at one state all are affine in eps.
+"""Classifier-free guidance: eps = cond + s (cond - uncond), with both branches in one batch of 2B. The formula is the
+same for any other prediction: at a given state all are affine in eps.
 
-s is the paper's: s = 0.4 is a guidance scale of 1.4 in the convention of DiT and diffusers; s = 0 runs one branch. Configs and this
-package's functions take s as `guidance_scale`; `uvit-fast sample --cfg-scale` and the pipeline's `guidance_scale` are 1 + s.
+s is the paper's: s = 0.4 is a guidance scale of 1.4 in the convention of DiT and diffusers; s = 0 runs one branch.
+Configs and this package's functions take s as `guidance_scale`; `uvit-fast sample --cfg-scale` and the pipeline's
+`guidance_scale` are 1 + s.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,17 +17,17 @@ ALWAYS = (0.0, 1.0)
 
 
 class Guidance:
-    """A guided eps_fn(x, t). The samplers take its two branches as they are and combine them inside their update.
+    """A guided eps_fn(x, t). The samplers take its two branches and combine them inside their update.
 
     Args:
         model: model(x, t, **condition) -> eps.
         condition: name -> (B, ...), such as {"y": labels} or {"context": text features}.
-        null: name -> the condition that means none: a number, or a tensor without the batch dimension.
+        null: name -> the null condition: a number, or a tensor without the batch dimension.
         scale: the paper's s; a () fp32 tensor may change between two calls.
-        interval: guide where the schedule's time t in [0, 1] (0: data) lies inside, run one branch elsewhere (Kynkaanniemi
-            et al. 2024, "Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in Diffusion
-            Models", which gives it in noise levels sigma / alpha). The samplers keep to it; calling the object itself always
-            guides.
+        interval: guide where the schedule's time t in [0, 1] (0: data) lies inside, run one branch elsewhere
+            (Kynkaanniemi et al. 2024, "Applying Guidance in a Limited Interval Improves Sample and Distribution Quality
+            in Diffusion Models", where it is given in noise levels sigma / alpha). The samplers respect it; a direct
+            call always guides.
     """
 
     def __init__(
@@ -49,27 +50,27 @@ class Guidance:
         self.scale = torch.as_tensor(scale, dtype=torch.float32, device=next(iter(condition.values())).device)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """x (B, C, H, W), t (B,), the network's time -> the guided eps (B, C, H, W) fp32."""
+        """Return the guided eps (B, C, H, W) fp32 at x (B, C, H, W) and the network's time t (B,)."""
         cond, uncond = self.branches(x, t).float().chunk(2)  # (B, C, H, W) each
         return cond + self.scale * (cond - uncond)
 
     def branches(self, x: Tensor, t: Tensor, **cache: Any) -> Tensor:
-        """Both branches in one call of the network: (2B, C, H, W), conditional first."""
+        """Return both branches from one call of the network: (2B, C, H, W), conditional first."""
         return self.model(torch.cat([x, x]), torch.cat([t, t]), **self.both, **cache)
 
     def conditional(self, x: Tensor, t: Tensor, **cache: Any) -> Tensor:
-        """The conditional branch alone: (B, C, H, W)."""
+        """Return the conditional branch alone: (B, C, H, W)."""
         return self.model(x, t, **self.condition, **cache)
 
 
 def evaluate(eps_fn: EpsFn, x: Tensor, time: Tensor, t: float, **cache: Any) -> tuple[Tensor, Tensor | None]:
-    """One evaluation at the network's `time` (B,), which is the schedule's t, as the solver's update takes it.
+    """Evaluate the network once at its `time` (B,), which corresponds to the schedule's t, for the solver's update.
 
     Args:
-        cache: of a plan's evaluations, handed on to the network: see `diffusion.caching`.
+        cache: the `LayerCache` of a plan's evaluation, passed on to the network: see `diffusion.caching`.
 
     Returns:
-        eps (B, ...) and None, or both branches (2B, ...) and their scale.
+        eps (B, ...) and None, or both branches (2B, ...) and their guidance scale.
     """
     if not isinstance(eps_fn, Guidance):
         return eps_fn(x, time, **cache), None
@@ -80,7 +81,7 @@ def evaluate(eps_fn: EpsFn, x: Tensor, time: Tensor, t: float, **cache: Any) -> 
 
 
 def _with_null(value: Tensor, null: Tensor | int) -> Tensor:
-    """(B, ...) -> (2B, ...): the condition, then the null condition as often."""
+    """Return the condition (B, ...) followed by as many null conditions: (2B, ...)."""
     if isinstance(null, Tensor):
         return torch.cat([value, null.to(value).expand_as(value)])
     return torch.cat([value, torch.full_like(value, null)])

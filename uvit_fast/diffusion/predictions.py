@@ -1,7 +1,8 @@
-"""What a network predicts: y = p x_0 + q eps, with p and q of the noise level.
+"""What a network predicts: y = p x_0 + q eps, where p and q depend on the noise level.
 
-Together with x_t = alpha x_0 + sigma eps that is two equations in x_0 and eps, with the determinant alpha q - sigma p. One conversion, theirs,
-serves every solver with every prediction; where the determinant is 0, as of eps in pure noise, y says nothing of the rest.
+Together with x_t = alpha x_0 + sigma eps these are two equations in x_0 and eps, with determinant alpha q - sigma p.
+One conversion, their solution, serves every solver with every prediction; where the determinant is 0, as for eps in
+pure noise, y does not determine x_0 and eps.
 """
 
 from typing import Any
@@ -10,14 +11,14 @@ DATA, NOISE, VELOCITY = (
     (1.0, 0.0),
     (0.0, 1.0),
     (-1.0, 1.0),
-)  # of x_0 and of eps: what solvers ask for; d x_t / dt of the linear path
+)  # coefficients of x_0 and eps: what a solver needs; d x_t / dt is the linear path's
 
 
 class Prediction:
-    """Base of all: a prediction defines `parts`. Levels are numbers, NumPy arrays or tensors."""
+    """Base class; a prediction defines `parts`. Levels are numbers, NumPy arrays or tensors."""
 
     def parts(self, alpha: Any, sigma: Any) -> tuple[Any, Any]:
-        """p and q; a part that is the same at every level is a number."""
+        """Return p and q; a part that is the same at every level is a number."""
         raise TypeError("a prediction defines its parts")
 
     def determinant(self, alpha: Any, sigma: Any) -> Any:
@@ -25,7 +26,7 @@ class Prediction:
         return alpha * q - sigma * p
 
     def convert(self, wanted: tuple[float, float], alpha: Any, sigma: Any) -> tuple[Any, Any]:
-        """What the state x_t and the network's output are multiplied with to give wanted[0] x_0 + wanted[1] eps."""
+        """Return the factors of the state x_t and of the network's output that give wanted[0] x_0 + wanted[1] eps."""
         p, q = self.parts(alpha, sigma)
         determinant = alpha * q - sigma * p
         data, noise = wanted
@@ -33,7 +34,7 @@ class Prediction:
 
 
 class Noise(Prediction):
-    """eps (Ho et al. 2020), the paper's."""
+    """eps, the paper's (Ho et al. 2020)."""
 
     def parts(self, alpha: Any, sigma: Any) -> tuple[Any, Any]:
         return NOISE
@@ -47,15 +48,17 @@ class Data(Prediction):
 
 
 class V(Prediction):
-    """v = alpha eps - sigma x_0 (Salimans and Ho 2022, "Progressive Distillation for Fast Sampling of Diffusion Models", Section 4)."""
+    """v = alpha eps - sigma x_0 (Salimans and Ho 2022, "Progressive Distillation for Fast Sampling of Diffusion
+    Models", Section 4).
+    """
 
     def parts(self, alpha: Any, sigma: Any) -> tuple[Any, Any]:
         return -sigma, alpha
 
 
 class Velocity(Prediction):
-    """Of the linear path, d x_t / dt: eps - x_0 where time runs to the noise (Esser et al. 2024, SD3), or x_0 - eps where it runs to the data
-    (Ma et al. 2024, SiT).
+    """The velocity d x_t / dt of the linear path: eps - x_0 where time runs towards the noise (Esser et al. 2024, SD3),
+    or x_0 - eps where it runs towards the data (Ma et al. 2024, SiT).
     """
 
     def __init__(self, to_data: bool = False):

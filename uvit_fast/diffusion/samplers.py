@@ -1,7 +1,7 @@
 """Samplers: from noise x_T to x_0 with a given number of network evaluations.
 
-Equations: DPM-Solver (Lu et al. 2022, Algorithms 1 and 2), DPM-Solver++ (Lu et al. 2022b), score SDE (Song et al. 2021),
-Heun's method as in Karras et al. 2022 (Algorithm 1).
+Equations: DPM-Solver (Lu et al. 2022, Algorithms 1 and 2), DPM-Solver++ (Lu et al. 2022b), score SDE (Song et al.
+2021), Heun's method as in Karras et al. 2022 (Algorithm 1).
 """
 
 import numpy as np
@@ -10,22 +10,23 @@ from uvit_fast.diffusion.predictions import DATA, NOISE, VELOCITY
 from uvit_fast.diffusion.schedules import FlowSchedule, Schedule, VPSchedule, shifted
 from uvit_fast.diffusion.stages import Stage, Staged
 
-TWICE = 2 + 1e-6  # how many times as long as the step on which a slope was measured a step may be
+TWICE = 2 + 1e-6  # a step may be this many times as long as the one on which its slope was measured
 
 
 class DPMSolverSinglestep(Staged):
-    """DPM-Solver "fast", noise prediction: intervals of order 3, the last ones lower so that the evaluations add up.
+    """DPM-Solver "fast", noise prediction: intervals of order 3, the last ones of lower order so that the evaluations
+    add up. The published sampler of the VP models.
 
-    50 evaluations are 16 intervals of order 3 and one of order 2. The published sampler of the VP models. With fewer, intervals too long
-    for their order (`_lowered`) become steps of order 1 between the same times.
+    50 evaluations are 16 intervals of order 3 and one of order 2. With fewer, intervals too long for their order
+    (`_lowered`) become steps of order 1 between the same times.
     """
 
-    solves_for = NOISE  # m
+    solves_for = NOISE  # m in the update
 
     def _plan(self, schedule: Schedule, steps: int, spacing: str | None) -> list[Stage]:
         orders = fast_orders(steps)
         knots = np.cumsum([0, *orders])
-        if (spacing or schedule.spacing) == "logsnr":  # the groups are uniform in lambda, and so are the times inside
+        if (spacing or schedule.spacing) == "logsnr":  # intervals are uniform in lambda, and so are the times inside
             ends = np.linspace(schedule.lambda_(schedule.t_max), schedule.lambda_(schedule.t_min), len(orders) + 1)
             intervals = [
                 schedule.time_of_lambda(np.linspace(a, b, order + 1))
@@ -39,7 +40,9 @@ class DPMSolverSinglestep(Staged):
         return [stage for times in intervals for stage in self._interval(schedule, times)]
 
     def _interval(self, schedule: Schedule, times: np.ndarray) -> list[Stage]:
-        """The stages from times[0] to times[-1]: order len(times) - 1, with inner evaluations at the times between."""
+        """Return the stages from times[0] to times[-1], of order len(times) - 1, with inner evaluations at the times
+        between.
+        """
         carry, gain, sign = self._frame(schedule, times)
         lam = schedule.lambda_(times)
         h = lam - lam[0]  # from the interval's start to each of its times
@@ -48,7 +51,7 @@ class DPMSolverSinglestep(Staged):
         for i in range(1, len(times)):
             weights = np.zeros(i)
             weights[0] = phi[i]
-            if i > 1:  # a difference of outputs, D = m_{i-1} - m_0, stands in for the derivative
+            if i > 1:  # a difference of outputs, D = m_{i-1} - m_0, replaces the derivative
                 slope = phi[i] / 2 if len(times) == 3 else sign * phi[i] / h[i] - 1  # order 2, order 3
                 weights[[0, i - 1]] += slope * h[i] / h[i - 1] * np.array([-1, 1])
             stages.append(
@@ -64,12 +67,14 @@ class DPMSolverSinglestep(Staged):
         return stages
 
     def _frame(self, schedule: Schedule, times: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-        """What the first state is multiplied with, what the outputs are, and the sign of h in the exponential."""
+        """Return the factor of the first state, that of the outputs, and the sign of h in the exponential."""
         alpha, sigma = schedule.alpha(times), schedule.sigma(times)
         return (sigma / sigma[0], alpha, -1) if self.solves_for == DATA else (alpha / alpha[0], sigma, 1)
 
     def _grid(self, schedule: Schedule, steps: int, spacing: str | None) -> np.ndarray:
-        """One of `steps` intervals. Solved for the data, a last step of order 1 may be to lambda = infinity, where there is no noise."""
+        """Return a grid of `steps` intervals. With data prediction, a last step of order 1 may end at lambda =
+        infinity, where there is no noise.
+        """
         return shifted(schedule.grid(steps, spacing or schedule.spacing, to_data=self.solves_for == DATA), self.shift)
 
 
@@ -80,12 +85,14 @@ class DPMSolverPPSinglestep(DPMSolverSinglestep):
 
 
 class DPMSolverPPMultistep(DPMSolverPPSinglestep):
-    """DPM-Solver++ 2M: one evaluation an interval, second order through the previous output; good from 10 to 25 steps.
+    """DPM-Solver++ 2M: one evaluation per interval, second order through the previous output; good for 10 to 25 steps.
 
-    Uniform in time, the SD schedule's last interval is several times as long in lambda as the one before: a step more than twice as long
-    as the last one is of order 1, as diffusers' last one is (`euler_at_final`). A step of h > 1 in lambda, which there are with
-    ten evaluations or fewer, takes 1/h^2 of the second-order term: with all of it such steps can be worse than DDIM's. Both were found on
-    exact mixtures of Gaussians, of which VP spaced in time is the one case left: two points, a third more than DDIM's error of 0.002.
+    On a grid uniform in time, the SD schedule's last interval is several times as long in lambda as the one before. A
+    step more than twice as long as the previous one is therefore of order 1, as diffusers' last one is
+    (`euler_at_final`). A step of h > 1 in lambda, as in runs of ten evaluations or fewer, takes 1/h^2 of the
+    second-order term: with all of it such steps can be worse than DDIM's. Both rules were found on exact mixtures of
+    Gaussians. One case there is still worse than DDIM: VP spaced in time, two points, by a third more than DDIM's error
+    of 0.002.
     """
 
     keep = 1
@@ -98,7 +105,7 @@ class DPMSolverPPMultistep(DPMSolverPPSinglestep):
             carry, gain, sign = self._frame(schedule, times[i : i + 2])
             h = lam[i + 1] - lam[i]
             weights = np.array([1.0])
-            if i > 0:  # D = (1 + 1 / 2r) m_i - m_{i-1} / 2r, with r the last interval over this one
+            if i > 0:  # D = (1 + 1 / 2r) m_i - m_{i-1} / 2r, with r the previous interval over this one
                 last = lam[i] - lam[i - 1]
                 half = 0.5 * h / last * min(1.0, 1 / h**2) if h <= TWICE * last else 0.0
                 weights = np.array([-half, 1 + half])
@@ -115,7 +122,7 @@ class DPMSolverPPMultistep(DPMSolverPPSinglestep):
 
 
 class EulerMaruyama(Staged):
-    """The reverse VP-SDE on the times {0} and linspace(1e-3, 1, steps); the last step draws no noise.
+    """The reverse VP-SDE on the times {0} and linspace(1e-3, 1, steps); the last step adds no noise.
 
     x_s = x + (beta x / 2 + beta score) d + sqrt(beta d) z, with d = t - s and score = -eps / sigma_t.
     """
@@ -145,7 +152,7 @@ class EulerMaruyama(Staged):
 class Euler(Staged):
     """The ODE of a flow, dx / dt = eps - x_0, on times uniform from 1 to 0: x_s = x + (s - t) dx / dt.
 
-    A network that predicts eps says in pure noise nothing of the data: with it, sampling starts at t = 0.999.
+    In pure noise a prediction of eps says nothing about the data: with one, sampling starts at t = 0.999.
     """
 
     def _plan(self, schedule: Schedule, steps: int, spacing: str | None) -> list[Stage]:
@@ -162,18 +169,18 @@ class Euler(Staged):
         stages = []
         for t, s, order in zip(times[:-1], times[1:], orders):
             stages.append(self._stage(schedule, t, VELOCITY, 1.0, [s - t], last=order == 1))
-            if order == 2:  # Heun's: once more from the start, with the mean of the slopes at both ends
+            if order == 2:  # Heun: from the start again, with the mean of the slopes at both ends
                 stages.append(self._stage(schedule, s, VELOCITY, 1.0, [(s - t) / 2] * 2))
         return stages
 
     def _orders(self, steps: int) -> list[int]:
-        """Of the intervals; they add up to `steps`."""
+        """Return the orders of the intervals; they add up to `steps`."""
         return [1] * steps
 
 
 class Heun(Euler):
-    """Two evaluations an interval, of second order. The last interval is a step of Euler's, since some predictions say nothing of the
-    velocity at t = 0; with an even number of evaluations the first one is another.
+    """Heun's method: two evaluations per interval, second order. The last interval is an Euler step, since some
+    predictions do not determine the velocity at t = 0; with an even number of evaluations, so is the first.
     """
 
     def _orders(self, steps: int) -> list[int]:
@@ -181,15 +188,16 @@ class Heun(Euler):
 
 
 def fast_orders(steps: int) -> list[int]:
-    """The orders of DPM-Solver "fast", which add up to `steps`: 3, ..., 3 and then 2, 1 or 1 or 2."""
+    """Return the orders of DPM-Solver "fast", which add up to `steps`: 3, ..., 3, then 2, 1 or 1 or 2."""
     threes = steps // 3
     tail = {0: [2, 1], 1: [1], 2: [2]}[steps % 3]
     return [3] * (threes - (steps % 3 == 0)) + tail
 
 
 def _lowered(schedule: Schedule, times: np.ndarray) -> list[np.ndarray]:
-    """An interval with its inner times, or the steps of order 1 between them where a higher order would follow a slope too far: over more
-    than twice the step that it was measured on (the end of a grid uniform in time), or over more than 2 in lambda.
+    """Return an interval with its inner times, or steps of order 1 between them where a higher order would extrapolate
+    a slope too far: over more than twice the step on which it was measured (the end of a grid uniform in time), or over
+    more than 2 in lambda.
 
     Both overshoot, noise prediction by e^h: two evaluations of the VP schedule, h = 10.8, gave 200 times DDIM's error.
     """

@@ -1,7 +1,8 @@
-"""Noise schedules: x_t = alpha_t x_0 + sigma_t eps, with alpha_t^2 + sigma_t^2 = 1 (paper, Section 2) or, for flow, alpha_t + sigma_t = 1.
+"""Noise schedules: x_t = alpha_t x_0 + sigma_t eps, with alpha_t^2 + sigma_t^2 = 1 (paper, Section 2) or, for flows,
+alpha_t + sigma_t = 1.
 
-Time t runs from 0 (data) to 1 (noise); lambda_t = log(alpha_t / sigma_t) is half the log signal-to-noise ratio. What a solver needs is
-float64 NumPy, because it is computed before the loop; what a training step needs stays on the device.
+Time t runs from 0 (data) to 1 (noise); lambda_t = log(alpha_t / sigma_t) is half the log signal-to-noise ratio. What a
+solver needs is float64 NumPy, because it is computed before the loop; what a training step needs stays on the device.
 """
 
 import math
@@ -12,18 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Level = Any  # a number or a float64 array; where training draws times, a tensor
+Level = Any  # a number or a float64 array; a tensor where training draws times
 Times = TypeVar("Times", np.ndarray, Tensor)
 
 
 class Schedule(Protocol):
-    """What solvers and training ask of a schedule; `grid` and `add_noise` are theirs to inherit."""
+    """What solvers and training need of a schedule; `grid` and `add_noise` are inherited."""
 
     t_max: float = 1.0  # where sampling starts
     t_min: float  # where sampling ends
-    t_end: float | None = None  # where it ends instead, uniform in time, for solvers that can
+    t_end: float | None = None  # on grids uniform in time, the end for solvers that can reach it
     spacing: str  # "logsnr" or "time": the grid of the published samplers
-    published_steps: float = 50  # from so many evaluations on, the solvers' orders are those of the published samplers
+    published_steps: float = 50  # with at least this many evaluations, solvers keep the published samplers' orders
 
     @abstractmethod
     def alpha(self, t: Level) -> Level: ...
@@ -33,18 +34,19 @@ class Schedule(Protocol):
 
     @abstractmethod
     def lambda_(self, t: Level) -> Level:
-        """log(alpha_t / sigma_t), which falls from data to noise."""
+        """Return log(alpha_t / sigma_t), which falls from data to noise."""
 
     @abstractmethod
     def time_of_lambda(self, lam: Level) -> Level:
-        """The inverse of `lambda_`."""
+        """Invert `lambda_`."""
 
     def grid(self, intervals: int, spacing: str, to_data: bool = False) -> np.ndarray:
-        """Times from t_max to t_min, (intervals + 1,): uniform in "time", in "logsnr" (lambda), or as in "karras", uniform in
-        (sigma / alpha)^(1/7) (Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", Equation 5).
+        """Return times from t_max to t_min, (intervals + 1,): uniform in "time", in "logsnr" (lambda), or, for
+        "karras", in (sigma / alpha)^(1/7) (Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based
+        Generative Models", Equation 5).
 
         Args:
-            to_data: whether the last time may be `t_end`, where lambda is infinite; one that is uniform in time then is.
+            to_data: let a grid uniform in time end at `t_end`, where lambda is infinite.
         """
         if spacing == "time":
             last = self.t_end if to_data and self.t_end is not None else self.t_min
@@ -57,21 +59,21 @@ class Schedule(Protocol):
 
     @abstractmethod
     def network_time(self, t: Level) -> Level:
-        """What the network receives as time."""
+        """Return the time as the network receives it."""
 
     @abstractmethod
     def levels(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of a training step: alpha, sigma and the network's time, each (B,) fp32 on u's device.
+        """Return alpha, sigma and the network's time for a training step, each (B,) fp32 on u's device.
 
         Args:
-            u: (B,) fp32 in [0, 1], the time; uniform unless training draws it otherwise.
+            u: (B,) fp32 in [0, 1], the time; uniform unless training draws it from another distribution.
         """
 
     def add_noise(self, x_0: Tensor, noise: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Training's noisy input.
+        """Return the noisy input of a training step.
 
         Args:
-            x_0, noise: (B, C, H, W) fp32. u: as `levels` takes it.
+            x_0, noise: (B, C, H, W) fp32. u: as in `levels`.
 
         Returns:
             x_t (B, C, H, W) and the network's time (B,), both fp32, on u's device.
@@ -81,7 +83,7 @@ class Schedule(Protocol):
 
 
 class VariancePreserving(Schedule):
-    """What schedules with alpha_t^2 + sigma_t^2 = 1 share; one defines `log_alpha`, its inverse, `network_time` and `levels`."""
+    """Schedules with alpha_t^2 + sigma_t^2 = 1; each defines `log_alpha`, its inverse, `network_time` and `levels`."""
 
     @abstractmethod
     def log_alpha(self, t: Level) -> Level: ...
@@ -110,7 +112,7 @@ class VPSchedule(VariancePreserving):
     spacing = "logsnr"
 
     def beta(self, t: Level) -> Level:
-        """The rate of the forward SDE dx = -beta x / 2 dt + sqrt(beta) dw."""
+        """Return the rate of the forward SDE dx = -beta x / 2 dt + sqrt(beta) dw."""
         return self.beta_0 + (self.beta_1 - self.beta_0) * t
 
     def log_alpha(self, t: Level) -> Level:
@@ -118,7 +120,7 @@ class VPSchedule(VariancePreserving):
 
     def time_of_log_alpha(self, log_alpha: Level) -> Level:
         a, b, c = 0.25 * (self.beta_1 - self.beta_0), 0.5 * self.beta_0, -log_alpha  # a t^2 + b t = c
-        return 2 * c / (b + np.sqrt(b**2 + 4 * a * c))  # the root's form without cancellation
+        return 2 * c / (b + np.sqrt(b**2 + 4 * a * c))  # the form of the root without cancellation
 
     def network_time(self, t: Level) -> Level:
         return 999 * t
@@ -129,7 +131,9 @@ class VPSchedule(VariancePreserving):
 
 
 class SDSchedule(VariancePreserving):
-    """Stable Diffusion's 1000 discrete steps: sqrt(beta) linear; the network receives n in training, 1000 t in sampling."""
+    """Stable Diffusion's 1000 discrete steps, sqrt(beta) linear; the network receives n in training, 1000 t in
+    sampling.
+    """
 
     steps = 1000
     t_min = 1e-3
@@ -142,7 +146,7 @@ class SDSchedule(VariancePreserving):
         self._tables: dict[torch.device, Tensor] = {}
 
     def log_alpha(self, t: Level) -> Level:
-        """Linear between the steps t = n / 1000."""
+        """Interpolate linearly between the steps t = n / 1000."""
         return np.interp(t, self._times, self._log_alphas)
 
     def time_of_log_alpha(self, log_alpha: Level) -> Level:
@@ -152,13 +156,13 @@ class SDSchedule(VariancePreserving):
         return self.steps * t
 
     def levels(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """n = floor(1000 u) + 1, so uniform in 1 ... 1000 where u is uniform."""
+        """Take n = floor(1000 u) + 1, uniform in 1 ... 1000 if u is uniform."""
         n = (self.steps * u).long().clamp_(max=self.steps - 1)  # (B,), n - 1
         alpha, sigma = self._table(u.device)[:, n]  # (B,) each
         return alpha, sigma, (n + 1).float()
 
     def _table(self, device: torch.device) -> Tensor:
-        """(2, 1000) fp32: alpha and sigma of n = 1 ... 1000."""
+        """Return alpha and sigma of n = 1 ... 1000: (2, 1000) fp32."""
         if device not in self._tables:
             table = np.stack([np.exp(self._log_alphas), np.sqrt(-np.expm1(2 * self._log_alphas))])
             self._tables[device] = torch.from_numpy(table).float().to(device)
@@ -166,11 +170,11 @@ class SDSchedule(VariancePreserving):
 
 
 class FlowSchedule(Schedule):
-    """The linear path x_t = (1 - t) x_0 + t eps of flow matching and rectified flow (Lipman et al. 2023; Liu et al. 2023); the network
-    receives 1000 t.
+    """The linear path x_t = (1 - t) x_0 + t eps of flow matching and rectified flow (Lipman et al. 2023; Liu et al.
+    2023); the network receives 1000 t.
 
-    lambda = log((1 - t) / t) is infinite at both ends. Where a solver needs it, sampling starts at t = 0.999, as diffusers does, and ends at
-    t = 0.001, or at 0 where its last step is of order 1 and so returns the predicted data.
+    lambda = log((1 - t) / t) is infinite at both ends. Solvers that need it start at t = 0.999, as in diffusers, and
+    end at t = 0.001, or at 0 if their last step is of order 1 and so returns the predicted data.
     """
 
     t_max, t_min, t_end = 1 - 1e-3, 1e-3, 0.0
@@ -198,17 +202,21 @@ class FlowSchedule(Schedule):
 
 
 class SiTFlowSchedule(FlowSchedule):
-    """The same path for networks in SiT's terms (Ma et al. 2024), as DC-AE's USiT: they receive 1 - t, which is 1 at the data."""
+    """The same path for networks in SiT's convention (Ma et al. 2024), such as DC-AE's USiT: they receive 1 - t, 1 at
+    the data.
+    """
 
     def network_time(self, t: Level) -> Level:
         return 1 - t
 
 
 def shifted(t: Times, shift: float) -> Times:
-    """shift t / (1 + (shift - 1) t): above 1 moves times in [0, 1] to the noise (Esser et al. 2024, Section 5.3.2); by as much in lambda."""
+    """Return shift t / (1 + (shift - 1) t): above 1 it moves times in [0, 1] towards the noise (Esser et al. 2024,
+    Section 5.3.2), in lambda by a constant.
+    """
     return t if shift == 1 else shift * t / (1 + (shift - 1) * t)
 
 
 def mix(alpha: Tensor, x_0: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
-    """alpha x_0 + sigma noise: (B,), (B, C, H, W) twice."""
+    """Return alpha x_0 + sigma noise, (B, C, H, W); alpha, sigma: (B,)."""
     return alpha.view(-1, 1, 1, 1) * x_0 + sigma.view(-1, 1, 1, 1) * noise

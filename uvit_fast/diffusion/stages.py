@@ -22,29 +22,29 @@ from uvit_fast.diffusion.predictions import Noise, Prediction
 from uvit_fast.diffusion.schedules import FlowSchedule, Schedule
 from uvit_fast.kernels.ops.solver_step import Update, reference, solver_step, why_not
 
-Generator = torch.Generator | Tensor  # one for the batch, or the (B,) int64 keys of counter-based ones, one a sample
-AS_IT_IS = (0.0, 1.0)  # the conversion of an output that is what the solver takes
+Generator = torch.Generator | Tensor  # one for the batch, or (B,) int64 keys of counter-based ones, one per sample
+AS_IT_IS = (0.0, 1.0)  # the conversion of an output that needs none
 SPACINGS = ("time", "logsnr", "karras")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One network evaluation and the state that follows it."""
+    """One network evaluation and the update that follows it."""
 
     t: float  # the schedule's time
-    time: float  # what the network receives there
+    time: float  # as the network receives it
     update: Update  # from its output to the next state
     last: bool = True  # the next state begins a new interval
     layers: Layers | None = None  # what the network reuses and keeps
 
 
 class Sampler(Protocol):
-    """From noise to data by way of stages: `sampler(eps_fn, x_T)` -> x_0.
+    """From noise to data in stages: `sampler(eps_fn, x_T)` -> x_0.
 
     Attributes:
-        stages: one a network evaluation, in order.
+        stages: one per network evaluation, in order.
         draws_noise: whether a generator is used.
-        keep: outputs that a new interval still uses (1 for the multistep solver).
+        keep: outputs of earlier intervals that a new one still uses (1 for the multistep solver).
     """
 
     stages: list[Stage]
@@ -52,18 +52,18 @@ class Sampler(Protocol):
     keep: int
 
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """What the network receives, (steps,), and the updates, (steps, 8), both fp32; made once a device."""
+        """Return the network's times, (steps,), and the updates, (steps, 8), both fp32; made once per device."""
 
     def caching(self, plan: Plan) -> Self:
-        """The same sampler with evaluations that reuse sublayers: its network must take a `cache`, as UViT does.
+        """Return the same sampler with evaluations that reuse sublayers: its network must accept `cache`, as UViT does.
 
         Raises:
-            ValueError: a plan of another number of evaluations, or one whose first evaluation reuses what is not there.
+            ValueError: the plan is for another number of evaluations, or its first evaluation reuses anything.
         """
 
     def rehearsal(self, interval: tuple[float, float] = ALWAYS) -> Self:
-        """The same sampler with no more of its intervals than give each kind of stage: what a capture needs done before it,
-        at the price of a few evaluations. Its samples mean nothing.
+        """Return the same sampler with only as many intervals as show each kind of stage: a warm-up for a capture, at
+        the price of a few evaluations. Its samples mean nothing.
 
         Args:
             interval: of guidance; stages inside and outside it are of different kinds.
@@ -80,32 +80,32 @@ class Sampler(Protocol):
         """Solve from x_T ~ N(0, I) to x_0.
 
         Args:
-            eps_fn: eps_fn(x, t) -> eps, or what else the network predicts; x (B, C, H, W) fp32, t (B,) fp32, what the network receives
-                as time. A `Guidance` is combined inside the update.
+            eps_fn: eps_fn(x, t) -> eps, or whatever else the network predicts; x (B, C, H, W) fp32, t (B,) fp32, the
+                network's time. A `Guidance` is combined inside the update.
             x_T: (B, C, H, W).
-            generator: of the noise, where the sampler draws some: a torch.Generator of the batch, or the (B,) int64 keys that
-                `sample_generators` makes, one a sample.
+            generator: of the noise, for samplers that draw it: a torch.Generator for the batch, or the (B,) int64 keys
+                of `sample_generators`, one per sample.
             callback: called as callback(done, steps) after each network evaluation.
-            change: change(i, x) -> the state that takes the place of x (B, C, H, W), after evaluation i. Inside an interval of order 2
-                or 3 that is where the network is evaluated next; the interval's end follows from its start.
+            change: change(i, x) -> the state that replaces x (B, C, H, W) after evaluation i. Inside an interval of
+                order 2 or 3 the network is evaluated there next; the interval's end still follows from its start.
 
         Returns:
             (B, C, H, W) fp32.
 
         Raises:
-            ValueError: keys of another shape or dtype.
+            ValueError: keys of the wrong shape or dtype.
         """
 
 
 class Staged(Sampler):
-    """What runs stages; a sampler defines its plan of them.
+    """The loop over stages; a subclass plans the stages.
 
     Args:
         steps: network evaluations.
-        spacing: of the times, for the DPM-Solvers: "time", "logsnr" or "karras", as in `Schedule.grid`; default: the schedule's own,
-            which the published samplers have.
+        spacing: of the DPM-Solvers' times: "time", "logsnr" or "karras", see `Schedule.grid`; default: the schedule's
+            own, as in the published samplers.
         prediction: what the network predicts; default: eps.
-        shift: of the times of a flow that are uniform in t, as in `shifted`; 1: none.
+        shift: of a flow's times, if uniform in t, see `shifted`; 1: none.
     """
 
     keep = 0
@@ -132,17 +132,17 @@ class Staged(Sampler):
 
     @abstractmethod
     def _plan(self, schedule: Schedule, steps: int, spacing: str | None) -> list[Stage]:
-        """The stages, as many as steps."""
+        """Return `steps` stages."""
 
     def _stage(self, schedule: Schedule, t, wanted, start, outputs, noise=0.0, last=True) -> Stage:
-        """A stage at time t whose m is `wanted` of x_0 and eps; from NumPy's numbers to Python's."""
+        """Return the stage at time t whose m is `wanted`, the coefficients of x_0 and eps; NumPy scalars become floats."""
         convert = self.prediction.convert(wanted, schedule.alpha(t), schedule.sigma(t))
         update = Update(*map(float, convert), float(start), float(noise), tuple(map(float, outputs)))
         return Stage(float(t), float(schedule.network_time(t)), update, last)
 
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._tables:
-            with torch.inference_mode(False):  # kept, so also fit for a later call with gradients
+            with torch.inference_mode(False):  # kept, so usable in a later call with gradients
                 times = torch.tensor([stage.time for stage in self.stages], dtype=torch.float32, device=device)
                 rows = torch.tensor([stage.update.row() for stage in self.stages], dtype=torch.float32, device=device)
             self._tables[device] = times, rows
@@ -176,7 +176,7 @@ class Staged(Sampler):
                 )
                 for s in group
             }
-            if not kinds <= seen or len(stages) < 4:  # four, so that a table's rows of every alignment occur
+            if not kinds <= seen or len(stages) < 4:  # four, so that table rows of every alignment occur
                 stages += group
             seen, group = seen | kinds, []
         short = copy.copy(self)

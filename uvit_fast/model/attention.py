@@ -1,6 +1,8 @@
-"""Attention backends, by name. All take packed qkv (B, L, 3, H, D) as the linear layer writes it and give (B, L, H * D).
+"""Attention backends, by name. All take packed qkv (B, L, 3, H, D) as the linear layer writes it, and return
+(B, L, H * D).
 
-"auto" takes the first that can run, in the measured order of benchmarks/results/attention.csv: fused, cudnn, flash_attn, sdpa.
+"auto" takes the first one that can run, in the measured order of benchmarks/results/attention.csv: fused, cudnn,
+flash_attn, sdpa.
 """
 
 from collections.abc import Callable
@@ -19,7 +21,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def attend(qkv: Tensor, backend: str = "auto") -> Tensor:
-    """softmax(q k^T / sqrt(D)) v for every head.
+    """Return softmax(q k^T / sqrt(D)) v for every head.
 
     Args:
         qkv: (B, L, 3, H, D).
@@ -29,14 +31,14 @@ def attend(qkv: Tensor, backend: str = "auto") -> Tensor:
         (B, L, H * D), in qkv's dtype.
 
     Raises:
-        UserError: the backend was asked for by name and cannot run on qkv.
+        UserError: the backend was requested by name and cannot run on qkv.
         ImportError: its package is not installed; the message names the extra.
     """
     return BACKENDS[choose(qkv, backend)[0]](qkv)
 
 
 def choose(qkv: Tensor, backend: str = "auto") -> tuple[str, str]:
-    """The backend that `attend` would run on qkv, and why: (name, reason)."""
+    """Return the backend that `attend` would run on qkv, and why: (name, reason)."""
     if backend != "auto":
         if backend not in BACKENDS:
             raise UserError(f"model.attention: expected auto or one of {', '.join(BACKENDS)}, got {backend!r}")

@@ -1,6 +1,6 @@
-"""What a network may be called with: one sentence where something does not fit.
+"""What a network may be called with: an error of one sentence where something does not fit.
 
-Shapes, types and devices alone: a look at a value would have the host wait for a GPU.
+Only shapes, dtypes and devices are checked: reading a value would make the host wait for the GPU.
 """
 
 import contextlib
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-INTEGERS = (torch.int64, torch.int32)  # what an embedding takes
+INTEGERS = (torch.int64, torch.int32)  # what an embedding accepts
 
 
 def check_inputs(
     x: Any, t: Any, y: Any, context: Any, image: tuple[int | None, ...], num_classes: int, text: tuple[int, int] | None
 ) -> None:
-    """Refuse what does not fit a network eps(x, t, y, context).
+    """Refuse inputs that do not fit a network eps(x, t, y, context).
 
     Args:
         image: (C, H, W) of x; None: any size.
@@ -24,7 +24,7 @@ def check_inputs(
         text: tokens and width of the context; None: the network takes none.
 
     Raises:
-        ValueError: what was expected and what came, as in `UViT.forward`.
+        ValueError: what was expected and what was given, as in `UViT.forward`.
     """
     if torch.jit.is_tracing():
         raise ValueError(
@@ -53,9 +53,9 @@ def check_inputs(
 
 @contextlib.contextmanager
 def labels_in_range(y: Tensor | None, num_classes: int) -> Iterator[None]:
-    """Around what looks labels up: on a CPU, one that the model does not have is a ValueError that names it.
+    """Guard an embedding lookup: on a CPU, a label that the model does not have raises a ValueError that names it.
 
-    A GPU finds it in its own time, with a device-side assertion: nothing may wait for it.
+    On a GPU a device-side assertion reports it later, since nothing may wait for the GPU.
     """
     try:
         yield

@@ -1,7 +1,7 @@
-"""The one door to the kernels: each op of a block, fused where that can run and plain PyTorch elsewhere.
+"""The one door to the kernels: each op of a block, fused where that can run, in plain PyTorch elsewhere.
 
-`kernels="auto"` takes the fused op where it can take the tensors; "fused" insists and says why it cannot; "reference" is plain
-PyTorch. The parameters are the same ones in every case, so a checkpoint never knows which of them ran.
+`kernels="auto"` takes the fused op where it supports the tensors; "fused" insists on it, or says why it cannot run;
+"reference" is plain PyTorch. The parameters are the same in every case, so a checkpoint does not depend on the choice.
 """
 
 from collections.abc import Callable
@@ -27,28 +27,32 @@ from uvit_fast.runtime.hooks import plain_weights
 
 
 def fixed_weights() -> AbstractContextManager[None]:
-    """While open, no weight changes: what the fused ops derive from weights alone is derived once."""
+    """Promise that no weight changes inside: what the fused ops derive from the weights alone is derived once."""
     return _layernorm.folded_once()
 
 
 def changing_weights() -> AbstractContextManager[None]:
-    """While open, also within `fixed_weights`, what is derived from weights is derived at each call."""
+    """Derive anew at each call what depends on the weights, even within `fixed_weights`."""
     return _layernorm.folded_each_time()
 
 
 def layer(module: nn.Module, bias: bool = True) -> Norm | Linear | None:
-    """What the ops below take of a LayerNorm or linear layer, if calling it is no more than its formula: see `hooks.plain_weights`."""
+    """Return a LayerNorm's or linear layer's weights for the ops below, or None where calling it does more than its
+    formula (`hooks.plain_weights`).
+    """
     weights = plain_weights(module, bias=bias)
     return None if weights is None else (Norm if type(module) is nn.LayerNorm else Linear)(*weights)
 
 
 def assemble(x: Tensor, w: Tensor, b: Tensor, extras: Tensor, positions: Tensor, *, kernels: str = "auto") -> Tensor:
-    """Concat(extras, patches of x) + positions: x (B, C, H, W), w (D, C, p, p), extras (B, E, D) -> (B, E + N, D)."""
+    """Return Concat(extras, patches of x) + positions: x (B, C, H, W), w (D, C, p, p), extras (B, E, D) -> (B, E + N,
+    D).
+    """
     return _chosen(_assemble, kernels, x, w, b, extras, positions)(x, w, b, extras, positions)
 
 
 def ln_linear(x: Tensor, norm: Norm, linear: Linear, sums: Tensor | None = None, *, kernels: str = "auto") -> Tensor:
-    """Linear(LayerNorm(x)): x (..., D), weight (N, D) -> (..., N). `sums` are those that came with x."""
+    """Return Linear(LayerNorm(x)): x (..., D), weight (N, D) -> (..., N). `sums` are those that came with x."""
     run = _chosen(_ln_linear, kernels, x, norm, linear)
     return run(x, norm, linear) if run is _ln_linear.reference else run(x, norm, linear, sums)
 
@@ -56,7 +60,9 @@ def ln_linear(x: Tensor, norm: Norm, linear: Linear, sums: Tensor | None = None,
 def ln_mlp(
     x: Tensor, norm: Norm, fc1: Linear, fc2: Linear, sums: Tensor | None = None, *, kernels: str = "auto"
 ) -> tuple[Tensor, Tensor | None]:
-    """x + fc2(GELU(fc1(LayerNorm(x)))): x (..., D) -> (..., D), and its sums for the LayerNorm after it, if a fused op took them."""
+    """Return x + fc2(GELU(fc1(LayerNorm(x)))): x (..., D) -> (..., D), and its sums for the next LayerNorm, if a fused
+    op computed them.
+    """
     run = _chosen(_ln_mlp, kernels, x, norm, fc1, fc2)
     return (run(x, norm, fc1, fc2), None) if run is _ln_mlp.reference else run(x, norm, fc1, fc2, sums)
 
@@ -64,27 +70,30 @@ def ln_mlp(
 def proj_ln_mlp(
     a: Tensor, proj: Linear, x: Tensor, norm: Norm, fc1: Linear, fc2: Linear, *, kernels: str = "auto"
 ) -> tuple[Tensor, Tensor | None]:
-    """`linear_residual`, then `ln_mlp`; what is between them is computed again in the backward: x (..., D) -> (..., D), sums."""
+    """Run `linear_residual`, then `ln_mlp`: x (..., D) -> (..., D), sums. The backward recomputes what lies between
+    them.
+    """
     return _with_sums(_proj_ln_mlp, kernels, a, proj, x, norm, fc1, fc2)
 
 
 def skip_linear(x: Tensor, skip: Tensor, linear: Linear, *, kernels: str = "auto") -> tuple[Tensor, Tensor | None]:
-    """Linear(Concat(x, skip)): x, skip (..., D), weight (D, 2D) -> (..., D), sums."""
+    """Return Linear(Concat(x, skip)): x, skip (..., D), weight (D, 2D) -> (..., D), sums."""
     return _with_sums(_skip_linear, kernels, x, skip, linear)
 
 
 def linear_residual(a: Tensor, linear: Linear, x: Tensor, *, kernels: str = "auto") -> tuple[Tensor, Tensor | None]:
-    """x + Linear(a): a (..., K), weight (D, K), x (..., D) -> (..., D), sums."""
+    """Return x + Linear(a): a (..., K), weight (D, K), x (..., D) -> (..., D), sums."""
     return _with_sums(_linear_residual, kernels, a, linear, x)
 
 
 def describe(
     embed_dim: int, num_heads: int, attention: str, kernels: str, device: torch.device | str
 ) -> dict[str, str]:
-    """What would run for each op of a network on `device`, and why: op -> "backend: reason". bf16 on a GPU, fp32 elsewhere.
+    """Return what would run for each op of a network on `device`, and why: op -> "backend: reason". bf16 on a GPU, fp32
+    elsewhere.
 
     Raises:
-        UserError: the backend or the fused kernels were asked for and cannot run there.
+        UserError: the backend or the fused kernels were requested and cannot run there.
     """
     D, dtype = embed_dim, torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
@@ -112,7 +121,7 @@ def describe(
 
 
 def _chosen(op: ModuleType, kernels: str, *args: Tensor | Norm | Linear) -> Callable:
-    """op.run, the fused op on what has been checked, or op.reference."""
+    """Return op.run, the fused op on arguments that were checked, or op.reference."""
     if kernels == "reference":
         return op.reference
     reason = op.why_not(*args)

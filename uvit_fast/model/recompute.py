@@ -1,7 +1,8 @@
-"""What a block keeps for its backward, and what it computes again there.
+"""Activation checkpointing: what a block keeps for its backward, and what it recomputes there.
 
-"none": everything is kept, nothing is computed again. "block": the block's input alone. "selective": also what costs most to compute a
-byte, the attention's output (D values a token) and fc1's before its GELU (4 D), so that attention and the MLP run once.
+"none" keeps everything and recomputes nothing. "block" keeps the block's input alone. "selective" also keeps what costs
+most to recompute per byte, the attention's output (D values per token) and fc1's before its GELU (4 D), so that
+attention and the MLP run once.
 """
 
 import contextlib
@@ -16,11 +17,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 
 def recomputed(function: Callable, policy: str, hidden: int, *inputs: Tensor | None) -> Any:
-    """function(*inputs) with "selective" or "block" as above.
+    """Return function(*inputs), checkpointed with "selective" or "block" as above.
 
     Args:
-        function: a block's forward, without random numbers, which ends with its MLP.
-        hidden: fc1's outputs, by which its product is known where it is an op of PyTorch.
+        function: a block's forward, which draws no random numbers and ends with its MLP.
+        hidden: width of fc1's output, which identifies its product where PyTorch's op computes it.
     """
     contexts: dict[str, Any] = {}
     if policy == "selective":
@@ -31,7 +32,7 @@ def recomputed(function: Callable, policy: str, hidden: int, *inputs: Tensor | N
 
 
 def _policy(hidden: int, context, op, *args, **kwargs) -> CheckpointPolicy:
-    """The fused MLP gives fc1's output beside its own, which the next block keeps as its input."""
+    """Save the outputs named above. The fused MLP returns fc1's beside its own, which the next block keeps as input."""
     namespace, _, name = op.name().partition("::")
     attention = "attention" in name or namespace == "flash_attn"
     fc1 = (name == "addmm" and args[2].shape[1] == hidden) or (name == "linear" and args[1].shape[0] == hidden)
@@ -39,15 +40,15 @@ def _policy(hidden: int, context, op, *args, **kwargs) -> CheckpointPolicy:
 
 
 class _WithoutFc2(TorchDispatchMode):
-    """The second time, the fused MLP is asked for fc1 alone: the block's output, which fc2 makes, is there already.
+    """In the recomputation, run the fused MLP up to fc1 only: the block's output, which fc2 gives, is there already.
 
-    PyTorch's own ops need no such help: recomputation ends with the last tensor that the backward wants.
+    PyTorch's own ops need no such help: recomputation stops at the last tensor that the backward needs.
     """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.name() != "uvit_fast::ln_mlp":
             return func(*args, **(kwargs or {}))
         x, gamma, beta, eps, w1, b1, _, _, sums, _ = args
-        half = 0.5  # of the GELU's argument is what the fused MLP keeps
+        half = 0.5  # the fused MLP keeps half of the GELU's argument
         h, statistics = torch.ops.uvit_fast.ln_linear.default(x, gamma, beta, eps, w1, b1, sums, half, True)
         return x.new_empty(x.shape), statistics.new_empty(0), statistics, h.view(-1, h.shape[-1])

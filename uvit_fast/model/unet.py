@@ -1,6 +1,7 @@
-"""The convolutional U-Nets that the paper compares with, on diffusers' networks: LDM's (appendix C) and ADM's (appendix F).
+"""The convolutional U-Nets that the paper compares with, built on diffusers' networks: LDM's (Appendix C) and ADM's
+(Appendix F).
 
-They take and give what `UViT` does, so that the same trainer and samplers run them.
+Their inputs and outputs are those of `UViT`, so the same trainer and samplers run them.
 """
 
 import torch.nn as nn
@@ -9,25 +10,25 @@ from torch import Tensor
 from uvit_fast.model.inputs import check_inputs, labels_in_range
 from uvit_fast.runtime.extras import missing
 
-LDM_HEADS = 8  # of each attention
-ADM_HEAD_DIM = 64  # width of a head, as in ADM's models of ImageNet
+LDM_HEADS = 8  # per attention layer
+ADM_HEAD_DIM = 64  # as in ADM's ImageNet models
 
 
 class UNet(nn.Module):
     """The noise prediction network eps(x_t, t, c), convolutional.
 
-    "ldm" is conditioned on text by cross-attention (`UNet2DConditionModel`). "adm" is conditioned on classes, or nothing, by scale and shift
-    after its normalisations, and resamples in residual blocks (`UNet2DModel`); its sinusoid of the time is as wide as the first
-    level, where ADM's is half of that.
+    "ldm" is conditioned on text by cross-attention (`UNet2DConditionModel`). "adm" is conditioned on classes, or on
+    nothing, by a scale and shift after its normalisations, and resamples in residual blocks (`UNet2DModel`); its time
+    embedding is as wide as the first level, twice ADM's.
 
     Args:
         unet: "ldm" or "adm".
         img_size, in_chans: height = width and channels of the input.
-        channels: of each level, from the full resolution down; each level halves it.
-        layers: residual blocks a level on the way down; one more on the way up.
+        channels: of each level, from full resolution down; each level halves the resolution.
+        layers: residual blocks per level on the way down; one more on the way up.
         attention: for each level, whether attention follows its residual blocks.
         num_classes, context_dim, context_tokens: the condition, as in `UViT`.
-        activation_checkpointing: "none", or "block": residual and attention blocks are computed again in the backward.
+        activation_checkpointing: "none", or "block": the backward recomputes residual and attention blocks.
 
     Raises:
         ImportError: diffusers is not installed; the message names the extra.
@@ -74,7 +75,7 @@ class UNet(nn.Module):
                 resnet_time_scale_shift="scale_shift",
                 downsample_type="resnet",
                 upsample_type="resnet",
-                time_embedding_dim=2 * channels[0],  # 4 x ADM's model channels, of which the first level has twice
+                time_embedding_dim=2 * channels[0],  # 4 x ADM's model channels; the first level has twice those
                 num_class_embeds=num_classes or None,
             )
         self.reset_parameters()
@@ -82,7 +83,9 @@ class UNet(nn.Module):
             self.net.enable_gradient_checkpointing()
 
     def reset_parameters(self) -> None:
-        """Zero what ends a residual branch, and the last convolution, as ADM and LDM do; the rest keeps PyTorch's default."""
+        """Zero the last layer of each residual branch and the output convolution, as ADM and LDM do; the others keep
+        PyTorch's initialisation.
+        """
         from diffusers.models.attention_processor import Attention
         from diffusers.models.resnet import ResnetBlock2D
         from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -103,7 +106,7 @@ class UNet(nn.Module):
         """Predict the noise; arguments and result as for `UViT`.
 
         Raises:
-            ValueError: as `UViT.forward`; any height and width that divide through the levels are taken.
+            ValueError: as in `UViT.forward`; height and width may be any multiple of the levels' downsampling.
         """
         check_inputs(x, t, y, context, (self.in_chans, None, None), self.num_classes, self.text)
         dtype = self.net.dtype

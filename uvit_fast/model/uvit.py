@@ -1,8 +1,8 @@
 """U-ViT (paper, Section 3 and Figure 1): a ViT whose tokens are the condition, the time and the noisy image's patches,
 with long skip connections from shallow to deep blocks.
 
-Shapes: B images, (C, H, W) each, L tokens = extras + patches, D = embed_dim, K = 3 for q, k and v. Names of the parameters
-are those of the published checkpoints, whichever kernels run.
+Shapes: B images, (C, H, W) each, L tokens = extras + patches, D = embed_dim, K = 3 for q, k and v. Parameters are named
+as in the published checkpoints, whichever kernels run.
 """
 
 import math
@@ -25,10 +25,10 @@ from uvit_fast.runtime.hooks import hooked, hooked_everywhere, plain_weights
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoidal embedding, cos first (paper, Appendix; as in DDPM).
+    """Return the sinusoidal embedding, cosines first (paper, Appendix; as in DDPM).
 
     Args:
-        t: (B,) what the network receives as time: 999 t (VP) or n (SD); may be fractional.
+        t: (B,), the time as the network receives it: 999 t (VP) or n (SD); may be fractional.
         dim: even.
 
     Returns:
@@ -43,9 +43,9 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
 
 
 class PatchEmbed(nn.Module):
-    """All tokens: those that are given, then a linear map of each patch of the image, row-major; positions are added.
+    """Form the token sequence: the given tokens, then a linear map of each patch, row-major; add the positions.
 
-    It reads its convolution's weights itself, or calls it: see `Block`.
+    Reads its convolution's weights itself, or calls it: see `Block`.
     """
 
     def __init__(self, in_chans: int, embed_dim: int, patch_size: int, kernels: str):
@@ -97,11 +97,11 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block, after the long skip where there is one (paper, Figure 1 and Section 3.1).
 
-    It reads its children's weights itself: under ZeRO-3 it must be a leaf, which the training engine sees to. Children that were changed
-    (hooks, LoRA, quantised weights) are called instead, with what is fused with them.
+    Reads its children's weights itself: under ZeRO-3 it must be a leaf, which the training engine sees to. Children
+    that were changed (hooks, LoRA, quantised weights) are called instead, as are those fused with them.
 
     Attributes:
-        checkpointing: what it keeps for the backward, as in `model.recompute`.
+        checkpointing: what it keeps for the backward, see `model.recompute`.
     """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, concat_skip: bool, attention: str, kernels: str):
@@ -119,13 +119,13 @@ class Block(nn.Module):
         """x and skip (B, L, D) -> (B, L, D).
 
         Args:
-            sums: of x, which the fused op that wrote it left for a LayerNorm (see `model.ops`).
+            sums: of x, which the fused op that wrote x left for a LayerNorm (see `model.ops`).
             hand_on: return the result's sums too.
         """
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             x, sums = self.compute(x, skip, sums)
         else:
-            # Without the sums, which would be kept as its inputs are: 1/16 of x for a pass over it.
+            # Without the sums, which would be kept as its inputs are: 1/16 of x, to save one pass over it.
             x, sums = recomputed(self.compute, self.checkpointing, self.hidden, x, skip, None)
         return (x, sums) if hand_on else x
 
@@ -133,13 +133,13 @@ class Block(nn.Module):
         skip_linear, norm1_qkv, proj, norm2_mlp = self._layers()
         x, sums = self.joined(x, skip, sums, skip_linear)
         if norm1_qkv and norm2_mlp and self.skip_linear is not None and self.checkpointing == "none":
-            # Both halves in one op, which keeps less for the backward: here the skip's linear layer keeps its inputs too.
+            # Both halves in one op, which keeps less for the backward; the skip's linear layer also keeps its inputs.
             a = self.attn.mix(ops.ln_linear(x, *norm1_qkv, sums, kernels=self.kernels))  # (B, L, D)
             return ops.proj_ln_mlp(a, proj, x, *norm2_mlp, kernels=self.kernels)
         x, sums = self.attended(x, sums, norm1_qkv, proj)
         return self.through_mlp(x, sums, norm2_mlp)
 
-    # The block's three parts, (B, L, D) and sums -> (B, L, D) and sums, each with what `_layers` gives for it.
+    # The block's three parts, (B, L, D) and sums -> (B, L, D) and sums, each with its weights from `_layers`.
 
     def joined(
         self, x: Tensor, skip: Tensor | None, sums: Tensor | None, skip_linear: Linear | None
@@ -169,8 +169,8 @@ class Block(nn.Module):
     def _layers(
         self,
     ) -> tuple[Linear | None, tuple[Norm, Linear] | None, Linear | None, tuple[Norm, Linear, Linear] | None]:
-        """What the ops take of the skip's linear layer, of (norm1, qkv), of proj, and of (norm2, fc1, fc2): None for those that were
-        changed and must be called.
+        """Return the weights of the skip's linear layer, of (norm1, qkv), of proj, and of (norm2, fc1, fc2); None for
+        those that were changed and must be called.
         """
         attn, mlp = self.attn, self.mlp
         skip = norm1 = qkv = proj = norm2 = fc1 = fc2 = None
@@ -184,13 +184,14 @@ class Block(nn.Module):
         rest = (norm2, fc1, fc2) if norm2 and fc1 and fc2 else None
         if self.kernels == "fused" and not (attention and rest and (skip or self.skip_linear is None)):
             raise UserError(
-                "model.kernels=fused: a block was changed (hooks, LoRA, ...), which the fused ops would not call; expected auto"
+                "model.kernels=fused: a block was changed (hooks, LoRA, ...), which the fused ops would not call; "
+                "expected auto"
             )
         return skip, attention, proj, rest
 
 
 def _through(block: nn.Module, x: Tensor, skip: Tensor | None, sums: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """A block's result with its sums, where no hook or wrapper may change it: (B, L, D)."""
+    """Return a block's result with its sums, (B, L, D), unless a hook or wrapper may change it."""
     if not isinstance(block, Block) or hooked(block) or hooked_everywhere():
         return block(x, skip), None
     return block(x, skip, sums, hand_on=True)
@@ -200,20 +201,20 @@ class UViT(Replayed):
     """The noise prediction network eps(x_t, t, c).
 
     Args:
-        img_size, in_chans: height = width and channels of the input, pixels or latent pixels.
+        img_size, in_chans: height = width and channels of the input, in pixels or latent pixels.
         patch_size: side of a patch; divides img_size.
-        embed_dim, depth, num_heads, mlp_ratio: D, the paper's depth (2 * (depth // 2) + 1 blocks), heads, MLP width over D.
-        mlp_time_embed: Linear, SiLU, Linear on the time token.
+        embed_dim, depth, num_heads, mlp_ratio: D, the paper's depth (2 * (depth // 2) + 1 blocks), heads, MLP width/D.
+        mlp_time_embed: pass the time token through Linear, SiLU, Linear.
         num_classes: rows of the label embedding, null label included; 0 without classes.
         context_dim, context_tokens: width and number of text tokens; context_dim 0 without text.
-        conv: one 3x3 convolution on the output image.
+        conv: apply a 3x3 convolution to the output image.
         skip: "concat" (the paper's), "add" or "none" (Figure 2a).
         attention, kernels: backends, see `model.attention` and `model.ops`.
-        activation_checkpointing: what every block keeps for the backward, see `model.recompute`.
+        activation_checkpointing: what each block keeps for the backward, see `model.recompute`.
     """
 
-    block_class = Block  # a backward may be cut between these
-    fused_classes = [Block, PatchEmbed]  # each is what a sharding engine must gather as one unit
+    block_class = Block  # a backward may be cut between blocks
+    fused_classes = [Block, PatchEmbed]  # a sharding engine must gather each as one unit
     fixed_weights = staticmethod(ops.fixed_weights)  # for loops over `forward` that change no weight
 
     def __init__(
@@ -248,7 +249,7 @@ class UViT(Replayed):
         )
         self.label_emb = nn.Embedding(num_classes, D) if num_classes else None
         self.context_embed = nn.Linear(context_dim, D) if context_dim else None
-        self.extras = 1 + bool(num_classes) + (context_tokens if context_dim else 0)  # tokens that are no patches
+        self.extras = 1 + bool(num_classes) + (context_tokens if context_dim else 0)  # tokens that are not patches
         self.pos_embed = nn.Parameter(torch.zeros(1, self.extras + (img_size // patch_size) ** 2, D))
 
         def block(concat_skip: bool = False) -> Block:
@@ -267,11 +268,11 @@ class UViT(Replayed):
 
     @property
     def blocks(self) -> list[Block]:
-        """In the order in which they run."""
+        """All blocks, in execution order."""
         return [*self.in_blocks, self.mid_block, *self.out_blocks]
 
     def reset_parameters(self) -> None:
-        """Truncated normal of 0.02 on Linears and pos_embed, zero biases; convolutions and labels keep PyTorch's default."""
+        """Truncated normal (std 0.02) for Linears and pos_embed, zero biases; PyTorch's default for all others."""
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -283,22 +284,25 @@ class UViT(Replayed):
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor | None = None, context: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
-        """Predict the noise. Without gradients, a shape's second call captures it and later ones replay it (`model.replayed`).
+        """Predict the noise. Without gradients, the second call of a shape is captured and later ones replay it
+        (`model.replayed`).
 
         Args:
             x: (B, C, H, W), the noisy images or latents.
-            t: (B,), what the network receives as time: 999 t (VP) or n (SD); fp32 or an integer type.
-            y: (B,) labels in [0, num_classes), int64 or int32, for class-conditional models only. On a GPU their values are not looked
-                at, for which the host would have to wait: one out of range ends in a device-side assertion.
+            t: (B,), the time as the network receives it: 999 t (VP) or n (SD); fp32 or an integer dtype.
+            y: (B,) labels in [0, num_classes), int64 or int32, for class-conditional models only. On a GPU their values
+                are not checked, since the host would have to wait: a label out of range ends in a device-side
+                assertion.
             context: (B, context_tokens, context_dim) text features, for text-conditional models only.
-            cache: outputs of other evaluations in the place of some sublayers (`model.cached`); not replayed by itself.
+            cache: outputs of earlier evaluations that replace some sublayers (`model.cached`); such a call is not
+                captured.
 
         Returns:
             (B, C, H, W), eps, in x's dtype.
 
         Raises:
-            ValueError: a shape, type or device that does not fit, a missing condition or one that the model does not take, on a CPU a
-                label out of range; torch.jit.trace, for which torch.export is there.
+            ValueError: a shape, dtype or device that does not fit; a condition that is missing or that the model does
+                not take; on a CPU, a label out of range; torch.jit.trace (use torch.export).
         """
         h = self.tokens(x, t, y, context)  # (B, L, D)
         skips, sums = [], None
@@ -312,7 +316,7 @@ class UViT(Replayed):
         return self.noise(h, sums).to(x.dtype)
 
     def tokens(self, x: Tensor, t: Tensor, y: Tensor | None, context: Tensor | None) -> Tensor:
-        """Check what `forward` was given and return its tokens, what enters the first block: (B, L, D)."""
+        """Check the arguments of `forward` and return the tokens that enter the first block, (B, L, D)."""
         check_inputs(x, t, y, context, self.image, self.num_classes, self.text)
         dtype = self.pos_embed.dtype
         time = self.time_embed(timestep_embedding(t, self.embed_dim).to(dtype)).unsqueeze(1)  # (B, 1, D)
@@ -327,15 +331,15 @@ class UViT(Replayed):
         return self.patch_embed(x.to(dtype), extras, self.pos_embed)  # (B, L, D)
 
     def noise(self, h: Tensor, sums: Tensor | None) -> Tensor:
-        """Return eps (B, C, H, W) of what leaves the last block, (B, L, D), and its sums."""
-        # With gradients it calls them: ZeRO-3 gathers the weights of a module where it is called.
+        """Return eps (B, C, H, W) from the last block's output (B, L, D) and its sums."""
+        # With gradients it calls them: ZeRO-3 gathers a module's weights where the module is called.
         norm, decoder = self.norm, self.decoder_pred
         last = None if torch.is_grad_enabled() or hooked_everywhere() else (ops.layer(norm), ops.layer(decoder))
         if last and last[0] and last[1]:
             h = ops.ln_linear(h, last[0], last[1], sums, kernels=self.kernels)  # (B, L, p*p*C)
         else:
             h = decoder(norm(h))
-        h = h[:, self.extras :]  # (B, N, p*p*C); cut here, where a token is narrow
+        h = h[:, self.extras :]  # (B, N, p*p*C); cut here, where tokens are narrow
         p, side = self.patch_size, self.img_size // self.patch_size
         eps = rearrange(h, "B (h w) (p1 p2 C) -> B C (h p1) (w p2)", h=side, p1=p, p2=p)  # (B, C, H, W)
         if self.final_layer is not None:

@@ -1,4 +1,4 @@
-"""Weights in and out: the published `.pth` checkpoints and our own safetensors hold the same names."""
+"""Read and load weights: the published `.pth` checkpoints and our own safetensors hold the same names."""
 
 import argparse
 import math
@@ -24,13 +24,14 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """A state dict from a `.pth` (loaded with weights_only, which runs no code of the file's) or `.safetensors` file, on the CPU.
+    """Return the state dict of a `.pth` (loaded with weights_only, which runs no code from the file) or `.safetensors`
+    file, on the CPU.
 
-    Of a training checkpoint's several ones it is the weights' average, else the weights; a warning says what the file
-    holds.
+    Of a training checkpoint's several state dicts, return the EMA weights, else the weights; a warning says what the
+    file holds.
 
     Raises:
-        UserError: no such file, or one that holds no state dict: what it holds, and what to do.
+        UserError: the file does not exist or holds no state dict; the message says what it holds and what to do.
     """
     path = Path(path)
     if not path.is_file():
@@ -44,16 +45,17 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         ):
             warnings.simplefilter("ignore")
             tree = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and safetensors raise their own kinds for truncated and foreign files
+    except Exception as error:  # torch and safetensors raise various kinds for truncated and foreign files
         name = re.search(r"GLOBAL (\S+)", str(error))
         if name or "TorchScript" in str(error):
             what = f"{cut(name[1])}, a Python object" if name else "a TorchScript program"
             raise UserError(
-                f"{path}: holds {what} that is not loaded since it could run code; expected a state dict of tensors, which "
-                "whoever trusts the file can load with weights_only=False and save alone"
+                f"{path}: holds {what} that is not loaded since it could run code; expected a state dict of tensors, "
+                "which whoever trusts the file can load with weights_only=False and save alone"
             ) from None
         raise UserError(
-            f"{path}: not a readable checkpoint ({type(error).__name__}); expected a state dict as a .pth or .safetensors file"
+            f"{path}: not a readable checkpoint ({type(error).__name__}); "
+            "expected a state dict as a .pth or .safetensors file"
         ) from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a state dict of tensors, got {type(tree).__name__}")
@@ -70,22 +72,23 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def _harmless() -> list[Any]:
-    """What training keeps beside weights and what unpickling only fills: arguments, paths, NumPy's numbers and arrays."""
+    """List what training scripts keep beside weights and what unpickling only fills: arguments, paths, NumPy scalars
+    and arrays.
+    """
     types = [argparse.Namespace, PosixPath, np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"}]
     makers = [getattr(multiarray, name) for name in ("scalar", "_reconstruct")]
-    rooms = ("numpy.core.multiarray", "numpy._core.multiarray")  # NumPy 1's and 2's
+    rooms = ("numpy.core.multiarray", "numpy._core.multiarray")  # of NumPy 1 and 2
     return types + [(maker, f"{room}.{maker.__name__}") for maker in makers for room in rooms]
 
 
 def load_weights(model: Network, state: dict[str, Tensor], source: str = "checkpoint") -> Network:
-    """Load a state dict with the published names into `model`, which is returned; names as `published_names` takes
-    them.
+    """Load a state dict with the published names into `model` and return it; `published_names` says which names fit.
 
-    Where only the image size differs, the patches' position embedding is interpolated, with a warning. A network on meta gets
-    copies of the values, on their device.
+    Where only the image size differs, the patches' position embedding is interpolated, with a warning. A network on the
+    meta device gets copies of the values, on their device.
 
     Raises:
-        UserError: keys that are missing, extra or of the wrong shape, all of which are named; NaN or infinity.
+        UserError: keys that are missing, unexpected or of the wrong shape, all of them named; NaN or infinity.
     """
     ours = model.state_dict()
     state = published_names(state, ours, source)
@@ -102,7 +105,7 @@ def load_weights(model: Network, state: dict[str, Tensor], source: str = "checkp
                 f"{source}: {len(wrong)} of {len(ours)} tensors are {what} ({_some(wrong)}); expected {expected}"
             )
     if any(value.is_meta for value in ours.values()):
-        # copies: what safetensors reads is the file itself, which somebody may write over
+        # copies: what safetensors reads is the mapped file itself, which may be overwritten
         model.load_state_dict({key: state[key].to(ours[key].dtype, copy=True) for key in ours}, assign=True)
     else:
         model.load_state_dict(state)
@@ -110,10 +113,10 @@ def load_weights(model: Network, state: dict[str, Tensor], source: str = "checkp
 
 
 def refuse_misfits(ours: dict[str, Tensor], state: dict[str, Tensor], source: str, advice: str = "") -> None:
-    """Refuse a state dict of other names or shapes than `ours`.
+    """Refuse a state dict whose names or shapes differ from `ours`.
 
     Raises:
-        UserError: keys that are missing, extra or of the wrong shape, all of which are named, and then the `advice`.
+        UserError: keys that are missing, unexpected or of the wrong shape, all of them named, followed by `advice`.
     """
     wrong = [
         f"{key}: expected {tuple(ours[key].shape)}, got {tuple(state[key].shape)}"
@@ -135,9 +138,9 @@ def _has_no_values(tensor: Tensor) -> bool:
 
 
 def published_names(state: dict[str, Tensor], ours: Collection[str], source: str = "checkpoint") -> dict[str, Tensor]:
-    """A state dict by the published names, whoever wrapped the network: DDP, an average, `torch.compile`, FSDP, or a
-    larger module such as DC-AE's `diffusion_model.`, whose other parts are left out. A warning says what was before the
-    names.
+    """Return a state dict by the published names, whatever wrapped the network: DDP, an EMA, `torch.compile`, FSDP, or
+    a larger module such as DC-AE's `diffusion_model.`, whose other parts are left out. A warning names the prefix that
+    was removed.
 
     Args:
         ours: the network's names.
@@ -154,14 +157,14 @@ def published_names(state: dict[str, Tensor], ours: Collection[str], source: str
 
 
 def _unwrapped(key: str) -> str:
-    """A name without what wrappers put into its midst, and DC-AE's label table by its published name."""
+    """Return a name without the parts that wrappers insert, and DC-AE's label table by its published name."""
     key = re.sub(r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+", r"\1", str(key))
     return re.sub(r"(^|\.)label_emb\.embedding_table\.weight$", r"\1label_emb.weight", key)
 
 
 def _prefix(state: dict[str, Tensor], ours: Collection[str]) -> str:
-    """What stands before at least half of our names, of several an average's; "" where they stand alone or are not
-    there.
+    """Return the prefix of at least half of our names, an EMA's if there are several; "" where they have none or are
+    missing.
     """
     counts: Counter[str] = Counter()
     for key in state:
@@ -175,8 +178,8 @@ def _prefix(state: dict[str, Tensor], ours: Collection[str]) -> str:
 
 
 def _state_dicts(tree: dict, at: tuple = ()) -> Iterator[tuple[tuple, dict]]:
-    """The dicts in a nested one that hold tensors by names of parameters, but for an optimizer's, with the keys that lead
-    there.
+    """Yield the dicts within a nested one that hold tensors by parameter names, except an optimizer's, with the keys
+    that lead there.
     """
     if any(isinstance(key, str) and "." in key and isinstance(value, Tensor) for key, value in tree.items()):
         yield at, tree
@@ -186,7 +189,7 @@ def _state_dicts(tree: dict, at: tuple = ()) -> Iterator[tuple[tuple, dict]]:
 
 
 def _preference(path: tuple) -> tuple:
-    """Least for an average, of several that of the largest decay; then the weights as people call them."""
+    """Sort EMAs first, of several the one with the largest decay; then by what weights are usually called."""
     name = ".".join(map(str, path)).lower()
     usual = ("ema", "shadow", "state_dict", "model", "module")
     decay = max((key for key in path if isinstance(key, float)), default=0.0)
@@ -198,7 +201,7 @@ def _some(keys: list[str], limit: int = 4) -> str:
 
 
 def _resize_pos_embed(old: Tensor, new: Tensor, extras: int) -> Tensor:
-    """Interpolate the patch part of pos_embed (1, extras + n*n, D) bicubically; leave it alone where it cannot fit."""
+    """Interpolate the patch part of pos_embed (1, extras + n*n, D) bicubically; leave it unchanged if it cannot fit."""
     if old.dim() != 3 or old.shape[1] <= extras or old.shape[2] != new.shape[2]:
         return old
     n_old, n_new = (math.isqrt(p.shape[1] - extras) for p in (old, new))
@@ -209,7 +212,7 @@ def _resize_pos_embed(old: Tensor, new: Tensor, extras: int) -> Tensor:
 
 
 def interpolated(patches: Tensor, side: int) -> Tensor:
-    """Position embeddings (1, n * n, D) of a square of patches, bicubically for one of side * side."""
+    """Interpolate position embeddings (1, n * n, D) of n * n patches bicubically to side * side."""
     n = math.isqrt(patches.shape[1])
     grid = patches.float().reshape(1, n, n, -1).permute(0, 3, 1, 2)  # (1, D, n, n)
     grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
