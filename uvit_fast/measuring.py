@@ -26,8 +26,9 @@ from uvit_fast.evaluation import reference
 from uvit_fast.evaluation.classifier import ClassifierFeatures, cached_classifier
 from uvit_fast.evaluation.features import Extractor, InceptionFeatures
 from uvit_fast.evaluation.inception import load_inception
-from uvit_fast.evaluation.sources import Images, ahead, hash_of, lossy_share, open_files, open_npz
+from uvit_fast.evaluation.sources import Images, hash_of, lossy_share, open_files, open_npz
 from uvit_fast.provenance import UNKNOWN, Provenance, shown
+from uvit_fast.runtime.ahead import ahead
 from uvit_fast.runtime.device import pick_device
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.processes import ALONE, World
@@ -135,6 +136,7 @@ def drawn_images(
     folder: Path | None = None,
     classes: list[int] | None = None,
     known: Provenance = UNKNOWN,
+    graphs: GraphSampler | None = None,
 ) -> Images:
     """Samples of a model, drawn while they are measured; labels uniform at random.
 
@@ -143,6 +145,7 @@ def drawn_images(
         decode: latents to pixels, for models of latents.
         folder: keep the samples there as PNGs.
         classes: labels to draw; default: all of the model's. known: what they are called.
+        graphs: of the model and `decode`, with what other samples left captured; default on a GPU: new ones.
 
     Raises:
         UserError: the model takes text; while drawing: NaN or infinity among the samples.
@@ -153,15 +156,13 @@ def drawn_images(
     if cfg.model.num_classes:
         drawn = torch.tensor(classes or chosen_labels(None, cfg, known))
         labels = drawn[torch.randint(len(drawn), (num,), generator=torch.Generator().manual_seed(seed))]
-    cuda = next(model.parameters()).is_cuda
-    graphs = GraphSampler(model, decode) if cuda else None
-
+    if graphs is None and next(model.parameters()).is_cuda:
+        graphs = GraphSampler(model, decode)
     options: dict[str, Any] = {"labels": labels, "seed": seed, "graphs": graphs}
     names = sample_names(None if labels is None else labels.tolist(), None, known)
 
     def read(parts: list[range]) -> Iterator[np.ndarray]:
-        for part in parts:
-            (x,) = sample(model, cfg, part.stop, first=part.start, batch=len(part), **options)
+        for part, x in zip(parts, sample(model, cfg, num, parts=parts, **options)):
             x = decode(x) if decode and not graphs else x
             images = to_uint8(check_finite(x, f"{name}: samples {part.start} to {part.stop - 1}"))
             if folder:

@@ -128,6 +128,7 @@ def _measure_all(args: argparse.Namespace, cfg: Config, points: list[Point], out
     from uvit_fast.data.autoencoders import load_decoder
     from uvit_fast.evaluation.reference import default_cache
     from uvit_fast.runtime.device import pick_device
+    from uvit_fast.sampling.captured import GraphSampler
     from uvit_fast.sampling.conditions import check_guidance
     from uvit_fast.sampling.weights import check_precision, find_weights, load_found, provenance_of
 
@@ -185,13 +186,20 @@ def _measure_all(args: argparse.Namespace, cfg: Config, points: list[Point], out
     decode = load_decoder(cfg, device, known) if cfg.latent else None
     costs = [point.steps * (1 + (point.scale > 0)) for point, *_ in todo]
     began, model, loaded = time.monotonic(), None, ""
+    graphs: tuple[Point, GraphSampler] | None = None  # the loop that the seeds of a point share
     for i, (point, changed, contents, of) in enumerate(todo):
         if loaded != point.precision:
-            model = None  # its memory first
+            model = graphs = None  # their memory first
             model, loaded = load_found(changed, weights, device), point.precision
         assert model is not None  # loaded above
-        samples = measuring.drawn_images(model, changed, args.num, str(point), decode, of, known=known)
-        timed = _Timed(samples.read, reference.size, device.type == "cuda")
+        captures = device.type == "cuda" and (graphs is None or graphs[0] != point)
+        if captures:
+            graphs = None  # as above
+            graphs = point, GraphSampler(model, decode)
+        samples = measuring.drawn_images(
+            model, changed, args.num, str(point), decode, of, known=known, graphs=graphs[1] if graphs else None
+        )
+        timed = _Timed(samples.read, reference.size, captures)
         try:
             found = _distance(replace(samples, read=timed), reference, extractor, batch, world)
         except UserError as error:  # samples that are no images
@@ -220,8 +228,8 @@ def _measure_all(args: argparse.Namespace, cfg: Config, points: list[Point], out
 class _Timed:
     """A reader of drawn images that takes the time of drawing alone, the median of the batches.
 
-    On a GPU one batch comes before, which captures the loop. Batches that are not full are not counted where there
-    are full ones.
+    Of a point's first seed on a GPU one batch comes before, which captures the loop. Batches that are not full are not
+    counted where there are full ones.
     """
 
     def __init__(self, read: Callable[[list[range]], Iterator], size: tuple[int, int] | None, warm_up: bool):

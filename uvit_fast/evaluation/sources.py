@@ -5,9 +5,7 @@ import hashlib
 import math
 import zipfile
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -15,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from uvit_fast.runtime.ahead import ahead
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.progress import Bar
 
-READERS = 8  # threads that read files
 LARGEST = 4 << 30  # bytes of an array that is read whole: the features of 500,000 images
 PROBED = 200  # files of a folder that are asked how they are compressed
 BROKEN = (
@@ -122,22 +120,6 @@ def _is_lossy(path: Path, size: int | None) -> bool:
         return False
     webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
     return head[:3] in (b"\xff\xd8\xff", b"GIF") or head[4:12] == b"ftypavif" or (webp and b"VP8L" not in head)
-
-
-def ahead(work: Callable, items: Iterable) -> Iterator:
-    """`work` of each item, in their order, done by threads that are a little ahead."""
-    with ThreadPoolExecutor(READERS) as pool:
-        waiting: deque[Future] = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(work, item))
-                if len(waiting) > 4 * READERS:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:  # an error, or nobody asks for more
-            for future in waiting:
-                future.cancel()
 
 
 def open_npz(path: Path) -> Images:

@@ -14,6 +14,7 @@ from uvit_fast.diffusion.noise import sample_generators, sample_noise
 from uvit_fast.diffusion.stages import Sampler
 from uvit_fast.model.fp8 import Fp8UViT
 from uvit_fast.model.uvit import UViT
+from uvit_fast.runtime.ahead import ahead
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.sampling.captured import GraphSampler
 from uvit_fast.sampling.conditions import check_guidance, check_labels
@@ -34,6 +35,7 @@ def sample(
     guidance_scale: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
     first: int = 0,
+    parts: list[range] | None = None,
     graphs: GraphSampler | None = None,
 ) -> Iterator[Tensor]:
     """Draw `num` samples, in batches: sample i depends on (seed, i) only, not on the batch size.
@@ -47,6 +49,7 @@ def sample(
             `cfg.sample.guidance_scale`.
         guidance_interval: the times with guidance, as `Guidance` takes them; default `cfg.sample.guidance_interval`.
         first: the index of the first sample, to continue an interrupted job.
+        parts: the indices of each batch, ascending; default: `batch` at a time, from the first on.
         graphs: of the same model; replays the loop as a CUDA graph, and decodes where it was told how.
 
     Yields:
@@ -70,10 +73,12 @@ def sample(
             f"sample.cache: expected a UViT as it is, got {type(model).__name__}; torch.compile and others run with none"
         )
     shape = (cfg.model.in_chans, cfg.model.img_size, cfg.model.img_size)
-    for start in range(first, num, batch):
-        indices = range(start, min(start + batch, num))
-        x_T = sample_noise(seed, indices, shape).to(device)  # (B, C, H, W)
-        rows = slice(start, start + len(indices))
+    if parts is None:
+        parts = [range(start, min(start + batch, num)) for start in range(first, num, batch)]
+    # one batch's noise is drawn while the device computes another's
+    for indices, x_T in zip(parts, ahead(lambda indices: sample_noise(seed, indices, shape), parts, threads=1)):
+        x_T = x_T.to(device)  # (B, C, H, W)
+        rows = slice(indices.start, indices.stop)
         condition: dict[str, Tensor] = {}
         null: dict[str, Tensor | int | None] = {}
         if labels is not None:
