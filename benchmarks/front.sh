@@ -7,9 +7,9 @@
 set -eu
 what=$1 out=$2 began=$(date +%s)
 case $what in
-digits) config="--config digits --set sample.sampler=dpmpp_2m" scale=1.7 ;;
+digits) config="--config configs/digits.yaml --set sample.sampler=dpmpp_2m" scale=1.7 ;;
 fashion)
-    config="--config s2_fashion --set name=s4_fashion --set model.patch_size=4 --set data.path=$3 --set train.iterations=4000"
+    config="--config configs/s2_fashion.yaml --set name=s4_fashion --set model.patch_size=4 --set data.path=$3 --set train.iterations=4000"
     config="$config --set diffusion.schedule=flow --set diffusion.time=logit_normal"
     config="$config --set sample.sampler=dpmpp_2m --set sample.steps=50 --set sample.guidance_scale=0" scale=1.3 ;;
 *) echo "front.sh: expected digits or fashion, got $what" >&2; exit 2 ;;
