@@ -148,13 +148,13 @@ class Bench:
         sampler = build_sampler(cfg, count)
         x, _, y = models.images(cfg, case.batch, self.device)
         decode = self._decoder(case.size) if case.decoded else None
-        self._reset_peak()
+        reset_peak(self.device)
         if case.captured:
             graphs = GraphSampler(net, decode, graphs=self.graphs)
             arguments = (sampler, x, {"y": y}, {"y": NULL}, SCALE if case.guided else 0.0)
             if not graphs.prepare(*arguments):
                 raise RuntimeError(f"{case.name}: the loop could not be captured")
-            times = _enough(lambda: graphs(*arguments))
+            times = enough(lambda: graphs(*arguments))
             graphs.clear()
         else:
 
@@ -165,8 +165,8 @@ class Bench:
 
             eps_fn = Guidance(call, {"y": y}, {"y": NULL}, SCALE) if case.guided else lambda x, t: call(x, t, y)
             with torch.compiler.set_stance("fail_on_recompile"):  # which would be in the times
-                times = _enough(torch.no_grad()(lambda: sampler(eps_fn, x)))
-        return times, self._peak()
+                times = enough(torch.no_grad()(lambda: sampler(eps_fn, x)))
+        return times, peak_of(self.device)
 
     def forward(self, case: Case) -> list[float]:
         """Milliseconds of plain calls of the network, without gradients."""
@@ -212,10 +212,10 @@ class Bench:
         """Seconds to decode a batch, and the peak of memory."""
         cfg = models.config(case.size, case.provider, overrides=self.overrides)
         decode, (z, *_) = self._decoder(case.size), models.images(cfg, case.batch, self.device)
-        self._reset_peak()
+        reset_peak(self.device)
         with torch.inference_mode():
             decode(z[:1])
-            return _enough(lambda: decode(z)), self._peak()
+            return enough(lambda: decode(z)), peak_of(self.device)
 
     def decode(self, batch: int) -> dict[str, list[float]]:
         """ms an image of decoding alone, by the layout of the autoencoder's weights."""
@@ -224,17 +224,20 @@ class Bench:
             decode = self._decoder("H", layout)
             with torch.inference_mode():
                 decode(z)
-                found[name] = [t * 1e3 / batch for t in _enough(lambda decode=decode: decode(z))]
+                found[name] = [t * 1e3 / batch for t in enough(lambda decode=decode: decode(z))]
         self._decoder("H")
         return found
 
-    def _reset_peak(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
 
-    def _peak(self) -> float:
-        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0.0
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_of(device: torch.device) -> float:
+    """Bytes allocated at most since `reset_peak`; 0 of a CPU."""
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else 0.0
 
 
 def kl(device: torch.device, channels: tuple[int, ...] = (128, 256, 512, 512)) -> Any:
@@ -273,7 +276,7 @@ def _kind(size: str) -> str:
     return "dc" if size in models.OTHERS else "kl"
 
 
-def _enough(run: Callable[[], object]) -> list[float]:
+def enough(run: Callable[[], object]) -> list[float]:
     """Seconds of a few runs; the first of short ones is not counted."""
     times = [measure(run, repeats=1, warmup=0)[0] / 1e3]
     if times[0] < 2:

@@ -44,6 +44,7 @@ SUITE = [
     Bench("ops", ("", 180), ("--dims 1152", 55)),
     Bench("attention", ("", 90), ("--without compiled", 50)),
     Bench("sampling", ("--cases peers,usit", 1800), ("--cases *:500:nocfg:latent:* --providers ours,compiled --evaluations 5", 85)),
+    Bench("cached", ("", 150), ("--sizes S --plans outer:3 --providers ours", 9)),
     Bench("training", ("--cases all", 1050), ("--sizes H --providers ours,compiled", 80)),
     Bench("memory", ("", 45), ("", 45)),
     Bench("evaluation", ("", 60), ("--samples 10000 --reference 2000", 20), ("--samples 5000 --reference 1000 --images 32", 60)),
