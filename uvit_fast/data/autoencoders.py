@@ -1,8 +1,8 @@
 """The frozen autoencoders of latent models, diffusers' AutoencoderKL and AutoencoderDC, as functions.
 
-KL's encoder gives a posterior, mean and log variance; DC's ("Deep Compression Autoencoder for Efficient High-Resolution
-Diffusion Models", arXiv:2410.10733) gives the latents themselves. Either decodes latents, and a network sees those
-scaled: see `Scaling`.
+KL's encoder returns a posterior, mean and log variance; DC's ("Deep Compression Autoencoder for Efficient
+High-Resolution Diffusion Models", arXiv:2410.10733) returns the latents themselves. Both decode latents; a network sees
+them scaled: see `Scaling`.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,22 +27,22 @@ KINDS = ("AutoencoderKL", "AutoencoderDC")
 
 @dataclass(frozen=True)
 class Scaling:
-    """What a network sees of latents: z = (latents - shift) * scale.
+    """The map from latents to a network's input: z = (latents - shift) * scale.
 
     Attributes:
-        scale, shift: one number, or one a channel.
+        scale, shift: one number, or one per channel.
     """
 
     scale: float | tuple[float, ...]
     shift: float | tuple[float, ...] = 0.0
 
     def applied(self, latents: Tensor) -> Tensor:
-        """(B, C, h, w) fp32 -> (B, C, h, w) fp32."""
+        """Scale latents: (B, C, h, w) fp32 -> (B, C, h, w) fp32."""
         scale, shift = _on(self, latents.device)
         return (latents - shift) * scale
 
     def undone(self, z: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, h, w) fp32."""
+        """Invert `applied`: (B, C, h, w) -> (B, C, h, w) fp32."""
         scale, shift = _on(self, z.device)
         return z.float() / scale + shift
 
@@ -55,14 +55,18 @@ class Scaling:
 
 @lru_cache
 def _on(scaling: Scaling, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Scale and shift, (1 or C, 1, 1) fp32, uploaded once: no step waits for it, and a captured loop finds it there."""
+    """Return scale and shift, (1 or C, 1, 1) fp32, uploaded once: no step waits for them, and a captured loop can use
+    them.
+    """
     with torch.inference_mode(False):
         scale, shift = (torch.tensor(value).view(-1, 1, 1).to(device) for value in (scaling.scale, scaling.shift))
     return scale, shift
 
 
 def own_scaling(vae: Any) -> Scaling:
-    """What an autoencoder's config says; where it has the channels' mean and deviation, as diffusers applies them."""
+    """Return the scaling in an autoencoder's config; from its channels' mean and deviation, if it has them, as
+    diffusers does.
+    """
     config = vae.config
     factor, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
     mean, std = config.get("latents_mean"), config.get("latents_std")
@@ -72,19 +76,19 @@ def own_scaling(vae: Any) -> Scaling:
 
 
 def scaling_of(cfg: Config, known: Provenance = UNKNOWN, vae: Any = None) -> Scaling:
-    """What the model of `cfg` sees: what the config says, else what the model learned from, else what the autoencoder's
-    own config says.
+    """Return the scaling of the model of `cfg`: the config's, else that of the data which the model learned from, else
+    the autoencoder's own.
 
     Args:
-        vae: the autoencoder, where it is at hand.
+        vae: the autoencoder, if at hand.
 
     Raises:
-        UserError: none of them says it.
+        UserError: none of them gives it.
     """
     asked, learned = cfg.latent, known.scaling
     assert asked is not None
     own = own_scaling(vae).as_json() if vae is not None and asked.scale_factor != "measured" else {}
-    if known.encoders.get("vae") and not learned:  # of before a shift was kept, and applied
+    if known.encoders.get("vae") and not learned:  # data from before a shift was recorded and applied
         own["shift_factor"] = 0.0
     values = {}
     for name in ("scale_factor", "shift_factor"):
@@ -100,10 +104,10 @@ def scaling_of(cfg: Config, known: Provenance = UNKNOWN, vae: Any = None) -> Sca
 
 
 def measured(mean: Sequence[float], std: Sequence[float], where: str) -> Scaling:
-    """The scaling that gives each channel a mean of 0 and a deviation of 1.
+    """Return the scaling that gives each channel mean 0 and standard deviation 1.
 
     Raises:
-        UserError: a channel that does not vary; `where` is what the message calls the latents.
+        UserError: a channel is constant; `where` is the message's name for the latents.
     """
     if flat := [i for i, s in enumerate(std) if not s > 0]:
         raise UserError(
@@ -113,18 +117,18 @@ def measured(mean: Sequence[float], std: Sequence[float], where: str) -> Scaling
 
 
 def is_deterministic(vae: Any) -> bool:
-    """Whether its encoder gives latents, and no posterior."""
+    """Return whether its encoder returns latents rather than a posterior."""
     return type(vae).__name__ == "AutoencoderDC"
 
 
 def compression(vae: Any) -> int:
-    """Pixels a latent pixel, of a side."""
+    """Return the side of a latent pixel in pixels."""
     return 2 ** (len(vae.config["encoder_block_out_channels" if is_deterministic(vae) else "block_out_channels"]) - 1)
 
 
 def encoder(vae: Any) -> Callable[[Pixels], Tensor]:
-    """A function from pixels (B, 3, H, W) uint8 to posteriors (B, 2C, h, w) fp32, mean and log variance; of a
-    deterministic encoder to latents (B, C, h, w) fp32.
+    """Return a function from pixels (B, 3, H, W) uint8 to posteriors (B, 2C, h, w) fp32, mean and log variance, or, for
+    a deterministic encoder, to latents (B, C, h, w) fp32.
     """
 
     @torch.inference_mode()
@@ -137,11 +141,11 @@ def encoder(vae: Any) -> Callable[[Pixels], Tensor]:
 
 
 def decoder(vae: Any, scaling: Scaling, chunk: int = 25) -> Callable[[Tensor], Tensor]:
-    """A function from what the network makes (B, C, h, w) to pixels (B, 3, H, W) fp32 in about [-1, 1].
+    """Return a function from the network's samples (B, C, h, w) to pixels (B, 3, H, W) fp32 in about [-1, 1].
 
     Args:
         vae: diffusers' `AutoencoderKL` or `AutoencoderDC`.
-        chunk: latents at a time, whatever the batch: activations at the images' size are what takes the memory.
+        chunk: latents decoded at a time, whatever the batch: activations at the images' size dominate the memory.
     """
 
     def decode(z: Tensor) -> Tensor:
@@ -152,14 +156,14 @@ def decoder(vae: Any, scaling: Scaling, chunk: int = 25) -> Callable[[Tensor], T
 
 
 def load_decoder(cfg: Config, device: torch.device, known: Provenance = UNKNOWN) -> Callable[[Tensor], Tensor]:
-    """The frozen autoencoder of `cfg.latent`, as `decoder` makes it: bf16 on a GPU, fp32 on a CPU.
+    """Return the decoder of `cfg.latent`'s frozen autoencoder, as from `decoder`: bf16 on a GPU, fp32 on a CPU.
 
     Args:
-        known: what the model learned from, whose latents it must be able to decode.
+        known: what the model learned from; the autoencoder must decode those latents.
 
     Raises:
         ImportError: diffusers is not installed; the message names the extra.
-        UserError: the autoencoder is neither a local folder nor to be had from the hub, or it is one of other latents.
+        UserError: the autoencoder is neither a local folder nor available from the hub, or it is for other latents.
     """
     assert cfg.latent is not None
     vae = load_autoencoder(cfg.latent.autoencoder, known, cfg.model.in_chans)
@@ -168,12 +172,12 @@ def load_decoder(cfg: Config, device: torch.device, known: Provenance = UNKNOWN)
 
 
 def load_autoencoder(name: str, known: Provenance = UNKNOWN, channels: int | None = None) -> Any:
-    """diffusers' autoencoder of the kind that its config says; fp32, frozen, on the CPU.
+    """Return diffusers' autoencoder of the kind that its config says; fp32, frozen, on the CPU.
 
     Args:
-        name: a local folder, or owner/repository[/subfolder] on the hub; of a pipeline its `vae`.
-        known: what a model learned from, where it shall be an autoencoder of its latents.
-        channels: of the latents, where a model takes so many.
+        name: a local folder, or owner/repository[/subfolder] on the hub; of a pipeline, its `vae`.
+        known: what a model learned from, if the autoencoder must be for its latents.
+        channels: of the latents, if a model requires them.
 
     Raises:
         ImportError, UserError: as `load_decoder`; an autoencoder of another kind.
@@ -203,15 +207,15 @@ def load_autoencoder(name: str, known: Provenance = UNKNOWN, channels: int | Non
 
 
 def vae_identity(vae: Any, name: str) -> dict[str, str]:
-    """Its name, and checksums of the weights that make the latents: fine-tuned decoders share the encoder's."""
+    """Return its name, and checksums of the weights that make the latents: fine-tuned decoders share the encoder's."""
     return identity(name, _vae_digests(vae))
 
 
 def check_vae(vae: Any, name: str, known: Provenance) -> None:
-    """Refuse an autoencoder of other latents than those that a model learned from.
+    """Refuse an autoencoder for other latents than those that a model learned from.
 
     Raises:
-        UserError: its encoder is none that made them.
+        UserError: its encoder did not make them.
     """
     check_identity("vae", f"autoencoder {name}", "latent.autoencoder", _vae_digests(vae), known)
 

@@ -1,10 +1,13 @@
-"""The captions of a folder's images: COCO's file, a table, or texts beside the images.
+"""The captions of a folder's images: COCO's file, a table, or text files beside the images.
 
-- COCO's format: `{"images": [{"id", "file_name"}], "annotations": [{"id", "image_id", "caption"}]}`; the images in the order of their ids.
-- A table with a header, .csv, .tsv or .txt, or .jsonl with an object a line: a column of file names, a column of captions, a row a caption (or,
-  in .jsonl, a list of them). Names are below the folder of the images. In that folder, or one below it, the table may be `metadata.jsonl` or
-  `metadata.csv`, as image folders of the Hugging Face hub have them; names are then below the table's own folder.
-- `photo.txt` or `photo.caption` beside `photo.jpg`: a caption a line.
+- COCO's format: `{"images": [{"id", "file_name"}], "annotations": [{"id", "image_id", "caption"}]}`; images in the
+order
+  of their ids.
+- A table with a header, .csv, .tsv or .txt, or .jsonl with one object per line: a column of file names, a column of
+  captions, one caption per row (or, in .jsonl, a list of them). Names are relative to the folder of the images. In that
+  folder, or below it, the table may be `metadata.jsonl` or `metadata.csv`, as in image folders on the Hugging Face hub;
+  names are then relative to the table's own folder.
+- `photo.txt` or `photo.caption` beside `photo.jpg`: one caption per line.
 """
 
 import csv
@@ -28,13 +31,13 @@ SEPARATORS = ",\t;|"
 
 
 def list_captioned(folder: Path, captions: Path | None) -> tuple[Listing, list[list[str]]]:
-    """The images of a folder and the captions of each, which may be none.
+    """Return the images of a folder and the captions of each, which may be none.
 
     Args:
-        captions: COCO's .json, or a table; None: the folder's metadata tables, else texts beside the images.
+        captions: COCO's .json, or a table; None: the folder's metadata tables, else text files beside the images.
 
     Raises:
-        UserError: no such file or captions, or captions of an image that is not below `folder`.
+        UserError: no such file, no captions, or captions of an image that is not below `folder`.
     """
     if captions is not None and captions.suffix.lower() not in TABLES:
         return _coco(folder, captions)
@@ -48,7 +51,8 @@ def list_captioned(folder: Path, captions: Path | None) -> tuple[Listing, list[l
         texts, tables = _beside(listing)
     if not any(texts):
         raise UserError(
-            f"{shown(str(folder))}: no captions; expected --captions FILE, or in the folder {' or '.join(METADATA)}, or a "
+            f"{shown(str(folder))}: no captions; expected --captions FILE, or in the folder "
+            f"{' or '.join(METADATA)}, or a "
             f"{' or '.join(BESIDE)} file beside each image"
         )
     used = set(tables)
@@ -74,7 +78,7 @@ def _coco(folder: Path, captions: Path) -> tuple[Listing, list[list[str]]]:
 
 
 def _of_tables(listing: Listing, tables: list[tuple[Path, str]]) -> list[list[str]]:
-    """The captions of each image from tables, each with the folder below the listing's that its names are in."""
+    """Return each image's captions from tables, each with its folder below the listing's, where its names are."""
     texts: dict[str, list[str]] = {name: [] for name in listing.files}
     for table, below in tables:
         rows = _json_lines(table) if table.suffix.lower() == ".jsonl" else _separated(table)
@@ -124,7 +128,7 @@ def _separated(table: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _columns(table: Path, columns: list[str]) -> tuple[str, str]:
-    """The columns of file names and of captions: by their usual names, the second else the only other one."""
+    """Return the columns of file names and captions: by their usual names, the second otherwise the only other one."""
     kinds = {column.strip().lower(): column for column in columns if column is not None}
     name = next((kinds[kind] for kind in FILE_COLUMNS if kind in kinds), None)
     rest = [column for column in columns if column != name]
@@ -138,7 +142,7 @@ def _columns(table: Path, columns: list[str]) -> tuple[str, str]:
 
 
 def _beside(listing: Listing) -> tuple[list[list[str]], list[str]]:
-    """The captions of each image from the text beside it, and the paths of these texts."""
+    """Return each image's captions from the text file beside it, and the paths of these files."""
     files = [path for path in listing.ignored if path.endswith(BESIDE)]
     stems = {os.path.splitext(path)[0]: path for path in reversed(files)}
     found = [stems.get(os.path.splitext(name)[0]) for name in listing.files]
@@ -147,7 +151,9 @@ def _beside(listing: Listing) -> tuple[list[list[str]], list[str]]:
 
 
 def _lines(file: Path) -> list[str]:
-    """Lines as editors end them; a caption may hold other characters that Unicode breaks lines at. A byte order mark is none of it."""
+    """Return the lines as editors end them; a caption may contain other characters at which Unicode breaks lines. A
+    byte order mark is dropped.
+    """
     try:
         with open(file, encoding="utf-8-sig", newline=None) as opened:
             return opened.readlines()

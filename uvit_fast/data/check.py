@@ -11,16 +11,18 @@ from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.progress import Bar
 
 TINY = 16  # pixels of the shorter side; less than a quarter of the folder's median is tiny, too
-NARROW = 4  # longer over shorter side from which on a centre crop shows a quarter or less
+NARROW = 4  # ratio of the sides from which a centre crop shows a quarter or less
 
 
 def check_folder(path: str) -> int:
-    """Print a line for each damaged shard of latents, or each unreadable or unusual image; how many cannot be used.
+    """Print a line for each damaged shard of latents, or each unreadable or unusual image; return how many cannot be
+    used.
 
-    Of images also: their classes with counts, what of the folder nobody reads, and how many are unusual in which way.
+    For images, also print their classes with counts, what is ignored in the folder, and how many are unusual in which
+    way.
 
     Raises:
-        UserError: no such folder, or nothing in it that could be checked.
+        UserError: no such folder, or nothing in it to check.
     """
     folder = require_folder(path, "latents or images", key="data check")
     if (folder / "manifest.json").is_file():
@@ -65,7 +67,7 @@ def _check_images(folder: Path) -> int:
 
 
 def _print_classes(folder: Path, bad: Counter) -> reading.Listing | None:
-    """The listing with one folder a class; None where it cannot be one, and why is said."""
+    """Return the listing with one folder per class; None where that is impossible, and print why."""
     try:
         listing = reading.list_images(folder, labelled=True)
     except UserError as error:
@@ -73,7 +75,8 @@ def _print_classes(folder: Path, bad: Counter) -> reading.Listing | None:
         return None
     count = len(listing.classes)
     print(
-        f"{count} folders, as classes: model.num_classes={count}, or {count + 1} with train.p_uncond, for its null label"
+        f"{count} folders, as classes: model.num_classes={count}, or {count + 1} with train.p_uncond, "
+        "for its null label"
     )
     print(f"{'label':>6}{'images':>9}{'unreadable':>12}  class")
     for label, (name, images) in enumerate(listing.counts.items()):

@@ -1,7 +1,8 @@
-"""Images cropped by NVIDIA DALI on the CPU, all cores at once, to what Pillow's path gives.
+"""Images cropped by NVIDIA DALI on all CPU cores at once, with the results of Pillow's path.
 
-Files are read by the one reader, in threads, so that an odd or a damaged file means the same with both; DALI resizes. Which images, in
-which order, and their flips are not decided here: see `uvit_fast.training.loader` and `ImageFolder.finish`.
+The same reader reads the files, in threads, so that an odd or damaged file means the same with both; DALI resizes.
+Which images, in which order, and their flips are decided elsewhere: see `uvit_fast.training.loader` and
+`ImageFolder.finish`.
 """
 
 import functools
@@ -21,11 +22,11 @@ from torch import Tensor
 from uvit_fast.data.image_folder import ImageFolder
 from uvit_fast.runtime.extras import install
 
-CHUNK = 64  # images that are held decoded at a time
+CHUNK = 64  # decoded images held at a time
 
 
 def why_not() -> str | None:
-    """Why DALI cannot be used here; None: it can."""
+    """Return why DALI cannot be used here, or None if it can."""
     try:
         from nvidia.dali import fn, pipeline_def, types  # noqa: F401
     except (ImportError, OSError) as error:  # OSError: its libraries do not load
@@ -35,10 +36,10 @@ def why_not() -> str | None:
 
 @dataclass(frozen=True)
 class Plan:
-    """One image's way to its crop. Sizes and corners are (height, width) and (top, left), in pixels.
+    """How one image is cropped. Sizes and corners are (height, width) and (top, left), in pixels.
 
     Attributes:
-        corner, box: what is cut out first. halvings: the sizes to halve it to, one after the other. size: to resize it to then.
+        corner, box: cut out first. halvings: sizes of the successive halvings. size: resized to this then.
         start: corner of the final square.
     """
 
@@ -50,9 +51,10 @@ class Plan:
 
 
 def image_folder(decoder: str, num_workers: int, *arguments: Any, **options: Any) -> ImageFolder:
-    """ImageFolder with a `decoder` of "dali", "pillow", or "auto": what is faster. Its `decoder` says in words which one it is and why.
+    """Return an ImageFolder with `decoder` "dali", "pillow", or "auto", the faster one. Its `decoder` says in words
+    which one it is and why.
 
-    A core crops more with Pillow, but Pillow takes one for each of the `num_workers` loader processes; DALI takes all.
+    Per core Pillow crops more images, but it uses one core per loader process, of `num_workers`; DALI uses all cores.
     """
     reason = None
     if decoder == "auto":
@@ -67,7 +69,7 @@ def image_folder(decoder: str, num_workers: int, *arguments: Any, **options: Any
 
 
 class DaliImages(ImageFolder):
-    """As ImageFolder: the same items, labels, order and refusals; pixels differ by less than 1 of 255 on average.
+    """An ImageFolder with the same items, labels, order and refusals; pixels differ by less than 1 of 255 on average.
 
     Raises:
         ImportError: DALI is not installed; the message names the extra.
@@ -80,7 +82,7 @@ class DaliImages(ImageFolder):
         import nvidia.dali
 
         self.decoder = f"DALI {nvidia.dali.__version__} on {_cores()} cores, shared by the loader processes"
-        # by process: a fork gets its parent's without the threads, and would wait for them to end
+        # by process: a fork inherits its parent's without the threads, and would wait for them to end
         self._readers: dict[int, ThreadPoolExecutor] = {}
         self._pipelines: dict[int, tuple[int, Any]] = {}  # halvings, pipeline
 
@@ -103,11 +105,11 @@ class DaliImages(ImageFolder):
         ]
 
     def _is_large(self, image: Image.Image) -> bool:
-        """Whether DALI's filters agree with Pillow's: they are coarse where pixels become much larger."""
+        """Return whether DALI's filters agree with Pillow's: they are coarse where pixels are much enlarged."""
         return 2 * min(image.size) >= self.size
 
     def _run(self, images: list[Image.Image]) -> Tensor:
-        """(B, 3, size, size) uint8."""
+        """Return the crops, (B, 3, size, size) uint8."""
         plans = [PLANS[self.crop_name](image.size, self.size) for image in images]
         needed = max(len(plan.halvings) for plan in plans)
         halvings, pipeline = self._pipelines.get(os.getpid(), (0, None))
@@ -122,12 +124,12 @@ class DaliImages(ImageFolder):
 
 @functools.cache
 def _survive_forks() -> None:
-    """Pipelines that a fork's parent has dropped must not be collected in the child, where their threads are missing."""
+    """Keep a fork's parent's pipelines from being collected in the child, where their threads are missing."""
     os.register_at_fork(after_in_child=gc.freeze)
 
 
 def _center(size: tuple[int, int], side: int) -> Plan:
-    """`transforms.center_crop`."""
+    """Plan `transforms.center_crop`."""
     width, height = size
     halvings = []
     while min(width, height) >= 2 * side:
@@ -140,12 +142,12 @@ def _center(size: tuple[int, int], side: int) -> Plan:
 
 
 def _celeba(size: tuple[int, int], side: int) -> Plan:
-    """`transforms.celeba_crop`, for images that fit it."""
+    """Plan `transforms.celeba_crop`, for images that fit it."""
     return Plan((57, 25), (128, 128), size=(side, side))
 
 
 def _square(size: tuple[int, int], side: int) -> Plan:
-    """`transforms.square_crop`."""
+    """Plan `transforms.square_crop`."""
     short = min(size)
     return Plan(((size[1] - short) // 2, (size[0] - short) // 2), (short, short), size=(side, side))
 
@@ -154,7 +156,7 @@ PLANS = {"center": _center, "celeba": _celeba, "square": _square}
 
 
 def _pipeline(crop: str, side: int, halvings: int) -> Any:
-    """Images, uint8 (H, W, 3) each, in, uint8 (B, side, side, 3) out."""
+    """Return the pipeline from images, uint8 (H, W, 3) each, to crops, uint8 (B, side, side, 3)."""
     from nvidia.dali import fn, pipeline_def, types
 
     filters = {"center": types.INTERP_CUBIC, "celeba": types.INTERP_LINEAR, "square": types.INTERP_LANCZOS3}
@@ -163,15 +165,15 @@ def _pipeline(crop: str, side: int, halvings: int) -> Any:
         return fn.external_source(name=name, ndim=1)
 
     def mean(a: Any, b: Any) -> Any:
-        """(a + b + 1) // 2 of bytes, without overflow. A table halves them in half the time of a division."""
+        """Return (a + b + 1) // 2 of bytes, without overflow. A table halves them in half the time of a division."""
         half = fn.lookup_table(a ^ b, keys=list(range(256)), values=[n // 2 for n in range(256)], dtype=types.UINT8)
         return (a | b) - half
 
     def halve(x: Any, i: int) -> Any:
-        """Pillow's box filter: the mean of two columns, rounded up, then of two rows.
+        """Apply Pillow's box filter: the mean of two columns, rounded up, then of two rows.
 
-        An odd side is halved as if its middle pixel were not there. That is what `nearest` takes from windows that are shifted by half a
-        pixel to either side. Images with fewer halvings have windows of their own size, and pass through, small.
+        An odd side is halved as if its middle pixel did not exist: `nearest` does that with windows shifted by half a
+        pixel to either side. Images with fewer halvings have windows of their own size and pass through unchanged.
         """
         shift = given(f"shift{i}")  # (2,): (0.5, 0.5) or zeros
         size, full = given(f"half{i}"), given(f"full{i}")
@@ -224,12 +226,12 @@ def _inputs(plans: list[Plan], crop: str, halvings: int) -> dict[str, list[np.nd
 
 
 def _cores() -> int:
-    """This rank's share of the cores of the host."""
+    """Return this rank's share of the host's cores."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     return max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
 def _threads() -> int:
-    """This loader process's share of these."""
+    """Return this loader process's share of them."""
     worker = torch.utils.data.get_worker_info()
     return max(1, _cores() // (worker.num_workers if worker else 1))

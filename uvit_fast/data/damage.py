@@ -1,4 +1,6 @@
-"""Damage that a decoder passes over: files that lost their tail, or a part, and still read as whole pictures, half of them grey."""
+"""Damage that decoders do not report: files that lost their tail, or a part, and still decode as whole pictures, half
+grey.
+"""
 
 import functools
 import io
@@ -10,14 +12,14 @@ from types import ModuleType
 import numpy as np
 from PIL import Image
 
-ZEROS = 32  # bytes of zero at the end of compressed pixels that call for a closer look
+ZEROS = 32  # zero bytes at the end of the compressed pixels from which a closer look is worthwhile
 _COLOURS = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}
 _PNG_PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT"}
 
 
 @functools.cache
 def strict_jpeg() -> ModuleType | None:
-    """libjpeg-turbo with its warnings; None, and said once, where a machine lacks it: images are the same without."""
+    """Return libjpeg-turbo with its warnings, or None, said once, on a machine without it: the pixels are the same."""
     try:
         import simplejpeg
     except ImportError:
@@ -27,13 +29,13 @@ def strict_jpeg() -> ModuleType | None:
 
 
 def decode_jpeg(data: bytes, mode: str) -> np.ndarray:
-    """The pixels of a JPEG without fault, uint8 (H, W, C), the same as Pillow's.
+    """Return the pixels of an intact JPEG, uint8 (H, W, C), identical to Pillow's.
 
     Args:
         mode: "RGB" or "L" as Pillow would read it, or "CMYK".
 
     Raises:
-        ValueError: the first of libjpeg's warnings, which Pillow does not pass on, or an error.
+        ValueError: libjpeg's first warning, which Pillow does not pass on, or an error.
     """
     jpeg = strict_jpeg()
     assert jpeg is not None
@@ -41,7 +43,7 @@ def decode_jpeg(data: bytes, mode: str) -> np.ndarray:
 
 
 def is_readable_jpeg(data: bytes, mode: str) -> bool:
-    """Whether `decode_jpeg` had warnings alone against it; otherwise Pillow may know more."""
+    """Return whether `decode_jpeg` raised only warnings; otherwise Pillow may know more."""
     jpeg = strict_jpeg()
     assert jpeg is not None
     try:
@@ -52,9 +54,10 @@ def is_readable_jpeg(data: bytes, mode: str) -> bool:
 
 
 def lost(data: bytes, image: Image.Image) -> str | None:
-    """What an image, already loaded, of another format than JPEG has lost without its decoder saying so; None: nothing one can tell.
+    """Return what a loaded image of another format than JPEG has lost without an error from its decoder, or None if
+    nothing is detected.
 
-    BMP, PPM and the like hold bare pixels: zeros are black there, and nothing tells them from a picture's own.
+    BMP, PPM and the like hold bare pixels: zeros are black there, and indistinguishable from the picture's own.
     """
     if image.format == "PNG":
         return _wrong_checksum(data)
@@ -70,7 +73,7 @@ def lost(data: bytes, image: Image.Image) -> str | None:
 
 
 def _wrong_checksum(data: bytes) -> str | None:
-    """Of a PNG's pixels: Pillow reads them without a look at it."""
+    """Return what is wrong with the checksums of a PNG's pixels, which Pillow does not verify, or None."""
     view, position = memoryview(data), 8
     while position + 12 <= len(data):
         length, name = struct.unpack_from(">I4s", data, position)
@@ -86,7 +89,9 @@ def _wrong_checksum(data: bytes) -> str | None:
 
 
 def _end(data: bytes, position: int, header: str, names: tuple[bytes, ...]) -> int | None:
-    """Where the first of the chunks (of RIFF, whose length leaves out the header) or boxes (of ISO media) with one of these names ends."""
+    """Return where the first of the chunks (of RIFF, whose length excludes the header) or boxes (of ISO media) with one
+    of these names ends.
+    """
     while position + 8 <= len(data):
         first, second = struct.unpack_from(header, data, position)
         name, length = (first, 8 + second) if isinstance(first, bytes) else (second, first)
@@ -99,7 +104,8 @@ def _end(data: bytes, position: int, header: str, names: tuple[bytes, ...]) -> i
 
 
 def _unread(data: bytes, end: int, image: Image.Image) -> bool:
-    """Whether zeros before `end` play no part in the picture, which therefore ended before them, where the rest was lost.
+    """Return whether zeros before `end` do not affect the picture, which therefore ended before them: the rest was
+    lost.
 
     A plain area at the bottom may be zeros too, but other bytes there would change it.
     """
@@ -111,5 +117,5 @@ def _unread(data: bytes, end: int, image: Image.Image) -> bool:
             io.BytesIO(data[: end - half] + b"\xa5" * half + data[end:]), formats=[str(image.format)]
         ) as other:
             return other.tobytes() == image.tobytes()
-    except Exception:  # whatever a decoder says: it has read them
+    except Exception:  # whatever the decoder raises: it has read them
         return False

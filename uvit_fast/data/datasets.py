@@ -1,4 +1,4 @@
-"""What training takes as data: the protocol `Dataset`, the base class `Indexed` of the package's own, and the checks of both."""
+"""What training takes as data: the protocol `Dataset`, its base class `Indexed`, and checks."""
 
 import operator
 import warnings
@@ -21,13 +21,15 @@ Batch = dict[str, Tensor]
 
 
 class Dataset(Described, Protocol):
-    """What training takes.
+    """The data of a training run.
 
     Attributes:
-        shape: (C, H, W) of x. num_classes: labels that it can give; 0: none.
-        text_shape: (T, C) of a text's features, null_context: (T, C), those of ""; None where there is no text.
-        synthetic: whether the data are random. decoder: what reads the pixels, in words; None where there are none to read.
-        views: consecutive items that show one image: 2 where its mirror image is one. numbers: of a part's items in the whole.
+        shape: (C, H, W) of x. num_classes: number of possible labels; 0: none.
+        text_shape: (T, C) of a text's features. null_context: (T, C), those of "". Both None without text.
+        synthetic: whether the data are random. decoder: what decodes the pixels, in words; None if there are none to
+            decode.
+        views: consecutive items that show one image: 2 if its mirror image follows it. numbers: for a part, its items'
+            indices in the whole dataset.
     """
 
     shape: tuple[int, ...]
@@ -44,24 +46,24 @@ class Dataset(Described, Protocol):
     def __len__(self) -> int: ...
 
     def __getitems__(self, items: list[tuple[int, int]], /) -> Batch:
-        """The raw batch of (index, epoch) pairs: CPU tensors. The same pair always gives the same values."""
+        """Return the raw batch of (index, epoch) pairs, CPU tensors; the same pair always gives the same values."""
 
     def finish(self, raw: Batch, draws: Draws) -> Batch:
-        """The network's inputs of a raw batch that is already on the device: `x` fp32 in [-1, 1] (or scaled latents), (B, C, H, W); `y`
-        int64 (B,) where there are labels; `context` fp32 (B, T, C) where there is text. Whatever is random (flips, the posterior of
-        latents) is drawn here, from the `Draws` of the step.
+        """Return the network's inputs from a raw batch that is already on the device: `x` (B, C, H, W) fp32 in [-1, 1],
+        or scaled latents; `y` (B,) int64 with labels; `context` (B, T, C) fp32 with text. All random choices (flips,
+        the posterior of latents) are drawn here, from the step's `Draws`.
         """
 
     def part(self, items: np.ndarray) -> "Dataset":
-        """These items (n,) alone, in their order; what takes the place of a damaged one is among them, too."""
+        """Return a dataset of these items (n,) alone, in order; a damaged one is replaced by another of them."""
 
 
 class Indexed(torch.utils.data.Dataset, ABC):
-    """A `Dataset` of images without text, of which nothing more is known; `dataset[i]` and torch's DataLoader get items as the network
-    takes them, one by one.
+    """A `Dataset` of images without text or known provenance. `dataset[i]` and torch's DataLoader get items one by one,
+    as the network takes them.
 
-    Such an item is a dict of `x` fp32 (C, H, W) and, where there are any, `y` int64 () and `context` fp32 (T, C); what is random about it
-    comes from torch's generator.
+    Such an item is a dict of `x` (C, H, W) fp32 and, if there are any, `y` () int64 and `context` (T, C) fp32; random
+    choices come from torch's generator.
     """
 
     shape: tuple[int, ...]
@@ -84,11 +86,11 @@ class Indexed(torch.utils.data.Dataset, ABC):
 
     @abstractmethod
     def raw(self, items: list[tuple[int, int]]) -> Batch:
-        """The raw batch of (index, epoch) pairs."""
+        """Return the raw batch of (index, epoch) pairs."""
 
     @abstractmethod
     def finish(self, raw: Batch, draws: Draws) -> Batch:
-        """The network's inputs of a raw batch."""
+        """Return the network's inputs from a raw batch."""
 
     def part(self, items: np.ndarray) -> "Indexed":
         raise TypeError("a dataset of which some images are held out defines part")
@@ -98,7 +100,7 @@ class Indexed(torch.utils.data.Dataset, ABC):
     @overload
     def __getitems__(self, items: list[int], /) -> list[Batch]: ...
     def __getitems__(self, items: Any, /) -> Any:
-        """The raw batch of pairs; of plain indices the list of their items."""
+        """Return the raw batch of pairs, or the list of items of plain indices."""
         if items and isinstance(items[0], tuple):
             return self.raw(items)
         batch = self.finish(self.raw([(int(i), 0) for i in items]), Draws(torch.default_generator))
@@ -117,12 +119,12 @@ class Indexed(torch.utils.data.Dataset, ABC):
 
 
 def split(dataset: Indexed, held_out: int) -> tuple[Indexed, Indexed]:
-    """A dataset without so many images, drawn once and for all, and these.
+    """Return a dataset without `held_out` images, drawn by a fixed seed, and those images.
 
-    Of an image and its mirror image neither is in the first, and the image alone in the second.
+    An image and its mirror image are both missing from the first; the second has the image alone.
 
     Raises:
-        UserError: there are no more images than these.
+        UserError: the dataset has no more images than that.
     """
     images = len(dataset) // dataset.views
     if held_out >= images:
@@ -135,7 +137,7 @@ def split(dataset: Indexed, held_out: int) -> tuple[Indexed, Indexed]:
 
 
 def require_folder(path: str | None, holding: str, key: str = "data.path") -> Path:
-    """`path` as an existing, non-empty folder, or a UserError that names the `key` and says what it should hold."""
+    """Return `path` as an existing, non-empty folder, or raise a UserError that says what `key` expects."""
     if path is None:
         raise UserError(f"{key}: not set; expected a folder with {holding}")
     folder = Path(path)

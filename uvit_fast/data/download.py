@@ -1,4 +1,4 @@
-"""Datasets that can be fetched."""
+"""Datasets that can be downloaded."""
 
 import hashlib
 import shutil
@@ -13,10 +13,10 @@ CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001
 
 
 def download_cifar10(out: Path, url: str = CIFAR10, sha256: str = CIFAR10_SHA256) -> Path:
-    """Fetch CIFAR-10's python version, check it, and unpack it into `out`; the folder of its batches.
+    """Download CIFAR-10's Python version, verify it, and unpack it into `out`; return the folder of its batches.
 
     Raises:
-        UserError: no connection, or another file than expected.
+        UserError: no connection, or an unexpected file.
     """
     folder = out / "cifar-10-batches-py"
     if (folder / "data_batch_5").is_file():

@@ -1,5 +1,5 @@
-"""The frozen networks that make a model's data, with identities that a manifest keeps; and the text encoder among them,
-as a function.
+"""The frozen networks that encode a model's data, with the identities that a manifest records; the text encoder as a
+function.
 """
 
 import hashlib
@@ -24,12 +24,12 @@ Digests = dict[str, Callable[[], str]]
 
 
 def text_identity(model: Any, name: str) -> dict[str, str]:
-    """Its name, and checksums of its weights."""
+    """Return its name, and checksums of its weights."""
     return identity(name, _text_digests(model))
 
 
 def check_text_encoder(model: Any, name: str, known: Provenance) -> None:
-    """Refuse a text encoder of other features than those that a model learned from, though they have the right shape.
+    """Refuse a text encoder whose features differ from those that a model learned from, even if their shape is right.
 
     Raises:
         UserError: it is not the one that made them.
@@ -38,18 +38,20 @@ def check_text_encoder(model: Any, name: str, known: Provenance) -> None:
 
 
 def _text_digests(model: Any) -> Digests:
-    """Of the weights by the names that all versions of transformers agree on, but for the oldest manifests' `sha256`."""
+    """Return checksums of the weights, by names that all versions of transformers share; the oldest manifests have
+    `sha256`.
+    """
     state = model.state_dict()
     weights = {k.removeprefix("text_model."): v for k, v in state.items() if v.is_floating_point()}
     return {"sha256": partial(_weights_digest, state), **digests(weights, "weights_")}
 
 
 def load_clip(name: str) -> tuple[Any, Any]:
-    """CLIP's tokenizer and text transformer (frozen, fp32, on the CPU) of a local folder or a hub name.
+    """Return CLIP's tokenizer and text transformer (frozen, fp32, on the CPU) from a local folder or a hub name.
 
     Raises:
         ImportError: transformers is not installed; the message names the extra.
-        UserError: neither a local folder, or a pipeline's, nor to be had from the hub.
+        UserError: neither a local folder, or a pipeline's, nor available from the hub.
     """
     try:
         from transformers import CLIPTextModel, CLIPTokenizer
@@ -66,8 +68,8 @@ def load_clip(name: str) -> tuple[Any, Any]:
 
 
 def load_pretrained(what: str, name: str, load: Callable[..., Any]) -> Any:
-    """`load(local_files_only=...)` of a local folder or a hub name. What is here is not looked for elsewhere, and a hub that does not
-    answer is not asked again: its libraries would retry every file for a minute.
+    """Return `load(local_files_only=...)` for a local folder or a hub name. Local copies are preferred, and a hub that
+    does not answer is not asked again: its libraries would retry every file for a minute.
 
     Raises:
         UserError: neither here nor on the hub, or damaged.
@@ -83,14 +85,14 @@ def load_pretrained(what: str, name: str, load: Callable[..., Any]) -> Any:
             return load(local_files_only=False)
     except (ImportError, MemoryError):
         raise
-    except Exception as error:  # each library has its own kinds for damaged and foreign files
+    except Exception as error:  # each library raises its own kinds for damaged and foreign files
         reason = cut(str(error).strip().split("\n")[0])
         where = "the folder cannot be loaded" if Path(name).is_dir() else "neither a local folder nor found on the hub"
         raise UserError(f"{what} {cut(name)}: {where} ({reason})") from None
 
 
 def quiet_diffusers() -> None:
-    """Have it not warn, whenever a network is cast, of parts that should stay fp32 where it names none."""
+    """Silence diffusers' warning, at every cast of a network, about modules to keep in fp32 where it names none."""
     logging.getLogger("diffusers.models.modeling_utils").addFilter(_names_something)
 
 
@@ -104,16 +106,16 @@ def _hub_answers() -> bool:
 
     try:
         get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception:  # offline by a setting, no network, a proxy's refusal
+    except Exception:  # offline by a setting, no network, refused by a proxy
         return False
     return True
 
 
 def load_text_encoder(name: str, device: torch.device, known: Provenance = UNKNOWN) -> Callable[[list[str]], Tensor]:
-    """CLIP's text transformer, a local folder or a hub name: captions -> last hidden state (B, T, C) fp32.
+    """Return CLIP's text transformer, from a local folder or a hub name: captions -> last hidden state (B, T, C) fp32.
 
     Args:
-        known: what a model learned from, where it shall be the same encoder.
+        known: what a model learned from, if the encoder must be the same.
 
     Raises:
         ImportError, UserError: as `load_clip` and `check_text_encoder`.
@@ -124,8 +126,8 @@ def load_text_encoder(name: str, device: torch.device, known: Provenance = UNKNO
 
 
 def text_encoder(tokenizer: Any, model: Any) -> Callable[[list[str]], Tensor]:
-    """CLIP's tokenizer and text transformer as a function; shorter captions are padded as the tokenizer does, longer ones cut, with a
-    warning of what is left out.
+    """Return CLIP's tokenizer and text transformer as one function; shorter captions are padded as the tokenizer does,
+    longer ones cut, with a warning that shows what is left out.
     """
     length: int = model.config.max_position_embeddings
     said: set[str] = set()
@@ -136,13 +138,14 @@ def text_encoder(tokenizer: Any, model: Any) -> Callable[[list[str]], Tensor]:
             said.add(caption)
             rest = tokenizer.decode(tokens[length - 1 : -1])
             warnings.warn(
-                f"{shown(caption)}: {len(tokens)} tokens, of which the text encoder reads {length}; left out: {shown(rest)}",
+                f"{shown(caption)}: {len(tokens)} tokens, of which the text encoder reads {length}; "
+                f"left out: {shown(rest)}",
                 stacklevel=3,
             )
 
     def encode(captions: list[str]) -> Tensor:
         for caption in captions:
-            if len(caption.encode()) > length - 2:  # a token is a byte at least
+            if len(caption.encode()) > length - 2:  # a token is at least one byte
                 warn_of_the_rest(caption)
         tokens = tokenizer(captions, truncation=True, max_length=length, padding="max_length", return_tensors="pt")
         with torch.inference_mode():
@@ -152,7 +155,9 @@ def text_encoder(tokenizer: Any, model: Any) -> Callable[[list[str]], Tensor]:
 
 
 def text_encoder_name(cfg: Config, known: Provenance) -> str:
-    """The config's text encoder, else the one that made what the model learned from, else the published models'."""
+    """Return the config's text encoder, else the one that encoded the model's training data, else the published
+    models'.
+    """
     asked = cfg.latent.text_encoder if cfg.latent else None
     return asked or known.encoders.get("text_encoder", {}).get("name") or CLIP
 
@@ -160,15 +165,16 @@ def text_encoder_name(cfg: Config, known: Provenance) -> str:
 def load_text(
     cfg: Config, name: str | None, device: torch.device, known: Provenance = UNKNOWN
 ) -> tuple[Callable[[list[str]], Tensor], Tensor]:
-    """The text encoder of a text-conditional model: captions -> features (B, T, C) fp32, and those of "", (T, C).
+    """Return the text encoder of a text-conditional model: captions -> features (B, T, C) fp32, and those of "", (T,
+    C).
 
     Args:
-        name: CLIP, a local folder or a hub name; None: as `text_encoder_name` says.
-        known: what the model learned from, whose text encoder it must be.
+        name: CLIP, a local folder or a hub name; None: see `text_encoder_name`.
+        known: what the model learned from; the text encoder must be the same.
 
     Raises:
         ImportError: transformers is not installed; the message names the extra.
-        UserError: the encoder cannot be had, its features do not fit the model, or it is not the one that the model
+        UserError: the encoder is not available, its features do not fit the model, or it is not the one that the model
             learned from.
     """
     name = name or text_encoder_name(cfg, known)
@@ -180,31 +186,32 @@ def load_text(
 
 
 def identity(name: str, checksums: Digests) -> dict[str, str]:
-    """A network's name and checksums, as a manifest keeps them."""
+    """Return a network's name and checksums, as a manifest records them."""
     return {"name": _lasting(name), **{key: digest() for key, digest in checksums.items()}}
 
 
 def check_identity(role: str, name: str, key: str, checksums: Digests, known: Provenance) -> None:
-    """Refuse a network that is not the one which made what a model learned from.
+    """Refuse a network other than the one that encoded a model's training data.
 
     Args:
         role: in `Provenance.encoders`. name, key: what the message calls it, and where users name it.
 
     Raises:
-        UserError: no checksum that both know agrees.
+        UserError: the checksums that both have disagree.
     """
     maker = known.encoders.get(role, {})
     common = [each for each in checksums if each in maker]
     if common and not any(checksums[each]() == maker[each] for each in common):
         made = "latents" if role == "vae" else "text features"
         raise UserError(
-            f"{name}: not the one that made the {made} which the model learned from, {describe_encoder(maker)}; expected "
+            f"{name}: not the one that made the {made} which the model learned from, {describe_encoder(maker)}; "
+            "expected "
             f"{key} to name that one" + (", or one with its encoder" if role == "vae" else "")
         )
 
 
 def digests(weights: dict[str, Tensor], prefix: str) -> Digests:
-    """Checksums of the weights as they are and as copies in half precision have them, each when it is asked for."""
+    """Return checksums of the weights as they are and as stored in half precision, each computed on demand."""
     kinds = {"": torch.float32, "float16_": torch.float16, "bfloat16_": torch.bfloat16}
     return {f"{prefix}{kind}sha256": partial(_weights_digest, weights, dtype) for kind, dtype in kinds.items()}
 
@@ -218,5 +225,5 @@ def _weights_digest(state: dict[str, Tensor], dtype: torch.dtype = torch.float32
 
 
 def _lasting(name: str) -> str:
-    """A name of the hub, or where a local folder lies, from wherever it is read."""
+    """Return a hub name, or a local folder's path in a form that holds from any working directory."""
     return os.path.abspath(name) if os.path.isdir(name) else name

@@ -1,8 +1,10 @@
 """From images to latents and text features: packed shards that training reads.
 
-Shard s covers a fixed range of the images, so what it holds does not depend on who makes it, or when: processes started by torchrun (RANK,
-WORLD_SIZE) share the shards without talking to each other, and an interrupted extraction continues with those that are missing.
-Each finished shard has a note, `notes/00000.json`, written after its data; whoever finds all notes there writes the manifest.
+Shard s covers a fixed range of the images, so its content does not depend on who makes it, or when: processes started
+by
+torchrun (RANK, WORLD_SIZE) share the shards without communicating, and an interrupted extraction continues with the
+missing ones. Each finished shard has a note, `notes/00000.json`, written after its data; the process that finds all
+notes writes the manifest.
 """
 
 import hashlib
@@ -33,7 +35,7 @@ NO_CAPTION = "no caption"
 
 @dataclass(frozen=True)
 class Policy:
-    """What to do with images that are not as they should be.
+    """How to treat images that are damaged or unusual.
 
     Attributes:
         unreadable: skip (rejected, in the report) or refuse (end).
@@ -46,7 +48,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Text:
-    """Captions to be encoded with the images.
+    """Captions to encode with the images.
 
     Attributes:
         captions: of each image of the listing, in order. encode: captions -> (len, T, C) features.
@@ -62,13 +64,14 @@ class Extraction:
     """One extraction into the folder `out`.
 
     Args:
-        listing: the images. crop: (image, size) -> image of size x size pixels. background: behind transparent ones, 8-bit RGB.
-        encode: pixels (B, 3, size, size) uint8 -> posteriors (B, 2C, h, w), mean and log variance; or, where `kind` is
+        listing: the images. crop: (image, size) -> image of size x size pixels. background: behind transparent pixels,
+            8-bit RGB.
+        encode: pixels (B, 3, size, size) uint8 -> posteriors (B, 2C, h, w), mean and log variance; or, if `kind` is
             "latents", (B, C, h, w).
-        vae: the autoencoder's identity. scaling: of the latents, recorded, not applied; None: what measuring the
-            channels will say.
-        mirror: store each image's mirror image, too. dtype: of what is stored.
-        shard_images, batch, workers: images a shard, images at a time, threads that decode.
+        vae: the autoencoder's identity. scaling: of the latents, recorded but not applied; None: from the measured
+            channels.
+        mirror: also store each image's mirror image. dtype: of what is stored.
+        shard_images, batch, workers: images per shard, images per batch, decoding threads.
     """
 
     def __init__(
@@ -112,11 +115,11 @@ class Extraction:
         ]
 
     def run(self) -> dict[str, Any] | None:
-        """Make the missing shards of this rank. The one that completes the folder gets the report, others None.
+        """Make this rank's missing shards. The rank that completes the folder gets the report, others None.
 
         Raises:
-            UserError: `out` holds an extraction of other images or with other settings; the disk is full; or an image is not as
-                the policy asks. What is complete stays.
+            UserError: `out` holds an extraction of other images or with other settings, the disk is full, or the policy
+                refuses an image. Finished shards stay.
         """
         mine = range(self.world.rank, len(self.parts), self.world.size)
         total = sum(len(self.parts[shard]) for shard in mine)
@@ -146,7 +149,7 @@ class Extraction:
             ) from None
 
     def _agree(self) -> None:
-        """Make the folder, or check that the one that is there belongs to this extraction."""
+        """Create the folder, or check that the existing one belongs to this extraction."""
         names = "".join(f"{name}\n" for name in self.listing.classes)
         names += "".join(f"{name}\0{_size(self.listing.folder / name)}\n" for name in self.listing.files)
         settings = {
@@ -162,7 +165,7 @@ class Extraction:
         file = self.out / "notes" / "settings.json"
         if file.is_file():
             before = json.loads(file.read_text())
-            classes = before.get("classes", self.listing.classes)  # older ones kept none
+            classes = before.get("classes", self.listing.classes)  # older extractions recorded none
             if classes != self.listing.classes:
                 difference = classes_difference(classes, self.listing.classes)
                 raise UserError(
@@ -184,7 +187,7 @@ class Extraction:
         return self.out / "notes" / f"{shard:05d}.json"
 
     def _is_intact(self, shard: int) -> bool:
-        """Whether a shard is there with the right checksum; what is damaged is named, and will be made again."""
+        """Return whether a shard is there with the right checksum; name a damaged one, which will be made again."""
         if not self._note(shard).is_file():
             return False
         written = json.loads(self._note(shard).read_text())["arrays"].values()
@@ -241,7 +244,7 @@ class Extraction:
         shards.write_json(self._note(shard), note)
 
     def _batches(self, part: range, pool: ThreadPoolExecutor) -> Iterator[list[tuple[int, tuple]]]:
-        """Decoded images, a batch at a time; the next three are decoded while one is encoded."""
+        """Yield decoded images, a batch at a time; the next three are decoded while one is encoded."""
         ahead: deque[list[tuple[int, Future]]] = deque()
         for first in range(part.start, part.stop, self.batch):
             ahead.append([(i, pool.submit(self._read, i)) for i in range(first, min(first + self.batch, part.stop))])
@@ -251,7 +254,7 @@ class Extraction:
             yield [(i, job.result()) for i, job in batch]
 
     def _read(self, index: int) -> tuple[Tensor | None, list[str], str]:
-        """An image's pixels, (3, size, size) uint8, or None; what is unusual about it; why there are none."""
+        """Return an image's pixels, (3, size, size) uint8, or None; what is unusual about it; why there are none."""
         if self.text and not self.text.captions[index]:
             return None, [], NO_CAPTION
         file = self.listing.folder / self.listing.files[index]
@@ -262,7 +265,7 @@ class Extraction:
             if self.policy.unreadable == "refuse":
                 raise UserError(f"{shown(str(file))}: {error}") from None
             return None, [], str(error)
-        except UserError as error:  # of the crop
+        except UserError as error:  # from the crop
             raise UserError(f"{shown(str(file))}: {error}") from None
         if oddities and self.policy.unusual == "refuse":
             raise UserError(f"{shown(str(file))}: {', '.join(oddities)}")
@@ -271,7 +274,7 @@ class Extraction:
         return torch.from_numpy(pixels).permute(2, 0, 1), oddities, ""
 
     def _encode(self, pixels: Pixels) -> np.ndarray:
-        """(B, 3, H, W) -> (B or 2B, 2C or C, h, w): each image, then its mirror image."""
+        """Encode (B, 3, H, W) to (B or 2B, 2C or C, h, w): each image, followed by its mirror image."""
         views = torch.stack([pixels, pixels.flip(-1)], dim=1).flatten(0, 1) if self.mirror else pixels
         encoded = self.encode(views).cpu()
         if not torch.isfinite(encoded.to(getattr(torch, self.dtype.name))).all():
@@ -282,7 +285,7 @@ class Extraction:
     def _finish(self) -> dict[str, Any]:
         """Write the small arrays, the report and, last, the manifest."""
         notes = [json.loads(self._note(shard).read_text()) for shard in range(len(self.parts))]
-        for name in (self.kind, "text"):  # of killed writers; no one writes these shards any more
+        for name in (self.kind, "text"):  # of killed writers; nobody writes these shards any more
             for left in self.out.glob(f".{name}-*.npy.*.tmp"):
                 left.unlink(missing_ok=True)
         arrays = {}
@@ -290,7 +293,8 @@ class Extraction:
             entries = [note["arrays"][name] for note in notes if name in note["arrays"]]
             if entries:
                 item = tuple(entries[0]["item"])
-                arrays[name] = shards.describe([{k: e[k] for k in ("file", "count", "sha256")} for e in entries], self.dtype, item)  # fmt: skip
+                files = [{key: entry[key] for key in ("file", "count", "sha256")} for entry in entries]
+                arrays[name] = shards.describe(files, self.dtype, item)
         small = {}
         if self.listing.labels is not None:
             small["labels"] = np.array([label for note in notes for label in note["labels"]], np.int64)
@@ -310,7 +314,7 @@ class Extraction:
         return report
 
     def _channels(self, notes: list[dict]) -> dict[str, Any]:
-        """The channels' mean and deviation over all images, and the scaling."""
+        """Return the channels' mean and deviation over all images, and the scaling."""
         sums = [note["channels"] for note in notes if note.get("channels")]
         whole = len(sums) == sum(bool(note["arrays"]) for note in notes)  # some may be of before channels were measured
         found: dict[str, Any] = {}
@@ -346,8 +350,8 @@ class Extraction:
 
 
 def _channel_sums(encoded: list[np.ndarray], kind: str) -> dict[str, Any] | None:
-    """Of the latents as they are stored: how many values a channel has, their sum and that of their squares, which of a
-    posterior are expectations. None where there are no latents.
+    """Return, for the latents as stored, the number of values per channel, their sum and the sum of their squares; for
+    posteriors, the expected sums. None if there are no latents.
     """
     if not encoded:
         return None
@@ -363,7 +367,7 @@ def _channel_sums(encoded: list[np.ndarray], kind: str) -> dict[str, Any] | None
 
 
 def summary(out: Path, report: dict[str, Any]) -> str:
-    """A report in a few lines; the files of more than 20 rejected images are in report.json only."""
+    """Format a report in a few lines; if more than 20 images were rejected, only report.json lists their files."""
     lines = ["{}: read {read} = written {written} + rejected {rejected}".format(out, **report)]
     lines += [f"  {count} {kind}" for kind, count in report["unusual"].items()]
     lines += [f"  rejected {shown(file)}: {reason}" for file, reason in list(report["rejected_images"].items())[:20]]
@@ -372,7 +376,7 @@ def summary(out: Path, report: dict[str, Any]) -> str:
 
 
 def _size(file: Path) -> int:
-    """Tells most changes of an image, at no cost; -1: a link to nothing, which reading it will name."""
+    """Return a file's size, which reveals most changes at no cost; -1: a broken link, which reading will report."""
     try:
         return file.stat().st_size
     except OSError:

@@ -22,10 +22,10 @@ from uvit_fast.runtime.processes import World
 
 
 class ImageFolder(Indexed):
-    """Images below a folder: one folder a class where `labelled`, any depth otherwise. Decoded and cropped by Pillow.
+    """Images below a folder: one folder per class if `labelled`, any depth otherwise. Decoded and cropped by Pillow.
 
-    An unreadable image ends the run with its name, or, where `skip_unreadable`, another one takes its place with a warning: one that is drawn
-    for the item and the epoch.
+    An unreadable image ends the run with its name or, with `skip_unreadable`, is replaced, with a warning, by another
+    one drawn for the item and the epoch.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class ImageFolder(Indexed):
             raise UserError(f"data.path {error}") from None
         for note in listing.notes if World().rank == 0 else []:
             warnings.warn(f"data.path {shown(str(folder))}: {note}", stacklevel=3)
-        self.folder, self.files = folder, listing.files  # names below it
+        self.folder, self.files = folder, listing.files  # names relative to it
         self.labels = listing.labels
         self.classes = tuple(listing.classes)  # the folders' names, by label
         self.num_classes = len(self.classes)
@@ -76,14 +76,14 @@ class ImageFolder(Indexed):
         return {**raw, "x": random_flip(x, draws) if self.flip else x}
 
     def _read_all(self, indices: list[int], epochs: Iterable[int] = repeat(0)) -> list[tuple[Tensor, int]]:
-        """(3, size, size) uint8 of each index, and the index that it has in truth."""
+        """Return (3, size, size) uint8 for each index, and the index of the image that was actually read."""
         return [self._cropped(*self._load(*item)) for item in zip(indices, epochs)]
 
     def _cropped(self, image: Image.Image, index: int) -> tuple[Tensor, int]:
         return torch.from_numpy(np.array(CROPS[self.crop_name](image, self.size))).permute(2, 0, 1), index
 
     def _load(self, index: int, epoch: int) -> tuple[Image.Image, int]:
-        """The image at `index` and its index; another one's where it cannot be read."""
+        """Return the image at `index` and its index; another one's if it cannot be read."""
         for other in self._substitutes(index, epoch):
             file = self.folder / self.files[other]
             try:
@@ -102,7 +102,7 @@ class ImageFolder(Indexed):
         raise UserError(f"{shown(str(self.folder))}: not one readable image among {len(self)}")
 
     def _substitutes(self, index: int, epoch: int) -> Iterator[int]:
-        """`index`, then all others in an order that the pair draws, so that no image takes the place of many."""
+        """Yield `index`, then all others in an order drawn for the pair, so that no image replaces many."""
         yield index
         draw = random.Random(index * 1_000_003 + epoch)
         first, step = draw.randrange(len(self)), draw.randrange(1, len(self) + 1)

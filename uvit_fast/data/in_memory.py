@@ -19,7 +19,7 @@ from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.extras import missing
 from uvit_fast.runtime.text import cut
 
-CLASSES = {  # of datasets whose files have numbers only
+CLASSES = {  # of datasets whose files have only numbers
     "digits": tuple("0123456789"),
     "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
     "fashion_mnist": (
@@ -66,7 +66,8 @@ class TensorImages(Indexed):
 
 
 def digits() -> TensorImages:
-    """scikit-learn's 1,797 handwritten digits: (1, 8, 8), 17 grey levels, labels 0-9 (UCI optical recognition test set).
+    """Return scikit-learn's 1,797 handwritten digits: (1, 8, 8), 17 grey levels, labels 0-9 (UCI optical recognition
+    test set).
 
     Raises:
         ImportError: scikit-learn is not installed; the message names the extra.
@@ -86,7 +87,9 @@ def digits() -> TensorImages:
 
 
 def cifar10(path: str | None, flip: bool, labelled: bool) -> TensorImages:
-    """CIFAR-10's training set from the "python version" batches in `path`: 50,000 of (3, 32, 32), labels 0-9 where `labelled`."""
+    """Return CIFAR-10's training set from the "python version" batches in `path`: 50,000 of (3, 32, 32), with labels
+    0-9 if `labelled`.
+    """
     folder = require_folder(path, "the CIFAR-10 python batches, data_batch_1 to data_batch_5")
     images, labels = [], []
     for name in [f"data_batch_{i}" for i in range(1, 6)]:
@@ -97,7 +100,7 @@ def cifar10(path: str | None, flip: bool, labelled: bool) -> TensorImages:
                 batch = _ArraysOnly(file, encoding="bytes").load()
             images.append(torch.from_numpy(batch[b"data"]).view(-1, 3, 32, 32))
             labels.append(torch.tensor(batch[b"labels"], dtype=torch.int64).view(len(images[-1])))
-        except Exception as error:  # a pickle's content raises whatever its parts do
+        except Exception as error:  # unpickling raises whatever its content does
             raise UserError(
                 f"data.path {folder / name}: expected a CIFAR-10 python batch ({cut(str(error))})"
             ) from None
@@ -105,7 +108,7 @@ def cifar10(path: str | None, flip: bool, labelled: bool) -> TensorImages:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Unpickles NumPy arrays, numbers and texts. Anything else that a pickle can name, and would run, is refused."""
+    """Unpickle NumPy arrays, numbers and strings; refuse anything else that a pickle could name, and run."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module.replace("numpy._core", "numpy.core"), name) not in {
@@ -117,9 +120,10 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def fashion_mnist(path: str | None, flip: bool) -> TensorImages:
-    """Fashion-MNIST's training set from its idx files in `path`, gzipped or not: 60,000 of (1, 28, 28), labels 0-9.
+    """Return Fashion-MNIST's training set from its idx files in `path`, gzipped or not: 60,000 of (1, 28, 28), labels
+    0-9.
 
-    Debian's package dataset-fashion-mnist puts them into /usr/share/datasets/fashion-mnist.
+    Debian's package dataset-fashion-mnist installs them in /usr/share/datasets/fashion-mnist.
     """
     folder = require_folder(path, "train-images-idx3-ubyte.gz and train-labels-idx1-ubyte.gz")
     images, labels = _idx(folder, "train-images-idx3-ubyte", 3), _idx(folder, "train-labels-idx1-ubyte", 1)
@@ -129,7 +133,9 @@ def fashion_mnist(path: str | None, flip: bool) -> TensorImages:
 
 
 def _idx(folder: Path, name: str, dims: int) -> Tensor:
-    """An idx file of bytes: two zeros, the type (8: uint8), the number of dimensions, their big-endian lengths, the values."""
+    """Read an idx file of bytes: two zeros, the type (8: uint8), the number of dimensions, their big-endian lengths,
+    the values.
+    """
     file = next((f for f in (folder / f"{name}.gz", folder / name) if f.is_file()), None)
     if file is None:
         raise UserError(f"data.path {folder}: no {name} or {name}.gz")
@@ -159,7 +165,7 @@ class Synthetic(Indexed):
         self.y = torch.randint(num_classes, (self.pool,), generator=generator) if num_classes else None
         self.text = torch.randn(16, *text_shape, generator=generator) if text_shape else None
         self.null_context = torch.zeros(text_shape) if text_shape else None
-        self.length = 1_281_167  # ImageNet's size, so that epochs are as long as the real ones
+        self.length = 1_281_167  # ImageNet's size, for epochs of realistic length
 
     def __len__(self) -> int:
         return self.length

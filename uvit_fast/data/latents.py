@@ -5,10 +5,10 @@ The arrays of a folder (see shards.py):
 - `moments` (2C, h, w): the posterior's mean and log variance; or `latents` (C, h, w) of a deterministic encoder. Items
   2i and 2i + 1 are image i and its mirror image; item i is image i where mirror images were not extracted (text).
 - `labels` (), int64, where images have classes.
-- `text` (T, C): the features of every caption. `captions` (), int64, one more than there are items: item i has the captions
+- `text` (T, C): the features of every caption. `captions` (), int64, one more than there are items: item i has captions
   captions[i] to captions[i + 1] - 1. `null_text` (T, C), one item: the features of "".
 
-Opening reads what has changed since its checksum was last found right; see `shards.unchecked_faults`.
+Opening a folder reads the files that changed since they were last verified; see `shards.unchecked_faults`.
 """
 
 import copy
@@ -27,22 +27,21 @@ from uvit_fast.runtime.errors import UserError
 
 
 class Latents(Indexed):
-    """Posteriors, from which `finish` draws afresh, mean + std * eps, or a deterministic encoder's latents; scaled.
+    """Posteriors, from which `finish` draws anew, mean + std * eps, or a deterministic encoder's latents; scaled.
 
     Args:
         path: the folder.
-        scale_factor, shift_factor: as `latent` of a config has them: z = scale * (latents - shift). None: what the
-            manifest says.
-        skip_damaged: where a shard of latents or text is missing, truncated or has a wrong checksum, warn with its name
-            and the number of its items, and let others, drawn once, take their place.
+        scale_factor, shift_factor: as in a config's `latent`: z = scale * (latents - shift). None: the manifest's.
+        skip_damaged: if a shard of latents or text is missing, truncated or has a wrong checksum, warn with its name
+            and its number of items, and replace those by others, drawn once.
 
     Raises:
-        UserError: a damaged shard that may not be skipped, arrays that do not belong together, or a scale that nothing
-            says.
+        UserError: a damaged shard that may not be skipped, arrays that do not belong together, or no scale given
+            anywhere.
     """
 
     scaling: Scaling
-    _place: np.ndarray | None = None  # of each item, where it lies; None: at its number
+    _place: np.ndarray | None = None  # the stored index of each item; None: its own
 
     def __init__(
         self,
@@ -104,7 +103,7 @@ class Latents(Indexed):
         return {**raw, "x": self.scaling.applied(latents)}
 
     def _scaling(self, scale: Factor | str | None, shift: Factor | None) -> Scaling:
-        """What was asked for, else what the manifest says."""
+        """Return the requested scaling, else the manifest's."""
         known: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in self.manifest.items()}
         if scale == "measured":
             if "channel_mean" not in known:
@@ -124,7 +123,7 @@ class Latents(Indexed):
         return Scaling(used["scale_factor"], used["shift_factor"])
 
     def _leave_out(self, lost: np.ndarray) -> None:
-        """Give the place of each item in `lost` (items,), bool, to another one."""
+        """Let another item replace each item in `lost` (items,), bool."""
         self.lost = lost
         if not lost.any():
             return
@@ -134,7 +133,7 @@ class Latents(Indexed):
         )
 
     def _instead(self, items: np.ndarray) -> np.ndarray:
-        """These items (n,), with others of them in the place of those that are lost."""
+        """Return these items (n,), with those that are lost replaced by others of them."""
         lost, places = self.lost[items], items.copy()
         if lost.all():
             raise UserError(f"{self._damage()}; nothing is left")
@@ -163,7 +162,7 @@ class Latents(Indexed):
 
 
 class TextLatents(Latents):
-    """Latents with the CLIP features of their captions; one caption of an image is drawn for every epoch."""
+    """Latents with the CLIP features of their captions; for every epoch, one caption of each image is drawn."""
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)

@@ -1,4 +1,4 @@
-"""The one reader of images: the images of a folder, and each as upright, opaque 8-bit RGB, or the reason why it cannot be."""
+"""Read images: list those of a folder, and read each as upright, opaque 8-bit RGB, or say why that fails."""
 
 import errno
 import functools
@@ -17,7 +17,7 @@ from uvit_fast.data import damage
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.text import printable
 
-# What Pillow decodes itself. EPS, which it hands to Ghostscript, and what it only identifies are not pictures here.
+# The formats that Pillow decodes itself: not EPS, which it hands to Ghostscript, nor those that it only identifies.
 FORMATS = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
     "PNG": (".png", ".apng"),
@@ -40,7 +40,8 @@ IMAGE_SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in
 
 # Folders that operating systems and storage servers add, in lower case; others of theirs begin with a dot.
 SYSTEM_FOLDERS = frozenset(
-    "__macosx __pycache__ @eadir @recently-snapshot @recycle @sharebin @tmp #recycle #snapshot ~snapshot $recycle.bin recycler "
+    "__macosx __pycache__ @eadir @recently-snapshot @recycle @sharebin @tmp #recycle #snapshot ~snapshot "
+    "$recycle.bin recycler "
     "lost+found".split()
 ) | {"system volume information"}
 
@@ -58,15 +59,16 @@ class BadImage(Exception):
 
 
 def read_image(file: Path, background: tuple[int, int, int] = WHITE) -> tuple[Image.Image, list[str]]:
-    """The image as RGB, and what it took to make it so.
+    """Return the image as RGB, and what had to be converted.
 
-    Of several frames it is the first. What is transparent shows the `background`, 8-bit RGB.
+    Of several frames, return the first. The `background`, 8-bit RGB, shows through transparent pixels.
 
     Returns:
-        the image, and of "EXIF-rotated", "16-bit", "greyscale", "CMYK", "transparent", "several frames" and "damaged (...)" what it was.
+        The image, and which of "EXIF-rotated", "16-bit", "greyscale", "CMYK", "transparent", "several frames" and
+        "damaged (...)" it was.
 
     Raises:
-        BadImage: zero bytes, truncated, or not readable for another reason.
+        BadImage: zero bytes, truncated, or unreadable for another reason.
     """
     try:
         data = file.read_bytes()
@@ -78,7 +80,7 @@ def read_image(file: Path, background: tuple[int, int, int] = WHITE) -> tuple[Im
         raise
     except Image.UnidentifiedImageError:
         raise BadImage("unreadable: no known image format") from None
-    except Exception as error:  # what a decoder says of a damaged file can be any of them
+    except Exception as error:  # decoders raise exceptions of any kind on a damaged file
         reason = shown(" ".join(str(error).split())) or type(error).__name__
         raise BadImage(reason if "truncated" in reason else f"unreadable: {reason}") from None
 
@@ -92,7 +94,7 @@ def _formats() -> tuple[str, ...]:
 def _as_rgb(
     opened: ImageFile.ImageFile, data: bytes, background: tuple[int, int, int]
 ) -> tuple[Image.Image, list[str]]:
-    stored = str([tile.args for tile in opened.tile])  # gone once the pixels are loaded, as a TIFF's orientation is
+    stored = str([tile.args for tile in opened.tile])  # gone once the pixels are loaded, like a TIFF's orientation
     turned = is_turned(opened)
     oddities = ["several frames"] if getattr(opened, "is_animated", False) else []
     image, damaged = _loaded(opened, data)
@@ -120,7 +122,7 @@ def _as_rgb(
 
 
 def _loaded(image: Image.Image, data: bytes) -> tuple[Image.Image, str]:
-    """The image with its pixels, and what libjpeg has against them."""
+    """Return the image with its pixels, and libjpeg's objections to them."""
     if image.format not in ("JPEG", "MPO"):
         image.load()
         if reason := damage.lost(data, image):
@@ -136,7 +138,7 @@ def _loaded(image: Image.Image, data: bytes) -> tuple[Image.Image, str]:
         warning = str(error)
         if "premature end" in warning.lower():
             raise BadImage(f"truncated: {warning}") from None
-        image.load()  # refuses what is more than a warning
+        image.load()  # raises where the fault is more than a warning
         return image, warning if damage.is_readable_jpeg(data, mode) else ""
     if mode == "CMYK":  # Adobe stores inks inverted
         image.load()
@@ -147,7 +149,7 @@ def _loaded(image: Image.Image, data: bytes) -> tuple[Image.Image, str]:
 
 
 def is_turned(image: Image.Image) -> bool:
-    """Whether an EXIF tag says how to turn or mirror the image to be upright."""
+    """Return whether an EXIF tag says that the image must be turned or mirrored to be upright."""
     try:
         return image.getexif().get(ORIENTATION, 1) in range(2, 9)
     except Exception:  # damaged EXIF says nothing about the pixels
@@ -155,7 +157,7 @@ def is_turned(image: Image.Image) -> bool:
 
 
 def _with_alpha(image: Image.Image, stored: str) -> Image.Image:
-    """As RGBA. A PNG may name one colour that is transparent, in the bits of the file, not of Pillow's pixels."""
+    """Return the image as RGBA. A PNG may name one transparent colour, in the file's bits, not in Pillow's pixels."""
     named = image.info.get("transparency")
     if image.mode in _WIDE:
         alpha = Image.fromarray(np.where(np.asarray(image) == named, 0, 255).astype(np.uint8))
@@ -180,9 +182,10 @@ class Listing:
     """The images below a folder, in the order of their names.
 
     Attributes:
-        folder: theirs. files: paths below it, POSIX style. labels: one an image, or None. classes: names of the labels.
-        left_out: why -> paths below the folder of what no one reads.
-        twice: paths of folders that a link leads to again; their images count once for each way.
+        folder: theirs. files: paths below it, POSIX style. labels: one per image, or None. classes: names of the
+            labels.
+        left_out: reason -> paths, below the folder, of what is ignored.
+        twice: paths of folders that a link leads to again; their images count once for each path.
     """
 
     folder: Path
@@ -194,18 +197,18 @@ class Listing:
 
     @property
     def ignored(self) -> list[str]:
-        """All that is left out, whatever the reason."""
+        """All that is left out, for whatever reason."""
         return in_order(path for paths in self.left_out.values() for path in paths)
 
     @property
     def counts(self) -> dict[str, int]:
-        """Images of each class; a class without any has 0."""
+        """Images per class; 0 for an empty class."""
         numbers = np.bincount(self.labels or [], minlength=len(self.classes)).tolist()
         return dict(zip(self.classes, numbers))
 
     @property
     def notes(self) -> list[str]:
-        """A sentence on each thing about the folder that someone may not expect."""
+        """A sentence on each thing about the folder that a user may not expect."""
         notes = [f"left out {_some(paths)}: {why}" for why, paths in self.left_out.items()]
         if empty := [name for name, count in self.counts.items() if not count]:
             notes.append(f"classes without an image: {_some(empty)}; they keep their labels")
@@ -217,14 +220,14 @@ class Listing:
 
 
 def list_images(folder: Path, labelled: bool) -> Listing:
-    """Find the images below `folder`: one folder a class where `labelled`, classes numbered in the order of their names.
+    """Find the images below `folder`: one folder per class if `labelled`, classes numbered in the order of their names.
 
-    Links are followed. A class's folder counts where it holds no image, too, so that the labels behind it stay. Names with a
-    leading dot and folders that systems add (`SYSTEM_FOLDERS`) are left out.
+    Links are followed. An empty class folder counts, too, so that the labels behind it stay. Names with a leading dot
+    and folders that systems add (`SYSTEM_FOLDERS`) are left out.
 
     Raises:
-        UserError: no images, a folder that cannot be listed, a link to a folder that contains it, or, where `labelled`, images that
-            lie in no class's folder or a class's folder that is a link to nothing.
+        UserError: no images, a folder that cannot be listed, a link to a folder that contains it, or, if `labelled`,
+            images outside all class folders or a class folder that is a broken link.
     """
     files, classes, twice = [], [], []
     left_out: dict[str, list[str]] = {}
@@ -236,11 +239,11 @@ def list_images(folder: Path, labelled: bool) -> Listing:
     seen = {root}
     todo: list[tuple[str, tuple[tuple[int, int], ...]]] = [
         ("", (root,))
-    ]  # folders below, by which others they are reached
+    ]  # folders still to list, with the folders through which they were reached
     while todo:
         below, chain = todo.pop()
         for entry in _entries(os.path.join(folder, below) if below else str(folder)):
-            path = os.path.join(below, entry.name)  # millions of strings are light; of Path objects they would not be
+            path = os.path.join(below, entry.name)  # a string: millions of Path objects would be heavy
             if entry.name.startswith(".") or entry.name.lower() in SYSTEM_FOLDERS:
                 leave(HIDDEN, path)
             elif (kind := _kind(entry)) == "folder":
@@ -256,7 +259,7 @@ def list_images(folder: Path, labelled: bool) -> Listing:
                 if not below:
                     classes.append(entry.name)
             elif kind != "other" and os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
-                files.append(path)  # a link to nothing, too: an image that cannot be read
+                files.append(path)  # a broken link, too: an image that cannot be read
             elif kind == "nothing" and labelled and not below:
                 raise UserError(f"{shown(entry.path)}: a link to nothing; expected the folder of a class")
             else:
@@ -279,17 +282,17 @@ def list_images(folder: Path, labelled: bool) -> Listing:
 
 
 def in_order(paths: Iterable[str]) -> list[str]:
-    """Sorted folder by folder, in which "a/b" comes before "a-b"."""
+    """Sort paths folder by folder, so that "a/b" comes before "a-b"."""
     return sorted(paths, key=lambda path: path.split("/"))
 
 
 def shown(name: str) -> str:
-    """A file's name on one line that any terminal prints: bytes that are not UTF-8 and control characters are escaped."""
+    """Return a file's name on one line for any terminal, with control characters and invalid UTF-8 escaped."""
     return printable(name)
 
 
 def _some(paths: list[str]) -> str:
-    """How many, of which endings, and the first of them."""
+    """Say how many paths there are, with which endings, and the first of them."""
     if len(paths) <= 3:
         return ", ".join(map(shown, paths))
     endings = Counter(os.path.splitext(path)[1].lower() for path in paths).most_common(4)
@@ -306,7 +309,7 @@ def _entries(folder: str) -> Iterator[os.DirEntry]:
 
 
 def _kind(entry: os.DirEntry) -> str:
-    """ "folder", "file", "nothing" for a link to it, or "other", as pipes are, which a reader would wait for."""
+    """Return "folder", "file", "nothing" for a broken link, or "other", such as pipes, on which a reader would hang."""
     try:
         if entry.is_dir():
             return "folder"
@@ -318,6 +321,6 @@ def _kind(entry: os.DirEntry) -> str:
 
 
 def _identity(folder: str | Path) -> tuple[int, int]:
-    """The same for every way to a folder."""
+    """Return what all paths to a folder share."""
     stat = os.stat(folder)
     return stat.st_dev, stat.st_ino

@@ -1,10 +1,10 @@
 """Arrays too long for one file: packed .npy shards, memory-mapped, described by a manifest.
 
-A folder holds `manifest.json` and its shards. The manifest's "arrays" say of each array, by name: `dtype`, `shape` of an item, `count`,
-and `shards`, a list of {file, count, sha256} in order. Each shard is a plain .npy of (count, *shape), which NumPy alone can read.
-Its other keys describe where the data came from.
+A folder holds `manifest.json` and its shards. The manifest's "arrays" describe each array by name: `dtype`, `shape` of
+an item, `count`, and `shards`, a list of {file, count, sha256} in order. Each shard is a plain .npy of (count, *shape),
+readable by NumPy alone. The manifest's other keys say where the data came from.
 
-A file has its name only when it is whole: it is written under a temporary one, flushed to the disk, and renamed.
+A file has its name only once it is complete: it is written under a temporary name, flushed to disk, and renamed.
 """
 
 import contextlib
@@ -31,11 +31,11 @@ class Packed:
     """One array of a folder, read at random.
 
     Args:
-        folder: with a manifest. manifest: as `read_manifest` gives it. name: of the array.
-        without: files of shards that are not touched; their items count, and cannot be taken.
+        folder: with a manifest. manifest: from `read_manifest`. name: of the array.
+        without: shard files to leave untouched; their items count, but cannot be taken.
 
     Raises:
-        UserError: the manifest has no such array, or a shard is missing, truncated or of another shape than the manifest says.
+        UserError: the manifest has no such array, or a shard is missing, truncated or not of the manifest's shape.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], name: str, without: frozenset[str] = frozenset()):
@@ -60,10 +60,10 @@ class Packed:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __reduce__(self) -> tuple:
-        return Packed, self._source  # another process maps the files itself, instead of receiving their content
+        return Packed, self._source  # another process maps the files itself, rather than receiving their content
 
     def take(self, indices: list[int]) -> np.ndarray:
-        """The items at `indices`, copied: (len(indices), *shape)."""
+        """Return copies of the items at `indices`: (len(indices), *shape)."""
         taken = np.empty((len(indices), *self.shape), self.dtype)
         shards = np.searchsorted(self._ends, indices, side="right").tolist()
         for row, (index, shard) in enumerate(zip(indices, shards)):
@@ -71,12 +71,12 @@ class Packed:
         return taken
 
     def all(self) -> np.ndarray:
-        """The whole array in memory, for small ones with no shard left out."""
+        """Return the whole array in memory; for small ones with all shards present."""
         return np.concatenate([np.empty((0, *self.shape), self.dtype), *self._shards])
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a finished folder.
+    """Return the manifest of a finished folder.
 
     Raises:
         UserError: there is none, or it is damaged or of another format.
@@ -98,7 +98,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _check(arrays: dict[str, Any]) -> None:
-    """Raise a KeyError, TypeError or ValueError where a manifest's arrays are not as `describe` gives them, with shards in their folder."""
+    """Raise a KeyError, TypeError or ValueError if a manifest's arrays are not as `describe` returns them, with shards
+    in their folder.
+    """
     for name, entry in arrays.items():
         counts = [shard["count"] for shard in entry["shards"]]
         if np.dtype(entry["dtype"]).hasobject or not all(type(n) is int and n >= 0 for n in [*entry["shape"], *counts]):
@@ -111,21 +113,21 @@ def _check(arrays: dict[str, Any]) -> None:
 
 
 def write_manifest(folder: Path, arrays: dict[str, Any], **about: Any) -> None:
-    """Write manifest.json: `arrays` of `describe`, and JSON values that say where the data came from."""
+    """Write manifest.json: the `arrays`, from `describe`, and JSON values that say where the data came from."""
     write_json(folder / "manifest.json", {"format": FORMAT, **about, "arrays": arrays})
 
 
 def describe(array_shards: list[dict[str, Any]], dtype: np.dtype | str, shape: tuple[int, ...]) -> dict[str, Any]:
-    """The manifest's entry of an array whose shards `write_shard` returned."""
+    """Return the manifest's entry for an array whose shards `write_shard` returned."""
     count = sum(shard["count"] for shard in array_shards)
     return {"dtype": str(np.dtype(dtype)), "shape": list(shape), "count": count, "shards": array_shards}
 
 
 def write_shard(folder: Path, file: str, items: np.ndarray) -> dict[str, Any]:
-    """Write `items` (count, *shape) as a shard; what the manifest says of it.
+    """Write `items` (count, *shape) as a shard; return its entry in the manifest.
 
     Raises:
-        OSError: as the file system does; no file of that name is left.
+        OSError: from the file system; no file of that name is left.
     """
     content = io.BytesIO()
     np.save(content, items, allow_pickle=False)
@@ -145,16 +147,16 @@ def pack(folder: Path, arrays: dict[str, np.ndarray], shard_items: int = 8192, *
 
 
 def faults(folder: Path) -> list[str]:
-    """Read every shard of a finished folder: one line for each that is missing, truncated or has another checksum."""
+    """Read every shard of a finished folder; return a line for each missing, truncated or altered one."""
     entries = read_manifest(folder)["arrays"].values()
     found = [shard_fault(folder, shard) for entry in entries for shard in entry["shards"]]
     return [fault for fault in found if fault]
 
 
 def unchecked_faults(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
-    """As `faults`, by file, but a file that had the right checksum is read again only when its size or time has changed.
+    """Return `faults` by file, but read a file that had the right checksum again only if its size or time changed.
 
-    `verified.json` in the folder remembers them; where it cannot be written, every call reads everything.
+    `verified.json` in the folder records those; where it cannot be written, every call reads everything.
     """
     note = folder / "verified.json"
     try:
@@ -186,7 +188,7 @@ def unchecked_faults(folder: Path, manifest: dict[str, Any]) -> dict[str, str]:
 
 
 def shard_fault(folder: Path, shard: dict[str, Any]) -> str | None:
-    """What is wrong with the file of a shard; None: its checksum is right."""
+    """Return what is wrong with a shard's file, or None if its checksum is right."""
     file = folder / shard["file"]
     if not file.is_file():
         return f"{file}: missing"
@@ -200,7 +202,7 @@ def write_json(file: Path, value: Any) -> None:
 
 
 def write_bytes(file: Path, content: bytes | memoryview) -> None:
-    """The file, whole or not at all. Two processes may write the same content under one name."""
+    """Write the file, whole or not at all. Two processes may write the same content under one name."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as opened:
@@ -214,7 +216,7 @@ def write_bytes(file: Path, content: bytes | memoryview) -> None:
 
 
 def is_full(error: OSError) -> bool:
-    """Whether the disk, or the user's share of it, is full."""
+    """Return whether the disk, or the user's quota, is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 

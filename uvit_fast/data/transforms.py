@@ -1,4 +1,4 @@
-"""The crops of images, and the flip. Pillow's; `dali.py` has the same crops on all cores."""
+"""The crops of images, and the flip, with Pillow; `dali.py` has the same crops on all cores."""
 
 import torch
 from PIL import Image
@@ -15,7 +15,9 @@ def random_flip(x: Tensor, draws: Draws) -> Tensor:
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's centre crop: halve with a box filter while twice too large, bicubic to the short side, crop the centre."""
+    """Take ADM's centre crop: halve with a box filter while twice too large, resize bicubically to the short side,
+    crop.
+    """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -25,7 +27,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def misfit(crop: str, size: tuple[int, int]) -> str | None:
-    """Why an image of (width, height) `size` is none for this crop: a key of CROPS; None: it is one."""
+    """Return why an image of `size` (width, height) does not suit this crop, a key of CROPS, or None if it does."""
     if crop != "celeba" or size == (178, 218):
         return None
     return (
@@ -35,10 +37,10 @@ def misfit(crop: str, size: tuple[int, int]) -> str | None:
 
 
 def celeba_crop(image: Image.Image, size: int) -> Image.Image:
-    """CelebA's 128 x 128 pixels about row 121, column 89, resized to size x size.
+    """Take CelebA's 128 x 128 pixels about row 121, column 89, resized to size x size.
 
     Raises:
-        UserError: not CelebA's 178 x 218 pixels, where alone that is the face.
+        UserError: the image does not have CelebA's 178 x 218 pixels; only there is that the face.
     """
     if reason := misfit("celeba", image.size):
         raise UserError(reason)
@@ -47,7 +49,7 @@ def celeba_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def square_crop(image: Image.Image, size: int) -> Image.Image:
-    """The centre square, resized with Lanczos: the crop of MS-COCO."""
+    """Take the centre square, resized with Lanczos: the crop of MS-COCO."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     square = image.crop((left, top, left + side, top + side))

@@ -1,8 +1,8 @@
-"""How much each block may keep for its backward within a budget, from what blocks were seen to take.
+"""How much each block may keep for its backward within a memory budget, from measured sizes.
 
-Activation memory is what a forward and its backward hold beside weights, gradients, optimizer and EMA. The blocks that
-run last in the forward get to keep the most: the backward begins with them, so that their memory is free again when
-others compute theirs anew.
+Activation memory is what a forward and its backward hold beside weights, gradients, optimizer state and EMA. The blocks
+that run last in the forward keep the most: the backward begins with them, so that their memory is free again when other
+blocks recompute theirs.
 """
 
 import copy
@@ -27,24 +27,24 @@ LADDER = (
     "block",
     "selective",
     "none",
-)  # of what a block keeps; a step up saves the more computation a byte, the earlier it comes
-Plan = list[str]  # a policy for each block, in the order in which they run
+)  # what a block keeps; ordered by computation saved per byte of the step up
+Plan = list[str]  # a policy for each block, in execution order
 
 
 class Cost(NamedTuple):
-    """Bytes of a block: that its forward leaves behind, its output included, and that its backward takes on top."""
+    """Bytes of a block: left behind by its forward, output included, and taken by its backward on top."""
 
     kept: int
     working: int
 
 
 class Network(NamedTuple):
-    """What a network's activations take.
+    """The activation memory of a network.
 
     Attributes:
-        costs: for each block in the order in which they run, policy -> cost.
-        returned: bytes of the gradient that a block hands to the block across its long skip, and whether it does.
-        rest: bytes of whatever is no block's.
+        costs: for each block in execution order, policy -> cost.
+        returned: bytes of the gradient that a block passes to the block across its long skip, and whether it does.
+        rest: bytes of everything outside the blocks.
     """
 
     costs: list[dict[str, Cost]]
@@ -52,7 +52,7 @@ class Network(NamedTuple):
     rest: int = 0
 
     def peak(self, plan: Plan) -> int:
-        """The most bytes at a time: the backward takes the blocks from the last to the first."""
+        """Return the peak in bytes; the backward visits the blocks from the last to the first."""
         live = sum(cost[policy].kept for cost, policy in zip(self.costs, plan))
         most = 0
         for cost, policy, returned in reversed(list(zip(self.costs, plan, self.returned))):
@@ -62,17 +62,18 @@ class Network(NamedTuple):
 
 
 def plan_within(budget: float, network: Network) -> Plan:
-    """The plan that recomputes least within `budget` bytes.
+    """Return the plan that recomputes least within `budget` bytes.
 
     Raises:
-        UserError: blocks that keep their inputs alone take more.
+        UserError: even blocks that keep only their inputs take more.
     """
     blocks = len(network.costs)
     best = [LADDER[0]] * blocks
     if network.peak(best) > budget:
         raise UserError(
-            f"train.activation_memory_gb: expected at least {network.peak(best) / 1e9:.3g}, what blocks take that keep their inputs "
-            f"alone, got {budget / 1e9:.3g}; a smaller train.micro_batch_size takes less"
+            f"train.activation_memory_gb: expected at least {network.peak(best) / 1e9:.3g}, "
+            f"what blocks take that keep their inputs alone, got {budget / 1e9:.3g}; "
+            "a smaller train.micro_batch_size takes less"
         )
     for low, high in zip(LADDER, LADDER[1:]):
         for number in range(1, blocks + 1):
@@ -84,11 +85,11 @@ def plan_within(budget: float, network: Network) -> Plan:
 
 
 def share_out(budget: float, model: nn.Module, config: Config, world: World, say: Callable[[str], None]) -> None:
-    """Set what each block of `model` keeps for the backward, within `budget` bytes on each rank, the same on all of
-    them.
+    """Set what each block of `model` keeps for the backward, within `budget` bytes on each rank and the same on all
+    ranks.
 
     Raises:
-        UserError: the budget is too small for the least.
+        UserError: the budget is too small for any plan.
     """
     micro_batch, _ = batch_plan(config.train, world.size)
     dtype = torch.bfloat16 if computes_in_bf16(config.train, world.device) else torch.float32
@@ -101,7 +102,7 @@ def share_out(budget: float, model: nn.Module, config: Config, world: World, say
     def plan() -> Plan:
         network = inspect(model, net, micro_batch, world.device, dtype)
         if world.device.type == "cuda":
-            torch.cuda.empty_cache()  # of the copy that was looked at
+            torch.cuda.empty_cache()  # of the copy that was measured
         chosen = plan_within(budget, network)
         say(describe(chosen, network, budget))
         return chosen
@@ -111,7 +112,7 @@ def share_out(budget: float, model: nn.Module, config: Config, world: World, say
 
 
 def describe(plan: Plan, network: Network, budget: float) -> str:
-    """One line for the user."""
+    """Return a line for the user about a plan."""
     counts = Counter(plan)
     kinds = {"none": "everything", "selective": "attention's output and fc1's", "block": "their input"}
     parts = [f"{counts[policy]} keep {text}" for policy, text in kinds.items() if counts[policy]]
@@ -120,15 +121,15 @@ def describe(plan: Plan, network: Network, budget: float) -> str:
 
 
 def inspect(model: UViT, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype) -> Network:
-    """Run a copy of the network, and of each kind of block with each policy, forward and backward, and see what they
-    take.
+    """Run a copy of the network, and of each kind of block with each policy, forward and backward, and measure their
+    memory.
 
     Args:
-        model: the network, with `blocks`; stays as it is.
-        batch: images a forward pass.
-        device, dtype: of the training.
+        model: the network, with `blocks`; not changed.
+        batch: images per forward pass.
+        device, dtype: of training.
     """
-    model = copy.deepcopy(model).to(device, dtype).train().requires_grad_()  # what is frozen takes no more
+    model = copy.deepcopy(model).to(device, dtype).train().requires_grad_()  # frozen weights take no more
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(_discard)
     inputs, conditions = example(config, batch, device)
@@ -148,7 +149,7 @@ def inspect(model: UViT, config: ModelConfig, batch: int, device: torch.device, 
 def example(
     config: ModelConfig | UNetConfig, batch: int, device: torch.device | str
 ) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor]]:
-    """Inputs of the network's shapes: (x, t) and its condition."""
+    """Return inputs of the network's shapes: (x, t) and its condition."""
     conditions = {}
     if config.num_classes:
         conditions["y"] = torch.zeros(batch, dtype=torch.long, device=device)
@@ -165,7 +166,7 @@ def _block_costs(block: Block, shape: tuple[int, ...], inputs: int) -> dict[str,
     costs = {}
     for policy in LADDER:
         block.checkpointing = policy
-        for _ in range(3 if weight.device.type == "cuda" else 1):  # the first compiles, the second takes an op's notes
+        for _ in range(3 if weight.device.type == "cuda" else 1):  # the first compiles, the second caches op lookups
             costs[policy] = _run(lambda: block(*tensors), weight.device, gradient)
             for tensor in tensors:
                 tensor.grad = None
@@ -173,7 +174,7 @@ def _block_costs(block: Block, shape: tuple[int, ...], inputs: int) -> dict[str,
 
 
 def _run(forward: Callable[[], Tensor], device: torch.device, gradient: Tensor | None = None) -> Cost:
-    """What a forward keeps and its backward takes."""
+    """Return what a forward keeps and its backward takes."""
     with _Allocator(device) if device.type == "cuda" else LiveBytes() as memory:
         output = forward()
         kept = memory.now()
@@ -182,11 +183,11 @@ def _run(forward: Callable[[], Tensor], device: torch.device, gradient: Tensor |
 
 
 def _discard(parameter: Tensor) -> None:
-    parameter.grad = None  # gradients are no activations
+    parameter.grad = None  # gradients are not activations
 
 
 class _Allocator:
-    """Bytes beyond those at the start, as a GPU's allocator has them."""
+    """Bytes beyond those at the start, by the GPU's allocator."""
 
     def __init__(self, device: torch.device):
         self.device, self.before = device, 0
@@ -207,11 +208,11 @@ class _Allocator:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that ops made and that are still there: for devices whose allocator cannot be asked."""
+    """Bytes of live tensors made by ops: for devices whose allocator cannot be queried."""
 
     def __init__(self):
         super().__init__()
-        self._sizes: dict[int, int] = {}  # storage -> bytes; 0 of those that were there before
+        self._sizes: dict[int, int] = {}  # storage -> bytes; 0 for those that existed before
         self._storages: dict[int, weakref.ref] = {}  # of the others
         self._now = self._most = 0
 
@@ -231,7 +232,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _look_again(self) -> None:
-        """A storage may have given up its bytes and still be there: no op tells."""
+        """Refresh the sizes: a storage may have given up its bytes and still exist, and no op reports it."""
         for key, reference in list(self._storages.items()):
             if (storage := reference()) is not None and storage.nbytes() != self._sizes[key]:
                 self._now += storage.nbytes() - self._sizes[key]

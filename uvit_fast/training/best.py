@@ -1,4 +1,4 @@
-"""The EMA weights with the lowest figure so far."""
+"""The EMA weights with the best figure so far."""
 
 import json
 import math
@@ -11,13 +11,15 @@ from uvit_fast.runtime.files import write_whole
 
 
 class Best:
-    """best/ema.safetensors and best/figures.json of a run. The figure that decides is the first; lower is better."""
+    """best/ema.safetensors and best/figures.json of a run. The first figure decides; lower is better."""
 
     def __init__(self, run_dir: Path):
         self.folder = Path(run_dir) / "best"
 
     def offer(self, weights: dict[str, Tensor], figures: dict[str, float], step: int) -> bool:
-        """Keep these weights if none had a better one and their figure is a number; files are replaced whole, the weights first."""
+        """Keep these weights if no earlier ones had a lower figure and theirs is not NaN; files are replaced whole, the
+        weights first.
+        """
         name = next(iter(figures))
         known = self.folder / "figures.json"
         if not math.isfinite(figures[name]):

@@ -1,8 +1,9 @@
-"""A network's forward and backward as CUDA graphs: the host launches a few graphs a step instead of thousands of kernels.
+"""A network's forward and backward as CUDA graphs: the host launches a few graphs per step instead of thousands of
+kernels.
 
-The gradients arrive at the parameters through autograd as ever, so what hooks them (DeepSpeed's reduction, accumulation) notices
-nothing. The backward may be cut into parts, a graph each: the gradients of the last blocks are then being reduced while the
-earlier blocks' are computed.
+Gradients reach the parameters through autograd as usual, so hooks on them (DeepSpeed's reduction, accumulation) need no
+change. The backward may be cut into parts, a graph each: the gradients of the last blocks are then reduced while those
+of earlier blocks are computed.
 """
 
 import contextlib
@@ -21,13 +22,13 @@ from uvit_fast.runtime.hooks import changed
 
 
 class Captured:
-    """network.forward, captured at its first call that needs gradients and replayed from then on, bit for bit the same; with several
-    parts, but for the order in which a tensor's gradients from different parts are added.
+    """network.forward, captured at its first call that needs gradients and replayed from then on, bit for bit the same;
+    with several parts, up to the order in which a tensor's gradients from different parts are added.
 
     Inputs and frozen weights get no gradients, and parts of the backward that lead to nothing else are left out.
-    Another shape of input, or weights that moved, are captured anew; what cannot be captured runs uncaptured, after one
-    warning that says why, and so does a network with hooks inside or modules of others. Memory: what the uncaptured
-    step holds at its peak, all the time.
+    Another input shape, or weights that moved, are captured anew; what cannot be captured runs uncaptured, after one
+    warning that says why, and so does a network with hooks or foreign modules inside. Memory: the peak of the
+    uncaptured step, held all the time.
     """
 
     def __init__(
@@ -40,12 +41,12 @@ class Captured:
     ):
         """
         Args:
-            network: its class names `block_class` where parts > 1, and its blocks hand on tensors as positional arguments.
-            parts: graphs that the backward consists of.
-            keep_gradients: where a parameter's `grad` may outlive the next backward, as when it accumulates.
+            network: its class defines `block_class` if parts > 1, and its blocks pass tensors as positional arguments.
+            parts: number of graphs of the backward.
+            keep_gradients: whether a parameter's `grad` may outlive the next backward, as in accumulation.
             graphs: what records and replays; default: CUDA graphs.
-            agree: whether a recording succeeded here -> whether it did on all ranks. Either all of them replay or none: gradients
-                arrive in another order than uncaptured, and ranks reduce them as they come.
+            agree: agree(recorded here) -> recorded on all ranks. Either all ranks replay or none: gradients arrive in a
+                different order than uncaptured, and ranks reduce them as they arrive.
         """
         self.network, self.forward, self.keep_gradients = network, network.forward, keep_gradients
         self.agree = agree
@@ -67,13 +68,14 @@ class Captured:
         module = changed(self.network, inside=True)
         if module and self.recorded is not None:
             raise RuntimeError(
-                f"captured network: {module}, and a replay does not run it; expected changes before the first step, or train.cuda_graphs=false"
+                f"captured network: {module}, and a replay does not run it; expected changes before the first step, "
+                "or train.cuda_graphs=false"
             )
         if self.recorded is None or self.recorded.key != key:
-            self.forget()  # its memory first
+            self.forget()  # to free its memory first
             why = module or self._try_to_record(key, inputs, conditions)
             if not self.agree(why is None):
-                self.forget()  # and all that the attempt held is free
+                self.forget()  # frees all that the attempt held
                 self.refused, why = True, why or "it cannot be captured on another rank"
                 warnings.warn(f"training runs uncaptured: {why}", RuntimeWarning, stacklevel=2)
                 return self.forward(*inputs, **conditions)
@@ -84,16 +86,16 @@ class Captured:
         recorded.replay()
         self.calls += 1
         output = recorded.output.clone()
-        for part in recorded.parts:  # the last one's backward is the first
+        for part in recorded.parts:  # the last one's backward runs first
             output = _Part.apply(self, part, output, *part.parameters)
         return output
 
     def forget(self) -> None:
-        """Drop the recording: the next call makes a new one, of what the network computes by then."""
+        """Drop the recording: the next call records what the network computes by then."""
         self.recorded = None
 
     def _try_to_record(self, key: tuple, inputs: tuple[Tensor, ...], conditions: dict[str, Tensor]) -> str | None:
-        """Why it failed, or None."""
+        """Record; return why it failed, or None."""
         try:
             with _standing_in(self.network, self.parameters) as leaves:
                 self.recorded = self._record(key, inputs, conditions, leaves)
@@ -106,7 +108,7 @@ class Captured:
     ) -> "_Recorded":
         inputs = tuple(v.clone() for v in inputs)
         conditions = {name: v.clone() for name, v in conditions.items()}
-        own: list[list[int]] = []  # for each part, the numbers of the parameters that it gives gradients
+        own: list[list[int]] = []  # for each part, the indices of the parameters whose gradients it computes
         cuts = _Cuts(self.blocks, self.parts)
 
         def forward() -> Tensor:
@@ -127,7 +129,7 @@ class Captured:
         grad_output = torch.zeros_like(output)
         backward = cuts.backward(output, grad_output)
         parts: list[_Backward] = []
-        first = next(k for k, indices in enumerate(own) if indices)  # nothing before it learns
+        first = next(k for k, indices in enumerate(own) if indices)  # nothing before it is trainable
         for indices in reversed(own[first:]):
             again, gradients, _ = self.graphs.capture(partial(backward, [leaves[i] for i in indices]), pool)
             parameters = [self.parameters[i] for i in indices]
@@ -137,10 +139,10 @@ class Captured:
 
 @contextlib.contextmanager
 def _standing_in(network: nn.Module, parameters: list[nn.Parameter]) -> Iterator[list[Tensor]]:
-    """For a while, leaves on the parameters' memory in their place, in this order.
+    """Replace the parameters by leaves that share their memory, and yield those in order.
 
-    Who hooks a parameter's gradient keeps its accumulator alive, which belongs to the stream that it was made on: autograd would
-    have that stream wait for the one that captures.
+    A hook on a parameter's gradient keeps its accumulator alive, which belongs to the stream on which it was made:
+    autograd would make that stream wait for the capturing one.
     """
     leaves = {id(p): nn.Parameter(p.detach()) for p in parameters}
     places = [
@@ -156,12 +158,12 @@ def _standing_in(network: nn.Module, parameters: list[nn.Parameter]) -> Iterator
 
 
 class _Backward(NamedTuple):
-    """A part of the backward."""
+    """One part of the backward."""
 
-    parameters: Sequence[Tensor]  # that get their gradients here
+    parameters: Sequence[Tensor]  # whose gradients it computes
     replay: Callable[[], None]
     gradients: list[Tensor]  # filled by the replay
-    grad_output: Tensor | None  # the last part's, where the output's gradient goes
+    grad_output: Tensor | None  # the last part's, which receives the output's gradient
 
 
 class _Recorded(NamedTuple):
@@ -175,7 +177,7 @@ class _Recorded(NamedTuple):
 
 
 class _Part(torch.autograd.Function):
-    """Hands on the output; its backward is one part's. A chain of them runs from the last part to the first."""
+    """Pass on the output; the backward is one part's. A chain of them runs from the last part to the first."""
 
     @staticmethod
     def forward(ctx, captured: Captured, part: _Backward, output: Tensor, *parameters: Tensor) -> Tensor:
@@ -187,7 +189,8 @@ class _Part(torch.autograd.Function):
         captured, part = ctx.captured, ctx.part
         if ctx.call != captured.calls:
             raise RuntimeError(
-                "captured network: expected one backward of a forward, before the next forward: either overwrites its activations"
+                "captured network: expected one backward of a forward, before the next forward: "
+                "either overwrites its activations"
             )
         ctx.call = None
         if part.grad_output is not None:
@@ -198,18 +201,20 @@ class _Part(torch.autograd.Function):
 
 
 class _Cuts:
-    """While open, blocks of different parts see each other's tensors as leaves: so that each part has a backward of its own.
+    """While open, blocks of different parts see each other's tensors as leaves, so that each part has its own backward.
 
-    Two parts, of a network whose block 3 (in part 1) reads block 2's x and, by the long skip, block 0's (both in part 0): block 3
-    is given leaves in their place. Part 1's backward ends there; the leaves' gradients are what part 0's backward starts from, at x
-    and at the skip. A tensor with readers in several parts waits for all of their gradients, as later parts go first.
+    Take a network with two parts whose block 3 (in part 1) reads block 2's x and, over the long skip, block 0's (both
+    in part 0): block 3 is given leaves in their place. Part 1's backward ends there; the leaves' gradients are where
+    part 0's backward starts, at x and at the skip. A tensor with readers in several parts waits for all of their
+    gradients, since later parts run first.
     """
 
     def __init__(self, blocks: list[nn.Module], parts: int):
-        # the first part is half of another: nothing runs after its backward that its gradients' reduction could hide behind
+        # The first part is half the size: nothing runs after its backward that could hide the reduction of its
+        # gradients.
         self.part_of = {block: (i * (2 * parts - 1) // len(blocks) + 1) // 2 for i, block in enumerate(blocks)}
         self.parts = parts
-        self.leaves: list[dict[int, tuple[Tensor, Tensor]]] = []  # of each part, id -> (tensor, leaf)
+        self.leaves: list[dict[int, tuple[Tensor, Tensor]]] = []  # for each part, id -> (tensor, leaf)
         self.hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> None:
@@ -237,7 +242,9 @@ class _Cuts:
         return leaves[id(tensor)][1]
 
     def backward(self, output: Tensor, grad_output: Tensor) -> Callable[[list[Tensor]], list[Tensor | None]]:
-        """A function to call once for each part, the last one first: its gradients of the parameters that it is given."""
+        """Return a function to be called once per part, the last part first: it returns the gradients of the parameters
+        that it is given.
+        """
         # id -> (the part that made it, tensor, its gradient so far): where backwards start
         starts = {id(output): (self.parts - 1, output, grad_output)}
         leaves = self.leaves
@@ -247,7 +254,7 @@ class _Cuts:
             ours = [starts.pop(key) for key, (made_in, _, _) in list(starts.items()) if made_in == part]
             cut = {
                 key: pair for key, pair in cut.items() if pair[1].requires_grad
-            }  # the others reach nothing that learns
+            }  # the others lead to nothing trainable
             inputs = parameters + [leaf for _, leaf in cut.values()]
             if not ours or not inputs:
                 return [None] * len(parameters)
@@ -262,5 +269,5 @@ class _Cuts:
 
 
 def _made_in(tensor: Tensor) -> int:
-    """The part whose block made it; the first one for what comes before the blocks."""
+    """Return the part whose block made the tensor; the first part for tensors from before the blocks."""
     return getattr(tensor, "made_in", 0)

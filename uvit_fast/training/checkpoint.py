@@ -1,9 +1,9 @@
-"""Checkpoints that a crash, a full disk or a truncated file cannot take with them.
+"""Checkpoints that survive a crash, a full disk or a truncated file.
 
-`checkpoints/step_00001000/` holds one safetensors file a part, each with whole fp32 tensors under the model's names, so that it is
-independent of ranks and ZeRO stage: `model` (master weights), `exp_avg`, `exp_avg_sq`, `ema`. `manifest.json` lists sizes and
-SHA-256 of the files and is written last, into a folder with a temporary name that is then renamed: a folder with the final name is
-complete. Reading verifies all the same, since disks and copies fail too.
+`checkpoints/step_00001000/` holds one safetensors file per part, each with whole fp32 tensors under the model's names,
+independent of ranks and ZeRO stage: `model` (master weights), `exp_avg`, `exp_avg_sq`, `ema`. `manifest.json` lists the
+files' sizes and SHA-256; it is written last, into a folder with a temporary name that is then renamed, so a folder with
+the final name is complete. Reading still verifies everything, since disks and copies fail too.
 """
 
 import hashlib
@@ -26,27 +26,30 @@ from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.text import shown
 
 Tensors = dict[str, Tensor]
-LEARNING = {  # section -> what a run may be continued with otherwise, and learns from
-    "train": {"batch_size", "lr", "warmup_steps", "betas", "weight_decay", "ema_decay", "p_uncond", "grad_clip", "precision", "seed"},
+LEARNING = {  # section -> keys that may differ in a continued run, and affect what it learns
+    "train": {
+        "batch_size", "lr", "warmup_steps", "betas", "weight_decay", "ema_decay", "p_uncond", "grad_clip", "precision",
+        "seed",
+    },
     "data": {"name", "path", "crop", "flip"},
     "diffusion": {"time", "time_mean", "time_std", "time_shift", "weighting", "min_snr_gamma"},
     "evaluate": {"held_out"},
 }  # fmt: skip
-BEFORE = {"diffusion": {"prediction": "eps"}}  # what checkpoints had that do not say
-MEANING = ("model", "diffusion", "latent")  # sections that say what the weights mean, but for
+BEFORE = {"diffusion": {"prediction": "eps"}}  # values of checkpoints that do not state them
+MEANING = ("model", "diffusion", "latent")  # sections that decide what the weights mean, except for
 HOW_NOT_WHAT = {
     "attention",
     "kernels",
     "activation_checkpointing",
     "autoencoder",
     "text_encoder",
-}  # other ways to the same
+}  # other ways to compute the same
 
 
 class Writer:
-    """Writes checkpoints in a thread, beside the training, one at a time.
+    """Write checkpoints in a thread, beside training, one at a time.
 
-    A checkpoint that cannot be written (a full disk) is reported by `finish` or the next `submit`, and the training goes on.
+    A checkpoint that cannot be written (a full disk) is reported by `finish` or the next `submit`; training goes on.
     """
 
     def __init__(self, folder: Path, keep: int, say: Callable[[str], None], keep_every: int = 0):
@@ -55,13 +58,13 @@ class Writer:
         self._error: tuple[int, Exception] | None = None
 
     def submit(self, step: int, parts: dict[str, Tensors], state: dict[str, Any]) -> None:
-        """Start to write; waits for the one before. `parts` must not change any more."""
+        """Start writing, after the checkpoint before it. `parts` must no longer change."""
         self.finish()
         self._thread = threading.Thread(target=self._write, args=(step, parts, state), name="checkpoint writer")
         self._thread.start()
 
     def finish(self) -> bool:
-        """Wait for the checkpoint under way; whether it was written."""
+        """Wait for the checkpoint in progress; return whether it was written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -80,20 +83,20 @@ class Writer:
 def write(
     folder: Path, step: int, parts: dict[str, Tensors], state: dict[str, Any], keep: int, keep_every: int = 0
 ) -> None:
-    """Write the checkpoint of `step` below `folder` and remove the older ones.
+    """Write the checkpoint of `step` below `folder`, then remove older ones.
 
     Args:
         parts: the tensors of each file, by its name without suffix.
-        state: what else belongs to the checkpoint, as JSON values.
-        keep, keep_every: the newest `keep` stay, and those of multiples of `keep_every` steps, unless that is 0.
+        state: whatever else belongs to the checkpoint, as JSON values.
+        keep, keep_every: keep the newest `keep`, and those at multiples of `keep_every` steps (0: none).
 
     Raises:
-        OSError, SafetensorError: it could not be written; the older checkpoints are all still there.
+        OSError, SafetensorError: it could not be written; all older checkpoints are still there.
     """
     final = folder / f"step_{step:08d}"
     partial = folder / f".step_{step:08d}.partial"
     try:
-        for left_over in folder.glob(".step_*.partial"):  # of a writer that was killed
+        for left_over in folder.glob(".step_*.partial"):  # of a killed writer
             _remove(left_over)
         partial.mkdir(parents=True)
         for name, tensors in parts.items():
@@ -104,7 +107,7 @@ def write(
         (partial / "manifest.json").write_text(json.dumps({"step": step, **state, "files": files}, indent=1))
         for path in partial.iterdir():
             _sync(path)
-        _remove(final)  # of a run that was here before and fell back behind it
+        _remove(final)  # of an earlier run that went back behind it
         partial.rename(final)
         _sync(folder)
     finally:
@@ -115,7 +118,7 @@ def write(
 
 
 def step_of(path: Path) -> int | None:
-    """The step of a checkpoint's folder by its name; None where training gives no such names."""
+    """Return the step in the name of a checkpoint's folder; None if training does not write such names."""
     step = int(path.name[5:]) if re.fullmatch(r"step_[0-9]{8,18}", path.name) else None
     return step if step is not None and path.name == f"step_{step:08d}" else None
 
@@ -125,16 +128,16 @@ def _step(path: Path) -> int:
 
 
 def steps(folder: Path) -> list[Path]:
-    """The checkpoints below `folder`, oldest first; what somebody called step_00001000.old or step_best is his."""
+    """Return the checkpoints below `folder`, oldest first. Folders that users renamed are ignored."""
     return sorted((path for path in folder.glob("step_*") if step_of(path) is not None), key=_step)
 
 
 def newest_intact(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint whose files are all as its manifest says, with the manifest; None where there is no checkpoint. The one that
-    training continues from is the one that is sampled, measured and converted.
+    """Return the newest checkpoint whose files match its manifest, and the manifest; None if there is no checkpoint.
+    Training, sampling, evaluation and conversion all choose by it.
 
     Args:
-        say: gets one line for each damaged checkpoint that is passed over.
+        say: gets one line for each damaged checkpoint that is skipped.
 
     Raises:
         UserError: there are checkpoints, but none is intact.
@@ -154,8 +157,8 @@ def newest_intact(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[
 
 
 def set_aside_newer(path: Path) -> None:
-    """Rename the checkpoints after `path`, which a run that continues from it found damaged, to `damaged_step_...`: or they would
-    still be the newest to whoever samples, and stay while intact ones make room.
+    """Rename the checkpoints after `path`, which a continued run found damaged, to `damaged_step_...`: otherwise they
+    would still be the newest for sampling, and would stay while intact ones are removed.
     """
     for newer in steps(path.parent):
         if _step(newer) > _step(path):
@@ -165,15 +168,16 @@ def set_aside_newer(path: Path) -> None:
 
 
 def read(path: Path, name: str) -> Tensors:
-    """A part of a checkpoint, on the CPU."""
+    """Return one part of a checkpoint, on the CPU."""
     return load_file(path / f"{name}.safetensors")
 
 
 def check_model(path: Path, shapes: dict[str, tuple[int, ...]], config: dict, manifest: dict[str, Any]) -> None:
-    """Refuse a checkpoint of another network, or of another diffusion.
+    """Refuse a checkpoint of another network or another diffusion.
 
     Raises:
-        UserError: names or shapes of parameters differ, or config keys that decide what the weights mean; the message names them.
+        UserError: names or shapes of parameters differ, or config keys that decide what the weights mean; the message
+            names them.
     """
     keys = other_meaning(config, manifest["config"])
     theirs = _shapes(path / "model.safetensors")
@@ -192,14 +196,14 @@ def check_model(path: Path, shapes: dict[str, tuple[int, ...]], config: dict, ma
 
 
 def check_whole(path: Path, manifest: dict[str, Any], learning: Collection[str], trainable: Collection[str]) -> None:
-    """Refuse a checkpoint that holds less than training goes on from, as one that others put together.
+    """Refuse a checkpoint without everything that training needs to continue, such as one assembled by other programs.
 
     Args:
-        learning: the parameters that learn, by name; trainable: what the user called them.
+        learning: names of the trainable parameters; trainable: the patterns that the user gave.
 
     Raises:
-        UserError: a part that is not there or not of the model's tensors, or a count that is none; other parameters
-            have learned.
+        UserError: a part is missing or does not have the model's tensors, a count is invalid, or other parameters were
+            trained.
     """
     before = tuple(manifest["config"].get("train", {}).get("trainable", ["all"]))
     whole = _shapes(path / "model.safetensors")
@@ -209,8 +213,8 @@ def check_whole(path: Path, manifest: dict[str, Any], learning: Collection[str],
         found = _shapes(path / name) if name in manifest["files"] else {}
         if found and found != shapes and before != tuple(trainable):
             raise UserError(
-                f"{path}: train.trainable {shown(list(before))} there, {shown(list(trainable))} now; expected the same, "
-                f"or another --run-dir with train.init={path.parent.parent}"
+                f"{path}: train.trainable {shown(list(before))} there, {shown(list(trainable))} now; "
+                f"expected the same, or another --run-dir with train.init={path.parent.parent}"
             )
         if found != shapes:
             raise UserError(f"{path}: expected {name} with the tensors of model.safetensors, to go on training from")
@@ -220,42 +224,45 @@ def check_whole(path: Path, manifest: dict[str, Any], learning: Collection[str],
 
 
 def check_data(path: Path, now: Provenance) -> Provenance:
-    """What a run that continues from a checkpoint learned from: the checkpoint's, and of the data's what it does not know.
+    """Return the provenance of a run continued from a checkpoint: the checkpoint's, completed from the data's.
 
     Raises:
-        UserError: the data's labels or latents mean something else than they did; the message names the difference.
+        UserError: the data's labels or latents have another meaning; the message names the difference.
     """
     before = provenance.read(path / "model.safetensors")
     if difference := before.difference(now):
         raise UserError(
-            f"{path}: the run cannot continue on other data: {difference}; expected the classes and encoders that it began with, "
+            f"{path}: the run cannot continue on other data: {difference}; "
+            "expected the classes and encoders that it began with, "
             "--run-dir to name another folder, or --fresh to start it anew"
         )
     return before.joined(now)
 
 
 def other_settings(config: dict, manifest: dict[str, Any]) -> str:
-    """What a run continues with otherwise than its checkpoint was trained, for a log; empty where all is the same."""
+    """Return, for the log, which settings differ from those of the checkpoint; "" if none do."""
     return ", ".join(_differing(config, manifest["config"], lambda section, key: key in LEARNING.get(section, ())))
 
 
 def held_out_but_seen(config: dict, manifest: dict[str, Any]) -> int:
-    """Return how many of the images that are held out the run has trained on before: of two numbers the less are among
-    the more.
+    """Return how many held-out images the run was trained on before: of two numbers of held-out images, the smaller set
+    is part of the larger.
     """
     now, then = ((each.get("evaluate") or {}).get("held_out") for each in (config, manifest["config"]))
     return max(now - (then if isinstance(then, int) else 0), 0) if isinstance(now, int) else 0
 
 
 def other_meaning(config: dict, before: dict, apart: Collection[str] = ()) -> list[str]:
-    """The keys that say what weights mean, without those `apart`, whose values are others than in the config `before`."""
+    """Return the keys that decide what weights mean, except those in `apart`, whose values differ from the config
+    `before`.
+    """
     how = HOW_NOT_WHAT.union(apart)
     known = {section: config[section] for section in MEANING if before.get(section)}
     return _differing(known, before, lambda section, key: key not in how and key not in LEARNING.get(section, ()))
 
 
 def _differing(config: dict, before: dict, asked: Callable[[str, str], bool]) -> list[str]:
-    """The keys, of those asked for by section and name and known to both, whose values were others in `before`."""
+    """Return the keys, of those selected by section and name and known to both, whose values differ in `before`."""
     return [
         f"{name}.{key} {then} there, {section[key]} now"
         for name, section in config.items()
@@ -266,7 +273,7 @@ def _differing(config: dict, before: dict, asked: Callable[[str, str], bool]) ->
 
 
 def faults(path: Path) -> Iterator[tuple[str, str]]:
-    """(file, what is wrong with it) for each file of a checkpoint's folder that is not as its manifest says, the manifest among them."""
+    """Yield (file, fault) for each file of a checkpoint that does not match its manifest, the manifest included."""
     manifest = _manifest(path)
     if isinstance(manifest, str):
         yield "manifest.json", manifest
@@ -282,12 +289,12 @@ def faults(path: Path) -> Iterator[tuple[str, str]]:
         else:
             try:
                 _shapes(file)
-            except SafetensorError as error:  # as whoever wrote the manifest too may have meant it
+            except SafetensorError as error:  # even where the manifest agrees
                 yield name, f"no safetensors file ({error})"
 
 
 def _manifest(path: Path) -> dict[str, Any] | str:
-    """The manifest, "files" as name -> (bytes, SHA-256); or what is wrong with it."""
+    """Return the manifest, with "files" as name -> (bytes, SHA-256), or what is wrong with it."""
     if not (path / "manifest.json").is_file():
         return "missing"
     try:
@@ -305,13 +312,13 @@ def _manifest(path: Path) -> dict[str, Any] | str:
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """The tensors of a file by its header, which must account for all of it."""
+    """Return the shapes of a file's tensors by its header, which must account for the whole file."""
     with safe_open(file, framework="pt") as opened:
         return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118, no mapping
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal digits."""
+    """Return the digest of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

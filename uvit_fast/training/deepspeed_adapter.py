@@ -1,9 +1,9 @@
-"""DeepSpeed: every touch of it is here, what it is told, what is read of it, and what of it is replaced.
+"""DeepSpeed: everything that touches it is here: its settings, what is read from it, and what is replaced in it.
 
 Under ZeRO 1 and 2, with the optimizer on the device, three things are replaced (`DeepSpeed.replace_step`): its
-optimizer's step, by one that updates in a single pass; with one rank the reduction of gradients, since there is nobody
-to reduce with; with several, that the host waits for the reductions. A version in which one of them, or what they read,
-is not to be found runs DeepSpeed's own step: the same numbers, after one warning. What else is used has no other way: a
+optimizer's step, by one that updates in a single pass; with one rank, the reduction of gradients, which is then
+pointless; with several, the host's wait for the reductions. A version that lacks one of them, or what they read, runs
+DeepSpeed's own step: the same numbers, after one warning. For everything else used here there is no alternative: a
 version without it is refused.
 """
 
@@ -23,8 +23,8 @@ from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.processes import World
 from uvit_fast.training.optimizer import GuardedAdamW
 
-TESTED = ("0.19.0", "0.19.8")  # the oldest and the newest version that the tests ran with; setup.py asks for these
-KEEP_WHOLE = 100_000  # ZeRO-3 leaves parameters of fewer values whole on every rank: biases, norms
+TESTED = ("0.19.0", "0.19.8")  # the oldest and newest version that the tests ran with; setup.py requires this range
+KEEP_WHOLE = 100_000  # ZeRO-3 keeps smaller parameters whole on every rank: biases, norms
 
 PARTITIONS = {
     1: "single_partition_of_fp32_groups",
@@ -32,7 +32,7 @@ PARTITIONS = {
     3: "fp32_partitioned_groups_flat",
 }
 EVER = ("param_groups", "overflow")
-NEEDED = {  # stage -> what of its optimizer there is no other way for
+NEEDED = {  # stage -> attributes of its optimizer for which there is no alternative
     1: (*EVER, "update_lp_params"),
     2: (*EVER, "update_lp_params"),
     3: (
@@ -41,7 +41,7 @@ NEEDED = {  # stage -> what of its optimizer there is no other way for
     ),
 }  # fmt: skip
 REPLACED = ("step", "buffered_reduce_fallback")
-READ = (  # by what replaces the step
+READ = (  # by the replaced step
     "micro_step_id", "averaged_gradients", "all_grad_tensors", "params_in_partition", "params_not_in_partition",
     "free_grad_in_param_list", "flatten", "flatten_dense_tensors_aligned", "partition_size", "bit16_groups_flat",
     "parallel_partitioned_bit16_groups", "real_dp_process_group", "nccl_start_alignment_factor",
@@ -53,22 +53,22 @@ class DeepSpeed:
     """DeepSpeed's engine and its ZeRO optimizer around one model.
 
     Args:
-        model: fp32, on the device. Its class may name `fused_classes`, modules that ZeRO-3 gathers as a whole.
-        optimizer: of all its parameters that learn, in one group; refuses gradients that are not finite by itself.
+        model: fp32, on the device. Its class may define `fused_classes`, modules that ZeRO-3 gathers as a whole.
+        optimizer: of all trainable parameters, in one group; refuses non-finite gradients by itself.
         train: train.zero_stage, offload_optimizer and batch_size.
         world: this process among the ranks.
-        micro_batch, accumulation: images a forward pass on one rank, forward passes a step.
-        bf16: whether weights, activations and gradients are bf16, beside fp32 masters; else all is fp32.
+        micro_batch, accumulation: images per forward pass on one rank, forward passes per step.
+        bf16: whether weights, activations and gradients are bf16, beside fp32 masters; otherwise all are fp32.
 
     Attributes:
         module: the model.
         parameters: its (name, parameter) pairs.
         shapes: name -> shape of the whole parameter, under ZeRO-3 too.
-        partition: (n,) fp32, the masters that this rank owns.
+        partition: (n,) fp32, the master weights that this rank owns.
         fused: whether DeepSpeed's step is replaced.
 
     Raises:
-        UserError: a version of DeepSpeed without something that there is no other way for.
+        UserError: this version of DeepSpeed lacks something for which there is no alternative.
     """
 
     def __init__(
@@ -107,14 +107,14 @@ class DeepSpeed:
     def _settings(
         self, train: TrainConfig, micro_batch: int, accumulation: int, bf16: bool, parameters: int
     ) -> dict[str, Any]:
-        """DeepSpeed's configuration. What it would wait for the host for, and can be told not to, is off."""
+        """Return DeepSpeed's configuration. Every wait of the host that can be turned off is off."""
         zero: dict[str, Any] = {
             "stage": self.stage,
             "overlap_comm": self.overlaps,
             "contiguous_gradients": self.world.size > 1,
-            # no bucket is larger than the model: it would only be memory
+            # no bucket is larger than the model: that would only cost memory
             "reduce_bucket_size": min(parameters, 50_000_000),  # twice that much memory: one is sent, one filled
-            "allgather_bucket_size": min(parameters + parameters % 2, 500_000_000),  # DeepSpeed wants it even
+            "allgather_bucket_size": min(parameters + parameters % 2, 500_000_000),  # DeepSpeed requires an even size
             "sub_group_size": 10**12,  # one flat partition
             "stage3_param_persistence_threshold": KEEP_WHOLE,
         }
@@ -124,12 +124,12 @@ class DeepSpeed:
             "gradient_accumulation_steps": accumulation,
             "zero_allow_untested_optimizer": True,  # GuardedAdamW is AdamW
             "gradient_clipping": 0.0,  # GuardedAdamW clips
-            "timers": {"throughput": {"enabled": False}},  # it synchronises every step
+            "timers": {"throughput": {"enabled": False}},  # it synchronises at every step
             "zero_optimization": zero,
         }
         if self.offloaded:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.world.device.type == "cuda"}
-            settings["zero_force_ds_cpu_optimizer"] = False  # GuardedAdamW is fused on a CPU too, and needs no compiler
+            settings["zero_force_ds_cpu_optimizer"] = False  # GuardedAdamW is fused on CPUs too, without a compiler
         if bf16:
             settings["bf16"] = {
                 "enabled": True,
@@ -140,10 +140,10 @@ class DeepSpeed:
         return settings
 
     def replace_step(self, update: Callable[[Tensor, Tensor], None]) -> None:
-        """Have steps of ZeRO 1 and 2 done by `update(gradient, computed)`: (n,) both and in the network's dtype, this
-        rank's share of the averaged gradient, and that of the weights that the network computes with, which `update`
-        writes. Where DeepSpeed looks at the gradient's norm itself, under ZeRO-3 and with an offloaded optimizer, it
-        keeps its own step, which calls `optimizer.step`.
+        """Let `update(gradient, computed)` do the steps of ZeRO 1 and 2. Both are (n,) in the network's dtype: this
+        rank's share of the averaged gradient, and of the weights that the network computes with, which `update` writes.
+        Where DeepSpeed reads the gradient's norm itself, under ZeRO-3 and with an offloaded optimizer, it keeps its own
+        step, which calls `optimizer.step`.
         """
         if self.stage == 3 or self.offloaded:
             return
@@ -159,11 +159,11 @@ class DeepSpeed:
         assert self._zero.loss_scale == 1, "the step in one pass unscales nothing"
         self.fused = True
         self._zero.step = lambda: self._step_in_one_pass(update)
-        if self.world.size == 1:  # nobody to reduce with: it would copy every gradient to a bucket and back
+        if self.world.size == 1:  # no other rank: it would copy every gradient to a bucket and back
             self._zero.buffered_reduce_fallback = lambda *_, **__: None
 
     def _missing_for_a_step(self) -> list[str]:
-        """What `replace_step` replaces or reads, and this version of DeepSpeed does not have."""
+        """Return what `replace_step` replaces or reads and this version of DeepSpeed lacks."""
         from deepspeed.runtime import utils
         from deepspeed.runtime.zero import stage_1_and_2
 
@@ -174,7 +174,7 @@ class DeepSpeed:
 
     @torch.no_grad()
     def _step_in_one_pass(self, update: Callable[[Tensor, Tensor], None]) -> None:
-        """DeepSpeed's step under ZeRO 1 and 2, without its passes over gradient and weights."""
+        """Take DeepSpeed's step under ZeRO 1 and 2 without its extra passes over gradient and weights."""
         from deepspeed.runtime.utils import all_gather_dp_groups
         from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 
@@ -200,33 +200,33 @@ class DeepSpeed:
             start_alignment_factor=zero.nccl_start_alignment_factor,
             allgather_bucket_size=zero.allgather_bucket_size,
         )
-        if reduced:  # no further ahead: until then the reductions' buffers cannot be used again
+        if reduced:  # the host runs no further ahead: until then the reductions' buffers cannot be reused
             reduced.synchronize()
 
     def __call__(self, *inputs: Tensor, **conditions: Tensor) -> Tensor:
         return self._engine(*inputs, **conditions)
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of a micro-batch, and, in the last one of a step, their reduction."""
+        """Compute the gradients of a micro-batch and, in the last one of a step, reduce them."""
         queue_on = self.overlaps and self.fused and self.ends_step
         with self._device_waits() if queue_on else contextlib.nullcontext():
             self._engine.backward(loss)
 
     @contextlib.contextmanager
     def _device_waits(self) -> Iterator[None]:
-        """Where DeepSpeed has the host wait for the reductions at the end of a backward, its device waits instead, with
-        the optimizer's step already in its queue.
+        """At the end of a backward, make the device wait for the reductions where DeepSpeed makes the host wait, so
+        that the optimizer's step is already queued.
         """
         device = accelerator()
         device.synchronize = lambda *_: torch.cuda.current_stream().wait_stream(self._zero.reduction_stream)
         try:
             yield
         finally:
-            del device.synchronize  # the class has its own
+            del device.synchronize  # uncovers the class's own
 
     @property
     def ends_step(self) -> bool:
-        """Whether the micro-batch under way is the last one of a step."""
+        """Return whether the current micro-batch is the last one of a step."""
         return self._engine.is_gradient_accumulation_boundary()
 
     def step(self, lr: float) -> None:
@@ -237,17 +237,17 @@ class DeepSpeed:
 
     @property
     def skipped(self) -> bool:
-        """Whether DeepSpeed's own step found a gradient that is not finite, and did not call the optimizer."""
+        """Return whether DeepSpeed's own step found a non-finite gradient and did not call the optimizer."""
         return self._zero.overflow
 
     def get_whole(self, parameter: nn.Parameter) -> Tensor:
-        """The fp32 master of a parameter, whole, on every rank. All ranks must call it."""
+        """Return a parameter's whole fp32 master on every rank. All ranks must call it."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         return safe_get_full_fp32_param(parameter)
 
     def set_whole(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Write a whole fp32 master, the same on all ranks, of which each keeps its share."""
+        """Write a whole fp32 master, the same on all ranks; each keeps its share."""
         from deepspeed.utils import safe_get_local_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
 
         if self.stage < 3:
@@ -258,7 +258,7 @@ class DeepSpeed:
         safe_set_local_fp32_param(parameter, padded.narrow(0, share * self.world.rank, share))
 
     def set_frozen(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Write a whole parameter that does not learn and so has no master. All ranks must call it, with one value."""
+        """Write a whole frozen parameter, which has no master. All ranks must call it, with the same value."""
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
@@ -266,29 +266,29 @@ class DeepSpeed:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Make the weights that the model computes with those of the partition, after it was written to."""
+        """Update the weights that the model computes with from the partition, after it was written."""
         if self.stage < 3:
             self._zero.update_lp_params()
         else:
-            self._zero.checkpoint_event_prologue()  # partitions what is gathered
+            self._zero.checkpoint_event_prologue()  # partitions gathered parameters
             self._zero._reassign_or_swap_out_partitioned_parameters(0)
-            self._zero.checkpoint_event_epilogue()  # gathers what stays gathered
+            self._zero.checkpoint_event_epilogue()  # gathers those that stay gathered
 
     def close(self) -> None:
-        """Let go of the model, which hooks of DeepSpeed would keep alive."""
+        """Release the model, which DeepSpeed's hooks would keep alive."""
         self._engine.destroy()
 
 
 def accelerator() -> Any:
-    """Return DeepSpeed's view of the device, whose `synchronize` it calls where it has the host wait."""
+    """Return DeepSpeed's view of the device, whose `synchronize` it calls to make the host wait."""
     from deepspeed.accelerator import get_accelerator
 
     return get_accelerator()
 
 
 def _reach_inputs(model: nn.Module, leaves: tuple[type, ...]) -> None:
-    """Have a backward end at an input of each leaf that learns, also where nothing before it does: ZeRO-3 takes a leaf's
-    gradients, and its weights away, when its inputs have their gradients, and without such inputs before it has begun.
+    """Make each leaf's inputs require gradients, even where nothing before the leaf is trainable: ZeRO-3 takes a leaf's
+    gradients, and frees its weights, when its inputs have their gradients; without such inputs, before it has begun.
     """
 
     def reach(module: nn.Module, args: tuple) -> tuple:
@@ -313,10 +313,10 @@ def _import_deepspeed(device: torch.device) -> Any:
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
-    # DeepSpeed calls collectives by names that newer versions of PyTorch deprecate, at each step.
+    # DeepSpeed calls collectives by names that newer versions of PyTorch deprecate, in each step.
     warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)
     if device.type == "cpu":
-        # Its shared-memory collectives are compiled on first use, for minutes; gloo does the same.
+        # Its shared-memory collectives are compiled on first use, which takes minutes; gloo does the same job.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # adopts the group that exists
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # adopts the existing group
     return deepspeed

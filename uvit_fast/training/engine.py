@@ -1,8 +1,8 @@
-"""What trains a model on this rank: its share of the weights, AdamW, the EMA, captured steps.
+"""Train a model on this rank: its share of the weights, AdamW, the EMA, captured steps.
 
 Whatever the ZeRO stage, a rank owns one flat fp32 partition of the weights (N / ranks values, plus padding); AdamW
-updates it in place, and the EMA averages it. Checkpoints work on that partition and never need to know the stage:
-`gather` and `scatter` turn anything laid out like it into named tensors and back.
+updates it in place, and the EMA averages it. Checkpoints work on that partition and need not know the stage: `gather`
+and `scatter` convert between anything laid out like it and named tensors.
 """
 
 import torch
@@ -18,11 +18,12 @@ from uvit_fast.training.deepspeed_adapter import DeepSpeed
 from uvit_fast.training.ema import EMA
 from uvit_fast.training.optimizer import GuardedAdamW
 
-PARTS = 4  # graphs of the backward with several GPUs: while one runs, the gradients of those before it are reduced
+PARTS = 4  # graphs of the backward on several GPUs: while one runs, the gradients of the previous ones are reduced
 
 
 def batch_plan(train: TrainConfig, ranks: int) -> tuple[int, int]:
-    """(images a forward pass on one rank, forward passes a step): batch_size = micro_batch_size x ranks x accumulation.
+    """Return (images per forward pass on one rank, forward passes per step), such that batch_size = micro_batch_size x
+    ranks x accumulation.
 
     Raises:
         UserError: no whole numbers satisfy that.
@@ -38,15 +39,15 @@ def batch_plan(train: TrainConfig, ranks: int) -> tuple[int, int]:
 
 
 def computes_in_bf16(train: TrainConfig, device: torch.device) -> bool:
-    """Whether the network's weights and activations are bf16 beside fp32 masters, or all fp32."""
+    """Return whether the network's weights and activations are bf16 beside fp32 masters; otherwise all are fp32."""
     return train.precision == "bf16" or (train.precision == "auto" and device.type == "cuda")
 
 
 class Engine:
-    """The training of one model: DeepSpeed, AdamW, the EMA, and captured steps.
+    """The training state of one model: DeepSpeed, AdamW, the EMA, and captured steps.
 
     Args:
-        model: fp32, on the CPU or the device; parameters that require no gradient are frozen. Its class may name
+        model: fp32, on the CPU or the device; parameters that require no gradient are frozen. Its class may define
             `block_class`, between whose modules a backward may be cut, and `fused_classes`, modules that ZeRO-3 gathers
             as a whole.
         config: train.zero_stage, precision, batch and optimizer settings.
@@ -60,7 +61,7 @@ class Engine:
         self.bf16 = computes_in_bf16(train, world.device)
         assert not list(model.buffers()), "buffers are neither averaged nor saved"
         frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-        # in fp32, on rank 0 and its host: the device has them as it computes with them
+        # in fp32, on rank 0's host: the device has them in the dtype of its computation
         self.frozen = {name: p.detach().to("cpu", copy=True) for name, p in frozen.items() if world.rank == 0}
         model.to(world.device)
         if train.compile:
@@ -76,13 +77,13 @@ class Engine:
         self.deepspeed.replace_step(self._update)
 
     def _on_all_ranks(self, fine: bool) -> bool:
-        """Whether it is so on all of them. The host waits."""
+        """Return whether `fine` holds on all ranks. The host waits."""
         verdict = torch.tensor(float(fine), device=self.world.device)
         dist.all_reduce(verdict, dist.ReduceOp.MIN)
         return bool(verdict.item())
 
     def close(self) -> None:
-        """Let go of the model: for processes that go on to something else."""
+        """Release the model, for processes that go on to something else."""
         self.deepspeed.close()
 
     def __call__(self, *inputs: Tensor, **conditions: Tensor) -> Tensor:
@@ -102,24 +103,24 @@ class Engine:
             self.ema.update(self.partition, self.adamw.refused)
 
     def _update(self, gradient: Tensor, computed: Tensor) -> None:
-        """AdamW, the weights that the network computes with, and the EMA, in one pass over the partition."""
+        """Update the partition by AdamW, the weights that the network computes with, and the EMA, in one pass."""
         self.moments()
         self.adamw.update(self.partition, gradient, computed, self.ema)
 
     @property
     def grad_norm(self) -> Tensor:
-        """Of the last step, over all ranks before clipping; 0-d fp32 on the device."""
+        """The last step's gradient norm over all ranks, before clipping; 0-d fp32 on the device."""
         return self.adamw.grad_norm.to(self.world.device)
 
     @property
     def refused(self) -> Tensor:
-        """1. where the last step changed nothing, its gradient not being finite, else 0.; 0-d fp32 on the device."""
+        """1. if the last step changed nothing because its gradient was not finite, else 0.; 0-d fp32 on the device."""
         return self.adamw.refused.to(self.world.device)
 
     @torch.no_grad()
     def gather(self, flat: Tensor) -> dict[str, Tensor]:
-        """Return whole fp32 tensors on the CPU of rank 0, of the parameters that learn by name, from `flat`, laid out
-        like `partition`.
+        """Return whole fp32 tensors of the trainable parameters, by name, on rank 0's CPU, from `flat`, which is laid
+        out like `partition`.
 
         All ranks must call it; ranks other than 0 get an empty dict.
         """
@@ -134,7 +135,7 @@ class Engine:
 
     @torch.no_grad()
     def scatter(self, full: dict[str, Tensor], flat: Tensor) -> None:
-        """The inverse of `gather`: rank 0's whole tensors into each rank's `flat`. All ranks must call it."""
+        """Invert `gather`: write rank 0's whole tensors to each rank's `flat`. All ranks must call it."""
         _swap(self.partition, flat)
         for name, parameter in self.learning:
             self.deepspeed.set_whole(parameter, self._on_every_rank(name, full))
@@ -148,12 +149,12 @@ class Engine:
         return value
 
     def weights(self, flat: Tensor) -> dict[str, Tensor]:
-        """`gather` of the weights (`partition`) or their average, with the frozen ones, which are the same in both."""
+        """`gather` the weights (`partition`) or their EMA, together with the frozen weights, which both share."""
         return {**self.frozen, **self.gather(flat)}
 
     @torch.no_grad()
     def load(self, full: dict[str, Tensor]) -> None:
-        """Make rank 0's whole tensors, of all parameters, the weights, not the average. All ranks must call it."""
+        """Set the weights, but not the EMA, to rank 0's whole tensors of all parameters. All ranks must call it."""
         learning = dict(self.learning)
         for name, parameter in self.deepspeed.parameters:
             if name not in learning:
@@ -173,7 +174,7 @@ class Engine:
 
     @property
     def adam_step(self) -> int:
-        """AdamW's own count of updates, without the refused ones. Reading it waits for the device."""
+        """AdamW's own count of updates, without refused ones. Reading it waits for the device."""
         self.moments()
         return int(self.adamw.state[self.partition]["step"])
 

@@ -1,4 +1,4 @@
-"""The folder of a run: what ran in it, whose it is now, and in which state it was left."""
+"""A run's folder: what ran in it, which process owns it now, and in which state it was left."""
 
 import itertools
 import json
@@ -29,10 +29,10 @@ from uvit_fast.training.monitor import say
 
 
 def claim(run_dir: Path) -> Claim:
-    """Keep the folder for this process, which trains in it.
+    """Claim the folder for this process, which trains in it.
 
     Raises:
-        UserError: another process has it, or it is no folder that can be written to.
+        UserError: another process has claimed it, or it cannot be written to.
     """
     try:
         return Claim(run_dir)
@@ -43,11 +43,11 @@ def claim(run_dir: Path) -> Claim:
 
 
 def check_free(run_dir: Path) -> None:
-    """Refuse a folder that another process trains in, before the ranks meet: those of that run may hold the port that these
-    would meet at.
+    """Refuse a folder in which another process trains, before the ranks meet: that run's ranks may occupy the port on
+    which these would meet.
 
     Raises:
-        UserError: another process has it.
+        UserError: another process has claimed it.
     """
     if found := holder(run_dir):
         raise UserError(_taken(run_dir, found))
@@ -61,7 +61,8 @@ class RunState(NamedTuple):
     """A run as its folder shows it.
 
     Attributes:
-        state: "running", "finished", "stopped" (the same command continues it), "no checkpoint", or "unreadable" where its files are not.
+        state: "running", "finished", "stopped" (the same command continues it), "no checkpoint", or "unreadable" if its
+            files are.
         step, steps: of the last row of scalars, and where the run ends.
         loss, images_per_second: of that row; None before the first.
         checkpoint: step of the newest checkpoint; None without one.
@@ -81,7 +82,7 @@ class RunState(NamedTuple):
 
 
 def find_runs(*folders: Path) -> list[Path]:
-    """The runs in folders, of which each is a run or holds some, in the folders' order and by name."""
+    """Return the runs in folders, each of which is a run or holds runs, in the folders' order and by name."""
     runs = []
     for folder in folders:
         runs += [folder] if _is_run(folder) else sorted(filter(_is_run, folder.iterdir() if folder.is_dir() else []))
@@ -89,7 +90,7 @@ def find_runs(*folders: Path) -> list[Path]:
 
 
 def run_states(*folders: Path) -> list[RunState]:
-    """The state of each of their runs, of the one that changed last first."""
+    """Return the state of each run in the folders, the most recently changed first."""
     unknown = (0, 0, None, None, None, None, math.inf)
     states = [_state(path) or RunState(_name(path), "unreadable", *unknown) for path in find_runs(*folders)]
     return sorted(states, key=lambda run: run.changed)
@@ -100,23 +101,23 @@ def _is_run(folder: Path) -> bool:
 
 
 def _name(run_dir: Path) -> str:
-    return run_dir.absolute().name  # of ".", too
+    return run_dir.absolute().name  # also of "."
 
 
 def summary(config: Config, model: nn.Module, dataset: Dataset, world: World) -> str:
-    """What trains on what and where, and which kernels run and why, for the user to read as a run begins.
+    """Return, for the user to read as a run begins, what is trained on what and where, and which kernels run and why.
 
     Raises:
-        UserError: kernels or attention were asked for that cannot run here.
+        UserError: kernels or attention were requested that cannot run here.
     """
     net, device = config.model, world.device
     cuda = device.type == "cuda"
     where = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     about = {}
-    if isinstance(net, ModelConfig):  # U-Nets have ops of their own
+    if isinstance(net, ModelConfig):  # U-Nets have other ops
         about = ops.describe(net.embed_dim, net.num_heads, net.attention, net.kernels, device)
-        about = about if cuda else {}  # on a CPU there is nothing to choose
+        about = about if cuda else {}  # on a CPU there is no choice
     if dataset.decoder:
         about["images"] = dataset.decoder
     if names := Provenance.of(dataset, net.num_classes > 0).classes:
@@ -128,8 +129,8 @@ def summary(config: Config, model: nn.Module, dataset: Dataset, world: World) ->
 def describe_run(
     run_dir: Path, config: Config, world: World, provenance: Provenance, start: dict[str, object] | None = None
 ) -> None:
-    """Write config.yaml, resolved; data.json: what its labels and latents mean; environment.json: versions, device, ranks, command,
-    git commit; where the run begins with given weights init.json: which these are.
+    """Write config.yaml, resolved; data.json, what its labels and latents mean; environment.json, with versions,
+    device, ranks, command and git commit; and, for a run from given weights, init.json, which weights those are.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     _write(run_dir / "config.yaml", dump_config(config))
@@ -165,7 +166,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _commit() -> str | None:
-    """The git commit of the source tree that runs, with "+" where files were changed since; None outside a checkout."""
+    """Return the git commit of the running source tree, with "+" if files differ from it; None outside a checkout."""
 
     def git(*args: str) -> str:
         folder = Path(__file__).parent
@@ -178,7 +179,7 @@ def _commit() -> str | None:
 
 
 def set_aside(run_dir: Path) -> None:
-    """Rename an existing run folder to `<run_dir>.1`, or the first number that is free.
+    """Rename an existing run folder to `<run_dir>.1`, or the first free number.
 
     Raises:
         UserError: another process trains in it.
@@ -193,7 +194,7 @@ def set_aside(run_dir: Path) -> None:
 
 def _state(run_dir: Path) -> RunState | None:
     try:
-        config = yaml.safe_load((run_dir / "config.yaml").read_text())  # whatever keys it had then
+        config = yaml.safe_load((run_dir / "config.yaml").read_text())  # whatever keys it had at the time
         steps = config["train"]["iterations"]
         commit = json.loads((run_dir / "environment.json").read_text()).get("commit")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):

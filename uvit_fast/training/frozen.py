@@ -1,4 +1,4 @@
-"""Which of a network's parameters learn (`train.trainable`); the others keep their values and take no optimizer."""
+"""Choose a network's trainable parameters (`train.trainable`); the others are frozen and have no optimizer state."""
 
 import difflib
 from collections.abc import Collection
@@ -10,13 +10,13 @@ from uvit_fast.runtime.errors import UserError
 
 
 def freeze(model: nn.Module, trainable: Collection[str]) -> None:
-    """Let those parameters learn that `trainable` names, and no others.
+    """Make the parameters that `trainable` names trainable, and freeze all others.
 
     Args:
-        trainable: names of parameters or of modules, with * and ? as in a shell; "all".
+        trainable: names of parameters or modules, with * and ? as in a shell; "all".
 
     Raises:
-        UserError: one that names nothing.
+        UserError: a name that matches nothing.
     """
     names = [name for name, _ in model.named_parameters()]
     for pattern in trainable:

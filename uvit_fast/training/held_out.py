@@ -1,4 +1,4 @@
-"""The loss on images that are not trained on: the figure that tells learning from learning by heart."""
+"""The loss on held-out images: it tells learning from memorisation."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ from uvit_fast.training.interrupt import Stalled
 from uvit_fast.training.loader import batches
 
 TIMES = tuple((i + 0.5) / 8 for i in range(8))  # 0: data, 1: noise
-BATCH = 64  # on any number of ranks, since what is drawn belongs to a batch
+BATCH = 64  # on any number of ranks, since random numbers belong to a batch
 
 # error(network, batch of a dataset, noise (B, C, H, W), t (B,) in [0, 1]) -> mean over the batch, 0-d fp32
 Error = Callable[[nn.Module, dict[str, Tensor], Tensor, Tensor], Tensor]
@@ -23,14 +23,14 @@ Error = Callable[[nn.Module, dict[str, Tensor], Tensor, Tensor], Tensor]
 class HeldOut:
     """The mean loss of all items of a dataset at eight times, with their conditions.
 
-    Noise, posteriors and captions are the same each time, so that figures of two steps, or of two runs, differ by their
-    weights alone. The ranks share the batches; their sum does not depend on how many there are.
+    Noise, posteriors and captions are the same each time, so that the figures of two steps, or of two runs, differ by
+    their weights alone. The ranks share the batches; the sum does not depend on how many ranks there are.
 
     Args:
-        dataset: what is held out.
-        error: the training's own, of which this is the mean.
+        dataset: the held-out items.
+        error: the training's own, which is averaged.
         world: all ranks.
-        num_workers: loader processes a rank.
+        num_workers: loader processes per rank.
     """
 
     def __init__(self, dataset: Dataset, error: Error, world: World, num_workers: int):
@@ -39,16 +39,16 @@ class HeldOut:
 
     @torch.no_grad()
     def loss(self, network: nn.Module, overdue: Callable[[], bool]) -> float | None:
-        """Measure a network, the same on all ranks, each of which must call it.
+        """Measure a network, the same on all ranks; each must call it.
 
         Args:
             overdue: whether to give up, as after a signal.
 
         Returns:
-            The loss, on all ranks; None where one of them gave up.
+            The loss, on all ranks; None if one of them gave up.
 
         Raises:
-            DataError: an item that cannot be read.
+            DataError: an item cannot be read.
         """
         world, items = self.world, [(i, 0) for i in range(len(self.dataset))]
         parts = [items[first : first + BATCH] for first in range(0, len(items), BATCH)]
@@ -65,13 +65,13 @@ class HeldOut:
             sums[-1] = 1
         finally:
             stream.close()
-        if world.size > 1:  # of a batch and zeros
+        if world.size > 1:  # each entry is one rank's sum plus zeros
             dist.all_reduce(sums)
         *found, left_off = sums.tolist()
         return None if left_off else sum(found) / (len(items) * len(TIMES))
 
     def _sum(self, network: nn.Module, number: int, raw: dict[str, Tensor]) -> Tensor:
-        """Over a batch and its times, 0-d fp64."""
+        """Return the sum over a batch and its times, 0-d fp64."""
         draws = Draws(self.generator.manual_seed(number))
         batch = self.dataset.finish(raw, draws)
         x_0 = batch["x"]  # (B, C, H, W)

@@ -1,4 +1,4 @@
-"""What a new run starts from where `train.init` names weights, of which `train.init_replace` names what is replaced."""
+"""What a new run starts from if `train.init` names weights, parts of which `train.init_replace` replaces."""
 
 import dataclasses
 import math
@@ -21,16 +21,16 @@ from uvit_fast.sampling.weights import find_weights
 from uvit_fast.training import checkpoint
 from uvit_fast.training.checkpoint import Tensors
 
-TABLES = ("label_emb.weight", "net.class_embedding.weight")  # the rows of labels: U-ViT's, the U-Nets'
-SEEN = {"img_size", "in_chans", "patch_size", "num_classes", "context_dim", "context_tokens", "conv"}  # in shapes
+TABLES = ("label_emb.weight", "net.class_embedding.weight")  # label embeddings: U-ViT's, the U-Nets'
+SEEN = {"img_size", "in_chans", "patch_size", "num_classes", "context_dim", "context_tokens", "conv"}  # from shapes
 
 
 class Start(NamedTuple):
-    """The weights that a run begins with.
+    """The initial weights of a run.
 
     Attributes:
         weights: every parameter of the network, fp32, on the CPU.
-        record: for the run's folder: the file, its SHA-256, what was replaced.
+        record: for the run's folder: the file, its SHA-256, the replaced parts.
         line: for the log.
     """
 
@@ -42,7 +42,8 @@ class Start(NamedTuple):
 def start_of(
     config: Config, model: nn.Module, data: Provenance, run_dir: Path, fresh: bool, world: World
 ) -> Start | None:
-    """`read_start` on rank 0, for a run that has no checkpoint to continue from, or is to begin anew; None otherwise.
+    """Call `read_start` on rank 0 for a run without a checkpoint to continue from, or one that is to begin anew; return
+    None otherwise.
 
     Raises:
         UserError: as `read_start`, on every rank.
@@ -54,13 +55,13 @@ def start_of(
 
 
 def read_start(config: Config, model: nn.Module, data: Provenance) -> Start:
-    """Read `train.init` into `model`, whose own values stay where something begins anew.
+    """Read `train.init` into `model`, whose own values stay where something is begun anew.
 
     Args:
         data: what the labels and latents of the run's data mean.
 
     Raises:
-        UserError: no such weights, or they do not fit; the message says how `train.init_replace` would mend that.
+        UserError: the weights do not exist or do not fit; the message says how `train.init_replace` would help.
     """
     try:
         file = find_weights(str(config.train.init))
@@ -69,14 +70,14 @@ def read_start(config: Config, model: nn.Module, data: Provenance) -> Start:
         raise UserError(f"train.init: {error}") from None
     names, known = config.train.init_replace, provenance.read(file)
     before = {"diffusion": known.diffusion, **_config_of(file)}
-    drops = before.get("train", {}).get("p_uncond", 1) > 0  # of a bare file, as of the published ones
+    drops = before.get("train", {}).get("p_uncond", 1) > 0  # assumed of a bare file, as in the published ones
     state, replaced = replace(model, state, names, config.null_label is not None and drops, str(file))
     source = f"train.init: {file}"
     refuse_misfits(model.state_dict(), state, source, _advice(model, state, names))
     load_weights(model, state, source)
     digest = checkpoint.sha256(file)
     if any(_within(table, name) for table in TABLES for name in names):
-        known = dataclasses.replace(known, classes=())  # its labels are no more
+        known = dataclasses.replace(known, classes=())  # its labels are gone
     others = checkpoint.other_meaning(config.model_dump(mode="json"), before, SEEN)
     others += filter(None, [known.difference(data)])
     said = [f"starts from {file} (SHA-256 {digest[:12]})", *replaced]
@@ -88,17 +89,18 @@ def read_start(config: Config, model: nn.Module, data: Provenance) -> Start:
 def replace(
     model: nn.Module, given: Tensors, names: Collection[str], nulls: bool, source: str
 ) -> tuple[Tensors, list[str]]:
-    """Return `given` with what `names` name replaced for `model`, and in words what was done.
+    """Return `given` with the parts that `names` name replaced for `model`, and a description of what was done.
 
-    The label table keeps its last row where that is the null label, unless "null_label" is named, too; `pos_embed` is
-    interpolated, and keeps the tokens that both have; all else is as `model` has it, which may be not at all.
+    The label embedding keeps its last row if that is the null label, unless "null_label" is named too; `pos_embed` is
+    interpolated, and keeps the tokens that both have; everything else is taken from `model`, and dropped if it is not
+    there.
 
     Args:
-        names: of parameters, or of modules.
+        names: of parameters or modules.
         nulls: whether the last label is the null label in both.
 
     Raises:
-        UserError: a name that is nothing's.
+        UserError: a name that matches nothing.
     """
     ours, state, said = model.state_dict(), dict(given), []
     for name in names:
@@ -127,7 +129,7 @@ def replace(
 
 
 def _positions(model: nn.Module, given: Tensors, new: Tensor) -> tuple[Tensor, str]:
-    """The position embedding (1, extras + n * n, D) for `model`, and how it was made; the old one where none can be."""
+    """Return the position embedding (1, extras + n * n, D) for `model`, and how it was made; else the old one."""
     old = given["pos_embed"]
     tokens = [f"text {i}" for i in range(cast(int, model.context_tokens))]
     theirs = ["label"] * ("label_emb.weight" in given) + ["time"] + tokens * ("context_embed.weight" in given)
@@ -146,12 +148,12 @@ def _positions(model: nn.Module, given: Tensors, new: Tensor) -> tuple[Tensor, s
 
 
 def _advice(model: nn.Module, state: Tensors, named: Collection[str]) -> str:
-    """What to name in `train.init_replace`, beside what is `named`, where the rest would still be of use: where blocks
-    and most others fit.
+    """Return what to name in `train.init_replace`, beside what is `named`, if the rest is still useful: if the blocks
+    and most other parameters fit.
     """
     ours, nothing = model.state_dict(), torch.empty(0)
     misfits = [k for k in ours.keys() | state.keys() if ours.get(k, nothing).shape != state.get(k, nothing).shape]
-    depth = 2 if len({key.partition(".")[0] for key in ours}) == 1 else 1  # a network within another
+    depth = 2 if len({key.partition(".")[0] for key in ours}) == 1 else 1  # a network inside another module
     names = sorted({".".join(key.split(".")[:depth]) for key in misfits})
     blocks = getattr(model, "block_class", ())
     held = {name.partition(".")[0] for name, module in model.named_modules() if isinstance(module, blocks)}
@@ -161,7 +163,7 @@ def _advice(model: nn.Module, state: Tensors, named: Collection[str]) -> str:
 
 
 def _config_of(file: Path) -> dict[str, Any]:
-    """The sections that weights were trained with, as far as is written beside them."""
+    """Return the sections of the config that weights were trained with, as far as they are stored beside them."""
     for path, of in (
         (file.with_name("manifest.json"), lambda tree: tree["config"]),
         (file.parent.parent / "config.yaml", dict),  # of a run's best/
@@ -175,5 +177,5 @@ def _config_of(file: Path) -> dict[str, Any]:
 
 
 def _within(key: str, name: str) -> bool:
-    """Whether a parameter is the one of that name, or of the module of that name."""
+    """Return whether a parameter has that name, or belongs to the module of that name."""
     return key == name or key.startswith(f"{name}.")

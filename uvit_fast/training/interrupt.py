@@ -1,4 +1,6 @@
-"""Signals by which a cluster, a user or a terminal that closes ends a run: at a step's end, with a checkpoint and exit code 0."""
+"""Signals from a cluster, a user or a closing terminal end a run after the current step, with a checkpoint and exit
+code 0.
+"""
 
 import contextlib
 import os
@@ -12,41 +14,43 @@ import torch
 import torch.distributed as dist
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-GRACE = 10  # seconds after a signal that a step still waits for data that stalls
+GRACE = 10  # seconds after a signal for which a step still waits for stalled data
 
 
 class Stalled(BaseException):
-    """What did not come within GRACE seconds of a signal; a BaseException, since readers of data take an Exception for a bad file."""
+    """Data that did not arrive within GRACE seconds of a signal. A BaseException, since readers of data take an
+    Exception for a bad file.
+    """
 
 
 class Interrupt:
-    """Whether to stop, the same answer on every rank.
+    """Whether to stop, with the same answer on every rank.
 
-    Which rank hears the signal first is chance, so ranks agree by an all-reduce on the host that runs beside the next step: with several ranks
-    the answer is one step late, and no rank waits.
+    Which rank hears the signal first is chance, so the ranks agree by an all-reduce on the host that runs beside the
+    next step: with several ranks the answer is one step late, and no rank waits.
 
     Attributes:
         name: of the signal that this rank got, or None.
-        wanted: set where a rank has a reason of its own.
-        void: steps, the last ones, in which this rank had no data; set where it is so.
+        wanted: set by a rank that has a reason of its own to stop.
+        void: how many of the last steps this rank had no data for; set by whoever notices.
     """
 
     def __init__(self, group: dist.ProcessGroup | None):
         """
         Args:
-            group: all ranks, on their hosts; None alone.
+            group: all ranks, on their hosts; None for a single rank.
         """
         self.name: str | None = None
         self.wanted = False
         self.void = 0
-        self._heard = 0.0  # when, by the monotonic clock
+        self._heard = 0.0  # time of the signal, by the monotonic clock
         self._group = group
         self._flag, self._work = torch.zeros(1, dtype=torch.int32), None
         in_main = threading.current_thread() is threading.main_thread()  # Python allows handlers there only
         self._before = {number: signal.signal(number, self._note) for number in heeded()} if in_main else {}
 
     def asked(self) -> bool:
-        """All ranks must call it once a step."""
+        """Return whether to stop. All ranks must call it once per step."""
         mine = self.wanted or self.name is not None
         if self._group is None:
             return mine
@@ -59,8 +63,8 @@ class Interrupt:
         return answer
 
     def settle(self) -> int:
-        """Wait for the last exchange, of which nobody wants the answer, and find how many of the last steps are void, since one of the
-        ranks had no data. All ranks must call it, or none.
+        """Wait for the last exchange, and return how many of the last steps are void because a rank had no data. All
+        ranks must call it, or none.
         """
         if self._group is None:
             return self.void
@@ -72,11 +76,11 @@ class Interrupt:
         return int(most)
 
     def overdue(self) -> bool:
-        """Whether a signal has come, and nothing should be waited for any longer."""
+        """Return whether a signal arrived so long ago that waiting should end."""
         return self.name is not None and time.monotonic() - self._heard > GRACE
 
     def close(self) -> None:
-        """Give the signals back to whom they belonged."""
+        """Restore the previous signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -85,19 +89,19 @@ class Interrupt:
             self.name, self._heard = signal.Signals(number).name, time.monotonic()
         if number == signal.SIGINT:  # a second Ctrl-C does not wait
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            with contextlib.suppress(OSError):  # `| tee` has had its Ctrl-C, too
+            with contextlib.suppress(OSError):  # `| tee` got the Ctrl-C, too
                 os.write(2, b"\nsaving after this step; Ctrl-C again ends at once\n")
 
 
 def heeded() -> list[signal.Signals]:
-    """Those of SIGNALS that whoever started this process, as nohup does, has not told it to ignore."""
+    """Return the SIGNALS that the parent process, such as nohup, has not told this one to ignore."""
     return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
 
 @contextlib.contextmanager
 def ticking(tick: Callable[[float], None]) -> Iterator[None]:
-    """Call `tick(seconds since the beginning)` once a second, in the midst of whatever the main thread waits for; what it raises ends the
-    wait. In another thread, which signals do not reach, it is not called.
+    """Call `tick(seconds since the beginning)` once per second, whatever the main thread waits for; an exception from
+    it ends the wait. In other threads, which signals do not reach, it is not called.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

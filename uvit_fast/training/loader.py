@@ -1,9 +1,10 @@
-"""Batches in an order that a seed and a position determine, so that a run continues in the middle of an epoch.
+"""Batches in an order that a seed and a position determine, so that a run can continue in the middle of an epoch.
 
-The data is one endless stream of samples: epoch after epoch, each a permutation drawn from (seed, epoch). Position p is item
-p mod N of epoch p // N. Step s takes the next `batch_size` positions; a batch may straddle two epochs, so that no sample is dropped and each
-epoch shows each sample once. Within a step, micro-batch m = k * ranks + rank (k counts a rank's forward passes) takes the m-th run of
-`micro_batch` positions: with the same micro-batch size, another number of ranks sees the same micro-batches.
+The data is one endless stream of samples: epoch after epoch, each a permutation drawn from (seed, epoch). Position p is
+item p mod N of epoch p // N. Step s takes the next `batch_size` positions; a batch may straddle two epochs, so that no
+sample is dropped and each epoch shows each sample once. Within a step, micro-batch m = k * ranks + rank (k counts a
+rank's forward passes) takes the m-th run of `micro_batch` positions: with the same micro-batch size, another number of
+ranks sees the same micro-batches.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ from uvit_fast.runtime.errors import RankError, UserError
 from uvit_fast.training.interrupt import Stalled, heeded, ticking
 from uvit_fast.training.monitor import say
 
-STALLED = 30  # seconds without a batch after which the loader is named
+STALLED = 30  # seconds without a batch after which a message names the loader
 
 
 class DataError(RankError):
@@ -36,8 +37,8 @@ class Order:
 
     Args:
         length: N, samples in the dataset. seed: of the permutations.
-        micro_batch, accumulation: samples a forward pass and passes a step, on each of `ranks` ranks.
-        position: samples that the run has taken so far, over all ranks. steps: how many steps to give.
+        micro_batch, accumulation: samples per forward pass and passes per step, on each of `ranks` ranks.
+        position: samples that the run has taken so far, over all ranks. steps: how many steps to provide.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Order:
                 yield self.pairs(self.position + passes * self.micro_batch)
 
     def pairs(self, start: int) -> list[tuple[int, int]]:
-        """`micro_batch` pairs from position `start`."""
+        """Return the `micro_batch` pairs from position `start`."""
         found: list[tuple[int, int]] = []
         while len(found) < self.micro_batch:
             epoch, offset = divmod(start + len(found), self.length)
@@ -87,18 +88,19 @@ def batches(
     device: torch.device,
     overdue: Callable[[], bool] = bool,
 ) -> Generator[dict[str, Tensor], None, None]:
-    """The raw batches of `order` on `device`; copies to a GPU overlap with it. Closing the iterator ends its loader processes.
+    """Yield the raw batches of `order` on `device`; copies to a GPU overlap with its work. Closing the iterator ends
+    its loader processes.
 
     Args:
-        overdue: whether to give up a batch that is waited for, as after a signal; asked once a second.
+        overdue: whether to give up waiting for a batch, as after a signal; called once per second.
 
     Raises:
-        DataError: in place of a UserError of the dataset, also from a loader process, and where one of these has died.
+        DataError: in place of the dataset's UserError, also in a loader process, and if a loader process died.
         Stalled: a batch was given up.
     """
     loader: Any = iter(
         DataLoader(
-            cast(torch.utils.data.Dataset, dataset),  # which asks for `__getitems__` alone
+            cast(torch.utils.data.Dataset, dataset),  # it calls `__getitems__` alone
             batch_sampler=order,
             num_workers=num_workers,
             collate_fn=_as_it_is,
@@ -110,20 +112,20 @@ def batches(
     processes = loader._workers if num_workers else []
     if (
         processes
-    ):  # else torch's handler of SIGCHLD raises in the midst of a step; waiting for a batch finds a dead one too
+    ):  # else torch's SIGCHLD handler raises in the middle of a step; waiting for a batch finds a dead process too
         signal_handling._remove_worker_pids(id(loader))
         loader._worker_pids_set = False
     try:
         for _ in range(len(order)):
             raw = _next(loader, [process.pid for process in processes], overdue)
             yield {name: value.to(device, non_blocking=True) for name, value in raw.items()}
-    except Stalled:  # in the midst of a batch, neither they nor the thread that reads from them would end
+    except Stalled:  # in the middle of a batch, neither the processes nor the thread that reads from them would end
         if processes:
             loader._shutdown = True
         for process in processes:
             process.kill()
         raise
-    finally:  # not left to the garbage collector: at exit they would be sent SIGTERM, which they outlive
+    finally:  # not left to the garbage collector: at exit they would get SIGTERM, which they survive
         if processes:
             loader._shutdown_workers()
 
@@ -168,7 +170,8 @@ def _as_it_is(raw: Any) -> Any:
 
 
 def _prepare_worker(worker: int) -> None:
-    """Let a loader process outlive a signal to the whole job, so that the trainer can finish its step and save, and end with no word after it.
+    """Let a loader process survive a signal to the whole job, so that the trainer can finish its step and save, and end
+    silently after it.
 
     A cluster, or Ctrl-C, signals every process of a job.
     """
@@ -178,12 +181,14 @@ def _prepare_worker(worker: int) -> None:
 
 
 def _print_unless_alone(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """What the thread that hands tensors to the trainer says, but for a trainer that was killed in the middle of taking one."""
+    """Print an exception of the thread that passes tensors to the trainer, unless the trainer was killed meanwhile."""
     if not issubclass(kind, (ConnectionError, EOFError)):
         sys.__excepthook__(kind, error, traceback)
 
 
 def _not_yet(number: int, frame: FrameType | None) -> None:
-    """Ignore the first signal. The second, which may be the trainer's own, or the alarm after the longest of steps, end the process."""
+    """Ignore the first signal. The second, which may be the trainer's own, or the alarm after the longest of steps,
+    ends the process.
+    """
     signal.signal(number, signal.SIG_DFL)
     signal.alarm(600)

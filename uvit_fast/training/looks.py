@@ -1,4 +1,4 @@
-"""Looks at the EMA weights while a run trains: sample grids, figures of evaluations, the loss of what is held out."""
+"""Evaluate the EMA weights while a run trains: sample grids, figures, the held-out loss."""
 
 import copy
 from collections.abc import Callable
@@ -19,13 +19,13 @@ Measure = Callable[[nn.Module, int], dict[str, float]]
 
 
 class Looks:
-    """What is made of the EMA weights, by rank 0 and, of what is held out, by all, in a copy of the model that is on the
-    device for that time only.
+    """Evaluations of the EMA weights, by rank 0 or, for the held-out loss, by all ranks, in a copy of the model that is
+    on the device only meanwhile.
 
     Args:
-        model: what is copied, before the engine takes it over.
+        model: copied before the engine takes it over.
         run_dir: gets samples/ and best/.
-        device, dtype: what the weights are looked at on and in.
+        device, dtype: where and in which precision the weights are evaluated.
         preview, measure: the trainer's.
         held_out: measures a loss, on all ranks.
     """
@@ -45,7 +45,7 @@ class Looks:
         self.model = copy.deepcopy(model).eval() if preview or measure or held_out else None
 
     def held_out_loss(self, weights: dict[str, Tensor], overdue: Callable[[], bool]) -> dict[str, float]:
-        """The figure `held_out_loss` of rank 0's `weights`, where it was not given up. All ranks must call it."""
+        """Return the figure `held_out_loss` of rank 0's `weights`, unless it was given up. All ranks must call it."""
         if self.held_out is None or self.model is None:
             return {}
         self.model.to(self.device, self.dtype)
@@ -68,9 +68,9 @@ class Looks:
         monitor: Monitor,
         interrupt: Interrupt,
     ) -> None:
-        """Hand `weights` to `preview` (`show`) and to `measure` (`judge`), where there is one, and write its figures
-        and those that are there already. A checkpoint is worth more than what has not ended some seconds after a
-        signal, which is left off.
+        """Pass `weights` to `preview` (if `show`) and to `measure` (if `judge`), and write the figures, together with
+        those given. A checkpoint matters more than an evaluation that is still running some seconds after a signal:
+        that is dropped.
         """
         if self.model is None:
             return
@@ -98,7 +98,7 @@ class Looks:
             monitor.say(f"step {step}: the loss of what is held out was left off after a signal")
         if figures := {**drawn, **figures}:
             monitor.figures(figures, step)
-            if drawn or not self.measure:  # or the first figure is not that of the other steps
+            if drawn or not self.measure:  # otherwise the first figure is not that of other steps
                 self._keep_best(weights, figures, step, monitor)
 
     def _keep_best(self, weights: dict[str, Tensor], figures: dict[str, float], step: int, monitor: Monitor) -> None:

@@ -25,19 +25,20 @@ from uvit_fast.runtime.files import append_row, read_rows, write_whole
 from uvit_fast.runtime.progress import Bar
 from uvit_fast.training.activations import example
 
-# Dense bf16 FLOP/s of the data sheets, by what the device's name holds.
+# Dense bf16 FLOP/s from the data sheets, by a part of the device's name.
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12}
 SECONDS_BETWEEN_LINES = 10.0
 
 
 class Monitor:
-    """Rank 0's screen and files. What cannot be written, on a full disk, costs its row and a line on the screen, not the run.
+    """Rank 0's screen and files. On a full disk, what cannot be written costs its row and a line on the screen, not the
+    run.
 
     Args:
         run_dir: gets metrics.jsonl and TensorBoard's events.
-        step, total: where the run starts and where it ends, in optimizer steps. Older rows beyond `step` are dropped: they
+        step, total: where the run starts and ends, in optimizer steps. Older rows beyond `step` are dropped: they
             belong to a continuation that was lost.
-        wandb: the configuration that Weights & Biases shows, to log there too; None: do not.
+        wandb: the configuration to show in Weights & Biases; None: do not log there.
 
     Raises:
         ImportError: wandb is not installed; the message names the extra.
@@ -52,8 +53,8 @@ class Monitor:
             if path.exists():
                 kept = "".join(json.dumps(row) + "\n" for row in read_rows(path) if row.get("step", math.inf) <= step)
                 write_whole(path, partial(Path.write_text, data=kept))
-        self.board: Any = None  # TensorBoard's writer, made when it is needed
-        self.purge = step + 1  # whatever a board has of this step and later ones is void
+        self.board: Any = None  # TensorBoard's writer, made when needed
+        self.purge = step + 1  # a board's rows from this step on are void
         self.wandb = None if wandb is None else _start(package, run_dir, wandb)
         self.bar = None
         if sys.stderr.isatty():
@@ -62,7 +63,7 @@ class Monitor:
             self.bar = Bar(what="train", unit="steps", total=total, done=step, **size)
 
     def advance(self, step: int) -> None:
-        """A step was given to the device."""
+        """Show that a step was given to the device."""
         self.step = step
         if self.bar is not None:
             self.bar.update(1)
@@ -70,11 +71,11 @@ class Monitor:
             self._line()
 
     def row(self, row: dict[str, float]) -> None:
-        """Scalars of a step: "step", "loss", "images_per_second" and whatever else."""
+        """Write a step's scalars: "step", "loss", "images_per_second" and any others."""
         step = int(row["step"])
         if self._write(
             lambda: append_row(self.run_dir / "metrics.jsonl", row)
-        ):  # TensorBoard's thread complains at length
+        ):  # TensorBoard's thread would complain at length
             self._show(lambda board: [board.add_scalar(name, row[name], step) for name in row if name != "step"])
         if self.wandb is not None:
             self.wandb.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
@@ -86,7 +87,7 @@ class Monitor:
             self._line()
 
     def figures(self, figures: dict[str, float], step: int) -> None:
-        """What an evaluation found: a line, TensorBoard, evaluation.jsonl."""
+        """Write an evaluation's figures: a line, TensorBoard, evaluation.jsonl."""
         self._show(lambda board: [board.add_scalar(f"evaluation/{name}", figures[name], step) for name in figures])
         if self.wandb is not None:
             self.wandb.log({f"evaluation/{name}": value for name, value in figures.items()}, step=step)
@@ -94,7 +95,7 @@ class Monitor:
         self.say(f"step {step}: " + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         if self.bar is not None:
             with contextlib.suppress(OSError):
                 self.bar.write(text, file=sys.stderr)
@@ -102,7 +103,7 @@ class Monitor:
             say(text)
 
     def picture(self, path: Path, step: int) -> None:
-        """An image file, for TensorBoard."""
+        """Show an image file in TensorBoard."""
         with Image.open(path) as image:
             pixels = np.array(image.convert("RGB"))
         self._show(lambda board: board.add_image("samples", pixels, step, dataformats="HWC"))
@@ -126,7 +127,7 @@ class Monitor:
         return True
 
     def _show(self, show: Callable[[Any], object]) -> None:
-        """`show(board)`; a board that could not write never writes again, and the next one is another."""
+        """Call `show(board)`; a board that failed to write never writes again, and the next call makes a new one."""
         from torch.utils.tensorboard import SummaryWriter
 
         def on_the_board() -> None:
@@ -146,7 +147,7 @@ class Monitor:
 
 
 def require_wandb() -> Any:
-    """The package.
+    """Return the package.
 
     Raises:
         ImportError: it is not installed; the message names the extra.
@@ -159,23 +160,23 @@ def require_wandb() -> Any:
 
 
 def _start(wandb: Any, run_dir: Path, config: dict[str, Any]) -> Any:
-    name = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]  # the same run when it continues
+    name = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]  # the same when the run continues
     return wandb.init(project="uvit-fast", name=run_dir.name, id=name, resume="allow", dir=run_dir, config=config)
 
 
 def say(text: str) -> None:
-    """A line for the user. Progress goes to stderr, as progress bars do, while somebody reads it: a terminal may close before the run."""
+    """Print a line for the user, to stderr, where progress bars go. A terminal may close before the run ends."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
 
 
 def rate(images_per_second: float) -> str:
-    """Images a second, in three digits or more."""
+    """Format images per second, with three digits or more."""
     return f"{images_per_second:.{0 if images_per_second >= 100 else 1 if images_per_second >= 10 else 2}f} images/s"
 
 
 class Reading:
-    """Device scalars on their way to the host: nobody waits for them.
+    """Device scalars on their way to the host; nothing waits for them.
 
     Args:
         values: (n,) fp32 on the device.
@@ -194,14 +195,14 @@ class Reading:
         return self.arrived is None or self.arrived.query()
 
     def read(self) -> list[float]:
-        """The values; waits for them if need be."""
+        """Return the values; wait for them if need be."""
         if self.arrived is not None:
             self.arrived.synchronize()
         return self.host.tolist()
 
 
 class Mark:
-    """A moment in the device's work."""
+    """A point in the device's queue of work."""
 
     def __init__(self, device: torch.device):
         self.event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
@@ -210,7 +211,7 @@ class Mark:
         self.time = time.perf_counter()
 
     def seconds_since(self, earlier: "Mark") -> float:
-        """Both moments must have passed."""
+        """Return the seconds between two marks; the device must have reached both."""
         if self.event is None:
             return self.time - earlier.time
         self.event.synchronize()
@@ -219,7 +220,8 @@ class Mark:
 
 
 def forward_flops(model: nn.Module, config: Config) -> float | None:
-    """FLOPs (2 a multiply-add) of the matrix products of one image's forward pass; None where they cannot be counted.
+    """Count the FLOPs (2 per multiply-add) of the matrix products of one image's forward pass; None where they cannot
+    be counted.
 
     Counted on the meta device, where every op is the PyTorch reference.
     """
@@ -228,16 +230,16 @@ def forward_flops(model: nn.Module, config: Config) -> float | None:
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             torch.func.functional_call(model, meta, inputs, conditions)
-    except (RuntimeError, ValueError, NotImplementedError):  # an op that insists on a GPU
+    except (RuntimeError, ValueError, NotImplementedError):  # an op that requires a GPU
         return None
     return float(counter.get_total_flops())
 
 
 def utilisation(images_per_second: float, flops: float | None, device: torch.device, ranks: int) -> dict[str, float]:
-    """What a GPU does of what it could: "tflops_per_gpu", and "mfu" where its peak is known; nothing on a CPU.
+    """Return each GPU's "tflops_per_gpu", and "mfu" if its peak is known; nothing on a CPU.
 
-    FLOP/s of a GPU = 3 x forward FLOPs an image x images/s / ranks. 3: the backward of a matrix product is two of them; recomputed
-    activations are no work. MFU is that over the device's dense bf16 peak.
+    FLOP/s per GPU = 3 x forward FLOPs per image x images/s / ranks. 3: the backward of a matrix product is two of them;
+    recomputed activations do not count. MFU is that over the device's dense bf16 peak.
     """
     if flops is None or device.type != "cuda":
         return {}

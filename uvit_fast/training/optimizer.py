@@ -1,4 +1,4 @@
-"""AdamW on this rank's flat partition of the weights, which refuses gradients that are not finite without asking the host."""
+"""AdamW on this rank's flat partition of the weights; it refuses non-finite gradients without a sync with the host."""
 
 from typing import Any
 
@@ -13,10 +13,11 @@ from uvit_fast.training.ema import EMA
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """Gradient norm, clipping and the refusal of non-finite gradients stay on the device.
+    """AdamW whose gradient norm, clipping and refusal of non-finite gradients stay on the device.
 
-    After a step: `grad_norm`, the norm over all ranks before clipping; `refused`, 1. where it was not finite and so nothing
-    changed, else 0.; both 0-d fp32 tensors where the partition is: on `device`, or on the host with an offloaded optimizer.
+    After a step, `grad_norm` is the norm over all ranks before clipping, and `refused` is 1. if that was not finite, so
+    that nothing changed, else 0.; both are 0-d fp32 tensors where the partition is: on `device`, or on the host with an
+    offloaded optimizer.
     """
 
     def __init__(self, parameters: list[nn.Parameter], train: TrainConfig, device: torch.device):
@@ -29,7 +30,7 @@ class GuardedAdamW(torch.optim.AdamW):
         self.double_betas = torch.tensor(train.betas, dtype=torch.float64, device=device)
 
     def step(self, closure: Any = None) -> Any:
-        """PyTorch's own, on the gradients of the parameters."""
+        """Take PyTorch's own step, on the parameters' gradients."""
         self._look_at([p.grad for group in self.param_groups for p in group["params"]])
         self.found_inf = self.refused
         if self.clip > 0:
@@ -37,12 +38,12 @@ class GuardedAdamW(torch.optim.AdamW):
         super().step()
 
     def update(self, weights: Tensor, gradient: Tensor, computed: Tensor, ema: EMA) -> None:
-        """The same step and that of the EMA, in one pass.
+        """Take the same step and the EMA's in one pass.
 
         Args:
-            weights: (n,) fp32, the partition, whose state has been made.
-            gradient: (n,) as the network computed it.
-            computed: (n,), which gets the new weights for the network to compute with.
+            weights: (n,) fp32, the partition, whose optimizer state exists.
+            gradient: (n,), as the network computed it.
+            computed: (n,), receives the new weights in the network's dtype.
         """
         self._look_at([gradient])
         keep, (group,), state = 1 - self.refused, self.param_groups, self.state[weights]
@@ -56,11 +57,11 @@ class GuardedAdamW(torch.optim.AdamW):
     def _look_at(self, gradients: list[Tensor]) -> None:
         square = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]).square().sum()
         if dist.get_world_size() > 1:
-            square = square.to(self.device)  # NCCL takes nothing on the host
+            square = square.to(self.device)  # NCCL accepts no host tensors
             dist.all_reduce(square)
         self.grad_norm = square.sqrt().to(self.grad_norm.device)
         self.refused = (~self.grad_norm.isfinite()).float()
 
     def _excess(self) -> Tensor:
-        """By how much the gradient is too long, at least 1."""
+        """Return by which factor the gradient is too long, at least 1."""
         return (self.grad_norm / self.clip).clamp(min=1)

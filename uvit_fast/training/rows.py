@@ -1,4 +1,4 @@
-"""The rows of metrics.jsonl: what steps add to them on the device, and how they reach a host that does not wait."""
+"""The rows of metrics.jsonl: accumulated on the device, and sent to a host that does not wait for them."""
 
 from collections.abc import Callable
 
@@ -11,27 +11,27 @@ from uvit_fast.runtime.processes import World
 from uvit_fast.training.monitor import Mark, Reading, utilisation
 from uvit_fast.training.spikes import Spikes
 
-SLOW_DATA = 0.5  # share of the time that the host waits for data, above which the loader is named as the slow part
+SLOW_DATA = 0.5  # share of time waiting for data above which a message names the loader as the bottleneck
 Scalars = dict[str, float]
 
 
 class Row:
-    """What one row sums up on the device, from `first_step` on."""
+    """What one row accumulates on the device, from `first_step` on."""
 
     def __init__(self, first_step: int, most: int, device: torch.device, began: Mark | None = None):
         self.first_step, self.began = first_step, began or Mark(device)
-        self.losses = torch.zeros(2, most, device=device)  # sum and number of the finite ones, for each step
+        self.losses = torch.zeros(2, most, device=device)  # for each step, sum and number of the finite ones
         self.refused = torch.zeros((), device=device)
-        self.longest = torch.zeros((), device=device)  # of the refused steps in a row
-        self.waited = 0.0  # seconds of this rank's host for data
+        self.longest = torch.zeros((), device=device)  # most refused steps in a row
+        self.waited = 0.0  # seconds for which this rank's host waited for data
 
     def add_loss(self, step: int, loss: Tensor) -> None:
         finite = loss.isfinite()
         self.losses[:, step - self.first_step].add_(torch.stack([loss.where(finite, 0.0), finite.float()]))
 
     def over_ranks(self, end: int) -> Tensor:
-        """`losses` of the steps before `end`, (2, steps), added up over the ranks in their order: an all-reduce's order
-        depends on where a value stands among the others, and a run that was interrupted has other rows.
+        """Return `losses` of the steps before `end`, (2, steps), summed over the ranks in rank order: in an all-reduce
+        the order depends on a value's place among the others, and an interrupted run has other rows.
         """
         mine = self.losses[:, : end - self.first_step].clone()
         if dist.get_world_size() == 1:
@@ -42,19 +42,19 @@ class Row:
 
 
 class Rows:
-    """The row under way, and the one before it, on its way to the host.
+    """The current row, and the previous one on its way to the host.
 
     Args:
         config: train.log_every and batch_size.
         world: this process; rank 0 writes.
-        flops: of one image's forward pass, where they are known.
-        spikes: looks at each step's loss.
-        write: gets a row, and sentences about it.
+        flops: of one image's forward pass, if known.
+        spikes: inspects each step's loss.
+        write: called with a row, and remarks about it.
         step: where the run is.
 
     Attributes:
-        most_refused: steps in a row without a finite gradient, the most that has been read so far.
-        in_a_row: such steps at the end of the last row that was read.
+        most_refused: the most steps in a row without a finite gradient, among the rows read so far.
+        in_a_row: number of such steps at the end of the last row read.
     """
 
     def __init__(
@@ -70,17 +70,17 @@ class Rows:
         self.row = Row(step, self.train.log_every, world.device)
         self.refused_in_a_row = torch.zeros((), device=world.device)
         self.in_a_row = self.most_refused = 0.0
-        self._pending: tuple[Reading, Row, int, float] | None = None  # scalars, whose, its last step, that step's lr
+        self._pending: tuple[Reading, Row, int, float] | None = None  # scalars, their row, its last step and lr
 
     def add_step(self, refused: Tensor) -> None:
-        """A step was taken; refused: 0-d fp32, 1 where it changed nothing."""
+        """Count a step; refused: 0-d fp32, 1 if it changed nothing."""
         row = self.row
         row.refused += refused
         self.refused_in_a_row = (self.refused_in_a_row + refused) * refused
         row.longest = torch.maximum(row.longest, self.refused_in_a_row)
 
     def end(self, step: int, lr: float, grad_norm: Tensor) -> None:
-        """End the row under way with `step`, if it has any, and send its scalars to the host. All ranks must call it."""
+        """End the current row with `step`, if it has any, and send its scalars to the host. All ranks must call it."""
         row = self.row
         if row.first_step >= step:
             return
@@ -93,7 +93,7 @@ class Rows:
         self.row = Row(step, self.train.log_every, self.world.device, reading.time)
 
     def read(self, wait: bool = False) -> None:
-        """Write the row that is under way to the host, once it has arrived; `wait` for it, or leave it for later."""
+        """Write the pending row once it has reached the host; `wait` for it, or leave it for later."""
         if self._pending is None or not (wait or self._pending[0].ready()):
             return
         (reading, row, step, lr), self._pending = self._pending, None
@@ -116,5 +116,5 @@ class Rows:
         self.write(scalars, remarks)
 
     def restart_clock(self) -> None:
-        """Other work than training has ended: what it took does not count."""
+        """Leave out the time since the last row, which other work than training took."""
         self.row.began = Mark(self.world.device)

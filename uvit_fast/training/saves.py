@@ -1,4 +1,4 @@
-"""What a run continues from and leaves to continue from: checkpoints, between the ranks and the run's folder."""
+"""Checkpoints between the ranks and the run's folder: resuming and saving."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,14 +22,14 @@ class Saves:
         config, engine: whose state is saved.
         run_dir: the run's folder.
         provenance: what labels and latents of this rank's data mean.
-        tell: gets lines for the user.
+        tell: called with lines for the user.
 
     Attributes:
         step: of the newest checkpoint, or 0.
-        provenance: what the run has learned from, its checkpoint's included.
+        provenance: of all data that the run has learned from, its checkpoint's included.
 
     Raises:
-        RankError: this rank's data mean something else than those of rank 0.
+        RankError: this rank's data have another meaning than rank 0's.
     """
 
     def __init__(
@@ -47,18 +47,18 @@ class Saves:
             raise RankError(f"rank {self.world.rank}: its data are not those of rank 0: {difference}")
 
     def resume(self, start: Tensors | None) -> tuple[int, int]:
-        """Take the folder for this run, and its newest intact checkpoint, if there is one, into the engine: rank 0
-        reads, all ranks get their share.
+        """Claim the folder for this run, and load its newest intact checkpoint, if there is one, into the engine: rank
+        0 reads, all ranks get their share.
 
         Args:
-            start: rank 0's weights from `train.init`, for a new run and its average.
+            start: rank 0's weights from `train.init`, for a new run and its EMA.
 
         Returns:
-            the step, and how many samples all ranks have taken in all; 0 and 0 for a new run.
+            The step, and how many samples all ranks have taken so far; 0 and 0 for a new run.
 
         Raises:
             UserError: another process trains in the folder, no checkpoint is intact, or it is of another model or of
-            other data.
+                other data.
         """
         config = self.config.model_dump(mode="json")
 
@@ -98,7 +98,7 @@ class Saves:
         return self.step, manifest["samples"]
 
     def start(self, step: int, samples: int) -> None:
-        """Start a checkpoint: all ranks gather, rank 0 writes, beside the training."""
+        """Start a checkpoint: all ranks gather, rank 0 writes, beside training."""
         engine = self.engine
         parts = {"model": engine.weights(engine.partition), "ema": engine.weights(engine.ema.values)}
         parts |= {name: engine.gather(flat) for name, flat in engine.moments().items()}
@@ -115,11 +115,11 @@ class Saves:
         self.step = step
 
     def finish(self) -> bool:
-        """Wait for the checkpoint under way; whether it was written. Other ranks than 0 have none."""
+        """Wait for the checkpoint in progress; return whether it was written. Ranks other than 0 have none."""
         return self._writer.finish()
 
     def close(self) -> None:
-        """Give the folder up."""
+        """Release the folder."""
         self._writer.finish()
         if self._claim is not None:
             self._claim.release()

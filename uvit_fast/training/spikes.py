@@ -1,6 +1,6 @@
-"""Steps whose loss stands out, with the samples that made it: broken data is found by them.
+"""Steps whose loss stands out, with their samples: a way to find broken data.
 
-It looks at losses when they have reached the host for the log, never before.
+Losses are inspected once they have reached the host for the log, never before.
 """
 
 import statistics
@@ -10,16 +10,16 @@ from pathlib import Path
 
 from uvit_fast.runtime.files import append_row
 
-WINDOW, FEWEST = 1000, 50  # losses that make what is usual; fewer than that say nothing
+WINDOW, FEWEST = 1000, 50  # recent losses that are compared with, and the fewest that suffice
 
 
 class Spikes:
-    """Watches losses, one a step.
+    """Find spikes among the losses, one per step.
 
     Args:
-        deviations: standard deviations above the mean of the last losses that make a spike; 0: none is one.
+        deviations: standard deviations above the mean of recent losses that make a spike; 0: never.
         samples: `samples(step)` -> the dataset's indices in the batch of a step.
-        path: the file that gets a line of JSON a spike: "step", "loss", "mean", "deviation", "samples".
+        path: file that gets one line of JSON per spike: "step", "loss", "mean", "deviation", "samples".
     """
 
     def __init__(self, deviations: float, samples: Callable[[int], list[int]], path: Path):
@@ -27,7 +27,7 @@ class Spikes:
         self.usual: deque[float] = deque(maxlen=WINDOW)
 
     def look(self, step: int, loss: float) -> str | None:
-        """A line for the user where the loss of `step` is a spike, which then does not count as usual."""
+        """Return a line for the user if the loss of `step` is a spike, which is then left out of the comparison."""
         if not (self.deviations and loss == loss):
             return None
         if len(self.usual) >= FEWEST:

@@ -1,10 +1,10 @@
-"""The training loop (paper, Section 2 and Appendix): predict the noise, or what else the objective asks for, AdamW,
-warm-up, EMA.
+"""The training loop (paper, Section 2 and Appendix): predict the noise, or the objective's other target, with AdamW,
+warm-up and EMA.
 
-A step draws everything random from one generator on the device, seeded by (seed, step), for the whole batch, of which a
-micro-batch takes its rows: there is no random state to save, and a run that continues, on however many ranks, is the
-run that was never interrupted. Nothing in a step makes the host wait for a device that has nothing queued, but for
-DeepSpeed under ZeRO-3 (it looks at the gradient norm), with an offloaded optimizer, and between the accumulated
+A step draws all its random numbers from one generator on the device, seeded by (seed, step), for the whole batch, of
+which each micro-batch takes its rows: there is no random state to save, and a continued run, on however many ranks,
+equals one that was never interrupted. Nothing in a step makes the host wait while the device has nothing queued, except
+DeepSpeed under ZeRO-3 (it reads the gradient norm), with an offloaded optimizer, and between the accumulated
 micro-batches of several GPUs.
 """
 
@@ -45,21 +45,21 @@ class Trainer:
 
     Args:
         config: everything that decides the result.
-        model: fp32 `model(x, t, y=None, context=None)` -> what `objective` asks for; taken over by the engine.
-        dataset: what it learns from.
+        model: fp32 `model(x, t, y=None, context=None)` -> the objective's prediction; the engine takes it over.
+        dataset: the training data.
         run_dir: the run's folder.
-        preview: `preview(model with EMA weights, step, folder)` every `sample_every` steps, on rank 0; the image file
-            that it returns is shown in TensorBoard too.
-        measure: `measure(model with EMA weights, step)` every `evaluate.every` steps, on rank 0, while the others wait:
-            figures by name. The weights with the lowest of the first one stay in best/.
-        fresh: rename what is in the folder and begin anew, once all but the folder is known to work.
-        held_out: what is not trained on, whose loss all ranks measure every `evaluate.every` steps; of the figures the
-            last.
+        preview: `preview(model with EMA weights, step, folder)`, called every `sample_every` steps on rank 0; the image
+            file that it returns is shown in TensorBoard too.
+        measure: `measure(model with EMA weights, step)` -> figures by name, called every `evaluate.every` steps on rank
+            0, while the others wait. The weights with the lowest first figure are kept in best/.
+        fresh: rename an existing folder and begin anew, once everything but the folder is known to work.
+        held_out: data not trained on, whose loss all ranks measure every `evaluate.every` steps; it becomes the last
+            figure.
 
     Raises:
-        UserError: a GPU that is not there, a batch that does not divide, activations that do not fit their budget,
-            weights to start from that do not fit, a folder that another process trains in or that cannot be written to,
-            a checkpoint of another architecture, of other classes or encoders, or none intact.
+        UserError: no such GPU, a batch that does not divide, activations over their budget, initial weights that do not
+            fit, a folder that another process trains in or that cannot be written to, a checkpoint of another
+            architecture or of other classes or encoders, or none intact.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Trainer:
         self.beginning = start_of(config, model, provenance, self.run_dir, fresh, self.world)
         freeze(model, train.trainable)
         device, flops = self.world.device, None
-        if device.type == "cuda" and train.trainable == ("all",):  # else a step is not three forwards
+        if device.type == "cuda" and train.trainable == ("all",):  # otherwise a step does not cost three forwards
             flops = forward_flops(model, config)
         self.looks = Looks(
             model, self.run_dir, device, torch.bfloat16 if computes_in_bf16(train, device) else torch.float32,
@@ -98,7 +98,7 @@ class Trainer:
         null = dataset.null_context
         self.null_context = None if null is None else null.to(device)
         self.raw: dict[str, Tensor] | None = None  # the last batch
-        self.dry = False  # whether there are no more, the data having stalled
+        self.dry = False  # whether the data stalled, so that there are no more batches
         self.done = False  # whether the last step has been taken, by all ranks
         if train.wandb:
             self.world.on_first(require_wandb)
@@ -106,7 +106,7 @@ class Trainer:
         if fresh:
             self.world.on_first(lambda: set_aside(self.run_dir))
         self.step, self.samples = self.saves.resume(self.beginning and self.beginning.weights)
-        self.beginning = self.beginning and self.beginning._replace(weights={})  # which are as large as the network
+        self.beginning = self.beginning and self.beginning._replace(weights={})  # to free them
         self.first = (self.step, self.samples)  # where this call begins
         spikes = Spikes(train.spike_deviations, self._samples_of, self.run_dir / "spikes.jsonl")
         self.rows = Rows(config, self.world, flops, spikes, self._write_row, self.step)
@@ -115,9 +115,9 @@ class Trainer:
         """Train to the end.
 
         Returns:
-            "step", "seconds" and "images_per_second" of this call, and on a GPU, if it trained, "peak_memory_gb",
+            "step", "seconds" and "images_per_second" of this call and, on a GPU, if it trained, "peak_memory_gb",
             "static_memory_gb" and "reserved_memory_gb" of this rank: the most that was allocated, what stays allocated
-            between two steps, and the most that the process held of the device.
+            between two steps, and the most that the process reserved.
 
         Raises:
             UserError: `train.max_refused` steps in a row had no finite gradient, or the last checkpoint could not be
@@ -136,7 +136,7 @@ class Trainer:
                 except Stalled:
                     break
                 self.done = self.step == iterations and interrupt.settle() == 0
-                self._save_if_due()  # before what others may fail at
+                self._save_if_due()  # before anything else can fail
                 self._look_if_due()
                 self._log_if_due()
             seconds = self._finish(began)
@@ -153,11 +153,11 @@ class Trainer:
         return self._interrupt
 
     def _due(self, every: int) -> bool:
-        """Whether what happens every so many steps (0: never), and after the last one, happens now."""
+        """Return whether what happens every so many steps (0: never), and after the last one, is due."""
         return every > 0 and (self.done or self.step % every == 0)
 
     def _save_if_due(self) -> None:
-        """Save, unless the weights are about to diverge: that checkpoint would push out one from before."""
+        """Save if due, unless training is diverging: that checkpoint would displace a good one."""
         if not self._due(self.config.train.checkpoint_every):
             return
         self._end_row()
@@ -174,7 +174,7 @@ class Trainer:
             return
         self._end_row()
         self.rows.read()
-        weights = self.engine.weights(self.engine.ema.values)  # by all ranks
+        weights = self.engine.weights(self.engine.ema.values)  # on all ranks
         figures = self.looks.held_out_loss(weights, self._overdue) if judge else {}
         self.world.on_first(
             lambda: self.looks.look(weights, self.step, show, judge, figures, self.monitor, self.interrupt)
@@ -188,11 +188,11 @@ class Trainer:
         self.interrupt.wanted = self._diverged()
 
     def _end_row(self) -> None:
-        """A row ends where it is due, and where other work begins: its images/s are the training's."""
+        """End a row where one is due, and before other work: its images/s count training alone."""
         self.rows.end(self.step, self.learning_rate(self.step - 1), self.engine.grad_norm)
 
     def _diverged(self) -> bool:
-        """Whether too many steps in a row had no finite gradient."""
+        """Return whether too many steps in a row had no finite gradient."""
         return self.rows.most_refused >= self.config.train.max_refused
 
     def _say_what_to_expect(self) -> None:
@@ -209,7 +209,8 @@ class Trainer:
         untrained = train.ema_decay**train.iterations
         if untrained > 0.05:
             self._say(
-                f"after {train.iterations} steps the EMA still holds {untrained:.0%} of the initial weights: for samples, "
+                f"after {train.iterations} steps the EMA still holds {untrained:.0%} of the initial weights: "
+                "for samples, "
                 "train longer or with a smaller train.ema_decay"
             )
         if self.dataset.synthetic:
@@ -217,7 +218,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[tuple[Iterator[dict[str, Tensor]], Interrupt]]:
-        """The batches of a run and its signals, for as long as it has its folder and its screen."""
+        """Yield a run's batches and its signals, while it holds its folder and its screen."""
         self.world.on_first(self._open_folder)
         self._interrupt = Interrupt(host_group() if self.world.size > 1 else None)
         stream = self.stream()
@@ -233,7 +234,7 @@ class Trainer:
                 self.monitor.close()
 
     def _finish(self, began: Mark) -> float:
-        """End the last row, and save what is not saved yet; return the seconds since `began`.
+        """End the last row, save if anything is unsaved, and return the seconds since `began`.
 
         Raises:
             UserError: the gradients were not finite, or the last checkpoint could not be written.
@@ -245,7 +246,8 @@ class Trainer:
         if self._diverged() and not void:  # by now on every rank
             raise UserError(
                 f"step {self.step}: loss or gradient not finite for {self.rows.most_refused:.0f} steps in a row, "
-                "stopped without another checkpoint; a lower train.lr or train.grad_clip=1 may help, and where the newest "
+                "stopped without another checkpoint; a lower train.lr or train.grad_clip=1 may help, and "
+                "where the newest "
                 "checkpoint is of weights that had diverged, removing it"
             )
         seconds = Mark(self.world.device).seconds_since(began)
@@ -256,7 +258,7 @@ class Trainer:
         return seconds
 
     def _report(self, seconds: float) -> dict[str, float]:
-        """What `train` returns, which is said too."""
+        """Return `train`'s result, and print it."""
         speed = (self.step - self.first[0]) * self.config.train.batch_size / seconds
         result, memory = {"step": self.step, "seconds": seconds, "images_per_second": speed}, ""
         if self.world.device.type == "cuda":
@@ -272,7 +274,7 @@ class Trainer:
         return result
 
     def _open_folder(self) -> None:
-        """The monitor, and what describes the run.
+        """Open the monitor, and write what describes the run.
 
         Raises:
             UserError: the folder cannot be written to. ImportError: wandb is not installed.
@@ -286,7 +288,7 @@ class Trainer:
             raise UserError(f"{self.run_dir}: expected a folder to write the run to: {error}") from None
 
     def stream(self) -> Generator[dict[str, Tensor], None, None]:
-        """This rank's batches, from where the run is to its end, or until data stalls after a signal."""
+        """Yield this rank's batches, from where the run is to its end, or until data stalls after a signal."""
         engine, train, world = self.engine, self.config.train, self.world
         order = Order(
             len(self.dataset), train.seed, engine.micro_batch, engine.accumulation,
@@ -295,12 +297,12 @@ class Trainer:
         return batches(self.dataset, order, self.config.data.num_workers, world.device, self._overdue)
 
     def _step(self, stream: Iterator[dict[str, Tensor]]) -> None:
-        """One optimizer step. The host waits for nothing but data.
+        """Take one optimizer step. The host waits for nothing but data.
 
         Raises:
-            Stalled: there are none, alone. With others, who wait for this rank's share of the step, it is of no finite
-                loss, which makes the step void on all of them, since their gradient is not finite: nothing changes, and
-                they count it.
+            Stalled: there is no data, on a single rank. With several, the others wait for this rank's share of the
+                step: it contributes a loss of NaN, which makes the step void on all of them, since their gradient is
+                not finite: nothing changes, and they count it.
         """
         engine, row = self.engine, self.rows.row
         for k in range(engine.accumulation):
@@ -324,7 +326,7 @@ class Trainer:
             self._monitor.advance(self.step)
 
     def _draw(self, stream: Iterator[dict[str, Tensor]]) -> None:
-        """The next batch, or the one before once there are no more."""
+        """Take the next batch, or the previous one if there are no more."""
         try:
             self.raw = next(stream)
         except Stalled:
@@ -336,13 +338,13 @@ class Trainer:
             self.dry = True
 
     def _take_back(self, steps: int) -> None:
-        """The last `steps` were void: they changed nothing."""
+        """Uncount the last `steps`, which were void: they changed nothing."""
         self.step -= steps
         self.samples -= steps * self.config.train.batch_size
         self.rows.row.refused -= steps
 
     def learning_rate(self, step: int) -> float:
-        """lr * min(step / warmup, 1): the first step's rate is 0."""
+        """Return lr * min(step / warmup, 1): the first step's rate is 0."""
         train = self.config.train
         return train.lr * min(step / train.warmup_steps, 1.0) if train.warmup_steps else train.lr
 
@@ -363,7 +365,7 @@ class Trainer:
         return self.objective.loss(self.engine, x_0, noise, u, **conditions)
 
     def _error(self, network: nn.Module, batch: dict[str, Tensor], noise: Tensor, t: Tensor) -> Tensor:
-        """The loss of another network, at given times and with all conditions."""
+        """Return the loss of another network, at given times and with all conditions."""
         return self.objective.loss_at(network, batch["x"], noise, t, **conditions_of(self.config, batch))
 
     def _write_row(self, scalars: dict[str, float], remarks: list[str]) -> None:
@@ -372,7 +374,7 @@ class Trainer:
             self.monitor.say(line)
 
     def _samples_of(self, step: int) -> list[int]:
-        """The dataset's indices in the batch that ended with this step of this call."""
+        """Return the dataset's indices in the batch that ended with this step of this call."""
         train, (first_step, first_sample) = self.config.train, self.first
         whole = Order(len(self.dataset), train.seed, train.batch_size, 1, 0, 1, 0, 1)
         indices = [i for i, _ in whole.pairs(first_sample + (step - 1 - first_step) * train.batch_size)]
@@ -384,7 +386,7 @@ class Trainer:
         self.rows.restart_clock()
 
     def _overdue(self) -> bool:
-        """Whether nothing should be waited for any longer, after a signal."""
+        """Return whether, after a signal, waiting should end."""
         return self._interrupt is not None and self._interrupt.overdue()
 
     def _say(self, text: str) -> None:
@@ -393,6 +395,6 @@ class Trainer:
 
 
 def conditions_of(config: Config, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What of a batch the network takes beside x: y (B,) int64, or context (B, T, C) fp32."""
+    """Return the inputs that the network takes beside x: y (B,) int64, or context (B, T, C) fp32."""
     taken = {"y": config.model.num_classes, "context": config.model.context_dim}
     return {name: batch[name] for name, size in taken.items() if size}
