@@ -4,7 +4,8 @@ Cases `<S|M|L|H|USiT>:<none|block|selective>:<ours|ours_uncaptured|ours-sm80|eag
 forward, backward, AdamW and EMA. `ours` is the trainer's own step with its DeepSpeed engine, bf16 weights with fp32 masters, forward and backward captured.
 The peers are those of `models.py` with PyTorch's fused AdamW and an average, all of it on the bf16 weights: without masters, which is
 less work than ours and no way to train for long. `selective` gives ours the budget of `BUDGET`, and the peers what every block keeps
-without one. A network whose eps is not the published one's is not timed.
+without one. A network whose eps is not the published one's is not timed. `ours-out_blocks` and `ours-label_emb` are fine-tunings
+of H: the upper half with the last layers and the labels learns, or the labels alone (`train.trainable`); the rest is frozen.
 
 Metrics: img_per_s; mfu and tflops of the matrix products, recomputed ones not counted; peak_gb, the most that was allocated, in the
 step that captures too; reserved_gb, what the allocator held of the device; static_gb: weights, optimizer, EMA, without gradients;
@@ -36,9 +37,10 @@ from uvit_fast.training.trainer import Trainer
 
 PROVIDERS = ("ours", "ours_uncaptured", "ours-sm80", "eager", "compiled", "torchao-fp8")
 STEPPED = ("ours", "compiled", "torchao-fp8", "eager")
-MAIN = [f"{size}:{policy}:{who}" for size in "HSLM" for who in STEPPED for policy in ("none", "block")]
+MAIN = [f"{size}:{policy}:{who}" for size in (*"HSLM", "USiT") for who in STEPPED for policy in ("none", "block")]
 EVERY = [f"{size}:{policy}:{who}" for size in "HSLM" for who in PROVIDERS for policy in ("none", "block", "selective")]
-EVERY += [f"USiT:{policy}:{who}" for who in STEPPED for policy in ("none", "block")]
+EVERY += [case for case in MAIN if case not in EVERY]
+EVERY += [f"H:{policy}:{who}" for who in models.FROZEN for policy in ("none", "block")]
 EVERY = [case for case in EVERY if not case.endswith("selective:torchao-fp8")]  # which finds no product of float8
 BUDGET = {
     "S": 1.5,
@@ -55,7 +57,11 @@ def config(size: str, provider: str, batch: int, device: str, overrides: list[st
     settings = [f"model.kernels={how[0]}", f"model.attention={how[1]}", "data.name=synthetic", "data.num_workers=0"]
     settings += [f"train.cuda_graphs={provider != 'ours_uncaptured'}"]
     settings += [f"device={device}", f"train.batch_size={batch}", "train.iterations=1000"]
-    settings += ["train.log_every=1000", "train.spike_deviations=0"]
+    settings += [
+        "train.log_every=1000",
+        "train.spike_deviations=0",
+        f"train.trainable={models.FROZEN.get(provider, '[all]')}",
+    ]
     return models.load(size, [*settings, *overrides])
 
 
@@ -160,17 +166,18 @@ def rows_of(
 
             speeds = [args.batch / t * 1e3 for t in times]
             add("img_per_s", speeds, "images/s")
-            if cuda:
+            if cuda and provider not in models.FROZEN:  # whose step has fewer products
                 used = [utilisation(speed, flops, device, 1) for speed in speeds]
                 add("tflops", [u["tflops_per_gpu"] for u in used], "TFLOP/s")
                 if "mfu" in used[0]:
                     add("mfu", [u["mfu"] for u in used], "of peak")
+            if cuda:
                 peak = torch.cuda.max_memory_allocated() - before
                 add("peak_gb", [peak / 1e9], "GB")
                 add("reserved_gb", [torch.cuda.max_memory_reserved() / 1e9], "GB")
                 add("static_gb", [static / 1e9], "GB")
                 add("activation_gb", [(peak - static) / 1e9], "GB")
-            if expected:
+            if expected and provider not in models.FROZEN:
                 add("expected_activation_gb", [expected / 1e9], "GB")
                 if policy == "selective":
                     add("budget_gb", [budget / 1e9], "GB")
@@ -183,7 +190,7 @@ def main() -> None:
         "--cases", default=" ".join(MAIN), help="as `H:none:ours L:block:eager`, or `all`; default: the main rows"
     )
     parser.add_argument("--sizes", default="H,S,L,M,USiT", help="of those cases, the ones of these sizes")
-    parser.add_argument("--providers", default=",".join(PROVIDERS), help="and of these")
+    parser.add_argument("--providers", default=",".join((*PROVIDERS, *models.FROZEN)), help="and of these")
     parser.add_argument("--missing", action="store_true", help="only cases that the file does not have of this commit")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--budget", type=float, help="GB for activations in selective cases; default: by size")

@@ -24,6 +24,10 @@ from uvit_fast.model.uvit import Block
 CONFIGS = {"S": "s2_cifar10", "M": "m4_64", "L": "l2_256", "H": "h2_256"}
 LATENT = ["model.img_size=32", "model.patch_size=2", "model.in_chans=4", "model.num_classes=1001"]  # 258 tokens for all
 OTHERS = {"USiT": "usit_h_512"}  # at its own latents, 16 x 16 x 32, as many tokens
+FROZEN = {  # provider -> what learns of its network (`train.trainable`)
+    "ours-out_blocks": "[out_blocks,norm,decoder_pred,label_emb]",
+    "ours-label_emb": "[label_emb]",
+}
 PEERS = ("eager", "compiled", "compiled-graphs", "torchao-fp8")
 MOST_IN_GRAPHS = 16  # images of `compiled-graphs`: above that the GPU takes longer than Python
 FEW = 4  # images that are compared

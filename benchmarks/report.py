@@ -171,7 +171,25 @@ def training(results: Results, folder: Path) -> Iterator[str]:
     if rows:
         header = "ours | over best peer | peak, GB | activations, GB | less than best peer's peak | MFU | of ceiling | published, A100"
         yield from markdown(["case", *MANY, *header.split(" | ")], rows)
+    yield from frozen(results)
     yield from measured_on(results, "training", "python -m benchmarks.bench_training")
+
+
+def frozen(results: Results) -> Iterator[str]:
+    """Fine-tunings beside the training of all weights."""
+    rows = []
+    for case in results.cases("training"):
+        speed = results.value("training", case, "ours", "img_per_s")
+        for who, names in models.FROZEN.items():
+            values = [results.value("training", case, who, m) for m in ("img_per_s", "static_gb", "peak_gb")]
+            if speed and values[0]:
+                rows.append([case, names, number(values[0]), f"{values[0] / speed:.2f}", *map(number, values[1:])])
+    if rows:
+        yield from (
+            "Fine-tuning: what learns; the rest is frozen. GB of weights, optimizer and EMA, and at the peak.",
+            "",
+        )
+        yield from markdown(["case", "what learns", "images/s", "over all weights", "static, GB", "peak, GB"], rows)
 
 
 def memory(results: Results, folder: Path) -> Iterator[str]:

@@ -152,3 +152,18 @@ def test_every_plot_is_drawn_from_what_there_is_and_no_plot_of_nothing(tmp_path)
     assert {path.stem for path in (tmp_path / "plots").iterdir()} == {"memory", "sampling"}
     text = report.text(Results(folder), tmp_path)
     assert "(plots/memory.png)" in text and "(plots/ops.png)" not in text
+
+
+def test_a_fine_tuning_stands_beside_the_training_of_all_weights(tmp_path):
+    rows = [
+        ("H:128:block", "ours", "img_per_s", 600.0, "images/s"),
+        ("H:128:block", "compiled", "img_per_s", 500.0, "images/s"),
+    ]
+    rows += [
+        ("H:128:block", "ours-out_blocks", m, v)
+        for m, v in (("img_per_s", 900.0), ("static_gb", 5.2), ("peak_gb", 9.0))
+    ]
+    found = results(tmp_path, "training", *rows)
+    text = "\n".join(report.frozen(found))
+    assert cells(text, "H:128:block")[1:] == ["[out_blocks,norm,decoder_pred,label_emb]", "900", "1.50", "5.20", "9.00"]
+    assert found.peer("training", "H:128:block", "img_per_s").name == "compiled"  # a fine-tuning is none
