@@ -1,6 +1,7 @@
 """Ways to sample from one checkpoint, what has been measured of them, and which of them no other beats."""
 
 import csv
+import itertools
 import json
 import math
 import shlex
@@ -192,44 +193,56 @@ def as_good(points: Sequence[Measured]) -> list[str]:
     return sentences
 
 
+def _way(point: Point) -> tuple[str, ...]:
+    """Return what a line of the picture has in common: all but the number of evaluations."""
+    guided = f"s {point.scale:g}" if point.scale else "unguided"
+    inside = "" if point.interval == (0.0, 1.0) else f"in {point.interval[0]:g} to {point.interval[1]:g}"
+    whole = point.cache if point.cache.startswith("outer:") else "plan"
+    others = "" if point.precision == "bf16" else point.precision, "" if point.cache == "none" else whole
+    return point.sampler, guided, inside, *others
+
+
 def draw(points: Sequence[Measured], front: Sequence[Measured], about: dict[str, str], path: Path) -> None:
-    """Draw the figure against the seconds of 1,000 images, the front as a labelled line."""
+    """Draw the figure against the seconds of 1,000 images: a line a way to sample, of points that say their number of
+    evaluations, the seeds' range at each; a ring around those on the front.
+    """
     from uvit_fast.commands.drawing import COLOURS, INK, pyplot, save
 
     plt = pyplot()
     from matplotlib.ticker import LogLocator, NullFormatter
 
     figure, ax = plt.subplots(figsize=(8.0, 5.0), layout="constrained")
-    kinds = [("whole evaluations", False, "o"), ("cached layers", True, "s")]
-    for (name, cached, marker), colour in zip(kinds, COLOURS):
-        mine = [each for each in points if (each.point.cache != "none") == cached]
-        if mine:
-            low, high = (
-                [each.figure - min(each.figures) for each in mine],
-                [max(each.figures) - each.figure for each in mine],
-            )
-            ax.errorbar(
-                [e.seconds for e in mine],
-                [e.figure for e in mine],
-                (low, high),
-                fmt=marker,
-                ms=4,
-                color=colour,
-                label=name,
-            )
+    lines: dict[tuple[str, ...], list[Measured]] = {}
+    for each in sorted(points, key=lambda each: each.point):
+        lines.setdefault(_way(each.point), []).append(each)
+    shared = [part for part, *others in zip(*lines) if all(part == other for other in others)]
+    looks = itertools.product("os^Dv", COLOURS) if len(lines) > len(COLOURS) else zip("os^Dv", COLOURS)
+    for (way, mine), (marker, colour) in zip(lines.items(), looks):
+        seconds, figures = [each.seconds for each in mine], [each.figure for each in mine]
+        range_ = [
+            [each.figure - min(each.figures) for each in mine],
+            [max(each.figures) - each.figure for each in mine],
+        ]
+        name = ", ".join(part for part in way if part and part not in shared) or ", ".join(filter(None, way))
+        look: dict[str, Any] = {"color": colour, "linewidth": 0.8, "elinewidth": 1.2, "markersize": 4, "label": name}
+        ax.errorbar(seconds, figures, range_, marker=marker, **look)
+        for each in mine:
+            at, text = (each.seconds, each.figure), str(each.point.steps)
+            ax.annotate(text, at, (4, 4), textcoords="offset points", fontsize=7, color=colour)
     ax.step(
         [e.seconds for e in front],
         [e.figure for e in front],
+        "o",
         where="post",
+        linestyle=":",
         color=INK,
         linewidth=0.8,
-        label="the front",
+        markersize=9,
+        markerfacecolor="none",
+        label="Pareto front",
         zorder=0,
     )
-    for i, each in enumerate(front):
-        above = (4, 5 + 11 * (i % 2))
-        label = ax.annotate(str(each.point), (each.seconds, each.figure), above, textcoords="offset points", fontsize=7)
-        label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.7})
+    ax.set_title(", ".join(["Numbers are evaluations", *filter(None, shared)]), fontsize=9, loc="left")
     ax.set_xscale("log")
     ax.set_yscale("log")
     for axis in (ax.xaxis, ax.yaxis):
