@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.common import RESULTS, Rows
+from benchmarks.common import RESULTS, Rows, need_gpu
 from uvit_fast.kernels.attention import sm80 as attention_ampere
 from uvit_fast.kernels.ops.attention import attention, reference
 from uvit_fast.kernels.tools.tune import times
@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--out", default=RESULTS, help="folder of the CSV file")
     parser.add_argument("--without", nargs="*", default=[], help="providers to leave out")
     args = parser.parse_args()
+    need_gpu(parser)
 
     rows = Rows("attention", args.out)
     rows.ceilings()

@@ -34,12 +34,12 @@ def prepare(size: str, folder: Path, more: list[str]) -> None:
     from safetensors.torch import save_file
 
     from benchmarks import models
-    from benchmarks.bench_sampling import autoencoder
+    from benchmarks.bench_sampling import kl
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     net = models.model(models.config(size, "ours", overrides=more), "ours", device)
     save_file({name: value.contiguous() for name, value in net.state_dict().items()}, folder / "weights.safetensors")
-    autoencoder(torch.device(device)).save_pretrained(folder / "vae")
+    kl(torch.device(device)).save_pretrained(folder / "vae")
 
 
 def child(size: str, folder: str, more: list[str], repeats: int) -> None:
@@ -61,7 +61,7 @@ def child(size: str, folder: str, more: list[str], repeats: int) -> None:
     from uvit_fast.sampling.weights import load_for_sampling
 
     mark("import")
-    cfg = load_config(f"configs/{CONFIGS[size]}.yaml", overrides(folder, more))
+    cfg = load_config(CONFIGS[size], overrides(folder, more))
     device = pick_device("auto")
     model = load_for_sampling(cfg, f"{folder}/weights.safetensors", device)
     mark("weights")
@@ -109,10 +109,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         return child(args.sizes, args.child, args.set, args.repeats)
-    from benchmarks.common import RESULTS, Rows
+    from benchmarks.common import RESULTS, Rows, known
+    from benchmarks.models import CONFIGS
 
+    sizes = known(parser, "--sizes", args.sizes, CONFIGS)
     rows = Rows("latency", args.out or RESULTS)
-    for size in args.sizes.split(","):
+    for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
             prepare(size, Path(folder), args.set)
             if not args.cold:

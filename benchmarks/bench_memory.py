@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import models
 from benchmarks.bench_training import Ours, config
-from benchmarks.common import RESULTS, Rows
+from benchmarks.common import RESULTS, Rows, known
 from uvit_fast import build_model, load_config
 from uvit_fast.training.captured import Captured
 
@@ -44,7 +44,7 @@ class Paper:
 
     def __init__(self, size: str, provider: str, batch: int, device: str, overrides: list[str]):
         how = ["model.kernels=reference", f"model.attention={ATTENTION[provider]}"]
-        cfg = load_config(f"configs/{models.CONFIGS[size]}.yaml", [*models.LATENT, *how, *overrides])
+        cfg = load_config(models.CONFIGS[size], [*models.LATENT, *how, *overrides])
         self.cuda = torch.device(device).type == "cuda"
         self.efficient = provider == "paper-efficient" and self.cuda
         with torch.device(device):  # initialised there: minutes less
@@ -145,9 +145,10 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of the configs")
     parser.add_argument("--out", default=RESULTS, help="folder of memory.csv")
     args = parser.parse_args()
+    sizes = known(parser, "--sizes", args.sizes, dict.fromkeys(size for size, _ in CASES))
     rows = Rows("memory", args.out)
     for (size, provider), policies in CASES.items():
-        if size in args.sizes.split(","):
+        if size in sizes:
             try:
                 measure(rows, size, provider, policies, args)
             except torch.OutOfMemoryError:  # a result too: there is no row of its peak

@@ -21,7 +21,7 @@ import torch._functorch.config as functorch_config
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from benchmarks.common import RESULTS, Rows
+from benchmarks.common import RESULTS, Rows, need_gpu
 from uvit_fast.kernels import gemm
 from uvit_fast.kernels.gemm import sm90_fp8
 from uvit_fast.kernels.gemm.fp8 import Made
@@ -187,6 +187,7 @@ def main() -> None:
     parser.add_argument("--ops", nargs="+", choices=names, default=names)
     parser.add_argument("--out", default=RESULTS, help="folder of ops.csv")
     given = parser.parse_args()
+    need_gpu(parser)
     torch.manual_seed(0)
     functorch_config.donated_buffer = False  # a compiled backward is run again and again on one forward
     rows = Rows("ops", given.out)

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import models
-from benchmarks.common import RESULTS, Rows, measure
+from benchmarks.common import RESULTS, Rows, known, measure, need_gpu
 from uvit_fast.build import build_sampler
 from uvit_fast.data.autoencoders import Scaling, decoder
 from uvit_fast.diffusion.guidance import Guidance
@@ -40,6 +40,7 @@ from uvit_fast.sampling.captured import GraphSampler
 
 SCALE, NULL = 0.4, 1000
 SIZES = "HSLM"  # the most telling first
+PROVIDERS = ("ours", "ours-fp8", "ours-uncaptured", "ours-sm80", *models.PEERS)
 LOOPS = ("ours", "ours-fp8", "eager", "compiled", "torchao-fp8")  # who samples many images at a time
 ALONE = ("ours", "ours-fp8", "compiled-graphs", "eager", "compiled")  # and few
 PRESETS = {
@@ -296,9 +297,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="all", help="presets and patterns, with commas")
     parser.add_argument("--sizes", default=",".join((*SIZES, *models.OTHERS)))
-    parser.add_argument(
-        "--providers", default=",".join(("ours", "ours-fp8", "ours-uncaptured", "ours-sm80", *models.PEERS))
-    )
+    parser.add_argument("--providers", default=",".join(PROVIDERS))
     parser.add_argument("--batches", default="500,50,16,8,1")
     parser.add_argument("--guidance", default="nocfg,cfg")
     parser.add_argument("--decoding", default="latent,decoded")
@@ -309,9 +308,18 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of the configs")
     parser.add_argument("--out", default=RESULTS)
     args = parser.parse_args()
-    rows, began = Rows("sampling", args.out), time.monotonic()
     patterns = [p for name in args.cases.split(",") for p in PRESETS.get(name, [name])]
-    axes = [option.split(",") for option in (args.sizes, args.providers, args.decoding, args.batches, args.guidance)]
+    axes = [
+        known(parser, "--sizes", args.sizes, (*SIZES, *models.OTHERS)),
+        known(parser, "--providers", args.providers, PROVIDERS),
+        known(parser, "--decoding", args.decoding, ("latent", "decoded")),
+        args.batches.split(","),
+        known(parser, "--guidance", args.guidance, ("nocfg", "cfg")),
+    ]
+    if not all(batch.isdecimal() and int(batch) for batch in axes[3]):
+        parser.error(f"--batches: expected numbers of images with commas, got {args.batches!r}")
+    need_gpu(parser, args.device)
+    rows, began = Rows("sampling", args.out), time.monotonic()
     axes[1] = models.runnable(axes[1], args.device)
     every = [
         Case(size, int(batch), guided == "cfg", decoding == "decoded", provider)
@@ -322,12 +330,15 @@ def main() -> None:
         for guided in axes[4]
         if provider != "compiled-graphs" or int(batch) <= models.MOST_IN_GRAPHS
     ]
+    decodes = any(fnmatchcase("decode:100", pattern) for pattern in patterns) and "decoded" in axes[2]
+    if every and not (decodes or select(patterns, every)):
+        parser.error(f"--cases: expected presets ({', '.join(PRESETS)}) or patterns of cases, got {args.cases!r}")
     there = rows.measured() if args.missing else set()
     cases = [case for case in select(patterns, every) if (case.name, case.provider) not in there]
     bench = Bench(torch.device(args.device), args.evaluations, args.set)
     if args.device == "cuda":
         rows.ceilings()
-    if any(fnmatchcase("decode:100", pattern) for pattern in patterns) and "decoded" in axes[2]:
+    if decodes:
         for provider, times in bench.decode(100).items():
             rows.add("decode:100", provider, times, metric="time", unit="ms_per_image", dtype="bf16", batch=100)
     failed = []

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.common import RESULTS, Rows, measure
+from benchmarks.common import RESULTS, Rows, measure, need_gpu
 from benchmarks.communication import Volume, calculate, profiled_shares
 
 ROOT = Path(__file__).parent.parent
@@ -399,6 +399,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.plot:
         print(plot())
         return 0
+    need_gpu(parser, args.device)
     os.chdir(ROOT)
     return run_all(args)
 

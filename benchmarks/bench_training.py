@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import models
-from benchmarks.common import RESULTS, Rows, measure
+from benchmarks.common import RESULTS, Rows, known, measure, need_gpu
 from uvit_fast import build_model
 from uvit_fast.build import build_dataset, build_objective
 from uvit_fast.config import Config
@@ -202,9 +202,12 @@ def main() -> None:
     asked = EVERY if args.cases == "all" else args.cases.replace(",", " ").split()
     if unknown := [case for case in asked if case not in EVERY]:
         parser.error(f"--cases: expected some of {' '.join(EVERY)}; got {' '.join(unknown)}")
-    providers, sizes = models.runnable(args.providers.split(","), args.device), args.sizes.split(",")
-    asked = [case for case in asked if case.split(":")[0] in sizes and case.split(":")[2] in providers]
+    sizes = known(parser, "--sizes", args.sizes, models.CONFIGS | models.OTHERS)
+    providers = known(parser, "--providers", args.providers, PROVIDERS)
+    need_gpu(parser, args.device)
     rows, began, left_out, failed = Rows("training", args.out), time.monotonic(), [], []
+    providers = models.runnable(providers, args.device)
+    asked = [case for case in asked if case.split(":")[0] in sizes and case.split(":")[2] in providers]
     if args.missing:
         there = rows.measured()
         asked = [

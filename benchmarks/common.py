@@ -1,11 +1,12 @@
 """What every benchmark shares: the CSV schema, event timing, and the machine's own ceilings, measured in the same run."""
 
+import argparse
 import csv
 import os
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import date
 from pathlib import Path
 
@@ -13,6 +14,21 @@ import torch
 
 COLUMNS = "date,commit,device,torch,triton,question,case,provider,dtype,batch,metric,unit,p20,p50,p80".split(",")
 RESULTS = Path(__file__).parent / "results"
+
+
+def need_gpu(parser: argparse.ArgumentParser, device: str = "cuda") -> None:
+    """End a benchmark that is to measure a GPU, where there is none, in one line."""
+    if device != "cpu" and not torch.cuda.is_available():
+        other = "" if parser.get_default("device") is None else "; --device cpu tries the code, not the speed"
+        parser.error(f"expected a GPU, got none{other}")
+
+
+def known(parser: argparse.ArgumentParser, option: str, text: str, names: Iterable[str]) -> list[str]:
+    """Return the names of a list with commas; another than `names` ends the benchmark in one line."""
+    names, given = list(names), text.split(",")
+    if unknown := [name for name in given if name not in names]:
+        parser.error(f"{option}: expected some of {','.join(names)}, got {unknown[0]!r}")
+    return given
 
 
 class Rows:
@@ -43,7 +59,7 @@ class Rows:
         }
         self.before: list[dict[str, str]] = []
         if self.path.is_file():
-            with open(self.path, newline="") as file:
+            with open(self.path, newline="", encoding="utf-8-sig") as file:
                 self.before = [row for row in csv.DictReader(file) if self._may_stand_beside(row["device"])]
 
     def _may_stand_beside(self, device: str) -> bool:

@@ -38,7 +38,7 @@ Figures = dict[str, Any]  # figure -> number, or kernel -> number
 
 def network(name: str, checkpointing: str = "none") -> tuple[Config, torch.nn.Module, tuple[Tensor, Tensor], dict]:
     """A config, its network in bf16 without memory, its inputs (x, t), and its condition."""
-    cfg = load_config(f"configs/{name}.yaml", [f"model.activation_checkpointing={checkpointing}"])
+    cfg = load_config(name, [f"model.activation_checkpointing={checkpointing}"])
     m = cfg.model
     with torch.device("meta"):
         net = build_model(cfg).to(torch.bfloat16)
@@ -100,7 +100,7 @@ def _training_step(plant: Callable[[ExitStack], None] | None) -> Figures:
     from uvit_fast.training.trainer import Trainer
 
     overrides = ["device=cpu", "train.precision=bf16", "data.name=synthetic", f"train.iterations={STEPS}"]
-    cfg = load_config("configs/digits.yaml", [*overrides, "train.log_every=1000", "train.batch_size=4"])
+    cfg = load_config("digits", [*overrides, "train.log_every=1000", "train.batch_size=4"])
     seen: list[Counts] = []
     plain_step = Trainer._step
 

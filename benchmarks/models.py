@@ -56,7 +56,7 @@ def config(size: str, provider: str, checkpointing: str = "none", overrides: Seq
 def load(size: str, overrides: Sequence[str]) -> Config:
     """A size's config at the latents that it is measured on."""
     latents = [] if size in OTHERS else LATENT
-    return load_config(f"configs/{(CONFIGS | OTHERS)[size]}.yaml", [*latents, *overrides])
+    return load_config((CONFIGS | OTHERS)[size], [*latents, *overrides])
 
 
 def model(

@@ -91,7 +91,10 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of the configs")
     args = parser.parse_args()
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # of each worker
-    from benchmarks.models import runnable  # whose torch reads the line above
+    from benchmarks.common import need_gpu  # whose torch reads the line above
+    from benchmarks.models import runnable
+
+    need_gpu(parser, args.device)
 
     began, failed = time.monotonic(), 0
     asked = jobs(args.sizes.split(","), args.what.split(","))

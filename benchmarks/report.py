@@ -1,6 +1,7 @@
 """benchmarks/REPORT.md from the CSV files: `python -m benchmarks.report`. The plots beside it: `python -m benchmarks.plot`."""
 
 import argparse
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -227,7 +228,8 @@ def ops(results: Results, folder: Path) -> Iterator[str]:
     )
     yield from picture("ops", "Time of the fused ops at D = 1152 over eager", folder)
     rows = []
-    for case in sorted(results.cases("ops"), key=lambda case: -int(case.split(":")[2])):
+    cases = [case for case in results.cases("ops") if re.fullmatch(r"[^:]+:[^:]+:\d+", case)]
+    for case in sorted(cases, key=lambda case: -int(case.split(":")[2])):
         op, part, width = case.split(":")
         found = {p: results.value("ops", case, p, "time") for p in ("ours", "eager", "compiled", "cublas")}
         loop, narrow = (results.value("ops", case, p, "time") for p in ("ours-loop", "ours-fp8"))

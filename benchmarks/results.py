@@ -64,7 +64,7 @@ class Results:
         self.folder = Path(folder)
         self.rows: dict[str, list[dict[str, str]]] = {}
         for path in sorted(self.folder.glob("*.csv")):
-            with open(path, newline="") as file:
+            with open(path, newline="", encoding="utf-8-sig") as file:
                 rows = list(csv.DictReader(file))
             dated = sorted(rows, key=lambda row: row["date"])
             last = {(row["case"], row["metric"]): row["device"] for row in dated}

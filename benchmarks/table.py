@@ -3,6 +3,7 @@
 `python -m benchmarks.table` rewrites both, between their markers.
 """
 
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -139,5 +140,6 @@ def page(path: Path) -> str:
 
 
 if __name__ == "__main__":
+    ArgumentParser(description=__doc__).parse_args()
     for path in TABLES:
         path.write_text(page(path))

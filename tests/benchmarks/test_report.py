@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import plot, report
-from benchmarks.common import COLUMNS
+from benchmarks.common import COLUMNS, Rows
 from benchmarks.results import Results, image_flops
 
 
@@ -99,6 +99,17 @@ def test_the_best_peer_is_named_whether_ours_is_ahead_or_not(tmp_path):
     assert found.peer("training", "L:128:none", "peak_gb") is None
     row = cells(report.text(found, tmp_path), "H:128:none")
     assert row[:9] == ["H:128:none", "–", "500", "750", "600", "0.80× torchao-fp8", "30.0", "–", "1.50× compiled"]
+
+
+def test_a_file_that_a_spreadsheet_wrote_and_cases_of_another_form_are_read(tmp_path):
+    """With a byte order mark; an op's case without a width is left out."""
+    rows = Rows("ops", tmp_path)
+    for case in ("ln_mlp:fwd:1152", "ln_mlp:fwd", "ln_mlp:fwd:wide", "a:b:c:d"):
+        rows.add(case, "ours", [2.0], metric="time", unit="ms", dtype="bf16", batch=128)
+    path = rows.write()
+    path.write_text("\ufeff" + path.read_text())
+    written = report.text(Results(tmp_path), tmp_path)
+    assert "ln_mlp fwd, D = 1152" in written and "wide" not in written
 
 
 def test_a_ratio_is_of_one_device(tmp_path):
