@@ -157,7 +157,7 @@ def test_overrides_win_over_the_file_and_its_base():
         ("model.skip=residual", ["model.skip", "'concat'", "'residual'"]),  # a name that is not there
         ("model.patch_size=3", ["model", "img_size 8", "patch_size 3"]),  # two keys that do not fit
         ("train.p_uncond=0", ["guidance_scale", "p_uncond"]),  # two sections that do not fit
-        ("train.betas=[0.9]", ["train.betas.1", "AdamW's, in [0, 1)"]),  # too few
+        ("train.betas=[0.9]", ["train.betas.1", "AdamW's betas, in [0, 1)"]),  # too few
         ("train.lr=.inf", ["train.lr", "finite"]),
         ("train.seed=99999999999999999999", ["train.seed", "less than 4294967296"]),
         ("train.lr", ["override train.lr", "expected section.key=value"]),  # no value

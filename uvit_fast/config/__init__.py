@@ -1,5 +1,5 @@
-"""The configuration: `schema.py` and `networks.py` say what may be set, `reading.py` reads it from a YAML file and `--set`,
-`finding.py` knows the files by name.
+"""The configuration: `schema.py` and `networks.py` define the keys, `reading.py` reads them from a YAML file and
+`--set`, `finding.py` finds files by name.
 """
 
 from uvit_fast.config.finding import CONFIGS, ConfigError, config_names, find_config, is_config_name

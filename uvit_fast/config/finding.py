@@ -1,4 +1,4 @@
-"""Where configs are: files, or by name those that come with the package."""
+"""Find configs: files, or, by name, those that come with the package."""
 
 import difflib
 from pathlib import Path
@@ -7,7 +7,7 @@ from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.text import cut
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-# installed with the package, whose source tree has them at its root
+# installed with the package; in the source tree at its root
 CONFIGS = next((folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir()), _PACKAGE)
 SUFFIXES = (".yaml", ".yml")
 
@@ -22,7 +22,7 @@ def config_names(folder: Path = CONFIGS) -> list[str]:
 
 
 def is_config_name(text: str, folder: Path = CONFIGS) -> bool:
-    """Return whether a config in `folder` is called so, with or without `.yaml`."""
+    """Return whether `folder` has a config of that name, with or without `.yaml`."""
     return text.removesuffix(".yaml") in config_names(folder)
 
 
@@ -30,12 +30,12 @@ def find_config(config: str | Path, beside: Path | None = None, folder: Path = C
     """Return the file of a config.
 
     Args:
-        config: its path, or the name of one in `folder`; where there are both, the path.
-        beside: what a relative path is relative to; by default the working directory.
-        folder: of the configs that go by name.
+        config: its path, or the name of one in `folder`; if both exist, the path.
+        beside: the folder that a relative path is relative to; by default the working directory.
+        folder: of the configs that have names.
 
     Raises:
-        ConfigError: there is neither; the message lists those whose names are near.
+        ConfigError: neither exists; the message lists similar names.
     """
     path = (beside or Path()) / config
     try:
@@ -59,7 +59,7 @@ def find_config(config: str | Path, beside: Path | None = None, folder: Path = C
 
 
 def _near(wanted: str, names: list[str], most: int) -> list[str]:
-    """At most `most` of the names, those that `wanted` is a part of before those that are spelt alike."""
+    """Return at most `most` names: first those that contain `wanted`, then those spelt similarly."""
     parts = [name for name in names if len(wanted) > 1 and wanted.lower() in name.lower()]
     alike = difflib.get_close_matches(wanted.lower(), names, n=most)
     return list(dict.fromkeys([*parts, *alike]))[:most]

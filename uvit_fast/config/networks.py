@@ -21,7 +21,7 @@ class NetworkConfig(Section):
         0, ge=0, le=2**24, description="Rows of the label embedding, null label included; 0: no classes."
     )
     context_dim: int = Field(0, ge=0, le=2**16, description="Width of a text token (CLIP ViT-L/14: 768); 0: no text.")
-    context_tokens: int = Field(77, gt=0, le=2**16, description="Text tokens an image, when context_dim > 0.")
+    context_tokens: int = Field(77, gt=0, le=2**16, description="Text tokens per image, if context_dim > 0.")
 
     @model_validator(mode="after")
     def _one_condition(self) -> NetworkConfig:
@@ -42,14 +42,14 @@ class ModelConfig(NetworkConfig):
     conv: bool = Field(True, description="One 3x3 convolution after unpatchify (paper, Section 3.1).")
     skip: Literal["concat", "add", "none"] = Field("concat", description="Long skip connections (paper, Figure 2a).")
     attention: Literal["auto", "fused", "flash_attn", "cudnn", "sdpa", "xformers", "math"] = Field(
-        "auto", description="Attention backend; auto takes the fastest that can run."
+        "auto", description="Attention backend; auto: the fastest one that can run."
     )
     kernels: Literal["auto", "fused", "reference"] = Field(
         "auto", description="Fused Triton kernels or plain PyTorch for the rest of a block; auto: fused where they run."
     )
     activation_checkpointing: Literal["none", "block", "selective"] = Field(
         "none",
-        description="Keep everything for the backward, each block's input, or also attention's output and fc1's.",
+        description="For the backward keep everything, each block's input, or also attention's output and fc1's.",
     )
 
     @model_validator(mode="after")
@@ -62,18 +62,18 @@ class ModelConfig(NetworkConfig):
 
 
 class UNetConfig(NetworkConfig):
-    """A convolutional baseline (paper, Appendix C and F), where `unet` is set."""
+    """A convolutional baseline (paper, Appendices C and F), if `unet` is set."""
 
     unet: Literal["ldm", "adm"] = Field(
         description="ldm: LDM's, conditioned on text. adm: ADM's, conditioned on classes or nothing."
     )
     channels: tuple[int, ...] = Field(
-        max_length=15, description="Of each level, from full resolution down; multiples of 32."
+        max_length=15, description="Channels of each level, from full resolution down; multiples of 32."
     )
-    layers: int = Field(gt=0, le=1000, description="Residual blocks a level.")
+    layers: int = Field(gt=0, le=1000, description="Residual blocks per level.")
     attention: tuple[bool, ...] = Field(description="For each level: whether attention follows its residual blocks.")
     activation_checkpointing: Literal["none", "block"] = Field(
-        "none", description="Keep everything for the backward, or compute residual and attention blocks again."
+        "none", description="Keep everything for the backward, or recompute residual and attention blocks."
     )
 
     @model_validator(mode="after")
@@ -97,5 +97,5 @@ NETWORKS: dict[str, type[NetworkConfig]] = {"U-ViT": ModelConfig, "U-Net": UNetC
 
 
 def kind_of_network(model: Any) -> str:
-    """The key in NETWORKS of a `model` section."""
+    """Return the key in NETWORKS of a `model` section."""
     return "U-Net" if isinstance(model, UNetConfig) or (isinstance(model, dict) and "unet" in model) else "U-ViT"

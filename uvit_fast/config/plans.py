@@ -1,4 +1,4 @@
-"""`sample.cache`: none, outer:N:K, or a plan's file, which says which sublayers reuse their last output at which evaluation."""
+"""`sample.cache`: none, outer:N:K, or a plan's file, which says which sublayers reuse their last output, and when."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ CachedLayers = Annotated[str, AfterValidator(_plan_of_layers)]
 class CachePlan(Section):
     """A plan's file, YAML or JSON."""
 
-    about: str = Field("", description="Where it comes from: for people.")
-    steps: int = Field(ge=1, le=10**5, description="Network evaluations a sample that it is for.")
-    sampler: str | None = Field(None, description="sample.sampler that it is for. Default: any.")
+    about: str = Field("", description="Where the plan comes from, for readers.")
+    steps: int = Field(ge=1, le=10**5, description="Network evaluations per sample for which it is made.")
+    sampler: str | None = Field(None, description="sample.sampler for which it is made. Default: any.")
     reuse: dict[int, tuple[str, ...]] = Field(
         description="Evaluation, from 0 -> sublayers that reuse their last output, as in_blocks.3.attn or *.mlp."
     )
@@ -49,7 +49,7 @@ def read_plan(path: Path) -> CachePlan:
     """Read a plan.
 
     Raises:
-        UserError: no such file, or one that is no plan.
+        UserError: no such file, or not a plan.
     """
     try:
         return CachePlan.model_validate(parse_yaml(path.read_text("utf-8-sig")))
@@ -63,7 +63,7 @@ def read_plan(path: Path) -> CachePlan:
 
 
 def write_plan(plan: CachePlan, path: Path) -> None:
-    """Write it as JSON where the name says so, else as YAML, whole or not at all."""
+    """Write it as JSON if the name says so, otherwise as YAML, whole or not at all."""
     if path.suffix == ".json":
         text = plan.model_dump_json(indent=1, exclude_none=True)
     else:
@@ -74,10 +74,10 @@ def write_plan(plan: CachePlan, path: Path) -> None:
 
 
 def expanded(plan: CachePlan, names: Sequence[str], source: str) -> tuple[frozenset[str], ...]:
-    """Return the sublayers that each evaluation reuses, of a network that has `names`.
+    """Return the sublayers that each evaluation reuses, for a network that has `names`.
 
     Raises:
-        UserError: an evaluation that there is not, or a name that fits no sublayer.
+        UserError: an evaluation that does not exist, or a name that matches no sublayer.
     """
     reuse = [frozenset[str]()] * plan.steps
     for evaluation, patterns in plan.reuse.items():
@@ -89,11 +89,11 @@ def expanded(plan: CachePlan, names: Sequence[str], source: str) -> tuple[frozen
 
 
 def fitting(pattern: str, names: Sequence[str], source: str) -> list[str]:
-    """Return the sublayers' `names` that a name or pattern fits: a block's name fits all of it, and blocks are counted
-    from the end with -1, -2, ...
+    """Return the sublayers' `names` that a name or pattern matches: a block's name matches all of it, and blocks are
+    counted from the end with -1, -2, ...
 
     Raises:
-        UserError: it fits none.
+        UserError: it matches none.
     """
     side, _, rest = pattern.partition(".")
     index, dot, part = rest.partition(".")
@@ -111,7 +111,7 @@ def fitting(pattern: str, names: Sequence[str], source: str) -> list[str]:
 
 
 def contracted(names: Sequence[str], reused: frozenset[str]) -> tuple[str, ...]:
-    """Return few patterns that fit exactly the reused ones of `names`."""
+    """Return few patterns that match exactly the reused ones among `names`."""
     groups = [
         "*",
         "*.attn",

@@ -1,8 +1,8 @@
-"""Config files: read, merged with their base and with overrides, and checked against the schema, with errors of a line
-each.
+"""Read config files: merge them with their base and with overrides, and check them against the schema, with errors of
+one line each.
 
-A file may name one other config as `base:`; its own keys then override the base's. `--set train.batch_size=512` overrides
-both.
+A file may name one other config as `base:`; its own keys then override the base's. `--set train.batch_size=512`
+overrides both.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def load_config(config: str | Path, overrides: Iterable[str] | Mapping[str, Any]
             to values.
 
     Raises:
-        ConfigError: the file is missing or not YAML, a key is unknown or has a wrong value, or `base` names a file with
-            a base.
+        ConfigError: the file is missing or not YAML, a key is unknown or has a wrong value, or `base` names a file that
+            has a base itself.
     """
     path = find_config(config)
     tree = _read(path)
@@ -43,16 +43,16 @@ def load_config(config: str | Path, overrides: Iterable[str] | Mapping[str, Any]
             if "base" in base:
                 raise ConfigError(f"{path}: base {base_path} has a base of its own; expected one level of base")
             tree = _merge(_by_names_of_today(base), _by_names_of_today(tree))
-    except RecursionError:  # aliases that hold themselves
+    except RecursionError:  # aliases that contain themselves
         raise ConfigError(f"{path}: nested too deeply; expected sections with keys") from None
     return config_from(tree, config, overrides)
 
 
 def config_from(tree: dict[str, Any], source: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
-    """`load_config` of what a YAML file would hold.
+    """Do `load_config` on the content of a YAML file.
 
     Args:
-        source: what messages call it.
+        source: its name in messages.
     """
     if isinstance(overrides, str):
         overrides = [overrides]
@@ -70,7 +70,7 @@ def config_from(tree: dict[str, Any], source: str | Path, overrides: Iterable[st
 
 
 def dump_config(config: Config) -> str:
-    """The whole configuration as YAML, defaults included; `load_config` reads it back unchanged."""
+    """Return the whole configuration as YAML, defaults included; `load_config` reads it back unchanged."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
@@ -103,7 +103,7 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 
 
 def _by_names_of_today(tree: dict[str, Any]) -> dict[str, Any]:
-    """A config of before `latent.autoencoder`, which was `latent.decoder`, as runs keep theirs."""
+    """Rename keys of older runs' configs: `latent.autoencoder` was `latent.decoder`."""
     latent = tree.get("latent")
     if not isinstance(latent, dict) or "decoder" not in latent or "autoencoder" in latent:
         return tree
@@ -111,7 +111,7 @@ def _by_names_of_today(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _override(text: Any) -> tuple[str, Any]:
-    """The key and the value of `section.key=value`."""
+    """Split `section.key=value` into the key and the value."""
     key, equals, value = text.partition("=") if isinstance(text, str) else ("", "", "")
     if not equals:
         raise ConfigError(f"override {cut(str(text))}: expected section.key=value, as in --set train.batch_size=512")
@@ -119,7 +119,7 @@ def _override(text: Any) -> tuple[str, Any]:
 
 
 def _nested(tree: dict[str, Any], key: Any, value: Any) -> dict[str, Any]:
-    """{section: {key: value}} of `section.key`, which must lead through sections of the tree."""
+    """Return {section: {key: value}} for `section.key`, which must lead through sections of the tree."""
     *sections, leaf = key.split(".") if isinstance(key, str) else [""]
     if not all([*sections, leaf]):
         raise ConfigError(f"override {shown(key)}: expected section.key, such as train.batch_size")
@@ -135,7 +135,7 @@ def _nested(tree: dict[str, Any], key: Any, value: Any) -> dict[str, Any]:
 
 
 def _explain(path: str | Path, error: Any) -> str:
-    """One pydantic error as one line: file, key, what was expected, what came, the nearest key."""
+    """Format one pydantic error as one line: file, key, what was expected, what was given, the nearest key."""
     key = cut(".".join(str(part) for part in error["loc"] if part not in NETWORKS))
     if error["type"] == "extra_forbidden":
         valid = _fields_at(error["loc"][:-1])
@@ -158,7 +158,7 @@ def _section_at(loc: tuple) -> type[Section]:
             section = NETWORKS[part]
             continue
         annotation = section.model_fields[part].annotation
-        options = [annotation, *getattr(annotation, "__args__", ()), ModelConfig]  # the last: of a union, its usual one
+        options = [annotation, *getattr(annotation, "__args__", ()), ModelConfig]  # the last: a union's usual member
         section = next(o for o in options if isinstance(o, type) and issubclass(o, Section))
     return section
 

@@ -16,31 +16,34 @@ CLIP = "openai/clip-vit-large-patch14"  # whose text features the published text
 
 
 class DiffusionConfig(Section):
-    """The noise process (paper, Appendix), and what the network learns of it: by default the paper's, eps at times
-    drawn evenly.
+    """The noise process (paper, Appendix) and what the network learns of it: by default, as in the paper, eps at
+    uniform times.
     """
 
     schedule: Literal["vp", "sd", "flow", "flow_sit"] = Field(
         description="vp: continuous variance preserving. sd: Stable Diffusion's 1000 steps. flow: the linear path, "
-        "time 1000 t for the network, 0 at the data. flow_sit: the same for networks in SiT's terms, 1 - t, as DC-AE's USiT."
+        "the network receives 1000 t. flow_sit: the same for networks in SiT's convention, such as DC-AE's USiT, which "
+        "receive 1 - t."
     )
     prediction: Literal["eps", "v", "x0", "velocity"] = Field(
         "eps",
-        description="What the network predicts: eps, v = alpha eps - sigma x_0, x_0, or a flow's velocity. Default: a flow's velocity, else eps.",
+        description="What the network predicts: eps, v = alpha eps - sigma x_0, x_0, or a flow's velocity. "
+        "Default: velocity for flows, otherwise eps.",
     )
     time: Literal["uniform", "logit_normal"] = Field(
-        "uniform", description="How training draws the times t in [0, 1] (0: data); logit_normal: SD3's."
+        "uniform", description="Distribution of training times t in [0, 1] (0: data); logit_normal: SD3's."
     )
-    time_mean: float = Field(0.0, ge=-10, le=10, description="Of log(t / (1 - t)), with logit_normal.")
-    time_std: float = Field(1.0, gt=0, le=10, description="Of log(t / (1 - t)), with logit_normal.")
+    time_mean: float = Field(0.0, ge=-10, le=10, description="Mean of log(t / (1 - t)), with logit_normal.")
+    time_std: float = Field(1.0, gt=0, le=10, description="Standard deviation of log(t / (1 - t)), with logit_normal.")
     time_shift: float = Field(
         1.0,
         ge=0.01,
         le=100,
-        description="Training's times become k t / (1 + (k - 1) t); above 1: noisier. sample.shift is sampling's.",
+        description="Training times become k t / (1 + (k - 1) t); above 1: noisier. For sampling: sample.shift.",
     )
     weighting: Literal["none", "min_snr"] = Field(
-        "none", description="Of each sample's loss; min_snr: min(SNR, gamma) of the error in x_0 (Hang et al. 2023)."
+        "none",
+        description="Weight of each sample's loss; min_snr: min(SNR, gamma) on the error in x_0 (Hang et al. 2023).",
     )
     min_snr_gamma: float = Field(5.0, gt=0, description="Min-SNR's gamma.")
 
@@ -55,7 +58,8 @@ class DiffusionConfig(Section):
     def _fits(self) -> DiffusionConfig:
         if self.prediction == "velocity" and not self.flow:
             raise ValueError(
-                f"prediction velocity is a flow's: expected eps, v or x0 with schedule {self.schedule}, or schedule flow"
+                f"prediction velocity is a flow's: expected eps, v or x0 with schedule {self.schedule}, "
+                "or schedule flow"
             )
         if self.time == "uniform" and (self.time_mean, self.time_std) != (0.0, 1.0):
             raise ValueError("time_mean and time_std are of time logit_normal; expected it, or neither of them")
@@ -65,7 +69,7 @@ class DiffusionConfig(Section):
 
     @property
     def meaning(self) -> dict[str, str]:
-        """What decides what the network's weights mean; the rest is how they are learned."""
+        """What decides the meaning of the network's weights; the rest is how they are learned."""
         return {"schedule": self.schedule, "prediction": self.prediction}
 
     @property
@@ -78,19 +82,20 @@ class SampleConfig(Section):
     """How samples are drawn, in training previews and by `uvit-fast sample`."""
 
     sampler: Literal["dpm_fast", "dpmpp_fast", "dpmpp_2m", "euler_maruyama", "euler", "heun"] = Field(
-        description="DPM-Solver singlestep, DPM-Solver++ singlestep, DPM-Solver++ multistep 2M, vp's Euler-Maruyama, or flow's "
-        "Euler or Heun."
+        description="DPM-Solver singlestep, DPM-Solver++ singlestep, DPM-Solver++ 2M (multistep), Euler-Maruyama for "
+        "vp, or Euler or Heun for flows."
     )
-    steps: int = Field(50, ge=1, le=10**5, description="Network evaluations a sample (NFE).")
+    steps: int = Field(50, ge=1, le=10**5, description="Network evaluations per sample (NFE).")
     spacing: Literal["time", "logsnr", "karras"] | None = Field(
         None,
-        description="DPM-Solvers' times: uniform in t, in log-SNR, or Karras et al.'s. Default: vp logsnr, else time.",
+        description="Times of the DPM-Solvers: uniform in t, in log-SNR, or Karras et al.'s. Default: logsnr for vp, "
+        "else time.",
     )
     shift: float = Field(
         1.0,
         ge=0.01,
         le=100,
-        description="Of flow: times uniform in t become k t / (1 + (k - 1) t), as in SD3; above 1: more of them noisy.",
+        description="For flows: times uniform in t become k t / (1 + (k - 1) t), as in SD3; above 1: more noisy ones.",
     )
     guidance_scale: float = Field(
         0.0,
@@ -100,24 +105,27 @@ class SampleConfig(Section):
     )
     guidance_interval: tuple[float, float] = Field(
         (0.0, 1.0),
-        description="First and last time t in [0, 1] (0: data) with guidance (Kynkaanniemi et al. 2024); one branch elsewhere.",
+        description="First and last time t in [0, 1] (0: data) with guidance (Kynkaanniemi et al. 2024); elsewhere one "
+        "branch runs.",
     )
     precision: Literal["bf16", "fp8"] = Field(
         "bf16",
-        description="Of the blocks' products on a GPU, of weights that are loaded to sample: bf16, or e4m3 (compute capability 9.0, U-ViT).",
+        description="Precision of the blocks' matrix products when sampling on a GPU: bf16, or e4m3 (compute "
+        "capability 9.0, U-ViT).",
     )
     fp8_keep: tuple[str, ...] = Field(
         FP8_KEEP,
-        description="Of fp8: what stays in bf16, a block as out_blocks.-1, its attn, mlp or skip_linear as in_blocks.0.mlp, "
-        "or a pattern; []: nothing.",
+        description="With fp8, what stays in bf16: a block, as out_blocks.-1, its attn, mlp or skip_linear, as "
+        "in_blocks.0.mlp, or a pattern; []: nothing.",
     )
     cache: CachedLayers = Field(
         "none",
-        description="Layers that reuse their last output: none, a plan's file (.yaml, .json), or outer:N:K, the K outermost "
-        "blocks of each side always and the others at one of N evaluations; outer:N is outer:N:1.",
+        description="Layers that reuse their last output: none, a plan's file (.yaml, .json), or outer:N:K, which "
+        "computes the K outermost blocks of each side always and the others in one of N evaluations; outer:N is "
+        "outer:N:1.",
     )
     prompts: tuple[str, ...] = Field(
-        (), description="Of a text model: what its previews show, and `sample` by default."
+        (), description="For text models: the prompts of previews and, by default, of `sample`."
     )
 
     @model_validator(mode="after")
@@ -127,7 +135,7 @@ class SampleConfig(Section):
         return self
 
 
-Factor = float | tuple[float, ...]  # of all channels, or one a channel
+Factor = float | tuple[float, ...]  # for all channels, or one per channel
 
 
 class LatentConfig(Section):
@@ -143,17 +151,17 @@ class LatentConfig(Section):
     )
     scale_factor: Factor | Literal["measured"] | None = Field(
         None,
-        description="A number, one a channel, or measured: of the channels' deviation and mean, that `extract` finds. "
-        "Default: the data's, else the autoencoder's own.",
+        description="A number, one per channel, or measured: from the channels' standard deviation and mean, as "
+        "`extract` finds them. Default: the data's, else the autoencoder's own.",
     )
     shift_factor: Factor | None = Field(
         None,
-        description="A number, or one a channel, taken off latents before they are scaled. Default: the data's, else the "
-        "autoencoder's own.",
+        description="A number, or one per channel, subtracted from latents before scaling. Default: the data's, else "
+        "the autoencoder's own.",
     )
     text_encoder: FolderOrHub | None = Field(
         None,
-        description=f"CLIP of a text model: a local folder, or a hub name. Default: that of the training data, else {CLIP}.",
+        description=f"CLIP of a text model: a local folder, or a hub name. Default: the training data's, else {CLIP}.",
     )
 
     @field_validator("scale_factor", "shift_factor", mode="before")
@@ -193,24 +201,26 @@ class DataConfig(Section):
     name: Literal["digits", "synthetic", "cifar10", "fashion_mnist", "images", "latents", "text_latents"] = Field(
         description="digits: scikit-learn's. synthetic: random data of the model's shapes. The others read `path`."
     )
-    path: LocalPath | None = Field(None, description="Folder of the dataset, for those that are read from one.")
+    path: LocalPath | None = Field(None, description="Folder of the dataset, if it is read from one.")
     crop: Literal["center", "celeba", "square"] = Field(
-        "center", description="Of `images` and extraction: ADM's centre crop, CelebA's face, or COCO's centre square."
+        "center", description="For `images` and extraction: ADM's centre crop, CelebA's face, or COCO's centre square."
     )
     background: tuple[Byte, Byte, Byte] = Field(
         (255, 255, 255),
-        description="Red, green and blue behind transparent pixels of `images` and extraction, 0 to 255.",
+        description="Red, green and blue behind transparent pixels, 0 to 255, for `images` and extraction.",
     )
     flip: bool = Field(False, description="Mirror each image with probability 1/2.")
     unreadable: Literal["refuse", "skip"] = Field(
         "refuse",
-        description="End at an unreadable image or a latent shard with a wrong checksum, or warn and take others instead.",
+        description="At an unreadable image or a latent shard with a wrong checksum: refuse to go on, or warn and "
+        "skip it, using others instead.",
     )
     decoder: Literal["auto", "dali", "pillow"] = Field(
         "auto",
-        description="What crops `images`: DALI, on all cores, or Pillow, on one a loader process; auto: DALI if cores would be idle.",
+        description="What crops `images`: DALI, on all cores, or Pillow, on one core per loader process; auto: DALI "
+        "if cores would be idle.",
     )
-    num_workers: int = Field(2, ge=0, le=256, description="Loader processes a rank; 0 loads in the training process.")
+    num_workers: int = Field(2, ge=0, le=256, description="Loader processes per rank; 0 loads in the training process.")
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -226,27 +236,28 @@ class TrainConfig(Section):
     )
     init_replace: Names = Field(
         (),
-        description="Of `init`, what is replaced: label_emb (but its null row), null_label, pos_embed (interpolated), "
-        "or other parameters and modules by name (begun anew): patch_embed, decoder_pred, final_layer, ...",
+        description="Parts of `init` to replace: label_emb (except its null row), null_label, pos_embed "
+        "(interpolated), or other parameters and modules by name (initialised anew): patch_embed, decoder_pred, "
+        "final_layer, ...",
     )
     trainable: Names = Field(
         ("all",),
         min_length=1,
-        description="all, or names of the parameters and modules that learn, with * and ?: [label_emb, '*.norm?']; "
-        "others are frozen.",
+        description="all, or names of the trainable parameters and modules, with * and ?: [label_emb, '*.norm?']; "
+        "the others are frozen.",
     )
-    batch_size: int = Field(gt=0, le=10**7, description="Images an optimizer step, over all GPUs.")
+    batch_size: int = Field(gt=0, le=10**7, description="Images per optimizer step, over all GPUs.")
     micro_batch_size: int | None = Field(
         None,
         gt=0,
-        description="Images a forward pass on one GPU. Default: batch_size / GPUs, no gradient accumulation.",
+        description="Images per forward pass on one GPU. Default: batch_size / GPUs, no gradient accumulation.",
     )
     lr: float = Field(2e-4, gt=0, description="Learning rate after warm-up.")
     warmup_steps: int = Field(5000, ge=0, description="Steps of linear warm-up from 0; the rate then stays constant.")
-    weight_decay: float = Field(0.03, ge=0, description="AdamW's, on every parameter.")
-    betas: tuple[Beta, Beta] = Field((0.99, 0.99), description="AdamW's, in [0, 1).")
+    weight_decay: float = Field(0.03, ge=0, description="AdamW's weight decay, on every parameter.")
+    betas: tuple[Beta, Beta] = Field((0.99, 0.99), description="AdamW's betas, in [0, 1).")
     grad_clip: float = Field(0.0, ge=0, description="Largest gradient norm; 0: no clipping.")
-    ema_decay: float = Field(0.9999, ge=0, lt=1, description="Decay a step of the weights' moving average.")
+    ema_decay: float = Field(0.9999, ge=0, lt=1, description="Decay of the weights' EMA, per step.")
     p_uncond: float = Field(0.0, ge=0, le=1, description="Probability of training a sample without its condition.")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 on a GPU, fp32 on a CPU.")
     zero_stage: Literal[1, 2, 3] = Field(
@@ -256,47 +267,47 @@ class TrainConfig(Section):
     activation_memory_gb: float | None = Field(
         None,
         gt=0,
-        description="With selective checkpointing: GB (10^9 bytes) a GPU for activations; blocks keep what fits.",
+        description="With selective checkpointing: GB (10^9 bytes) per GPU for activations; blocks keep what fits.",
     )
     cuda_graphs: bool = Field(
         True, description="On a GPU, forward and backward as CUDA graphs; for ZeRO stages 1 and 2, without compile."
     )
     compile: bool = Field(False, description="torch.compile around the kernels; for ZeRO stages 1 and 2.")
-    max_refused: int = Field(20, gt=0, description="Steps in a row without a finite gradient that end a run.")
+    max_refused: int = Field(20, gt=0, description="Consecutive steps without a finite gradient that end a run.")
     spike_deviations: float = Field(
         6.0,
         ge=0,
-        description="Standard deviations above the recent losses that make a spike, which is logged; 0: none.",
+        description="Standard deviations above the recent losses from which a loss is logged as a spike; 0: never.",
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of initialisation, data order, noise and timesteps.")
     log_every: int = Field(50, gt=0, le=10**6, description="Steps between two rows of scalars.")
     checkpoint_every: int = Field(
         10000, gt=0, description="Steps between two checkpoints; the last step always has one."
     )
-    keep_checkpoints: int = Field(3, gt=0, description="Newest checkpoints that are kept.")
-    keep_every: int = Field(0, ge=0, description="Checkpoints of multiples of this many steps are kept too; 0: none.")
+    keep_checkpoints: int = Field(3, gt=0, description="How many of the newest checkpoints to keep.")
+    keep_every: int = Field(0, ge=0, description="Also keep checkpoints at multiples of this many steps; 0: none.")
     wandb: bool = Field(False, description="Log to Weights & Biases too.")
     sample_every: int = Field(0, ge=0, description="Steps between two sample grids; 0: none while training.")
 
 
 class EvaluateConfig(Section):
-    """Figures of the EMA weights while training; the best weights stay in the run's folder best/."""
+    """Evaluations of the EMA weights while training; the best weights stay in the run's folder best/."""
 
     every: int = Field(gt=0, description="Steps between two evaluations; the last step always has one.")
     held_out: int | str | None = Field(
         None,
-        description="Images whose loss is measured and that are not trained on: so many of the data, or a path of "
-        "data like those of data.path.",
+        description="Images not trained on, whose loss is measured: a number of images of the data, or a path to data "
+        "like those at data.path.",
     )
     samples: int | None = Field(
         None,
         ge=0,
         le=10**8,
-        description="Samples that are drawn for one; published figures are of 50000. 0: none. Default: 10000; with "
-        "held_out none.",
+        description="Samples drawn per evaluation; published figures use 50000. 0: none. Default: 10000, or none with "
+        "held_out.",
     )
     features: Literal["inception", "digits-fid"] = Field(
-        "inception", description="inception: FID. digits-fid: of a small classifier of the training data's labels."
+        "inception", description="inception: FID. digits-fid: with a small classifier trained on the training data."
     )
     reference: LocalPath | None = Field(
         None, description="Statistics (.npz) or images (folder or .npz). Default: the training data."
@@ -322,7 +333,7 @@ class EvaluateConfig(Section):
 
     @property
     def drawn(self) -> int:
-        """Samples that are drawn for an evaluation."""
+        """Samples drawn per evaluation."""
         if self.samples is None:
             return 10_000 if self.held_out is None else 0
         return self.samples
@@ -374,7 +385,8 @@ class Config(Section):
             each = getattr(self.latent, key, None)
             if isinstance(each, tuple) and len(each) != self.model.in_chans:
                 raise ValueError(
-                    f"latent.{key}: expected one number, or {self.model.in_chans}, as model.in_chans says; got {len(each)}"
+                    f"latent.{key}: expected one number, or {self.model.in_chans}, as model.in_chans says; "
+                    f"got {len(each)}"
                 )
         if self.sample.sampler == "euler_maruyama" and self.diffusion.schedule != "vp":
             raise ValueError("sample.sampler euler_maruyama solves the VP-SDE: it needs diffusion.schedule vp")
@@ -387,7 +399,8 @@ class Config(Section):
             raise ValueError(f"sample.spacing is the DPM-Solvers'; {self.sample.sampler} has times of its own")
         if self.sample.shift != 1 and not (self.diffusion.flow and self.sample.spacing in (None, "time")):
             raise ValueError(
-                "sample.shift moves times that are uniform in t, of a flow: it needs diffusion.schedule flow and no sample.spacing"
+                "sample.shift moves times that are uniform in t, of a flow: "
+                "it needs diffusion.schedule flow and no sample.spacing"
             )
         return self
 

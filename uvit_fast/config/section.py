@@ -34,7 +34,7 @@ class Section(BaseModel):
         kinds = {annotation, *get_args(annotation)}
         if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
             raise ValueError(f"expected a number, got {str(value).lower()}")
-        if isinstance(value, set):  # of YAML's !!set, in an order of its own
+        if isinstance(value, set):  # YAML's !!set, whose order is arbitrary
             raise ValueError(f"expected a list in brackets, got {shown(value)}")
         return value
 
@@ -67,7 +67,7 @@ Names = Annotated[tuple[Name, ...], BeforeValidator(lambda value: (value,) if is
 
 
 def wrong_value(error: Any) -> str:
-    """Return what pydantic expected, and what came, in words of ours."""
+    """Return what pydantic expected, and what was given, in our words."""
     if error["type"] == "value_error":
         return error["msg"].removeprefix("Value error, ")
     kinds = {

@@ -1,8 +1,8 @@
-"""Linear CKA between representations, in minibatches and without bias (paper, appendix E).
+"""Linear CKA between representations, in minibatches and unbiased (paper, Appendix E).
 
-CKA(X, Y) = HSIC(X, Y) / sqrt(HSIC(X, X) HSIC(Y, Y)), after Kornblith et al. 2019; the HSIC of every minibatch is the unbiased
-estimate of Song et al. 2012, averaged over minibatches before the division (Nguyen et al. 2021), so that the result does not
-depend on the size of a minibatch.
+CKA(X, Y) = HSIC(X, Y) / sqrt(HSIC(X, X) HSIC(Y, Y)), after Kornblith et al. 2019. The HSIC of every minibatch is the
+unbiased estimate of Song et al. 2012, averaged over minibatches before the division (Nguyen et al. 2021), so that the
+result does not depend on the size of a minibatch.
 """
 
 from collections.abc import Iterable
@@ -12,13 +12,14 @@ from torch import Tensor
 
 
 def linear_cka(minibatches: Iterable[list[Tensor]]) -> Tensor:
-    """CKA of each pair of representations of the same examples.
+    """Return the CKA of each pair of representations of the same examples.
 
     Args:
         minibatches: of M representations each, (N, ...) with any width, N at least 4.
 
     Returns:
-        (M, M) float64 on the CPU; 1 on the diagonal. Unbiased: of unrelated representations about 0, also below it.
+        (M, M) float64 on the CPU; 1 on the diagonal. Being unbiased, it is about 0 for unrelated representations, also
+        below.
     """
     sums = [unbiased_hsic(torch.stack([_gram(x) for x in representations])) for representations in minibatches]
     assert sums, "no minibatches"
@@ -28,7 +29,7 @@ def linear_cka(minibatches: Iterable[list[Tensor]]) -> Tensor:
 
 
 def unbiased_hsic(grams: Tensor) -> Tensor:
-    """The unbiased HSIC of every pair of Gram matrices (Nguyen et al. 2021, Equation 3): (M, N, N) -> (M, M).
+    """Return the unbiased HSIC of every pair of Gram matrices (Nguyen et al. 2021, Equation 3): (M, N, N) -> (M, M).
 
     HSIC(K, L) = (tr(K L) + 1'K1 1'L1 / ((N - 1)(N - 2)) - 2 / (N - 2) 1'K L1) / (N (N - 3)), both with a zero diagonal.
     """
@@ -42,7 +43,9 @@ def unbiased_hsic(grams: Tensor) -> Tensor:
 
 
 def _gram(x: Tensor) -> Tensor:
-    """X X' of (N, ...) -> (N, N) float64. Centred first: it changes no HSIC, and keeps large means from costing digits."""
+    """Return X X' of (N, ...), (N, N) float64. Centring first changes no HSIC, and keeps large means from costing
+    digits.
+    """
     x = x.flatten(1).double()
     x = x - x.mean(0)
     return x @ x.T

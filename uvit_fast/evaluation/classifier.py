@@ -1,7 +1,8 @@
-"""Features for digits and other small labelled pictures, where Inception's mean little: those of a small classifier.
+"""Features for digits and other small labelled pictures, for which Inception's mean little: those of a small
+classifier.
 
-Trained here on the real training set, in seconds. Its figures are called digits-fid and so on: they compare runs on one dataset
-under one classifier, and are no FID.
+It is trained here on the real training set, in seconds. Its figures are called digits-fid and so on: they compare runs
+on one dataset under one classifier, and are not FID.
 """
 
 import contextlib
@@ -23,20 +24,18 @@ from uvit_fast.runtime.files import write_whole
 from uvit_fast.runtime.progress import Bar
 
 STEPS, BATCH, LEARNING_RATE = 600, 128, 2e-3
-FULL = (
-    32  # pixels a side; larger images are taken in at larger strides, and half the steps, which cost more, tell as much
-)
-PIXELS = 1 << 20  # at a time, where no gradient is kept
+FULL = 32  # pixels a side; larger images are read at larger strides, and half the steps, which cost more, tell as much
+PIXELS = 1 << 20  # per batch, where no gradient is kept
 BROKEN = (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError)  # what a bad file raises
-TRAINED_ON, ROOM = 60_000, 4 * 10**9  # the most images, and bytes of them
-HELD_OUT = 0.1  # share of the images that the reported accuracy is of
-ENOUGH = 0.8  # accuracy, below which the features would say nothing
+TRAINED_ON, ROOM = 60_000, 4 * 10**9  # at most so many images, and bytes of them
+HELD_OUT = 0.1  # share of the images on which the accuracy is measured
+ENOUGH = 0.8  # accuracy below which the features would say nothing
 
 
 class Classifier(nn.Module):
     """Two convolutions at full, two at half resolution, 64 features, class scores.
 
-    "Full" is at most 32 pixels a side: on larger images the first convolution has a larger kernel and stride.
+    "Full" means at most 32 pixels a side: for larger images the first convolution has a larger kernel and stride.
 
     Args:
         size: (H, W) of the images.
@@ -59,15 +58,17 @@ class Classifier(nn.Module):
         self.register_buffer("unit", torch.ones(()))
 
     def forward(self, images: Tensor) -> Features:
-        """(B, H, W, 1 or 3) uint8, grey or averaged to grey -> pool (B, dim), spatial (B, h * w * 7)."""
+        """Map (B, H, W, 1 or 3) uint8, averaged to grey, to pool (B, dim) and spatial (B, h * w * 7) features."""
         x = images.float().mean(3, keepdim=True).permute(0, 3, 1, 2) / 127.5 - 1  # (B, 1, H, W)
-        x = self.shallow(x)  # (B, width, h, w): half of H and W, or of what the stride left of them
+        x = self.shallow(x)  # (B, width, h, w): half of H and W, or of what the stride leaves
         spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)  # (B, h * w * 7)
         return Features(F.relu(self.pool(self.deep(x).flatten(1))) / self.unit, spatial)
 
     @torch.no_grad()
     def normalise(self, images: Tensor) -> None:
-        """Scale the pool features to a mean square of 1 on (N, H, W, C) images, and the head so that its scores stay."""
+        """Scale the pool features to mean square 1 on images (N, H, W, C), and the head so that its scores stay the
+        same.
+        """
         squares = [self(rows).pool.square().mean(1) for rows in _in_parts(images)]
         unit = torch.cat(squares).mean().sqrt()
         self.unit.mul_(unit)
@@ -101,13 +102,13 @@ class ClassifierFeatures:
 
 
 def train_classifier(images: np.ndarray, labels: np.ndarray, device: torch.device) -> tuple[Classifier, float]:
-    """Fit a classifier to real images; the same images always give the same one on the same machine.
+    """Fit a classifier to real images; the same images give the same classifier on the same machine.
 
     Args:
         images: (N, H, W, 1 or 3) uint8; labels: (N,) from 0.
 
     Returns:
-        the classifier and its accuracy on the tenth of the images that it never saw.
+        The classifier and its accuracy on the held-out tenth of the images.
 
     Raises:
         UserError: fewer than two classes, or classes that cannot be told apart.
@@ -145,17 +146,17 @@ def train_classifier(images: np.ndarray, labels: np.ndarray, device: torch.devic
 
 
 def _in_parts(images: Tensor) -> tuple[Tensor, ...]:
-    """(N, H, W, C) in parts that fit into memory beside their features."""
+    """Split (N, H, W, C) into parts that fit in memory beside their features."""
     return images.split(max(1, PIXELS // images[0, :, :, 0].numel()))
 
 
 def cached_classifier(images: Images, labels: np.ndarray, cache: Path, device: torch.device) -> Classifier:
-    """`train_classifier`, once for each dataset: figures compare only under the very same classifier.
+    """Call `train_classifier` once per dataset: figures compare only under the very same classifier.
 
-    Of very many images it takes some that lie evenly among them.
+    Of very many images it takes evenly spaced ones.
 
     Args:
-        labels: (N,), one an image. cache: the folder that keeps the classifier.
+        labels: (N,), one per image. cache: the folder that keeps the classifier.
     """
     assert images.identity is not None
     key = hashlib.sha256(images.identity().encode() + labels.astype(np.int64).tobytes()).hexdigest()
@@ -163,7 +164,7 @@ def cached_classifier(images: Images, labels: np.ndarray, cache: Path, device: t
     (first,) = images.read([range(1)])
     if file.is_file():
         model = Classifier(first.shape[1:3], int(labels.max()) + 1)
-        with contextlib.suppress(*BROKEN):  # trained anew
+        with contextlib.suppress(*BROKEN):  # then it is trained anew
             model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
             return model.eval().requires_grad_(False)
     step = max(1, -(-images.count // TRAINED_ON), -(-images.count * first.nbytes // ROOM))
@@ -176,7 +177,7 @@ def cached_classifier(images: Images, labels: np.ndarray, cache: Path, device: t
     print(f"digits-fid: trained a classifier on {len(pixels):,} images, held-out accuracy {accuracy:.3f}")
     try:
         write_whole(file, partial(torch.save, {name: value.cpu() for name, value in model.state_dict().items()}))
-    except (OSError, RuntimeError) as error:  # the latter is torch's, of a full disk
+    except (OSError, RuntimeError) as error:  # the latter is torch's, for a full disk
         print(
             f"warning: {file}: cannot be kept ({error}); figures of another run are of another classifier",
             file=sys.stderr,

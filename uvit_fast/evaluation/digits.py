@@ -1,14 +1,14 @@
-"""Are the sampled digits digits, and are they new? Two figures for the demo, where Inception features would mean little."""
+"""Are the sampled digits digits, and are they new? Two figures for the demo, where Inception features mean little."""
 
 import numpy as np
 
 
 def class_accuracy(samples: np.ndarray, asked: np.ndarray, real: np.ndarray, labels: np.ndarray) -> float:
-    """Share of samples that a classifier fitted on the real digits recognises as the class that was asked for.
+    """Return the share of samples that a classifier fitted on the real digits assigns to the requested class.
 
     Args:
         samples: (M, ...) in the value range of `real`; the classifier never trains on them.
-        asked: (M,) the classes that were asked for.
+        asked: (M,) the requested classes.
         real: (N, ...) real digits.
         labels: (N,) their classes.
     """
@@ -19,9 +19,10 @@ def class_accuracy(samples: np.ndarray, asked: np.ndarray, real: np.ndarray, lab
 
 
 def nearest_train_ratio(samples: np.ndarray, real: np.ndarray, labels: np.ndarray) -> float:
-    """Median distance of a sample to its nearest real digit, over that of a real digit to its nearest in its own class.
+    """Return the median distance of a sample to its nearest real digit, over that of a real digit to its nearest in its
+    own class.
 
-    Euclidean over pixels. 0 means that the samples are copies of the training set; real digits would have about 1.
+    Euclidean over pixels. 0: the samples are copies of the training set; real digits have about 1.
     """
     samples, real = samples.reshape(len(samples), -1), real.reshape(len(real), -1)
     to_train = _distances(samples, real).min(axis=1)  # (M,)

@@ -1,4 +1,6 @@
-"""Every figure of the appendix's Table 3 from samples and a reference, with a warning for whatever makes them incomparable."""
+"""Every figure of the appendix's Table 3 from samples and a reference, with a warning for whatever makes them
+incomparable.
+"""
 
 import json
 import math
@@ -26,8 +28,8 @@ from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.files import write_whole
 from uvit_fast.runtime.processes import ALONE, World
 
-USUAL = 50_000  # samples of published figures
-ALIKE = 0.1  # shares of samples and reference that differ by no more are taken for equal
+USUAL = 50_000  # samples behind published figures
+ALIKE = 0.1  # shares of samples and reference that differ by no more count as equal
 
 
 def evaluate(
@@ -38,22 +40,24 @@ def evaluate(
     progress: bool = True,
     world: World = ALONE,
 ) -> dict | None:
-    """FID, sFID, Inception score, precision, recall and KID of samples, as far as the reference allows.
+    """Compute FID, sFID, Inception score, precision, recall and KID of samples, as far as the reference allows.
 
     Args:
-        extractor: the one that the reference's features come from.
-        world: its processes divide the samples; rank 0 has the result, the others None.
+        extractor: the one that made the reference's features.
+        world: its processes divide the samples; rank 0 gets the result, the others None.
 
     Returns:
-        "metrics": name -> value, names with the extractor's prefix; "warnings": sentences, each with its consequence; "samples",
-        "reference", "features": what was compared; "num_samples", "num_reference".
+        "metrics": name -> value, names with the extractor's prefix; "warnings": sentences, each with its consequence;
+        "samples", "reference", "features": what was compared; "num_samples", "num_reference".
 
     Raises:
-        UserError: images of another size than the reference's, features of another kind, or images that failed.
+        UserError: images of another size than the reference's, features of another kind, or images that cannot be
+            evaluated.
     """
     if reference.features not in (None, extractor.identity):
         raise UserError(
-            f"{reference.name}: expected statistics of {extractor.identity}, got {reference.features}: features of other "
+            f"{reference.name}: expected statistics of {extractor.identity}, got {reference.features}: "
+            "features of other "
             "weights or another preprocessing do not compare"
         )
     D = len(reference.pool_statistics.mu)
@@ -91,7 +95,8 @@ def evaluate(
     if (adms := adm_inception_score(probabilities)) != metrics["is"]:
         warnings.append(
             f"{images.name}: the Inception score is of full splits of {SPLIT:,}, drawn at random from the "
-            f"{images.count:,} images: {_why_not_adms(images.count)}. ADM's evaluator, which splits them in their order, would give {adms:.6g}"
+            f"{images.count:,} images: {_why_not_adms(images.count)}. "
+            f"ADM's evaluator, which splits them in their order, would give {adms:.6g}"
         )
     if reference.pool is None:
         warnings.append(f"{reference.name}: statistics without images: no precision, recall and KID")
@@ -123,7 +128,7 @@ def _why_not_adms(count: int) -> str:
 
 
 def require_size(size: tuple[int, int], name: str, reference: Reference) -> None:
-    """Refuse images of another (height, width) than the reference's, where that is known.
+    """Refuse images whose (height, width) differs from the reference's, if that is known.
 
     Raises:
         UserError: they differ.
@@ -136,7 +141,7 @@ def require_size(size: tuple[int, int], name: str, reference: Reference) -> None
 
 
 def _of_size(images: Images, reference: Reference) -> Images:
-    """The same images, of which the first of another size than the reference's is an error: before hours are spent."""
+    """Return the same images, with an error at the first that is not of the reference's size: before hours pass."""
 
     def read(parts: list[range]) -> Iterator[np.ndarray]:
         for array in images.read(parts):
@@ -147,7 +152,7 @@ def _of_size(images: Images, reference: Reference) -> Images:
 
 
 def _differences(images: Images, found: Extracted, reference: Reference) -> list[str]:
-    """Where samples and reference differ by how they were stored or made, which every distance counts."""
+    """List how samples and reference differ in the way they were stored or made, which affects every distance."""
     warnings, (height, width) = [], found.size
     if reference.size is None:
         named = set(re.findall(r"(?<!\d)(?:32|64|128|256|512|1024)(?!\d)", Path(reference.name).name))
@@ -186,7 +191,7 @@ def _count_warnings(images: Images, reference: Reference, extractor: Extractor) 
 
 
 def table(result: dict) -> str:
-    """The figures as lines for a person."""
+    """Format the figures as lines for the user."""
     against = "" if result["num_reference"] is None else f" ({result['num_reference']:,} images)"
     lines = [f"{result['num_samples']:,} samples of {result['samples']} against {result['reference']}{against}"]
     for name, value in result["metrics"].items():
@@ -195,5 +200,5 @@ def table(result: dict) -> str:
 
 
 def write(result: dict, path: Path) -> None:
-    """The result as JSON, whole or not at all."""
+    """Write the result as JSON, whole or not at all."""
     write_whole(path, lambda file: file.write_text(json.dumps(result, indent=2) + "\n"))

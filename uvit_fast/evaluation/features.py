@@ -1,6 +1,6 @@
 """Images in, features and their statistics out, a batch at a time.
 
-Memory grows with the number of images by their pool features alone (8 KB an image for Inception).
+Only the pool features make memory grow with the number of images (8 KB per image for Inception).
 """
 
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.processes import ALONE, World
 from uvit_fast.runtime.progress import Bar
 
-CONSTANT_SHARE = 0.01  # of images of one colour, beyond which there is a warning
+CONSTANT_SHARE = 0.01  # share of single-coloured images above which there is a warning
 
 
 class Extractor(Protocol):
-    """What turns images into features."""
+    """Turns images into features."""
 
     prefix: str  # of the figures' names: "" for Inception's, "digits-" for the classifier's
     identity: str  # changes whenever the features would
@@ -30,17 +30,17 @@ class Extractor(Protocol):
     pool_dim: int
 
     def __call__(self, images: Tensor) -> Features:
-        """(B, H, W, 3) uint8 on `device` -> features."""
+        """Extract the features of (B, H, W, 3) uint8 on `device`."""
 
     def probabilities(self, pool: Tensor) -> Tensor:
-        """(B, D) pool features -> (B, K) class probabilities."""
+        """Return class probabilities (B, K) from pool features (B, D)."""
 
 
 class InceptionFeatures:
     """Pool3 and the spatial features of the 2015 Inception.
 
     Args:
-        model, sha: as `load_inception` gives them.
+        model, sha: from `load_inception`.
         like: the preprocessing, see `inception.preprocess`.
     """
 
@@ -63,8 +63,8 @@ class InceptionFeatures:
 
 @dataclass
 class Extracted:
-    """Of N images: statistics of both features; pool (N, D) fp32 on the CPU; their (height, width); the share without
-    colour; what was odd about them."""
+    """For N images: statistics of both features; pool (N, D) fp32 on the CPU; their (height, width); the share without
+    colour; and whatever was odd about them."""
 
     pool_statistics: Statistics
     spatial_statistics: Statistics
@@ -77,13 +77,13 @@ class Extracted:
 def extract(
     images: Images, extractor: Extractor, batch: int = 50, progress: bool = True, world: World = ALONE
 ) -> Extracted | None:
-    """Features of all images, with progress and the time left on stderr.
+    """Extract the features of all images, with progress and the time left on stderr.
 
     Args:
-        world: its processes divide the batches; the features have the images' order whatever their number.
+        world: its processes divide the batches; the features have the images' order, whatever their number.
 
     Returns:
-        on rank 0 what was found, on the others None.
+        The features on rank 0, None on the others.
 
     Raises:
         UserError: fewer than two images, images without any contrast, or features that are not finite.
@@ -103,7 +103,7 @@ def extract(
 
 
 class _Share:
-    """What one process found, of the images that it read."""
+    """What one process found in the images that it read."""
 
     def __init__(self):
         self.pools: list[Tensor] = []
@@ -140,7 +140,7 @@ def _merged(shares: list[_Share], images: Images) -> Extracted:
             f"{images.name}: {constant} of {len(pool)} images are of one colour, as black ones are: "
             "a failed sampler or decoder makes such, and they worsen every figure"
         )
-    first, *others = [share for share in shares if share.pools]  # fewer batches than ranks: some have none
+    first, *others = [share for share in shares if share.pools]  # with fewer batches than ranks, some have none
     for kind, running in first.statistics.items():
         for other in others:
             running.merge(other.statistics[kind])
@@ -152,5 +152,5 @@ def _merged(shares: list[_Share], images: Images) -> Extracted:
 
 
 def _rgb(array: np.ndarray) -> np.ndarray:
-    """(B, H, W, 1 or 3) -> (B, H, W, 3), writable."""
+    """Convert (B, H, W, 1 or 3) to (B, H, W, 3), writable."""
     return np.repeat(array, 3, axis=3) if array.shape[3] == 1 else array.copy()

@@ -1,8 +1,10 @@
-"""The Inception of FID: the graph that TensorFlow published on 2015-12-05, with the weight file of pytorch-fid and torch-fidelity.
+"""The Inception of FID: the graph that TensorFlow published on 2015-12-05, with the weight file of pytorch-fid and
+torch-fidelity.
 
-Szegedy et al., "Rethinking the Inception Architecture", as frozen in `classify_image_graph_def.pb`. It differs from the later
-Inception v3: averages leave the padding out, the last block pools by maximum, there are 1008 outputs.
-Parameters have the names of the weight file. B images, channels first; the graph's own names are given beside ours.
+Szegedy et al., "Rethinking the Inception Architecture", as frozen in `classify_image_graph_def.pb`. It differs from the
+later Inception v3: averages exclude the padding, the last block pools by maximum, there are 1008 outputs. Parameters
+are
+named as in the weight file. B images, channels first; the graph's own names are given beside ours.
 """
 
 import hashlib
@@ -118,7 +120,7 @@ class Features(NamedTuple):
 
 
 class Inception(nn.Module):
-    """The network; `forward` takes what `preprocess` gives."""
+    """The network; `forward` takes the output of `preprocess`."""
 
     def __init__(self):
         super().__init__()
@@ -147,7 +149,7 @@ class Inception(nn.Module):
         self.fc = nn.Linear(POOL_DIM, CLASSES)
 
     def forward(self, x: Tensor) -> Features:
-        """(B, 3, 299, 299) in [-1, 1] -> pool3 (B, 2048) and mixed_6/conv's first 7 channels (B, 17 * 17 * 7)."""
+        """Map (B, 3, 299, 299) in [-1, 1] to pool3 (B, 2048) and mixed_6/conv's first 7 channels (B, 17 * 17 * 7)."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (B, 64, 147, 147)
         x = _pool(x, "shrink")  # (B, 64, 73, 73)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))  # (B, 192, 71, 71)
@@ -161,7 +163,7 @@ class Inception(nn.Module):
         return Features(x.mean((2, 3)), spatial)
 
     def probabilities(self, pool: Tensor) -> Tensor:
-        """(B, 2048) -> (B, 1008): the softmax of the logits without their bias, as the Inception score takes it."""
+        """Return (B, 1008) from (B, 2048): the softmax of the logits without their bias, as for the Inception score."""
         return torch.softmax(pool @ self.fc.weight.T.to(pool.dtype), 1)
 
 
@@ -175,11 +177,12 @@ def _pool(x: Tensor, kind: str) -> Tensor:
 
 
 def preprocess(images: Tensor, like: str = "tensorflow") -> Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, 299, 299) fp32, resized and scaled.
+    """Resize and scale (B, H, W, 3) uint8 to (B, 3, 299, 299) fp32.
 
     Args:
-        like: "tensorflow", as the graph does and ADM's references were made: bilinear with the corner of pixel 0 at 0, then
-            (x - 128) / 128. "pytorch-fid": bilinear between pixel centres, then 2 x / 255 - 1. FID differs between them.
+        like: "tensorflow", as in the graph and in ADM's references: bilinear with the corner of pixel 0 at 0, then
+            (x - 128) / 128. "pytorch-fid": bilinear between pixel centres, then 2 x / 255 - 1. FID differs between
+            them.
     """
     x = images.permute(0, 3, 1, 2).float()  # (B, 3, H, W)
     if like == "pytorch-fid":
@@ -189,7 +192,7 @@ def preprocess(images: Tensor, like: str = "tensorflow") -> Tensor:
 
 
 def _resize_corner(x: Tensor, size: int, dim: int) -> Tensor:
-    """Linear along one dimension: output i takes input i * old / new, the last pixel repeated beyond the edge."""
+    """Resize linearly along one dimension: output i is input i * old / new, the last pixel repeated beyond the edge."""
     old = x.shape[dim]
     position = torch.arange(size, device=x.device, dtype=torch.float32) * (old / size)
     low = position.floor().long().clamp(max=old - 1)
@@ -200,17 +203,17 @@ def _resize_corner(x: Tensor, size: int, dim: int) -> Tensor:
 
 
 def load_inception(path: str | Path | None = None, download: bool = False) -> tuple[Inception, str]:
-    """The network with its published weights, for inference.
+    """Return the network with its published weights, for inference.
 
     Args:
-        path: the weight file; None: where torch.hub keeps its downloads.
-        download: fetch the file through torch.hub where it is missing; needs internet.
+        path: the weight file; None: among torch.hub's downloads.
+        download: if the file is missing, download it through torch.hub; needs internet.
 
     Returns:
-        the network and the SHA-256 of the file.
+        The network and the SHA-256 of the file.
 
     Raises:
-        UserError: no file, one with other bytes than its name or its publishers say, or one of another network.
+        UserError: no file, one whose bytes do not match its name or the published ones, or one of another network.
     """
     path = find_weights(download) if path is None else Path(path)
     if not path.is_file():
@@ -224,10 +227,10 @@ def load_inception(path: str | Path | None = None, download: bool = False) -> tu
 
 
 def load_state(state: dict[str, Tensor], source: str) -> Inception:
-    """The network with the tensors of a weight file; `num_batches_tracked`, which inference does not read, may be absent.
+    """Return the network with the tensors of a weight file; `num_batches_tracked`, unused in inference, may be missing.
 
     Raises:
-        UserError: a tensor is missing, unknown, of another shape, or not finite.
+        UserError: a tensor is missing, unknown, of the wrong shape, or not finite.
     """
     with torch.device("meta"):
         model = Inception()
@@ -252,7 +255,8 @@ def load_state(state: dict[str, Tensor], source: str) -> Inception:
 
 
 def check_file(path: Path) -> str:
-    """The SHA-256 of a weight file, held against the published one, or against the prefix in another name's `-<8 hex>.pth`.
+    """Return the SHA-256 of a weight file, compared with the published one, or with the prefix in another name's `-<8
+    hex>.pth`.
 
     Raises:
         UserError: they differ, or the name has no prefix and the bytes are not the published ones.
@@ -270,14 +274,15 @@ def check_file(path: Path) -> str:
 
 
 def find_weights(download: bool = False) -> Path:
-    """The weight file among torch.hub's downloads, fetched there first if asked."""
+    """Return the weight file among torch.hub's downloads, downloaded first if requested."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     for name in FILES:
         if (folder / name).is_file():
             return folder / name
     if not download:
         raise UserError(
-            f"Inception weights: none of {', '.join(FILES)} in {folder}; name the file (evaluate.inception; --inception of uvit-fast evaluate, whose --download fetches it); "
+            f"Inception weights: none of {', '.join(FILES)} in {folder}; name the file (evaluate.inception; "
+            "--inception of uvit-fast evaluate, whose --download fetches it); "
             "digits and Fashion-MNIST have digits-fid (evaluate.features; --features)"
         )
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,9 @@
 """The figures of generative models as pure functions of features; float64 throughout, on any device.
 
-N samples, M references, D feature dimensions, K classes. Definitions follow ADM's evaluator (Dhariwal and Nichol, 2021), which
-the paper's appendix reports: FID (Heusel et al., 2017), sFID (Nash et al., 2021: the same distance of spatial features),
-Inception score (Salimans et al., 2016), improved precision and recall (Kynkäänniemi et al., 2019); KID (Bińkowski et al., 2018).
+N samples, M references, D feature dimensions, K classes. Definitions follow ADM's evaluator (Dhariwal and Nichol,
+2021), which the paper's appendix uses: FID (Heusel et al., 2017), sFID (Nash et al., 2021: the same distance of spatial
+features), Inception score (Salimans et al., 2016), improved precision and recall (Kynkäänniemi et al., 2019); KID
+(Bińkowski et al., 2018).
 """
 
 from typing import NamedTuple
@@ -12,9 +13,9 @@ from torch import Tensor
 
 from uvit_fast.runtime.progress import Bar
 
-NEGATIVE = 1e-6  # of the largest eigenvalue: rounding stays far below it; a covariance has nothing beyond it
-SPLIT = 5000  # samples of which ADM takes an Inception score; 10 of them are the usual 50,000
-MOVED = 0.01  # relative: an order that moves the Inception score further is not random; random ones differ by 0.2%
+NEGATIVE = 1e-6  # relative to the largest eigenvalue; rounding stays far below it, and no covariance exceeds it
+SPLIT = 5000  # samples of which ADM takes one Inception score; 10 of them are the usual 50,000
+MOVED = 0.01  # relative: an order that moves the Inception score by more is not random; random ones differ by 0.2%
 
 
 class Statistics(NamedTuple):
@@ -25,11 +26,12 @@ class Statistics(NamedTuple):
 
 
 class RunningStatistics:
-    """Mean and covariance of features that come in batches, by Chan's update: no sum of squares that cancels.
+    """Mean and covariance of features that come in batches, by Chan's update, which avoids the cancellation in a sum of
+    squares.
 
     Args:
         dim: D.
-        device: where the D x D sums live; batches come from there.
+        device: of the D x D sums, and of the batches.
     """
 
     def __init__(self, dim: int, device: torch.device | str = "cpu"):
@@ -58,7 +60,7 @@ class RunningStatistics:
         self.count = total
 
     def merge(self, other: "RunningStatistics") -> None:
-        """Add what another has seen, by the same update."""
+        """Add another's samples, by the same update."""
         if other.count == 0:
             return
         mean, scatter = (x.to(self.mean.device) for x in (other.mean, other.scatter))
@@ -68,13 +70,13 @@ class RunningStatistics:
         self.count = total
 
     def to(self, device: torch.device | str) -> "RunningStatistics":
-        """The same on another device."""
+        """Return the same on another device."""
         moved = RunningStatistics(0, device)
         moved.count, moved.mean, moved.scatter = self.count, self.mean.to(device), self.scatter.to(device)
         return moved
 
     def statistics(self) -> Statistics:
-        """Mean and unbiased covariance so far.
+        """Return the mean and unbiased covariance so far.
 
         Raises:
             ValueError: fewer than two samples.
@@ -85,13 +87,15 @@ class RunningStatistics:
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """Fréchet distance of two Gaussians: |mu_a - mu_b|² + tr(A + B - 2 (A B)^1/2). With pool3 features this is FID.
+    """Return the Fréchet distance of two Gaussians: |mu_a - mu_b|² + tr(A + B - 2 (A B)^1/2). With pool3 features this
+    is FID.
 
-    The trace of (A B)^1/2 is that of (A^1/2 B A^1/2)^1/2, whose argument is symmetric and positive semi-definite: two symmetric
-    eigendecompositions, real and without an added epsilon, also for singular covariances. Computed where `a` is.
+    The trace of (A B)^1/2 is that of (A^1/2 B A^1/2)^1/2, whose argument is symmetric and positive semi-definite: two
+    symmetric eigendecompositions, real and without an added epsilon, even for singular covariances. Computed on `a`'s
+    device.
 
     Raises:
-        ValueError: different dimensions, values that are not finite, or a matrix that is no covariance.
+        ValueError: different dimensions, values that are not finite, or a matrix that is not a covariance.
     """
     mu_a, sigma_a = (torch.as_tensor(value, dtype=torch.float64) for value in a)
     mu_b, sigma_b = (torch.as_tensor(value, dtype=torch.float64, device=mu_a.device) for value in b)
@@ -116,18 +120,18 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
 
 def inception_score(probabilities: Tensor, split_size: int = SPLIT) -> float:
-    """exp of the mean KL(p(y|x) || p(y)) of a split, averaged over full splits of samples in random order.
+    """Return exp of the mean KL(p(y|x) || p(y)) of a split, averaged over full splits of samples in random order.
 
-    Of samples in random order, a multiple of `split_size`, it is ADM's number (`adm_inception_score`). Others are put
-    into one fixed random order: where the given one moves the score, as classes one after another do, and where
-    samples are left over, which must not be all of one class.
+    For samples already in random order, whose number is a multiple of `split_size`, this is ADM's number
+    (`adm_inception_score`). Others are shuffled by a fixed seed: where the given order moves the score, as with one
+    class after another, and where samples are left over, which must not all be of one class.
 
     Args:
         probabilities: (N, K), rows summing to 1.
-        split_size: samples a split, as ADM has it. Fewer samples are one split, with a lower score.
+        split_size: samples per split, as in ADM. Fewer samples are one split, with a lower score.
 
     Raises:
-        ValueError: no samples, or rows that are no probabilities.
+        ValueError: no samples, or rows that are not probabilities.
     """
     given = adm_inception_score(probabilities, split_size)
     p = _probabilities(probabilities)  # (N, K)
@@ -140,16 +144,17 @@ def inception_score(probabilities: Tensor, split_size: int = SPLIT) -> float:
 
 
 def adm_inception_score(probabilities: Tensor, split_size: int = SPLIT) -> float:
-    """The score as ADM's evaluator takes it: of consecutive samples, with a last, small split that counts in full.
+    """Return the score as ADM's evaluator computes it: over consecutive samples, with a last, small split that counts
+    in full.
 
-    Args, Raises: as of `inception_score`.
+    Args, Raises: as for `inception_score`.
     """
     p = _probabilities(probabilities)  # (N, K)
     return _mean_score(p, torch.arange(len(p), device=p.device).split(split_size))
 
 
 def _mean_score(p: Tensor, splits: tuple[Tensor, ...]) -> float:
-    """Of (N, K) probabilities, over splits that are given by their rows."""
+    """Return the mean score of (N, K) probabilities over splits given by their rows."""
     scores = []
     for rows in splits:
         part = p[rows]  # (S, K)
@@ -168,7 +173,7 @@ def _probabilities(x: Tensor) -> Tensor:
 
 
 class PrecisionRecall(NamedTuple):
-    """Share of samples within the references' manifold, and of references within the samples'."""
+    """The share of samples within the references' manifold, and of references within the samples'."""
 
     precision: float
     recall: float
@@ -177,15 +182,16 @@ class PrecisionRecall(NamedTuple):
 def precision_recall(
     samples: Tensor, reference: Tensor, k: int = 3, block: int = 1024, progress: bool = False
 ) -> PrecisionRecall:
-    """Improved precision and recall (Kynkäänniemi et al., 2019, Equations 1 and 2).
+    """Return improved precision and recall (Kynkäänniemi et al., 2019, Equations 1 and 2).
 
-    A set's manifold is the union of balls about its points, each as large as the distance to the k-th nearest neighbour in that set.
+    A set's manifold is the union of balls around its points, whose radius is the distance to the k-th nearest neighbour
+    in that set.
 
     Args:
         samples: (N, D); reference: (M, D). ADM takes 50K and 10K.
-        k: neighbours; the point itself does not count.
+        k: neighbours, not counting the point itself.
         block: rows at a time; memory is block * max(N, M) float64.
-        progress: show a bar where it takes longer than two seconds.
+        progress: show a bar if it takes longer than two seconds.
 
     Raises:
         ValueError: different D, or sets of no more than k points.
@@ -221,12 +227,12 @@ class KID(NamedTuple):
 def kernel_distance(
     samples: Tensor, reference: Tensor, subsets: int = 100, size: int = 1000, seed: int = 0, progress: bool = False
 ) -> KID:
-    """KID: the unbiased squared MMD under the kernel (x·y / D + 1)³, over random subsets without replacement.
+    """Return KID: the unbiased squared MMD under the kernel (x·y / D + 1)³, over random subsets without replacement.
 
     Args:
         samples: (N, D); reference: (M, D).
-        size: points of each set a subset; at most N and M are taken.
-        progress: show a bar where it takes longer than two seconds.
+        size: points of each set per subset; at most N and M are taken.
+        progress: show a bar if it takes longer than two seconds.
 
     Raises:
         ValueError: different D, or fewer than two points in a set.
@@ -256,7 +262,7 @@ def kernel_distance(
 
 
 def _squared_radii(x: Tensor, k: int, block: int, bar: Bar) -> Tensor:
-    """(N,) squared distance of each point to its k-th nearest neighbour."""
+    """Return (N,), the squared distance of each point to its k-th nearest neighbour."""
     radii = []
     for start in range(0, len(x), block):
         d = _squared_distances(x[start : start + block], x)  # (B, N)
@@ -267,7 +273,7 @@ def _squared_radii(x: Tensor, k: int, block: int, bar: Bar) -> Tensor:
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """(A, D), (B, D) -> (A, B)."""
+    """Return squared distances (A, B) of (A, D) and (B, D)."""
     squares = a.square().sum(1)[:, None] + b.square().sum(1)
     return torch.addmm(squares, a, b.T, alpha=-2).clamp_(min=0)
 

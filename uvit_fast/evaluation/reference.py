@@ -1,4 +1,4 @@
-"""What samples are compared with: statistics that others published, or those of real images, computed once and cached."""
+"""The reference of a comparison: published statistics, or those of real images, computed once and cached."""
 
 import contextlib
 import hashlib
@@ -20,22 +20,22 @@ from uvit_fast.runtime.files import write_whole
 from uvit_fast.runtime.processes import ALONE, World
 
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s", "pool")
-FACTS = ("count", "size", "like", "features", "lossy", "grey")  # what a file of the cache says besides
-ASYMMETRY = 1e-4  # of a covariance's largest entry: float32 stays far below
-NEIGHBOURS = 10_000  # reference images for precision, recall and KID, as ADM takes
+FACTS = ("count", "size", "like", "features", "lossy", "grey")  # further entries of a file in the cache
+ASYMMETRY = 1e-4  # relative to a covariance's largest entry; float32 stays far below
+NEIGHBOURS = 10_000  # reference images for precision, recall and KID, as in ADM
 
 
 @dataclass
 class Reference:
-    """The real images' side.
+    """The real images of a comparison.
 
     Attributes:
-        pool_statistics: of the pool features. spatial_statistics: None where the file has none; then there is no sFID.
-        pool: (M, D) features for precision, recall and KID, M at most 10,000; None where there are no images.
+        pool_statistics: of the pool features. spatial_statistics: None if the file has none; then there is no sFID.
+        pool: (M, D) features for precision, recall and KID, M at most 10,000; None without images.
         like: the preprocessing that the samples must have too, see `inception.preprocess`.
-        count, size: images and their (height, width), where known.
-        features: the identity of the extractor that made them, where known; others' files do not say.
-        lossy, grey: shares of images that are stored with loss (see `Images`), and that have no colour, where known.
+        count, size: images and their (height, width), if known.
+        features: the identity of the extractor that made them, if known; files of other programs do not state it.
+        lossy, grey: shares of images that are stored with loss (see `Images`), and without colour, if known.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Reference:
 
 
 def default_cache() -> Path:
-    """Where statistics of real images are kept: $XDG_CACHE_HOME/uvit-fast, or ~/.cache/uvit-fast."""
+    """Return the folder of the statistics of real images: $XDG_CACHE_HOME/uvit-fast, or ~/.cache/uvit-fast."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "uvit-fast"
 
 
@@ -65,14 +65,14 @@ def load_reference(
     progress: bool = True,
     world: World = ALONE,
 ) -> Reference:
-    """Statistics from a file or a folder.
+    """Load statistics from a file or a folder.
 
     Args:
-        path: ADM's .npz (`mu, sigma, mu_s, sigma_s`, and `arr_0` for precision and recall; or `arr_0` alone), pytorch-fid's
-            (`mu, sigma`), one of the cache's, or a folder of images.
-        extractor: preprocessing -> what makes the features, called only if some are to be made.
-        open_images: of a folder or an .npz.
-        world: its processes divide the images; every one has the statistics in the end.
+        path: ADM's .npz (`mu, sigma, mu_s, sigma_s`, and `arr_0` for precision and recall; or `arr_0` alone),
+            pytorch-fid's (`mu, sigma`), one from the cache, or a folder of images.
+        extractor: preprocessing -> extractor, called only if features are to be computed.
+        open_images: opens a folder or an .npz.
+        world: its processes divide the images; all get the statistics.
 
     Raises:
         UserError: no such file, one of another kind, or statistics that no images can have.
@@ -113,7 +113,7 @@ def reference_from_images(
     progress: bool = True,
     world: World = ALONE,
 ) -> Reference:
-    """Statistics of real images; kept in `cache` under the identity of images and extractor, and taken from there again.
+    """Return the statistics of real images; kept in `cache` under the identity of images and extractor, and reused.
 
     The ranks divide the images; rank 0 alone reads and writes the cache, and tells the others.
     """
@@ -123,7 +123,7 @@ def reference_from_images(
         key = hashlib.sha256(f"{images.identity()}\0{extractor.identity}".encode()).hexdigest()
         file = cache / f"reference-{key[:32]}.npz"
         if file.is_file():
-            with contextlib.suppress(UserError):  # broken: made anew
+            with contextlib.suppress(UserError):  # broken: computed anew
                 reference = _read_statistics(file)
                 reference.name, reference.lossy = images.name, images.lossy
     if not world.tell(reference is not None):
@@ -171,7 +171,7 @@ def _write_statistics(file: Path, reference: Reference) -> None:
 
 def _read_statistics(path: Path) -> Reference:
     arrays = read_arrays(path, [*STATISTICS, *FACTS])
-    # pytorch-fid's files hold mu and sigma alone, of images that it resized its own way
+    # pytorch-fid's files hold only mu and sigma, of images that it resized in its own way
     like = "tensorflow" if "mu_s" in arrays else "pytorch-fid"
     pool_statistics = _mean_and_covariance(path, arrays, "mu", "sigma")
     spatial = _mean_and_covariance(path, arrays, "mu_s", "sigma_s") if {"mu_s", "sigma_s"} <= arrays.keys() else None
@@ -206,10 +206,10 @@ def _mean_and_covariance(path: Path, arrays: dict[str, np.ndarray], mean: str, c
 
 
 def _numbers(path: Path, arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
-    """As float64.
+    """Return an array as float64.
 
     Raises:
-        UserError: no real numbers, or some that are not finite.
+        UserError: it is not of real numbers, or some are not finite.
     """
     values = arrays[name]
     if values.dtype.kind not in "fiu":

@@ -1,4 +1,4 @@
-"""Where images come from: files of a folder, ADM's .npz, or any stream. All are read a batch at a time."""
+"""Where images come from: files of a folder, ADM's .npz, or any stream; all are read a batch at a time."""
 
 import contextlib
 import hashlib
@@ -18,7 +18,7 @@ from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.progress import Bar
 
 LARGEST = 4 << 30  # bytes of an array that is read whole: the features of 500,000 images
-PROBED = 200  # files of a folder that are asked how they are compressed
+PROBED = 200  # files of a folder whose compression is checked
 BROKEN = (
     OSError,
     KeyError,
@@ -32,15 +32,15 @@ BROKEN = (
 
 @dataclass
 class Images:
-    """Images that can be read through from the start.
+    """Images that can be read in order, any number of times.
 
     Args:
         name: for messages.
         count: how many there are.
-        read: ranges of indices, ascending -> of each its array (B, H, W, 1 or 3) uint8.
+        read: ranges of indices, ascending -> for each an array (B, H, W, 1 or 3) uint8.
         identity: called when needed; changes whenever the pixels do; None: never cached.
-        lossy: share of them that are stored at this size with loss, as JPEG does.
-        warnings: what a person should know of them, such as files that are none.
+        lossy: share of them stored at this size with loss, as JPEG does.
+        warnings: what the user should know about them, such as files that are not images.
     """
 
     name: str
@@ -52,11 +52,11 @@ class Images:
 
 
 def open_files(name: str, folder: Path, files: list[str], read_file: Callable[[Path], np.ndarray]) -> Images:
-    """Images of one size in files.
+    """Return images of one size from files.
 
     Args:
         name: for messages. files: their names below `folder`, in the images' order.
-        read_file: (H, W, 3) uint8 of one, or a UserError.
+        read_file: returns (H, W, 3) uint8 for one file, or raises a UserError.
     """
 
     def read(parts: list[range]) -> Iterator[np.ndarray]:
@@ -78,7 +78,7 @@ def open_files(name: str, folder: Path, files: list[str], read_file: Callable[[P
 
 
 def hash_of(paths: Iterable[Path], progress: bool = True) -> str:
-    """SHA-256 of what files hold, in their order: names, places and times do not count."""
+    """Return the SHA-256 of the files' contents, in order; names, places and times do not count."""
     paths, whole = list(paths), hashlib.sha256()
 
     def one(path: Path) -> bytes:
@@ -95,17 +95,19 @@ def hash_of(paths: Iterable[Path], progress: bool = True) -> str:
 
 
 def lossy_share(paths: list[Path], size: int | None = None) -> float:
-    """The share of files that are compressed with loss, of some that lie evenly among them.
+    """Return the share of files that are compressed with loss, estimated on evenly spaced ones.
 
     Args:
-        size: to which the images are reduced; those that are larger do not count, as their losses are averaged away.
+        size: to which the images are reduced; larger ones do not count, since their losses average out.
     """
     some = paths[:: -(-len(paths) // PROBED)]
     return sum(_is_lossy(path, size) for path in some) / len(some)
 
 
 def _is_lossy(path: Path, size: int | None) -> bool:
-    """JPEG, also within TIFF, GIF's few colours, AVIF, JPEG 2000 of real numbers, and WebP without its lossless chunk."""
+    """Detect JPEG, also within TIFF, GIF's few colours, AVIF, JPEG 2000 with the irreversible wavelet, and WebP without
+    its lossless chunk.
+    """
     try:
         with open(path, "rb") as file:
             head = file.read(4096)
@@ -116,14 +118,14 @@ def _is_lossy(path: Path, size: int | None) -> bool:
                 return True
             if image.format == "JPEG2000":  # the last byte of its coding style (COD): 0 for the wavelet that rounds
                 return head[head.index(b"\xff\x52") + 13] == 0
-    except Exception:  # whoever reads the pixels says what is wrong with them
+    except Exception:  # whoever reads the pixels reports what is wrong with them
         return False
     webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
     return head[:3] in (b"\xff\xd8\xff", b"GIF") or head[4:12] == b"ftypavif" or (webp and b"VP8L" not in head)
 
 
 def open_npz(path: Path) -> Images:
-    """ADM's samples: `arr_0`, uint8 (N, H, W, 3). Other arrays, such as its labels, are not read.
+    """Open ADM's samples: `arr_0`, uint8 (N, H, W, 3). Other arrays, such as its labels, are not read.
 
     Raises:
         UserError: another kind of file or array.
@@ -152,7 +154,7 @@ def open_npz(path: Path) -> Images:
 
 
 def names_in(path: Path) -> set[str]:
-    """The arrays of an .npz.
+    """Return the names of the arrays in an .npz.
 
     Raises:
         UserError: no such file.
@@ -165,10 +167,11 @@ def names_in(path: Path) -> set[str]:
 
 
 def read_arrays(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Those of the arrays that an .npz has, whole.
+    """Return those of the arrays that an .npz has, whole.
 
     Raises:
-        UserError: a broken file, one that would have to be unpickled, which can run anything, or one that would fill the memory.
+        UserError: a broken file, one that would have to be unpickled, which can run anything, or one too large for
+            memory.
     """
     arrays = {}
     for name in sorted(names_in(path) & set(names)):
@@ -188,7 +191,7 @@ def read_arrays(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
 
 @contextlib.contextmanager
 def _array(path: Path, name: str):
-    """An array of an .npz as (file at its first byte, shape, dtype, bytes from there): np.load would read all of it."""
+    """Return an array of an .npz as (file at its first byte, shape, dtype, bytes left): np.load would read it all."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
             version = np.lib.format.read_magic(file)

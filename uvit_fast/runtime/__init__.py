@@ -1,1 +1,1 @@
-"""What every room stands on: processes, devices, files, CUDA graphs, errors and their words. It knows no other room."""
+"""The foundation of all rooms: processes, devices, files, CUDA graphs, errors, messages. It imports no other room."""

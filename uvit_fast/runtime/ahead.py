@@ -1,4 +1,4 @@
-"""Work that is done before it is asked for."""
+"""Prefetching."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +10,7 @@ Result = TypeVar("Result")
 
 
 def ahead(work: Callable[[Item], Result], items: Iterable[Item], threads: int = 8) -> Iterator[Result]:
-    """Yield `work` of each item, in their order, done by threads that are at most four items each ahead."""
+    """Yield `work` of each item, in order, computed by threads that run ahead by at most four items each."""
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future] = deque()
         try:
@@ -20,6 +20,6 @@ def ahead(work: Callable[[Item], Result], items: Iterable[Item], threads: int = 
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
-        finally:  # an error, or nobody asks for more
+        finally:  # an error, or the consumer stopped
             for future in waiting:
                 future.cancel()

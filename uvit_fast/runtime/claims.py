@@ -1,4 +1,4 @@
-"""A folder that one process at a time may write to, and the note in it that says which."""
+"""Claim a folder for one process at a time, with a note in it that says which."""
 
 import fcntl
 import json
@@ -12,28 +12,28 @@ LOCK = ".lock"
 
 
 class Taken(Exception):
-    """Another process has the folder. The message says which: "pid 4242 on node-a, since 2026-11-28 18:55:01"."""
+    """Another process has claimed the folder. The message names it: "pid 4242 on node-a, since 2026-11-28 18:55:01"."""
 
 
 class Claim:
-    """This process works in a folder, and no other may. The system gives it up with the process, however that ends.
+    """This process's exclusive claim on a folder. The system releases it when the process ends, however it ends.
 
     Raises:
-        Taken: another process has it. OSError: it is no folder that can be written to.
+        Taken: another process has claimed it. OSError: it is not a writable folder.
     """
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         for last in (False, True):
             self._file = open(folder / LOCK, "a+")
-            # one that was renamed or removed meanwhile, with its folder, keeps nobody out
+            # a lock file that was renamed or removed meanwhile, with its folder, excludes nobody
             if _lock(self._file, fcntl.LOCK_EX) and _is_named(self._file, folder / LOCK):
                 break
             holder = _read(self._file)
             self._file.close()
             if last:
                 raise Taken(holder)
-            time.sleep(0.5)  # somebody may only have looked
+            time.sleep(0.5)  # another process may just have looked
         self._file.truncate(0)
         self._file.write(
             json.dumps({"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")})
@@ -45,16 +45,16 @@ class Claim:
 
 
 def holder(folder: Path) -> str | None:
-    """Which other process works in a folder, as `Taken` says it; None where none does. Looking changes nothing."""
+    """Return which other process has claimed a folder, in `Taken`'s words, or None. Looking changes nothing."""
     try:
         with open(folder / LOCK) as file:
             return None if _lock(file, fcntl.LOCK_SH) else _read(file)
-    except OSError:  # never worked in, or not ours to read
+    except OSError:  # never claimed, or not readable for us
         return None
 
 
 def _lock(file: TextIO, how: int) -> bool:
-    """Whether nobody else has it; on a file system without locks it looks so."""
+    """Return whether nobody else holds the lock; on a file system without locks, True."""
     try:
         fcntl.lockf(file, how | fcntl.LOCK_NB)
     except BlockingIOError:

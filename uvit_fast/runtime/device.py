@@ -8,16 +8,17 @@ from uvit_fast.runtime.errors import RankError, UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """`cpu`, `cuda`, or `auto`: a GPU where there is one, of several that of the process's local rank, from here on the current one.
+    """Return the device `cpu`, `cuda`, or, for `auto`, a GPU if there is one; of several GPUs, make that of the
+    process's local rank the current one.
 
     Raises:
-        UserError: a GPU was asked for and there is none. RankError: there are fewer than processes on this host.
+        UserError: a GPU was requested and there is none. RankError: this host has fewer GPUs than processes.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda: no CUDA device was found; expected a GPU, or device cpu or auto")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))  # the launchers': one GPU a process
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))  # set by launchers: one GPU per process
     if local_rank >= torch.cuda.device_count():
         raise RankError(f"launcher: expected a GPU for local rank {local_rank}, got {torch.cuda.device_count()} GPUs")
     torch.cuda.set_device(local_rank)

@@ -1,9 +1,9 @@
-"""What a user can mend, as an exception."""
+"""Errors that a user can correct."""
 
 
 class UserError(ValueError):
-    """Something the user can mend. The commands print its message on one line, without a traceback, and exit with 2."""
+    """An error that the user can correct: commands print its message on one line and exit with code 2."""
 
 
 class RankError(UserError):
-    """One that a single rank of a job may meet, which then has to say it itself; others meet every rank alike."""
+    """A UserError that may occur on a single rank of a job, which then reports it; others occur on all."""

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there, and files of rows that outlive a row that is not."""
+"""Write files whole or not at all, and files of rows that survive a row cut short."""
 
 import csv
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """`write(temporary)` beside `path`, then give it its name; what a failed write leaves is removed.
+    """Call `write(temporary)` beside `path`, then rename the file; a failed write leaves nothing behind.
 
     Two processes may write the same content under one name.
     """
@@ -39,8 +39,8 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, 
 
 
 def file_name(text: str, most: int = 80) -> str:
-    """What of a text can stand in a file's name on any system: letters, marks and digits of all scripts, others as hyphens; at most
-    `most` bytes of UTF-8.
+    """Return the part of a text that can stand in a file's name on any system: letters, marks and digits of all
+    scripts, others as hyphens; at most `most` bytes of UTF-8.
     """
     kept = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in unicodedata.normalize("NFC", text))
     short = "-".join(kept.split()).encode()[:most].decode(errors="ignore")
@@ -48,7 +48,7 @@ def file_name(text: str, most: int = 80) -> str:
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """A line of JSON, on a line of its own also where the one before was cut short."""
+    """Append a line of JSON, on a line of its own even if the one before was cut short."""
     with open(path, "ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
@@ -59,7 +59,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines, without those that a crash or a full disk cut short; none where there is no file."""
+    """Return the rows of a JSON Lines file, without those that a crash or a full disk cut short; [] without a file."""
     rows = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:

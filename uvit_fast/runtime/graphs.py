@@ -1,4 +1,4 @@
-"""CUDA graphs: record what a function launches once, then replay it on the same memory without the host's work."""
+"""CUDA graphs: record a function's launches once, then replay them on the same memory without the host's work."""
 
 import contextlib
 import functools
@@ -12,7 +12,7 @@ import torch
 
 
 def allowed() -> bool:
-    """Whether what needs no asking may be captured: not with UVIT_FAST_CUDA_GRAPHS=0 in the environment."""
+    """Return whether automatic captures are allowed: not with UVIT_FAST_CUDA_GRAPHS=0 in the environment."""
     asked = os.environ.get("UVIT_FAST_CUDA_GRAPHS") or "1"
     if asked not in ("0", "1"):
         raise ValueError(f"UVIT_FAST_CUDA_GRAPHS: expected 0 or 1, got {asked!r}")
@@ -28,7 +28,7 @@ _recording = _Recording()
 
 @contextlib.contextmanager
 def recording() -> Iterator[None]:
-    """While open, in this thread, everything runs as it is written: it is being recorded, or rehearsed for that."""
+    """While open, everything in this thread runs as written: it is being recorded, or rehearsed for that."""
     _recording.depth += 1
     try:
         yield
@@ -37,37 +37,38 @@ def recording() -> Iterator[None]:
 
 
 def is_recording() -> bool:
-    """Whether this thread is within `recording`."""
+    """Return whether this thread is within `recording`."""
     return _recording.depth > 0
 
 
 def current(device: torch.device) -> contextlib.AbstractContextManager:
-    """`device` as the current one, where it is a CUDA device."""
+    """Make `device` the current one, if it is a CUDA device."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         return torch.cuda.device(device)
     return contextlib.nullcontext()
 
 
 class Graphs(Protocol):
-    """What can record a function once and replay it."""
+    """Records a function once and replays it."""
 
     def why_not(self, device: torch.device) -> str | None:
-        """Why nothing can be captured on a device; None where it can."""
+        """Return why nothing can be captured on a device, or None if captures work."""
 
     def budget(self, device: torch.device) -> int:
-        """Bytes that captures may hold on a device where the caller names no bound."""
+        """Return how many bytes captures may hold on a device unless the caller sets a bound."""
 
     def warm_up(self, run: Callable[[], Any]) -> None:
-        """Run what has each kind of kernel once, where capturing will happen, so that everything lazy is done."""
+        """Run something with each kind of kernel once, where capturing will happen, to get lazy initialisation done."""
 
     def pool(self) -> Any:
-        """Memory for captures."""
+        """Return memory for captures."""
 
     def capture(self, run: Callable[[], Any], pool: Any = None) -> tuple[Callable[[], None], Any, int]:
-        """Record run(): a replay, run's result, which a replay fills, the bytes that it holds.
+        """Record run(); return a replay, run's result, which a replay fills, and the bytes held.
 
         Args:
-            pool: from `pool`, shared with captures that are replayed in the order in which they were made; default: its own.
+            pool: from `pool`, shared by captures that are replayed in the order in which they were made; default: its
+                own.
 
         Raises:
             RuntimeError: run() does something that cannot be recorded.
@@ -75,7 +76,7 @@ class Graphs(Protocol):
 
 
 class CudaGraphs:
-    """The real ones."""
+    """PyTorch's CUDA graphs."""
 
     def why_not(self, device: torch.device) -> str | None:
         return None if device.type == "cuda" else f"CUDA graphs need a CUDA device, not {device.type}"
@@ -104,7 +105,7 @@ class CudaGraphs:
         before = torch.cuda.memory_reserved()
         graph, pool = torch.cuda.CUDAGraph(), pool or self.pool()
         with torch.cuda.stream(_side_stream(torch.cuda.current_device())):
-            # thread_local: a loader's thread that pins memory meanwhile does not break the capture
+            # thread_local: a loader thread that pins memory meanwhile does not break the capture
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 output = run()
@@ -120,17 +121,17 @@ _one_at_a_time = threading.RLock()  # the allocator frees nothing while another 
 
 @functools.cache
 def _side_stream(index: int) -> torch.cuda.Stream:
-    """Where all warm-ups and captures of a device run: cuBLAS keeps a workspace for each stream that it has seen."""
+    """Return the stream of all warm-ups and captures of a device: cuBLAS keeps a workspace per stream."""
     return torch.cuda.Stream(index)
 
 
 def _abandon(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
-    """End a capture that failed. Where CUDA has invalidated it, torch's allocator and generator are left capturing: mend both."""
+    """End a failed capture. If CUDA invalidated it, torch's allocator and generator are left capturing: mend both."""
     try:
         graph.capture_end()
     except RuntimeError:
         index = torch.cuda.current_device()
-        with contextlib.suppress(RuntimeError):  # it had come that far
+        with contextlib.suppress(RuntimeError):  # it may not have come that far
             torch._C._cuda_endAllocateToPool(index, pool)
         generator = torch.cuda.default_generators[index]
         generator.graphsafe_set_state(generator.clone_state())

@@ -1,6 +1,7 @@
-"""Modules that were changed from outside: hooks, another forward, a wrapped or quantised layer.
+"""Detect modules changed from outside: hooks, another forward, a wrapped or quantised layer.
 
-Code that reads a layer's weights in place of calling it, or that records what a network launches, would pass all of these by.
+Code that reads a layer's weights instead of calling it, or that records a network's launches, would bypass all of
+these.
 """
 
 from typing import Any
@@ -12,14 +13,15 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 _LAYERS = (nn.Linear, nn.LayerNorm, nn.Conv2d)
-_PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)  # the last two are what tracing puts in a weight's place
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # of a module's own
-_MAKERS = ("torch", "uvit_fast", "diffusers", "transformers")  # packages whose modules are known to compute and no more
+_PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)  # the last two replace weights in tracing
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # of a module itself
+_MAKERS = ("torch", "uvit_fast", "diffusers", "transformers")  # packages whose modules are known only to compute
 
 
 def plain_weights(*layers: nn.Module, bias: bool = True) -> tuple[Any, ...] | None:
-    """Weight and bias of each Linear, LayerNorm (of eps 1e-5) or Conv2d, one after the other, if calling them is no more than their formula
-    on these: of exactly that class, without hooks, plain tensors. None otherwise: they must be called. It costs what reading them costs.
+    """Return the weight and bias of each Linear, LayerNorm (of eps 1e-5) or Conv2d, one after the other, if calling
+    them does no more than their formula: if they are of exactly that class, without hooks, with plain tensors.
+    Otherwise return None: they must be called. It costs as much as reading the weights.
 
     Args:
         bias: False: one may be missing.
@@ -37,20 +39,21 @@ def plain_weights(*layers: nn.Module, bias: bool = True) -> tuple[Any, ...] | No
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's forward, or something else."""
+    """Return whether calling the module does something other than its class's forward."""
     has = module.__dict__
     if has["_forward_hooks"] or has["_forward_pre_hooks"] or has["_backward_hooks"] or has["_backward_pre_hooks"]:
-        return True  # HOOKS, written out: this is called for every layer of every call
+        return True  # HOOKS, written out: this runs for every layer in every call
     return "forward" in has or "_conv_forward" in has
 
 
 def hooked_everywhere() -> bool:
-    """Whether hooks are registered that every module calls."""
+    """Return whether global hooks are registered, which every module calls."""
     return bool(_has_any_global_hook())
 
 
 def changed(network: nn.Module, inside: bool = False) -> str | None:
-    """The first module of `network` that may run Python which a recording of the network's launches would not repeat, in words.
+    """Describe the first module of `network` that may run Python code which a recording of the network's launches would
+    not repeat; None if there is none.
 
     Args:
         inside: leave out the network itself.
@@ -58,7 +61,7 @@ def changed(network: nn.Module, inside: bool = False) -> str | None:
     if hooked_everywhere():
         return "every module has a hook"
     home = type(network).__module__.partition(".")[0]
-    known = {home, *_MAKERS} - {"peft"}  # which wraps the networks of others
+    known = {home, *_MAKERS} - {"peft"}  # peft wraps other packages' networks
     for name, module in network.named_modules():
         if inside and module is network:
             continue

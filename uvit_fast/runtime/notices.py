@@ -1,4 +1,4 @@
-"""Warnings as users meet them: a line each, said once, however many loader processes come to it."""
+"""Warnings as users see them: one line each, printed once, however many loader processes raise them."""
 
 import mmap
 import os
@@ -6,11 +6,13 @@ import warnings
 import zlib
 
 SLOTS = 1 << 20
-_said = mmap.mmap(-1, SLOTS)  # a byte a message, shared with the processes that are forked from this one
+_said = mmap.mmap(-1, SLOTS)  # one byte per message, shared with forked processes
 
 
 def plain() -> None:
-    """From here on a warning is the line `warning: ...` on stderr, and what libraries say to programmers is left out."""
+    """Print warnings as lines `warning: ...` on stderr from now on, and drop those that libraries address to
+    programmers.
+    """
     warnings.formatwarning = _line
     for category in (FutureWarning, DeprecationWarning):
         warnings.simplefilter("ignore", category)
@@ -19,7 +21,7 @@ def plain() -> None:
 
 
 def _line(message: Warning | str, category: type, filename: str, lineno: int, line: str | None = None) -> str:
-    """What stands for a warning; nothing where it has been said."""
+    """Return a warning's line; "" if it was printed before."""
     text = " ".join(str(message).split())
     slot = zlib.crc32(text.encode("utf-8", "replace")) % SLOTS
     if _said[slot]:

@@ -1,5 +1,5 @@
 """The processes of one job, as torchrun and deepspeed start them: they divide its work, wait for each other, fail
-as one, and end with their launcher.
+together, and end with their launcher.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import psutil
 
 from uvit_fast.runtime.errors import RankError, UserError
 
-if TYPE_CHECKING:  # a process that is alone does without
+if TYPE_CHECKING:  # a process on its own works without torch
     import torch
     import torch.distributed as dist
 
@@ -30,15 +30,16 @@ FAILED, ENDED = "uvit_fast/failed", "uvit_fast/ended"  # the first that failed; 
 
 
 class World:
-    """This process among the `size` of a job: its `rank`, and its `local_rank` on its host; alone where no launcher has said so.
+    """This process among the `size` of a job: its `rank`, and its `local_rank` on its host; alone without a launcher.
 
-    `with World() as world:` brings the processes together and ends them together: the first that fails raises its error, the others
-    exit with code 2 and say nothing. They learn of it at their next `check` or exchange. Alone it does without torch. The processes of
-    a training run meet in `start` and part in `leave`: their launcher ends them where one fails.
+    `with World() as world:` brings the processes together and ends them together: the first that fails raises its
+    error, the others exit with code 2 in silence. They learn of it at their next `check` or exchange. A single process
+    needs no torch. The processes of a training run meet in `start` and part in `leave`: their launcher ends them if one
+    fails.
 
     Args:
-        alone: take no notice of a launcher.
-        device: what a training run computes on.
+        alone: ignore a launcher.
+        device: of a training run.
     """
 
     def __init__(self, alone: bool = False, device: "torch.device | None" = None):
@@ -70,7 +71,7 @@ class World:
 
         failed = kind is not None and issubclass(kind, Exception)
         first = failed and self._is_first()
-        dist.destroy_process_group()  # who waits for this one in an exchange learns of it now
+        dist.destroy_process_group()  # a process that waits for this one in an exchange learns of it now
         if first:
             self._await_others()
         elif failed:
@@ -78,7 +79,9 @@ class World:
             raise SystemExit(2)
 
     def leave(self) -> None:
-        """End a training run's process group, all ranks together: one that goes first may take along what others still wait for."""
+        """End a training run's process group, all ranks together: one that left first might take along what others
+        still wait for.
+        """
         import torch.distributed as dist
 
         if self.size > 1:
@@ -87,21 +90,21 @@ class World:
 
     @property
     def device(self) -> "torch.device":
-        """What a training run computes on."""
+        """The device of a training run."""
         assert self._device is not None, "`start` chooses it"
         return self._device
 
     def share(self, parts: list) -> list:
-        """Every `size`-th of `parts`, from this rank's on."""
+        """Return every `size`-th of `parts`, from this rank's on."""
         return parts[self.rank :: self.size]
 
     def check(self) -> None:
-        """Between two parts of the work: end here if another process has failed."""
+        """Between two parts of the work: end here if another process failed."""
         if self._store is not None and self._store.check([FAILED]):
-            raise RuntimeError("another rank failed")  # not the first: it will not be seen
+            raise RuntimeError("another rank failed")  # not the first: nobody will see it
 
     def gather(self, value: Any) -> list | None:
-        """Every rank's value, in their order, on rank 0; None on the others. Tensors must be on the CPU."""
+        """Return every rank's value, in rank order, on rank 0; None on the others. Tensors must be on the CPU."""
         if self.size == 1:
             return [value]
         import torch.distributed as dist
@@ -111,7 +114,7 @@ class World:
         return values
 
     def tell(self, value: Any) -> Any:
-        """Rank 0's value, on every rank. Tensors must be on the CPU."""
+        """Return rank 0's value on every rank. Tensors must be on the CPU."""
         if self.size == 1:
             return value
         import torch.distributed as dist
@@ -121,7 +124,7 @@ class World:
         return told[0]
 
     def on_first(self, work: Callable[[], T]) -> T:
-        """What `work()` returns on rank 0, where alone it runs, on every rank; so is a mistake of the user's that it meets.
+        """Run `work()` on rank 0 alone, and return its result, or raise its UserError, on every rank.
 
         The others wait however long it takes: a collective on the devices would give up after ten minutes.
         """
@@ -137,27 +140,29 @@ class World:
         return result
 
     def in_turn(self, find: Callable[[], Any]) -> Any:
-        """`find()` on rank 0, and afterwards on the others, which find what it has kept on disk."""
+        """Call `find()` on rank 0, and afterwards on the others, which find what it has kept on disk."""
         found = find() if self.rank == 0 else None
         self.tell(None)
         return found if self.rank == 0 else find()
 
     def _hosts(self) -> "dist.ProcessGroup | None":
-        """The group that objects go through, on the hosts; None: the default one, which is it."""
+        """The group on the hosts that exchanges objects; None if that is the default group."""
         return None if self._store is not None else host_group()
 
     def _is_first(self) -> bool:
-        """Whether no other process has failed before this one."""
+        """Return whether no other process failed before this one."""
         try:
             first = self._store.compare_set(FAILED, "", str(self.rank)) == str(self.rank).encode()
             if not first:
                 self._store.add(ENDED, 1)
             return first
-        except RuntimeError:  # the store went with rank 0, whose failure this one is a consequence of
+        except RuntimeError:  # the store went with rank 0, whose failure caused this one
             return False
 
     def _await_others(self) -> None:
-        """Until the others know, or for ten seconds: with rank 0 may go the store, and torch would complain at length."""
+        """Wait until the others know, or ten seconds: the store may end with rank 0, and torch would complain at
+        length.
+        """
         deadline = time.monotonic() + 10
         while self._store.add(ENDED, 0) < self.size - 1 and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -168,18 +173,19 @@ ALONE = World(alone=True)
 
 @functools.cache
 def host_group() -> "dist.ProcessGroup":
-    """All ranks of a training run, on their hosts. All must call it, the first time."""
+    """Return the group of a training run's ranks on their hosts. All must make the first call together."""
     import torch.distributed as dist
 
     return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def start(device: str) -> World:
-    """Choose the device, as `pick_device` does, and join the process group of a training run; alone, without a launcher, this process
-    makes its own.
+    """Choose the device, see `pick_device`, and join the process group of a training run; without a launcher, this
+    process forms a group of its own.
 
     Raises:
-        UserError: a GPU was asked for and there is none; RankError: there are fewer than processes, or another job meets at the port.
+        UserError: a GPU was requested and there is none. RankError: there are fewer GPUs than processes, or another job
+            meets at the port.
     """
     import torch.distributed as dist
 
@@ -192,7 +198,7 @@ def start(device: str) -> World:
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is first imported
     if not dist.is_initialized():
         backend = "nccl" if world.device.type == "cuda" else "gloo"
-        if world.size == 1:  # on a port that is free
+        if world.size == 1:  # on a free port
             store = dist.TCPStore("127.0.0.1", 0, world_size=1, is_master=True)
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
         else:
@@ -206,7 +212,7 @@ def start(device: str) -> World:
 
 
 def port_taken(error: Exception) -> str | None:
-    """A line for the user, where ranks could not meet since others do so already; else None."""
+    """Return a line for the user if the ranks could not meet because another job uses the port, else None."""
     if "EADDRINUSE" not in str(error):
         return None
     port = os.environ.get("MASTER_PORT")
@@ -214,8 +220,8 @@ def port_taken(error: Exception) -> str | None:
 
 
 def follow_launcher() -> None:
-    """From now on this process gets SIGTERM once its launcher has gone, which a launcher that was killed cannot send; without one,
-    nothing. Looks once a second.
+    """From now on, send this process SIGTERM once its launcher is gone, which a killed launcher cannot do itself;
+    without a launcher, nothing. Checks once per second.
     """
     chain = _launchers()
     if chain:
@@ -223,8 +229,8 @@ def follow_launcher() -> None:
 
 
 def _launchers() -> list[psutil.Process]:
-    """This process, its parent and so on to the outermost launcher: deepspeed's is two processes, and a script may stand between. Empty
-    without a launcher: a shell, or a cluster's daemon, may go before what it started.
+    """Return this process, its parent and so on up to the outermost launcher: deepspeed's is two processes, and a
+    script may stand between. Empty without a launcher: a shell, or a cluster's daemon, may end before what it started.
     """
     if "WORLD_SIZE" not in os.environ:
         return []
@@ -236,7 +242,7 @@ def _launchers() -> list[psutil.Process]:
 
 
 def _launches(process: psutil.Process) -> bool:
-    """Whether it is a launcher, by the program's name or the script's or module's that its Python runs."""
+    """Return whether it is a launcher, by the program's name, or the script's or module's that its Python runs."""
     try:
         words = [os.path.basename(word) for word in process.cmdline()[:5]]
     except psutil.Error:
@@ -248,14 +254,14 @@ def _follow(chain: list[psutil.Process]) -> None:
     while _unbroken(chain):
         time.sleep(1)
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        with contextlib.suppress(OSError):  # what it wrote to may have gone, too
+        with contextlib.suppress(OSError):  # its output may be gone, too
             what = f"the launcher (pid {chain[-1].pid}) is gone: its ranks end as after SIGTERM"
             print(what, file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _unbroken(chain: list[psutil.Process]) -> bool:
-    """Whether each is still the parent of the one before; of a parent that has died, somebody else is, at once."""
+    """Return whether each is still the parent of the one before: orphans get a new parent at once."""
     try:
         return all(child.ppid() == parent.pid for child, parent in zip(chain, chain[1:]))
     except psutil.Error:

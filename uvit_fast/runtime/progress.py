@@ -1,4 +1,4 @@
-"""Bars of work under way."""
+"""Progress bars."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,15 +9,15 @@ FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{unit}, {rate_noi
 
 
 class Bar(tqdm):
-    """A bar on stderr with its units, rate and the time that is left; nothing where stderr is not a terminal.
+    """A bar on stderr with its units, rate and the time left; nothing if stderr is not a terminal.
 
     Args:
-        items: what is counted while it is iterated over; without it, `update` counts.
-        what: is under way.
+        items: counted as they are iterated over; without them, `update` counts.
+        what: the work in progress.
         unit: of what is counted, in the plural.
         total: how many there are; by default as many as `items`.
         done: how many were there already.
-        quiet: show nothing, as ranks but the first.
+        quiet: show nothing, as on ranks other than the first.
         options: tqdm's.
     """
 

@@ -1,27 +1,27 @@
-"""Text that users write: how messages repeat it, and YAML values of it."""
+"""Text that users write: how messages quote it, and YAML values in it."""
 
 import reprlib
 from typing import Any
 
 import yaml
 
-CUT = 80  # characters of a user's value that a message repeats
+CUT = 80  # characters of a user's value that a message quotes
 
 
 def shown(value: Any) -> str:
-    """A user's value as a message repeats it: on one line, cut at 80 characters, whatever it is."""
+    """Return a user's value, whatever it is, as a message quotes it: on one line, cut at 80 characters."""
     return cut(repr(value[: CUT + 1]) if isinstance(value, str) else _BRIEF.repr(value))
 
 
 def cut(text: str) -> str:
-    """Text of a user's on one line of at most 80 characters."""
+    """Return a user's text on one line of at most 80 characters."""
     text = text[: CUT + 1]
     text = text if text.isprintable() else repr(text)[1:-1]
     return text if len(text) <= CUT else text[: CUT - 1] + "…"
 
 
 def printable(text: str) -> str:
-    """Text on one line that any terminal prints: bytes that are not UTF-8 and control characters are escaped."""
+    """Return text on one line for any terminal: bytes that are not UTF-8 and control characters are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -35,7 +35,7 @@ _BRIEF.maxstring = _BRIEF.maxother = CUT
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe values. A value that does not fit its tag and a key that is there twice are errors with their place."""
+    """Load YAML's safe values. A value that does not fit its tag and a repeated key are errors with their position."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
@@ -55,10 +55,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str) -> Any:
-    """A YAML value of the kinds that are safe.
+    """Parse a YAML value of the safe kinds.
 
     Raises:
-        ValueError: it is none; what is wrong and where.
+        ValueError: it is not one; the message says what is wrong and where.
     """
     try:
         return yaml.load(text, _Loader)

@@ -1,7 +1,7 @@
-"""Samples from trained weights, from a name and conditions to PNGs.
+"""Sampling from trained weights: from a name and conditions to PNGs.
 
-In the order in which a sample meets them: `weights`, `conditions`, `loop` (or `captured`, the loop as one CUDA graph), the decoder in
-`data.autoencoders`, `jobs` that may be interrupted, `images`, `output`; `previews` are what a trainer shows.
+In the order of a sample's way: `weights`, `conditions`, `loop` (or `captured`, the loop as one CUDA graph), the decoder
+in `data.autoencoders`, `jobs` that may be interrupted, `images`, `output`; `previews` are the trainer's.
 """
 
 from uvit_fast.sampling.captured import GraphSampler

@@ -1,4 +1,4 @@
-"""The sample grids of a run, one after the other."""
+"""Animate the sample grids of a run."""
 
 import re
 from pathlib import Path
@@ -9,16 +9,16 @@ from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.files import write_whole
 from uvit_fast.sampling.images import LINE, text_picture
 
-FRAMES = 120  # at most; of more grids those that lie evenly among them
-SHOWN, HELD = 200, 2000  # milliseconds of a grid, and of the last one
+FRAMES = 120  # at most; of more grids, evenly spaced ones
+SHOWN, HELD = 200, 2000  # milliseconds per grid, and for the last one
 
 
 def save_animation(folder: Path, path: Path) -> int:
-    """Write the grids of a run as an animation over its steps, each with its step above it; how many it shows.
+    """Write the grids of a run as an animation over its steps, labelled by step; return how many it shows.
 
     Args:
         folder: holds step_<step>.png, as training writes them.
-        path: a .gif or .webp, which plays without end.
+        path: a .gif or .webp, which loops forever.
 
     Raises:
         UserError: there are none, one cannot be read, or `path` cannot be written.
@@ -31,7 +31,7 @@ def save_animation(folder: Path, path: Path) -> int:
     most = min(FRAMES, len(found))
     chosen = [found[round(i * (len(found) - 1) / max(1, most - 1))] for i in range(most)]
     grids = [(step, _read(file)) for step, file in chosen]
-    size = tuple(max(grid.size[axis] for _, grid in grids) for axis in (0, 1))  # a run may go on with other settings
+    size = tuple(max(grid.size[axis] for _, grid in grids) for axis in (0, 1))  # a continued run may change settings
     frames = []
     for step, grid in grids:
         frame = Image.new("RGB", (size[0], size[1] + LINE + 4), "white")
@@ -51,5 +51,5 @@ def _read(file: Path) -> Image.Image:
     try:
         with Image.open(file) as image:
             return image.convert("RGB")
-    except (OSError, SyntaxError) as error:  # the latter is Pillow's, of a damaged PNG
+    except (OSError, SyntaxError) as error:  # the latter is Pillow's, for a damaged PNG
         raise UserError(f"{file}: cannot be read ({error}); expected a grid that training wrote") from None

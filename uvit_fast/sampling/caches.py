@@ -1,4 +1,4 @@
-"""What a plan of cached layers saves, and what it holds, in a sentence."""
+"""How much a plan of cached layers saves, and the memory it needs, in a sentence."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,11 @@ from uvit_fast.model.cached import sublayers
 
 
 def held_bytes(cfg: Config, stages: Sequence[Stage], images: int, guided: bool, width: int) -> int:
-    """Return the memory of the kept outputs, beside that of the loop: tokens times D of each, of both branches where
-    there is guidance.
+    """Return the bytes of the kept outputs, on top of the loop's memory: tokens times D for each, for both branches
+    with guidance.
 
     Args:
-        images: at a time. width: bytes of a number, those of the weights.
+        images: per batch. width: bytes per number, those of the weights.
     """
     model = cfg.model
     assert isinstance(model, ModelConfig)
@@ -22,7 +22,7 @@ def held_bytes(cfg: Config, stages: Sequence[Stage], images: int, guided: bool, 
 
 
 def cached_layers(cfg: Config, stages: Sequence[Stage], images: int, guided: bool, width: int) -> str:
-    """Return what is reused of all sublayers of all evaluations, and the memory that this takes."""
+    """Describe which share of all sublayer evaluations is reused, and the memory that this takes."""
     assert isinstance(cfg.model, ModelConfig)
     reused = sum(len(stage.layers.reuse) for stage in stages if stage.layers)
     share = reused / (len(stages) * len(sublayers(cfg.model.depth)))
@@ -33,7 +33,7 @@ def cached_layers(cfg: Config, stages: Sequence[Stage], images: int, guided: boo
 
 
 def sublayer_macs(cfg: Config) -> list[float]:
-    """Return the multiply-adds of a block's attention and of its MLP, of one image."""
+    """Return the multiply-adds of a block's attention and of its MLP, for one image."""
     model = cfg.model
     assert isinstance(model, ModelConfig)
     tokens, D = _tokens(model), model.embed_dim

@@ -1,9 +1,9 @@
-"""A plan of cached layers from some trajectories of the checkpoint itself (SmoothCache, Liu et al. 2024, Section 3).
+"""Calibrate a plan of cached layers on a few trajectories of the checkpoint itself (SmoothCache, Liu et al. 2024,
+Section 3).
 
-Of every attention and MLP the error of reusing an older output is measured: the mean of |old - new| over that of
-|new|. Where it stays below a bound the output is reused, at most three evaluations long; the bound is the smallest
-that gives the speed-up that was asked for. SmoothCache averages over the blocks; here each sublayer has its own
-schedule.
+For every attention and MLP the error of reusing an older output is measured: the mean of |old - new| over that of
+|new|. Where it stays below a bound, the output is reused, for at most three evaluations; the bound is the smallest that
+gives the requested speed-up. SmoothCache averages over the blocks; here each sublayer has its own schedule.
 """
 
 from collections import deque
@@ -21,12 +21,12 @@ from uvit_fast.model.uvit import UViT
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.sampling.loop import sample
 
-LONGEST = 3  # evaluations in a row that reuse an output
-LEAST = 0.25  # weight of an interval's start
+LONGEST = 3  # consecutive evaluations that reuse an output
+LEAST = 0.25  # weight of the start of an interval
 
 
 class Found(NamedTuple):
-    """A plan, the largest error of what it reuses, weighted, and its speed-up by multiply-adds."""
+    """A plan, the largest weighted error of what it reuses, and its speed-up in multiply-adds."""
 
     plan: Plan
     bound: float
@@ -34,12 +34,12 @@ class Found(NamedTuple):
 
 
 class _Watching(nn.Module):
-    """A network that is called as it is while the errors of its sublayers are measured: the `Cache` of its evaluations.
+    """The network, called unchanged, as the `Cache` of its evaluations, which measures the errors of its sublayers.
 
     Attributes:
-        errors: of each evaluation, by gap and sublayer; () fp32 tensors, where there is an older output of as many
-            rows.
-        rows: of each evaluation, over the first one's.
+        errors: for each evaluation, by gap and sublayer; () fp32 tensors, where an older output with as many rows
+            exists.
+        rows: for each evaluation, over the first one's.
     """
 
     def __init__(self, net: UViT):
@@ -47,7 +47,7 @@ class _Watching(nn.Module):
         self.net = net
         self.errors: list[dict[tuple[int, str], Tensor]] = []
         self.rows: list[int] = []
-        self._last: deque[dict[str, Tensor]] = deque(maxlen=LONGEST + 1)  # newest first, this one's too
+        self._last: deque[dict[str, Tensor]] = deque(maxlen=LONGEST + 1)  # newest first, the current one's included
 
     def forward(self, x: Tensor, t: Tensor, **condition: Tensor) -> Tensor:
         self.errors.append({})
@@ -70,17 +70,17 @@ class _Watching(nn.Module):
 
 
 class Errors(NamedTuple):
-    """Of reusing at an evaluation what a sublayer gave `gap` evaluations before."""
+    """The errors of reusing, in an evaluation, a sublayer's output from `gap` evaluations before."""
 
     values: np.ndarray  # (evaluations, gaps, sublayers), infinite where there is nothing to reuse
-    rows: list[int]  # of each evaluation: 2 B where both branches run
+    rows: list[int]  # of each evaluation: 2 B if both branches run
 
 
 def measure(net: UViT, cfg: Config, num: int, names: Sequence[str], **options) -> Errors:
     """Measure the errors on `num` trajectories.
 
     Args:
-        cfg: without a plan. names: the sublayers, see `model.cached`. options: of `sampling.sample`.
+        cfg: without a plan. names: the sublayers, see `model.cached`. options: for `sampling.sample`.
     """
     watching = _Watching(net)
     for _ in sample(watching, cfg, num, batch=num, **options):
@@ -93,15 +93,15 @@ def measure(net: UViT, cfg: Config, num: int, names: Sequence[str], **options) -
 
 
 def stage_weights(stages: Sequence[Stage]) -> list[float]:
-    """Return what an error of each evaluation counts: its output's share of its interval's end, times the evaluations
-    of the interval.
+    """Return the weight of an error in each evaluation: its output's share of its interval's end, times the evaluations
+    in the interval.
 
-    Of order 2 that is 0, 2, of order 3 about 3/4, 0, 9/4 (DPM-Solver, Algorithms 1 and 2). Starts count at least 1/4,
-    since the inner states follow from them. Inner evaluations count as the dearest of the interval, the middle one of
-    order 3 too: reused, it would equal the start, and the order would go.
+    For order 2 that is 0, 2, for order 3 about 3/4, 0, 9/4 (DPM-Solver, Algorithms 1 and 2). Starts count at least 1/4,
+    since the inner states follow from them. Inner evaluations all count as the most expensive one of the interval, the
+    middle one of order 3 included: reused, it would equal the start, which would lower the order.
     """
     weights: list[float] = []
-    interval = 0  # its evaluations so far
+    interval = 0  # the interval's evaluations so far
     for stage in stages:
         interval += 1
         if stage.last:
@@ -115,15 +115,15 @@ def stage_weights(stages: Sequence[Stage]) -> list[float]:
 def find(
     errors: Errors, weights: Sequence[float], names: Sequence[str], costs: Sequence[float], whole: float, speedup: float
 ) -> Found:
-    """Return the plan with the smallest bound on the weighted errors that is `speedup` times as fast.
+    """Return the plan with the smallest bound on the weighted errors that reaches the `speedup`.
 
-    The first and the last evaluation are computed.
+    The first and the last evaluation are always computed.
 
     Args:
-        costs: multiply-adds of each sublayer. whole: of the network; both of one image.
+        costs: multiply-adds of each sublayer. whole: of the network; both for one image.
 
     Raises:
-        UserError: no plan is as fast.
+        UserError: no plan is that fast.
     """
     weighted = errors.values * np.asarray(weights)[:, None, None]
     bounds = np.unique(weighted[np.isfinite(weighted)])
@@ -151,7 +151,9 @@ def find(
 
 
 def _scan(allowed: np.ndarray) -> np.ndarray:
-    """The greedy schedule (evaluations, sublayers) from whether outputs may be reused (evaluations, gaps, sublayers)."""
+    """Return the greedy schedule (evaluations, sublayers) from which outputs may be reused (evaluations, gaps,
+    sublayers).
+    """
     steps, gaps, count = allowed.shape
     reused = np.zeros((steps, count), dtype=bool)
     for k in range(count):

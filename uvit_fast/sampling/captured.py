@@ -1,7 +1,8 @@
 """The whole sampling loop as one CUDA graph: every network evaluation, guidance, the solver's updates, the decoder.
 
-A graph replays kernels on fixed addresses. So what changes between two calls (noise, labels or text, null condition, scale, keys)
-is copied into the capture's own buffers; what shapes the loop (plan, image shape, guided or not, interval) is its key.
+A graph replays kernels on fixed addresses. So whatever changes between two calls (noise, labels or text, null
+condition, scale, keys) is copied into the capture's own buffers; whatever shapes the loop (plan, image shape, guidance
+or not, interval) is its key.
 """
 
 import contextlib
@@ -25,23 +26,24 @@ Inputs = dict[str, Tensor]  # x_T, keys, scale, and "condition.<name>", "null.<n
 
 @dataclass
 class _Capture:
-    """One recorded loop and all that it reads."""
+    """One recorded loop and everything it reads."""
 
     inputs: Inputs
     replay: Callable[[], None]
     output: Tensor
     bytes: int
-    weights: tuple  # where the weights were
-    tables: tuple[Tensor, Tensor]  # held because their addresses were recorded
+    weights: tuple  # their addresses
+    tables: tuple[Tensor, Tensor]  # kept because their addresses were recorded
 
 
 class GraphSampler:
-    """Samples through captured loops, as `sampler(eps_fn, x_T)` would, bit for bit.
+    """Sample through captured loops, bit for bit as `sampler(eps_fn, x_T)` would.
 
-    The first call of a kind captures, later ones replay: with another batch of at most the captured size, other labels or
-    text, another scale. The least recently used captures are dropped to stay within `max_bytes`. What cannot be captured
-    runs uncaptured, after one warning that says why, and so does a model with hooks or modules of others, such as adapters. For batches much smaller than one captured before, take another
-    GraphSampler: padding costs what the full batch costs.
+    The first call of a kind captures, later ones replay: with another batch of at most the captured size, other labels
+    or text, another scale. The least recently used captures are dropped to stay within `max_bytes`. What cannot be
+    captured runs uncaptured, after one warning that says why, and so does a model with hooks or foreign modules such as
+    adapters. For batches much smaller than a captured one, use another GraphSampler: padding costs what the full batch
+    costs.
     """
 
     def __init__(
@@ -53,8 +55,8 @@ class GraphSampler:
     ):
         """
         Args:
-            model: model(x, t, **condition) -> eps, such as a UViT. Its weights may change in place between two calls; where they
-                move, its loops are captured anew. Within its `fixed_weights`, where it has that, a loop runs.
+            model: model(x, t, **condition) -> eps, such as a UViT. Its weights may change in place between two calls;
+                if they move, its loops are captured anew. If it has `fixed_weights`, loops run within that.
             decode: x_0 (B, C, H, W) -> images, captured at the end of the loop.
             max_bytes: bound on the memory of all captures together; default: half of the device's.
             graphs: what records and replays; default: CUDA graphs.
@@ -62,11 +64,11 @@ class GraphSampler:
         self.model, self.decode, self.max_bytes = model, decode, max_bytes
         self.graphs: Graphs = CudaGraphs() if graphs is None else graphs
         self._captures: OrderedDict[tuple, _Capture] = OrderedDict()  # least recently used first
-        self._refused: set[tuple | str] = set()  # kinds of calls, and what was found changed in the model
+        self._refused: set[tuple | str] = set()  # kinds of calls, and changes found in the model
 
     @property
     def bytes(self) -> int:
-        """Memory that the captures hold: their pools and their input buffers."""
+        """Memory held by the captures: their pools and their input buffers."""
         return sum(capture.bytes for capture in self._captures.values())
 
     def __len__(self) -> int:
@@ -91,15 +93,16 @@ class GraphSampler:
 
         Args:
             x_T: (B, C, H, W).
-            condition, null, interval: as `Guidance` takes them; null and interval count where there is guidance.
+            condition, null, interval: as in `Guidance`; null and interval count only with guidance.
             scale: the paper's s; 0 runs one branch.
-            keys: (B,) int64 from `sample_generators`, for samplers that draw noise; default: drawn from torch's CPU generator.
+            keys: (B,) int64 from `sample_generators`, for samplers that draw noise; default: drawn from torch's CPU
+                generator.
 
         Returns:
-            (B, C, H, W) fp32, or what `decode` makes of it: the caller's own, no later call overwrites it.
+            (B, C, H, W) fp32, or `decode`'s result: the caller's own, no later call overwrites it.
 
         Raises:
-            ValueError: a batch of no sample, or guidance without a condition or its null.
+            ValueError: an empty batch, or guidance without a condition or its null.
         """
         interval = (interval[0], interval[1]) if scale else ALWAYS
         with torch.no_grad(), current(x_T.device):
@@ -118,10 +121,11 @@ class GraphSampler:
         interval: tuple[float, float] = ALWAYS,
         keys: Tensor | None = None,
     ) -> bool:
-        """Capture what a call with these arguments would replay, and sample nothing: before a service takes requests, say.
+        """Capture what a call with these arguments would replay, without sampling, for example before a service takes
+        requests.
 
         Returns:
-            Whether such a call replays; where it will not, a warning has said why.
+            Whether such a call replays; if it will not, a warning has said why.
         """
         with torch.no_grad(), current(x_T.device):
             inputs = self._inputs(sampler, x_T, condition or {}, null or {}, scale, keys)
@@ -147,7 +151,7 @@ class GraphSampler:
         return {name: value.to(x_T.device, non_blocking=True) for name, value in inputs.items()}
 
     def _find(self, sampler: Sampler, inputs: Inputs, interval: tuple[float, float]) -> _Capture | None:
-        """The capture that serves `inputs`, made where there is none; None where they must run uncaptured."""
+        """Return the capture that serves `inputs`, made if there is none, or None if they must run uncaptured."""
         device, batch = inputs["x_T"].device, len(inputs["x_T"])
         if isinstance(self.model, nn.Module) and (why := changed(self.model)):
             self._refuse(why, f"{why}, and a replay would not run it")
@@ -166,7 +170,7 @@ class GraphSampler:
         return self._captures[key]
 
     def _capture(self, key: tuple, sampler: Sampler, inputs: Inputs, interval, weights: tuple) -> bool:
-        """Record the loop for a batch of the size of `inputs`, and keep it; False, once with a warning, where that fails."""
+        """Record and keep the loop for a batch of the size of `inputs`; if that fails, warn once and return False."""
         device, refused = inputs["x_T"].device, key[:-1]
         why = self.graphs.why_not(device)
         if why is None:
@@ -174,7 +178,7 @@ class GraphSampler:
             bound = self.graphs.budget(device) if self.max_bytes is None else self.max_bytes
 
             def run(sampler: Sampler) -> Tensor:
-                # autocast's cache would hand the capture weights that it casts, keeps, and frees
+                # autocast's cache would pass weights to the capture that it casts, keeps, and frees
                 dtype, enabled = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
                 with torch.autocast(device.type, dtype, enabled, cache_enabled=False):
                     return self._run(sampler, buffers, interval)
@@ -200,13 +204,13 @@ class GraphSampler:
         return False
 
     def _refuse(self, what: tuple | str, why: str) -> None:
-        """Say once that it runs uncaptured."""
+        """Warn once that it runs uncaptured."""
         if what not in self._refused:
             self._refused.add(what)
             warnings.warn(f"sampling runs uncaptured: {why}", RuntimeWarning, stacklevel=5)
 
     def _run(self, sampler: Sampler, inputs: Inputs, interval: tuple[float, float]) -> Tensor:
-        """The loop itself, the same whether it is being captured or not."""
+        """Run the loop itself, the same whether or not it is being captured."""
         condition, null = (
             {name.removeprefix(kind): v for name, v in inputs.items() if name.startswith(kind)}
             for kind in ("condition.", "null.")
@@ -221,15 +225,15 @@ class GraphSampler:
 
 
 def _replay(capture: _Capture, inputs: Inputs) -> Tensor:
-    """The captured loop's output for `inputs`, in the graph's memory."""
+    """Return the captured loop's output for `inputs`, in the graph's memory."""
     batch = len(inputs["x_T"])
     for name, value in inputs.items():
         buffer = capture.inputs[name]
-        (buffer[:batch] if _batched(name) else buffer).copy_(value)  # padding keeps what an earlier call left
+        (buffer[:batch] if _batched(name) else buffer).copy_(value)  # padding keeps an earlier call's values
     capture.replay()
     return capture.output[:batch]
 
 
 def _batched(name: str) -> bool:
-    """Whether an input has one row a sample."""
+    """Return whether an input has one row per sample."""
     return name in ("x_T", "keys") or name.startswith("condition.")

@@ -1,4 +1,4 @@
-"""What samples are asked to be: labels that a model has, guidance that it was trained for, shares of both."""
+"""The conditions of samples: labels that a model has, guidance that it was trained for, equal shares of both."""
 
 import math
 
@@ -11,10 +11,10 @@ from uvit_fast.runtime.errors import UserError
 
 
 def chosen_labels(text: str | None, cfg: Config, known: Provenance) -> list[int]:
-    """The labels that a text names, as `Provenance.labels` takes it; None: all that the model has learned.
+    """Return the labels that a text names, see `Provenance.labels`; None: all that the model learned.
 
     Raises:
-        UserError: a class that the model does not have, or of which it saw nothing; a model without classes.
+        UserError: a class that the model does not have or never saw; a model without classes.
     """
     if text is not None and not cfg.model.num_classes:
         raise UserError(f"classes {text}: the model of {cfg.name} is not class-conditional")
@@ -38,20 +38,21 @@ def check_labels(labels: list[int], cfg: Config) -> list[int]:
 
 
 def check_guidance(scale: float, cfg: Config) -> None:
-    """Refuse a scale, the paper's s, that is no number of at least 0, or of a model that has no unconditional branch."""
+    """Refuse a scale, the paper's s, that is not a number of at least 0, or a model without an unconditional branch."""
     if not 0 <= scale < math.inf:
         raise UserError(f"guidance: expected a scale of at least 0 (none), got {scale:g}")
     if scale > 0 and cfg.train.p_uncond == 0:
         raise UserError(
-            f"guidance: {cfg.name} was trained without dropping its condition; expected a scale of 0 (none), got {scale:g}"
+            f"guidance: {cfg.name} was trained without dropping its condition; "
+            f"expected a scale of 0 (none), got {scale:g}"
         )
 
 
 def spread(num: int, items: list) -> list:
-    """`num` items that go through `items` in equal shares, in their order."""
+    """Return `num` items that go through `items` in equal shares, in order."""
     return [items[i * len(items) // num] for i in range(num)]
 
 
 def spread_labels(num: int, classes: list[int]) -> Tensor:
-    """(num,) labels that go through `classes` in equal shares, sorted as a grid shows them."""
+    """Return (num,) labels that go through `classes` in equal shares, sorted as in a grid."""
     return torch.tensor(spread(num, classes))

@@ -14,21 +14,22 @@ from torch import Tensor
 
 from uvit_fast.runtime.files import write_whole
 
-LINE = 14  # pixels of a line of text
-FONTS = [  # of Linux, macOS and Windows, the first that has a character draws it; Pillow's own has little beyond ASCII
-    "DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "DroidSansFallbackFull.ttf",
+LINE = 14  # height of a line of text, in pixels
+FONTS = [  # of Linux, macOS and Windows; the first with a character draws it; Pillow's own has little beyond ASCII
+    "DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "wqy-microhei.ttc",
+    "DroidSansFallbackFull.ttf",
     "Arial Unicode.ttf", "PingFang.ttc", "Hiragino Sans GB.ttc", "AppleSDGothicNeo.ttc",
     "arial.ttf", "msyh.ttc", "meiryo.ttc", "malgun.ttf", "Nirmala.ttf",
 ]  # fmt: skip
 
 
 def to_uint8(x: Tensor) -> np.ndarray:
-    """(N, C, H, W) in [-1, 1], any device -> (N, H, W, C) uint8; values outside are clipped."""
+    """Convert (N, C, H, W) in [-1, 1], on any device, to (N, H, W, C) uint8; values outside are clipped."""
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def as_picture(image: np.ndarray) -> Image.Image:
-    """An image (H, W, C) uint8, grey where C is 1."""
+    """Return an image (H, W, C) uint8 as a picture, grey if C is 1."""
     return Image.fromarray(image if image.shape[-1] == 3 else image[..., 0])
 
 
@@ -44,7 +45,7 @@ def save_grid(
     row_labels: list[str] | None = None,
     captions: list[str] | None = None,
 ) -> None:
-    """Write images (N, H, W, C) uint8 as one PNG, `columns` a row, scaled up so that a person sees small ones.
+    """Write images (N, H, W, C) uint8 as one PNG, `columns` per row, small ones enlarged.
 
     Args:
         row_labels: a short text to the left of each row.
@@ -70,10 +71,11 @@ def save_grid(
 
 @lru_cache(4096)
 def text_picture(text: str, most: int | None = None) -> Image.Image:
-    """A line of text, black on white, (width, LINE) pixels: what no font here has stands as its code point in a box.
+    """Draw a line of text, black on white, (width, LINE) pixels; a character that no font has becomes its code point in
+    a box.
 
     Args:
-        most: its width at most; a longer text is cut and ends in three dots.
+        most: maximum width; a longer text is cut and ends in three dots.
     """
     text = unicodedata.normalize("NFC", text)
     picture = _line(text)
@@ -85,7 +87,7 @@ def text_picture(text: str, most: int | None = None) -> Image.Image:
 
 
 def _line(text: str) -> Image.Image:
-    """The whole text, however long: (width, LINE) pixels."""
+    """Draw the whole text, however long: (width, LINE) pixels."""
     pieces: list[tuple[str, ImageFont.FreeTypeFont | None]] = []
     every = [_fonts_with(character) for character in text]
     common = [font for font in every[0] if all(font in fonts for fonts in every)] if every else []  # looks better
@@ -108,7 +110,7 @@ def _line(text: str) -> Image.Image:
 
 
 def _code_point(character: str) -> Image.Image:
-    """What stands for a character that no font has: its code point in hexadecimal, on two lines in a box."""
+    """Draw the substitute for a character that no font has: its hexadecimal code point, on two lines in a box."""
     digits, font = f"{ord(character):04X}", ImageFont.load_default(7)
     digits = digits.zfill(len(digits) + len(digits) % 2)
     half = len(digits) // 2
@@ -122,7 +124,7 @@ def _code_point(character: str) -> Image.Image:
 
 @lru_cache(4096)
 def _fonts_with(character: str) -> list[ImageFont.FreeTypeFont]:
-    """The fonts that have a character; none has one that does not print."""
+    """Return the fonts that have a character; none has one that does not print."""
     if not character.isprintable():
         return []
     missing = ["\U0010ffff", "\u25cc\U0010ffff"]  # Pillow 12 shapes here too: a mark alone stands on a dotted circle
@@ -131,8 +133,8 @@ def _fonts_with(character: str) -> list[ImageFont.FreeTypeFont]:
 
 @cache
 def _fonts() -> list[ImageFont.FreeTypeFont]:
-    """Pillow's own font and those of FONTS that are here."""
-    found = [cast(ImageFont.FreeTypeFont, ImageFont.load_default(10))]  # of a size, it is one
+    """Return Pillow's own font and those of FONTS that are installed."""
+    found = [cast(ImageFont.FreeTypeFont, ImageFont.load_default(10))]  # with a size, it is one
     for name in FONTS:
         with contextlib.suppress(OSError):
             found.append(ImageFont.truetype(name, 10))

@@ -1,6 +1,7 @@
-"""A sampling job that can be interrupted and spread over processes: parts on disk, one a batch, until all are there.
+"""A sampling job that can be interrupted and spread over processes: one part on disk per batch, until all are there.
 
-Sample i depends on the seed and i only, so who draws a part, and when, makes no difference. No process holds more than a part.
+Sample i depends on the seed and i only, so it does not matter who draws a part, or when. No process holds more than one
+part.
 """
 
 import json
@@ -24,13 +25,13 @@ class Job:
 
     Args:
         out: where the samples go once all are there, a file or a folder.
-        settings: JSON values that decide what is drawn; a job goes on with the same ones only.
-        resume: go on with the parts of an interrupted job.
+        settings: JSON values that decide what is drawn; a job only continues with the same ones.
+        resume: continue with the parts of an interrupted job.
         world: its processes share the parts; rank 0 collects them.
 
     Raises:
-        UserError: another process is at it; `out` holds something that is not of this job; there are parts of an interrupted job and
-            `resume` is off, or they have other settings.
+        UserError: another process runs the job; `out` holds something else than this job's; there are parts of an
+            interrupted job and `resume` is off, or they have other settings.
     """
 
     def __init__(self, out: Path, settings: dict, num: int, batch: int, resume: bool, world: World = ALONE):
@@ -48,7 +49,7 @@ class Job:
             raise UserError(refusal)
 
     def run(self, draw: Callable[[int, int], np.ndarray]) -> bool:
-        """Draw what is missing, this process's share of it.
+        """Draw this process's share of the missing parts.
 
         Args:
             draw: draw(first, last) -> samples first ... last - 1, (last - first, H, W, C) uint8.
@@ -66,35 +67,37 @@ class Job:
         return self.world.gather(None) is not None
 
     def images(self) -> Iterator[np.ndarray]:
-        """All samples in order, a part at a time: (B, H, W, C) uint8."""
+        """Yield all samples in order, a part at a time: (B, H, W, C) uint8."""
         for part in self.parts:
             yield np.load(self._file(part))
 
     def close(self) -> None:
-        """The samples are where they belong: remove the parts."""
+        """Remove the parts, once the samples are where they belong."""
         for path in self.folder.iterdir():
             if path not in (self._note, self.folder / LOCK):
                 path.unlink()
-        self._note.unlink()  # after the others: until here the job can go on
+        self._note.unlink()  # after the others: until here the job can continue
         shutil.rmtree(self.folder)
         assert self._claim is not None
         self._claim.release()
 
     def collect(self, write: Callable[[Path], object]) -> None:
-        """`write(temporary)` the file `out`, which is whole or not there; what a kill leaves of it goes with the parts."""
+        """Write the file `out` by `write(temporary)`, whole or not at all; a killed job's temporary is removed with the
+        parts.
+        """
         temporary = self.folder / self.out.name
         write(temporary)
         temporary.rename(self.out)
 
     def _prepare(self, settings: dict, resume: bool) -> str | None:
-        """Make the folder and keep other jobs out of it, or say why it cannot be used."""
+        """Create the folder and keep other jobs out of it, or return why it cannot be used."""
         empty = not self.folder.exists() or all(path.name == LOCK for path in self.folder.iterdir())
         try:
             self._claim = Claim(self.folder)
             refusal = self._refusal(settings, resume)
             if refusal is None:
                 write_whole(self._note, lambda file: file.write_text(json.dumps(settings)))
-                for left_over in self.folder.glob(f".*_{self.out.name}"):  # of one that was killed as it collected
+                for left_over in self.folder.glob(f".*_{self.out.name}"):  # of a job killed while collecting
                     left_over.unlink()
         except Taken as taken:
             return f"{self.out}: another job writes it, {taken}; expected another --out"
@@ -107,7 +110,7 @@ class Job:
         return refusal
 
     def _refusal(self, settings: dict, resume: bool) -> str | None:
-        """Why the job cannot begin or go on with what is there."""
+        """Return why the job cannot begin or continue with what is there."""
         if not self._note.is_file():
             if self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir())):
                 return (
@@ -126,7 +129,7 @@ class Job:
         return None
 
     def _is_whole(self, part: tuple[int, int]) -> bool:
-        """Whether a part is there with all its samples; what a full disk or a dead machine cut off is drawn again."""
+        """Return whether a part is there with all its samples; a truncated one is drawn again."""
         try:
             images = np.load(self._file(part), mmap_mode="r")
             return images.dtype == np.uint8 and images.ndim == 4 and len(images) == part[1] - part[0]

@@ -1,4 +1,4 @@
-"""Samples from a trained model: conditions in, pixels or latents out, a batch at a time."""
+"""Sample from a trained model: conditions in, pixels or latents out, a batch at a time."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -41,23 +41,23 @@ def sample(
     """Draw `num` samples, in batches: sample i depends on (seed, i) only, not on the batch size.
 
     Args:
-        labels: (num,) classes, of a class-conditional model.
-        context, null_context: (num, T, C) text features, or a function from samples' indices to theirs (B, T, C), and (T, C) those
-            of "", of a text-conditional model.
+        labels: (num,) classes, for class-conditional models.
+        context, null_context: (num, T, C) text features, or a function from samples' indices to theirs (B, T, C), and
+            those of "" (T, C), for text-conditional models.
         steps: network evaluations; default `cfg.sample.steps`.
-        guidance_scale: the paper's s in cond + s (cond - uncond), 0 for none; diffusers counts 1 + s. Default
+        guidance_scale: the paper's s in cond + s (cond - uncond), 0 for none; diffusers' is 1 + s. Default
             `cfg.sample.guidance_scale`.
-        guidance_interval: the times with guidance, as `Guidance` takes them; default `cfg.sample.guidance_interval`.
+        guidance_interval: the times with guidance, see `Guidance`; default `cfg.sample.guidance_interval`.
         first: the index of the first sample, to continue an interrupted job.
         parts: the indices of each batch, ascending; default: `batch` at a time, from the first on.
-        graphs: of the same model; replays the loop as a CUDA graph, and decodes where it was told how.
+        graphs: of the same model; replays the loop as a CUDA graph, and decodes if it has a decoder.
 
     Yields:
         (B, C, H, W) fp32 on the model's device: pixels in about [-1, 1], or latents times the scale factor.
 
     Raises:
-        UserError: labels that the model does not have, or fewer than samples; guidance of a model that was trained without it;
-            cached layers of another network than a UViT.
+        UserError: labels that the model does not have, or fewer than samples; guidance of a model that was trained
+            without it; cached layers of a network other than a UViT.
     """
     if labels is not None:
         if len(labels) < num:
@@ -70,7 +70,8 @@ def sample(
     check_guidance(scale, cfg)
     if cfg.sample.cache != "none" and not isinstance(model, UViT | Fp8UViT):
         raise UserError(
-            f"sample.cache: expected a UViT as it is, got {type(model).__name__}; torch.compile and others run with none"
+            f"sample.cache: expected a UViT as it is, got {type(model).__name__}; "
+            "torch.compile and others run with none"
         )
     shape = (cfg.model.in_chans, cfg.model.img_size, cfg.model.img_size)
     if parts is None:
@@ -101,7 +102,7 @@ def solve(
     keys: Tensor,
     graphs: GraphSampler | None = None,
 ) -> Tensor:
-    """Return what the sampler makes of x_T (B, C, H, W), by way of `graphs` where there are some; arguments as theirs."""
+    """Return the sampler's result from x_T (B, C, H, W), through `graphs` if given; the arguments are theirs."""
     if graphs is not None:
         return graphs(sampler, x_T, condition, null, scale, interval, keys=keys)
     eps_fn: EpsFn = Guidance(model, condition, null, scale, interval) if scale else partial(model, **condition)
@@ -109,7 +110,7 @@ def solve(
 
 
 def check_finite(images: Tensor, what: str) -> Tensor:
-    """The images, unless they would be black ones.
+    """Return the images, unless they are not finite and would be black.
 
     Raises:
         UserError: NaN or infinity among them.

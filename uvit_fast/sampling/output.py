@@ -1,4 +1,4 @@
-"""Where samples go: numbered PNGs, or ADM's sample file."""
+"""Write samples as numbered PNGs, or as ADM's sample file."""
 
 import zipfile
 from collections.abc import Iterable
@@ -13,8 +13,8 @@ from uvit_fast.sampling.images import as_picture
 
 
 def sample_names(labels: list[int] | None, prompts: list[str] | None, known: Provenance) -> list[str] | None:
-    """What the samples' files are called after their numbers: class207_otter, or class207 where it has no name; or of the prompt
-    what a file's name can hold. None where there is neither.
+    """Return what follows the number in the samples' file names: class207_otter, or class207 without a known name; for
+    prompts, what a file name can hold of them. None without either.
     """
     if labels is None:
         return prompts and [file_name(prompt) for prompt in prompts]
@@ -24,7 +24,9 @@ def sample_names(labels: list[int] | None, prompts: list[str] | None, known: Pro
 
 
 def save_pngs(folder: Path, batches: Iterable[np.ndarray], names: list[str] | None, first: int = 0) -> None:
-    """One PNG an image of batches (B, H, W, C) uint8, numbered from `first`: 000000.png, or 000000_name.png where samples have `names`."""
+    """Write one PNG per image of batches (B, H, W, C) uint8, numbered from `first`: 000000.png, or 000000_name.png with
+    `names`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
 
     def save(numbered: tuple[int, np.ndarray]) -> None:
@@ -32,17 +34,17 @@ def save_pngs(folder: Path, batches: Iterable[np.ndarray], names: list[str] | No
         name = f"{i:06d}" + (f"_{names[i]}" if names and names[i] else "")
         as_picture(image).save(folder / f"{name}.png")
 
-    with ThreadPoolExecutor() as pool:  # compression leaves Python's lock
+    with ThreadPoolExecutor() as pool:  # compression releases the GIL
         for images in batches:
             list(pool.map(save, enumerate(images, first)))
             first += len(images)
 
 
 def save_npz(path: Path, batches: Iterable[np.ndarray], num: int, labels: np.ndarray | None) -> None:
-    """ADM's sample file: arr_0 uint8 (N, H, W, C), arr_1 int64 labels where there are some.
+    """Write ADM's sample file: arr_0 uint8 (N, H, W, C), and arr_1 int64 labels if there are any.
 
     Args:
-        batches: of `num` images together, (B, H, W, C) uint8 each; one at a time is in memory.
+        batches: (B, H, W, C) uint8 each, `num` images together; one batch at a time is in memory.
     """
 
     def write(temporary: Path) -> None:

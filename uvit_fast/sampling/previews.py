@@ -1,4 +1,4 @@
-"""What a trainer shows of its EMA weights: a grid of samples."""
+"""The trainer's preview of its EMA weights: a grid of samples."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,12 +19,12 @@ from uvit_fast.sampling.loop import sample
 
 
 def training_preview(cfg: Config, known: Provenance) -> Callable[[nn.Module, int, Path], Path] | None:
-    """What the trainer calls every `train.sample_every` steps: a grid of 64 samples, eight a row, with the names of their classes;
-    None where it is 0.
+    """Return what the trainer calls every `train.sample_every` steps, which makes a grid of 64 samples, eight per row,
+    with the names of their classes; None if that is 0.
 
     Raises:
-        UserError, ImportError: latents cannot be decoded here, or a model of text has no prompts or not its encoder. Before training,
-            not after hours.
+        UserError, ImportError: latents cannot be decoded here, or a text model has no prompts or its encoder is
+            missing: before training, not after hours.
     """
     if not cfg.train.sample_every:
         return None

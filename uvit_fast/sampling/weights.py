@@ -1,4 +1,4 @@
-"""The weights that a name means, and the network that samples with them."""
+"""Find the weights that a name means, and load the network that samples with them."""
 
 import warnings
 from collections.abc import Iterator
@@ -20,24 +20,24 @@ from uvit_fast.training import checkpoint as checkpoints
 
 
 def load_for_sampling(cfg: Config, checkpoint: str | Path, device: torch.device) -> UViT | UNet | fp8.Fp8UViT:
-    """The network of `cfg` with the weights of a file, ready to sample: bf16 on a GPU, its blocks' products e4m3 where
-    `cfg.sample.precision` says so; fp32 on a CPU; no gradients.
+    """Return the network of `cfg` with the weights of a file, ready to sample, without gradients: in bf16 on a GPU,
+    with its blocks' products in e4m3 if `cfg.sample.precision` says so; in fp32 on a CPU.
 
     Args:
-        checkpoint: as `find_weights` takes it.
+        checkpoint: see `find_weights`.
 
     Raises:
         UserError: no such checkpoint, or one of another architecture or diffusion; FP8 where it cannot run.
     """
     path = find_weights(checkpoint)
-    provenance_of(cfg, path)  # of another diffusion it refuses
+    provenance_of(cfg, path)  # refuses another diffusion
     return load_found(cfg, path, device)
 
 
 def load_found(cfg: Config, path: Path, device: torch.device) -> UViT | UNet | fp8.Fp8UViT:
-    """`load_for_sampling` of the file that `find_weights` gave, which has looked at it."""
+    """`load_for_sampling` for a file that `find_weights` returned, and so has checked."""
     check_precision(cfg, device)
-    with torch.device("meta"):  # initial values would take longer than reading these
+    with torch.device("meta"):  # initial values would take longer than reading the weights
         model = build_model(cfg)
     model = load_weights(model, read_weights(path), source=str(path))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -52,7 +52,7 @@ def check_precision(cfg: Config, device: torch.device) -> None:
     """Refuse FP8 where it cannot run.
 
     Raises:
-        UserError: of another network, or on another device, than its kernels are for.
+        UserError: the kernels do not support the network or the device.
     """
     if cfg.sample.precision != "fp8":
         return
@@ -62,19 +62,18 @@ def check_precision(cfg: Config, device: torch.device) -> None:
 
 
 def find_weights(checkpoint: str | Path) -> Path:
-    """The weight file that a name means: itself; of a run's folder, the EMA weights of its newest intact checkpoint,
-    which is the one that training would continue from; of a checkpoint's or a run's best/, its EMA weights; of a
-    pipeline's folder, its network; of another folder of the hub, such as DC-AE's, its one file of weights.
+    """Return the weight file that a path means: itself; for a run's folder, the EMA weights of its newest intact
+    checkpoint, from which training would continue; for a checkpoint's folder or a run's best/, its EMA weights; for a
+    pipeline's folder, its network; for another folder from the hub, such as DC-AE's, its only weight file.
 
-    Warns of checkpoints that are passed over, and where other files are damaged than those of the weights that were
-    named.
+    Warns of checkpoints that are skipped, and of damaged files beside the weights that were named.
 
     Raises:
-        UserError: a folder that is none of these, a checkpoint's file that holds no weights, or one that is not as its
-            manifest says.
+        UserError: a folder that is none of these, a checkpoint's file without weights, or one that does not match its
+            manifest.
     """
     path = Path(checkpoint)
-    if path.name in ("exp_avg.safetensors", "exp_avg_sq.safetensors"):  # under the weights' names
+    if path.name in ("exp_avg.safetensors", "exp_avg_sq.safetensors"):  # their tensors have the weights' names
         raise UserError(f"{path}: expected weights, as in ema.safetensors beside it; these are AdamW's moments")
     if path.is_dir() and (path / "model_index.json").is_file():
         network = path / "model"
@@ -91,13 +90,14 @@ def find_weights(checkpoint: str | Path) -> Path:
             return named
         held = shown(sorted(file.name for file in path.iterdir())) or "nothing"
         raise UserError(
-            f"{path}: no EMA weights, but {held}; expected checkpoints/step_*/ema.safetensors, which train.py writes, or one file of weights"
+            f"{path}: no EMA weights, but {held}; "
+            "expected checkpoints/step_*/ema.safetensors, which train.py writes, or one file of weights"
         )
     return file if found else _named(file)
 
 
 def _of_the_hub(folder: Path) -> Iterator[Path]:
-    """The files of weights in a folder as the hub's libraries write them, the safer ones first."""
+    """Yield the weight files in a folder as the hub's libraries write them, the safer ones first."""
     files = (
         folder / f"{name}{suffix}"
         for suffix in (".safetensors", ".bin")
@@ -107,7 +107,7 @@ def _of_the_hub(folder: Path) -> Iterator[Path]:
 
 
 def _named(file: Path) -> Path:
-    """A file that a user named, looked at as the checkpoint says that it is in."""
+    """Return a file that a user named, verified by the checkpoint that it is part of."""
     if not file.is_file():
         why = "a link to nothing" if file.is_symlink() else "no such checkpoint file"
         raise UserError(f"{file}: {why}; expected a .pth or .safetensors file")
@@ -123,12 +123,11 @@ def _named(file: Path) -> Path:
 
 
 def provenance_of(cfg: Config, weights: Path) -> Provenance:
-    """What a model learned from, as it is written beside its weights, or as the names of its dataset's classes are
-    known.
+    """Return what a model learned from, as recorded beside its weights, or as far as the names of its dataset's classes
+    are known.
 
     Raises:
-        UserError: the config takes the network's output, or its noise levels, for something else than it was trained
-            on.
+        UserError: the config's schedule or prediction is not the one that the model was trained with.
     """
     known, ours = provenance.read(weights), cfg.diffusion.meaning
     for key, there in known.diffusion.items():
