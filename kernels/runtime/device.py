@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 import triton
 
+from uvit_fast.runtime.errors import UserError
+
 # As it is when kernels are defined: slow to ask, and not to be asked by torch.compile.
 _INTERPRETING = triton.knobs.runtime.interpret
 
@@ -15,7 +17,7 @@ _INTERPRETING = triton.knobs.runtime.interpret
 def _forced() -> int | None:
     asked = os.environ.get("UVIT_FAST_ARCH") or None
     if asked not in (None, "80", "90"):
-        raise ValueError(f"UVIT_FAST_ARCH: expected 80 or 90, got {asked!r}")
+        raise UserError(f"UVIT_FAST_ARCH: expected 80 or 90, got {asked!r}")
     return None if asked is None else int(asked)
 
 

@@ -7,9 +7,10 @@ import torch
 
 from uvit_fast import cli
 from uvit_fast.kernels.gemm import fp8, sm90_fp8
-from uvit_fast.kernels.runtime import launch, tuning
+from uvit_fast.kernels.runtime import device, launch, tuning
 from uvit_fast.kernels.runtime.device import forced
 from uvit_fast.kernels.tools import tune
+from uvit_fast.runtime.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -83,7 +84,7 @@ def test_every_case_calls_what_the_ops_call(monkeypatch):
 
 def test_tuning_without_a_gpu_or_of_a_width_that_no_op_takes_is_refused(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert cli.main(["tune"]) == 2 and "no CUDA device" in capsys.readouterr().err
+    assert cli.main(["tune"]) == 2 and capsys.readouterr().err == "uvit-fast: tune: expected a GPU, got none\n"
     assert cli.main(["tune", "--dims", "100"]) == 2 and "multiples of 64, got 100" in capsys.readouterr().err
 
 
@@ -91,3 +92,10 @@ def test_choices_for_few_tokens_stand_each_for_itself():
     same = {"tokens": 64}
     table = tune.compact({"part": 64}, {"few": {"8x4:258": same, "8x4:516": same}, "gemm": {"8": {"part": 32}}})
     assert table == {"default": {"part": 64}, "few:8x4:258": same, "few:8x4:516": same, "gemm": {"part": 32}}
+
+
+def test_an_architecture_that_none_of_the_tables_is_for_is_refused(monkeypatch):
+    for asked in ("70", "9.0", "hopper"):
+        monkeypatch.setenv("UVIT_FAST_ARCH", asked)
+        with pytest.raises(UserError, match=f"UVIT_FAST_ARCH: expected 80 or 90, got '{asked}'"):
+            device._forced()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from uvit_fast.runtime.files import append_row, file_name, read_rows, write_whole
+from uvit_fast.runtime.files import append_row, file_name, read_rows, write_table, write_whole
 
 
 @pytest.mark.parametrize("folder", [False, True])
@@ -22,6 +22,27 @@ def test_a_write_that_fails_leaves_what_was_there(folder, tmp_path):
     with pytest.raises(OSError, match="disk full"):
         write_whole(path, write)
     assert [each.read_text() for each in path.parent.iterdir()] == ["whole"]
+
+
+def test_a_message_names_the_file_that_was_asked_for(tmp_path):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(OSError) as error:
+        write_whole(tmp_path / "there", lambda temporary: temporary.write_text("text"))
+    assert error.value.filename == str(tmp_path / "there") and error.value.filename2 is None
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_a_table_is_whole_or_as_it_was(tmp_path):
+    path = tmp_path / "table.csv"
+    write_table(path, ["a", "b"], [{"a": 1, "b": "ä,"}])
+
+    def rows():
+        yield {"a": 2, "b": 2}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_table(path, ["a", "b"], rows())
+    assert path.read_text("utf-8").splitlines() == ["a,b", '1,"ä,"'] and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_row_that_was_cut_short_costs_itself_only(tmp_path):

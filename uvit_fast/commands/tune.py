@@ -1,6 +1,7 @@
 """`uvit-fast tune`: measure the kernels' choices on this GPU and write its architecture's tuning table."""
 
 import argparse
+import os
 import time
 from pathlib import Path
 
@@ -32,16 +33,23 @@ def run(args: argparse.Namespace) -> None:
     if wrong:
         raise UserError(f"--dims: expected multiples of 64, got {wrong[0]}")
 
+    import torch
+
     from uvit_fast.kernels.runtime import tuning
     from uvit_fast.kernels.runtime.device import architecture
     from uvit_fast.kernels.tools import tune
     from uvit_fast.runtime.device import pick_device
 
+    if not torch.cuda.is_available():
+        raise UserError("tune: expected a GPU, got none")
     device = pick_device("cuda")
     known = tune.candidates(architecture(device))
     if unknown := [case for case in args.cases or () if case not in known]:
         raise UserError(f"--cases: expected some of {', '.join(known)}, got {unknown[0]}")
     out = Path(args.out or tuning.path(architecture(device)))
+    place = next(folder for folder in out.absolute().parents if folder.exists())
+    if not os.access(place, os.W_OK):  # better asked before the measuring than after
+        raise UserError(f"--out {out}: expected a file in a folder that can be written to")
     tried = {case: len(choices) for case, choices in known.items() if not args.cases or case in args.cases}
     print(f"{sum(tried.values())} choices at each of {len(args.dims)} widths; the table goes to {out}", flush=True)
     began, widths = time.monotonic(), 0

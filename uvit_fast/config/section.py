@@ -80,6 +80,8 @@ def wrong_value(error: Any) -> str:
         "dict_type": "expected keys with values",
         "model_type": "expected a section of keys with values",
         "model_attributes_type": "expected a section of keys with values",
+        "missing": "missing",
+        "extra_forbidden": "unknown key",
         "int_parsing_size": "expected a smaller number",
     }
     words = kinds[error["type"]].format(**error.get("ctx", {})) if error["type"] in kinds else error["msg"]

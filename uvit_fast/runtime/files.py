@@ -20,6 +20,10 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(temporary)
         temporary.rename(path)
+    except OSError as error:
+        if error.filename == str(temporary):  # a name that nobody knows
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)

@@ -10,12 +10,14 @@ from typing import Any, Protocol
 
 import torch
 
+from uvit_fast.runtime.errors import UserError
+
 
 def allowed() -> bool:
     """Return whether automatic captures are allowed: not with UVIT_FAST_CUDA_GRAPHS=0 in the environment."""
     asked = os.environ.get("UVIT_FAST_CUDA_GRAPHS") or "1"
     if asked not in ("0", "1"):
-        raise ValueError(f"UVIT_FAST_CUDA_GRAPHS: expected 0 or 1, got {asked!r}")
+        raise UserError(f"UVIT_FAST_CUDA_GRAPHS: expected 0 or 1, got {asked!r}")
     return asked == "1"
 
 
