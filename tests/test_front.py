@@ -36,9 +36,12 @@ def test_as_good_is_within_the_seeds_of_the_most_evaluations():
         measured(2, 3.0, 3.0, steps=10),
         measured(2.5, 2.1, 2.2, steps=50, cache="/plans/p.yaml"),
     ]
-    _, whole, everything = as_good(points)
-    assert "without cached layers: dpmpp_2m 20, s 0.4, 2.50 times as fast" in whole
+    first, whole, everything, on_it = as_good(points)
+    assert "2.2; as good, worse by at most the 0.4" in first
+    assert "without cached layers, in bf16: dpmpp_2m 20, s 0.4, 2.50 times as fast" in whole
     assert "of all: dpmpp_2m 50, s 0.4, p.yaml, 4.00 times as fast" in everything
+    assert on_it == "with cached layers on the front: dpmpp_2m 50, s 0.4, p.yaml"
+    assert as_good([*points[:3], measured(4.5, 2.7, steps=50, cache="outer:2")])[3].endswith("front: none")
     assert "at least 2" in as_good([measured(1, 2.0)])[0] and as_good([measured(1, 2.0, cache="outer:2")]) == []
 
 

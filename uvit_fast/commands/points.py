@@ -174,22 +174,26 @@ def pareto(points: Sequence[Measured]) -> list[Measured]:
 
 
 def as_good(points: Sequence[Measured]) -> list[str]:
-    """Return what is as good as the most whole evaluations in bf16, within their seeds, and how much faster, in sentences."""
+    """Return in sentences what is as good as the most whole evaluations in bf16, and how much faster: what is worse by no
+    more than their seeds differ; and whether cached layers are on the front.
+    """
     whole = [each for each in points if each.point.cache == "none" and each.point.precision == "bf16"]
     if not whole:
         return []
     most = min(whole, key=lambda each: (-each.point.steps, each.figure))
     if len(most.figures) < 2:
         return ["with --seeds of at least 2 it is said here what is as good as the most evaluations"]
-    bound = max(most.figures)
-    sentences = [
-        f"{most.point}: {most.figure:.4g}, of {len(most.figures)} seeds {min(most.figures):.4g} to {bound:.4g}; as good:"
-    ]
-    for what, these in (("without cached layers", whole), ("of all", points)):
-        fastest = min((each for each in these if each.figure <= bound), key=lambda each: each.seconds)
+    differ = max(most.figures) - min(most.figures)
+    good = [each for each in points if each.figure <= most.figure + differ]
+    sentences = [f"{most.point}: {most.figure:.4g}; as good, worse by at most the {differ:.2g} that its seeds differ:"]
+    for what, these in (("without cached layers, in bf16", [each for each in good if each in whole]), ("of all", good)):
+        fastest = min(these, key=lambda each: each.seconds)
         sentences.append(
             f"  {what}: {fastest.point}, {most.seconds / fastest.seconds:.2f} times as fast, {fastest.figure:.4g}"
         )
+    if any(each.point.cache != "none" for each in points):
+        best = [str(each.point) for each in pareto(points) if each.point.cache != "none"]
+        sentences.append(f"with cached layers on the front: {'; '.join(best) or 'none'}")
     return sentences
 
 
