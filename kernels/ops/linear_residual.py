@@ -8,7 +8,7 @@ from uvit_fast.kernels.layernorm import sums
 from uvit_fast.kernels.layers import Linear
 from uvit_fast.kernels.runtime import checks
 from uvit_fast.kernels.runtime.checks import rows
-from uvit_fast.kernels.runtime.op import Op, empty
+from uvit_fast.kernels.runtime.op import Op, empty, learned, learns
 
 
 def reference(a: Tensor, linear: Linear, x: Tensor) -> Tensor:
@@ -51,15 +51,16 @@ def _fake(a, linear, x):
     return x.new_empty(x.shape), sums.new(x)
 
 
-def _backward(dy: Tensor, a: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(dy: Tensor, a: Tensor, weight: Tensor, wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
     core, dy = gemm.core(a.device), rows(dy)
-    da = core.input_gradient(dy, rows(weight))  # (M, K)
-    dweight, dbias = core.weight_gradient(dy, rows(a), bias=True)  # (D, K), (D,)
-    return da.view(a.shape), dweight, dbias
+    da = core.input_gradient(dy, rows(weight)).view(a.shape)
+    if not wanted:  # frozen
+        return da, a.new_empty(0), a.new_empty(0)
+    return da, *core.weight_gradient(dy, rows(a), bias=True)  # (D, K), (D,)
 
 
-def _fake_backward(dy, a, weight):
-    return *empty(a, weight), a.new_empty(weight.shape[0])
+def _fake_backward(dy, a, weight, wanted):
+    return empty(a)[0], *learned(wanted, weight, weight[:, 0])
 
 
 def _save(ctx, inputs, output):
@@ -68,8 +69,8 @@ def _save(ctx, inputs, output):
 
 
 def _gradient(ctx, backward, dy):
-    da, dweight, dbias = backward(dy, *ctx.saved_tensors)
-    return da, (dweight, dbias), dy
+    da, *layer = backward(dy, *ctx.saved_tensors, learns(ctx, 1))
+    return da, tuple(layer), dy
 
 
 run = _op = Op(

@@ -9,7 +9,7 @@ from uvit_fast.kernels.layernorm import fold
 from uvit_fast.kernels.layers import Linear, Norm
 from uvit_fast.kernels.runtime import checks
 from uvit_fast.kernels.runtime.checks import ACCUMULATE, rows
-from uvit_fast.kernels.runtime.op import Op, empty, wants_gradient
+from uvit_fast.kernels.runtime.op import Op, empty, learned, learns, wants_gradient
 
 
 def reference(x: Tensor, norm: Norm, linear: Linear) -> Tensor:
@@ -68,17 +68,18 @@ def _fake(x, norm, linear, sums, scale, save):
 
 
 def _backward(
-    dy: Tensor, x: Tensor, stats: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, has_bias: bool
+    dy: Tensor, x: Tensor, stats: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, has_bias: bool, wanted: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     core, flat, dy = gemm.core(x.device), rows(x), rows(dy)
     g = core.input_gradient(dy, rows(weight))  # (M, D)
     dx, normed, dgamma, dbeta = layernorm.backward(g, flat, stats, gamma, beta)
-    dweight, dbias = core.weight_gradient(dy, normed, bias=has_bias)  # (N, D), (N,)
+    # (N, D), (N,); frozen, none
+    dweight, dbias = core.weight_gradient(dy, normed, bias=has_bias) if wanted else (dy.new_empty(0), None)
     return dx.view(x.shape), dgamma, dbeta, dweight, dy.new_empty(0) if dbias is None else dbias
 
 
-def _fake_backward(dy, x, stats, gamma, beta, weight, has_bias):
-    return *empty(x, gamma, beta, weight), x.new_empty(weight.shape[0] if has_bias else 0)
+def _fake_backward(dy, x, stats, gamma, beta, weight, has_bias, wanted):
+    return *empty(x, gamma, beta), *learned(wanted, weight), *learned(wanted and has_bias, weight[:, 0])
 
 
 def _save(ctx, inputs, output):
@@ -89,7 +90,7 @@ def _save(ctx, inputs, output):
 
 
 def _gradient(ctx, backward, dy):
-    dx, dgamma, dbeta, dweight, dbias = backward(dy, *ctx.saved_tensors, ctx.has_bias)
+    dx, dgamma, dbeta, dweight, dbias = backward(dy, *ctx.saved_tensors, ctx.has_bias, learns(ctx, 4))
     return dx, (dgamma, dbeta, None), (dweight, dbias if ctx.has_bias else None), None, None, None
 
 

@@ -10,7 +10,7 @@ from uvit_fast.kernels.layernorm import sums as layernorm_sums
 from uvit_fast.kernels.layers import Linear, Norm
 from uvit_fast.kernels.runtime import checks, program
 from uvit_fast.kernels.runtime.checks import ACCUMULATE, rows
-from uvit_fast.kernels.runtime.op import Op, empty, is_last_backward, wants_gradient
+from uvit_fast.kernels.runtime.op import Op, empty, is_last_backward, learned, learns, wants_gradient
 
 
 def reference(x: Tensor, norm: Norm, fc1: Linear, fc2: Linear) -> Tensor:
@@ -86,23 +86,35 @@ def _fake(x, norm, fc1, fc2, sums, save):
 
 
 def _backward(
-    dy: Tensor, x: Tensor, stats: Tensor, h: Tensor, gamma: Tensor, beta: Tensor, w1: Tensor, w2: Tensor, last: bool
+    dy: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    h: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    wanted1: bool,
+    wanted2: bool,
+    last: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     core, flat, dy = gemm.core(x.device), rows(x), rows(dy)
     da, act, db1 = core.linear_gelu_backward(dy, rows(w2), h, overwrite=last)  # (M, H), (M, H), (H,)
-    dw2, _ = core.weight_gradient(dy, act, bias=False)  # (D, H)
+    # (D, H); frozen, none
+    dw2 = core.weight_gradient(dy, act, bias=False)[0] if wanted2 else dy.new_empty(0)
     if last:  # autograd holds on to h, which is act by now, until this returns
         program.free(h)
     del act
     g = core.input_gradient(da, rows(w1))  # (M, D)
     dx, normed, dgamma, dbeta, db2 = layernorm.backward(g, flat, stats, gamma, beta, dy)
-    dw1, _ = core.weight_gradient(da, normed, bias=False)  # (H, D); fc1's bias came with da, fc2's with dx
+    # (H, D), or none; fc1's bias came with da, fc2's with dx
+    dw1 = core.weight_gradient(da, normed, bias=False)[0] if wanted1 else dy.new_empty(0)
     return dx.view(x.shape), dgamma, dbeta, dw1, db1, dw2, db2
 
 
-def _fake_backward(dy, x, stats, h, gamma, beta, w1, w2, last):
-    dx, dgamma, dbeta, dw1, dw2 = empty(x, gamma, beta, w1, w2)
-    return dx, dgamma, dbeta, dw1, x.new_empty(w1.shape[0]), dw2, x.new_empty(w2.shape[0])
+def _fake_backward(dy, x, stats, h, gamma, beta, w1, w2, wanted1, wanted2, last):
+    dw1, dw2 = learned(wanted1, w1)[0], learned(wanted2, w2)[0]
+    return *empty(x, gamma, beta), dw1, x.new_empty(w1.shape[0]), dw2, x.new_empty(w2.shape[0])
 
 
 def _save(ctx, inputs, output):
@@ -112,7 +124,9 @@ def _save(ctx, inputs, output):
 
 
 def _gradient(ctx, backward, dy):
-    dx, dgamma, dbeta, dw1, db1, dw2, db2 = backward(dy, *ctx.saved_tensors, is_last_backward(dy))
+    dx, dgamma, dbeta, dw1, db1, dw2, db2 = backward(
+        dy, *ctx.saved_tensors, learns(ctx, 4), learns(ctx, 6), is_last_backward(dy)
+    )
     return dx, (dgamma, dbeta, None), (dw1, db1), (dw2, db2), None, None
 
 

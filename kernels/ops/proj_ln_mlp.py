@@ -5,7 +5,7 @@ from torch import Tensor
 from uvit_fast.kernels.layers import Linear, Norm
 from uvit_fast.kernels.ops import linear_residual, ln_mlp
 from uvit_fast.kernels.runtime import checks
-from uvit_fast.kernels.runtime.op import Op, empty, is_last_backward, wants_gradient
+from uvit_fast.kernels.runtime.op import Op, is_last_backward, learns, wants_gradient
 
 
 def reference(a: Tensor, proj: Linear, x: Tensor, norm: Norm, fc1: Linear, fc2: Linear) -> Tensor:
@@ -67,15 +67,19 @@ def _backward(
     beta: Tensor,
     w1: Tensor,
     w2: Tensor,
+    wanted: bool,
+    wanted1: bool,
+    wanted2: bool,
     last: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     middle, _ = linear_residual._forward(a, Linear(weight, bias), x)
-    dx, *rest = ln_mlp._backward(dy, middle, stats, h, gamma, beta, w1, w2, last)
-    return *linear_residual._backward(dx, a, weight), dx, *rest
+    dx, *rest = ln_mlp._backward(dy, middle, stats, h, gamma, beta, w1, w2, wanted1, wanted2, last)
+    return *linear_residual._backward(dx, a, weight, wanted), dx, *rest
 
 
-def _fake_backward(dy, a, weight, bias, x, stats, h, gamma, beta, w1, w2, last):
-    return *empty(a, weight, bias), *ln_mlp._fake_backward(dy, x, stats, h, gamma, beta, w1, w2, last)
+def _fake_backward(dy, a, weight, bias, x, stats, h, gamma, beta, w1, w2, wanted, wanted1, wanted2, last):
+    first = linear_residual._fake_backward(dy, a, weight, wanted)
+    return *first, *ln_mlp._fake_backward(dy, x, stats, h, gamma, beta, w1, w2, wanted1, wanted2, last)
 
 
 def _save(ctx, inputs, output):
@@ -85,7 +89,8 @@ def _save(ctx, inputs, output):
 
 
 def _gradient(ctx, backward, dy):
-    da, dw, db, dx, dgamma, dbeta, dw1, db1, dw2, db2 = backward(dy, *ctx.saved_tensors, is_last_backward(dy))
+    wanted = (learns(ctx, 1), learns(ctx, 7), learns(ctx, 9))
+    da, dw, db, dx, dgamma, dbeta, dw1, db1, dw2, db2 = backward(dy, *ctx.saved_tensors, *wanted, is_last_backward(dy))
     return da, (dw, db), dx, (dgamma, dbeta, None), (dw1, db1), (dw2, db2), None
 
 

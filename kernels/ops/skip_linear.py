@@ -9,7 +9,7 @@ from uvit_fast.kernels.layernorm import sums
 from uvit_fast.kernels.layers import Linear
 from uvit_fast.kernels.runtime import checks
 from uvit_fast.kernels.runtime.checks import rows
-from uvit_fast.kernels.runtime.op import Op, empty
+from uvit_fast.kernels.runtime.op import Op, empty, learned, learns
 
 
 def reference(x: Tensor, skip: Tensor, linear: Linear) -> Tensor:
@@ -52,19 +52,23 @@ def _fake(x, skip, linear):
     return x.new_empty(out), sums.new(x, out)
 
 
-def _backward(dy: Tensor, x: Tensor, skip: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward(
+    dy: Tensor, x: Tensor, skip: Tensor, weight: Tensor, wanted: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     core, dy, D = gemm.core(x.device), rows(dy), x.shape[-1]
     halves = [slice(i * D, (i + 1) * D) for i in range(2)]
     wide = rows(weight)
-    dx, dskip = (core.input_gradient(dy, wide[:, half]) for half in halves)  # (M, D)
+    dx, dskip = (core.input_gradient(dy, wide[:, half]).view(x.shape) for half in halves)
+    if not wanted:  # frozen
+        return dx, dskip, x.new_empty(0), x.new_empty(0)
     dweight = torch.empty_like(wide)  # (N, 2D), each half written where it belongs
     _, dbias = core.weight_gradient(dy, rows(x), bias=True, out=dweight[:, halves[0]])
     core.weight_gradient(dy, rows(skip), bias=False, out=dweight[:, halves[1]])
-    return dx.view(x.shape), dskip.view(x.shape), dweight, dbias
+    return dx, dskip, dweight, dbias
 
 
-def _fake_backward(dy, x, skip, weight):
-    return *empty(x, skip, weight), x.new_empty(weight.shape[0])
+def _fake_backward(dy, x, skip, weight, wanted):
+    return *empty(x, skip), *learned(wanted, weight, weight[:, 0])
 
 
 def _save(ctx, inputs, output):
@@ -73,7 +77,7 @@ def _save(ctx, inputs, output):
 
 
 def _gradient(ctx, backward, dy):
-    dx, dskip, *layer = backward(dy, *ctx.saved_tensors)
+    dx, dskip, *layer = backward(dy, *ctx.saved_tensors, learns(ctx, 2))
     return dx, dskip, tuple(layer)
 
 

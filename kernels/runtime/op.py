@@ -127,6 +127,18 @@ def wants_gradient(*args: Any) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in _apart(args))
 
 
+def learns(ctx: Any, at: int) -> bool:
+    """Return whether a backward is asked for the gradient of a linear layer, whose weight is argument `at` and whose bias
+    the next, of those that are taken apart.
+    """
+    return any(ctx.needs_input_grad[at : at + 2])
+
+
+def learned(wanted: bool, *like: Tensor) -> tuple[Tensor, ...]:
+    """Return what a fake backward gives for weights: gradients, or tensors of no element where none are asked for."""
+    return empty(*like) if wanted else tuple(t.new_empty(0) for t in like)
+
+
 def is_last_backward(gradient: Tensor) -> bool:
     """Return whether the running backward, to which `gradient` came, may write over what its forward kept for it.
 

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from tests.kernels.op_cases import OPS, WITH_SUMS, arguments, compare, result, tensors, with_tensors
+from uvit_fast.kernels import gemm
 from uvit_fast.kernels.layernorm import fold
 from uvit_fast.kernels.layers import Linear, Norm
 
@@ -37,6 +40,26 @@ def test_forward_and_gradients_match_the_reference(name, shape, dtype):
 def test_their_variants_match_the_reference(name, shape, dtype):
     torch.manual_seed(0)
     compare(*OPS[name], arguments(name, shape, dtype), tolerance(name, dtype))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", ["ln_linear", "proj_ln_mlp", "skip_linear"])
+def test_frozen_weights_cost_no_product(name, monkeypatch):
+    """Fine-tuning: what lies behind something that learns passes the gradient on, the same to the bit, and no more."""
+    torch.manual_seed(0)
+    op, args = OPS[name][0], arguments(name, (1, 65, D), torch.float32, grad=True)
+    frozen = [a if isinstance(a, Tensor) else type(a)(*with_tensors(Tensor.detach, list(a))) for a in args]
+    through = [a for a in args if isinstance(a, Tensor)]
+    dy = torch.randn_like(result(op(*args)).detach())
+    wanted = torch.autograd.grad(result(op(*args)), through, dy)
+    core = gemm.core(dy.device)
+    monkeypatch.setattr(core, "weight_gradient", None)
+    assert all(map(torch.equal, torch.autograd.grad(result(op(*frozen)), through, dy), wanted))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = with_tensors(lambda t: mode.from_tensor(t.detach()).requires_grad_(t.requires_grad), frozen)
+        y = result(op(*fake))
+        inputs = [a for a in fake if isinstance(a, Tensor)]
+        assert [g.shape for g in torch.autograd.grad(y, inputs, torch.empty_like(y))] == [g.shape for g in wanted]
 
 
 @pytest.mark.interpreter
