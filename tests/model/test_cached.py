@@ -194,7 +194,7 @@ def test_plans_are_read_and_written_as_few_patterns(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("steps: 4", "reuse: Field required"),
+        ("steps: 4", "reuse: missing"),
         ("steps: 4\nreuse: {1: '*'}", r"reuse.1: expected a list in brackets, got '\*'"),
         ("steps: 4\nreuse: {1: [in_blocks.0.atn]}", "no sublayer 'in_blocks.0.atn'; did you mean in_blocks.0.attn"),
         ("steps: 4\nreuse: {4: ['*']}", "expected evaluations from 0 to 3, got 4"),
