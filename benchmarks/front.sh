@@ -18,6 +18,7 @@ cfg=1
 [ "$what" = digits ] && cfg=$scale
 python=${PYTHON:-python3} run=$out/run gpus=${GPUS:-1}
 cli="$python -m uvit_fast.cli"
+card() { echo "${CUDA_VISIBLE_DEVICES:-0,1,2,3,4,5,6,7}" | cut -d , -f $(($1 + 1)); }
 said() { echo "[$(($(date +%s) - began)) s] $*"; }
 mkdir -p "$out/plans"
 
@@ -30,16 +31,21 @@ for steps in $evaluations; do plans=$plans,$out/plans/calibrated_$steps.yaml; do
 calibrate() (
     for steps in $evaluations; do
         plan=$out/plans/calibrated_$steps
-        [ -f "$plan.yaml" ] || CUDA_VISIBLE_DEVICES=$((gpus - 1)) $cli calibrate --checkpoint "$run" --set sample.steps=$steps \
+        [ -f "$plan.yaml" ] || CUDA_VISIBLE_DEVICES=$(card $((gpus - 1))) $cli calibrate --checkpoint "$run" --set sample.steps=$steps \
             --speedup 1.5 --num 64 --out "$plan.yaml" > "$plan.txt" 2>&1 &
     done
     wait
     said calibrated
 )
-GRIDS=${GRIDS:-"--samplers dpmpp_2m --steps 50,30,20,14,10,7 --cfg-scales $cfg
---samplers dpmpp_2m --steps 50,30,20,14,10,7 --cfg-scales $cfg --plans outer:2$plans
+steps="--samplers dpmpp_2m --steps 50,30,20,14,10,7 --cfg-scales $cfg"
+whole=$steps cached="$steps --plans outer:2$plans"
+[ "$gpus" != 1 ] || { whole="$steps --plans none,outer:2$plans" cached=; } # one start less
+narrow="--samplers dpmpp_2m --steps 50,20,10 --cfg-scales $cfg --precisions fp8 --plans none$plans"
+[ "$what" = fashion ] || narrow= # whose heads no kernel takes
+GRIDS=${GRIDS:-"$whole
+$cached
 --samplers dpmpp_2m,dpm_fast --steps 20,10 --cfg-scales 1,$scale
---samplers dpmpp_2m --steps 50,20,10 --cfg-scales $cfg --precisions fp8 --plans none$plans"}
+$narrow"}
 measure() { # number grid...
     i=$1 && shift
     timeout -k 10 $((${MEASURE:-36000} + began - $(date +%s))) $cli front --checkpoint "$run" --reference "$run/config.yaml" \
@@ -48,8 +54,8 @@ measure() { # number grid...
     said "grid $i: $(tail -n 1 "$out/grid_$i.txt" | cut -c 1-200)"
 }
 of() { # gpu
-    echo "$GRIDS" | { i=0; while read -r grid; do
-        [ $((i % gpus)) != "$1" ] || CUDA_VISIBLE_DEVICES=$1 measure $i $grid < /dev/null
+    echo "$GRIDS" | grep . | { i=0; while read -r grid; do
+        [ $((i % gpus)) != "$1" ] || CUDA_VISIBLE_DEVICES=$(card "$1") measure $i $grid < /dev/null
         i=$((i + 1))
     done; }
 }
