@@ -47,7 +47,7 @@ from uvit_fast.kernels.runtime.launch import cdiv, descriptor
 ROWS, TOKENS, BK = 64, 256, 64  # features per consumer, tokens per tile, K per stage
 assert TOKENS == TILE, "statistics fill whole tiles"
 assert ROWS == CHUNK, "a consumer's features are those whose sums are taken together"
-STAGES = {TOKENS: 4, 64: 8}
+STAGES = {TOKENS: 4, 128: 5, 64: 8}
 STAGING = 128  # tokens that a consumer's staging buffers hold together
 SHORT = 12  # steps of K, up to which asking for a tile's statistics ahead measured faster
 FEW = {"tokens": 64, "part": 32}  # a tile where tokens are few, and the table does not know better
@@ -70,6 +70,8 @@ class Gemm:
     across: gl.tensor  # tiles over the features
     steps1: gl.tensor  # of a tile's steps, those from the first source
     TWO: gl.constexpr  # whether there is a second source
+    turns: gl.shared_memory_descriptor | gl.constexpr  # (4) barriers: a consumer has seen its tile's last step; None
+    PAIRS: gl.constexpr  # of consumers, which take a program's tiles in turns
 
 
 @gluon.jit
@@ -118,8 +120,9 @@ def _producer(g):
 
 
 @gluon.jit
-def _product(ring, step, steps, TOKENS: gl.constexpr, WHO: gl.constexpr):
-    """Return a consumer's [64, TOKENS] of a tile; one wgmma stays in flight, its predecessor's stage is freed."""
+def _product(ring, step, steps, turn, TOKENS: gl.constexpr, WHO: gl.constexpr):
+    """Return a consumer's [64, TOKENS] of a tile; one wgmma stays in flight, its predecessor's stage is freed. `turn` is
+    arrived at when all steps have been seen, where it is a barrier."""
     DEEP: gl.constexpr = 256 // ring.b.dtype.primitive_bitwidth  # K of an instruction
     acc = gl.zeros([64, TOKENS], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, DEEP]))
     w, x = ring.operands(step, WHO)
@@ -129,6 +132,8 @@ def _product(ring, step, steps, TOKENS: gl.constexpr, WHO: gl.constexpr):
         acc = warpgroup_mma(w, x, acc, is_async=True)
         acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))
         ring.free(i - 1)
+    if turn is not None:
+        mbarrier.arrive(turn, count=1)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     ring.free(step + steps - 1)
     return acc
@@ -175,18 +180,27 @@ def _consumer(g, WHO: gl.constexpr):
     e = g.epilogue
     t = g.tail
     SHARED: gl.constexpr = g.shares.MOST > 1
-    step = 0
+    HALF: gl.constexpr = WHO % 2  # of a tile's features
+    PAIR: gl.constexpr = WHO // 2
+    step = PAIR * g.shares.steps
+    tiles_done = 0
     uses = 0  # of a staging buffer in which something arrives
     uses_tail = 0
     first, end, stride = g.shares.tiles_of_mine()
-    for tile in range(first, end, stride):
+    for tile in range(first + PAIR * stride, end, g.PAIRS * stride):
         start, stop = g.shares.steps_of(tile)
         down = tile // g.across
-        at = Place(((tile % g.across) * 2 + WHO) * 64, down * g.shares.SPAN, down, tile, WHO)
+        at = Place(((tile % g.across) * 2 + HALF) * 64, down * g.shares.SPAN, down, tile, WHO)
         e.measure(at)
         if t is None:
             ahead = e.ask(at)
-            xs = parts(_product(g.ring, step, stop - start, e.TOKENS, WHO), 64, e.TOKENS, e.PART)
+            turn = None
+            if g.PAIRS == 2:
+                # The other pair's steps come first, and a barrier of the ring tells a step only from the one before.
+                mbarrier.wait(g.turns.index((1 - PAIR) * 2 + HALF), (tiles_done + 1 - PAIR) & 1)
+                turn = g.turns.index(WHO)
+                tiles_done += 1
+            xs = parts(_product(g.ring, step, stop - start, turn, e.TOKENS, HALF), 64, e.TOKENS, e.PART)
             if SHARED:
                 g.shares.leave(xs, tile, WHO, e.TOKENS, e.PART)
             if g.shares.hand_in(tile, WHO):
@@ -220,7 +234,7 @@ def _consumer(g, WHO: gl.constexpr):
                 t.pass_by(beside, uses_tail)
                 uses += 1
             uses_tail += 1
-        step += stop - start
+        step += g.PAIRS * (stop - start)
     tma.store_wait(0)
 
 
@@ -234,6 +248,7 @@ def _epilogue(
     LEAVING: gl.constexpr,
     ARRIVING: gl.constexpr,
     TOKENS: gl.constexpr,
+    CONSUMERS: gl.constexpr,
     how: gl.constexpr,
 ):
     """Return an epilogue with new staging buffers.
@@ -245,19 +260,19 @@ def _epilogue(
     KIND: gl.constexpr = how[0]
     FOLD: gl.constexpr = how[2]
     shape: gl.constexpr = out.block_type.shape
-    leaving = gl.allocate_shared_memory(out.dtype, [2 * (LEAVING if LEAVING else ARRIVING)] + shape, out.layout)
+    leaving = gl.allocate_shared_memory(out.dtype, [CONSUMERS * (LEAVING if LEAVING else ARRIVING)] + shape, out.layout)
     leaving2 = leaving
     if KIND == "gelu_save" or KIND == "gelu_backward":
-        leaving2 = gl.allocate_shared_memory(out.dtype, [2 * LEAVING] + shape, out.layout)
+        leaving2 = gl.allocate_shared_memory(out.dtype, [CONSUMERS * LEAVING] + shape, out.layout)
     arriving = leaving
     if ARRIVING > 0 and LEAVING > 0:
-        arriving = gl.allocate_shared_memory(out.dtype, [2 * ARRIVING] + shape, out.layout)
-    arrived = gl.allocate_shared_memory(gl.int64, [2 * max(ARRIVING, 1), 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2 * ARRIVING):
+        arriving = gl.allocate_shared_memory(out.dtype, [CONSUMERS * ARRIVING] + shape, out.layout)
+    arrived = gl.allocate_shared_memory(gl.int64, [CONSUMERS * max(ARRIVING, 1), 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(CONSUMERS * ARRIVING):
         mbarrier.init(arrived.index(i), count=1)
     rstds = arrived
     if FOLD == "sums":
-        rstds = gl.allocate_shared_memory(gl.float32, [2, TOKENS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        rstds = gl.allocate_shared_memory(gl.float32, [CONSUMERS, TOKENS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     return Epilogue(
         out=out,
         second=second,
@@ -338,6 +353,7 @@ def gemm_kernel(
     NARROW: gl.constexpr,
     CHUNKS: gl.constexpr,
     MOST: gl.constexpr,
+    PAIRS: gl.constexpr,
 ):
     shares = Shares(
         tiles=gl.to_tensor(tiles),
@@ -350,14 +366,19 @@ def gemm_kernel(
     rstd = stats + stride_stats
     of = (bias, rstd, gl.to_tensor(eps), partial, sums, narrow, gl.to_tensor(M), gl.to_tensor(N))
     how: gl.constexpr = (KIND, HAS_BIAS, FOLD, AHEAD, SUMS, CHUNKS, SCALED, PAIRED, WIDE, NARROW)
-    epilogue = _epilogue(out, second, side, of, shares, LEAVING, ARRIVING, x.block_type.shape[0], how)
+    epilogue = _epilogue(out, second, side, of, shares, LEAVING, ARRIVING, x.block_type.shape[0], 2 * PAIRS, how)
     tail = None
     if x_tail is not None:
         rest = Shares(shares.tiles, shares.steps, shared + 64 * x.block_type.shape[0], arrivals, shares.SPAN, MOST)
         buffers: gl.constexpr = (1 if LEAVING else 0, 1 if ARRIVING else 0)
         tail = _epilogue(
-            out_tail, out_tail, side_tail, of, rest, buffers[0], buffers[1], x_tail.block_type.shape[0], how
+            out_tail, out_tail, side_tail, of, rest, buffers[0], buffers[1], x_tail.block_type.shape[0], 2, how
         )
+    turns = None
+    if PAIRS == 2:
+        turns = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(4):
+            mbarrier.init(turns.index(i), count=1)
     g = Gemm(
         w=w,
         x=x,
@@ -371,8 +392,17 @@ def gemm_kernel(
         across=gl.to_tensor(across),
         steps1=gl.to_tensor(steps1),
         TWO=TWO,
+        turns=turns,
+        PAIRS=PAIRS,
     )
-    gl.warp_specialize([(_consumer, (g, 0)), (_consumer, (g, 1)), (_producer, (g,))], [4, 1], [240, 24])
+    if PAIRS == 1:
+        gl.warp_specialize([(_consumer, (g, 0)), (_consumer, (g, 1)), (_producer, (g,))], [4, 1], [240, 24])
+    else:
+        gl.warp_specialize(
+            [(_consumer, (g, 0)), (_consumer, (g, 1)), (_consumer, (g, 2)), (_consumer, (g, 3)), (_producer, (g,))],
+            [4, 4, 4, 1],
+            [112, 112, 112, 24],
+        )
 
 
 # Staging buffers of a consumer where so many fit: for what arrives, and for each result that leaves.
@@ -467,6 +497,7 @@ def arguments(
         "NARROW": False,
         "CHUNKS": K // CHUNK if summed else 1,
         "MOST": most,
+        "PAIRS": 1,
         "num_warps": 4,
         "maxnreg": 168,
     }

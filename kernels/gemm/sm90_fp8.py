@@ -30,6 +30,7 @@ def arguments(
     sums: bool = False,
     tokens: int = TOKENS,
     part: int = 64,
+    pairs: int = 1,
 ) -> tuple[tuple, dict, int, Made]:
     """Return the kernel's arguments, its launch options, the number of tiles, and the results: see `product`."""
     (M, K), N, paired = x.shape, layer.weight.shape[0], epilogue == "gelu"
@@ -86,8 +87,9 @@ def arguments(
         "NARROW": narrow,
         "CHUNKS": 1,
         "MOST": 1,
+        "PAIRS": pairs,
         "num_warps": 4,
-        "maxnreg": 168,
+        "maxnreg": 168 if pairs == 1 else 96,
     }
     return args, options, across * down, Made(out if wide and not paired else None, made8, written)
 
