@@ -92,8 +92,8 @@ def in_fp8(D: int) -> dict[str, Callable[[], object]]:
         h = product("gelu", x8, layers.fc1, stats=fold.statistics(x), wide=False).narrow
         return product("residual", h, layers.fc2, **leaving)
 
-    def block() -> Made:
-        h = fp8_block.joined(Made(None, x8, None), skip8, layers)
+    def block() -> fp8_block.Stream:
+        h = fp8_block.joined(fp8_block.Stream(None, x8), skip8, layers)
         return fp8_block.through_mlp(fp8_block.attended(h, layers, BATCH, heads(D)), layers)
 
     return {

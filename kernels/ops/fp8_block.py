@@ -9,7 +9,7 @@ from torch import Tensor
 from uvit_fast.kernels.attention import sm90_forward, sm90_tiles
 from uvit_fast.kernels.gemm import fp8, sm90_fp8
 from uvit_fast.kernels.gemm.fp8 import Made
-from uvit_fast.kernels.layernorm import fold
+from uvit_fast.kernels.layernorm import added, fold
 from uvit_fast.kernels.layers import Linear, Norm, Quantised
 from uvit_fast.kernels.ops import attention as wide_attention
 from uvit_fast.kernels.quantise import E4M3, narrow, paired, quantise, two_sources
@@ -78,66 +78,83 @@ class Arithmetic(NamedTuple):
     product: Callable[..., Made]
     attention: Callable[[Tensor], Tensor]  # of qkv (B, L, 3, H, D), e4m3, in the order of `sm90_tiles.narrow`
     statistics: Callable[..., Tensor]  # as `layernorm.fold.statistics`
+    add: Callable[..., Tensor]  # as `layernorm.added.add`
 
 
-KERNELS = Arithmetic(sm90_fp8.product, _attention, fold.statistics)
-REFERENCE = Arithmetic(fp8.reference, _attention_reference, _statistics_reference)
+KERNELS = Arithmetic(sm90_fp8.product, _attention, fold.statistics, added.add)
+REFERENCE = Arithmetic(fp8.reference, _attention_reference, _statistics_reference, added.reference)
 
 
-# A block's three parts: x (M, D), as the kernel before left it -> (M, D). A part reads x in bf16 or in e4m3, which is
-# taken of the other, with the statistics, where nobody left it.
+class Stream(NamedTuple):
+    """The residual stream (M, D) as a part leaves it: in bf16, in e4m3, with its sums, None for what nobody left."""
+
+    wide: Tensor | None
+    narrow: Tensor | None = None
+    sums: Tensor | None = None
+    added: tuple[Tensor, ...] = ()  # (M, D) bf16, outputs of other evaluations that wide lacks; there is no narrow then
+    free: bool = True  # whether a result may take the place of wide
 
 
-def joined(x: Made, skip: Tensor, layers: Layers, by: Arithmetic = KERNELS) -> Made:
+# A block's three parts.
+
+
+def joined(x: Stream, skip: Tensor, layers: Layers, by: Arithmetic = KERNELS) -> Stream:
     """Return Linear(Concat(x, skip)) of the e4m3 x and a long skip (M, D) e4m3."""
-    return by.product("plain", narrowed(x, by).narrow, layers.skip, x2=skip, narrow=True, sums=True)
+    x8 = x.narrow if x.narrow is not None else _narrowed(x, by, wanted=False)[0].narrow
+    return Stream(*by.product("plain", x8, layers.skip, x2=skip, narrow=True, sums=True))
 
 
-def attended(
-    x: Made, layers: Layers, batch: int, heads: int, *, overwrite: bool = True, by: Arithmetic = KERNELS
-) -> Made:
-    """Return x + proj(attention(norm1(x))).
-
-    Args:
-        overwrite: the bf16 result takes the place of x's.
-    """
-    x8, stats = _operand(x, by)
-    qkv = by.product("plain", x8, layers.qkv, stats=stats).wide  # (M, 3D)
+def attended(x: Stream, layers: Layers, batch: int, heads: int, by: Arithmetic = KERNELS) -> Stream:
+    """Return x + proj(attention(norm1(x)))."""
+    x, stats = _measured(x, by)
+    qkv = by.product("plain", x.narrow, layers.qkv, stats=stats).wide  # (M, 3D)
     M, D = x.wide.shape
     a = by.attention(qkv.view(batch, M // batch, 3, heads, D // heads)).view(M, D)
     del qkv
-    return by.product("residual", a, layers.proj, side=x.wide, overwrite=overwrite, narrow=True, sums=True)
+    return Stream(*by.product("residual", a, layers.proj, side=x.wide, overwrite=x.free, narrow=True, sums=True))
 
 
 def through_mlp(
-    x: Made,
-    layers: Layers,
-    *,
-    wide: bool = True,
-    narrow: bool = True,
-    overwrite: bool = True,
-    by: Arithmetic = KERNELS,
-) -> Made:
+    x: Stream, layers: Layers, *, wide: bool = True, narrow: bool = True, by: Arithmetic = KERNELS
+) -> Stream:
     """Return x + fc2(gelu(fc1(norm2(x)))).
 
     Args:
         wide, narrow: which results are read after it; with wide its sums come too.
-        overwrite: as of `attended`.
     """
-    x8, stats = _operand(x, by)
-    h = by.product("gelu", x8, layers.fc1, stats=stats, wide=False).narrow  # (M, H)
-    asked = {"overwrite": overwrite, "wide": wide, "narrow": narrow, "sums": wide}
-    return by.product("residual", h, layers.fc2, side=x.wide, **asked)
+    x, stats = _measured(x, by)
+    h = by.product("gelu", x.narrow, layers.fc1, stats=stats, wide=False).narrow  # (M, H)
+    asked = {"overwrite": x.free, "wide": wide, "narrow": narrow, "sums": wide}
+    return Stream(*by.product("residual", h, layers.fc2, side=x.wide, **asked))
 
 
-def narrowed(x: Made, by: Arithmetic = KERNELS) -> Made:
-    """Return x with its e4m3 values."""
-    return x if x.narrow is not None else x._replace(narrow=_operand(x, by)[0])
+def plus(x: Stream, output: Tensor, by: Arithmetic = KERNELS) -> Stream:
+    """Return x with a sublayer's output (M, D) of another evaluation, which its reader will add."""
+    if len(x.added) == added.MOST:
+        x = summed(x, by)
+    return Stream(x.wide, added=(*x.added, output), free=x.free)
 
 
-def _operand(x: Made, by: Arithmetic) -> tuple[Tensor, Tensor]:
-    """Return x in e4m3 and its statistics, in one pass over it where nobody left the former."""
-    if x.narrow is not None:
-        return x.narrow, by.statistics(x.wide, x.sums)
-    made8 = torch.empty_like(x.wide, dtype=E4M3)
-    return made8, by.statistics(x.wide, None, made8)
+def summed(x: Stream, by: Arithmetic = KERNELS) -> Stream:
+    """Return x with all added."""
+    return _narrowed(x, by)[0] if x.added else x
+
+
+def narrowed(x: Stream, by: Arithmetic = KERNELS) -> Stream:
+    """Return x with all added, and its e4m3 values."""
+    return x if x.narrow is not None else _narrowed(x, by)[0]
+
+
+def _measured(x: Stream, by: Arithmetic) -> tuple[Stream, Tensor]:
+    """Return x with its e4m3 values, and its statistics."""
+    return _narrowed(x, by) if x.narrow is None else (x, by.statistics(x.wide, x.sums))
+
+
+def _narrowed(x: Stream, by: Arithmetic, wanted: bool = True) -> tuple[Stream, Tensor]:
+    """Return x with its e4m3 values, all added, and its statistics, in one pass; with its bf16 values if wanted."""
+    narrow = torch.empty_like(x.wide, dtype=E4M3)
+    if not x.added:
+        return x._replace(narrow=narrow), by.statistics(x.wide, None, narrow)
+    out = None if not wanted else x.wide if x.free else torch.empty_like(x.wide)
+    stats = by.add(x.wide, x.added, out, narrow)
+    return Stream(out, narrow), stats

@@ -12,7 +12,7 @@ if ! command -v "$sanitizer" > /dev/null; then
 fi
 $python -m tests.gpu.small "$@" > "$logs/plain" 2>&1 || { cat "$logs/plain"; exit 1; }
 for tool in memcheck racecheck synccheck; do
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool $tool --error-exitcode 1 --print-limit 3 \
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool $tool --error-exitcode 1 --print-limit 100 \
     $python -m tests.gpu.small "$@" > "$logs/$tool" 2>&1 && touch "$logs/$tool.ok" &
 done
 wait
@@ -20,6 +20,6 @@ failed=0
 for tool in memcheck racecheck synccheck; do
   ran="$(grep -c ' ran$' "$logs/$tool") of $(grep -c ' ran$' "$logs/plain") ran"
   echo "$tool: $ran; $(grep -E '(ERROR|RACECHECK) SUMMARY|not supported' "$logs/$tool" | tail -1)"
-  [ -e "$logs/$tool.ok" ] || { failed=1; grep -vE ' ran$' "$logs/$tool" | head -40; }
+  [ -e "$logs/$tool.ok" ] || { failed=1; grep -vE ' ran$' "$logs/$tool" | sort | uniq -c | head -80; }
 done
 exit $failed

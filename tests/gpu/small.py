@@ -14,7 +14,7 @@ from tests.kernels import fp8_cases
 from tests.kernels.op_cases import OPS, arguments, result, results_and_gradients
 from uvit_fast.kernels.attention import sm90_forward
 from uvit_fast.kernels.gemm import sm90_fp8
-from uvit_fast.kernels.layernorm import fold
+from uvit_fast.kernels.layernorm import added, fold
 from uvit_fast.kernels.ops.attention import attention
 from uvit_fast.kernels.quantise import E4M3
 
@@ -29,7 +29,8 @@ def main(names: list[str]) -> None:
                     sm90_fp8.product(epilogue, x, layer, **rest, overwrite=False)
         elif name == "fp8_statistics":
             x = torch.randn(258, 192, device="cuda", dtype=torch.bfloat16)
-            fold.statistics(x, None, torch.empty(258, 192, device="cuda", dtype=E4M3))
+            fold.statistics(x, None, x8 := torch.empty(258, 192, device="cuda", dtype=E4M3))
+            added.add(x, (x.clone(), x.clone()), x, x8)
         elif name == "fp8_attention":
             for D in (64, 72):
                 sm90_forward.forward(torch.randn(1, 258, 3, 2, D, device="cuda", dtype=torch.bfloat16), E4M3)

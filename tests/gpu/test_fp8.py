@@ -10,7 +10,7 @@ from uvit_fast.config import load_config
 from uvit_fast.diffusion.caching import LayerCache
 from uvit_fast.kernels.attention import sm90_forward, sm90_tiles
 from uvit_fast.kernels.gemm import fp8, sm90_fp8
-from uvit_fast.kernels.layernorm import fold
+from uvit_fast.kernels.layernorm import added, fold
 from uvit_fast.kernels.ops import fp8_block
 from uvit_fast.kernels.quantise import E4M3, narrow
 from uvit_fast.model.cached import sublayers
@@ -102,6 +102,19 @@ def test_statistics_quantise_what_they_read():
     assert torch.equal(made8.view(torch.uint8), narrow(x).view(torch.uint8))
 
 
+@pytest.mark.parametrize("D", [512, 1152])
+@pytest.mark.parametrize("count", [1, 2])
+def test_outputs_are_added_in_one_pass(D, count):
+    x, *outputs = (torch.randn(1290, D, device="cuda").bfloat16() for _ in range(1 + count))
+    made8, want8, out = (torch.empty(1290, D, device="cuda", dtype=kind) for kind in (E4M3, E4M3, torch.bfloat16))
+    want = torch.empty_like(out)
+    stats, expected = added.add(x, outputs, out, made8), added.reference(x, outputs, want, want8)
+    assert torch.equal(out, want) and torch.equal(made8.view(torch.uint8), want8.view(torch.uint8))
+    assert torch.allclose(stats[:, :1290], expected, rtol=1e-4, atol=1e-5)
+    added.add(x, outputs, x, made8)
+    assert torch.equal(x, want)
+
+
 def network(D: int, heads: int, depth: int = 4, **more) -> UViT:
     torch.manual_seed(0)
     with torch.device("cuda"):
@@ -138,13 +151,15 @@ def test_what_stays_in_bf16_meets_what_does_not(keep):
 
 
 def test_cached_layers_keep_all_bits_and_reuse_what_was_kept():
-    net, held, given = Fp8UViT(network(1152, 16, num_classes=1001).bfloat16()), {}, inputs(7)
-    names = frozenset(sublayers(4))
+    """A sum is not the same bf16 value as what was kept of it: e4m3 rounds some anew, which costs no more than before."""
+    net, held, given = network(1152, 16, num_classes=1001), {}, inputs(7)
+    exact, names = net(*given), frozenset(sublayers(4))
+    net = Fp8UViT(net.bfloat16())
     whole = net(*given)
     assert torch.equal(net(*given, cache=LayerCache(held, frozenset(), names)), whole)
-    assert off(net(*given, cache=LayerCache(held, names, frozenset())), whole) < 3e-2
-    attentions = frozenset(name for name in names if name.endswith("attn"))
-    assert off(net(*given, cache=LayerCache(held, attentions, frozenset())), whole) < 3e-2
+    for reuse in (names, frozenset(name for name in names if name.endswith("attn"))):
+        again = net(*given, cache=LayerCache(held, reuse, frozenset()))
+        assert off(again, exact) < 1.1 * off(whole, exact) and off(again, whole) < off(whole, exact)
 
 
 def inputs(B: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,11 +172,12 @@ def test_a_captured_loop_is_the_loop_bit_for_bit(settings):
     cfg = load_config("configs/h2_256.yaml", ["sample.steps=5", "model.depth=4", *settings])
     net = Fp8UViT(network(1152, 16, num_classes=1001).bfloat16())
     sampler, graphs = build_sampler(cfg), GraphSampler(net)
+    y = torch.arange(3, device="cuda")
     for batch in (3, 2):  # captured, then replayed with fewer
-        x_T = torch.randn(batch, 4, 32, 32, device="cuda")
-        y = torch.arange(batch, device="cuda")
-        expected = sampler(lambda x, t, y=y, **cache: net(x, t, y, **cache), x_T)
-        assert torch.equal(graphs(sampler, x_T, {"y": y}), expected)
+        x_T = torch.randn(3, 4, 32, 32, device="cuda")
+        with net.fixed_weights():
+            expected = sampler(lambda x, t, **cache: net(x, t, y, **cache), x_T)[:batch]
+        assert torch.equal(graphs(sampler, x_T[:batch], {"y": y[:batch]}), expected)
     assert len(graphs) == 1
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from uvit_fast.kernels.gemm import fp8, sm80, sm90, sm90_fp8, sm90_weight_gradient
 from uvit_fast.kernels.gemm.contract import CASES, Call
+from uvit_fast.kernels.layernorm import added, fold
 from uvit_fast.kernels.layernorm import backward as ln_backward
-from uvit_fast.kernels.layernorm import fold
 from uvit_fast.kernels.layernorm.sums import Summed
 from uvit_fast.kernels.layers import Linear, Quantised
 from uvit_fast.kernels.ops import adamw, assemble
@@ -118,6 +118,11 @@ def plain(arch: int) -> dict:
         last = (sums, narrow, tuned["rows"], fold.MERGED)
         return fold._prepare_kernel, (*args, *last), {"num_warps": tuned["warps"]}
 
+    def add():
+        tuned = choice(table, "prepare", D)
+        args = (x, x, x, x, meta(M, D, dtype=E4M3), stats, M, M, 1e-5, D, low, high, True, True, tuned["rows"])
+        return added._kernel, args, {"num_warps": tuned["warps"]}
+
     def backward():
         tuned = choice(table, "ln_backward", D)
         args = (x, x, x, stats, v, v, x, x, fp32(tuned["programs"], 3, D), M, M, D, low, high, True)
@@ -155,7 +160,8 @@ def plain(arch: int) -> dict:
         "column_sums": bias_sums,
         "totals": totals,
     }
-    return found | ({"wgrad_sum": split_sum, "prepare_narrow": lambda: prepare(0, True)} if arch == 90 else {})
+    hopper = {"wgrad_sum": split_sum, "prepare_narrow": lambda: prepare(0, True), "added": add}
+    return found | (hopper if arch == 90 else {})
 
 
 def ampere() -> dict:

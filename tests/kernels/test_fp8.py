@@ -6,8 +6,7 @@ import torch.nn.functional as F
 
 from tests.kernels import fp8_cases as cases
 from uvit_fast.kernels.gemm import fp8
-from uvit_fast.kernels.gemm.fp8 import Made
-from uvit_fast.kernels.layernorm import fold
+from uvit_fast.kernels.layernorm import added, fold
 from uvit_fast.kernels.layers import Linear
 from uvit_fast.kernels.ops import attention, fp8_block, linear_residual, ln_linear, ln_mlp, skip_linear
 from uvit_fast.kernels.quantise import E4M3, LARGEST, balanced, narrow, paired, quantise, two_sources
@@ -91,10 +90,10 @@ def test_a_block_is_off_by_what_quantising_costs(with_skip):
         y = skip_linear.reference(y, skip.float(), Linear(*(t.float() for t in skip_layer)))
     a = attention.reference(ln_linear.reference(y, norm1, full[0]).view(B, L, 3, H, D // H)).view(B * L, D)
     exact = ln_mlp.reference(linear_residual.reference(a, full[1], y), norm2, *full[2:])
-    given = Made(None, narrow(x), None) if with_skip else Made(x.clone(), None, None)
+    given = fp8_block.Stream(None, narrow(x)) if with_skip else fp8_block.Stream(x.clone())
     by = fp8_block.REFERENCE
     h = fp8_block.joined(given, narrow(skip), layers, by) if with_skip else given
-    made = fp8_block.through_mlp(fp8_block.attended(h, layers, B, H, by=by), layers, by=by)
+    made = fp8_block.through_mlp(fp8_block.attended(h, layers, B, H, by), layers, by=by)
     assert off(made.wide, exact) < 0.06
     assert torch.equal(made.narrow.float(), narrow(made.wide).float())
     assert torch.allclose(made.sums[:, 0].sum(0), made.wide.float().sum(1), rtol=1e-4, atol=1e-3)
@@ -109,6 +108,23 @@ def test_statistics_quantise_what_they_read(D):
     stats = fold.statistics(x, None, made8)
     assert torch.allclose(stats[:, :5], cases.statistics(x)[:, :5], rtol=1e-5)
     assert torch.equal(made8.float(), narrow(x).float())
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("D", [128, 192])
+@pytest.mark.parametrize("count", [1, 2])
+def test_outputs_are_added_in_one_pass(D, count):
+    torch.manual_seed(0)
+    x, *outputs = (torch.randint(-5, 6, (5, D)).bfloat16() for _ in range(1 + count))  # all sums are values of e4m3
+    total, stats = x + sum(outputs), None
+    for out in (None, torch.zeros_like(x), x):  # not wanted, apart, and in its place
+        made8 = torch.zeros(5, D, dtype=E4M3)
+        stats = added.add(x, outputs, out, made8)
+        assert torch.equal(made8.float(), total.float())
+        assert out is None or torch.equal(out, total)
+        assert torch.allclose(stats[:, :5], cases.statistics(total)[:, :5], rtol=1e-4)
+    x -= sum(outputs)
+    assert torch.allclose(added.reference(x, outputs, x, made8), stats[:, :5], rtol=1e-4) and torch.equal(x, total)
 
 
 def test_gelu_takes_half_its_argument_and_leaves_pairs():

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from uvit_fast.config import FP8_KEEP
 from uvit_fast.config.plans import fitting
-from uvit_fast.kernels.gemm.fp8 import Made
 from uvit_fast.kernels.ops import attention, fp8_block
+from uvit_fast.kernels.ops.fp8_block import Layers, Stream
 from uvit_fast.model.cached import Cache, block_names
 from uvit_fast.model.uvit import Block, UViT
 from uvit_fast.runtime.errors import UserError
@@ -99,80 +99,86 @@ class Fp8UViT(nn.Module):
         net, last = self.net, len(self.layers) - 1
         tokens = net.tokens(x, t, y, context)  # (B, L, D)
         shape = tokens.shape
-        h = Made(tokens.reshape(-1, shape[2]), None, None)  # (B * L, D), as all of the stream
+        h = Stream(tokens.reshape(-1, shape[2]))  # (B * L, D), as all of the stream
         skips: list[Tensor] = []  # of the first half, each as its reader takes it
-        shared = False  # whether the stream is a skip too, which nothing may write over
         for i, (block, layers) in enumerate(zip(net.blocks, self.layers)):
             if block.skip_linear is not None:
                 h = self._joined(h, skips.pop(), block, layers, shape)
-            h = self._attended(i, h, cache, shape, overwrite=not shared)
+            h = self._attended(i, h, cache, shape)
             # a linear layer over a skip reads e4m3 alone, if it is in e4m3, and the last layer bf16 alone
             reader, following = self._reader(i), self.layers[i + 1].skip if i != last else None
-            shared = reader is not None and reader.skip is None
+            shared = reader is not None and reader.skip is None  # the stream is a skip too
             h = self._through_mlp(i, h, cache, shape, wide=shared or following is None, narrow=i != last)
-            if reader is not None:
-                h = h if shared else fp8_block.narrowed(h, self.by)
-                skips.append(h.wide if shared else h.narrow)
+            if shared:
+                h = fp8_block.summed(h, self.by)._replace(free=False)
+                skips.append(h.wide)
+            elif reader is not None:
+                h = fp8_block.narrowed(h, self.by)
+                skips.append(h.narrow)
+        h = fp8_block.summed(h, self.by)
         return net.noise(h.wide.view(shape), h.sums).to(x.dtype)
 
-    def _reader(self, i: int) -> fp8_block.Layers | None:
+    def _reader(self, i: int) -> Layers | None:
         """The layers of the block that block i's output goes to by a long skip; None where there is none."""
         far = len(self.layers) - 1 - i
         return self.layers[far] if i < far and self.net.blocks[far].skip_linear is not None else None
 
-    def _joined(self, h: Made, skip: Tensor, block: Block, layers: fp8_block.Layers, shape: torch.Size) -> Made:
+    def _joined(self, h: Stream, skip: Tensor, block: Block, layers: Layers, shape: torch.Size) -> Stream:
         if layers.skip is not None:
             return fp8_block.joined(h, skip, layers, self.by)
-        return _made(block.joined(h.wide.view(shape), skip.view(shape), h.sums, block._layers()[0]))
+        h = fp8_block.summed(h, self.by)
+        return _stream(block.joined(h.wide.view(shape), skip.view(shape), h.sums, block._layers()[0]))
 
-    def _attended(self, i: int, h: Made, cache: Cache | None, shape: torch.Size, overwrite: bool) -> Made:
+    def _attended(self, i: int, h: Stream, cache: Cache | None, shape: torch.Size) -> Stream:
         block, layers = self.net.blocks[i], self.layers[i]
 
-        def compute(overwrite: bool) -> Made:
-            if layers.qkv is None:
-                return _made(block.attended(h.wide.view(shape), h.sums, *block._layers()[1:3]))
-            return fp8_block.attended(h, layers, shape[0], self.net.num_heads, overwrite=overwrite, by=self.by)
+        def compute(h: Stream) -> Stream:
+            if layers.qkv is not None:
+                return fp8_block.attended(h, layers, shape[0], self.net.num_heads, self.by)
+            h = fp8_block.summed(h, self.by)
+            return _stream(block.attended(h.wide.view(shape), h.sums, *block._layers()[1:3]))
 
-        return _cached(f"{self.names[i]}.attn", h, cache, shape, overwrite, compute)
+        return self._cached(f"{self.names[i]}.attn", h, cache, shape, compute)
 
-    def _through_mlp(self, i: int, h: Made, cache: Cache | None, shape: torch.Size, wide: bool, narrow: bool) -> Made:
+    def _through_mlp(
+        self, i: int, h: Stream, cache: Cache | None, shape: torch.Size, *, wide: bool, narrow: bool
+    ) -> Stream:
         block, layers, name = self.net.blocks[i], self.layers[i], f"{self.names[i]}.mlp"
         wide = wide or (cache is not None and cache.wants(name))
 
-        def compute(overwrite: bool) -> Made:
-            if layers.fc1 is None:
-                return _made(block.through_mlp(h.wide.view(shape), h.sums, block._layers()[3]))
-            return fp8_block.through_mlp(h, layers, wide=wide, narrow=narrow, overwrite=overwrite, by=self.by)
+        def compute(h: Stream) -> Stream:
+            if layers.fc1 is not None:
+                return fp8_block.through_mlp(h, layers, wide=wide, narrow=narrow, by=self.by)
+            h = fp8_block.summed(h, self.by)
+            return _stream(block.through_mlp(h.wide.view(shape), h.sums, block._layers()[3]))
 
-        return _cached(name, h, cache, shape, True, compute)
+        return self._cached(name, h, cache, shape, compute)
+
+    def _cached(
+        self, name: str, h: Stream, cache: Cache | None, shape: torch.Size, compute: Callable[[Stream], Stream]
+    ) -> Stream:
+        """Return h with a sublayer's output, which `compute` adds, or the one of another evaluation (`model.cached`).
+
+        Args:
+            shape: (B, L, D), as outputs are kept.
+        """
+        if cache is not None and (reused := cache.find(name, shape[0])) is not None:
+            return fp8_block.plus(h, reused.view_as(h.wide), self.by)
+        if cache is None or not cache.wants(name):
+            return compute(h)
+        before = fp8_block.summed(h, self.by)
+        after = compute(before._replace(free=False))
+        cache.leave(name, before.wide.view(shape), after.wide.view(shape))
+        return after
 
 
-def _cached(
-    name: str, h: Made, cache: Cache | None, shape: torch.Size, overwrite: bool, compute: Callable[[bool], Made]
-) -> Made:
-    """Return h with a sublayer's output added: the one of `compute`, or one of another evaluation (`model.cached`).
-
-    Args:
-        shape: (B, L, D), as the outputs are kept. overwrite: the result may take the place of h's bf16 values.
-    """
-    if cache is None:
-        return compute(overwrite)
-    if (reused := cache.find(name, shape[0])) is not None:
-        return Made(torch.add(h.wide, reused.view_as(h.wide), out=h.wide if overwrite else None), None, None)
-    if not cache.wants(name):
-        return compute(overwrite)
-    after = compute(False)
-    cache.leave(name, h.wide.view(shape), after.wide.view(shape))
-    return after
-
-
-def _made(by_block: tuple[Tensor, Tensor | None]) -> Made:
+def _stream(by_block: tuple[Tensor, Tensor | None]) -> Stream:
     """What a part in bf16 left: the stream (B, L, D) and its sums."""
     wide, sums = by_block
-    return Made(wide.reshape(-1, wide.shape[-1]), None, sums)
+    return Stream(wide.reshape(-1, wide.shape[-1]), None, sums)
 
 
-def _derived(name: str, block: Block, kept: frozenset[str]) -> fp8_block.Layers:
+def _derived(name: str, block: Block, kept: frozenset[str]) -> Layers:
     skip, attention, proj, rest = block._layers()
     if not (attention and rest and (skip or block.skip_linear is None)):
         raise UserError(

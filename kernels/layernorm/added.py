@@ -1,0 +1,107 @@
+"""Outputs that were kept from another evaluation are added to a residual stream, in one pass that leaves what its reader
+takes: the sum, its values in e4m3, its mean and rstd.
+
+x + a + b is rounded once, where two additions round twice.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from uvit_fast.kernels.layernorm.fold import new_statistics, split
+from uvit_fast.kernels.quantise import narrow as to_narrow
+from uvit_fast.kernels.runtime import launch, tuning
+from uvit_fast.kernels.runtime.launch import cdiv
+
+MOST = 2  # outputs of a pass
+
+
+def reference(x: Tensor, added: Sequence[Tensor], out: Tensor | None, narrow: Tensor, eps: float = 1e-5) -> Tensor:
+    """Return what `add` does, in plain PyTorch."""
+    y = (x.float() + sum(each.float() for each in added)).to(x.dtype)
+    if out is not None:
+        out.copy_(y)
+    narrow.copy_(to_narrow(y))
+    y = y.float()
+    return torch.stack([y.mean(1), (y.var(1, correction=0) + eps).rsqrt()])
+
+
+def add(x: Tensor, added: Sequence[Tensor], out: Tensor | None, narrow: Tensor, eps: float = 1e-5) -> Tensor:
+    """Return mean and rstd of each row of x plus one or two outputs, (2, at least M) fp32.
+
+    Args:
+        x, added: (M, D) of one dtype.
+        out: (M, D), filled with the sum; it may be x. None: the sum is not wanted.
+        narrow: (M, D) e4m3, filled with the sum.
+    """
+    assert 1 <= len(added) <= MOST
+    (M, D), stats = x.shape, new_statistics(x, x.shape[0])
+    tuned, (low, high) = tuning.choice(x.device, "prepare", D), split(D)
+    args = (x, added[0], added[-1], x if out is None else out, narrow, stats, M, stats.stride(0), eps)
+    options = {
+        "D": D,
+        "LO": low,
+        "HI": high,
+        "TWO": len(added) == 2,
+        "WIDE": out is not None,
+        "ROWS": tuned["rows"],
+        "num_warps": tuned["warps"],
+    }
+    launch.run(x.device, _kernel, (cdiv(M, tuned["rows"]),), args, options)
+    return stats
+
+
+@triton.jit
+def _columns(x, first, second, out, narrow, at, mask, TWO: tl.constexpr, WIDE: tl.constexpr):
+    """Return some columns of the sum as rounded, written."""
+    y = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    y += tl.load(first + at, mask=mask, other=0.0).to(tl.float32)
+    if TWO:
+        y += tl.load(second + at, mask=mask, other=0.0).to(tl.float32)
+    y = y.to(x.dtype.element_ty)
+    if WIDE:
+        tl.store(out + at, y, mask=mask)
+    y = y.to(tl.float32)
+    tl.store(narrow + at, y.to(narrow.dtype.element_ty), mask=mask)
+    return y
+
+
+@triton.jit
+def _kernel(
+    x,  # (M, D)
+    first,  # (M, D)
+    second,  # (M, D), read with TWO
+    out,  # (M, D), written with WIDE; may be x
+    narrow,  # (M, D) e4m3
+    stats,  # (2, at least M) fp32: mean, rstd
+    M,
+    stride,  # of stats
+    eps,
+    D: tl.constexpr,
+    LO: tl.constexpr,
+    HI: tl.constexpr,
+    TWO: tl.constexpr,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    at, inside = row.to(tl.int64)[:, None] * D, (row < M)[:, None]
+    lo = tl.arange(0, LO)[None, :]
+    a = _columns(x, first, second, out, narrow, at + lo, inside, TWO, WIDE)
+    mean = tl.sum(a, axis=1)
+    if HI:
+        hi = LO + tl.arange(0, HI)[None, :]
+        mask = inside & (hi < D)
+        b = _columns(x, first, second, out, narrow, at + hi, mask, TWO, WIDE)
+        mean += tl.sum(b, axis=1)
+    mean = mean / D
+    a -= mean[:, None]
+    variance = tl.sum(a * a, axis=1)
+    if HI:
+        b = tl.where(hi < D, b - mean[:, None], 0.0)
+        variance += tl.sum(b * b, axis=1)
+    tl.store(stats + row, mean, mask=row < M)
+    tl.store(stats + stride + row, 1.0 / tl.sqrt(variance / D + eps), mask=row < M)
