@@ -176,6 +176,9 @@ def test_what_a_checkpoint_offers(two, tmp_path):
     assert last(without.draw([without.choices("n").start])).images.shape == (1, 8, 8, 1)
     with pytest.raises(UserError, match=f"expected 1 to {MOST} at a time, got 100"):
         two.recipes(start(two), list(range(10)), num=10)
+    for value, words in ((None, "expected a valid integer, got None"), (True, "expected a number, got true$")):
+        with pytest.raises(UserError, match=f"^seed: {words}"):  # of a field that was cleared, of a crafted request
+            checked(start(two), seed=value)
     with pytest.raises(UserError, match="classes: expected one or more, got none"):
         two.recipes(start(two), [])
 

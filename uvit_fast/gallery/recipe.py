@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 from pydantic import Field, ValidationError
 
-from uvit_fast.config import Section
+from uvit_fast.config.section import Section, wrong_value
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.sampling.images import as_picture
 
@@ -56,7 +56,7 @@ def checked(recipe: Recipe | None = None, **values: Any) -> Recipe:
         return Recipe.model_validate((recipe.model_dump() if recipe else {}) | values)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r:.100}") from None
+        raise UserError(f"{'.'.join(map(str, first['loc']))}: {wrong_value(first)}") from None
 
 
 def to_png(image: np.ndarray, recipe: Recipe, source: dict[str, Any]) -> bytes:
