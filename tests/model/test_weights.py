@@ -130,6 +130,7 @@ MOMENTS = {"state": {0: {"exp_avg": torch.zeros(2), "step": torch.zeros(())}}, "
             {"ema": {0.999: before("uvit.", numbered(1)), 0.9999: before("uvit.", numbered(7))}},
             "the weights taken are ema.0.9999",
         ),
+        ({"ema_0.99": numbered(1), "ema_0.9999": numbered(7)}, "the weights taken are ema_0.9999"),
         ({"model": {"net": numbered(1), "ema_net": before("module.", numbered(7)), "n": 3}}, "are model.ema_net"),
         (
             {"model": numbered(7), "fid": np.float64(2.5), "rng": np.random.get_state(), "args": {"out": Path("runs")}},
@@ -159,6 +160,12 @@ def test_checkpoints_as_others_save_them_are_taken_and_described(tmp_path, conte
             "what else there is .n_averaged. is left out",
         ),
         (before("model.", numbered(1)) | before("model_ema.", numbered(7)), "begin with 'model_ema.'.*model.pos_embed"),
+        (  # latent diffusion's, whose EMA keeps names without dots
+            before("model.diffusion_model.", numbered(1))
+            | {"model_ema." + f"diffusion_model{k}".replace(".", ""): v for k, v in numbered(7).items()}
+            | {"model_ema.decay": torch.ones(()), "betas": torch.ones(3)},
+            "begin with 'model_ema.diffusion_model.'",
+        ),
         (numbered(7) | before("teacher.", numbered(1)), None),
         ({key.replace("in_blocks.0.", "in_blocks.0._orig_mod."): value for key, value in numbered(7).items()}, None),
     ],

@@ -145,7 +145,8 @@ def published_names(state: dict[str, Tensor], ours: Collection[str], source: str
     Args:
         ours: the network's names.
     """
-    renamed = {_unwrapped(key): value for key, value in state.items()}
+    dotless = {name.replace(".", ""): name for name in ours}
+    renamed = {_dotted(_unwrapped(key), dotless): value for key, value in state.items()}
     state = renamed if len(renamed) == len(state) else dict(state)
     prefix = _prefix(state, ours)
     if not prefix:
@@ -160,6 +161,16 @@ def _unwrapped(key: str) -> str:
     """Return a name without the parts that wrappers insert, and DC-AE's label table by its published name."""
     key = re.sub(r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+", r"\1", str(key))
     return re.sub(r"(^|\.)label_emb\.embedding_table\.weight$", r"\1label_emb.weight", key)
+
+
+def _dotted(key: str, dotless: dict[str, str]) -> str:
+    """Return a name of latent diffusion's EMA, which keeps names without their dots, with those of ours."""
+    head, dot, tail = key.rpartition(".")
+    if "ema" in head.lower():
+        for i in range(len(tail)):
+            if name := dotless.get(tail[i:]):
+                return f"{head}{dot}{tail[:i]}{'.' if i else ''}{name}"
+    return key
 
 
 def _prefix(state: dict[str, Tensor], ours: Collection[str]) -> str:
@@ -192,7 +203,7 @@ def _preference(path: tuple) -> tuple:
     """Sort EMAs first, of several the one with the largest decay; then by what weights are usually called."""
     name = ".".join(map(str, path)).lower()
     usual = ("ema", "shadow", "state_dict", "model", "module")
-    decay = max((key for key in path if isinstance(key, float)), default=0.0)
+    decay = max((float(number) for number in re.findall(r"0\.\d+", name)), default=0.0)
     return next((i for i, word in enumerate(usual) if word in name), len(usual)), -decay
 
 
