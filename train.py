@@ -3,7 +3,8 @@
 import os
 import sys
 
-# The root holds the folder kernels/, which must not be importable under that name: transformers probes for a package so called.
+# The root holds the folder kernels/, which must not be importable under that name: transformers probes for a package
+# of that name.
 sys.path[:] = [p for p in sys.path if os.path.realpath(p or ".") != os.path.dirname(os.path.realpath(__file__))]
 
 from uvit_fast import cli  # noqa: E402

@@ -2,8 +2,9 @@
 
     python -m benchmarks.bench_attention --out benchmarks/results
 
-Milliseconds of one forward, one backward and both, 128 images, bf16, from packed qkv and to its packed gradient: permuting is
-part of what the others cost. `cudnn-split` is cuDNN given q, k and v apart and leaving their gradients so, which no model does.
+Milliseconds of one forward, one backward and both, for 128 images in bf16, from packed qkv to its packed gradient:
+permuting is part of the others' cost. `cudnn-split` is cuDNN with q, k and v given apart and their gradients left so,
+which no model does.
 """
 
 import argparse
@@ -33,7 +34,7 @@ SHAPES = [  # tokens, heads, head dim
 
 
 def sdpa(backend: SDPBackend, qkv: Tensor) -> Tensor:
-    """qkv (B, L, 3, H, D) -> (B, L, H*D)."""
+    """Attend with one of PyTorch's backends: qkv (B, L, 3, H, D) -> (B, L, H*D)."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, L, D) each
     with sdpa_kernel(backend):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
@@ -46,7 +47,7 @@ def flash_attn(qkv: Tensor) -> Tensor:
 
 
 def providers() -> dict[str, Callable[[Tensor], Tensor]]:
-    torch._dynamo.reset()  # or the shapes together pass the limit of recompilations, and the rest runs eagerly
+    torch._dynamo.reset()  # otherwise the shapes together exceed the recompile limit, and the rest runs eagerly
     found = {
         "ours": attention,
         "cudnn": partial(sdpa, SDPBackend.CUDNN_ATTENTION),
@@ -59,7 +60,7 @@ def providers() -> dict[str, Callable[[Tensor], Tensor]]:
 
 
 def measured(op: Callable[..., Tensor], inputs: tuple[Tensor, ...], dout: Tensor) -> dict[str, list[float]]:
-    """Milliseconds of the forward as in inference, of the backward, and of both."""
+    """Return milliseconds of the forward as in inference, of the backward, and of both."""
     with torch.no_grad():
         forward = times(lambda: op(*inputs))
     leaves = [t.detach().requires_grad_() for t in inputs]
@@ -73,7 +74,7 @@ def measured(op: Callable[..., Tensor], inputs: tuple[Tensor, ...], dout: Tensor
 
 
 def plain_triton(qkv: Tensor, dout: Tensor) -> dict[str, list[float]]:
-    """The kernels of sm_80 on this device."""
+    """Time the kernels of sm_80 on this device."""
     out, lse = attention_ampere.forward(qkv)
     return {
         "fwd": times(lambda: attention_ampere.forward(qkv)),

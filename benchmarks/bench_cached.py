@@ -1,12 +1,12 @@
-"""How long do 500 samples take where layers are cached? `python -m benchmarks.bench_cached`
+"""How long do 500 samples take with cached layers? `python -m benchmarks.bench_cached`
 
-Cases `<S|M|L|H>:<batch>:<plan>`: captured loops of 50 evaluations of DPM-Solver++ 2M at 32 x 32 x 4 latents, random weights,
-without guidance, in bf16 (`ours`) and in FP8 (`ours-fp8`). A plan is one of `PLANS`, which say what of the literature they
-are like, or a name that `sample.cache` takes. They are there for their speed: what they cost in quality depends on a
-checkpoint (docs/caching.md).
+Cases `<S|M|L|H>:<batch>:<plan>`: captured loops of 50 evaluations of DPM-Solver++ 2M on 32 x 32 x 4 latents, with
+random weights, without guidance, in bf16 (`ours`) and in FP8 (`ours-fp8`). A plan is one from `PLANS`, which imitate
+the literature as noted there, or a value of `sample.cache`. Only their speed is measured: what they cost in quality
+depends on the checkpoint (docs/caching.md).
 
 Metrics: time, s_per_500: loops of the batch scaled to 500 samples; peak, GB (10^9 bytes) allocated, weights and kept
-outputs included; reused, % of all attentions and MLPs of all evaluations. Rows are written as they come.
+outputs included; reused, % of all attentions and MLPs in all evaluations. Rows are written as they come.
 """
 
 import argparse
@@ -33,25 +33,25 @@ def _at(evaluations: Sequence[int], reused: Callable[[list[str]], list[str]]) ->
 
 PLANS: dict[str, Callable[[list[str]], Plan]] = {
     "none": _at((), list),
-    # Learning-to-Cache (Ma et al. 2024) at U-ViT-H/2, 50 evaluations: at most all at every second one, 24 of them, and
-    # as its routers learned, 94% of those, most of the rest in the last blocks
+    # Learning-to-Cache (Ma et al. 2024) on U-ViT-H/2, 50 evaluations: at most all layers in every second evaluation, 24
+    # of them, and, as its routers learned, 94% of those, the others mostly in the last blocks
     "alternate": _at(range(2, STEPS, 2), list),
     "learned": _at(range(2, STEPS, 2), lambda names: names[:-4]),
-    # SmoothCache (Liu et al. 2024): at most three evaluations in a row, the first and the last whole
+    # SmoothCache (Liu et al. 2024): at most three evaluations in a row, the first and the last uncached
     "three-of-four": _at([i for i in range(1, STEPS - 1) if i % 4], list),
 }
 CASES = ["none", "outer:2:4", "alternate", "learned", "outer:3", "three-of-four"]
 
 
 def planned(cfg: Config, name: str) -> Sampler:
-    """Return the sampler with a plan of `PLANS`, or of what `sample.cache` takes."""
+    """Return the sampler with a plan from `PLANS`, or from a value of `sample.cache`."""
     settings = {"sampler": "dpmpp_2m", "steps": STEPS, "cache": "none" if name in PLANS else name}
     sampler = build_sampler(cfg.model_copy(update={"sample": cfg.sample.model_copy(update=settings)}))
     return sampler.caching(PLANS[name](sublayers(cfg.model.depth))) if name in PLANS else sampler
 
 
 def bench(rows: Rows, case: str, provider: str, cfg: Config, graphs: GraphSampler) -> None:
-    """Rows of one case; the loops of `graphs` are dropped."""
+    """Add the rows of one case; the loops of `graphs` are dropped."""
     _, batch, plan = case.split(":", 2)
     sampler, device = planned(cfg, plan), next(graphs.model.parameters()).device
     x, _, y = models.images(cfg, int(batch), device)

@@ -1,9 +1,10 @@
-"""How fast does the data come? DALI's and Pillow's decoding and cropping; posteriors at random, packed against one file an item.
+"""How fast is the data path? Decoding and cropping by DALI and Pillow; random reads of posteriors, packed against one
+file per item.
 
     OMP_NUM_THREADS=1 python -m benchmarks.bench_data
 
-Everything here runs on the CPU, and the files are in the system's cache: a disk that is slower than that sets its own limit.
-Posteriors are random: speed does not depend on the values.
+Everything runs on the CPU, with the files in the system's cache: a slower disk sets its own limit. Posteriors are
+random: speed does not depend on the values.
 """
 
 import argparse
@@ -27,9 +28,10 @@ BATCH = 256
 
 
 def posteriors(rows: Rows, folder: Path, count: int, size: int) -> None:
-    """`count` items of 4-channel latents of size x size: opening (of single files: listing the folder), reading all at
-    random in batches, and bytes an item on the disk. Ours in fp16, as `uvit-fast extract` writes by default; single files as
-    the published code writes them: fp32 posterior and label, pickled."""
+    """Measure `count` items of 4-channel latents of size x size: opening (of single files: listing the folder), reading
+    all at random in batches, and bytes per item on the disk. Ours in fp16, as `uvit-fast extract` writes by default;
+    single files as the published code writes them: fp32 posterior and label, pickled.
+    """
     items = np.random.default_rng(0).standard_normal((count, 8, size, size)).astype(np.float16)
     packed, single = folder / "packed", folder / "single"
     shards.pack(packed, {"moments": items, "labels": np.arange(count) % 1000})
@@ -40,7 +42,7 @@ def posteriors(rows: Rows, folder: Path, count: int, size: int) -> None:
         np.save(single / f"{i}.npy", pair)
     order = np.random.default_rng(1).permutation(count).tolist()
     batches = [order[first : first + BATCH] for first in range(0, count, BATCH)]
-    dataset = Latents(str(packed), 0.18215)  # the first opening reads it all, to check it; the next ones do not
+    dataset = Latents(str(packed), 0.18215)  # only the first opening reads everything, to verify it
 
     def read_packed():
         for batch in batches:
@@ -69,7 +71,7 @@ def posteriors(rows: Rows, folder: Path, count: int, size: int) -> None:
 
 
 def decoders(rows: Rows, folder: Path, sizes: list[int], threads: int) -> None:
-    """JPEG photographs of 640 x 427 pixels, decoded and cropped: ADM's centre crop. DALI and Pillow by turns."""
+    """Decode and crop JPEG photographs of 640 x 427 pixels (ADM's centre crop), with DALI and Pillow by turns."""
     from sklearn.datasets import load_sample_images
 
     images = folder / "images"
@@ -84,7 +86,7 @@ def decoders(rows: Rows, folder: Path, sizes: list[int], threads: int) -> None:
     for size in sizes:
         for n in (1, threads):
             os.sched_setaffinity(0, cores[:n])  # DALI takes as many threads as there are cores
-            torch.set_num_threads(1)  # else PyTorch's, one a core, wait for each other on the n that are left
+            torch.set_num_threads(1)  # otherwise PyTorch's, one per core, wait for each other on the n that are left
             pillow = ImageFolder(str(images), size, "center", flip=False, labelled=False)
             times: dict[str, list[float]] = {}
             items = [(i, 0) for i in range(len(pillow))]
@@ -93,7 +95,7 @@ def decoders(rows: Rows, folder: Path, sizes: list[int], threads: int) -> None:
                 if not reason:
                     ours = DaliImages(str(images), size, "center", flip=False, labelled=False)
                     reads["dali"] = lambda: ours.__getitems__(items)  # noqa: B023
-                for turn in range(6):  # the first only warms up
+                for turn in range(6):  # the first is a warm-up
                     for provider, read in reads.items():
                         start = time.perf_counter()
                         read()

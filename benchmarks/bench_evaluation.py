@@ -1,7 +1,7 @@
-"""How long does an evaluation take? Features a second, the Fréchet distance, precision and recall.
+"""How long does an evaluation take? Features per second, the Fréchet distance, precision and recall.
 
     python -m benchmarks.bench_evaluation --out benchmarks/results
-    python -m benchmarks.bench_evaluation --samples 5000 --reference 1000 --sizes 32 --images 16 --repeats 3 --scipy   # CPU
+    python -m benchmarks.bench_evaluation --samples 5000 --reference 1000 --sizes 32 --images 16 --repeats 3 --scipy
 
 Random features and random Inception weights: speed does not depend on the values. 2048 dimensions, float64.
 """
@@ -20,7 +20,7 @@ DIM = 2048
 
 
 def features(rows: Rows, device: torch.device, sizes: list[int], batch: int, repeats: int) -> None:
-    """Images a second from uint8 on the device to pool3 and spatial features, resizing included."""
+    """Measure images per second from uint8 on the device to pool3 and spatial features, resizing included."""
     extractor = InceptionFeatures(Inception().eval().requires_grad_(False), "0" * 16, device)
     for size in sizes:
         images = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device=device)
@@ -30,7 +30,7 @@ def features(rows: Rows, device: torch.device, sizes: list[int], batch: int, rep
 
 
 def distances(rows: Rows, device: torch.device, samples: int, reference: int, repeats: int, scipy_too: bool) -> None:
-    """Statistics of N features, their distance, precision and recall of N samples and M references."""
+    """Time the statistics of N features, their distance, precision and recall of N samples and M references."""
     generator = torch.Generator().manual_seed(0)
     fake = torch.randn(samples, DIM, generator=generator).to(device)
     real = torch.randn(reference, DIM, generator=generator).mul_(1.1).to(device)

@@ -1,11 +1,11 @@
-"""How long does one image take, as somebody sees it who asks for it? `python -m benchmarks.bench_latency`
+"""How long does one image take, from the user's point of view? `python -m benchmarks.bench_latency`
 
-Cases of `uvit-fast sample --num 1`, published sampler and steps, decoded by a KL-f8 autoencoder, all weights random:
-`latency:<size>`, ms from the request to the image's bytes on the host, weights in memory, the loop captured; `start:<size>`, seconds
-of a process of its own from its start to its first image, and `start:<size>:<part>` of its parts: python (the interpreter), import
-(torch and what the command needs), weights (read, checked, on the device), autoencoder (likewise, with its package), first (kernels
-found or compiled, the loop captured, the image drawn). Compiled kernels are those of earlier processes, as TRITON_CACHE_DIR has them;
-with --cold the cache is empty.
+Cases of `uvit-fast sample --num 1`, with the published sampler and steps, decoded by a KL-f8 autoencoder, all weights
+random: `latency:<size>`, ms from the request to the image's bytes on the host, with weights in memory and the loop
+captured; `start:<size>`, seconds of a process from its start to its first image, and `start:<size>:<part>` of its
+parts: python (the interpreter), import (torch and what the command needs), weights (read, checked, on the device),
+autoencoder (likewise, with its package), first (kernels found or compiled, the loop captured, the image sampled).
+Compiled kernels are those of earlier processes, in TRITON_CACHE_DIR; with --cold the cache is empty.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from uvit_fast.runtime.errors import UserError
 
-CHILD = "UVIT_FAST_BENCH_STARTED"  # when the parent started the process
+CHILD = "UVIT_FAST_BENCH_STARTED"  # the time at which the parent started the process
 
 
 def overrides(folder: str, more: list[str]) -> list[str]:
@@ -43,7 +43,7 @@ def prepare(size: str, folder: Path, more: list[str]) -> None:
 
 
 def child(size: str, folder: str, more: list[str], repeats: int) -> None:
-    """Draw one image in this process, then some more; prints seconds of the parts and ms of the later images as JSON."""
+    """Sample one image in this process, then some more; print seconds of its parts and ms of the later ones as JSON."""
     marks = [("python", time.time())]
 
     def mark(part: str) -> None:
@@ -118,7 +118,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             prepare(size, Path(folder), args.set)
             if not args.cold:
-                run_child(size, Path(folder), args.set, 0, False)  # fills the cache of kernels, and the files'
+                run_child(size, Path(folder), args.set, 0, False)  # fills the caches of kernels and files
             runs = [run_child(size, Path(folder), args.set, args.repeats, args.cold) for _ in range(args.starts)]
         common = {"dtype": "bf16", "batch": 1, "metric": "time"}
         start = "start-cold" if args.cold else "start"

@@ -1,13 +1,14 @@
-"""What does a training step hold? The appendix's figures, 53 GB without and 10 GB with checkpointing, and ours.
+"""How much memory does a training step hold? The appendix's figures, 53 GB without and 10 GB with checkpointing, and
+ours.
 
     python -m benchmarks.bench_memory --out benchmarks/results
 
-Cases `<L|H>:<batch>:<none|block>`, forward, backward, AdamW and EMA on 32 x 32 x 4 latents. `paper`: the published code's way, fp32
-weights under fp16 autocast, attention as two products and a softmax; `paper-efficient`: the same with PyTorch's memory-efficient
-attention, as its later README has it; `ours`: the trainer's own step with its engine.
+Cases `<L|H>:<batch>:<none|block>`, forward, backward, AdamW and EMA on 32 x 32 x 4 latents. `paper`: the published
+code's way, fp32 weights under fp16 autocast, attention as two products and a softmax; `paper-efficient`: the same with
+PyTorch's memory-efficient attention, as in its later README; `ours`: the trainer's own step with its engine.
 
-Metrics in GB (10^9): `peak`, the most that was allocated; `reserved`, what the allocator took from the device for that; `static`,
-weights, optimizer and EMA; `saved`, what waits for the backward, each storage once. On a CPU only `saved`.
+Metrics in GB (10^9): `peak`, the most that was allocated; `reserved`, what the allocator took from the device for that;
+`static`, weights, optimizer and EMA; `saved`, what waits for the backward, each storage once. On a CPU only `saved`.
 """
 
 import argparse
@@ -36,7 +37,7 @@ CASES = {  # (size, provider) -> checkpointing: those of the appendix and of the
 
 
 class Paper:
-    """The published code's way of training.
+    """The published code's training step.
 
     Args:
         overrides: of the config, such as a smaller network.
@@ -47,7 +48,7 @@ class Paper:
         cfg = load_config(models.CONFIGS[size], [*models.LATENT, *how, *overrides])
         self.cuda = torch.device(device).type == "cuda"
         self.efficient = provider == "paper-efficient" and self.cuda
-        with torch.device(device):  # initialised there: minutes less
+        with torch.device(device):  # initialised there, which saves minutes
             self.net = build_model(cfg).train()
         self.loss_of = models.loss(cfg, batch, device)
         self.weights = list(self.net.parameters())
@@ -64,27 +65,27 @@ class Paper:
             return self.loss_of(self.net)
 
     def settle(self) -> None:
-        """Make the optimizer's state."""
+        """Create the optimizer's state."""
         self.step()
 
     def step(self) -> None:
-        with self._attention():  # again in the backward of a checkpoint
+        with self._attention():  # also in the backward of a checkpoint
             self.loss().backward()
         self.adamw.step()
         torch._foreach_lerp_(self.ema, [p.detach() for p in self.weights], 1e-4)
         self.adamw.zero_grad(set_to_none=True)
 
     def close(self) -> None:
-        """Nothing outlives it."""
+        """Do nothing: nothing outlives it."""
 
     def _attention(self) -> contextlib.AbstractContextManager:
         return sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if self.efficient else contextlib.nullcontext()
 
 
 def saved_bytes(forward: Callable[[], Tensor], weights: Iterable[Tensor]) -> int:
-    """Bytes that a forward leaves for the backward, without the weights."""
+    """Return the bytes that a forward leaves for the backward, without the weights."""
     known = {p.untyped_storage().data_ptr() for p in weights}
-    kept = {}  # the storages themselves: freed memory would be given out again and counted once
+    kept = {}  # the storages themselves: freed memory would be allocated again and counted once
 
     def pack(tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -97,7 +98,7 @@ def saved_bytes(forward: Callable[[], Tensor], weights: Iterable[Tensor]) -> int
 
 
 def measure(rows: Rows, size: str, provider: str, policies: tuple[str, ...], args: argparse.Namespace) -> None:
-    """The rows of one network, an engine or an optimizer for all policies."""
+    """Add the rows of one network, with one engine or optimizer for all policies."""
     cuda = args.device == "cuda"
     before = torch.cuda.memory_allocated() if cuda else 0
     if provider == "ours":
@@ -151,7 +152,7 @@ def main() -> None:
         if size in sizes:
             try:
                 measure(rows, size, provider, policies, args)
-            except torch.OutOfMemoryError:  # a result too: there is no row of its peak
+            except torch.OutOfMemoryError:  # also a result: there is no row of its peak
                 total = torch.cuda.get_device_properties(0).total_memory / 1e9
                 print(f"{size} {provider}: out of memory of {total:.1f} GB")
             rows.write()

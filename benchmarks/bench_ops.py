@@ -2,13 +2,14 @@
 
     python -m benchmarks.bench_ops --dims 512 768 1024 1152 --out benchmarks/results
 
-Milliseconds of one forward (as in inference) or one backward, 33024 tokens (128 images of 258), bf16. The GPU is kept busy while
-the calls are queued, so that a launch from Python costs no op anything: in a captured sampler or a training step of H/2 it does not
-either. `ours-loop` is `ours` as a sampling loop has it, its weights folded beforehand; `ours-fp8` beside it the same of
-e4m3 operands, a LayerNorm's statistics before and all that the next op reads after it, in bf16, e4m3 or both.
-`ours-sm80` are the kernels of an A100 on this card; `ours-plain` and `ours-sm80-plain` the bare products by our own
-cores, which say what prologues and epilogues cost on either. `block` is a whole block with a long skip, attention included, of 128 images of 258 tokens; `block:host` is the time that Python
-takes to queue one, whatever the GPU does.
+Milliseconds of one forward (as in inference) or one backward, for 33024 tokens (128 images of 258), in bf16. The GPU is
+kept busy while the calls are queued, so that a launch from Python costs no op anything: in a captured sampler or a
+training step of H/2 it does not either. `ours-loop` is `ours` as in a sampling loop, its weights folded beforehand;
+`ours-fp8` beside it the same with e4m3 operands, a LayerNorm's statistics before it and all that the next op reads
+after it, in bf16, e4m3 or both. `ours-sm80` are the kernels of an A100 on this card; `ours-plain` and `ours-sm80-plain`
+the bare products by our own cores, which show what prologues and epilogues cost on either. `block` is a whole block
+with a long skip, attention included, for 128 images of 258 tokens; `block:host` is the time that Python takes to queue
+one, whatever the GPU does.
 """
 
 import argparse
@@ -43,7 +44,7 @@ def random(*shape: int) -> Tensor:
 
 
 def cases(D: int) -> dict:
-    """op -> (its module, arguments, the GEMMs of its forward and its backward as (M, N, K))."""
+    """Return op -> (its module, arguments, the GEMMs of its forward and its backward as (M, N, K))."""
     x, skip, norm = random(TOKENS, D), random(TOKENS, D), Norm(1 + 0.1 * random(D), 0.1 * random(D))
 
     def linear(N: int, K: int, bias: bool = True) -> Linear:
@@ -63,7 +64,9 @@ def cases(D: int) -> dict:
 
 
 def cublas(shapes: list[tuple[int, int, int]]):
-    """The bare products, operands laid out as the op's own: weights (N, K) in the forward, tokens contracted in the backward."""
+    """Return the bare products, with operands laid out as the op's: weights (N, K) in the forward, tokens contracted in
+    the backward.
+    """
     pairs = [
         (random(K, M).t(), random(K, N)) if K == TOKENS else (random(M, K), random(N, K).t()) for M, N, K in shapes
     ]
@@ -71,13 +74,15 @@ def cublas(shapes: list[tuple[int, int, int]]):
 
 
 def plain_products(shapes: list[tuple[int, int, int]]):
-    """The bare products of a forward by our own core, without prologue or epilogue."""
+    """Return the bare products of a forward by our own core, without prologue or epilogue."""
     pairs = [(random(M, K), Linear(random(N, K))) for M, N, K in shapes]
     return lambda: [gemm.core(a.device).linear(a, b) for a, b in pairs]
 
 
 def in_fp8(D: int) -> dict[str, Callable[[], object]]:
-    """op -> the same from e4m3 operands, as the kernels before leave them, to all that the next reads; {} elsewhere."""
+    """Return op -> the same with e4m3 operands, as the previous kernels leave them, up to all that the next one reads;
+    {} on other GPUs.
+    """
     if fp8_block.why_not(D, heads(D), 4 * D, torch.device("cuda")):
         return {}
     x, side, norm = random(TOKENS, D), random(TOKENS, D), Norm(1 + 0.1 * random(D), 0.1 * random(D))
@@ -110,7 +115,9 @@ def heads(D: int) -> int:
 
 
 def bench_loop(rows: Rows, case: str, ours: Callable[[], object], narrowed: Callable[[], object] | None) -> None:
-    """A forward as a sampling loop has it, nothing derived of the weights anew: in bf16, and in FP8 where that runs."""
+    """Time a forward as in a sampling loop, which derives nothing from the weights again: in bf16, and in FP8 if it
+    runs.
+    """
     kw = {"metric": "time", "unit": "ms", "batch": BATCH}
     with torch.no_grad(), ops.fixed_weights():
         rows.add(case, "ours-loop", times(ours), dtype="bf16", **kw)
@@ -149,7 +156,7 @@ def bench(rows: Rows, D: int, names: list[str]) -> None:
 
 
 def bench_block(rows: Rows, D: int) -> None:
-    """A whole block: ours, and the published one's ops eager and compiled, all with bf16 weights."""
+    """Time a whole block: ours, and the published one's ops eager and compiled, all with bf16 weights."""
     x, skip = (random(BATCH, TOKENS // BATCH, D).requires_grad_() for _ in range(2))
     kw = {"metric": "time", "unit": "ms", "dtype": "bf16", "batch": BATCH}
     for provider in ("ours", "eager", "compiled"):
@@ -172,7 +179,7 @@ def bench_block(rows: Rows, D: int) -> None:
 
 
 def host_milliseconds(f) -> float:
-    """What Python takes to queue one call."""
+    """Return the time that Python takes to queue one call."""
     torch.cuda.synchronize()
     torch.cuda._sleep(QUEUE_CYCLES)
     start = time.perf_counter()
@@ -189,7 +196,7 @@ def main() -> None:
     given = parser.parse_args()
     need_gpu(parser)
     torch.manual_seed(0)
-    functorch_config.donated_buffer = False  # a compiled backward is run again and again on one forward
+    functorch_config.donated_buffer = False  # a compiled backward runs repeatedly on one forward
     rows = Rows("ops", given.out)
     rows.ceilings()
     for D in given.dims:
@@ -197,7 +204,7 @@ def main() -> None:
         bench(rows, D, given.ops)
         if "block" in given.ops:
             bench_block(rows, D)
-        print(rows.write(), flush=True)  # after each width: a run that is cut short has measured something
+        print(rows.write(), flush=True)  # after each width: an interrupted run has measured something
 
 
 if __name__ == "__main__":

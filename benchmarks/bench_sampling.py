@@ -1,23 +1,26 @@
-"""How long do 500 samples of 50 network evaluations take, and how long does a plain call? `python -m benchmarks.bench_sampling`
+"""How long do 500 samples of 50 network evaluations take, and a plain call? `python -m benchmarks.bench_sampling`
 
-Cases `<S|M|L|H|USiT>:<batch>:<nocfg|cfg>:<latent|decoded>`, with the published sampler (S: DPM-Solver, USiT: Heun) and the paper's s = 0.4 with cfg.
-Providers: `ours` is the captured loop, `ours-fp8` that of e4m3 products, `ours-uncaptured` the same without its graph, `ours-sm80` with the kernels of an A100, the peers those of `models.py`; all of them guide
-in one pass of twice the batch and decode with the same autoencoder, KL-f8 or USiT's DC-f32c32, of random weights, in bf16. A network whose eps is not the
-published one's is not timed.
+Cases `<S|M|L|H|USiT>:<batch>:<nocfg|cfg>:<latent|decoded>`, with the published sampler (S: DPM-Solver, USiT: Heun) and,
+for cfg, the paper's s = 0.4. Providers: `ours` is the captured loop, `ours-fp8` that with e4m3 products,
+`ours-uncaptured` the same without its graph, `ours-sm80` with the kernels of an A100; the peers are those of
+`models.py`. All guide in one pass of twice the batch and decode with the same autoencoder, KL-f8 or USiT's DC-f32c32,
+with random weights, in bf16. A network whose eps differs from the published one's is not timed.
 
-Metrics: time, s_per_500: loops of the batch scaled to 500 samples; peak, GB (10^9 bytes) allocated, weights included; nfe_measured, of
-50: evaluations that ran in each measured loop. Where it is below 50, the time is extrapolated: evaluations of a loop are alike, so the
-loop's time is scaled to 50 of them. By default batches of at most 8, and ours without guidance, run all 50, the rest 5. Decoding is
-timed by itself and added, but for ours at such batches, where it is in the graph.
-`forward:<S|M|L|H|USiT>:<batch>` is a plain call of the network, model(x, t, y=y) without gradients, as from a user's own loop; time, ms; up to
-50 images, measured with the loop's case. `decode:<batch>` is decoding alone, ms_per_image.
+Metrics: time, s_per_500: loops of the batch scaled to 500 samples; peak, GB (10^9 bytes) allocated, weights included;
+nfe_measured, of 50: evaluations that ran in each measured loop. Below 50 the time is extrapolated: the evaluations of a
+loop are alike, so its time is scaled to 50 of them. By default batches of at most 8, and ours without guidance, run all
+50, the others 5. Decoding is timed by itself and added, except for ours at such small batches, where it is in the
+graph. `forward:<S|M|L|H|USiT>:<batch>` is a plain call of the network, model(x, t, y=y) without gradients, as from a
+user's own loop; time, ms; up to 50 images, measured with the loop's case. `decode:<batch>` is decoding alone,
+ms_per_image.
 
-    --cases peers                all sizes and peers, the most telling first: two calls of nine minutes on an H100
+    --cases peers                all sizes and peers, the most informative first: two calls of nine minutes on an H100
     --cases essential            captured S, M, L, H at 500, with and without guidance, beside compiled; one image of H
     --cases 'S:*:nocfg:latent:ours' --batches 32,64,125,250 --evaluations 10     which batch is the fastest?
-    --cases 'H:*:ours' --missing what matches <case>:<provider>, and only what the file has not of this commit
+    --cases 'H:*:ours' --missing what matches <case>:<provider> and is not in the file for this commit
 
-Rows are written as they come. `--minutes` ends it in time; `python -m benchmarks.precompile` before it compiles in parallel.
+Rows are written as they come. `--minutes` ends it in time; `python -m benchmarks.precompile` compiles in parallel
+before.
 """
 
 import argparse
@@ -39,10 +42,10 @@ from uvit_fast.runtime.graphs import Graphs
 from uvit_fast.sampling.captured import GraphSampler
 
 SCALE, NULL = 0.4, 1000
-SIZES = "HSLM"  # the most telling first
+SIZES = "HSLM"  # the most informative first
 PROVIDERS = ("ours", "ours-fp8", "ours-uncaptured", "ours-sm80", *models.PEERS)
-LOOPS = ("ours", "ours-fp8", "eager", "compiled", "torchao-fp8")  # who samples many images at a time
-ALONE = ("ours", "ours-fp8", "compiled-graphs", "eager", "compiled")  # and few
+LOOPS = ("ours", "ours-fp8", "eager", "compiled", "torchao-fp8")  # providers for many images at a time
+ALONE = ("ours", "ours-fp8", "compiled-graphs", "eager", "compiled")  # and for few
 PRESETS = {
     "all": ["*"],
     "peers": [
@@ -58,7 +61,7 @@ PRESETS = {
             for batch, providers in ((8, ALONE), (50, LOOPS))
             for provider in providers
         ],
-        # Guided, float8 compiles for minutes what takes twice the time.
+        # With guidance, float8 compiles for minutes what takes twice the time.
         *[f"{size}:500:cfg:latent:{provider}" for size in SIZES for provider in LOOPS[:-1]],
         *[f"{size}:500:nocfg:decoded:{provider}" for size in SIZES for provider in LOOPS],
         *[f"{size}:500:cfg:decoded:{provider}" for size in SIZES for provider in LOOPS[:-1]],
@@ -81,7 +84,7 @@ PRESETS = {
     "decode": ["decode:*"],
     "sm80": ["H:500:nocfg:latent:ours", "H:500:nocfg:latent:ours-sm80", "H:500:nocfg:latent:eager"],
 }
-ENOUGH, MOST = 4, 3  # seconds, and loops, after which a case has been measured
+ENOUGH, MOST = 4, 3  # seconds, and loops, after which a case counts as measured
 FEW, CALLED = 8, 50  # images: up to which a loop is measured whole, and a plain call is measured
 
 
@@ -103,10 +106,10 @@ class Case(NamedTuple):
 
 
 class Bench:
-    """Measures cases one after the other; keeps the last network, and loops that two cases share.
+    """Measure cases one after the other; keep the last network, and loops that two cases share.
 
     Args:
-        evaluations: of each loop; None: as the module says.
+        evaluations: per loop; None: as the module says.
         overrides: of the config, `section.key=value`.
         graphs: what captures; default: CUDA graphs.
     """
@@ -123,10 +126,10 @@ class Bench:
         self.published: tuple[str | None, Any] = (None, None)
         self.loops: dict[Case, tuple[list[float], float]] = {}
         self.decodings: dict[tuple[str, int], tuple[list[float], float]] = {}
-        self.vae: tuple[str, Any] = ("", None)  # the kind of the last one
+        self.vae: tuple[str, Any] = ("", None)  # with the kind of the last one
 
     def run(self, case: Case) -> tuple[list[float], float, int]:
-        """Seconds for 500 samples, each time that was taken; peak bytes; evaluations that ran in a loop."""
+        """Return seconds for 500 samples, one per measurement; peak bytes; evaluations that ran per loop."""
         whole = case.batch <= FEW or (case.captured and not case.guided)
         count = self.evaluations or (50 if whole else 5)
         together = case.decoded and case.captured and case.batch <= FEW  # the decoder is in the graph
@@ -144,7 +147,7 @@ class Bench:
         return [(t * 50 / count + extra) * 500 / case.batch for t in loop], peak, count
 
     def _loop(self, case: Case, count: int) -> tuple[list[float], float]:
-        """Seconds of loops of `count` evaluations, and the peak of memory."""
+        """Return seconds of loops of `count` evaluations, and peak memory."""
         cfg, net = self._network(case)
         sampler = build_sampler(cfg, count)
         x, _, y = models.images(cfg, case.batch, self.device)
@@ -160,23 +163,23 @@ class Bench:
         else:
 
             def call(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-                t = t.clone(memory_format=torch.contiguous_format)  # expanded, it would be compiled for again
+                t = t.clone(memory_format=torch.contiguous_format)  # expanded, it would cause another compilation
                 eps = net(x, t, y=y)
                 return eps.clone() if case.provider == "compiled-graphs" else eps  # the next replay overwrites it
 
             eps_fn = Guidance(call, {"y": y}, {"y": NULL}, SCALE) if case.guided else lambda x, t: call(x, t, y)
-            with torch.compiler.set_stance("fail_on_recompile"):  # which would be in the times
+            with torch.compiler.set_stance("fail_on_recompile"):  # it would count in the times
                 times = enough(torch.no_grad()(lambda: sampler(eps_fn, x)))
         return times, peak_of(self.device)
 
     def forward(self, case: Case) -> list[float]:
-        """Milliseconds of plain calls of the network, without gradients."""
+        """Return milliseconds of plain calls of the network, without gradients."""
         cfg, net = self._network(case)
         x, t, y = models.images(cfg, case.batch, self.device)
         return measure(torch.no_grad()(lambda: net(x, t, y=y)), repeats=20, warmup=3)
 
     def _network(self, case: Case) -> tuple[Any, torch.nn.Module]:
-        """The config and network of a case; a peer's anew for each batch, so that none runs code made for several."""
+        """Return the config and network of a case; a peer's anew for each batch, so that none runs code for several."""
         ours, batch = case.provider.startswith("ours"), case.batch * (2 if case.guided else 1)
         kind = (case.size, case.provider.removesuffix("-uncaptured"), 0 if ours else batch)
         if self.net[0] != kind:
@@ -205,12 +208,12 @@ class Bench:
         self, size: str, memory_format: torch.memory_format = torch.contiguous_format
     ) -> Callable[[Tensor], Tensor]:
         if self.vae[0] != (kind := _kind(size)):
-            self.vae = ("", None)  # or both would be in the peaks
+            self.vae = ("", None)  # otherwise both would be in the peaks
             self.vae = (kind, AUTOENCODERS[kind](self.device))
         return decoder(self.vae[1].to(memory_format=memory_format), Scaling(FACTORS[kind]))
 
     def _decode(self, case: Case) -> tuple[list[float], float]:
-        """Seconds to decode a batch, and the peak of memory."""
+        """Return seconds to decode a batch, and peak memory."""
         cfg = models.config(case.size, case.provider, overrides=self.overrides)
         decode, (z, *_) = self._decoder(case.size), models.images(cfg, case.batch, self.device)
         reset_peak(self.device)
@@ -219,7 +222,7 @@ class Bench:
             return enough(lambda: decode(z)), peak_of(self.device)
 
     def decode(self, batch: int) -> dict[str, list[float]]:
-        """ms an image of decoding alone, by the layout of the autoencoder's weights."""
+        """Return ms per image of decoding alone, by the layout of the autoencoder's weights."""
         z, found = torch.randn(batch, 4, 32, 32, device=self.device), {}
         for name, layout in (("contiguous", torch.contiguous_format), ("channels_last", torch.channels_last)):
             decode = self._decoder("H", layout)
@@ -237,12 +240,12 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_of(device: torch.device) -> float:
-    """Bytes allocated at most since `reset_peak`; 0 of a CPU."""
+    """Return the most bytes allocated since `reset_peak`; 0 on a CPU."""
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else 0.0
 
 
 def kl(device: torch.device, channels: tuple[int, ...] = (128, 256, 512, 512)) -> Any:
-    """Stable Diffusion's KL-f8 with random weights, bf16."""
+    """Return Stable Diffusion's KL-f8 with random weights, bf16."""
     from diffusers import AutoencoderKL
 
     with torch.device(device):
@@ -256,14 +259,15 @@ def kl(device: torch.device, channels: tuple[int, ...] = (128, 256, 512, 512)) -
 
 
 def dc(device: torch.device, channels: tuple[int, ...] = (128, 256, 512, 512, 1024, 1024)) -> Any:
-    """DC-AE's f32c32 of ImageNet (dc-ae-f32c32-in-1.0) with random weights, bf16."""
+    """Return DC-AE's f32c32 for ImageNet (dc-ae-f32c32-in-1.0) with random weights, bf16."""
     from diffusers import AutoencoderDC
 
     blocks, multiscales = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3, ((),) * 6
     with torch.device(device):
         vae = AutoencoderDC(
-            encoder_block_types=blocks, encoder_block_out_channels=channels, encoder_layers_per_block=(0, 4, 8, 2, 2, 2),
-            decoder_block_types=blocks, decoder_block_out_channels=channels, decoder_layers_per_block=(0, 5, 10, 2, 2, 2),
+            encoder_block_types=blocks, encoder_block_out_channels=channels,
+            decoder_block_types=blocks, decoder_block_out_channels=channels,
+            encoder_layers_per_block=(0, 4, 8, 2, 2, 2), decoder_layers_per_block=(0, 5, 10, 2, 2, 2),
             encoder_qkv_multiscales=multiscales, decoder_qkv_multiscales=multiscales,
             decoder_norm_types=("batch_norm",) * 3 + ("rms_norm",) * 3, decoder_act_fns=("relu",) * 3 + ("silu",) * 3,
         )  # fmt: skip
@@ -278,7 +282,7 @@ def _kind(size: str) -> str:
 
 
 def enough(run: Callable[[], object]) -> list[float]:
-    """Seconds of a few runs; the first of short ones is not counted."""
+    """Return seconds of a few runs; the first of short ones does not count."""
     times = [measure(run, repeats=1, warmup=0)[0] / 1e3]
     if times[0] < 2:
         times.clear()
@@ -288,7 +292,7 @@ def enough(run: Callable[[], object]) -> list[float]:
 
 
 def select(patterns: list[str], every: list[Case]) -> list[Case]:
-    """The cases whose `<case>:<provider>` some pattern matches, in the patterns' order."""
+    """Return the cases whose `<case>:<provider>` matches some pattern, in the patterns' order."""
     found = [case for pattern in patterns for case in every if fnmatchcase(f"{case.name}:{case.provider}", pattern)]
     return list(dict.fromkeys(found))
 

@@ -1,19 +1,23 @@
-"""What do more GPUs of one host give? `python -m benchmarks.bench_scaling --gpus 2` starts all that it measures, with torchrun.
+"""How does training scale over the GPUs of one host? `python -m benchmarks.bench_scaling --gpus 2` starts everything
+that it measures, with torchrun.
 
 Sections (`--sections`):
 
-scaling   U-ViT-H/2, `--batch` images a GPU: ZeRO 1, 2 and 3 on all GPUs and ZeRO 2 on each GPU for itself at the same time, with each
-          of `--policies` of activation checkpointing: cases `H:<global batch>:zero<stage>:<GPUs>gpu:<policy>`. steps_per_s and img_per_s
-          of `--steps` steps; speedup, images/s over those of one GPU, the median of all of them, which may differ by some per cent;
-          over_paper, steps_per_s over the paper's at its global batch; peak_gb and static_gb, the largest of the ranks; comm_gb, bytes a
-          rank hands to collectives in a step; comm_share, of the step's time in which one runs, exposed_share, in which nothing else
-          does, and idle_share, in which nothing runs (of a profile of three steps, the largest of the ranks); loss_difference, the
-          largest relative one from the first stage's losses over all steps. Rows of the provider `calculated` are no measurements: what
-          `--also` GPUs would do, see `calculate`.
-resume    U-ViT-S/2: steps on all GPUs, stopped in the middle and continued in a new engine: resume_difference, which must be 0; and
-          continued on fewer GPUs with the same global batch: resume_fewer_difference.
-sampling  `--samples` images of that network on all GPUs by `uvit-fast sample`, ended half way by a signal and continued with --resume:
-          samples_lost and samples_doubled, which must be 0.
+scaling   U-ViT-H/2, `--batch` images per GPU: ZeRO 1, 2 and 3 on all GPUs, and ZeRO 2 on each GPU by itself, all at the
+          same time, with each of `--policies` of activation checkpointing. Cases:
+          `H:<global batch>:zero<stage>:<GPUs>gpu:<policy>`. steps_per_s and img_per_s of `--steps` steps; speedup,
+          images/s over those of one GPU, the median of all of them, which may differ by some per cent; over_paper,
+          steps_per_s over the paper's at its global batch; peak_gb and static_gb, the largest over the ranks; comm_gb,
+          bytes per rank and step in collectives; comm_share, of the step's time in which a collective runs,
+          exposed_share, in which nothing else does, and idle_share, in which nothing runs (from a profile of three
+          steps, the largest over the ranks); loss_difference, the largest relative one from the first stage's losses
+          over all steps. Rows of the provider `calculated` are not measurements: what `--also` GPUs would do, see
+          `calculate`.
+resume    U-ViT-S/2: steps on all GPUs, stopped in the middle and continued in a new engine: resume_difference, which
+must
+          be 0; and continued on fewer GPUs with the same global batch: resume_fewer_difference.
+sampling  `--samples` images of that network on all GPUs by `uvit-fast sample`, ended half way by a signal and continued
+          with --resume: samples_lost and samples_doubled, which must be 0.
 
 `python -m benchmarks.bench_scaling --plot` draws plots/scaling.png from results/scaling.csv.
 """
@@ -71,13 +75,13 @@ class Run:
         self.trainer._step(self.stream)
 
     def losses(self) -> list[float]:
-        """Of all steps so far, over all ranks."""
+        """Return the losses of all steps so far, over all ranks."""
         sums = self.trainer.rows.row.over_ranks(self.trainer.step)
         return (sums[0] / sums[1]).tolist()
 
 
 def speed(stage: int, policy: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Worker: time, memory, communication and losses of one ZeRO stage and one policy of activation checkpointing."""
+    """Worker: measure time, memory, communication and losses of one ZeRO stage and one checkpointing policy."""
     gpus = int(os.environ["WORLD_SIZE"])
     steps = WARMUP + args.steps + PROFILED + 1
     overrides = [f"train.batch_size={args.batch * gpus}", f"train.iterations={steps}", f"train.zero_stage={stage}"]
@@ -87,7 +91,7 @@ def speed(stage: int, policy: str, args: argparse.Namespace, folder: Path) -> di
     if run.cuda:
         run.trainer.engine.moments()
         result["static_gb"] = (torch.cuda.memory_allocated() - run.before) / 1e9
-        torch.cuda.reset_peak_memory_stats()  # the first step captures, which later ones do not show
+        torch.cuda.reset_peak_memory_stats()  # the first step captures, unlike later ones
     for _ in range(WARMUP):
         run.step()
     if run.cuda:
@@ -105,7 +109,7 @@ def speed(stage: int, policy: str, args: argparse.Namespace, folder: Path) -> di
 
 
 def resumed(args: argparse.Namespace, folder: Path, parts: list[tuple[str, int]]) -> list[list[float]]:
-    """Worker: for each (run, steps), train or continue that run to those steps, save, and give the losses of this call."""
+    """Worker: for each (run, steps), train or continue that run to those steps, save, and return this call's losses."""
     found = []
     for name, steps in parts:
         if name in ("continued", "fewer") and os.environ["RANK"] == "0":
@@ -128,7 +132,7 @@ def resumed(args: argparse.Namespace, folder: Path, parts: list[tuple[str, int]]
 
 
 def worker(args: argparse.Namespace) -> None:
-    """A rank that torchrun started: `--worker` is a list of (what, its argument), the answers go to a file."""
+    """Run a rank that torchrun started: `--worker` is a list of (what, its argument), the answers go to a file."""
     rank, answers = int(os.environ["RANK"]), []
     for number, (what, argument) in enumerate(json.loads(args.worker)):
         folder = Path(args.folder)
@@ -156,7 +160,7 @@ def torchrun(gpus: int, module: str, *arguments: str) -> list[str]:
 
 
 def ask(gpus: int, args: argparse.Namespace, folder: Path, tasks: list[tuple[str, Any]], first: int = 0) -> list[Any]:
-    """What workers on so many GPUs answer, of which the first is number `first`."""
+    """Return the answers of workers on `gpus` GPUs, the first of which is number `first`."""
     passed = [part for setting in args.set for part in ("--set", setting)]
     passed += [
         "--batch",
@@ -182,10 +186,10 @@ def environment() -> dict[str, str]:
 
 
 def scaling(rows: Rows, args: argparse.Namespace, answers: list[list[dict]], each: list[dict]) -> list[str]:
-    """The rows of one policy in the scaling section, and what is wrong.
+    """Return the rows of one policy in the scaling section, and what is wrong.
 
     Args:
-        answers: by stage, of all ranks. each: of every GPU for itself.
+        answers: by stage, of all ranks. each: of every GPU by itself.
     """
     wrong, dtype = [], "bf16" if args.device == "cuda" else "fp32"
     one = each[0] | {"times": [time for e in each for time in e["times"]]}
@@ -210,7 +214,8 @@ def scaling(rows: Rows, args: argparse.Namespace, answers: list[list[dict]], eac
             add("loss_difference", [difference], "relative")
             if not all(abs(loss) < float("inf") for loss in r["losses"]) or difference > 0.01:
                 wrong.append(
-                    f"ZeRO {r['stage']} on {gpus}: losses not finite, or {difference:.2g} from ZeRO {answers[0][0]['stage']}'s"
+                    f"ZeRO {r['stage']} on {gpus}: losses not finite, or {difference:.2g} from "
+                    f"ZeRO {answers[0][0]['stage']}'s"
                 )
         for name in ("peak_gb", "static_gb"):
             if name in r:
@@ -229,7 +234,7 @@ def scaling(rows: Rows, args: argparse.Namespace, answers: list[list[dict]], eac
 
 
 def resume(rows: Rows, args: argparse.Namespace, all_gpus: list[list[float]], fewer: list[list[float]]) -> list[str]:
-    """The rows of the resume section, and what is wrong."""
+    """Return the rows of the resume section, and what is wrong."""
     straight, _, continued = all_gpus
     wrong = []
     for metric, losses, limit in (("resume_difference", continued, 0.0), ("resume_fewer_difference", fewer[0], 0.01)):
@@ -242,7 +247,7 @@ def resume(rows: Rows, args: argparse.Namespace, all_gpus: list[list[float]], fe
 
 
 def sampling(rows: Rows, args: argparse.Namespace, folder: Path) -> list[str]:
-    """Draw, end it half way, continue, count."""
+    """Sample, stop half way, continue, count."""
     weights = folder / "straight" / "checkpoints" / f"step_{2 * HALF:08d}" / "ema.safetensors"
     out = folder / "samples.npz"
     settings = ["sample.sampler=dpm_fast", f"sample.steps={args.evaluations}", f"device={args.device}", *args.set]
@@ -277,7 +282,8 @@ def sampling(rows: Rows, args: argparse.Namespace, folder: Path) -> list[str]:
     )
     if lost or doubled or redrawn or not 0 < len(there) < every:
         return [
-            f"sampling: {lost} lost, {doubled} doubled, {len(redrawn)} parts drawn twice, {len(there)} of {every} before its end"
+            f"sampling: {lost} lost, {doubled} doubled, {len(redrawn)} parts drawn twice, "
+            f"{len(there)} of {every} before its end"
         ]
     return []
 
@@ -290,7 +296,7 @@ def _changed(path: Path, when: int) -> bool:
 
 
 def count(path: Path, wanted: int) -> tuple[int, int]:
-    """(images that are missing, images that are there more than once) in an .npz."""
+    """Return (missing images, images that are there more than once) of an .npz."""
     import numpy as np
 
     with np.load(path) as file:
@@ -330,7 +336,7 @@ def run_all(args: argparse.Namespace) -> int:
 
 
 def plot() -> Path:
-    """Images/s over those of one GPU, against GPUs; hollow: calculated."""
+    """Plot images/s over those of one GPU, against the number of GPUs; hollow: calculated."""
     import csv
 
     from benchmarks.plot import COLOURS, axes
@@ -382,7 +388,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--also", default="4,8", help="numbers of GPUs to calculate")
     parser.add_argument("--samples", type=int, default=10000)
     parser.add_argument("--sample-batch", type=int, default=250)
-    parser.add_argument("--evaluations", type=int, default=50, help="of the network a sample")
+    parser.add_argument("--evaluations", type=int, default=50, help="network evaluations per sample")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of the configs")
     parser.add_argument(

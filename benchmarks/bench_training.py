@@ -1,18 +1,20 @@
-"""How fast is a whole training step, and what does it hold? `python -m benchmarks.bench_training`
+"""How fast is a whole training step, and how much memory does it hold? `python -m benchmarks.bench_training`
 
-Cases `<S|M|L|H|USiT>:<none|block|selective>:<ours|ours_uncaptured|ours-sm80|eager|compiled|torchao-fp8>` at 32 x 32 x 4 latents (USiT: 16 x 16 x 32):
-forward, backward, AdamW and EMA. `ours` is the trainer's own step with its DeepSpeed engine, bf16 weights with fp32 masters, forward and backward captured.
-The peers are those of `models.py` with PyTorch's fused AdamW and an average, all of it on the bf16 weights: without masters, which is
-less work than ours and no way to train for long. `selective` gives ours the budget of `BUDGET`, and the peers what every block keeps
-without one. A network whose eps is not the published one's is not timed. `ours-out_blocks` and `ours-label_emb` are fine-tunings
-of H: the upper half with the last layers and the labels learns, or the labels alone (`train.trainable`); the rest is frozen.
+Cases `<S|M|L|H|USiT>:<none|block|selective>:<ours|ours_uncaptured|ours-sm80|eager|compiled|torchao-fp8>` on 32 x 32 x 4
+latents (USiT: 16 x 16 x 32): forward, backward, AdamW and EMA. `ours` is the trainer's own step with its DeepSpeed
+engine, bf16 weights with fp32 masters, forward and backward captured. The peers are those of `models.py` with PyTorch's
+fused AdamW and an EMA, all on the bf16 weights: without masters, which is less work than ours and unfit for long
+training. `selective` gives ours the budget of `BUDGET`, and the peers what every block keeps without one. A network
+whose eps differs from the published one's is not timed. `ours-out_blocks` and `ours-label_emb` fine-tune H: the upper
+half with the last layers and the labels, or the labels alone (`train.trainable`), with the rest frozen.
 
-Metrics: img_per_s; mfu and tflops of the matrix products, recomputed ones not counted; peak_gb, the most that was allocated, in the
-step that captures too; reserved_gb, what the allocator held of the device; static_gb: weights, optimizer, EMA, without gradients;
-activation_gb, peak_gb without static_gb, which the budget is about (or the optimizer's own 4 bytes a parameter, where blocks keep less),
-expected_activation_gb and budget_gb. GB are 10^9 bytes. A CPU has no memory metrics.
+Metrics: img_per_s; mfu and tflops of the matrix products, recomputed ones not counted; peak_gb, the most that was
+allocated, also in the step that captures; reserved_gb, what the allocator held of the device; static_gb: weights,
+optimizer, EMA, without gradients; activation_gb, peak_gb without static_gb, to which the budget applies (or the
+optimizer's own 4 bytes per parameter, if blocks keep less), expected_activation_gb and budget_gb. GB are 10^9 bytes. A
+CPU has no memory metrics.
 
-    --cases all --missing --minutes 9     what the file has not of this commit; precompile first: python -m benchmarks.precompile
+    --cases all --missing --minutes 9     what is not in the file for this commit; run benchmarks.precompile first
 """
 
 import argparse
@@ -41,7 +43,7 @@ MAIN = [f"{size}:{policy}:{who}" for size in (*"HSLM", "USiT") for who in STEPPE
 EVERY = [f"{size}:{policy}:{who}" for size in "HSLM" for who in PROVIDERS for policy in ("none", "block", "selective")]
 EVERY += [case for case in MAIN if case not in EVERY]
 EVERY += [f"H:{policy}:{who}" for who in models.FROZEN for policy in ("none", "block")]
-EVERY = [case for case in EVERY if not case.endswith("selective:torchao-fp8")]  # which finds no product of float8
+EVERY = [case for case in EVERY if not case.endswith("selective:torchao-fp8")]  # it does not recognise float8 products
 BUDGET = {
     "S": 1.5,
     "M": 5.0,
@@ -66,10 +68,10 @@ def config(size: str, provider: str, batch: int, device: str, overrides: list[st
 
 
 class Ours:
-    """The trainer's step. One engine serves every policy: only what the blocks keep differs."""
+    """The trainer's step. One engine serves all policies: only what the blocks keep differs."""
 
     def __init__(self, cfg: Config, device: torch.device):
-        with torch.device(device):  # initialised there: seconds less
+        with torch.device(device):  # initialised there, which saves seconds
             self.net = build_model(cfg)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.costs = activations.inspect(self.net, cfg.model, cfg.train.batch_size, device, dtype)
@@ -78,7 +80,7 @@ class Ours:
         self.stream = self.trainer.stream()
 
     def keep(self, policy: str, budget: float) -> float | None:
-        """Set what blocks keep; the bytes that were predicted to be the activations' peak."""
+        """Set what blocks keep; return the predicted peak of the activations in bytes."""
         plan = [policy] * len(self.net.blocks)
         if policy == "selective":
             plan = activations.plan_within(budget, self.costs)
@@ -90,14 +92,14 @@ class Ours:
         return self.costs.peak(plan)
 
     def settle(self) -> None:
-        """Make the optimizer's state."""
+        """Create the optimizer's state."""
         self.trainer.engine.moments()
 
     def step(self) -> None:
         self.trainer._step(self.stream)
 
     def close(self) -> None:
-        """Let go of the device's memory."""
+        """Release the device's memory."""
         self.trainer.engine.close()
 
 
@@ -120,7 +122,7 @@ class Peer:
             block.checkpointing = policy
 
     def settle(self) -> None:
-        """Compile, and make the optimizer's state."""
+        """Compile, and create the optimizer's state."""
         self.step()
 
     def step(self) -> None:
@@ -130,14 +132,14 @@ class Peer:
         self.adamw.zero_grad(set_to_none=True)
 
     def close(self) -> None:
-        """Nothing outlives it but what was compiled."""
+        """Do nothing: only compiled code outlives it."""
         torch.compiler.reset()
 
 
 def rows_of(
     rows: Rows, size: str, provider: str, policies: list[str], args: argparse.Namespace, late: Callable
 ) -> None:
-    """The rows of one network, an engine or an optimizer for all policies."""
+    """Return the rows of one network, with one engine or optimizer for all policies."""
     device = torch.device(args.device)
     cuda = device.type == "cuda"
     cfg = config(size, provider, args.batch, args.device, args.set)
@@ -166,7 +168,7 @@ def rows_of(
 
             speeds = [args.batch / t * 1e3 for t in times]
             add("img_per_s", speeds, "images/s")
-            if cuda and provider not in models.FROZEN:  # whose step has fewer products
+            if cuda and provider not in models.FROZEN:  # their steps have fewer products
                 used = [utilisation(speed, flops, device, 1) for speed in speeds]
                 add("tflops", [u["tflops_per_gpu"] for u in used], "TFLOP/s")
                 if "mfu" in used[0]:
@@ -228,7 +230,7 @@ def main() -> None:
         try:
             with models.kernels_of(provider):
                 rows_of(rows, size, provider, policies, args, late)
-        except torch.OutOfMemoryError as error:  # a result too: there is no row of it
+        except torch.OutOfMemoryError as error:  # also a result: there is no row of it
             print(f"{size} {provider}: out of memory: {error}".split("\n")[0], flush=True)
         except RuntimeError as error:
             print(f"{size} {provider}: not measured: {error}".split("\n")[0], flush=True)

@@ -1,4 +1,4 @@
-"""What every benchmark shares: the CSV schema, event timing, and the machine's own ceilings, measured in the same run."""
+"""Shared by all benchmarks: the CSV schema, event timing, and the machine's own ceilings, measured in the same run."""
 
 import argparse
 import csv
@@ -17,14 +17,14 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def need_gpu(parser: argparse.ArgumentParser, device: str = "cuda") -> None:
-    """End a benchmark that is to measure a GPU, where there is none, in one line."""
+    """End a GPU benchmark in one line if there is no GPU."""
     if device != "cpu" and not torch.cuda.is_available():
         other = "" if parser.get_default("device") is None else "; --device cpu tries the code, not the speed"
         parser.error(f"expected a GPU, got none{other}")
 
 
 def known(parser: argparse.ArgumentParser, option: str, text: str, names: Iterable[str]) -> list[str]:
-    """Return the names of a list with commas; another than `names` ends the benchmark in one line."""
+    """Return the names of a comma-separated list; one that is not among `names` ends the benchmark in one line."""
     names, given = list(names), text.split(",")
     if unknown := [name for name in given if name not in names]:
         parser.error(f"{option}: expected some of {','.join(names)}, got {unknown[0]!r}")
@@ -32,9 +32,10 @@ def known(parser: argparse.ArgumentParser, option: str, text: str, names: Iterab
 
 
 class Rows:
-    """The rows of one question, one a case, provider and metric, printed as they come and written as results/<question>.csv.
+    """The rows of one question, one per case, provider and metric, printed as they come and written as
+    results/<question>.csv.
 
-    What the file holds of other cases stays, each row with its own date and commit; only what another GPU measured goes.
+    The file's rows of other cases stay, each with its own date and commit; only another GPU's rows go.
 
     Args:
         question: the file's name; what the benchmark asks.
@@ -68,7 +69,7 @@ class Rows:
     def add(
         self, case: str, provider: str, values: list[float], *, metric: str, unit: str, dtype: str, batch: int
     ) -> float:
-        """Add one row from repeated measurements; returns their median.
+        """Add one row from repeated measurements; return their median.
 
         Args:
             provider: ours, one of `models.PEERS`, or the name of another package.
@@ -80,12 +81,12 @@ class Rows:
         return p50
 
     def measured(self) -> set[tuple[str, str]]:
-        """Case and provider of the earlier rows that were measured on this device at this commit."""
+        """Return case and provider of the earlier rows that were measured on this device at this commit."""
         now = self.common["device"], self.common["commit"]
         return {(row["case"], row["provider"]) for row in self.before if (row["device"], row["commit"]) == now}
 
     def write(self) -> Path:
-        """Write the file whole, under a temporary name first: the rows that were not measured again, and this run's."""
+        """Write the file whole, under a temporary name first: the rows not measured again, and this run's."""
         measured = {_what(row) for row in self.rows}
         kept = [row for row in self.before if _what(row) not in measured]
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +98,7 @@ class Rows:
         return temporary.rename(self.path)
 
     def ceilings(self) -> None:
-        """The rates of this card, for every file: a bf16 matrix product of 8192 (TFLOP/s) and a copy (TB/s)."""
+        """Add this card's rates, for every file: a bf16 matrix product of 8192 (TFLOP/s) and a copy (TB/s)."""
         a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         times = measure(lambda: a @ b)
         self.add(
@@ -128,7 +129,7 @@ def _what(row: dict[str, str]) -> tuple[str, ...]:
 
 
 def measure(f: Callable[[], object], repeats: int = 25, warmup: int = 5) -> list[float]:
-    """Milliseconds of `repeats` calls: CUDA events where there is a GPU, the wall clock elsewhere."""
+    """Return milliseconds of `repeats` calls, by CUDA events on a GPU, by the wall clock elsewhere."""
     for _ in range(warmup):
         f()
     if not torch.cuda.is_available():
@@ -144,7 +145,7 @@ def measure(f: Callable[[], object], repeats: int = 25, warmup: int = 5) -> list
 
 
 def seconds(f: Callable[[], object], repeats: int) -> list[float]:
-    """Wall-clock seconds of calls that end with the device's work, such as those that return numbers."""
+    """Return wall-clock seconds of calls that end with the device's work, such as those that return numbers."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -154,7 +155,7 @@ def seconds(f: Callable[[], object], repeats: int) -> list[float]:
 
 
 def quantiles(values: list[float]) -> tuple[float, float, float]:
-    """The 20th, 50th and 80th percentile; a single value is all three."""
+    """Return the 20th, 50th and 80th percentile; of a single value, three times that."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     fifths = statistics.quantiles(values, n=5, method="inclusive")
@@ -162,8 +163,8 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def _commit() -> str:
-    """The commit that was measured, as COMMIT says or as git does, with a plus where files differ from it."""
-    if "COMMIT" in os.environ:  # files that were copied to another machine, say
+    """Return the measured commit, from COMMIT or from git, with a plus if files differ from it."""
+    if "COMMIT" in os.environ:  # for files copied to another machine
         return os.environ["COMMIT"]
     here = Path(__file__).parent
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""What a step hands to collectives, what share of it they take, and what they would take with more GPUs."""
+"""How much a step passes to collectives, their share of its time, and what they would take with more GPUs."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Volume(TorchDispatchMode):
-    """Bytes that this rank hands to collectives: their largest tensor, which is what a rank sends but for (N - 1) / N."""
+    """Count the bytes that this rank passes to collectives: their largest tensor; a rank sends (N - 1) / N of it."""
 
     def __init__(self):
         super().__init__()
@@ -23,7 +23,7 @@ class Volume(TorchDispatchMode):
 
 
 def profiled_shares(step: Callable[[], object], steps: int) -> dict[str, float]:
-    """Shares of some steps' time on the device: a collective runs; nothing but a collective runs; nothing runs."""
+    """Return shares of some steps' time on the device: a collective runs; only a collective runs; nothing runs."""
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
@@ -33,14 +33,14 @@ def profiled_shares(step: Callable[[], object], steps: int) -> dict[str, float]:
         torch.cuda.synchronize()
     spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     for event in profiler.events():
-        annotation = getattr(event, "is_user_annotation", False)  # a span of what others run
+        annotation = getattr(event, "is_user_annotation", False)  # a span around what others run
         if event.device_type == torch.autograd.DeviceType.CUDA and not annotation:
             spans["nccl" in event.name.lower()].append((event.time_range.start, event.time_range.end))
     return shares(spans[True], spans[False])
 
 
 def shares(collectives: list[tuple[float, float]], others: list[tuple[float, float]]) -> dict[str, float]:
-    """From (start, end) of what ran on a device: comm_share, exposed_share and idle_share of the whole time."""
+    """Return comm_share, exposed_share and idle_share of the whole time, from (start, end) of what ran on a device."""
     both = collectives + others
     whole = max(end for _, end in both) - min(start for start, _ in both)
     return {
@@ -51,7 +51,7 @@ def shares(collectives: list[tuple[float, float]], others: list[tuple[float, flo
 
 
 def _covered(spans: list[tuple[float, float]]) -> float:
-    """The length of a union of spans."""
+    """Return the length of a union of spans."""
     total, until = 0.0, float("-inf")
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, until))
@@ -60,13 +60,15 @@ def _covered(spans: list[tuple[float, float]]) -> float:
 
 
 def calculate(gpus: int, measured: int, one: float, step: float, exposed: float) -> float:
-    """Milliseconds of a step on `gpus` GPUs of one switch, from a measured number of them; a calculation.
+    """Return milliseconds of a step on `gpus` GPUs of one switch, from a measured number of them; a calculation.
 
-    A ring moves (N - 1) / N of the volume past every GPU, whose link is the same for any N: exposed communication grows by that. All
-    else takes what it took, the optimizer's share of a step, which only shrinks, included.
+    A ring moves (N - 1) / N of the volume past every GPU, whose link is the same for any N: exposed communication grows
+    by that factor. Everything else takes as long as before, including the optimizer's share of a step, which only
+    shrinks.
 
     Args:
-        one, step: milliseconds of a step of one GPU and of `measured` GPUs. exposed: the share of `step` that is exposed communication.
+        one, step: milliseconds of a step on one GPU and on `measured` GPUs. exposed: the share of `step` in which
+            communication is exposed.
     """
     growth = (1 - 1 / gpus) / (1 - 1 / measured)
     return max(one, step * (1 - exposed)) + step * exposed * growth

@@ -1,7 +1,7 @@
-"""What a piece of code launches, and where it makes the host wait: counted op by op, with no GPU.
+"""Count what a piece of code launches, and where it makes the host wait: op by op, without a GPU.
 
-The meta device stands in for one: it has shapes and dtypes, no values, and whatever asks for a value is a wait. The bodies of the
-fused ops run as they do on a GPU, down to the launch of each Triton kernel, which is counted instead.
+The meta device stands in for one: it has shapes and dtypes but no values, and whatever asks for a value is a wait. The
+bodies of the fused ops run as on a GPU, down to the launch of each Triton kernel, which is counted instead.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 TORCH = Path(torch.__file__).parent
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "set_")
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero")
-WAITS = [  # what waits without being an op
+WAITS = [  # waits that are not ops
     (torch.cuda, "synchronize"),
     (torch.cuda.Event, "synchronize"),
     (torch.cuda.Stream, "synchronize"),
@@ -37,11 +37,12 @@ WAITS = [  # what waits without being an op
 
 
 class Counts(TorchDispatchMode):
-    """Counts launches and waits of the code inside `with`.
+    """Count launches and waits of the code inside `with`.
 
     Attributes:
-        launches: how often each op or kernel; an op of PyTorch is one, whatever it does inside. Views and allocations are none.
-        waits: "file:line: what" of each place where the host waits for the device, with how often.
+        launches: count by op or kernel; an op of PyTorch counts as one, whatever it does inside. Views and allocations
+            do not count.
+        waits: "file:line: what" of each place where the host waits for the device, with its count.
     """
 
     def __init__(self):
@@ -52,7 +53,9 @@ class Counts(TorchDispatchMode):
         self._made: list[tuple[StorageWeakRef, int]] = []  # memory that ops allocated, and its bytes
 
     def alive(self) -> int:
-        """Bytes of what the ops allocated and somebody still holds: after a forward, what waits for the backward."""
+        """Return the bytes that the ops allocated and that are still held: after a forward, what waits for the
+        backward.
+        """
         return sum({ref.cdata: size for ref, size in self._made if not ref.expired()}.values())
 
     def __enter__(self) -> "Counts":
@@ -71,11 +74,11 @@ class Counts(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, func._schema.name.partition("::")[2]
-        if func.namespace == "uvit_fast":  # the op's body, not its stand-in for the meta device
+        if func.namespace == "uvit_fast":  # run the op's body, not its stand-in for the meta device
             with self._again():
                 return OPDEFS[func.name()]._init_fn(*args, **kwargs)
         if func.namespace == "aten" and name not in READS:
-            with self._again(), torch._C.DisableTorchFunction():  # which would call the op itself again
+            with self._again(), torch._C.DisableTorchFunction():  # otherwise it would call the op itself again
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -91,7 +94,7 @@ class Counts(TorchDispatchMode):
 
     @contextlib.contextmanager
     def _again(self) -> Iterator[None]:
-        """This mode, for what the op that is being handled calls."""
+        """Enter this mode again, for what the current op calls."""
         super().__enter__()
         try:
             yield
@@ -99,7 +102,7 @@ class Counts(TorchDispatchMode):
             super().__exit__(None, None, None)
 
     def _read(self, name: str, func, inputs: list[Tensor], kwargs: dict):
-        """Note a wait; on the meta device also an answer in place of the value that it does not have."""
+        """Record a wait; on the meta device also answer in place of the missing value."""
         meta = any(t.device.type == "meta" for t in inputs)
         masked = name.startswith("index") and any(t.dtype in (torch.bool, torch.uint8) for t in inputs[1:])
         if name in READS or masked:
@@ -119,7 +122,7 @@ class Counts(TorchDispatchMode):
 
 
 class _Uploads(TorchFunctionMode):
-    """torch.tensor(number, device=...) copies from the host, out of the dispatcher's sight."""
+    """Catch torch.tensor(number, device=...), which copies from the host out of the dispatcher's sight."""
 
     def __init__(self, counts: Counts):
         super().__init__()
@@ -134,14 +137,14 @@ class _Uploads(TorchFunctionMode):
 
 
 def _fresh(result: object, inputs: list[Tensor]) -> list[torch.UntypedStorage]:
-    """The memory of a result that no input held."""
+    """Return the memory of a result that no input held."""
     held = {t.untyped_storage()._cdata for t in inputs}
     results = [t.untyped_storage() for t in tree_leaves(result) if isinstance(t, Tensor) and t.numel()]
     return [storage for storage in results if storage._cdata not in held]
 
 
 def _where() -> str:
-    """file:line of the innermost frame that is neither PyTorch's nor this file's."""
+    """Return file:line of the innermost frame that is neither PyTorch's nor this file's."""
     for frame, line in traceback.walk_stack(sys._getframe(1)):
         file = Path(frame.f_code.co_filename)
         if file != Path(__file__) and TORCH not in file.parents and file.name not in ("contextlib.py", "mock.py"):
@@ -152,14 +155,16 @@ def _where() -> str:
 
 @contextlib.contextmanager
 def hopper(counts: Counts | None = None) -> Iterator[None]:
-    """Meta tensors take the paths of an H100: the fused ops accept them, and kernels are counted where they would be launched."""
+    """Let meta tensors take the paths of an H100: the fused ops accept them, and kernels are counted where they would
+    be launched.
+    """
 
     def launched(self: JITFunction, *args: object, **kwargs: object) -> None:
         if counts is not None:
             counts.launches[f"triton:{self.__name__.strip('_')}"] += 1
 
     pretences = [
-        (device, "_INTERPRETING", True),  # what lets the ops take tensors that are not on CUDA
+        (device, "_INTERPRETING", True),  # lets the ops accept tensors that are not on CUDA
         (stages, "why_not", lambda x: None),
         (device, "_FORCED", 90),
         (device, "_properties", lambda index: SimpleNamespace(multi_processor_count=132, major=9)),

@@ -1,10 +1,11 @@
-"""Deterministic guards of speed and memory, for a machine with no GPU: launches, bytes kept for the backward, waits of the host.
+"""Deterministic guards of speed and memory, for a machine without a GPU: launches, bytes kept for the backward, waits
+of the host.
 
-    python -m benchmarks.guards            # what they are now, beside the baseline
-    python -m benchmarks.guards --write    # make that the baseline; the diff shows what changed
+    python -m benchmarks.guards            # the current figures, beside the baseline
+    python -m benchmarks.guards --write    # make them the baseline; the diff shows what changed
 
-The networks are those of the configs at batch 128, on the meta device, taking an H100's paths (see counting.py). The training
-step is the real trainer's with its DeepSpeed engine, on the CPU, in bf16.
+The networks are those of the configs at batch 128, on the meta device, taking an H100's paths (see counting.py). The
+training step is the real trainer's with its DeepSpeed engine, on the CPU, in bf16.
 """
 
 import argparse
@@ -37,7 +38,7 @@ Figures = dict[str, Any]  # figure -> number, or kernel -> number
 
 
 def network(name: str, checkpointing: str = "none") -> tuple[Config, torch.nn.Module, tuple[Tensor, Tensor], dict]:
-    """A config, its network in bf16 without memory, its inputs (x, t), and its condition."""
+    """Return a config, its network in bf16 without memory, its inputs (x, t), and its condition."""
     cfg = load_config(name, [f"model.activation_checkpointing={checkpointing}"])
     m = cfg.model
     with torch.device("meta"):
@@ -49,7 +50,7 @@ def network(name: str, checkpointing: str = "none") -> tuple[Config, torch.nn.Mo
 
 
 def forward(name: str) -> Figures:
-    """One evaluation of the network, as in sampling."""
+    """Count one evaluation of the network, as in sampling."""
     _, net, inputs, condition = network(name)
     with Counts() as counts, hopper(counts), torch.no_grad():
         net(*inputs, **condition)
@@ -57,10 +58,10 @@ def forward(name: str) -> Figures:
 
 
 def forward_backward(name: str, checkpointing: str) -> Figures:
-    """The loss of a training step and its gradients, and the bytes that wait for the backward."""
+    """Count the loss of a training step and its gradients, and the bytes that wait for the backward."""
     cfg, net, (x, u), condition = network(name, checkpointing)
     objective, noise = build_objective(cfg), torch.empty_like(x)
-    objective(x, noise, u)  # its tables are made once, before the first step
+    objective(x, noise, u)  # makes its tables, once, before the first step
     with Counts() as counts, hopper(counts):
         loss = objective.loss(net, x, noise, u, **condition)
         saved = counts.alive()
@@ -69,7 +70,7 @@ def forward_backward(name: str, checkpointing: str) -> Figures:
 
 
 def sampling(name: str) -> Figures:
-    """The guided sampling loop."""
+    """Count the guided sampling loop."""
     cfg, net, (x, _), condition = network(name)
     null = {name: torch.empty(value.shape[1:], dtype=value.dtype, device="meta") for name, value in condition.items()}
     with hopper():
@@ -81,10 +82,11 @@ def sampling(name: str) -> Figures:
 
 
 def training_step(plant: Callable[[ExitStack], None] | None = None) -> Figures:
-    """The third step of the digits' trainer, in a process of its own: the engine and its process group are global.
+    """Count the third step of the digits' trainer, in a process of its own: the engine and its process group are
+    global.
 
     Args:
-        plant: called in that process before the step, to do harm.
+        plant: called in that process before the step, to introduce a fault.
     """
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -136,10 +138,11 @@ CASES: dict[str, Callable[[], Figures]] = {
 
 
 def complaints(case: str, was: Figures, now: Figures, same_versions: bool = True) -> list[str]:
-    """What got worse, a sentence each; nothing where a case is as good as its baseline or better.
+    """Return what got worse, one sentence each; nothing if a case is as good as its baseline or better.
 
     Args:
-        same_versions: of PyTorch and what else counts; where they differ, launches may too and only the limits hold.
+        same_versions: of PyTorch and everything else that counts; if they differ, launches may too, and only the limits
+            hold.
     """
     found = []
     if now["waits"]:

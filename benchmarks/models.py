@@ -1,8 +1,10 @@
-"""The networks that whole-model benchmarks run, by provider: ours, and the published network as its users run it today.
+"""The networks of whole-model benchmarks, by provider: ours, and the published network as its users run it today.
 
-`ours-fp8` samples with its blocks' products of e4m3 operands. All have bf16 weights, the same ones for a size. The peers call the published network's layers, with cuDNN's attention where it is
-faster than PyTorch's own choice: `eager`; `compiled`, torch.compile block by block; `compiled-graphs`, the whole network under
-torch.compile(mode="reduce-overhead"); `torchao-fp8`, the blocks' linear layers in float8 by torchao, compiled block by block.
+`ours-fp8` samples with e4m3 operands in its blocks' products. All have the same bf16 weights for a size. The peers call
+the published network's layers, with cuDNN's attention where it is faster than PyTorch's own choice: `eager`;
+`compiled`, torch.compile block by block; `compiled-graphs`, the whole network under
+torch.compile(mode="reduce-overhead"); `torchao-fp8`, the blocks' linear layers in float8 by torchao, compiled block by
+block.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,21 +25,21 @@ from uvit_fast.model.uvit import Block
 
 CONFIGS = {"S": "s2_cifar10", "M": "m4_64", "L": "l2_256", "H": "h2_256"}
 LATENT = ["model.img_size=32", "model.patch_size=2", "model.in_chans=4", "model.num_classes=1001"]  # 258 tokens for all
-OTHERS = {"USiT": "usit_h_512"}  # at its own latents, 16 x 16 x 32, as many tokens
-FROZEN = {  # provider -> what learns of its network (`train.trainable`)
+OTHERS = {"USiT": "usit_h_512"}  # at its own latents, 16 x 16 x 32, which are as many tokens
+FROZEN = {  # provider -> its trainable parameters (`train.trainable`)
     "ours-out_blocks": "[out_blocks,norm,decoder_pred,label_emb]",
     "ours-label_emb": "[label_emb]",
 }
 PEERS = ("eager", "compiled", "compiled-graphs", "torchao-fp8")
-MOST_IN_GRAPHS = 16  # images of `compiled-graphs`: above that the GPU takes longer than Python
+MOST_IN_GRAPHS = 16  # images for `compiled-graphs`: with more, the GPU takes longer than Python
 FEW = 4  # images that are compared
 
 
 class PublishedBlock(Block):
-    """The block as the published code has it: its layers are called, so that a library can put others in their place."""
+    """The block of the published code: its layers are called, so that a library can replace them."""
 
     def compute(self, x: Tensor, skip: Tensor | None, sums: None) -> tuple[Tensor, None]:
-        """x and skip (B, L, D) -> (B, L, D)."""
+        """Map x and skip (B, L, D) to (B, L, D)."""
         if self.skip_linear is not None:
             x = self.skip_linear(torch.cat([x, skip], dim=-1))  # (B, L, D)
         x = x + self.attn(self.norm1(x))
@@ -45,7 +47,7 @@ class PublishedBlock(Block):
 
 
 def config(size: str, provider: str, checkpointing: str = "none", overrides: Sequence[str] = ()) -> Config:
-    """The config of S, M, L or H on 32 x 32 x 4 latents with 1001 classes, or of USiT, with `overrides` on top."""
+    """Return the config of S, M, L or H on 32 x 32 x 4 latents with 1001 classes, or of USiT, with `overrides`."""
     how = ["model.kernels=reference", "model.attention=sdpa"]
     if provider.startswith("ours"):
         how = ["model.kernels=auto", "model.attention=auto"]
@@ -54,7 +56,7 @@ def config(size: str, provider: str, checkpointing: str = "none", overrides: Seq
 
 
 def load(size: str, overrides: Sequence[str]) -> Config:
-    """A size's config at the latents that it is measured on."""
+    """Return a size's config at the latents on which it is measured."""
     latents = [] if size in OTHERS else LATENT
     return load_config((CONFIGS | OTHERS)[size], [*latents, *overrides])
 
@@ -62,19 +64,20 @@ def load(size: str, overrides: Sequence[str]) -> Config:
 def model(
     cfg: Config, provider: str, device: torch.device | str = "cuda", batch: int = 1, training: bool = False
 ) -> nn.Module:
-    """A network on the device, bf16; its weights depend on the config alone. What is compiled is compiled at the first call.
+    """Return a network on the device, in bf16; its weights depend on the config alone. Compilation happens in the first
+    call.
 
     Args:
-        batch: images of a call, by which a peer's attention is chosen.
+        batch: images per call, by which a peer's attention is chosen.
     """
     torch.manual_seed(0)
-    with torch.device(device):  # initialised there, which is minutes less for the large ones
+    with torch.device(device):  # initialised there, which saves minutes for the large ones
         net = build_model(cfg).to(torch.bfloat16).train(training)
     if provider == "ours-fp8":
         return Fp8UViT(net)
     if provider.startswith("ours"):
         return net
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # and not quietly eager
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than silently run eagerly
     backend = attention(cfg, batch, device, training)
     for block in net.blocks:
         block.__class__, block.attn.backend = PublishedBlock, backend
@@ -86,7 +89,7 @@ def model(
 
 
 def runnable(providers: Sequence[str], device: torch.device | str = "cuda") -> list[str]:
-    """Those whose packages are there and whose kernels are for the device; says which are left out."""
+    """Return those whose packages are installed and whose kernels support the device; print which are left out."""
     reasons = {
         "torchao-fp8": lambda: None if find_spec("torchao") else "it needs torchao: pip install torchao==0.17.0",
         "ours-fp8": lambda: fp8_block.why_not(1152, 16, 4608, torch.device(device)),
@@ -101,7 +104,7 @@ def runnable(providers: Sequence[str], device: torch.device | str = "cuda") -> l
 
 
 def in_float8(block: nn.Module, training: bool) -> None:
-    """Put torchao's float8 in place of the linear layers: scales by row in inference, by tensor in training."""
+    """Replace the linear layers by torchao's float8: scales by row in inference, by tensor in training."""
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
@@ -112,7 +115,7 @@ def in_float8(block: nn.Module, training: bool) -> None:
 
 
 def attention(cfg: Config, batch: int, device: torch.device | str, training: bool) -> str:
-    """The faster of cuDNN's attention and the one that PyTorch chooses, as a name of `model.attention`."""
+    """Return the faster of cuDNN's attention and PyTorch's own choice, as a name of `model.attention`."""
     if torch.device(device).type != "cuda":
         return "sdpa"
     m, tokens = cfg.model, 2 + (cfg.model.img_size // cfg.model.patch_size) ** 2
@@ -138,37 +141,37 @@ def attention(cfg: Config, batch: int, device: torch.device | str, training: boo
 
 
 def kernels_of(provider: str) -> AbstractContextManager[None]:
-    """While open, `ours-sm80` runs the kernels of an A100, whatever the card."""
+    """While open, let `ours-sm80` run the kernels of an A100, whatever the card."""
     return forced(80) if provider.endswith("-sm80") else nullcontext()
 
 
 def dtype(provider: str) -> str:
-    """What the linear layers of the blocks compute in."""
+    """Return the precision in which the blocks' linear layers compute."""
     return "fp8" if provider.endswith("fp8") else "bf16"
 
 
 def images(cfg: Config, batch: int, device: torch.device | str = "cuda") -> tuple[Tensor, Tensor, Tensor]:
-    """Random latents (B, C, H, W), network times (B,) and labels (B,)."""
+    """Return random latents (B, C, H, W), network times (B,) and labels (B,)."""
     x = torch.randn(batch, cfg.model.in_chans, cfg.model.img_size, cfg.model.img_size, device=device)
     return x, torch.rand(batch, device=device) * 999, torch.randint(1000, (batch,), device=device)
 
 
 def loss(cfg: Config, batch: int, device: torch.device | str = "cuda") -> Callable[[nn.Module], Tensor]:
-    """The trainer's loss of a network, on random latents, noise, times and labels that are drawn once."""
+    """Return the trainer's loss of a network, on random latents, noise, times and labels that are drawn once."""
     objective, (x, _, y) = build_objective(cfg), images(cfg, batch, device)
     noise, u = torch.randn_like(x), torch.rand(batch, device=device)
     return lambda network: objective.loss(network, x, noise, u, y=y)
 
 
 class Agreement:
-    """Whether networks compute what the published one does: its eps of a few images, with the same weights, in fp32.
+    """Compare networks with the published one: the eps of a few images, with the same weights, in fp32.
 
     Attributes:
         own: the relative error of the published network itself in bf16.
     """
 
     def __init__(self, cfg: Config, device: torch.device | str):
-        """cfg: of the provider `eager`."""
+        """cfg: that of the provider `eager`."""
         self.cfg, self.device = cfg, device
         net, self.inputs = model(cfg, "eager", device).eval(), images(cfg, FEW, device)
         with torch.no_grad():
@@ -180,13 +183,13 @@ class Agreement:
         self.own = difference(half, self.eps)
 
     def check(self, net: nn.Module, provider: str, batch: int) -> float:
-        """Call the network on `batch` images, which compiles it, and compare the first ones; returns the relative error.
+        """Call the network on `batch` images, which compiles it, and compare the first ones; return the relative error.
 
         Raises:
-            RuntimeError: the error is more than twice the published network's own in bf16, or in float8 twice the
-                largest rounding of a value with three bits of mantissa, 2^-4. Float8 costs an eps about that rounding
-                itself (with random weights 6e-2 of S/2, 9e-2 of L/2 and H/2, an H200), ten times bf16's: what is off
-                by less than that, this cannot see; tests/gpu/test_fp8.py can.
+            RuntimeError: the error is more than twice the published network's own in bf16, or, in float8, more than
+                twice the largest rounding error of a value with three bits of mantissa, 2^-4. Float8 changes eps by
+                about that rounding error (6e-2 for S/2, 9e-2 for L/2 and H/2 with random weights on an H200), ten times
+                bf16's: this check cannot see smaller errors; tests/gpu/test_fp8.py can.
         """
         few, inputs = min(FEW, batch), images(self.cfg, batch, self.device)
         for values, some in zip(inputs, self.inputs):
@@ -202,5 +205,5 @@ class Agreement:
 
 
 def difference(values: Tensor, wanted: Tensor) -> float:
-    """|values - wanted| / |wanted|."""
+    """Return |values - wanted| / |wanted|."""
     return ((values.float() - wanted.float()).norm() / wanted.float().norm()).item()

@@ -1,4 +1,4 @@
-"""The report's pictures, from the CSV files: `python -m benchmarks.plot` (the extra plot)."""
+"""The report's plots, from the CSV files: `python -m benchmarks.plot` (the extra plot)."""
 
 import argparse
 from pathlib import Path
@@ -9,7 +9,7 @@ from benchmarks.report import PLOTS
 from benchmarks.results import MEMORY_A100, SAMPLING_A100, Results
 from uvit_fast.commands.drawing import INK, pyplot
 
-COLOURS = {  # told apart by the colour-blind too (Okabe and Ito)
+COLOURS = {  # colour-blind safe (Okabe and Ito)
     "published": "#999999",
     "eager": "#56b4e9",
     "compiled": "#e69f00",
@@ -21,9 +21,9 @@ COLOURS = {  # told apart by the colour-blind too (Okabe and Ito)
     "flash_attn": "#d55e00",
     "flash": "#f0e442",
 }
-LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}  # keeps a line from crossing out a number
+LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}  # keeps lines from crossing out a number
 MARKERS = {"ours": "o", "eager": "s", "compiled": "^", "torchao-fp8": "D"}
-KEPT = {  # policy of activation checkpointing -> how a marker is filled, and what it says
+KEPT = {  # policy of activation checkpointing -> fill of a marker, and its label
     "none": ("full", "nothing computed again"),
     "selective": ("left", "selective"),
     "block": ("none", "block checkpointing"),
@@ -31,7 +31,7 @@ KEPT = {  # policy of activation checkpointing -> how a marker is filled, and wh
 
 
 def axes(width: float = 7.0, height: float = 3.4) -> tuple[Any, Any]:
-    """A figure and its axes in the house's look.
+    """Return a figure and its axes in the house style.
 
     Raises:
         ImportError: matplotlib is not installed; the message names the extra.
@@ -42,7 +42,7 @@ def axes(width: float = 7.0, height: float = 3.4) -> tuple[Any, Any]:
 
 
 def bars(ax: Any, groups: list[str], series: dict[str, list[float | None]], colours: dict[str, str], form: str) -> None:
-    """Grouped bars with their values on top; a value that was not measured leaves no bar."""
+    """Draw grouped bars with their values on top; a value that was not measured has no bar."""
     width = 0.8 / max(1, len(series))
     for j, (label, values) in enumerate(series.items()):
         at = [i + (j - (len(series) - 1) / 2) * width for i in range(len(groups))]
@@ -53,7 +53,7 @@ def bars(ax: Any, groups: list[str], series: dict[str, list[float | None]], colo
 
 
 def sampling(results: Results) -> Any | None:
-    """Seconds for 500 samples without guidance, as latents."""
+    """Plot seconds for 500 samples without guidance, as latents."""
     providers = {"eager": "eager", "compiled": "compiled", "torchao float8, compiled": "torchao-fp8", "ours": "ours"}
     providers["ours, FP8"] = "ours-fp8"
     series: dict[str, list[float | None]] = {"appendix, A100": list(SAMPLING_A100.values())}
@@ -73,7 +73,7 @@ def sampling(results: Results) -> Any | None:
 
 
 def training(results: Results) -> Any | None:
-    """Images a second against the peak memory, a panel a size: provider by colour, what blocks keep by how full a marker is."""
+    """Plot images per second against peak memory, one panel per size: provider by colour, what blocks keep by fill."""
     providers = {"ours": "ours", "eager": "eager", "compiled": "compiled", "torchao-fp8": "torchao float8, compiled"}
     points: dict[str, dict[str, list]] = {}  # size -> provider -> (GB, images/s, what blocks keep)
     for case in results.cases("training"):
@@ -111,7 +111,7 @@ def training(results: Results) -> Any | None:
 
 
 def memory(results: Results) -> Any | None:
-    """Peaks: what stays between the steps, and the rest on top; the published figure as a line."""
+    """Plot peaks: what stays between the steps, and the rest on top; the published figure as a line."""
     found = []
     for case in results.cases("memory"):
         for provider in results.providers("memory", ("paper", "paper-efficient", "ours")):
@@ -129,7 +129,7 @@ def memory(results: Results) -> Any | None:
     ax.bar(at, [p - s for *_, p, s in found], 0.7, bottom=[s for *_, s in found], color=colours)
     for i, (case, provider, peak, _) in enumerate(found):
         published = MEMORY_A100.get((case, provider))
-        inside = published is not None and peak < published  # whose line would cross the number
+        inside = published is not None and peak < published  # its line would cross the number
         place = {"textcoords": "offset points", "ha": "center", "va": "top" if inside else "bottom", "fontsize": 8}
         ax.annotate(f"{peak:.3g}", (i, peak), (0, -2 if inside else 1), **place)
         if published:
@@ -146,7 +146,7 @@ def memory(results: Results) -> Any | None:
 
 
 def compared(results: Results, question: str, cases: dict[str, str], providers: list[str], title: str) -> Any | None:
-    """Milliseconds of some cases, relative to ours."""
+    """Plot milliseconds of some cases, relative to ours."""
     cases = {case: label for case, label in cases.items() if results.value(question, case, "ours", "time")}
     series: dict[str, list[float | None]] = {}
     for provider in providers:
@@ -199,7 +199,7 @@ FIGURES = {"sampling": sampling, "training": training, "memory": memory, "ops": 
 
 
 def write(results: Path = RESULTS) -> list[Path]:
-    """plots/<name>.png beside the folder of the CSV files, of whatever was measured; an older picture of nothing goes.
+    """Write plots/<name>.png beside the folder of the CSV files, for whatever was measured; remove outdated pictures.
 
     Raises:
         ImportError: matplotlib is not installed.

@@ -1,7 +1,8 @@
-"""Compiles what the sampling and training benchmarks need, in parallel: `python -m benchmarks.precompile --workers 12`
+"""Compile what the sampling and training benchmarks need, in parallel: `python -m benchmarks.precompile --workers 12`
 
-Each case is compiled by one of several processes into the caches on disk of inductor and Triton (TORCHINDUCTOR_CACHE_DIR, TRITON_CACHE_DIR),
-where the benchmarks find it. Blocks are compiled one by one, so a network of three has the code of all; `compiled-graphs` takes the whole one.
+Each case is compiled by one of several processes into inductor's and Triton's caches on disk (TORCHINDUCTOR_CACHE_DIR,
+TRITON_CACHE_DIR), where the benchmarks find it. Blocks are compiled one by one, so a network of three has the code of
+all; `compiled-graphs` takes the whole network.
 """
 
 import argparse
@@ -18,7 +19,7 @@ class Job(NamedTuple):
     """A call of a network.
 
     Args:
-        batch: images of a call, the unguided ones too.
+        batch: images per call, including unguided ones.
         policy: what a training step keeps; None: a call without gradients.
     """
 
@@ -29,7 +30,9 @@ class Job(NamedTuple):
 
 
 def jobs(sizes: Iterable[str], what: Iterable[str]) -> list[Job]:
-    """What `--cases peers` of the sampling benchmark and the main rows of the training benchmark compile, the longest first."""
+    """List what `--cases peers` of the sampling benchmark and the main rows of the training benchmark compile, the
+    longest first.
+    """
     found = []
     if "sampling" in what:
         found += [Job(size, "compiled-graphs", batch, None) for size in sizes for batch in (1, 8, 2, 16)]
@@ -47,7 +50,7 @@ def jobs(sizes: Iterable[str], what: Iterable[str]) -> list[Job]:
 
 
 def compile_one(job: Job, device: str, overrides: list[str]) -> float:
-    """Compile and run once; returns the seconds."""
+    """Compile and run once; return the seconds."""
     import torch
 
     from benchmarks import models
@@ -72,7 +75,7 @@ def compile_one(job: Job, device: str, overrides: list[str]) -> float:
 
 
 def forget_choices() -> int:
-    """Delete which variant of each kernel was the fastest: it was timed beside other processes. The compiled variants stay."""
+    """Delete which variant of each kernel was the fastest: it was timed beside other processes. The variants stay."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     chosen = [*Path(cache_dir()).rglob("*.best_config")]
@@ -91,7 +94,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of the configs")
     args = parser.parse_args()
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # of each worker
-    from benchmarks.common import need_gpu  # whose torch reads the line above
+    from benchmarks.common import need_gpu  # its torch reads the line above
     from benchmarks.models import runnable
 
     need_gpu(parser, args.device)
@@ -117,7 +120,7 @@ def main() -> None:
             print(
                 f"out of time; not compiled: {', '.join(f'{j.size}:{j.batch}:{j.provider}' for j in late)}", flush=True
             )
-            for worker in list(pool._processes.values()):  # it has no way to end what is under way
+            for worker in list(pool._processes.values()):  # the pool cannot end running work
                 worker.terminate()
     print(f"{time.monotonic() - began:.0f} s, {forget_choices()} choices of kernels forgotten, {failed} cases failed")
 

@@ -1,11 +1,12 @@
-"""Has anything become slower? Cases against benchmarks/baselines/<gpu>.json, in ratios that a slower card does not change.
+"""Has anything become slower? Compare cases with benchmarks/baselines/<gpu>.json, in ratios that hold on a slower card.
 
-    python -m benchmarks.regression            # compare with the baseline of this GPU; exit code 1 where a case lost
-    python -m benchmarks.regression --write    # make what is measured now the baseline
+    python -m benchmarks.regression            # compare with the baseline of this GPU; exit code 1 if a case lost
+    python -m benchmarks.regression --write    # make the current measurements the baseline
 
-Each round times a bf16 matrix product, a copy and the case, one right after the other. What a case should take is its baseline's
-time, scaled by how long the product and the copy take now against then, in the case's own shares. A neighbour only ever slows
-things, and not all the time: every time is a low quantile of its rounds, and a loss must show in each of `ATTEMPTS` measurements.
+Each round times a bf16 matrix product, a copy and the case, one right after the other. The expected time of a case is
+its baseline's, scaled by how long product and copy take now against then, in the case's own shares. A neighbour only
+ever slows things, and not all the time: every time is a low quantile over its rounds, and a loss must show in each of
+`ATTEMPTS` measurements.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from uvit_fast.kernels.ops import attention
 from uvit_fast.sampling.captured import GraphSampler
 
 FOLDER = Path(__file__).parent / "baselines"
-LIMIT = 1.03  # times the expected time: below a loss of 5%, above what repeats differ by
+LIMIT = 1.03  # times the expected time: below a loss of 5%, above the spread of repeats
 QUANTILE = 0.25
 ATTEMPTS = 3
 Run = Callable[[], object]
@@ -35,13 +36,13 @@ Run = Callable[[], object]
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed.
+    """A timed case.
 
     Args:
         make: allocates and warms up; returns what a round calls.
-        products: share of its time that is matrix products; the rest moves memory.
-        calls: in a round, so that it takes a millisecond at least.
-        rounds: of one measurement.
+        products: share of its time spent in matrix products; the rest moves memory.
+        calls: per round, such that it takes at least a millisecond.
+        rounds: per measurement.
     """
 
     make: Callable[[], Run]
@@ -52,7 +53,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds: of the matrix product, of the copy, of one call of the case."""
+    """Milliseconds of the matrix product, of the copy, and of one call of the case."""
 
     product: float
     copy: float
@@ -60,19 +61,19 @@ class Times:
 
 
 def expected(was: Times, now: Times, products: float) -> float:
-    """Milliseconds that the case would take now if nothing about it had changed."""
+    """Return the milliseconds that the case would take now if nothing about it had changed."""
     return was.case * (products * now.product / was.product + (1 - products) * now.copy / was.copy)
 
 
 def summary(rounds: list[tuple[float, float, float]]) -> Times:
-    """The low quantile of each column of (product, copy, case) in milliseconds."""
+    """Return the low quantile of each column of (product, copy, case) in milliseconds."""
     columns = zip(*rounds)
     return Times(*(sorted(column)[int(QUANTILE * len(rounds))] for column in columns))
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """ratio: measured over expected, of the best attempt; lost: a sentence where every attempt was beyond `LIMIT`."""
+    """ratio: measured over expected, of the best attempt; lost: a sentence if every attempt was beyond `LIMIT`."""
 
     now: Times
     ratio: float
@@ -80,21 +81,22 @@ class Verdict:
 
 
 def compare(name: str, was: Times, products: float, measure: Callable[[], Times]) -> Verdict:
-    """Measure until an attempt is within `LIMIT` of what is expected, `ATTEMPTS` times at most."""
+    """Measure until an attempt is within `LIMIT` of the expected time, at most `ATTEMPTS` times."""
     found: list[tuple[float, Times]] = []
     while len(found) < ATTEMPTS and all(ratio > LIMIT for ratio, _ in found):
         now = measure()
         found.append((now.case / expected(was, now, products), now))
     ratio, now = min(found, key=lambda pair: pair[0])
     lost = (
-        f"{name}: was {was.case:.4g} ms, now {now.case:.4g} ms, {ratio - 1:+.1%} beyond what this card's matrix product "
+        f"{name}: was {was.case:.4g} ms, now {now.case:.4g} ms, {ratio - 1:+.1%} beyond what "
+        "this card's matrix product "
         f"({now.product / was.product - 1:+.1%}) and copy ({now.copy / was.copy - 1:+.1%}) explain"
     )
     return Verdict(now, ratio, lost if ratio > LIMIT else None)
 
 
 class Yard:
-    """The matrix product and the copy that every round begins with."""
+    """The matrix product and the copy with which every round begins."""
 
     def __init__(self, device: str = "cuda", side: int = 8192, elements: int = 2**28):
         self.device = device
@@ -103,7 +105,7 @@ class Yard:
         self.target = torch.empty_like(self.source)
 
     def measure(self, run: Run, calls: int, rounds: int) -> Times:
-        """Rounds of product, copy and case. The first two also keep a GPU busy while Python queues the case."""
+        """Run rounds of product, copy and case. The first two also keep a GPU busy while Python queues the case."""
         found, marks = [], []
         for _ in range(rounds + 2):
             marks.append([self._mark()])
@@ -112,7 +114,7 @@ class Yard:
                 marks[-1].append(self._mark())
         if self.device == "cuda":
             torch.cuda.synchronize()
-        for row in marks[2:]:  # the first two are warm-up
+        for row in marks[2:]:  # the first two are a warm-up
             product, copy, case = (_elapsed(a, b) for a, b in zip(row[:-1], row[1:]))
             found.append((product, copy, case / calls))
         return summary(found)
@@ -149,13 +151,13 @@ def _without_gradients(op: Callable, args: tuple) -> Run:
 
 
 def _with_backward(op: Callable, args: tuple) -> Run:
-    """Forward and backward."""
+    """Return a run of forward and backward."""
     given = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(), args)
     leaves = [t for t in tree_leaves(given) if isinstance(t, Tensor)]
 
     def output() -> Tensor:
         y = op(*given)
-        return y[0] if isinstance(y, tuple) else y  # without the sums for a LayerNorm that follows
+        return y[0] if isinstance(y, tuple) else y  # without the sums for the next LayerNorm
 
     dout = torch.randn_like(output())
     return lambda: torch.autograd.grad(output(), leaves, dout)
@@ -211,13 +213,13 @@ def baseline_path() -> Path:
 
 
 def read_baseline() -> dict[str, Times]:
-    """The baseline of this GPU, empty where there is none."""
+    """Return the baseline of this GPU, empty if there is none."""
     path = baseline_path()
     return {name: Times(**was) for name, was in json.loads(path.read_text())["cases"].items()} if path.exists() else {}
 
 
 def measurement(name: str, yard: Yard) -> Callable[[], Times]:
-    """What measures a case, again at each call."""
+    """Return a function that measures a case, again at each call."""
     case = CASES[name]
     run = case.make()
     _repeat(run, 2)  # compiles, captures
@@ -225,7 +227,7 @@ def measurement(name: str, yard: Yard) -> Callable[[], Times]:
 
 
 def write_baseline(yard: Yard) -> Path:
-    """Measure every case and write this GPU's baseline: of `ATTEMPTS` measurements the one in the middle."""
+    """Measure every case and write this GPU's baseline: the middle one of `ATTEMPTS` measurements."""
     import triton
 
     cases = {}

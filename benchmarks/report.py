@@ -1,4 +1,4 @@
-"""benchmarks/REPORT.md from the CSV files: `python -m benchmarks.report`. The plots beside it: `python -m benchmarks.plot`."""
+"""Write benchmarks/REPORT.md from the CSV files: `python -m benchmarks.report`. Plots: `python -m benchmarks.plot`."""
 
 import argparse
 import re
@@ -27,7 +27,7 @@ ORDER = (*OURS, "ours-uncaptured", *models.PEERS, "cublas")
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Three digits, or a dash for what was not measured."""
+    """Format three digits, or a dash for what was not measured."""
     if value is None:
         return "–"
     return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:#.{digits}g}".rstrip(".")
@@ -38,12 +38,12 @@ def percent(part: float | None, whole: float | None) -> str:
 
 
 def times(a: float | None, b: float | None) -> str:
-    """How many times faster: a over b."""
+    """Format how many times faster: a over b."""
     return "–" if a is None or not b else f"{a / b:.2f}×"
 
 
 def over(peer: Peer | None) -> str:
-    """How many times better ours is than the best peer, and who that is."""
+    """Format how many times better ours is than the best peer, and which that is."""
     return f"{peer.times:.2f}× {peer.name}" if peer and peer.times else "–"
 
 
@@ -53,12 +53,17 @@ def markdown(header: Sequence[str], rows: list[Sequence[str]]) -> list[str]:
 
 
 def wrapped(text: str) -> list[str]:
-    """A paragraph as lines of at most 120 characters."""
+    """Wrap a paragraph into lines of at most 120 characters."""
     return textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
+def paragraph(text: str) -> list[str]:
+    """Wrap a paragraph, with an empty line after it."""
+    return [*wrapped(text), ""]
+
+
 def measured_on(results: Results, question: str, command: str) -> Iterator[str]:
-    """The line under a table: where its rows come from, and that run's ceilings."""
+    """Yield the line under a table: where its rows come from, and that run's ceilings."""
     if question not in results.rows:
         yield from (f"Not measured: `{command}`.", "")
         return
@@ -66,7 +71,7 @@ def measured_on(results: Results, question: str, command: str) -> Iterator[str]:
     limits = (
         f" Ceilings in the same run: {product / 1e12:.0f} TFLOP/s, {copy / 1e12:.2f} TB/s." if product and copy else ""
     )
-    yield from (f"[`{question}.csv`](results/{question}.csv): {results.stack(question)}.{limits}", "")
+    yield from paragraph(f"[`{question}.csv`](results/{question}.csv): {results.stack(question)}.{limits}")
 
 
 def picture(name: str, says: str, folder: Path) -> Iterator[str]:
@@ -75,19 +80,19 @@ def picture(name: str, says: str, folder: Path) -> Iterator[str]:
 
 
 def _times(results: Results, question: str, case: str) -> list[str]:
-    """How many times faster than the best peer ours is, in bf16 and in FP8."""
+    """Format how many times faster ours is than the best peer, in bf16 and in FP8."""
     return [over(results.peer(question, case, "time", who)) for who in OURS]
 
 
 def sampling(results: Results, folder: Path) -> Iterator[str]:
     yield from ("## Sampling: 500 images, 50 evaluations", "")
-    yield from (
-        "Seconds, each at the batch that was fastest for it. Appendix: the paper's figures on an A100, with guidance twice those "
-        "without, as it says; batch, precision and decoding are unstated there. Batch, GB (at the peak) and what follows are ours in bf16. In FP8: "
-        "with e4m3 products, which change what is sampled a little ([`docs/fp8.md`](../docs/fp8.md)). MFU: FLOPs of the "
-        "network's products over the data sheet's dense bf16 peak; of ceiling: over the matrix product of the same run. A100, "
-        "estimate: the same MFU of an A100's 312 TFLOP/s; it was not run on one.",
-        "",
+    yield from paragraph(
+        "Seconds, for each provider at its fastest batch. Appendix: the paper's figures on an A100, doubled with "
+        "guidance, as it says; it does not state batch, precision and decoding. Batch, GB (at the peak) and the "
+        "columns after them are ours in bf16. In FP8: with e4m3 products, which change the samples slightly "
+        "([`docs/fp8.md`](../docs/fp8.md)). MFU: FLOPs of the network's matrix products over the data sheet's dense "
+        "bf16 peak; of ceiling: over the matrix product of the same run. A100, estimate: the same MFU of an A100's 312 "
+        "TFLOP/s; it was not run on one."
     )
     yield from picture("sampling", "Seconds for 500 samples: the appendix, the peers, ours", folder)
     rows = []
@@ -111,7 +116,8 @@ def sampling(results: Results, folder: Path) -> Iterator[str]:
                 estimate = sampling_flops(size, guided) / (rate / peak * A100) if rate and peak else None
                 what = f"{size}, {'guided' if guided else 'no guidance'}, {'decoded' if decoded else 'latents'}"
                 rows.append([
-                    what, number(appendix and appendix * (2 if guided else 1)), *(number(seconds[p]) for p in MANY), number(ours),
+                    what, number(appendix and appendix * (2 if guided else 1)), *(number(seconds[p]) for p in MANY),
+                    number(ours),
                     over(best and Peer(name, best, ours and best / ours)), number(narrow),
                     over(best and Peer(name, best, narrow and best / narrow)), str(batch or "–"),
                     number(results.value("sampling", case, "ours", "peak")), percent(rate, peak),
@@ -121,13 +127,13 @@ def sampling(results: Results, folder: Path) -> Iterator[str]:
         header = "ours | over best peer | in FP8 | over best peer | batch | GB | MFU | of ceiling | A100, estimate"
         yield from markdown(["", "appendix, A100", *MANY, *header.split(" | ")], rows)
     if results.extrapolated():
-        yield from (results.extrapolated(), "")
+        yield from paragraph(results.extrapolated())
     few = {case: says for case, says in results.sampling().items() if says.batch <= 50}
     order = sorted(
         few, key=lambda case: (few[case].batch, ORDERED.index(few[case].size), few[case].decoded, few[case].guided)
     )
     if order:
-        yield from ("Fewer images: ms of a loop of 50 evaluations of a batch.", "")
+        yield from paragraph("Fewer images: milliseconds of a loop of 50 evaluations, for the batch.")
         rows = []
         for case in order:
             scale = 2 * few[case].batch  # from seconds of 500 images to milliseconds of a batch
@@ -136,9 +142,9 @@ def sampling(results: Results, folder: Path) -> Iterator[str]:
         yield from markdown(["", *OURS, *models.PEERS, "over best peer", "in FP8"], rows)
     calls = [case for case in results.cases("sampling") if case.startswith("forward:")]
     if calls:
-        yield from (
-            "A plain call of the network, model(x, t, y=y), without gradients, as from a loop of one's own; ours replays a CUDA graph of it; ms.",
-            "",
+        yield from paragraph(
+            "A plain call of the network, model(x, t, y=y), without gradients, as in a user's own loop, in "
+            "milliseconds; ours replays a CUDA graph of it."
         )
         rows = []
         for case in sorted(calls, key=lambda case: (int(case.split(":")[2]), ORDERED.index(case.split(":")[1]))):
@@ -150,12 +156,13 @@ def sampling(results: Results, folder: Path) -> Iterator[str]:
 
 def training(results: Results, folder: Path) -> Iterator[str]:
     yield from ("## Training: a whole step", "")
-    yield from (
-        "Images a second of forward, backward, AdamW and EMA; GB at the peak, ours. The peers keep no fp32 masters. MFU counts three forwards' products an image: recomputed "
-        "activations are no work. `selective` keeps what fits the budget that is named, all of it where that is enough. Published, A100: images/s of the published code's README.",
-        "",
+    yield from paragraph(
+        "Images per second, of forward, backward, AdamW and EMA; GB at the peak, ours. The peers keep no fp32 masters. "
+        "MFU counts the matrix products of three forwards per image; recomputed activations do not count. `selective` "
+        "keeps what fits the budget, everything if that fits. Published, A100: images/s from the published code's "
+        "README."
     )
-    yield from picture("training", "Images a second against peak memory", folder)
+    yield from picture("training", "Images per second against peak memory", folder)
     rows = []
     for case in sorted(results.cases("training"), key=lambda case: "H L M S USiT".find(case.split(":")[0])):
         size, speed = case.split(":")[0], results.value("training", case, "ours", "img_per_s")
@@ -167,17 +174,18 @@ def training(results: Results, folder: Path) -> Iterator[str]:
         rows.append([
             f"{case}, {number(budget)} GB" if budget else case, *peers, number(speed),
             over(results.peer("training", case, "img_per_s")), *memory, over(results.peer("training", case, "peak_gb")),
-            percent(rate, results.peak("training")), percent(rate, results.ceiling("training", "matmul")), published or "–",
+            percent(rate, results.peak("training")), percent(rate, results.ceiling("training", "matmul")),
+            published or "–",
         ])  # fmt: skip
     if rows:
-        header = "ours | over best peer | peak, GB | activations, GB | less than best peer's peak | MFU | of ceiling | published, A100"
-        yield from markdown(["case", *MANY, *header.split(" | ")], rows)
+        header = "ours | over best peer | peak, GB | activations, GB | less than best peer's peak | MFU | of ceiling"
+        yield from markdown(["case", *MANY, *header.split(" | "), "published, A100"], rows)
     yield from frozen(results)
     yield from measured_on(results, "training", "python -m benchmarks.bench_training")
 
 
 def frozen(results: Results) -> Iterator[str]:
-    """Fine-tunings beside the training of all weights."""
+    """Yield the table of fine-tunings beside the training of all weights."""
     rows = []
     for case in results.cases("training"):
         speed = results.value("training", case, "ours", "img_per_s")
@@ -186,19 +194,16 @@ def frozen(results: Results) -> Iterator[str]:
             if speed and values[0]:
                 rows.append([case, names, number(values[0]), f"{values[0] / speed:.2f}", *map(number, values[1:])])
     if rows:
-        yield from (
-            "Fine-tuning: what learns; the rest is frozen. GB of weights, optimizer and EMA, and at the peak.",
-            "",
-        )
-        yield from markdown(["case", "what learns", "images/s", "over all weights", "static, GB", "peak, GB"], rows)
+        yield from paragraph("Fine-tuning, the rest frozen. Static: weights, optimizer and EMA.")
+        yield from markdown(["case", "trainable", "images/s", "over all weights", "static, GB", "peak, GB"], rows)
 
 
 def memory(results: Results, folder: Path) -> Iterator[str]:
     yield from ("## Memory of a training step", "")
-    yield from (
-        "Peaks in GB, batch 128. As published: fp32 weights, fp16 autocast, attention as products and a softmax, or memory-efficient "
-        "attention; both measured here to see what the published figures count. The best peer is that of the training table.",
-        "",
+    yield from paragraph(
+        "Peaks in GB, batch 128. As published: fp32 weights, fp16 autocast, attention as products and a softmax, or "
+        "memory-efficient attention; both were measured here to see what the published figures count. The best peer is "
+        "that of the training table."
     )
     yield from picture("memory", "Memory of a training step, and the published figures", folder)
     rows = []
@@ -220,11 +225,11 @@ def memory(results: Results, folder: Path) -> Iterator[str]:
 
 def ops(results: Results, folder: Path) -> Iterator[str]:
     yield from ("## The fused ops", "")
-    yield from (
-        "Milliseconds at batch 128: 33,024 tokens, width D. cuBLAS: its matrix products alone, without what is fused with them. Of "
-        "cuBLAS: that time over ours. In a loop: ours with the weights' folding done before, as while sampling; in FP8: the same "
-        "from e4m3 operands to what the next op reads, and that loop's time over it.",
-        "",
+    yield from paragraph(
+        "Milliseconds at batch 128: 33,024 tokens, width D. cuBLAS: its matrix products alone, without what is fused "
+        "with them. Of cuBLAS: that time over ours. In a loop: ours with the weights folded beforehand, as in "
+        "sampling. In FP8: the same from e4m3 operands to what the next op reads. FP8 over bf16: the loop's time over "
+        "that."
     )
     yield from picture("ops", "Time of the fused ops at D = 1152 over eager", folder)
     rows = []
@@ -246,7 +251,7 @@ def ops(results: Results, folder: Path) -> Iterator[str]:
 
 
 def generic(results: Results, folder: Path, question: str, says: str) -> Iterator[str]:
-    """A row a case and metric, a column a provider."""
+    """Yield a table with a row per case and metric, a column per provider."""
     yield from (f"## {question.capitalize()}", "", says, "")
     yield from picture(question, question.capitalize(), folder)
     providers, rows = results.providers(question, ORDER), []
@@ -262,26 +267,29 @@ def generic(results: Results, folder: Path, question: str, says: str) -> Iterato
 
 
 def text(results: Results, folder: Path) -> str:
-    """The whole report.
+    """Return the whole report.
 
     Args:
-        folder: where it will lie; pictures are shown that are in its plots/.
+        folder: where it will be; pictures in its plots/ are shown.
     """
     lines = [
         "# Benchmarks",
         "",
-        "Generated by `python -m benchmarks.report` from `results/*.csv`; `make bench` measures and generates all of it. Medians. A dash: "
-        "not measured. The peers are the published network with bf16 weights, and cuDNN's attention where it is faster than PyTorch's own choice: "
-        '`eager`; `compiled`, `torch.compile` block by block; `compiled-graphs`, `torch.compile(mode="reduce-overhead")` of the whole network, '
-        "up to 16 images; `torchao-fp8`, the blocks' linear layers in float8 by torchao (inference: a scale a row; training: one a tensor), "
-        "compiled block by block. Over best peer: how many times better ours, in bf16, is than the best of them, whoever that is.",
-        "",
+        *paragraph(
+            "Generated by `python -m benchmarks.report` from `results/*.csv`; `make bench` measures and generates all "
+            "of it. Medians. A dash: not measured. The peers are the published network with bf16 weights, with cuDNN's "
+            "attention where it is faster than PyTorch's own choice: `eager`; `compiled`, `torch.compile` block by "
+            'block; `compiled-graphs`, `torch.compile(mode="reduce-overhead")` of the whole network, up to 16 images; '
+            "`torchao-fp8`, the blocks' linear layers in float8 by torchao (inference: one scale per row; training: "
+            "one per tensor), compiled block by block. Over best peer: how many times better ours, in bf16, is than "
+            "the best of them."
+        ),
         *sampling(results, folder),
         *generic(
             results,
             folder,
             "cached",
-            "Seconds for 500 samples of 50 evaluations of 2M, latents, random weights, with layers cached.",
+            "Seconds for 500 samples of 50 evaluations (2M), latents, random weights, with cached layers.",
         ),
         *training(results, folder),
         *memory(results, folder),
@@ -295,7 +303,7 @@ def text(results: Results, folder: Path) -> str:
 
 
 def write(results: Path = RESULTS) -> Path:
-    """REPORT.md beside the folder of the CSV files."""
+    """Write REPORT.md beside the folder of the CSV files."""
     folder = Path(results).parent
     path = folder / REPORT
     path.write_text(text(Results(results), folder))

@@ -1,4 +1,4 @@
-"""The CSV files of benchmarks/results, read for the tables and the plots, and the figures that others published."""
+"""The CSV files of benchmarks/results, read for tables and plots, and the published figures."""
 
 import csv
 import functools
@@ -12,8 +12,8 @@ from benchmarks.common import RESULTS
 from uvit_fast import build_model
 from uvit_fast.training.monitor import PEAK_FLOPS, forward_flops
 
-# Appendix: seconds on one A100 for 500 samples of 50 evaluations, without guidance; twice that with it. Batch, precision,
-# attention and whether decoding is inside are not stated.
+# Appendix: seconds on one A100 for 500 samples of 50 evaluations, without guidance; twice that with it. Batch,
+# precision, attention and whether decoding is included are not stated.
 SAMPLING_A100 = {"S": 19.0, "M": 34.0, "L": 59.0, "H": 89.0}
 # GB of L/2 at batch 128, forward and backward (appendix); MB / 1000 of H/2 (README of the published code), with and
 # without memory-efficient attention.
@@ -30,12 +30,12 @@ TRAINING_A100 = {
     "H:128:block": {"memory-efficient attention": 0.87 * 128},
 }
 A100 = PEAK_FLOPS["A100"]
-MORE_IS_BETTER = ("images/s", "items/s", "1/s", "TFLOP/s", "of peak", "of 1 GPU")  # units; of others less is
-NO_PEERS = ("ours", "paper", "cublas", "calculated")  # how names begin of ours, of what was published, of limits
+MORE_IS_BETTER = ("images/s", "items/s", "1/s", "TFLOP/s", "of peak", "of 1 GPU")  # units; for others less is
+NO_PEERS = ("ours", "paper", "cublas", "calculated")  # first words of our names, of published figures, of limits
 
 
 class Sampling(NamedTuple):
-    """What a loop's case of sampling.csv says: `<S|M|L|H|USiT>:<batch>:<cfg|nocfg>:<latent or how it is decoded>`."""
+    """The meaning of a loop's case in sampling.csv: `<S|M|L|H|USiT>:<batch>:<cfg|nocfg>:<latent or its decoder>`."""
 
     size: str
     batch: int
@@ -44,7 +44,7 @@ class Sampling(NamedTuple):
 
 
 class Peer(NamedTuple):
-    """The best of those whom users could take in our place; times: how many times better ours is, None where ours was not measured."""
+    """The best alternative for users; times: how many times better ours is, None if ours was not measured."""
 
     name: str
     value: float
@@ -52,12 +52,12 @@ class Peer(NamedTuple):
 
 
 class Results:
-    """Medians by (question, case, provider, metric); what was not measured is None.
+    """Medians by (question, case, provider, metric); None for what was not measured.
 
-    What several devices measured is the last one's alone: a ratio of two devices would compare the devices.
+    Of several devices' rows only the last device's count: a ratio of two devices would compare the devices.
 
     Args:
-        folder: of the CSV files; files that are not there are empty.
+        folder: of the CSV files; missing files count as empty.
     """
 
     def __init__(self, folder: str | Path = RESULTS):
@@ -77,7 +77,7 @@ class Results:
         return None
 
     def peer(self, question: str, case: str, metric: str, who: str = "ours") -> Peer | None:
-        """The best peer of a case, and how many times better `who` of ours is; None where none was measured."""
+        """Return the best peer of a case, and how many times better our `who` is; None if none was measured."""
         rows = [row for row in self.rows.get(question, []) if (row["case"], row["metric"]) == (case, metric)]
         found = [(float(row["p50"]), row["provider"]) for row in rows if not row["provider"].startswith(NO_PEERS)]
         if not found:
@@ -87,12 +87,12 @@ class Results:
         return Peer(name, value, ours and (ours / value if more else value / ours))
 
     def cases(self, question: str) -> list[str]:
-        """In the order of the file, without the ceilings."""
+        """Return the cases in the order of the file, without the ceilings."""
         found = (row["case"] for row in self.rows.get(question, []))
         return list(dict.fromkeys(case for case in found if not case.startswith("ceiling:")))
 
     def providers(self, question: str, first: tuple[str, ...] = ()) -> list[str]:
-        """Of all cases: those of `first` that were measured, then the others."""
+        """Return the providers of all cases: those of `first` that were measured, then the others."""
         found = {r["provider"]: None for r in self.rows.get(question, []) if not r["case"].startswith("ceiling:")}
         return [p for p in first if p in found] + [p for p in found if p not in first]
 
@@ -101,23 +101,23 @@ class Results:
         return rows[0]["device"] if rows else None
 
     def stack(self, question: str) -> str:
-        """Device, versions, dates and commits of a file."""
+        """Return device, versions, dates and commits of a file."""
         keys = ("device", "torch", "triton", "date", "commit")
         seen = [" / ".join(dict.fromkeys(row[key] for row in self.rows[question])) for key in keys]
         return f"{seen[0]}, torch {seen[1]}, triton {seen[2]}, {seen[3]}, commit {seen[4]}"
 
     def ceiling(self, question: str, which: str) -> float | None:
-        """FLOP/s of the matrix product ("matmul") or bytes/s of the copy ("copy") of the same run."""
+        """Return FLOP/s of the matrix product ("matmul") or bytes/s of the copy ("copy") of the same run."""
         rows = self.rows.get(question, [])
         return next((float(row["p50"]) * 1e12 for row in rows if row["case"] == f"ceiling:{which}"), None)
 
     def peak(self, question: str) -> float | None:
-        """Dense bf16 FLOP/s of the data sheet of the device that was measured."""
+        """Return dense bf16 FLOP/s from the data sheet of the measured device."""
         name = self.device(question) or ""
         return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
     def sampling(self) -> dict[str, Sampling]:
-        """case -> what it says; cases of another form are left out."""
+        """Return case -> its meaning; cases of another form are left out."""
         found, sizes = {}, models.CONFIGS | models.OTHERS
         for case in self.cases("sampling"):
             parts = case.split(":")
@@ -126,9 +126,9 @@ class Results:
         return found
 
     def extrapolated(self, batches: set[str] | None = None) -> str:
-        """Return a sentence about the times of sampling.csv of which fewer than the 50 evaluations were measured.
+        """Return a sentence about the times in sampling.csv for which fewer than the 50 evaluations were measured.
 
-        It is empty where there is none; with `batches` it is about those only.
+        It is empty if there are none; with `batches` it is about those only.
         """
         counts: dict[tuple[str, float], dict[str, None]] = {}
         for row in self.rows.get("sampling", []):
@@ -141,7 +141,7 @@ class Results:
         return f"Timed over fewer than the 50 evaluations, and scaled: {'; '.join(told)}." if told else ""
 
     def best(self, size: str, guided: bool, decoded: bool, provider: str) -> tuple[float, int] | None:
-        """Seconds for 500 samples and the batch, of the batch that takes the fewest."""
+        """Return seconds for 500 samples and the batch, for the fastest batch."""
         found = []
         for case, says in self.sampling().items():
             seconds = self.value("sampling", case, provider, "time")
@@ -152,7 +152,7 @@ class Results:
 
 @functools.cache
 def image_flops(size: str) -> float:
-    """FLOPs of the products of one image's evaluation by S, M, L, H or USiT: 258 tokens, 1001 classes."""
+    """Return FLOPs of the products of one image's evaluation by S, M, L, H or USiT: 258 tokens, 1001 classes."""
     cfg = models.config(size, "eager")
     with torch.device("meta"):
         flops = forward_flops(build_model(cfg), cfg)
@@ -161,5 +161,5 @@ def image_flops(size: str) -> float:
 
 
 def sampling_flops(size: str, guided: bool) -> float:
-    """FLOPs of 500 samples of 50 evaluations."""
+    """Return FLOPs of 500 samples of 50 evaluations."""
     return 500 * 50 * image_flops(size) * (2 if guided else 1)

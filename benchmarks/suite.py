@@ -1,10 +1,10 @@
-"""The whole suite on the machine at hand: measures, then writes the tables and the plots. `uvit-fast bench` or
+"""Run the whole suite on this machine, then write the tables and the plots. `uvit-fast bench` or
 
     python -m benchmarks.suite --quick       # an H100 takes six minutes
     python -m benchmarks.suite --only sampling,memory
 
-Each benchmark is a process of its own, so that none inherits another's memory, compiled code or clocks. How long one takes is
-measured too: the next run on the same device knows (results/suite.csv).
+Each benchmark is a process of its own, so that none inherits another's memory, compiled code or clocks. Its duration is
+measured too, for the next run on the same device (results/suite.csv).
 """
 
 import argparse
@@ -26,11 +26,12 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass(frozen=True)
 class Bench:
-    """A module bench_<name>, its arguments, and the seconds that they took or, before a first run, are thought to take on an H100.
+    """A module bench_<name>, its arguments, and the seconds that they took or, before a first run, are estimated to
+    take on an H100.
 
     Args:
         cpu: arguments and seconds on a machine without a GPU; None: it needs one.
-        gpus: that it needs, or more, which it is told as --gpus.
+        gpus: how many it needs at least; it gets the number as --gpus.
     """
 
     name: str
@@ -43,11 +44,20 @@ class Bench:
 SUITE = [
     Bench("ops", ("", 180), ("--dims 1152", 55)),
     Bench("attention", ("", 90), ("--without compiled", 50)),
-    Bench("sampling", ("--cases peers,usit", 1800), ("--cases *:500:nocfg:latent:* --providers ours,compiled --evaluations 5", 85)),
+    Bench(
+        "sampling",
+        ("--cases peers,usit", 1800),
+        ("--cases *:500:nocfg:latent:* --providers ours,compiled --evaluations 5", 85),
+    ),
     Bench("cached", ("", 150), ("--sizes S --plans outer:3 --providers ours", 9)),
     Bench("training", ("--cases all", 1050), ("--sizes H --providers ours,compiled", 80)),
     Bench("memory", ("", 45), ("", 45)),
-    Bench("evaluation", ("", 60), ("--samples 10000 --reference 2000", 20), ("--samples 5000 --reference 1000 --images 32", 60)),
+    Bench(
+        "evaluation",
+        ("", 60),
+        ("--samples 10000 --reference 2000", 20),
+        ("--samples 5000 --reference 1000 --images 32", 60),
+    ),
     Bench("data", ("", 60), ("--items 4000 --latents 32 --sizes 256", 15), ("", 60)),
     Bench("scaling", ("", 400), ("--sections scaling --policies block --steps 10", 120), gpus=2),
 ]  # fmt: skip
@@ -55,7 +65,7 @@ SUITE = [
 
 @dataclass
 class Plan:
-    """What will run: a benchmark, its arguments, the seconds that it should take."""
+    """A planned run: a benchmark, its arguments, its expected seconds."""
 
     name: str
     arguments: str
@@ -63,14 +73,14 @@ class Plan:
 
 
 def plan(gpus: int, quick: bool, only: list[str], measured: dict[str, float]) -> tuple[list[Plan], list[str]]:
-    """What runs on a machine with so many GPUs, and the names of what needs more and is left out.
+    """Return what runs on a machine with that many GPUs, and the names of benchmarks that need more and are left out.
 
     Args:
         only: names; empty: all.
         measured: seconds by `case` of earlier runs on this device.
 
     Raises:
-        SystemExit: a name that is none of the suite's.
+        SystemExit: a name that is not in the suite.
     """
     known = [bench.name for bench in SUITE]
     if unknown := [name for name in only if name not in known]:
@@ -97,7 +107,8 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """Time left: of what is running, what its plan says beyond what has passed; of the rest, the plans, scaled by how the plans held.
+    """Time left: of the running plan, what it has beyond the time passed; of the others, their plans, scaled by how
+    well earlier plans held.
 
     Args:
         now: the clock, in seconds.
@@ -107,7 +118,7 @@ class Progress:
         self.plans, self.now, self.done, self.took, self.began = plans, now, 0, 0.0, now()
 
     def finish(self) -> float:
-        """The running one is done; its seconds."""
+        """End the running plan; return its seconds."""
         seconds = self.now() - self.began
         self.took, self.done, self.began = self.took + seconds, self.done + 1, self.now()
         return seconds
@@ -123,7 +134,9 @@ class Progress:
 
 
 def run(plans: list[Plan], out: Path, rows: Rows) -> list[str]:
-    """Run them one after the other, show their rows as they come, add their seconds to `rows`; the names of those that failed."""
+    """Run them one after the other, print their rows as they come, and add their seconds to `rows`; return the names of
+    those that failed.
+    """
     progress, failed = Progress(plans), []
     for p in plans:
         command = [sys.executable, "-u", "-m", f"benchmarks.bench_{p.name}", *p.arguments.split(), "--out", str(out)]
@@ -167,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def report(out: Path) -> None:
-    """The tables, and the plots where matplotlib is."""
+    """Write the tables, and the plots if matplotlib is installed."""
     from benchmarks import plot
     from benchmarks import report as tables
 

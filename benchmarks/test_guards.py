@@ -1,4 +1,4 @@
-"""The deterministic guards, where there is no GPU: `pytest benchmarks --benchmark-only`. The times are the guards' own."""
+"""The deterministic guards, without a GPU: `pytest benchmarks --benchmark-only`. The times are the guards' own."""
 
 import warnings
 

@@ -1,5 +1,6 @@
-"""Nothing is 5% slower than this GPU's baseline: `pytest benchmarks --benchmark-only`. `python -m benchmarks.regression --write`
-writes the baseline."""
+"""Nothing is 5% slower than this GPU's baseline: `pytest benchmarks --benchmark-only`.
+`python -m benchmarks.regression --write` writes the baseline.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""The network alone under a scheduler of diffusers: `python examples/diffusers_scheduler.py imagenet256_uvit_huge.pth`."""
+"""The network alone under a scheduler of diffusers:
+`python examples/diffusers_scheduler.py imagenet256_uvit_huge.pth`.
+"""
 
 import sys
 
@@ -13,7 +15,7 @@ from uvit_fast.sampling import load_for_sampling
 
 @torch.no_grad()
 def sample(cfg: Config, checkpoint: str, labels: list[int], steps: int = 20) -> torch.Tensor:
-    """Latents (B, 4, H, W), times the scale factor; of a model of the SD schedule, whose network receives n = t + 1."""
+    """Return latents (B, 4, H, W), times the scale factor, from an SD-schedule model, which receives n = t + 1."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_for_sampling(cfg, checkpoint, device)
     scheduler = UniPCMultistepScheduler.from_config(UViTScheduler("sd").config)

@@ -1,4 +1,4 @@
-"""Fine-tune published weights on a folder of photographs, one folder a class:
+"""Fine-tune published weights on a folder of photographs, one folder per class:
 `python examples/finetune.py imagenet256_uvit_huge.pth /my/photographs`.
 
 The same from the command line, and what each setting does: docs/finetuning.md.
@@ -35,7 +35,7 @@ def finetune(
     )
     options = [part for override in overrides for part in ("--set", override)]
     if cli.main(["extract", "--config", config, *options, "--images", photographs, "--out", latents]):
-        raise SystemExit(2)  # it has said why
+        raise SystemExit(2)  # the reason was printed
     cfg = load_config(config, overrides)
     dataset, held_out = hold_out(cfg, build_dataset(cfg))
     preview = training_preview(cfg, Provenance.of(dataset))  # a grid of samples every train.sample_every steps

@@ -1,4 +1,4 @@
-"""A dataset of one's own, and a run that learns it: `python examples/own_dataset.py`, minutes on a CPU.
+"""A dataset of your own, and a run that learns it: `python examples/own_dataset.py`, minutes on a CPU.
 
 Rings of ten sizes, drawn by the dataset itself: label k is the size. The samples of runs/rings/samples show them.
 """
@@ -29,26 +29,26 @@ class Rings(Indexed):
         return 2000
 
     def raw(self, items: list[tuple[int, int]]) -> Batch:
-        """On the CPU, by loader processes: the same (index, epoch) always gives the same values."""
+        """Return CPU tensors, in loader processes: the same (index, epoch) always gives the same values."""
         y = torch.tensor([index % 10 for index, _ in items])  # (B,)
         return {"x": torch.stack([self.ring(2 + 0.5 * int(label)) for label in y]), "y": y}
 
     def finish(self, raw: Batch, draws: Draws) -> Batch:
-        """On the training's device: x as fp32 in [-1, 1]. What is random comes from `draws`, a row a picture, so that
-        a run that continues, or takes more GPUs, draws the same.
+        """Return x as fp32 in [-1, 1], on the training's device. Random numbers come from `draws`, a row per picture,
+        so that a run that continues, or uses more GPUs, draws the same.
         """
         brightness = 0.6 + 0.4 * draws.rand(len(raw["x"]), 1, 1, 1)
         return {**raw, "x": raw["x"].float() / 255 * brightness * 2 - 1}  # (B, 1, H, W)
 
     def ring(self, radius: float) -> Tensor:
-        """(1, H, W) uint8."""
+        """Draw a ring, (1, H, W) uint8."""
         axis = torch.arange(self.shape[1]) - (self.shape[1] - 1) / 2
         distance = (torch.hypot(axis[:, None], axis[None]) - radius).abs()
         return (255 * (1.5 - distance).clamp(0, 1)).to(torch.uint8)[None]
 
 
 def train(run: Path, *overrides: str) -> dict[str, float]:
-    """The config `digits` with another dataset: a name in a config is needed only for the commands."""
+    """Train the config `digits` on another dataset: only the commands need a dataset's name in a config."""
     cfg = load_config("digits", ["name=rings", "model.img_size=16", "train.sample_every=500", *overrides])
     dataset = Rings(cfg.model.img_size)
     check_fits(dataset, cfg)

@@ -1,8 +1,8 @@
-"""A sampler of one's own: `python examples/own_sampler.py runs/digits`, after `make demo`.
+"""A sampler of your own: `python examples/own_sampler.py runs/digits`, after `make demo`.
 
-A sampler is a list of stages. Each evaluates the network at a time t and forms the next state as a linear combination,
-whose coefficients are numbers before the loop starts. So it runs in captured graphs and on the fused update as the
-built-in ones do, with guidance, and on every prediction (eps, v, x_0, velocity).
+A sampler is a list of stages. Each evaluates the network at a time t and forms the next state as a linear combination
+whose coefficients are numbers before the loop starts. So it runs in captured graphs and on the fused update like the
+built-in ones, with guidance, and with every prediction (eps, v, x_0, velocity).
 """
 
 import sys
@@ -23,8 +23,8 @@ from uvit_fast.sampling.images import save_grid, to_uint8
 class DDIM(Staged):
     """Song et al. 2021, "Denoising Diffusion Implicit Models", Equations 12 and 16.
 
-    x_s = alpha_s / alpha_t (x_t - sigma_t eps) + sqrt(sigma_s^2 - c^2) eps + c z, where eta scales c: 0 is deterministic,
-    1 is DDPM's noise.
+    x_s = alpha_s / alpha_t (x_t - sigma_t eps) + sqrt(sigma_s^2 - c^2) eps + c z, where eta scales c: 0 is
+    deterministic, 1 is DDPM's noise.
     """
 
     def __init__(self, schedule: Schedule, steps: int, eta: float = 0.0):
@@ -45,7 +45,7 @@ class DDIM(Staged):
 
 @torch.no_grad()
 def main(run: str, out: str, steps: int = 50) -> None:
-    """A hundred digits, by DDIM with DDPM's noise."""
+    """Sample a hundred digits by DDIM with DDPM's noise."""
     cfg = load_config(Path(run) / "config.yaml")
     model = load_for_sampling(cfg, run, torch.device("cpu"))
     labels = torch.arange(10).repeat_interleave(10)  # (B,)

@@ -17,7 +17,7 @@ GOLDEN_RETRIEVER, OTTER = 207, 360
 
 
 def load(checkpoint: str, config: str = "h2_256", overrides: tuple[str, ...] = ()) -> UViTPipeline:
-    """The pipeline of a published `.pth`; `pipe.save_pretrained(folder)` keeps it as a folder of diffusers."""
+    """Return the pipeline of a published `.pth`; `pipe.save_pretrained(folder)` saves it as a diffusers folder."""
     cfg = load_config(config, overrides)
     pipe = make_pipeline(cfg, read_weights(checkpoint), vae=load_autoencoder(cfg.latent.autoencoder))
     return pipe.to("cuda", torch.bfloat16) if torch.cuda.is_available() else pipe

@@ -12,7 +12,7 @@ TOKENS, BLOCK, OP, SKIP = "#e8e8e8", "#bfe3d7", "#cfe2f3", "#d55e00"
 
 
 def box(ax: Any, x: float, y: float, width: float, text: str, colour: str, height: float = 0.62) -> None:
-    """One around (x, y)."""
+    """Draw a box around (x, y)."""
     corner = (x - width / 2, y - height / 2)
     ax.add_patch(FancyBboxPatch(corner, width, height, "round,pad=0,rounding_size=0.1", fc=colour, ec=INK, lw=0.8))
     ax.text(x, y, text, ha="center", va="center", fontsize=8)
@@ -24,7 +24,7 @@ def arrow(ax: Any, start: tuple[float, float], end: tuple[float, float], colour:
 
 
 def network(ax: Any) -> None:
-    """From the noisy image to eps, with the long skips (Figure 1 of the paper)."""
+    """Draw the network from the noisy image to eps, with the long skips (Figure 1 of the paper)."""
     ax.set_title("the network: model/uvit.py", fontsize=9, loc="left")
     left, right, low, step = 1.6, 5.2, 2.35, 1.0
     rows = [low + step * i for i in range(3)]
@@ -53,7 +53,7 @@ def network(ax: Any) -> None:
 
 
 def block(ax: Any) -> None:
-    """What one block computes, and the op that computes it."""
+    """Draw what one block computes, and the ops that compute it."""
     ax.set_title("a block, and its fused ops: model/ops.py", fontsize=9, loc="left")
     ops = (
         ("Linear(concat(x, skip))", "skip_linear"),

@@ -1,8 +1,8 @@
 """What `mkdocs.yml` needs beside docs/: the repository's other pages, and links between them that hold on the site too.
 
-In the repository a link is a path from file to file. On the site docs/ is the root and README its first page; a file
-that a page links to and that is no page (a script, a table) is copied to where it lies in the repository. A link to a
-folder, which a site cannot show, becomes its words.
+In the repository a link is a path from file to file. On the site docs/ is the root and README its first page; a linked
+file that is not a page (a script, a table) is copied to its place in the repository. A link to a folder, which a site
+cannot show, becomes its words.
 """
 
 import os
@@ -40,7 +40,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         if (ROOT / target).is_dir():
             return text
         if not (ROOT / target).is_file():
-            return found[0]  # no link, or a broken one, of which mkdocs warns
+            return found[0]  # not a link, or a broken one, of which mkdocs warns
         path = os.path.relpath(site_path(target), os.path.dirname(page.file.src_uri) or ".")
         return f"{image}[{text}]({path}{anchor or ''})"
 
@@ -56,5 +56,5 @@ def repository_path(file: File) -> str:
 
 
 def resolved(source: str, link: str) -> str:
-    """A link's target, from the repository's root."""
+    """Return a link's target, from the repository's root."""
     return os.path.normpath(os.path.join(os.path.dirname(source), link))

@@ -1,4 +1,4 @@
-"""`python -m uvit_fast` is `uvit-fast`; launchers start their ranks so: `torchrun -m uvit_fast train ...`."""
+"""`python -m uvit_fast` is `uvit-fast`, for launchers: `torchrun -m uvit_fast train ...`."""
 
 import sys
 

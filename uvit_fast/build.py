@@ -30,7 +30,7 @@ SCHEDULES: dict[str, type[schedules.Schedule]] = {
 
 PREDICTIONS: dict[
     str, Callable[[schedules.Schedule], predictions.Prediction]
-] = {  # of a network whose schedule is that
+] = {  # of a network trained with that schedule
     "eps": lambda schedule: predictions.Noise(),
     "v": lambda schedule: predictions.V(),
     "x0": lambda schedule: predictions.Data(),
@@ -78,7 +78,7 @@ def _latents(kind: type[latents.Latents], cfg: Config) -> latents.Latents:
 
 
 class _Unfilled(TorchFunctionMode):
-    """Leaves out what works in place: on meta tensors it does nothing, after a second of imports."""
+    """Skip in-place initialisation: on meta tensors it does nothing, after a second of imports."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -89,10 +89,12 @@ class _Unfilled(TorchFunctionMode):
 
 
 def build_model(cfg: Config) -> UViT | UNet:
-    """The network of `cfg.model`, initialised from `cfg.train.seed`; `model(x, t, y=None, context=None)` -> eps, or what else
-    `cfg.diffusion.prediction` names.
+    """Return the network of `cfg.model`, initialised from `cfg.train.seed`: `model(x, t, y=None, context=None)` -> eps,
+    or whatever `cfg.diffusion.prediction` names.
 
-    t is what the network receives: 999 t for VP, n for SD, 1000 t for flow. Under `torch.device("meta")` nothing is allocated.
+    t is the time as the network receives it: 999 t for VP, n for SD, 1000 t for flow. Under `torch.device("meta")`
+    nothing
+    is allocated.
     """
     on_meta = torch.get_default_device().type == "meta"
     with torch.random.fork_rng(devices=[]), _Unfilled() if on_meta else nullcontext():
@@ -101,12 +103,12 @@ def build_model(cfg: Config) -> UViT | UNet:
 
 
 def build_schedule(cfg: Config) -> schedules.Schedule:
-    """The noise schedule of `cfg.diffusion`."""
+    """Return the noise schedule of `cfg.diffusion`."""
     return SCHEDULES[cfg.diffusion.schedule]()
 
 
 def build_objective(cfg: Config) -> Objective:
-    """What training asks of the network, by `cfg.diffusion`."""
+    """Return the training objective of `cfg.diffusion`."""
     diffusion, schedule = cfg.diffusion, build_schedule(cfg)
     return Objective(
         schedule,
@@ -118,13 +120,14 @@ def build_objective(cfg: Config) -> Objective:
 
 
 def build_sampler(cfg: Config, steps: int | None = None) -> Sampler:
-    """The sampler of `cfg.sample`: `sampler(eps_fn, x_T)` -> x_0, with `eps_fn(x, t_network)` -> what the network predicts.
+    """Return the sampler of `cfg.sample`: `sampler(eps_fn, x_T)` -> x_0, with `eps_fn(x, t_network)` -> the network's
+    prediction.
 
     Args:
         steps: network evaluations (NFE); default `cfg.sample.steps`.
 
     Raises:
-        UserError: `cfg.sample.cache` is no plan, or one for another network, sampler or number of evaluations.
+        UserError: `cfg.sample.cache` is not a plan, or one for another network, sampler or number of evaluations.
     """
     sample, schedule = cfg.sample, build_schedule(cfg)
     prediction = PREDICTIONS[cfg.diffusion.prediction](schedule)
@@ -134,15 +137,15 @@ def build_sampler(cfg: Config, steps: int | None = None) -> Sampler:
 
 
 def _cache_plan(cfg: Config, sampler: Sampler) -> caching.Plan:
-    """Which of the model's sublayers reuse their last output at which of the sampler's evaluations."""
-    assert isinstance(cfg.model, ModelConfig)  # as the config's check has it
+    """Return which of the model's sublayers reuse their last output in which of the sampler's evaluations."""
+    assert isinstance(cfg.model, ModelConfig)  # checked by the config
     cache, names, stages = cfg.sample.cache, sublayers(cfg.model.depth), sampler.stages
     if cache.startswith("outer:"):
         every, *outer = map(int, cache.split(":")[1:])
         kept, half = (outer or [1])[0], cfg.model.depth // 2
         if kept > half:
             raise UserError(f"sample.cache {cache}: expected at most {half} outer blocks, all of a side, got {kept}")
-        inner = names[2 * kept : len(names) - 2 * kept]  # two of a block
+        inner = names[2 * kept : len(names) - 2 * kept]  # two per block
         begins = [True, *(stage.last for stage in stages[:-1])]
         return caching.outer_plan([stage.t for stage in stages], begins, inner, every)
     plan = plans.read_plan(Path(cache))
@@ -157,10 +160,10 @@ def _cache_plan(cfg: Config, sampler: Sampler) -> caching.Plan:
 
 
 def build_dataset(cfg: Config) -> datasets.Indexed:
-    """The training data of `cfg.data`, checked against the model's shapes.
+    """Return the training data of `cfg.data`, checked against the model's shapes.
 
     Raises:
-        UserError: the folder is missing, empty, or holds something else than the config says.
+        UserError: the folder is missing, empty, or does not hold what the config says.
     """
     dataset = DATASETS[cfg.data.name](cfg)
     datasets.check_fits(dataset, cfg)
@@ -168,12 +171,12 @@ def build_dataset(cfg: Config) -> datasets.Indexed:
 
 
 def hold_out(cfg: Config, dataset: datasets.Indexed) -> tuple[datasets.Indexed, datasets.Indexed | None]:
-    """What to train on of the data, and what `evaluate.held_out` names to measure the loss of, or None.
+    """Return the data to train on, and those that `evaluate.held_out` names, whose loss is measured, or None.
 
-    A number of images is drawn from the data, the same whenever the data are, with their mirror images.
+    A number of images is drawn from the data, always the same ones, together with their mirror images.
 
     Raises:
-        UserError: as many as there are, or a path whose data are not like these.
+        UserError: no image would be left, or a path whose data are not like these.
     """
     wanted = cfg.evaluate.held_out if cfg.evaluate else None
     if isinstance(wanted, str):
@@ -192,11 +195,11 @@ def _held_out_at(path: str, cfg: Config, dataset: datasets.Indexed) -> datasets.
     data = cfg.data.model_copy(update={"path": path, "flip": False})
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of labels without an image, as the data itself may have them
+            warnings.simplefilter("ignore")  # about labels without an image, which the data itself may have
             found = build_dataset(cfg.model_copy(update={"data": data}))
     except UserError as error:
         raise UserError(f"evaluate.held_out: {str(error).removeprefix('data.path ')}") from None
-    found.scaling = dataset.scaling  # which may have been measured
+    found.scaling = dataset.scaling  # it may have been measured
     labelled = cfg.model.num_classes > 0
     if difference := Provenance.of(dataset, labelled).difference(Provenance.of(found, labelled)):
         raise UserError(

@@ -1,6 +1,6 @@
 """`uvit-fast <command>`: a user's mistake is one line and exit code 2, Ctrl-C one line and 130.
 
-Nothing here imports torch, nor does a command before it knows that its arguments make sense: a typo is answered at once.
+Nothing here imports torch, and no command does before its arguments are known to be valid: a typo is reported at once.
 """
 
 import argparse
@@ -56,14 +56,14 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command, by default that of the command line, with which this process then ends."""
+    """Run a command, by default that of the command line, with which this process ends."""
     parser = Parser(
         prog="uvit-fast",
         description="U-ViT for diffusion: train, sample, measure.",
         example="uvit-fast sample --help",
     )
     parser.add_argument("--version", action="version", version=f"uvit-fast {uvit_fast.__version__}")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed's launcher says it before the command
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed's launcher puts it before the command
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="command")
     for name, module in COMMANDS.items():
         _add(module, commands.add_parser(name, help=module.HELP, **_words(module)))
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def script(name: str, command: str, argv: list[str] | None = None) -> int:
-    """`main` of a script that is one of the commands."""
+    """Run `main` for a script that is one of the commands."""
     words = _words(COMMANDS[command])
     words["example"] = words["example"].replace(f"uvit-fast {command}", f"python {name}")
     parser = Parser(prog=name, **words)
@@ -81,7 +81,7 @@ def script(name: str, command: str, argv: list[str] | None = None) -> int:
 
 
 def _words(module: Any) -> dict[str, Any]:
-    """What a command's help says beside its options."""
+    """Return what a command's help says beside its options."""
     about = module.HELP[0].upper() + module.HELP[1:] + "."
     return {"description": about, "example": module.EXAMPLE, "notes": getattr(module, "NOTES", "")}
 
@@ -92,10 +92,10 @@ def _add(module: Any, parser: Parser) -> None:
 
 
 def _run(args: argparse.Namespace, name: str, whole: bool) -> int:
-    """Run the command; its exit code.
+    """Run the command; return its exit code.
 
     Args:
-        name: what speaks of mistakes.
+        name: the prefix of error messages.
         whole: whether the process is the command's, and ends with it.
     """
     if whole:
@@ -105,7 +105,7 @@ def _run(args: argparse.Namespace, name: str, whole: bool) -> int:
     except (UserError, ImportError) as error:
         print(f"{name}: {error}", file=sys.stderr, flush=True)
         code = 2
-    except BrokenPipeError:  # of whom it printed to
+    except BrokenPipeError:  # the reader of its output is gone
         code = 1
     except OSError as error:
         where = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
@@ -118,9 +118,7 @@ def _run(args: argparse.Namespace, name: str, whole: bool) -> int:
     if whole and args.run is train.run:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(
-            code
-        )  # all is written; an interpreter that ends may abort over a thread of gloo's that is still in Python
+        os._exit(code)  # all is written; the interpreter might abort at exit over a gloo thread that is still in Python
     return code
 
 

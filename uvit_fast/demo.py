@@ -1,4 +1,4 @@
-"""The end of `make demo`: a hundred digits from the trained run, and two figures that say whether they are good."""
+"""The end of `make demo`: a hundred digits from the trained run, and two figures that tell whether they are good."""
 
 import json
 import time
@@ -17,15 +17,15 @@ from uvit_fast.sampling.images import save_grid, to_uint8
 from uvit_fast.sampling.loop import sample
 from uvit_fast.sampling.weights import load_for_sampling
 
-ACCURACY = 0.95  # share of samples that must be recognised as the class that was asked for
-RATIO = 0.5  # of the distance between neighbouring real digits of a class; below it, samples would be copies
+ACCURACY = 0.95  # required share of samples recognised as the requested class
+RATIO = 0.5  # required, relative to the distance between neighbouring real digits of a class; copies are below it
 
 
 def run(folder: Path, seed: int = 0) -> int:
     """Sample ten digits of each class from a finished run; write samples.png and metrics.json into its folder.
 
     Returns:
-        0 where both figures are reached, else 1.
+        0 if both figures are reached, else 1.
 
     Raises:
         UserError: no run there, or one of another dataset.
@@ -47,7 +47,7 @@ def run(folder: Path, seed: int = 0) -> int:
 
     dataset = build_dataset(cfg)
     assert isinstance(dataset, TensorImages) and dataset.labels is not None
-    real = to_uint8(dataset.images * (2 / dataset.peak) - 1).astype(float)  # the samples' own range
+    real = to_uint8(dataset.images * (2 / dataset.peak) - 1).astype(float)  # in the samples' range
     real_labels = dataset.labels.numpy()
     metrics = {
         "class_accuracy": class_accuracy(samples.astype(float), labels.numpy(), real, real_labels),
@@ -58,7 +58,8 @@ def run(folder: Path, seed: int = 0) -> int:
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     good = metrics["class_accuracy"] >= ACCURACY and metrics["nearest_train_ratio"] >= RATIO
     print(
-        f"class_accuracy       {metrics['class_accuracy']:.3f}  (at least {ACCURACY}: recognised as the digit asked for)"
+        f"class_accuracy       {metrics['class_accuracy']:.3f}  "
+        f"(at least {ACCURACY}: recognised as the digit asked for)"
     )
     print(
         f"nearest_train_ratio  {metrics['nearest_train_ratio']:.3f}  (at least {RATIO}: no copies of training digits)"
@@ -71,8 +72,8 @@ def run(folder: Path, seed: int = 0) -> int:
 
 
 def _training_speed(log: Path, batch_size: int) -> dict[str, float]:
-    """Seconds and images a second of the whole training, also of one that was interrupted, from the run's log."""
-    rows = {row["step"]: row for row in map(json.loads, log.read_text().splitlines())}  # a continued run repeats steps
+    """Return seconds and images per second of the whole training, interruptions included, from the run's log."""
+    rows = {row["step"]: row for row in map(json.loads, log.read_text().splitlines())}  # continued runs repeat steps
     steps = sorted(rows)
     intervals = zip([0, *steps[:-1]], steps)
     seconds = sum((end - start) * batch_size / rows[end]["images_per_second"] for start, end in intervals)

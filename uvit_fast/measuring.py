@@ -1,4 +1,6 @@
-"""What is measured and against what: samples drawn while they are measured, a config's training images, the features of both."""
+"""The two sides of a measurement: samples drawn while they are measured, a config's training images, and the features
+of both.
+"""
 
 import functools
 import hashlib
@@ -38,11 +40,11 @@ from uvit_fast.sampling.images import to_uint8
 from uvit_fast.sampling.loop import check_finite, sample
 from uvit_fast.sampling.output import sample_names, save_pngs
 
-GRID = "grid.png"  # what `uvit-fast sample` adds to a folder of samples: an overview of them
+GRID = "grid.png"  # the overview that `uvit-fast sample` adds to a folder of samples
 
 
 def open_images(path: Path) -> Images:
-    """A folder of images, at any depth, read as training reads them, or an .npz with `arr_0` as ADM writes samples.
+    """Open a folder of images, at any depth, read as in training, or an .npz with `arr_0`, as ADM's samples.
 
     Raises:
         UserError: nothing there, or something else.
@@ -66,7 +68,7 @@ def open_images(path: Path) -> Images:
 
 
 def _read_rgb(file: Path) -> np.ndarray:
-    """(H, W, 3) uint8, upright."""
+    """Read an image upright: (H, W, 3) uint8."""
     try:
         return np.asarray(reading.read_image(file)[0])
     except reading.BadImage as error:
@@ -74,10 +76,10 @@ def _read_rgb(file: Path) -> np.ndarray:
 
 
 def real_images(cfg: Config, name: str) -> tuple[Images, np.ndarray | None, Provenance]:
-    """A config's training images without flips, their labels, and what these are called.
+    """Return a config's training images without flips, their labels, and the labels' names.
 
     Raises:
-        UserError: its data are no images.
+        UserError: its data are not images.
     """
     if cfg.data.name not in ("digits", "cifar10", "fashion_mnist", "images"):
         raise UserError(f"{name}: expected data of images, got {cfg.data.name}; name a folder of images or statistics")
@@ -104,7 +106,7 @@ def real_images(cfg: Config, name: str) -> tuple[Images, np.ndarray | None, Prov
 
 
 def of_classes(images: Images, labels: np.ndarray, names: Provenance, only: list[int], known: Provenance) -> Images:
-    """Of real images those of some of a model's classes: of the same names, or the same labels where either has none.
+    """Select the real images of some of a model's classes: by name, or by label if either has no names.
 
     Raises:
         UserError: the images have no such class.
@@ -122,7 +124,7 @@ def of_classes(images: Images, labels: np.ndarray, names: Provenance, only: list
         read=lambda parts: images.read(
             cast(list[range], [rows[part.start : part.stop] for part in parts])
         ),  # any indices
-        identity=lambda: f"{identity()} {rows}",  # labels may move while the images stay
+        identity=lambda: f"{identity()} {rows}",  # labels may change while the images stay
     )
 
 
@@ -138,14 +140,14 @@ def drawn_images(
     known: Provenance = UNKNOWN,
     graphs: GraphSampler | None = None,
 ) -> Images:
-    """Samples of a model, drawn while they are measured; labels uniform at random.
+    """Return samples of a model, drawn while they are measured, with labels uniform at random.
 
     Args:
         model: on its device.
-        decode: latents to pixels, for models of latents.
+        decode: latents to pixels, for latent models.
         folder: keep the samples there as PNGs.
-        classes: labels to draw; default: all of the model's. known: what they are called.
-        graphs: of the model and `decode`, with what other samples left captured; default on a GPU: new ones.
+        classes: labels to draw; default: all of the model's. known: their names.
+        graphs: of the model and `decode`, with the captures of other samples; default on a GPU: new ones.
 
     Raises:
         UserError: the model takes text; while drawing: NaN or infinity among the samples.
@@ -184,15 +186,15 @@ def yardstick(
     only: list[int] | None = None,
     known: Provenance = UNKNOWN,
 ) -> tuple[Extractor, reference.Reference]:
-    """The features that samples are measured by, and the real images' statistics in them.
+    """Return the features with which samples are measured, and the real images' statistics in them.
 
     Args:
-        kind: "inception", or "digits-fid": of a small classifier, trained on the labelled data of `real`.
+        kind: "inception", or "digits-fid": those of a small classifier, trained on the labelled data of `real`.
         real: a config whose data are the real images, or the path of statistics or images.
-        name: what messages call `real`.
-        inception: its weight file (None: among torch.hub's downloads), and whether to fetch it where it is missing.
-        world: its processes divide the real images; rank 0 alone fetches, trains and keeps.
-        only, known: the labels whose real images count where `real` is a config, as `of_classes` takes them; default: all.
+        name: of `real`, in messages.
+        inception: its weight file (None: among torch.hub's downloads), and whether to download it if it is missing.
+        world: its processes divide the real images; rank 0 alone downloads, trains and caches.
+        only, known: the labels whose real images count if `real` is a config, see `of_classes`; default: all.
 
     Raises:
         UserError: digits-fid without labelled data, no weight file, or a reference that cannot be read.
@@ -220,20 +222,21 @@ def yardstick(
 
 
 def training_evaluation(cfg: Config, known: Provenance) -> Callable[[nn.Module, int], dict[str, float]] | None:
-    """What the trainer calls every `evaluate.every` steps on rank 0; None where the config has no samples drawn.
+    """Return what the trainer calls every `evaluate.every` steps on rank 0, or None if the config draws no samples.
 
     Returns:
-        measure(model with EMA weights, step) -> figures by name, the Frechet distance first.
+        measure(model with EMA weights, step) -> figures by name, the Fréchet distance first.
 
     Raises:
-        UserError, ImportError: what `yardstick`, `drawn_images` and the decoder raise, before training and not after hours.
+        UserError, ImportError: from `yardstick`, `drawn_images` and the decoder: before training, not after hours.
     """
     if cfg.evaluate is None or not cfg.evaluate.drawn:
         return None
     how, device = cfg.evaluate, pick_device(cfg.device)
     if cfg.model.context_dim:
         raise UserError(
-            "evaluate: samples of a model of text cannot be measured while it trains; expected evaluate.held_out, or no "
+            "evaluate: samples of a model of text cannot be measured while it trains; "
+            "expected evaluate.held_out, or no "
             "such section"
         )
     decode = load_decoder(cfg, device, known) if cfg.latent else None
@@ -245,7 +248,7 @@ def training_evaluation(cfg: Config, known: Provenance) -> Callable[[nn.Module, 
 
     size = cfg.model.img_size
     if decode:
-        with torch.inference_mode():  # 8 x 8 latents, to see how many pixels one is
+        with torch.inference_mode():  # 8 x 8 latents, to see how many pixels one stands for
             size *= decode(torch.zeros(1, cfg.model.in_chans, 8, 8, device=device)).shape[2] // 8
     figures.require_size((size, size), cfg.name, statistics)
 

@@ -1,7 +1,7 @@
 """Where the time goes: a training step and a sampling loop under PyTorch's profiler, summed up by families of ops.
 
-The trace of a GPU holds every kernel with its begin and end; the families share out the time in which any ran. Without a GPU it
-holds the ops of the host, each without the ops inside it.
+A GPU's trace has every kernel with its begin and end; the families share the time in which any ran. Without a GPU it
+has the host's ops, each without the ops inside it.
 """
 
 import gzip
@@ -25,13 +25,15 @@ from uvit_fast.sampling.captured import GraphSampler
 from uvit_fast.training.trainer import Trainer
 
 WARM_UP = 3  # steps before the profiled ones: compilation, autotuning, the optimizer's state
-OPTIMIZER = "optimizer"  # the range that the engine's step and the EMA are recorded in
-# The first that matches a kernel's or an op's name; what none matches is elementwise: norms, activations, sums, copies.
+OPTIMIZER = "optimizer"  # the range in which the engine's step and the EMA are recorded
+# The first match with a kernel's or an op's name counts; without any it is elementwise: norms, activations, sums,
+# copies.
 FAMILIES = {
     "communication": r"nccl|c10d|gloo|all_?reduce|all_?gather|reduce_scatter|broadcast_",
     "optimizer": r"adam|multi_tensor_apply",
     "attention": r"attention|flash|fmha|sdpa|softmax",
-    "linear": r"gemm|weight_gradient|^sum_kernel|cutlass|nvjet|xmma|cublas|splitk|conv|linear|addmm|(^|::|_)b?mm|mmbackward|matmul",
+    "linear": r"gemm|weight_gradient|^sum_kernel|cutlass|nvjet|xmma|cublas|splitk|conv|linear|addmm|(^|::|_)b?mm"
+    r"|mmbackward|matmul",
 }
 ORDER = ["linear", "attention", "elementwise", "optimizer", "communication", "idle"]
 KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -41,8 +43,8 @@ class Row(NamedTuple):
     """A family's share of a step.
 
     Args:
-        ms: milliseconds a step. Communication: only while nothing else ran.
-        calls: kernels, or ops of the host, a step.
+        ms: milliseconds per step. Communication: only while nothing else ran.
+        calls: kernels, or the host's ops, per step.
     """
 
     family: str
@@ -52,16 +54,17 @@ class Row(NamedTuple):
 
 
 def family(name: str, in_optimizer: bool = False) -> str:
-    """The family of a kernel or an op, by its name and whether it ran in the optimizer's range."""
+    """Return the family of a kernel or an op, by its name and whether it ran in the optimizer's range."""
     found = next((kind for kind, pattern in FAMILIES.items() if re.search(pattern, name, re.IGNORECASE)), "elementwise")
     return "optimizer" if in_optimizer and found != "communication" else found
 
 
 def breakdown(trace: dict[str, Any], steps: int) -> list[Row]:
-    """A trace of `steps` steps, by family, in `ORDER`; together the rows are the time from the first event to the last.
+    """Break down a trace of `steps` steps by family, in `ORDER`; the rows add up to the time from the first event to
+    the last.
 
     Args:
-        trace: what the profiler exports, Chrome's format, times in microseconds.
+        trace: the profiler's export, in Chrome's format, times in microseconds.
     """
     events = [e for e in trace["traceEvents"] if e.get("ph") == "X" and e.get("dur", 0) > 0]
     kernels = [e for e in events if e.get("cat") in KERNELS]
@@ -83,7 +86,7 @@ def breakdown(trace: dict[str, Any], steps: int) -> list[Row]:
     covered: list[tuple[float, float]] = []
     for kind in ORDER[
         :-1
-    ]:  # an instant belongs to the first family that ran in it: communication only where none else did
+    ]:  # an instant belongs to the first family that ran then: communication only while no other did
         before = _length(covered)
         covered += times[kind]
         spent[kind] = _length(covered) - before
@@ -96,7 +99,7 @@ def _interval(event: dict[str, Any]) -> tuple[float, float]:
 
 
 def _length(intervals: list[tuple[float, float]]) -> float:
-    """Of the union."""
+    """Return the length of the union."""
     total, reached = 0.0, float("-inf")
     for begin, end in sorted(intervals):
         total += max(0.0, end - max(begin, reached))
@@ -105,7 +108,7 @@ def _length(intervals: list[tuple[float, float]]) -> float:
 
 
 def _exclusive(ops: list[dict[str, Any]]) -> list[tuple[dict[str, Any], list[tuple[float, float]]]]:
-    """Each op of the host with the intervals in which none that it called ran."""
+    """Return each of the host's ops with the intervals in which none that it called ran."""
     found = []
     open_ops: dict[Any, list] = {}
     for event in sorted(ops, key=lambda e: (e["ts"], -e["dur"])):
@@ -160,9 +163,9 @@ class Profiled(Trainer):
 
 
 def sampling(cfg: Config, batch: int, trace: Path) -> list[Row]:
-    """Profile one sampling loop with the config's sampler and guidance, captured where it can be, and write the trace.
+    """Profile one sampling loop with the config's sampler and guidance, captured if possible, and write the trace.
 
-    The weights are random, and so are labels and text.
+    Weights, labels and text are random.
     """
     device, m = pick_device(cfg.device), cfg.model
     model = build_model(cfg).to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
@@ -193,14 +196,14 @@ def sampling(cfg: Config, batch: int, trace: Path) -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as text."""
+    """Format the rows as text."""
     lines = [f"{'family':16s}{'ms':>10s}{'share':>9s}{'calls':>9s}"]
     lines += [f"{row.family:16s}{row.ms:10.3f}{row.share:9.1%}{row.calls:9.0f}" for row in rows]
     return "\n".join([*lines, f"{'together':16s}{sum(row.ms for row in rows):10.3f}"])
 
 
 def write(rows: list[Row], path: Path) -> None:
-    """The rows as CSV."""
+    """Write the rows as CSV."""
     cells = ((row.family, f"{row.ms:.6g}", f"{row.share:.4f}", f"{row.calls:.6g}") for row in rows)
     write_table(path, Row._fields, (dict(zip(Row._fields, each)) for each in cells))
 
@@ -211,7 +214,7 @@ def _profiler(device: torch.device, when: Callable[[int], Any], trace: Path) -> 
 
 
 def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, in the optimizer's range."""
+    """Return `function`, run in the optimizer's range."""
 
     def run(*args: Any) -> Any:
         with record_function(OPTIMIZER):

@@ -1,7 +1,9 @@
-"""What the labels, latents and text features of a model mean: the names of its classes, and the encoders that made its data.
+"""What the labels, latents and text features of a model mean: the names of its classes, and the encoders that made its
+data.
 
-The dataset brings it, the run keeps it in data.json and in each checkpoint's manifest, a pipeline in its model_index.json, and whoever
-samples reads it beside the weights. Runs and data from before it was kept go without: what is not known agrees with everything.
+The dataset provides it, the run keeps it in data.json and in each checkpoint's manifest, a pipeline in its
+model_index.json, and sampling reads it beside the weights. Older runs and data go without: whatever is unknown agrees
+with everything.
 """
 
 import difflib
@@ -18,21 +20,21 @@ from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.files import write_whole
 from uvit_fast.runtime.text import printable
 
-RUN_FILE = "data.json"  # in the folder of a run; beside a .pth x.data.json
+RUN_FILE = "data.json"  # in the folder of a run; beside x.pth: x.data.json
 
 
-Identities = Mapping[str, dict[str, str] | None]  # by role, "vae" and "text_encoder", as `data.encoders` makes them
+Identities = Mapping[str, dict[str, str] | None]  # by role, "vae" and "text_encoder", from `data.encoders`
 
 
 class Factors(Protocol):
-    """What latents are scaled by."""
+    """The scaling of latents."""
 
     def as_json(self) -> dict[str, float | list[float]]: ...
 
 
 class Described(Protocol):
-    """A dataset, as far as it says what its values mean: the labels' names, the encoders of latents and text features,
-    the scaling of latents; empty or None where that is not known.
+    """A dataset's own account of what its values mean: the labels' names, the encoders of latents and text features,
+    the scaling of latents; empty or None if unknown.
     """
 
     classes: tuple[str, ...]
@@ -49,12 +51,11 @@ class Provenance:
     """What a model learned from.
 
     Attributes:
-        classes: names by label; empty where the model has no classes or their names are not known.
-        encoders: identities by role, "vae" and "text_encoder", as `data.encoders` makes them; those that are known.
-        scaling: of latents, `scale_factor` and `shift_factor`, a number or a list of one a channel each; empty where it
-            is not known.
-        diffusion: "schedule" and "prediction" of the network, as `diffusion` of a config names them; empty where they
-            are not known.
+        classes: names by label; empty if the model has no classes or their names are unknown.
+        encoders: identities by role, "vae" and "text_encoder", from `data.encoders`; only the known ones.
+        scaling: of latents, `scale_factor` and `shift_factor`, each a number or a list with one per channel; empty if
+            unknown.
+        diffusion: "schedule" and "prediction" of the network, named as in a config's `diffusion`; empty if unknown.
     """
 
     classes: tuple[str, ...] = ()
@@ -64,14 +65,14 @@ class Provenance:
 
     @classmethod
     def of(cls, dataset: Described, labelled: bool = True, diffusion: dict[str, str] | None = None) -> "Provenance":
-        """That of a dataset; without its classes for a model that takes none."""
+        """Return a dataset's; without its classes for a model that takes none."""
         encoders = {role: who for role, who in dataset.encoders.items() if who}
         scaling = dataset.scaling.as_json() if dataset.scaling else {}
         return cls(dataset.classes if labelled else (), encoders, scaling, diffusion or {})
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Provenance":
-        """What `as_json` gave, or a part of it.
+        """Read what `as_json` returned, or a part of it.
 
         Raises:
             TypeError, ValueError: it is something else.
@@ -101,7 +102,7 @@ class Provenance:
         write_whole(file, lambda path: path.write_text(json.dumps(self.as_json(), indent=1), "utf-8"))
 
     def joined(self, other: "Provenance") -> "Provenance":
-        """This, and of the other what is not known here."""
+        """Return this, completed from the other where unknown."""
         return Provenance(
             self.classes or other.classes,
             {**other.encoders, **self.encoders},
@@ -110,7 +111,7 @@ class Provenance:
         )
 
     def difference(self, now: "Provenance") -> str | None:
-        """How `now` contradicts this, in words; None where it does not."""
+        """Return how `now` contradicts this, in words, or None."""
         if self.classes and now.classes and self.classes != now.classes:
             return classes_difference(self.classes, now.classes)
         for role in self.encoders.keys() & now.encoders.keys():
@@ -121,14 +122,14 @@ class Provenance:
         return None
 
     def name(self, label: int) -> str:
-        """What a label is called; its number where that is not known."""
+        """Return the name of a label, or its number if unknown."""
         return self.classes[label] if label < len(self.classes) else str(label)
 
     def label(self, name: str) -> int:
-        """The label of a class's name, however its accents are encoded.
+        """Return the label of a class's name, however its accents are encoded.
 
         Raises:
-            UserError: no class is called so.
+            UserError: no class has that name.
         """
         if (found := self._find(name)) is not None:
             return found
@@ -139,12 +140,13 @@ class Provenance:
         raise UserError(f"classes: none is called {name!r}; {some}")
 
     def labels(self, text: str, count: int) -> list[int]:
-        """The labels that a text names: names and numbers with commas, as "ant,bee" or "0,7"; names may hold commas themselves.
+        """Return the labels that a text names: names and numbers with commas, as "ant,bee" or "0,7"; names may contain
+        commas themselves.
 
-        Where a number is also the name of another label, "label:7" and "name:7" say which is meant.
+        If a number is also the name of another label, "label:7" and "name:7" say which is meant.
 
         Raises:
-            UserError: no such class, or a number that could mean two. A number beyond `count` is left to `check_labels`.
+            UserError: no such class, or an ambiguous number. A number beyond `count` is left to `check_labels`.
         """
         parts, labels, first = text.split(","), [], 0
         while first < len(parts):
@@ -156,7 +158,7 @@ class Provenance:
         return labels
 
     def _find(self, name: str) -> int | None:
-        if name in self.classes:  # two may differ by how their accents are encoded alone
+        if name in self.classes:  # two may differ only by how their accents are encoded
             return self.classes.index(name)
         wanted = _folded(name)
         return next((label for label, each in enumerate(self.classes) if _folded(each) == wanted), None)
@@ -182,9 +184,10 @@ ROLES = {"vae": "autoencoder", "text_encoder": "text encoder"}
 
 
 def read(weights: Path) -> Provenance:
-    """What is written beside a weight file: in its checkpoint's manifest, its run's or its own data.json, or its pipeline's index.
+    """Read what is stored beside a weight file: in its checkpoint's manifest, its run's or its own data.json, or its
+    pipeline's index.
 
-    Of a damaged file that is one of these a warning says so.
+    Warn if one of these is damaged.
     """
     folder = weights.parent
     for file, of in (
@@ -207,7 +210,7 @@ def read(weights: Path) -> Provenance:
 
 
 def _above(file: Path, name: str) -> Path:
-    """The folder that holds the folder `name` in which a file lies; a folder that is not there where it lies in no such one."""
+    """Return the folder that holds the folder `name` in which a file lies; one that does not exist if there is none."""
     return next((folder.parent for folder in list(file.parents)[:2] if folder.name == name), file / "nowhere")
 
 
@@ -221,7 +224,7 @@ def _of_pipeline(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def classes_difference(before: Iterable[str], now: Iterable[str]) -> str:
-    """In words, how one list of classes differs from another, with a label that would come to mean something else."""
+    """Describe how one list of classes differs from another, with a label whose meaning would change."""
     before, now = list(before), list(now)
     added, removed = [n for n in now if n not in set(before)], [n for n in before if n not in set(now)]
     said = [f"{len(before)} classes, now {len(now)}"] if len(before) != len(now) else []
@@ -233,7 +236,7 @@ def classes_difference(before: Iterable[str], now: Iterable[str]) -> str:
 
 
 def same_encoder(a: dict[str, str], b: dict[str, str]) -> bool:
-    """Whether two identities may be of one encoder: a checksum that both know agrees, or there is none."""
+    """Return whether two identities may be of one encoder: the checksums that both have agree, or there are none."""
     known = [key for key in a.keys() & b.keys() if key.endswith("sha256")]
     return not known or any(a[key] == b[key] for key in known)
 
@@ -251,7 +254,7 @@ def describe_encoder(who: dict[str, str]) -> str:
 
 
 def shown(names: Iterable[str], most: int = 10, kind: str = "in all") -> str:
-    """Names on one line, printable whatever a folder's name holds, the first ones of many."""
+    """Return names on one line, printable whatever a folder's name holds; of many, the first ones."""
     names = list(names)
     return ", ".join(map(printable, names[:most])) + (f", ... {len(names)} {kind}" if len(names) > most else "")
 

@@ -105,10 +105,10 @@ def test_the_card_says_what_the_licence_is_or_that_it_is_not_known(tmp_path, cap
     convert = ["convert", "--config", "configs/digits.yaml", *sets, "--checkpoint", str(tmp_path / "x.pth")]
     assert cli.main([*convert, "--license", "cc-by-4.0", "--out", str(tmp_path / "pipe")]) == 0
     card = ModelCard((tmp_path / "pipe" / "README.md").read_text())
-    assert card.data.license == "cc-by-4.0" and "The weights: cc-by-4.0." in card.text
+    assert card.data.license == "cc-by-4.0" and "Weights: cc-by-4.0." in card.text
     make_pipeline(cfg, build_model(cfg).state_dict()).save_pretrained(tmp_path / "unknown")
     card = ModelCard((tmp_path / "unknown" / "README.md").read_text())
-    assert card.data.license is None and "The weights: not known to this folder" in card.text
+    assert card.data.license is None and "Weights: please fill in" in card.text
     assert cli.main([*convert, "--license", "cc-by-4.0", "--out", str(tmp_path / "y.pth")]) == 2
     assert cli.main([*convert, "--license", "all rights", "--out", str(tmp_path / "y")]) == 2
     lines = capsys.readouterr().err.splitlines()

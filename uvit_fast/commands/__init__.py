@@ -1,1 +1,1 @@
-"""One file a command: HELP, `arguments(parser)`, `run(args)`. Heavy imports are inside `run`."""
+"""One file per command: HELP, `arguments(parser)`, `run(args)`. Heavy imports are inside `run`."""

@@ -1,4 +1,4 @@
-"""Arguments that several commands take. Nothing here imports torch."""
+"""Arguments that several commands share. Nothing here imports torch."""
 
 import argparse
 import difflib
@@ -18,19 +18,19 @@ PIPELINE_FILES = ("model_index.json", "model/config.json", "scheduler/scheduler_
 
 
 class Parser(argparse.ArgumentParser):
-    """One whose help fits a screen and ends in an example, and that answers a mistake in one line, as commands do; an
-    unknown option before anything else.
+    """A parser whose help fits a screen and ends with an example, and which reports a mistake in one line, an unknown
+    option before anything else.
 
     Args:
-        example: a command line that works.
-        notes: what else the help is to say, as it stands.
+        example: a working command line.
+        notes: further text of the help, verbatim.
     """
 
     def __init__(self, *, example: str, notes: str = "", **options: Any):
         super().__init__(formatter_class=_Help, **options)
         self.example = example
         self.usage = None  # made for the help, once the arguments are known
-        self._actions[0].help = argparse.SUPPRESS  # -h, which whoever reads this knows
+        self._actions[0].help = argparse.SUPPRESS  # -h, which whoever reads the help knows
         words = textwrap.wrap(example, 74, break_long_words=False, break_on_hyphens=False)
         shown = "\n".join(["example:", "  " + " \\\n    ".join(words), *filter(None, [notes])])
         self.epilog = shown.replace("%", "%%")
@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
         known = list(self._option_string_actions)
         for text in sys.argv[1:] if args is None else args:
             name = text.partition("=")[0]
-            if text == "--" or (self._subparsers and not text.startswith("-")):  # what follows is not this parser's
+            if text == "--" or (self._subparsers and not text.startswith("-")):  # the rest is another parser's
                 break
             if re.match(r"--?[a-zA-Z]", text) and not any(option.startswith(name) for option in known):
                 near = difflib.get_close_matches(name, known, n=1)
@@ -81,20 +81,20 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Options and what they do beside each other, on lines of at most 100 characters."""
+    """Options beside what they do, on lines of at most 100 characters."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=24, width=min(shutil.get_terminal_size().columns, 102) - 2)
 
 
 def _as_typed(action: argparse.Action) -> str:
-    """An argument that must be there, as a usage shows it."""
+    """Format a required argument as in a usage line."""
     value = action.metavar or action.dest.upper()
     return f"{action.option_strings[0]} {value}" if action.option_strings else str(value)
 
 
 def config_arguments(command: argparse.ArgumentParser) -> None:
-    """--config and --set, in a group of their own."""
+    """Add --config and --set, in a group of their own."""
     group = command.add_argument_group("config")
     group.add_argument("--config", required=True, metavar="NAME", help="one of the package, as h2_256, or a YAML file")
     set_argument(group)
@@ -105,7 +105,7 @@ def set_argument(group: Any, help: str = "override, as train.batch_size=512; aga
 
 
 def checkpoint_arguments(command: argparse.ArgumentParser) -> None:
-    """--checkpoint, and --config and --set, of which a run folder brings its config."""
+    """Add --checkpoint, --config and --set; a run folder brings its own config."""
     group = command.add_argument_group("weights")
     group.add_argument(
         "--checkpoint", required=True, metavar="PATH", help="a run, a pipeline folder, or .pth, .safetensors"
@@ -122,12 +122,12 @@ def precision_argument(group: Any) -> None:
 
 
 def with_precision(overrides: list[str], precision: str | None) -> list[str]:
-    """The overrides of a config, and what --precision asks for."""
+    """Return the overrides of a config, with what --precision requests."""
     return overrides if precision is None else [*overrides, f"sample.precision={precision}"]
 
 
 def existing(option: str, path: str, expected: str) -> None:
-    """Refuse a path that is mistyped before anything slow begins.
+    """Refuse a mistyped path before anything slow begins.
 
     Raises:
         UserError: there is no such file or folder.
@@ -141,7 +141,7 @@ def existing(option: str, path: str, expected: str) -> None:
 
 
 def reference_arguments(group: Any) -> None:
-    """--reference, in which features it is compared, and where those come from."""
+    """Add --reference, and with which features it is compared."""
     group.add_argument(
         "--reference", required=True, metavar="PATH", help="statistics (.npz), images, or a config: its data"
     )
@@ -155,17 +155,17 @@ def reference_arguments(group: Any) -> None:
 
 
 def reference_is_config(reference: str) -> bool:
-    """Whether --reference is a config; what is there under a config's name, such as samples, comes first."""
+    """Return whether --reference is a config; an existing file or folder of that name, such as samples, comes first."""
     return Path(reference).suffix in (".yaml", ".yml") or (is_config_name(reference) and not Path(reference).exists())
 
 
 def config_of(config: str | None, checkpoint: str, overrides: list[str]) -> Config:
-    """The config of a checkpoint: the one that is named, else the checkpoint's own.
+    """Return the config of a checkpoint: the one that is named, else the checkpoint's own.
 
-    A run folder has its config.yaml, and so have the checkpoints in it; a pipeline's folder says what it is made of.
+    A run folder has its config.yaml, which is that of its checkpoints, too; a pipeline's folder describes its model.
 
     Raises:
-        UserError: there is no such checkpoint; or none is named, and the checkpoint is of no run or pipeline.
+        UserError: there is no such checkpoint; or none is named, and the checkpoint belongs to no run or pipeline.
     """
     existing("--checkpoint", checkpoint, "weights, or a run's or pipeline's folder")
     if config is not None:
@@ -182,12 +182,13 @@ def config_of(config: str | None, checkpoint: str, overrides: list[str]) -> Conf
             if isinstance(config, dict):
                 return config_from(config, folder / "manifest.json", overrides)
     raise UserError(
-        f"--config: expected the YAML file of {checkpoint}; only runs, their checkpoints and pipelines' folders have their own"
+        f"--config: expected the YAML file of {checkpoint}; "
+        "only runs, their checkpoints and pipelines' folders have their own"
     )
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a file that says what a checkpoint is.
+    """Return the object in a JSON file that describes a checkpoint.
 
     Raises:
         UserError: it cannot be read, or holds something else.
@@ -204,7 +205,9 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _config_of_pipeline(folder: Path, overrides: list[str]) -> Config:
-    """What a pipeline's folder says of its model, and how it was published to be sampled. Of the training it says nothing."""
+    """Return what a pipeline's folder says about its model and its published way of sampling; it says nothing about
+    training.
+    """
 
     pipeline, model, scheduler = (read_json(folder / name) for name in PIPELINE_FILES)
     model = {key: value for key, value in model.items() if key in ModelConfig.model_fields}

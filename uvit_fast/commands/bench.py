@@ -18,7 +18,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Hand over to benchmarks/suite.py of the source tree, which the installed package does not hold."""
+    """Run benchmarks/suite.py of the source tree, which is not part of the installed package."""
     import subprocess
     import sys
 

@@ -26,7 +26,9 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the plan; print what it saves, and how far its samples are from whole evaluations', beside fewer of these."""
+    """Write the plan; print what it saves, and how far its samples are from uncached ones, compared with fewer
+    evaluations.
+    """
     cfg = config_of(args.config, args.checkpoint, args.set)
     if not 1 < args.speedup < math.inf:
         raise UserError(f"--speedup: expected a number above 1, got {args.speedup:g}")
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
         return {"seed": of, "labels": drawn if cfg.model.num_classes else None}
 
     def draw(config, of: int, evaluations: int | None = None) -> tuple[torch.Tensor, float]:
-        """x_0 (num, C, H, W), and the seconds of the second time."""
+        """Return x_0 (num, C, H, W), and the seconds of the second run."""
         graphs = GraphSampler(model) if device.type == "cuda" else None
         for _ in range(2):
             began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""`uvit-fast cka`: how similar the representations after the blocks of a network are to each other (paper, appendix E)."""
+"""`uvit-fast cka`: the similarity of representations after the blocks of a network (paper, Appendix E)."""
 
 import argparse
 import csv
@@ -30,7 +30,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Compute the matrices of the EMA weights on the config's training data, and draw them side by side."""
+    """Compute the matrices for the EMA weights on the config's training data, and draw them side by side."""
     table, picture = args.out.with_suffix(".csv"), args.out.with_suffix(".png")
     if not args.draw:
         if not args.checkpoint:
@@ -39,9 +39,9 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"--time: expected a number above 0, up to 1, got {args.time}")
         if args.batch < 4 or args.images < args.batch:
             raise UserError(f"--batch: expected 4 to {args.images}, the --images, got {args.batch}")
-        overrides = with_precision(args.set, "bf16")  # its blocks are looked into
+        overrides = with_precision(args.set, "bf16")  # its blocks' outputs are read
         configs = [config_of(args.config, checkpoint, overrides) for checkpoint in args.checkpoint]
-        pyplot()  # is matplotlib there? Better asked before the matrices than after
+        pyplot()  # fails before the matrices, rather than after, if matplotlib is missing
         table.parent.mkdir(parents=True, exist_ok=True)
         rows = [row for pair in zip(args.checkpoint, configs) for row in _matrix(args, *pair)]
         write_table(table, COLUMNS, rows)
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _matrix(args: argparse.Namespace, checkpoint: str, cfg: Config) -> list[dict]:
-    """The rows of one checkpoint. Representations are all tokens after a block, as one vector an image."""
+    """Return the rows of one checkpoint. A representation is all tokens after a block, one vector per image."""
     import torch
 
     from uvit_fast.build import build_dataset, build_schedule
@@ -102,7 +102,7 @@ def _matrix(args: argparse.Namespace, checkpoint: str, cfg: Config) -> list[dict
 
 
 def draw(rows: list[dict[str, str]], path: Path, time: float) -> None:
-    """The matrices side by side, with block numbers, on one colour scale."""
+    """Draw the matrices side by side, with block numbers, on one colour scale."""
     import numpy as np
 
     names = list(dict.fromkeys((row["checkpoint"], row["skip"]) for row in rows))

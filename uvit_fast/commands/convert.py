@@ -1,4 +1,4 @@
-"""`uvit-fast convert`: a checkpoint as a diffusers pipeline folder, or back as a .pth."""
+"""`uvit-fast convert`: convert a checkpoint to a diffusers pipeline folder, or back to a .pth."""
 
 import argparse
 import re
@@ -24,7 +24,9 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write weights as a pipeline folder (safetensors), or as a .pth with the published names and, beside it, what its labels and outputs mean."""
+    """Write weights as a pipeline folder (safetensors), or as a .pth with the published names and, beside it, the
+    meaning of its labels and outputs.
+    """
     cfg, out = config_of(args.config, args.checkpoint, args.set), Path(args.out)
     if out.exists():
         raise UserError(f"{out}: there already; expected a new name")
@@ -64,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
         write = make_pipeline(cfg, state, known, args.license, **components).save_pretrained
     try:
         write_whole(out, write)
-        if out.suffix == ".pth":  # what tensors alone cannot hold
+        if out.suffix == ".pth":  # what the tensors alone cannot hold
             known.write(out.with_suffix(f".{RUN_FILE}"))
     except OSError as error:
         raise UserError(f"--out {out}: expected a place that can be written to ({error})") from None

@@ -1,4 +1,4 @@
-"""`uvit-fast cost`: parameters and multiply-adds of the configs, beside the paper's (appendix D)."""
+"""`uvit-fast cost`: parameters and multiply-adds of the configs, beside the paper's (Appendix D)."""
 
 import argparse
 from functools import cache
@@ -8,7 +8,7 @@ from uvit_fast.config import Config, config_names, load_config
 
 HELP = "parameters and GFLOPs of configs, beside the paper's"
 EXAMPLE = "uvit-fast cost --config h2_256"
-# Millions of parameters and GFLOPs, of which the paper counts one a multiply-add.
+# Millions of parameters, and GFLOPs, where the paper counts one per multiply-add.
 PAPER: dict[str, tuple[float, float | None]] = {
     "s2_cifar10": (44, None),
     "s4_celeba64": (44, None),
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     for name, config in configs.items():
         try:
             parameters, macs = count(config)
-        except ImportError as error:  # a U-Net, which is built of diffusers' parts
+        except ImportError as error:  # a U-Net, which needs diffusers
             if args.config:
                 raise
             left_out[name] = error
@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> None:
         cells = [cell.rjust(width) for cell, width in zip(row, widths)]
         print("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
     print(
-        "GFLOPs: 10^9 multiply-adds of one forward pass of one image, as the paper counts; paper: Table 1 and appendix D"
+        "GFLOPs: 10^9 multiply-adds of one forward pass of one image, as the paper counts; "
+        "paper: Table 1 and appendix D"
     )
     for name, why in left_out.items():
         print(f"left out: {name} ({why})")
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
 
 @cache
 def count(config: Config) -> tuple[int, float]:
-    """Parameters, and multiply-adds of products and convolutions in one forward pass of one image."""
+    """Return parameters, and multiply-adds of matrix products and convolutions in one forward pass of one image."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -1,4 +1,4 @@
-"""What several runs wrote while they trained, in one picture."""
+"""Draw what several runs logged while training, in one picture."""
 
 import itertools
 import math
@@ -10,7 +10,7 @@ from uvit_fast.commands.drawing import COLOURS, pyplot, save
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.files import read_rows
 
-SMOOTH = 0.02  # of a run's rows, which a point of the thick loss curve is the mean of
+SMOOTH = 0.02  # share of a run's rows over which a point of the thick loss curve averages
 LABELS = {
     "loss": "training loss",
     "images_per_second": "images/s",
@@ -24,14 +24,14 @@ Curve = tuple[list[float], list[float]]  # steps, values
 
 
 def draw(runs: list[Path], path: Path) -> None:
-    """Write a picture: the runs' losses, images/s, and each figure that their evaluations have, against their steps.
+    """Draw the runs' losses, images/s, and each figure of their evaluations, against their steps.
 
     Args:
-        runs: folders of runs; those that have no rows yet are left out of the picture.
-        path: its format is that of its suffix.
+        runs: folders of runs; those without rows are left out of the picture.
+        path: its suffix chooses the format.
 
     Raises:
-        UserError: none has any rows, or `path` cannot be written. ImportError: matplotlib is not installed.
+        UserError: no run has any rows, or `path` cannot be written. ImportError: matplotlib is not installed.
     """
     plt = pyplot()
     names = _names(runs)
@@ -79,7 +79,7 @@ def draw(runs: list[Path], path: Path) -> None:
 
 def _line(ax: Any, panel: str, steps: list[float], values: list[float], name: str, style: tuple[str, str]) -> None:
     colour, dashes = style
-    if panel not in ("loss", "images_per_second"):  # of evaluations, which are few
+    if panel not in ("loss", "images_per_second"):  # evaluations, which are few
         ax.plot(steps, values, "o", color=colour, linestyle=dashes, markersize=3)
         return
     window = max(1, round(SMOOTH * len(values)))
@@ -91,7 +91,7 @@ def _line(ax: Any, panel: str, steps: list[float], values: list[float], name: st
 
 
 def _curves(run: Path) -> dict[str, Curve]:
-    """Every figure of a run's rows and evaluations that is finite, by name."""
+    """Return every finite figure of a run's rows and evaluations, by name."""
     curves: dict[str, Curve] = {}
     training, evaluations = (read_rows(run / f"{name}.jsonl") for name in ("metrics", "evaluation"))
     training = [{name: row.get(name) for name in ("step", "loss", "images_per_second")} for row in training]
@@ -107,7 +107,7 @@ def _curves(run: Path) -> dict[str, Curve]:
 
 
 def _names(runs: list[Path]) -> list[str]:
-    """The folders' names; where two are alike their paths from the folder that has them all."""
+    """Return the folders' names; if two are equal, their paths from the folder that contains all."""
     names = [run.resolve().name for run in runs]
     if len(set(names)) == len(names):
         return names

@@ -1,4 +1,4 @@
-"""`uvit-fast data`: fetch a dataset, or check one before a long run."""
+"""`uvit-fast data`: download a dataset, or check one before a long run."""
 
 import argparse
 from pathlib import Path
@@ -22,7 +22,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fetch CIFAR-10, or read a whole folder and name what is wrong: exit code 1 then."""
+    """Download CIFAR-10, or read a whole folder and list what is wrong: exit code 1 then."""
     if args.action == "check":
         existing("data check", args.folder, "a folder of latents or of images")
     from uvit_fast.data import check, download

@@ -1,4 +1,4 @@
-"""What the commands' pictures share."""
+"""The common style of the commands' pictures."""
 
 from pathlib import Path
 from typing import Any
@@ -7,11 +7,11 @@ from uvit_fast.runtime.extras import missing
 from uvit_fast.runtime.files import write_whole
 
 INK, GRID = "#333333", "#dddddd"
-COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"]  # told apart by the colour-blind too (Okabe and Ito)
+COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"]  # colour-blind safe (Okabe and Ito)
 
 
 def pyplot() -> Any:
-    """matplotlib.pyplot, set up to write files in the house's look.
+    """Return matplotlib.pyplot, set up to write files in the house style.
 
     Raises:
         ImportError: matplotlib is not installed; the message names the extra.
@@ -30,13 +30,13 @@ def pyplot() -> Any:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write a figure as `path` says by its ending, whole or not at all, and close it.
+    """Write a figure in the format of `path`'s suffix, whole or not at all, and close it.
 
     Raises:
         OSError: it cannot be written.
     """
     kind = path.suffix[1:].lower()
-    about = {"metadata": {"Software": None}} if kind == "png" else {}  # the same picture is the same file
+    about = {"metadata": {"Software": None}} if kind == "png" else {}  # so that equal pictures are equal files
     try:
         write_whole(path, lambda file: figure.savefig(file, dpi=150, format=kind, **about))
     finally:

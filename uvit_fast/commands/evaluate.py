@@ -49,7 +49,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure samples, of a file or fresh ones, against real images; print the figures and write them.
+    """Measure samples, from a file or freshly drawn, against real images; print the figures and write them.
 
     `torchrun -m -- uvit_fast.cli evaluate ...` divides samples and real images among all GPUs of a host.
     """
@@ -110,7 +110,7 @@ def _run(args: argparse.Namespace, world) -> None:
 
 
 def _drawn(args: argparse.Namespace, cfg: Config, device, world):
-    """Samples of a checkpoint, drawn while they are measured, the labels that were asked for, or None, and their names."""
+    """Return a checkpoint's samples, drawn while they are measured, the requested labels, or None, and their names."""
     from uvit_fast import measuring
     from uvit_fast.data.autoencoders import load_decoder
     from uvit_fast.data.reading import shown

@@ -1,4 +1,4 @@
-"""`uvit-fast extract`: images (and captions) as latents that training reads."""
+"""`uvit-fast extract`: encode images (and captions) as latents for training."""
 
 import argparse
 from pathlib import Path
@@ -48,7 +48,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the shards; the report on the way to them is in their folder. `torchrun -m uvit_fast.cli extract ...` uses all GPUs."""
+    """Write the shards; the report is in their folder. `torchrun -m uvit_fast.cli extract ...` uses all GPUs."""
     follow_launcher()
     cfg = load_config(args.config, args.set)
     if cfg.latent is None:

@@ -1,4 +1,4 @@
-"""`uvit-fast gallery`: draw from checkpoints in the browser."""
+"""`uvit-fast gallery`: sample from checkpoints in the browser."""
 
 import argparse
 import sys
@@ -48,10 +48,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def short_names(checkpoints: list[str]) -> list[str]:
-    """What the page calls checkpoints: the ends of their paths, no longer than tells them apart.
+    """Return the names of checkpoints on the page: the ends of their paths, as short as they are unique.
 
     Raises:
-        UserError: one is there twice.
+        UserError: one is given twice.
     """
     parts = [Path(checkpoint).absolute().parts for checkpoint in checkpoints]
     if len(set(parts)) < len(parts):

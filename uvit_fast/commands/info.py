@@ -16,7 +16,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print what is installed and what would run."""
+    """Print what is installed and which kernels would run."""
     names = [args.config] if args.config else config_names()
     configs = {name: load_config(name).model for name in names}
     from importlib.metadata import PackageNotFoundError, version
@@ -40,9 +40,9 @@ def run(args: argparse.Namespace) -> None:
         print(f"  cpu           {torch.get_num_threads()} threads; no CUDA device")
 
     device = "cuda" if gpus else "cpu"
-    shapes: dict[tuple[int, int], list[str]] = {}  # (D, heads) -> the configs that have it
+    shapes: dict[tuple[int, int], list[str]] = {}  # (D, heads) -> the configs with that shape
     for name, model in configs.items():
-        if isinstance(model, ModelConfig):  # U-Nets have ops of their own
+        if isinstance(model, ModelConfig):  # U-Nets have other ops
             shapes.setdefault((model.embed_dim, model.num_heads), []).append(Path(name).stem)
     for (dim, heads), names in sorted(shapes.items()):
         print(f"\nD = {dim}, {heads} heads of {dim // heads} ({', '.join(names)}) on {device}")

@@ -1,4 +1,4 @@
-"""Ways to sample from one checkpoint, what has been measured of them, and which of them no other beats."""
+"""Settings for sampling from one checkpoint, their measurements, and the Pareto front among them."""
 
 import csv
 import itertools
@@ -16,11 +16,11 @@ from uvit_fast.runtime.files import write_table, write_whole
 from uvit_fast.runtime.text import parse_yaml, shown
 
 COLUMNS = ["sampler", "steps", "guidance_scale", "guidance_interval", "precision", "cache", "plan", "seed", "images"]
-COLUMNS += ["metric", "figure", "seconds", "batch", "device"]  # seconds: of 1,000 images on one device
+COLUMNS += ["metric", "figure", "seconds", "batch", "device"]  # seconds: per 1,000 images on one device
 
 
 class Point(NamedTuple):
-    """One way to sample."""
+    """One setting for sampling."""
 
     sampler: str
     steps: int
@@ -30,7 +30,7 @@ class Point(NamedTuple):
     cache: str
 
     def settings(self) -> dict[str, Any]:
-        """Return what the section `sample` says for it."""
+        """Return the values of the section `sample`."""
         guided = {"guidance_scale": self.scale, "guidance_interval": list(self.interval)}
         return {
             "sampler": self.sampler,
@@ -41,7 +41,7 @@ class Point(NamedTuple):
         }
 
     def lines(self, base: Config) -> str:
-        """Return the --set options that make it of a config."""
+        """Return the --set options that turn a config into this setting."""
         before = base.sample.model_dump(mode="json")
         changed = {key: value for key, value in self.settings().items() if value != before[key]}
         options = [f"--set {shlex.quote(f'sample.{key}={_as_yaml(value)}')}" for key, value in changed.items()]
@@ -56,16 +56,16 @@ class Point(NamedTuple):
 
 def _as_yaml(value: Any) -> str:
     if isinstance(value, str) and parse_yaml(value) == value:
-        return value  # which needs no quotes
+        return value  # needs no quotes
     return json.dumps(value, ensure_ascii=False).replace(", ", ",")
 
 
 class Measured(NamedTuple):
-    """A point's figures over its seeds."""
+    """A setting's figures over its seeds."""
 
     point: Point
     figures: list[float]
-    seconds: float  # of 1,000 images
+    seconds: float  # per 1,000 images
 
     @property
     def figure(self) -> float:
@@ -73,14 +73,14 @@ class Measured(NamedTuple):
 
 
 class Table:
-    """points.csv, whole after each point, and the settings that all its rows have."""
+    """points.csv, written whole after each setting, and what all its rows have in common."""
 
     def __init__(self, out: Path):
         self.out, self.file = out, out / "points.csv"
         self._held: Claim | None = None
 
     def claim(self, settings: dict[str, Any]) -> str | None:
-        """Keep other processes out; return why its rows cannot be joined by others."""
+        """Keep other processes out; return why new rows cannot join those of the table, or None."""
         note = self.out / "settings.json"
         others = self.out.exists() and (not self.out.is_dir() or any(p.name[0] != "." for p in self.out.iterdir()))
         if others and not note.is_file():
@@ -103,10 +103,10 @@ class Table:
         return None
 
     def rows(self) -> list[dict]:
-        """Return what has been measured.
+        """Return the measured rows.
 
         Raises:
-            UserError: another table.
+            UserError: the file is another table.
         """
         if not self.file.is_file():
             return []
@@ -140,7 +140,7 @@ def key_of(row: dict[str, Any]) -> tuple:
 
 
 def summarised(rows: Iterable[dict[str, str]]) -> list[Measured]:
-    """Return the points of a table, by their seconds; where a plan's file was changed, the rows of its last contents."""
+    """Return the settings of a table, by their seconds; if a plan's file was changed, the rows of its last version."""
     figures: dict[Point, list[float]] = {}
     seconds: dict[Point, list[float]] = {}
     contents: dict[Point, str] = {}
@@ -174,8 +174,8 @@ def pareto(points: Sequence[Measured]) -> list[Measured]:
 
 
 def as_good(points: Sequence[Measured]) -> list[str]:
-    """Return in sentences what is as good as the most whole evaluations in bf16, and how much faster: what is worse by no
-    more than their seeds differ; and whether cached layers are on the front.
+    """Return, in sentences, the settings as good as the most uncached evaluations in bf16, worse by no more than their
+    seeds differ, how much faster they are, and whether cached layers are on the front.
     """
     whole = [each for each in points if each.point.cache == "none" and each.point.precision == "bf16"]
     if not whole:
@@ -198,7 +198,7 @@ def as_good(points: Sequence[Measured]) -> list[str]:
 
 
 def _way(point: Point) -> tuple[str, ...]:
-    """Return what a line of the picture has in common: all but the number of evaluations."""
+    """Return what a line of the picture has in common: everything but the number of evaluations."""
     guided = f"s {point.scale:g}" if point.scale else "unguided"
     inside = "" if point.interval == (0.0, 1.0) else f"in {point.interval[0]:g} to {point.interval[1]:g}"
     whole = point.cache if point.cache.startswith("outer:") else "plan"
@@ -207,8 +207,8 @@ def _way(point: Point) -> tuple[str, ...]:
 
 
 def draw(points: Sequence[Measured], front: Sequence[Measured], about: dict[str, str], path: Path) -> None:
-    """Draw the figure against the seconds of 1,000 images: a line a way to sample, of points that say their number of
-    evaluations, the seeds' range at each; a ring around those on the front.
+    """Draw the figure against the seconds per 1,000 images: a line per way to sample, its points labelled by their
+    number of evaluations, with the range over the seeds; a ring around those on the front.
     """
     from uvit_fast.commands.drawing import COLOURS, INK, pyplot, save
 

@@ -1,4 +1,4 @@
-"""`uvit-fast profile`: a profiler's trace, and the time by families of ops, of training and of sampling."""
+"""`uvit-fast profile`: a profiler's trace, and the time per family of ops, of training and of sampling."""
 
 import argparse
 import os
@@ -27,8 +27,8 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Profile on synthetic data and random weights; write <what>.json.gz, for ui.perfetto.dev, and <what>.csv."""
-    load_config(args.config, args.set)  # before what takes seconds
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # its own progress
+    load_config(args.config, args.set)  # before anything that takes seconds
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # hides its own progress
     from uvit_fast import profiling
 
     steps = profiling.WARM_UP + 1 + args.steps

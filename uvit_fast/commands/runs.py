@@ -1,4 +1,4 @@
-"""`uvit-fast runs`: training runs, as a table, as curves, as a animation of their samples."""
+"""`uvit-fast runs`: training runs as a table, as curves, or as an animation of their samples."""
 
 import argparse
 import math
@@ -24,7 +24,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print a line a run, the one that changed last first; or draw what the runs' folders hold."""
+    """Print a line per run, the most recently changed first; or draw what the runs' folders hold."""
     folders = [Path(name) for name in args.folders or ["runs"]]
     for folder in folders:
         existing("runs", str(folder), "a folder of runs, or a run, that `uvit-fast train` made")
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _file(option: str, given: str | None, default: Path, suffixes: tuple[str, ...]) -> Path | None:
-    """What an option is to write; None: nothing.
+    """Return the file that an option is to write, or None.
 
     Raises:
         UserError: a name that ends in none of `suffixes`.

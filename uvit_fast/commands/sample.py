@@ -1,4 +1,4 @@
-"""`uvit-fast sample`: draw images from a checkpoint."""
+"""`uvit-fast sample`: sample images from a checkpoint."""
 
 import argparse
 import hashlib
@@ -50,7 +50,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Draw images; write PNGs and a labelled grid into a folder, or an .npz."""
+    """Sample images; write PNGs and a labelled grid into a folder, or an .npz."""
     from uvit_fast.runtime.processes import World
 
     with World() as world:
@@ -83,7 +83,7 @@ def _run(args: argparse.Namespace, world) -> None:
     check_guidance(scale or 0.0, cfg)
     plan = build_sampler(
         cfg, args.steps
-    ).stages  # a plan of cached layers that does not fit is said before the weights are read
+    ).stages  # a plan of cached layers that does not fit is reported before the weights are read
     device = pick_device(cfg.device)
     checkpoint = find_weights(args.checkpoint)
     known, labels = provenance_of(cfg, checkpoint), None
@@ -115,7 +115,7 @@ def _run(args: argparse.Namespace, world) -> None:
     settings["contents of the config"] = hashlib.sha256(decides.encode()).hexdigest()
     if cfg.sample.cache != "none":  # a plan's file may change
         settings["cached layers"] = [sorted(stage.layers.reuse) if stage.layers else [] for stage in plan]
-    # of a run that goes on, the newest may be another one tomorrow
+    # in a run that goes on, the newest checkpoint may be another one tomorrow
     settings["checkpoint"] = os.path.abspath(checkpoint)
     settings["prompts"] = prompts and hashlib.sha256("\n".join([clip, *prompts]).encode()).hexdigest()
     job = Job(out, settings, args.num, batch, args.resume, world)
@@ -138,10 +138,10 @@ def _run(args: argparse.Namespace, world) -> None:
 
 
 def _out(args: argparse.Namespace) -> Path:
-    """Where the images go: a folder, or a name that ends in .npz or .png.
+    """Return where the images go: a folder, or a name that ends in .npz or .png.
 
     Raises:
-        UserError: a name that fits neither --format nor --num, or that promises another kind of file.
+        UserError: a name that contradicts --format or --num, or whose suffix is for another kind of file.
     """
     out = Path(args.out)
     suffix = out.suffix.lower()
@@ -155,7 +155,7 @@ def _out(args: argparse.Namespace) -> Path:
 
 
 def _prompts(args: argparse.Namespace, cfg: Config) -> list[str] | None:
-    """The prompts of a text model; None of another.
+    """Return the prompts for a text model; None for others.
 
     Raises:
         UserError: prompts for a model that takes none, none for one that does, or both ways of giving them.
@@ -177,14 +177,14 @@ def _prompts(args: argparse.Namespace, cfg: Config) -> list[str] | None:
         raise UserError(f"--prompts {args.prompts}: expected a text file with one prompt a line ({error})") from None
     prompts = [
         line.strip() for line in text.split("\n") if line.strip()
-    ]  # lines may hold what else Unicode breaks lines at
+    ]  # lines may contain other characters at which Unicode breaks lines
     if not prompts:
         raise UserError(f"--prompts {args.prompts}: expected one prompt a line, got an empty file")
     return prompts
 
 
 def _save_grid(path: Path, batches, num: int, captions: list[str] | None) -> None:
-    """The first hundred images, ten a row, with their classes or prompts; a single one without them as it is."""
+    """Save the first hundred images, ten per row, with their classes or prompts; a single one without them as it is."""
     import numpy as np
 
     from uvit_fast.sampling.images import as_picture, save_grid, save_png

@@ -1,4 +1,6 @@
-"""`uvit-fast sweep`: train and measure variations of one config, and plot the metric against each factor (paper, appendix B)."""
+"""`uvit-fast sweep`: train and measure variations of one config, and plot the metric against each factor (paper,
+Appendix B).
+"""
 
 import argparse
 import csv
@@ -32,11 +34,11 @@ AXES = {
     "patch size": "patch size, pixels",
     "skip": "long skip",
 }
-SMOOTH = 0.05  # of a run: what a point of the loss curve, and the table's loss, is the mean of
+SMOOTH = 0.05  # share of a run over which a point of the loss curve, and the table's loss, averages
 
 
 class Sweep(Section):
-    """A file of configs/ablations: members differ from `base` with `set` in one factor each."""
+    """A file of configs/ablations: each member differs from `base` with `set` in one factor."""
 
     base: str = Field(description="The config that everything varies: a path from this file, or a name.")
     set: list[str] = Field([], description="Overrides of the base for all members, as section.key=value.")
@@ -46,7 +48,7 @@ class Sweep(Section):
 
 
 class Member(NamedTuple):
-    """One training: its name, the overrides that make it, and the points (factor, value) of the plot that it is."""
+    """One training: its name, its overrides, and the points (factor, value) of the plot that it provides."""
 
     name: str
     overrides: list[str]
@@ -74,7 +76,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train every member that is not finished, measure it, write sweep.csv, losses.csv and their pictures."""
+    """Train every unfinished member, measure it, and write sweep.csv, losses.csv and their pictures."""
     out = args.out or Path("runs") / f"sweep_{Path(args.config).stem}"
     if args.draw:
         draw(out)
@@ -100,10 +102,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_members(path: Path, overrides: list[str], only: list[str]) -> list[Member]:
-    """The trainings of a sweep, each once: where factors meet in the base, they share it.
+    """Return the trainings of a sweep, each once: factors share the one at the base.
 
     Raises:
-        UserError: a file that is no sweep, a factor that is not in it, or values that make no config.
+        UserError: a file that is not a sweep, a factor that is not in it, or values that make no valid config.
     """
     try:
         sweep = Sweep.model_validate(parse_yaml(path.read_text("utf-8-sig")))
@@ -133,7 +135,7 @@ def read_members(path: Path, overrides: list[str], only: list[str]) -> list[Memb
 
 
 class _Work:
-    """Trains and measures a member in processes of their own; gives None, or what went wrong."""
+    """Trains and measures a member in separate processes; returns None, or what went wrong."""
 
     def __init__(self, args: argparse.Namespace, config: Path, out: Path):
         self.args, self.out = args, out
@@ -151,7 +153,7 @@ class _Work:
             return error
         if result.is_file():
             return None
-        with self.first:  # the first one fits the classifier that all are measured by
+        with self.first:  # the first one fits the classifier with which all are measured
             if not self.fitted:
                 error = self._evaluate(folder, result)
                 self.fitted = error is None
@@ -159,7 +161,7 @@ class _Work:
         return self._evaluate(folder, result)
 
     def result(self, member: Member) -> Path:
-        """The file of a member's figures, after so many steps and of so many samples."""
+        """Return the file of a member's figures, for its number of steps and samples."""
         steps = member.config.train.iterations
         return self.out / member.name / f"evaluation_{self.args.features}_{steps}_{self.args.num}.json"
 
@@ -176,7 +178,7 @@ class _Work:
 
 
 def write(members: list[Member], work: _Work, out: Path) -> None:
-    """sweep.csv, a row a point of the plots, and losses.csv, the training losses of every member."""
+    """Write sweep.csv, one row per point of the plots, and losses.csv, the training losses of every member."""
     points: list[dict[str, Any]] = []
     losses: list[dict[str, Any]] = []
     for member in members:
@@ -204,13 +206,14 @@ def write(members: list[Member], work: _Work, out: Path) -> None:
 
 
 def _losses(path: Path) -> Iterator[tuple[int, float]]:
-    """(step, mean loss since the row before)."""
+    """Yield (step, mean loss since the previous row)."""
     for row in read_rows(path):
         yield row["step"], row["loss"]
 
 
 def draw(out: Path) -> None:
-    """factors.png, the metric against each factor, and losses.png, the training loss of each skip mode, from the CSV files.
+    """Draw factors.png, the metric against each factor, and losses.png, the training loss of each skip mode, from the
+    CSV files.
 
     Raises:
         UserError: no such files. ImportError: matplotlib is not installed.

@@ -25,12 +25,12 @@ def arguments(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("run")
     group.add_argument("--run-dir", type=Path, metavar="DIR", help="its folder (default runs/<name of the config>)")
     group.add_argument("--fresh", action="store_true", help="move an older run in that folder aside and start anew")
-    command.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher says it to a script
+    command.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher passes it to a script
     command.set_defaults(goes_on="continues from the newest checkpoint")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train to the end of the run. Of the ranks of a launcher one speaks."""
+    """Train to the end of the run. Of a launcher's ranks, one prints errors."""
     follow_launcher()
     try:
         cfg = load_config(args.config, args.set)
@@ -38,13 +38,13 @@ def run(args: argparse.Namespace) -> int:
     except (UserError, ImportError) as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
             raise
-        time.sleep(30)  # a launcher ends all at the first exit, which is to be that of the rank that speaks
+        time.sleep(30)  # a launcher ends all at the first exit, which is to be that of the rank that prints
         return 2
     return 0
 
 
 def train(cfg: Config, run_dir: Path, fresh: bool) -> None:
-    """Build what the config says and train it; torch is imported once the config is known to make sense."""
+    """Build what the config says and train it; torch is imported once the config is known to be valid."""
     from uvit_fast.build import build_dataset, build_model, build_objective, hold_out
     from uvit_fast.measuring import training_evaluation
     from uvit_fast.provenance import Provenance
@@ -56,7 +56,7 @@ def train(cfg: Config, run_dir: Path, fresh: bool) -> None:
     check_free(run_dir)
     world = start(cfg.device)
     with warnings.catch_warnings():
-        if world.rank > 0:  # what all meet, rank 0 says
+        if world.rank > 0:  # an error on every rank, which rank 0 prints
             warnings.simplefilter("ignore")
         model, objective = build_model(cfg), build_objective(cfg)
         dataset, held_out = hold_out(cfg, build_dataset(cfg))

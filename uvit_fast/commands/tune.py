@@ -28,7 +28,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Deterministic kernels stay deterministic; only speed changes."""
+    """Tune the kernels. Deterministic kernels stay deterministic; only speed changes."""
     wrong = [dim for dim in args.dims if dim % 64]
     if wrong:
         raise UserError(f"--dims: expected multiples of 64, got {wrong[0]}")

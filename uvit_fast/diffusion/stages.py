@@ -135,7 +135,7 @@ class Staged(Sampler):
         """Return `steps` stages."""
 
     def _stage(self, schedule: Schedule, t, wanted, start, outputs, noise=0.0, last=True) -> Stage:
-        """Return the stage at time t whose m is `wanted`, the coefficients of x_0 and eps; NumPy scalars become floats."""
+        """Return the stage at time t whose m is `wanted` of x_0 and eps; NumPy scalars become floats."""
         convert = self.prediction.convert(wanted, schedule.alpha(t), schedule.sigma(t))
         update = Update(*map(float, convert), float(start), float(noise), tuple(map(float, outputs)))
         return Stage(float(t), float(schedule.network_time(t)), update, last)

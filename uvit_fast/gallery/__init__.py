@@ -1,5 +1,5 @@
 """A gallery in the browser.
 
-`session` samples and knows nothing of a page, `source` is one checkpoint, `recipe` what makes a picture, `page` shows
-them. Nothing but `page` needs Gradio.
+`session` samples without knowing of a page, `source` is one checkpoint, `recipe` is what makes a picture, `page` shows
+them. Only `page` needs Gradio.
 """

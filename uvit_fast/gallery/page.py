@@ -1,6 +1,6 @@
-"""The gallery's page: Gradio's controls around a `Session`, and a server that gives away pictures and nothing else.
+"""The gallery's page: Gradio's controls around a `Session`, and a server that serves pictures and nothing else.
 
-Pictures travel inside the page as data: URIs. So no route needs to read a file, and those that would are closed.
+Pictures travel inside the page as data: URIs, so no route needs to read a file, and those that would are closed.
 """
 
 import base64
@@ -19,7 +19,7 @@ from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.extras import missing
 from uvit_fast.runtime.files import file_name
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nobody is told; read when Gradio is imported
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # no telemetry; read when Gradio is imported
 try:
     import gradio as gr
     from starlette.middleware import Middleware
@@ -44,7 +44,7 @@ footer {display: none !important}
 
 
 class Closed:
-    """ASGI middleware: what the page does not need is not there."""
+    """ASGI middleware that answers 404 for everything the page does not need."""
 
     def __init__(self, app: Any):
         self.app = app
@@ -59,17 +59,17 @@ class Closed:
 
 @contextlib.contextmanager
 def serving(session: Session, host: str, port: int) -> Iterator[tuple["gr.Blocks", str]]:
-    """Serve the page, and its address, while the context is open.
+    """Serve the page while the context is open, and yield its address.
 
     Args:
-        host: the address to listen at; of the loopback, the page answers to the loopback's names only.
+        host: the address to listen on; on the loopback, the page answers only to the loopback's names.
         port: 0: a free one.
 
     Raises:
-        UserError: the address cannot be listened at.
+        UserError: the address is not available.
     """
     middleware = [Middleware(Closed)]
-    if host in LOOPBACK:  # a site whose name is made to lead here is not answered
+    if host in LOOPBACK:  # a site whose name is made to resolve here is not answered
         middleware.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"]))
     with tempfile.TemporaryDirectory(prefix="uvit-fast-gallery-") as uploads, _environment("GRADIO_TEMP_DIR", uploads):
         page = build(session)
@@ -109,7 +109,7 @@ def serve(session: Session, host: str, port: int) -> None:
 
 
 def build(session: Session) -> "gr.Blocks":
-    """The page of a session."""
+    """Return the page of a session."""
     names = session.names
     first = session.choices(names[0])
     with gr.Blocks(
@@ -246,7 +246,9 @@ def build(session: Session) -> "gr.Blocks":
 
 
 def pictures(session: Session, view: View, recipes: list[Recipe]) -> str:
-    """A view as HTML: on their way as they are, finished ones with what made them inside, to be saved."""
+    """Return a view as HTML: unfinished pictures as they are, finished ones with their recipe inside, ready to be
+    saved.
+    """
     names = {label: name for name, label in session.choices(recipes[0].checkpoint).classes}
     finished = view.milliseconds is not None
     figures = []
@@ -279,7 +281,7 @@ def pictures(session: Session, view: View, recipes: list[Recipe]) -> str:
 
 @contextlib.contextmanager
 def _environment(name: str, value: str) -> Iterator[None]:
-    """A variable that Gradio reads, meanwhile."""
+    """Set a variable that Gradio reads, while the context is open."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:
@@ -291,7 +293,7 @@ def _environment(name: str, value: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _told() -> Iterator[None]:
-    """A user's mistake is a line in the page."""
+    """Show a user's mistake as a line in the page."""
     try:
         yield
     except (UserError, ImportError) as error:
@@ -299,14 +301,14 @@ def _told() -> Iterator[None]:
 
 
 def _free(host: str) -> int:
-    """A port that nobody listens at."""
+    """Return a free port."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as one:
         one.bind((host, 0))
         return one.getsockname()[1]
 
 
 def _controls(names: list[str], name: str, session: Session, suffix: str) -> dict[str, Any]:
-    """The settings of one loop, by the names that `_settings` gives them."""
+    """Return the settings of one loop, by the names of `_settings`."""
     choices = session.choices(name)
     start = choices.start
     checkpoint = gr.Dropdown(
@@ -330,7 +332,7 @@ def _controls(names: list[str], name: str, session: Session, suffix: str) -> dic
 
 
 def _settings(session: Session, recipe: Recipe) -> dict[str, Any]:
-    """What the controls show of a recipe."""
+    """Return what the controls show for a recipe."""
     choices = session.choices(recipe.checkpoint)
     return {
         "checkpoint": recipe.checkpoint,

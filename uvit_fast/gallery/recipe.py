@@ -1,4 +1,4 @@
-"""What makes a picture, and the PNG that says it."""
+"""What makes a picture, and PNGs that record it."""
 
 import io
 import json
@@ -17,7 +17,7 @@ Precision = Literal["fp32", "bf16", "fp8"]
 
 
 class Recipe(Section):
-    """All that decides one picture, but for the weights and what their config fixes."""
+    """All that decides one picture, apart from the weights and what their config fixes."""
 
     checkpoint: str = Field(min_length=1, max_length=1000, description="What the session calls the weights.")
     label: int | None = Field(None, ge=0, description="The class, of a class-conditional model.")
@@ -47,10 +47,10 @@ class Recipe(Section):
 
 
 def checked(recipe: Recipe | None = None, **values: Any) -> Recipe:
-    """Return a recipe of `values`, and else as `recipe`.
+    """Return a recipe with `values`, otherwise like `recipe`.
 
     Raises:
-        UserError: a value that none can have.
+        UserError: an invalid value.
     """
     try:
         return Recipe.model_validate((recipe.model_dump() if recipe else {}) | values)
@@ -60,7 +60,7 @@ def checked(recipe: Recipe | None = None, **values: Any) -> Recipe:
 
 
 def to_png(image: np.ndarray, recipe: Recipe, source: dict[str, Any]) -> bytes:
-    """Return a PNG of an image (H, W, C) uint8 with its recipe, and what it was made from, as JSON in an iTXt chunk."""
+    """Return a PNG of an image (H, W, C) uint8 with its recipe and its source, as JSON in an iTXt chunk."""
     text = PngImagePlugin.PngInfo()
     text.add_itxt(KEY, json.dumps({"recipe": recipe.model_dump(exclude_none=True), "source": source}))
     return plain_png(image, pnginfo=text)
@@ -74,10 +74,10 @@ def plain_png(image: np.ndarray, **options: Any) -> bytes:
 
 
 def from_png(data: bytes) -> tuple[Recipe, dict[str, Any]]:
-    """Return the recipe in a PNG's bytes, and what it says that it was made from; the pixels are not decoded.
+    """Return the recipe in a PNG's bytes, and its source; the pixels are not decoded.
 
     Raises:
-        UserError: no PNG, or not one that `to_png` made.
+        UserError: not a PNG, or not one from `to_png`.
     """
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:

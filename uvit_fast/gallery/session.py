@@ -1,4 +1,4 @@
-"""What a gallery does, without a page: pictures as they are denoised, side by side, along walks, and from files."""
+"""The gallery's functions, without a page: pictures as they are denoised, side by side, along walks, and from files."""
 
 import queue
 import threading
@@ -29,19 +29,19 @@ from uvit_fast.sampling.images import to_uint8
 from uvit_fast.sampling.loop import check_finite, solve
 from uvit_fast.sampling.weights import find_weights, load_found, provenance_of
 
-FRAMES = 10  # states of a picture that are shown
+FRAMES = 10  # shown states of a picture
 MOST = 64  # pictures at a time
 
 
 @dataclass(frozen=True)
 class View:
-    """Pictures on their way.
+    """Pictures while they are denoised.
 
     Attributes:
         images: (N, H, W, C) uint8.
-        done, steps: network evaluations until here, and in all.
+        done, steps: network evaluations so far, and in total.
         milliseconds: of the loop, once it is done: without the decoder of latents, and a replay without its capture.
-        replayed: whether a captured loop was.
+        replayed: whether it was a captured loop's replay.
     """
 
     images: np.ndarray
@@ -52,12 +52,12 @@ class View:
 
 
 class Session:
-    """Checkpoints to draw from. One draw runs at a time, whoever asks; others wait.
+    """Checkpoints to sample from. One draw runs at a time; others wait.
 
     Args:
-        checkpoints: config and weights, as `find_weights` takes them, by the name that recipes call them.
+        checkpoints: config and weights, see `find_weights`, by the name that recipes use.
         device: where they run; on a GPU through captured loops.
-        clip: the text encoder of text models; default: that of the training data.
+        clip: the text encoder of text models; default: the training data's.
         graphs: what records and replays; default: CUDA graphs, on a GPU.
 
     Raises:
@@ -85,21 +85,21 @@ class Session:
         return list(self._sources)
 
     def choices(self, checkpoint: str) -> Choices:
-        """Return what can be asked of a checkpoint.
+        """Return the possible settings of a checkpoint.
 
         Raises:
-            UserError: it is none of this session.
+            UserError: the session has no such checkpoint.
         """
         return self._source(checkpoint).choices
 
     def recipes(self, base: Recipe, labels: list[int] | None = None, num: int | None = 1) -> list[Recipe]:
-        """Return `num` recipes of each class, as `base` but for the seed, which counts up: classes share noise.
+        """Return `num` recipes for each class, like `base` except for the seed, which counts up: classes share noise.
 
         Args:
-            labels: of a class-conditional model; default: the label of `base`.
+            labels: for a class-conditional model; default: the label of `base`.
 
         Raises:
-            UserError: more than MOST, or no class of a model that has some.
+            UserError: more than MOST, or no class for a model that needs one.
         """
         wanted = [base.label] if labels is None else labels
         if base.label is not None and not wanted:
@@ -109,17 +109,17 @@ class Session:
         return [checked(base, label=label, seed=base.seed + i) for label in wanted for i in range(num)]
 
     def draw(self, recipes: list[Recipe]) -> Iterator[View]:
-        """Draw pictures of one loop, as they are denoised; the last view is of the finished ones.
+        """Draw pictures of one loop as they are denoised; the last view shows the finished ones.
 
         On a CPU each view comes as soon as its evaluation is done. A captured loop is replayed whole, with its states.
         Closing the iterator ends the loop at its next view.
 
         Args:
-            recipes: up to MOST, alike in their `loop`.
+            recipes: up to MOST, with equal `loop`.
 
         Raises:
-            UserError: a class, prompt, sampler, precision or guidance that this checkpoint does not take; weights that
-                cannot be loaded; samples that are not finite.
+            UserError: a class, prompt, sampler, precision or guidance that this checkpoint does not support; weights
+                that cannot be loaded; samples that are not finite.
         """
         assert recipes and len({recipe.loop for recipe in recipes}) == 1
         views: queue.Queue[View | BaseException | None] = queue.Queue()
@@ -151,7 +151,7 @@ class Session:
         """Draw two settings or two checkpoints from the same noise, the left one first.
 
         Raises:
-            UserError: the noise is not the same: other seeds, or other shapes; or as `draw`.
+            UserError: the noise differs, by seeds or shapes; or as `draw`.
         """
         shapes = [self._shape(side[0].checkpoint) for side in (left, right)]
         if shapes[0] != shapes[1]:
@@ -167,7 +167,7 @@ class Session:
             yield done, view
 
     def png(self, image: np.ndarray, recipe: Recipe) -> bytes:
-        """Return a finished picture (H, W, C) uint8 as a PNG that says what made it."""
+        """Return a finished picture (H, W, C) uint8 as a PNG that records what made it."""
         source = self._source(recipe.checkpoint)
         return to_png(
             image,
@@ -182,10 +182,10 @@ class Session:
         )
 
     def load(self, data: bytes) -> tuple[Recipe, list[str]]:
-        """Return the recipe of a PNG that `png` made, of this session's checkpoints, and notes of what differs here.
+        """Return the recipe of a PNG from `png`, for this session's checkpoints, and notes on what differs here.
 
         Raises:
-            UserError: it is no such PNG, or no checkpoint here can follow its recipe.
+            UserError: it is not such a PNG, or no checkpoint here can follow its recipe.
         """
         recipe, said = from_png(data)
         same = [name for name, source in self._sources.items() if source.digest == said.get("weights")]
@@ -218,7 +218,7 @@ class Session:
         return model.in_chans, model.img_size, model.img_size
 
     def _check(self, recipe: Recipe) -> None:
-        """Refuse what its checkpoint does not take."""
+        """Refuse what its checkpoint does not support."""
         source = self._source(recipe.checkpoint)
         choices = source.choices
         for key, got, among in (
@@ -247,7 +247,7 @@ class Session:
         keys = torch.cat([sample_generators(recipe.seed, [0], self.device) for recipe in recipes])  # (N,)
         condition, null = self._condition(source, recipes)
         scale, interval = first.cfg_scale - 1, cfg.sample.guidance_interval
-        looking = 0.0  # seconds that are not the loop's
+        looking = 0.0  # seconds outside the loop
 
         def view(done: int, x: Tensor, milliseconds: float | None = None, replayed: bool = False) -> None:
             if done == steps:
@@ -275,7 +275,7 @@ class Session:
         view(steps, states[:, -1], milliseconds, replayed)
 
     def _noise(self, recipe: Recipe) -> Tensor:
-        """x_T (C, H, W) fp32 of a recipe."""
+        """Return x_T (C, H, W) fp32 of a recipe."""
         shape = self._shape(recipe.checkpoint)
         start = sample_noise(recipe.seed, [0], shape)[0]
         if recipe.to_seed is None:
@@ -292,7 +292,7 @@ class Session:
         return {}, {}
 
     def _captured(self, graphs: Graphs, source: Source, precision: str, num: int) -> GraphSampler:
-        """One picture is not padded to a batch that was captured before."""
+        """Return the sampler with captured loops; a single picture is not padded to a batch captured before."""
         key = precision, num == 1
         if key not in source.graphs:
             share = graphs.budget(self.device) // (4 * len(self._sources))
@@ -305,11 +305,12 @@ class Session:
 
 
 class _Stopped(Exception):
-    """Nobody looks any more."""
+    """The viewer has gone."""
 
 
 def between(a: Tensor, b: Tensor, position: float) -> Tensor:
-    """Return noise on the great circle from a (0) to b (1), which keeps its norm (Shoemake 1985, slerp): as a, fp32.
+    """Return noise on the great circle from a (0) to b (1), which keeps its norm (Shoemake 1985, slerp): shaped as a,
+    fp32.
 
     Args:
         a, b: noise of one shape, fp32.

@@ -1,4 +1,4 @@
-"""One checkpoint of a gallery: what can be asked of it, and what is loaded of it so far."""
+"""One checkpoint of a gallery: its possible settings, and what of it is loaded."""
 
 import hashlib
 from collections.abc import Callable
@@ -31,10 +31,10 @@ FIXED = (
 
 @dataclass(frozen=True)
 class Choices:
-    """What can be asked of one checkpoint.
+    """The possible settings of one checkpoint.
 
     Attributes:
-        classes: name and label of each that it has learned; empty where it has none.
+        classes: name and label of each class that it learned; empty without classes.
         text: whether it takes a prompt.
         guided: whether it was trained for guidance.
         start: the config's own settings.
@@ -50,7 +50,7 @@ class Choices:
 
 @dataclass
 class Source:
-    """One checkpoint, and what is loaded of it so far."""
+    """One checkpoint, and what of it is loaded."""
 
     name: str
     cfg: Config
@@ -103,7 +103,7 @@ class Source:
 
     @property
     def fixed(self) -> dict[str, Any]:
-        """What the config decides of a picture beside the recipe; of a plan's file the name alone."""
+        """What the config decides about a picture beside its recipe; of a plan's file only the name."""
         said = self.cfg.sample.model_dump(mode="json", include=set(FIXED))
         return said | {"cache": Path(said["cache"]).name}
 
@@ -117,7 +117,7 @@ class Source:
         """Return the config with another sampler and precision.
 
         Raises:
-            UserError: that sampler is not for this diffusion.
+            UserError: that sampler does not fit this diffusion.
         """
         changed = {"sample.sampler": sampler} | ({"sample.precision": "fp8"} if precision == "fp8" else {})
         changed |= {"sample.precision": "bf16"} if precision in ("fp32", "bf16") else {}

@@ -1,4 +1,4 @@
-"""A sampler that shows states on its way."""
+"""A sampler that shows its intermediate states."""
 
 from collections.abc import Callable
 from typing import Self
@@ -12,14 +12,14 @@ from uvit_fast.diffusion.stages import Generator, Sampler, Stage
 
 
 class Watched:
-    """A `Sampler` that returns states from the noise to x_0 instead of x_0 alone: (B, F, C, H, W) fp32, x_0 last.
+    """A `Sampler` that returns states from the noise to x_0 rather than x_0 alone: (B, F, C, H, W) fp32, x_0 last.
 
-    A captured loop so replays them too, with no wait for the host in between.
+    A captured loop thus replays them too, with no wait for the host in between.
 
     Args:
-        sampler: whose states these are; they do not change by being watched.
+        sampler: whose states these are; watching does not change them.
         frames: F at most, evenly spread over the evaluations.
-        show: called as show(done, x) with each of them, (B, C, H, W), as soon as it is there; not within a capture.
+        show: called as show(done, x) with each state (B, C, H, W), as soon as it is there; not within a capture.
     """
 
     def __init__(self, sampler: Sampler, frames: int, show: Callable[[int, Tensor], None] | None = None):

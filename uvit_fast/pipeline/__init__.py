@@ -1,6 +1,6 @@
-"""U-ViT as a pipeline of diffusers; needs the extra `diffusers`."""
+"""U-ViT as a diffusers pipeline; needs the extra `diffusers`."""
 
-from diffusers import ModelMixin, SchedulerMixin  # where diffusers' loader finds the classes, it looks for these
+from diffusers import ModelMixin, SchedulerMixin  # diffusers' loader looks for these where it finds the classes
 
 from .make import make_pipeline
 from .pipeline import UViTModel, UViTPipeline
@@ -9,4 +9,4 @@ from .schedulers import UViTScheduler
 __all__ = ["ModelMixin", "SchedulerMixin", "UViTModel", "UViTPipeline", "UViTScheduler", "make_pipeline"]
 
 for _each in (UViTModel, UViTPipeline, UViTScheduler):
-    _each.__module__ = __name__  # which folders keep
+    _each.__module__ = __name__  # folders record it

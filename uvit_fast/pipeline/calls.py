@@ -1,4 +1,4 @@
-"""What a call of the pipeline takes, and what it does with a user's callback."""
+"""The arguments of a pipeline call, and a user's callback in it."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from uvit_fast.diffusion.guidance import EpsFn, Guidance
 
-INSTEAD = {  # what diffusers' other pipelines take
+INSTEAD = {  # arguments of diffusers' other pipelines -> what to use here
     "batch_size": "expected num_images",
     "timesteps": "expected num_inference_steps, or another scheduler",
     "sigmas": "expected num_inference_steps, or another scheduler",
@@ -27,14 +27,14 @@ INSTEAD = {  # what diffusers' other pipelines take
 
 
 class _Interrupted(Exception):
-    """Ends a loop from inside a callback."""
+    """Raised inside a callback to end the loop."""
 
 
 class StepEnd:
-    """A user's `callback_on_step_end` as what the loops call with each new state."""
+    """A user's `callback_on_step_end`, as the loops call it with each new state."""
 
     def __init__(self, pipe: Any, callback: Callable | None, inputs: Sequence[str], eps_fn: EpsFn):
-        inputs = getattr(callback, "tensor_inputs", inputs)  # diffusers' own callbacks say what they want
+        inputs = getattr(callback, "tensor_inputs", inputs)  # diffusers' own callbacks say what they need
         if unknown := set(inputs) - {"latents"}:
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs: expected ['latents'], got {', '.join(sorted(unknown))} too"
@@ -50,13 +50,13 @@ class StepEnd:
         changed = self.callback(self.pipe, i, t, {name: x for name in self.inputs}) or {}
         self.state = changed.get("latents", x)
         if self.guidance is not None:
-            self.guidance.scale.fill_(max(self.pipe.guidance_scale - 1, 0.0))  # which it may have set
+            self.guidance.scale.fill_(max(self.pipe.guidance_scale - 1, 0.0))  # the callback may have set it
         if self.pipe.interrupt:
             raise _Interrupted
         return self.state
 
     def until_interrupted(self, solve: Callable[[], Tensor]) -> Tensor:
-        """solve(), or the state in which it was interrupted."""
+        """Return solve(), or the state in which it was interrupted."""
         try:
             return solve()
         except _Interrupted:
@@ -69,12 +69,12 @@ def is_text(value: Any) -> bool:
 
 
 def of_each(null: Any) -> bool:
-    """Whether a null condition is one of each sample: text features (B, T, C)."""
+    """Return whether a null condition has one entry per sample: text features (B, T, C)."""
     return isinstance(null, Tensor) and null.dim() == 3
 
 
 def whole(name: str, value: Any, least: int = 1) -> int:
-    """A whole number, of Python's, NumPy's or torch's kind."""
+    """Return an integer from Python's, NumPy's or torch's kind."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -85,7 +85,7 @@ def whole(name: str, value: Any, least: int = 1) -> int:
 
 
 def new_keys(generator: torch.Generator | list[torch.Generator] | None, batch: int) -> Tensor:
-    """(batch,) int64 keys of the samples' own noise: all of one generator, or one of each."""
+    """Return (batch,) int64 keys of the samples' own noise: all from one generator, or one from each."""
 
     def draw(g: torch.Generator | None, count: int) -> Tensor:
         return torch.randint(-(2**63), 2**63 - 1, (count,), generator=g, device=g.device if g else "cpu")

@@ -1,4 +1,4 @@
-"""From labels and prompts to what the network is conditioned on."""
+"""From labels and prompts to the network's condition."""
 
 from collections.abc import Sequence
 from typing import Any

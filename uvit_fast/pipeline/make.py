@@ -21,7 +21,7 @@ def make_pipeline(
     license: str | None = None,
     **components: Any,
 ) -> UViTPipeline:
-    """The pipeline of a config and a state dict with the published names.
+    """Return the pipeline of a config and a state dict with the published names.
 
     Args:
         known: the names of its classes, and the encoders that made its data.
@@ -35,7 +35,7 @@ def make_pipeline(
         raise UserError(f"{cfg.name}: pipelines are of U-ViT; a U-Net's weights are diffusers' own names after `net.`")
     model = load_weights(UViTModel(**cfg.model.model_dump()), weights)
     scheduler = (
-        UViTScheduler(  # by keyword, or diffusers takes values for defaults, which another scheduler's config forgets
+        UViTScheduler(  # by keyword: diffusers takes other values for defaults, which another scheduler's config drops
             schedule=cfg.diffusion.schedule,
             sampler=cfg.sample.sampler,
             steps=cfg.sample.steps,

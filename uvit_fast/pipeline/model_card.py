@@ -1,4 +1,4 @@
-"""The README of a pipeline's folder: what the model is, and how it is loaded."""
+"""The README of a pipeline's folder: what the model is, and how to load it."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ SCHEDULES = {
     "flow_sit": "flow matching, the linear path, in SiT's terms",
 }
 PREDICTIONS = {"eps": "the noise", "v": "v", "x0": "the data", "velocity": "the velocity"}
-FOLDER = "this/folder"  # what the card calls the place that it lies in
+FOLDER = "this/folder"  # the card's placeholder for the folder's own path
 UNLICENSED = (
-    "The weights: not known to this folder, so to be written here. The repository of the paper's authors, which links the "
+    "Weights: please fill in, this folder does not know. The repository of the paper's authors, which links the "
     "published weights, is under the MIT licence."
 )
 ENCODERS = {"autoencoder": "vae", "text encoder": "text_encoder"}
@@ -22,8 +22,8 @@ from uvit_fast.pipeline import UViTModel, UViTPipeline, UViTScheduler
 
 
 def model_card(pipe: Any) -> str:
-    """Return the Markdown of a `UViTPipeline`'s card, with the hub's header: what it is, how it is loaded, its settings and
-    the licence of its weights. What the pipeline does not know it asks for.
+    """Return a `UViTPipeline`'s card in Markdown, with the hub's header: what the model is, how to load it, its
+    settings and the licence of its weights. It asks for whatever the pipeline does not know.
     """
     net, config, scheduler = pipe.model, pipe.config, pipe.scheduler
     size, known = pipe.image_size, pipe.class_names
@@ -56,8 +56,14 @@ def model_card(pipe: Any) -> str:
     names = ""
     if known:
         shown = ", ".join(f"{label}: {name}" for label, name in list(enumerate(known))[:20])
-        names = f"\nClasses by label: {shown}{', ...' if len(known) > 20 else ''}. All of them: `id2label` in `model_index.json`.\n"
+        more = ", ..." if len(known) > 20 else ""
+        names = f"\nClasses by label: {shown}{more}. All of them: `id2label` in `model_index.json`.\n"
     others = [name for name, role in ENCODERS.items() if getattr(pipe, role, None) is not None]
+    licence = f"Weights: {config.license}." if config.license else UNLICENSED
+    if others:
+        licence += (
+            f" The {' and the '.join(others)} beside them: as published by their authors, under their own licences."
+        )
     return f"""---
 library_name: diffusers
 pipeline_tag: {task}
@@ -68,7 +74,7 @@ pipeline_tag: {task}
 
 # U-ViT, {size} x {size}, {facts["conditioned on"]}
 
-A U-ViT ("All are Worth Words: A ViT Backbone for Diffusion Models", arXiv:2209.12152) as a pipeline of diffusers.
+A U-ViT ("All are Worth Words: A ViT Backbone for Diffusion Models", arXiv:2209.12152) as a diffusers pipeline.
 
 ## Use
 
@@ -79,8 +85,9 @@ pipe = UViTPipeline.from_pretrained("{FOLDER}")
 image = pipe({call.get(kind, "num_images=1")}).images[0]
 ```
 
-Without the import: `DiffusionPipeline.from_pretrained("{FOLDER}", trust_remote_code=True)`; the code is one import of the
-package. A copy on disk is a checkpoint of the command line too: `uvit-fast sample --checkpoint {FOLDER} --out images`.
+Without the import: `DiffusionPipeline.from_pretrained("{FOLDER}", trust_remote_code=True)`; the code is one import of
+the package. A copy on disk is also a checkpoint for the command line: `uvit-fast sample --checkpoint {FOLDER} --out
+images`.
 
 ## Settings
 
@@ -90,7 +97,7 @@ package. A copy on disk is a checkpoint of the command line too: `uvit-fast samp
 {names}
 ## Licence
 
-{f"The weights: {config.license}." if config.license else UNLICENSED}{f" The {' and the '.join(others)} beside them: as published by their authors, under licences of their own." if others else ""}
+{licence}
 
-Not known to this folder, so to be written here: the training data, their licence, and what the model should not be used for.
+Please fill in, this folder does not know: the training data, their licence, and what the model should not be used for.
 """

@@ -1,6 +1,8 @@
-"""U-ViT as a diffusers pipeline: `UViTPipeline.from_pretrained(folder)`, `pipe(class_labels=[207], num_inference_steps=50)`.
+"""U-ViT as a diffusers pipeline: `UViTPipeline.from_pretrained(folder)`, `pipe(class_labels=[207],
+num_inference_steps=50)`.
 
-Needs the extra `diffusers`. Guidance here follows diffusers: `guidance_scale` is 1 + s for the paper's s, and 1 is none.
+Needs the extra `diffusers`. Guidance follows diffusers here: `guidance_scale` is 1 + s for the paper's s, and 1 is
+none.
 """
 
 import difflib
@@ -39,42 +41,43 @@ from .model_card import FOLDER, LOADER, model_card
 from .schedulers import UViTScheduler, usual_prediction
 
 LIBRARY = __package__
-LOADER_NAME = "uvit_pipeline"  # of the folder's files that diffusers runs where it is trusted to
-STEPS = 50  # of a scheduler of diffusers, unless the call says how many
+LOADER_NAME = "uvit_pipeline"  # a folder's Python files, which diffusers runs where it is trusted to
+STEPS = 50  # with a scheduler of diffusers, unless the call says how many
 quiet_diffusers()
-LOADABLE_CLASSES[LIBRARY] = LOADABLE_CLASSES["diffusers"]  # or a repository's components could not be of this package
+LOADABLE_CLASSES[LIBRARY] = LOADABLE_CLASSES["diffusers"]  # lets a repository's components be from this package
 
 
 def _parts(index: dict[str, Any]) -> dict[str, list[str]]:
-    """The components of a folder's index: library and class by name."""
+    """Return the components in a folder's index: library and class by name."""
     lists = {name: value for name, value in index.items() if isinstance(value, list) and not name.startswith("_")}
-    # other lists are scalings, of a number a channel
+    # other lists are scalings, one number per channel
     return {name: value for name, value in lists.items() if all(isinstance(part, str | None) for part in value)}
 
 
 class UViTModel(UViT, ModelMixin, ConfigMixin):
-    """A `UViT` that diffusers saves and loads; the same arguments and parameter names."""
+    """A `UViT` that diffusers can save and load; same arguments, same parameter names."""
 
     __init__ = register_to_config(UViT.__init__)
 
 
 class UViTPipeline(DiffusionPipeline):
-    """Images from a U-ViT.
+    """Sample images from a U-ViT.
 
     Args:
-        model, scheduler: the network and how it is sampled.
+        model, scheduler: the network, and how to sample it.
         vae: the autoencoder of a latent model, else None.
         text_encoder, tokenizer: CLIP ViT-L/14 of a text model, else None.
-        scale_factor, shift_factor: the network sees (latents - shift_factor) * scale_factor; one number each, or one a channel
-            (0.18215 and 0; 0.23010 for COCO).
-        null_label: the label that means none, of a model trained with label dropping, else None.
+        scale_factor, shift_factor: the network sees (latents - shift_factor) * scale_factor; one number each, or one
+            per channel (0.18215 and 0; 0.23010 for COCO).
+        null_label: the null label of a model trained with label dropping, else None.
         guidance_scale: the default of a call, 1 + s for the s that the model was published with.
-        id2label: the classes' names by label, as DiT's pipeline has them; None where they are not known.
-        schedule: the model's noise schedule, "sd", "vp", "flow" or "flow_sit", by which a scheduler of diffusers is fitted to it; default: the
-            scheduler's.
-        prediction: what the model predicts, "eps", "v", "x0" or "velocity"; default: the scheduler's, else what is usual of the schedule.
-        encoders: identities of the autoencoder and text encoder that made what the model learned from, where they are known.
-        license: of the weights, as the hub names it ("mit", "apache-2.0"); None where it is not known. The model card has it.
+        id2label: the classes' names by label, as in DiT's pipeline; None if unknown.
+        schedule: the model's noise schedule, "sd", "vp", "flow" or "flow_sit", to which a scheduler of diffusers is
+            fitted; default: the scheduler's.
+        prediction: what the model predicts, "eps", "v", "x0" or "velocity"; default: the scheduler's, else the
+            schedule's usual one.
+        encoders: identities of the autoencoder and text encoder that made the training data, if known.
+        license: of the weights, in the hub's terms ("mit", "apache-2.0"); None if unknown. It goes into the model card.
 
     Raises:
         ValueError: a vae or text_encoder that is not one of these.
@@ -115,30 +118,30 @@ class UViTPipeline(DiffusionPipeline):
             encoders=encoders,
             license=license,
         )
-        names = {int(label): name for label, name in (id2label or {}).items()}  # JSON's keys are texts
+        names = {int(label): name for label, name in (id2label or {}).items()}  # JSON's keys are strings
         classes = tuple(names.get(label, str(label)) for label in range(max(names, default=-1) + 1))
         self._known = Provenance(classes, encoders or {})
         for check, component in ((check_vae, vae), (check_text_encoder, text_encoder)):
             if isinstance(component, torch.nn.Module) and not any(p.is_meta for p in component.parameters()):
                 check(component, str(getattr(component, "name_or_path", "")) or "of the pipeline", self._known)
-        self._card = ""  # of the folder that was saved last
+        self._card = ""  # of the folder saved last
         self._graphs: GraphSampler | None = None
-        self._fp8: tuple[tuple, Fp8UViT] | None = None  # and the weights that it was derived from
-        self._interrupt, self._guidance_scale, self._num_timesteps = False, guidance_scale, 0  # of the call that runs
+        self._fp8: tuple[tuple, Fp8UViT] | None = None  # with the identity of the weights it was derived from
+        self._interrupt, self._guidance_scale, self._num_timesteps = False, guidance_scale, 0  # of the current call
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """By label; empty where they are not known."""
+        """The classes' names, by label; empty if unknown."""
         return self._known.classes
 
     @property
     def latent(self) -> bool:
-        """Whether the model makes an autoencoder's latents."""
+        """Whether the model samples an autoencoder's latents."""
         return self.vae is not None or self.scaling != Scaling(1.0)
 
     @property
     def scaling(self) -> Scaling:
-        """Of the latents, for the network."""
+        """The scaling of latents for the network."""
         parts = (self.config.scale_factor, self.config.shift_factor)
         return Scaling(*(tuple(part) if isinstance(part, list | tuple) else part for part in parts))
 
@@ -149,35 +152,37 @@ class UViTPipeline(DiffusionPipeline):
 
     @property
     def interrupt(self) -> bool:
-        """Whether the call that runs ends after this step: set `pipe._interrupt` in its `callback_on_step_end`."""
+        """Whether the current call ends after this step: set `pipe._interrupt` in its `callback_on_step_end`."""
         return self._interrupt
 
     @property
     def guidance_scale(self) -> float:
-        """Of the call that runs: set `pipe._guidance_scale` in its `callback_on_step_end` for the steps that follow."""
+        """The current call's: set `pipe._guidance_scale` in its `callback_on_step_end` for the following steps."""
         return self._guidance_scale
 
     @property
     def num_timesteps(self) -> int:
-        """Evaluations of the call that runs, or steps of a scheduler of diffusers."""
+        """Evaluations of the current call, or steps of a scheduler of diffusers."""
         return self._num_timesteps
 
     @classmethod
     def _dict_from_json_file(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """A folder's index; to this class it says nothing of code in the folder, which is therefore not run."""
+        """Return a folder's index without its mention of code in the folder, which is therefore not run."""
         index = super()._dict_from_json_file(*args, **kwargs) | {"_class_name": cls.__name__}
         ours = {name: [LIBRARY, part[1]] for name, part in _parts(index).items() if part[0] == LOADER_NAME}
         return index | ours
 
     def save_config(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """The folder's index, what diffusers' own `DiffusionPipeline` needs to load it, and a model card where there is none yet."""
+        """Save the folder's index, what diffusers' own `DiffusionPipeline` needs to load it, and a model card if there
+        is none yet.
+        """
         super().save_config(save_directory, *args, **kwargs)
         folder = Path(save_directory)
         index = json.loads((folder / self.config_name).read_text("utf-8"))
         index["_class_name"] = [LOADER_NAME, type(self).__name__]
         (folder / f"{LOADER_NAME}.py").write_text(LOADER, "utf-8")
         for name, (library, kind) in _parts(index).items():
-            if library == LIBRARY:  # which diffusers takes from a folder on disk, but from no repository
+            if library == LIBRARY:  # diffusers accepts it from a folder on disk, but not from a repository
                 index[name] = [LOADER_NAME, kind]
                 (folder / name).mkdir(exist_ok=True)
                 (folder / name / f"{LOADER_NAME}.py").write_text(LOADER, "utf-8")
@@ -187,8 +192,9 @@ class UViTPipeline(DiffusionPipeline):
         self._card = (folder / "README.md").read_text("utf-8")
 
     def _upload_folder(self, working_dir: str | Path, repo_id: str, token: Any = None, **kwargs: Any) -> Any:
-        """Upload a saved folder, as `push_to_hub` and `save_pretrained(..., push_to_hub=True)` do. Where the repository has no card yet,
-        diffusers has put one of general words into the folder's: then it is the folder's own that goes up, with the repository's name.
+        """Upload a saved folder, for `push_to_hub` and `save_pretrained(..., push_to_hub=True)`. If the repository has
+        no card yet, diffusers has put a generic one into the folder: upload the folder's own instead, with the
+        repository's name.
         """
         try:
             ModelCard.load(repo_id, token=token)
@@ -197,16 +203,17 @@ class UViTPipeline(DiffusionPipeline):
         return super()._upload_folder(working_dir, repo_id, token=token, **kwargs)
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
-        """The labels of classes' names.
+        """Return the labels of classes' names.
 
         Raises:
-            ValueError: no class is called so.
+            ValueError: no class has that name.
         """
         return [self._known.label(name) for name in ([label] if isinstance(label, str) else label)]
 
     def enable_cuda_graphs(self, max_bytes: int | None = None) -> None:
-        """Replay each loop as one captured CUDA graph from its second call on, where otherwise each evaluation of the network is one. The
-        first call of each number of steps, size and kind of guidance captures; a call with a callback runs step by step.
+        """Replay each loop as one captured CUDA graph from its second call on, rather than each evaluation of the
+        network. The first call with a number of steps, a size and a kind of guidance captures; a call with a callback
+        runs step by step.
 
         Args:
             max_bytes: bound on the memory of all captures; default: half of the device's.
@@ -214,7 +221,9 @@ class UViTPipeline(DiffusionPipeline):
         self._graphs = GraphSampler(self.model, max_bytes=max_bytes)
 
     def _network(self, precision: str) -> UViT | Fp8UViT:
-        """What a call evaluates. FP8 weights are derived at the first call, and anew where the model's have changed."""
+        """Return the network that a call evaluates. FP8 weights are derived at the first call, and again if the model's
+        have changed.
+        """
         if precision != "fp8":
             return self.model
         weights = tuple((p.data_ptr(), p._version) for p in self.model.parameters())
@@ -248,33 +257,36 @@ class UViTPipeline(DiffusionPipeline):
         precision: str = "bf16",
         **others: Any,
     ) -> ImagePipelineOutput | tuple:
-        """Draw `num_images_per_prompt` images a label or prompt; `num_images` times as many of an unconditional model.
+        """Sample `num_images_per_prompt` images per label or prompt; `num_images` times as many from an unconditional
+        model.
 
         Args:
-            class_labels: of a class-conditional model, or their names. prompt: of a text-conditional one, which may also come first.
-            num_inference_steps: network evaluations (NFE); default: the scheduler's. Of a scheduler of diffusers: as it counts
-                them, by default 50.
-            guidance_scale: 1 + s for the paper's s, as in diffusers; 1 runs without guidance; default: the pipeline's, which is
-                what its model was published with.
-            guidance_interval: guide at the times t in [0, 1] (0: data) that lie inside (Kynkaanniemi et al. 2024).
-            generator: of the initial noise, and of the sampler's where it draws some; with one a sample, image i depends on the
-                i-th alone.
+            class_labels: labels or class names, for a class-conditional model. prompt: for a text-conditional one; may
+                also be passed first.
+            num_inference_steps: network evaluations (NFE); default: the scheduler's. With a scheduler of diffusers: in
+                its own count, by default 50.
+            guidance_scale: 1 + s for the paper's s, as in diffusers; 1: no guidance; default: the pipeline's, with
+                which its model was published.
+            guidance_interval: guide at the times t in [0, 1] (0: data) inside it (Kynkaanniemi et al. 2024).
+            generator: of the initial noise, and of the sampler's, if it draws any; with one per sample, image i depends
+                on the i-th alone.
             latents: (B, C, H, W), the initial noise itself.
-            output_type: "pil", "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or "latent": the network's output space.
+            output_type: "pil", "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or "latent": the network's
+                output space.
             callback: called as callback(done, steps) after each network evaluation.
-            negative_prompt: what guidance leads away from, one or one a prompt; default: "", as published.
-            prompt_embeds, negative_prompt_embeds: (B, T, C) text features in the place of either.
-            height, width: of the images, which the model decides: nothing else is taken.
+            negative_prompt: what guidance leads away from, one or one per prompt; default: "", as published.
+            prompt_embeds, negative_prompt_embeds: (B, T, C) text features that replace either prompt.
+            height, width: of the images; only the model's own size is accepted.
             eta: of DDIMScheduler.
-            callback_on_step_end: called as callback_on_step_end(pipe, i, t, {"latents": x}) after each evaluation, or step of a scheduler of
-                diffusers; the "latents" of a dictionary that it returns take the state's place.
-            precision: "bf16": the model as it is. "fp8": its blocks' products of e4m3 operands; of a model in bfloat16, on compute
-                capability 9.0.
+            callback_on_step_end: called as callback_on_step_end(pipe, i, t, {"latents": x}) after each evaluation, or
+                step of a scheduler of diffusers; "latents" in the dictionary that it returns replaces the state.
+            precision: "bf16": the model as it is. "fp8": e4m3 operands in its blocks' matrix products; for a model in
+                bfloat16, on compute capability 9.0.
 
         Raises:
-            ValueError: a condition that the model does not take or misses, a class out of range, latents of another shape,
-                fewer than one step or image, guidance of a model without a null condition, an unknown output type, a component
-                that is not there, a scheduler that does not fit the model, or an argument that is not taken.
+            ValueError: a condition that the model does not take or that is missing, a class out of range, latents of
+                the wrong shape, fewer than one step or image, guidance of a model without a null condition, an unknown
+                output type, a missing component, a scheduler that does not fit the model, or an unknown argument.
             UserError: FP8 where it cannot run.
         """
         for name in others:
@@ -336,7 +348,7 @@ class UViTPipeline(DiffusionPipeline):
             keys = new_keys(generator, batch).to(device) if sampler.draws_noise else None
             watched = callback is not None or callback_on_step_end is not None
             if self._graphs is not None and not watched and not any(map(of_each, null.values())):
-                if self._graphs.model is not network:  # the component was exchanged, or the precision
+                if self._graphs.model is not network:  # the component or the precision was changed
                     self._graphs = GraphSampler(network, max_bytes=self._graphs.max_bytes)
                 x_0 = self._graphs(sampler, x_T, condition, null, s, guidance_interval, keys)
             else:
@@ -358,11 +370,12 @@ class UViTPipeline(DiffusionPipeline):
     def _solve_with_others(
         self, eps_fn: Any, x_T: Tensor, steps: int, generator, eta: float, callback, step_end
     ) -> Tensor:
-        """Uncaptured, with the scheduler of diffusers that was put in the place of ours."""
+        """Solve uncaptured, with the scheduler of diffusers that replaced ours."""
         scheduler, schedule = self.scheduler, self.config.schedule
         if schedule is None:
             raise ValueError(
-                "scheduler: the model's noise schedule is not known; expected a pipeline made with schedule='sd', 'vp' or 'flow'"
+                "scheduler: the model's noise schedule is not known; "
+                "expected a pipeline made with schedule='sd', 'vp' or 'flow'"
             )
         prediction = self.config.prediction
         schedulers.check(scheduler, schedule, self.latent, prediction)

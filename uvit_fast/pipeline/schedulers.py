@@ -1,8 +1,8 @@
-"""Diffusers' schedulers: ours, which is the published samplers, and how those of diffusers run in its place.
+"""Diffusers' schedulers: ours, which holds the published samplers, and how diffusers' own run in its place.
 
-A diffusers scheduler counts the model's 1000 noise levels from 0 to 999, and the network is told the time at which its own schedule has
-that level: n + 1 under SD, under VP what the continuous schedule has there. Of a flow it knows the time itself, as sigma, and is given the
-velocity, whatever the network predicts.
+A diffusers scheduler counts the model's 1000 noise levels from 0 to 999, and the network receives the time at which its
+own schedule has that level: n + 1 for SD, for VP the continuous schedule's. For a flow the scheduler knows the time
+itself, as sigma, and receives the velocity, whatever the network predicts.
 """
 
 import inspect
@@ -41,29 +41,29 @@ SAMPLING = {"clip_sample": False, "thresholding": False, "timestep_spacing": "tr
 OTHERS = [
     each.name for each in KarrasDiffusionSchedulers if each.name != "EDMEulerScheduler"
 ]  # of x_t = alpha x + sigma eps
-FLOWS = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]  # of a flow, with the next ones
+FLOWS = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]  # for flows, with the next ones
 FLOWS += ["DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"]
 
 
 def in_their_terms(schedule: str, prediction: str) -> dict[str, Any]:
-    """A model's noise levels and prediction as configs of diffusers' schedulers name them."""
+    """Return a model's noise levels and prediction in the terms of diffusers' scheduler configs."""
     return {"prediction_type": TYPES.get(prediction), **LEVELS[schedule]}
 
 
 def usual_prediction(schedule: str) -> str:
-    """What a model predicts of which nothing else is known."""
+    """Return what a model predicts if nothing else is known."""
     return DiffusionConfig(schedule=schedule).prediction
 
 
 class UViTScheduler(SchedulerMixin, ConfigMixin):
-    """A noise schedule and the sampler that goes with it, by the names of the YAML configs.
+    """A noise schedule and its sampler, named as in the YAML configs.
 
-    Its config has schedule and prediction in diffusers' terms too: `DDIMScheduler.from_config(pipe.scheduler.config)` fits the model, or of a
-    flow `FlowMatchEulerDiscreteScheduler`.
+    Its config also has schedule and prediction in diffusers' terms: `DDIMScheduler.from_config(pipe.scheduler.config)`
+    fits the model, or, for a flow, `FlowMatchEulerDiscreteScheduler`.
 
     Args:
-        prediction: what the network predicts; default: a flow's velocity, else eps.
-        shift: of a flow's times, as `sample.shift`.
+        prediction: what the network predicts; default: velocity for flows, else eps.
+        shift: of a flow's times, see `sample.shift`.
     """
 
     config_name = "scheduler_config.json"
@@ -89,10 +89,10 @@ class UViTScheduler(SchedulerMixin, ConfigMixin):
         self.register_to_config(
             **in_their_terms(schedule, prediction), **SAMPLING, prediction=prediction, flow_shift=shift
         )
-        self.sampler(1)  # says what does not go together
+        self.sampler(1)  # raises if the settings do not go together
 
     def sampler(self, steps: int | None = None) -> Sampler:
-        """The sampler for `steps` network evaluations; default: those that the model was published with."""
+        """Return the sampler for `steps` network evaluations; default: those with which the model was published."""
         config, schedule = self.config, SCHEDULES[self.config.schedule]()
         prediction = PREDICTIONS[config.prediction](schedule)
         return SAMPLERS[config.sampler](schedule, steps or config.steps, config.spacing, prediction, config.shift)
@@ -114,18 +114,18 @@ def _of_others(record: logging.LogRecord) -> bool:
 
 logging.getLogger("diffusers.configuration_utils").addFilter(
     _of_others
-)  # that they keep, but do not read, ours is as it should be
+)  # diffusers' schedulers keep these keys without reading them; ours is right already
 
 
 def check(scheduler: Any, schedule: str, latent: bool, prediction: str = "eps") -> None:
-    """Refuse a scheduler of diffusers whose formulas or noise levels are not those of a model of `schedule`.
+    """Refuse a scheduler of diffusers whose formulas or noise levels do not fit a model of `schedule`.
 
     Args:
-        latent: the model makes latents, which are not within [-1, 1].
+        latent: whether the model samples latents, which are not within [-1, 1].
         prediction: what the model predicts.
 
     Raises:
-        ValueError: with what would fit.
+        ValueError: the message says what would fit.
     """
     kind, flow = type(scheduler).__name__, LEVELS[schedule] is _FLOW
     if kind not in (fitting := FLOWS if flow else OTHERS):
@@ -162,19 +162,19 @@ def solve(
     """Sample with a scheduler of diffusers.
 
     Args:
-        scheduler: as `check` lets it pass.
+        scheduler: one that `check` accepts.
         steps: as its `set_timesteps` counts them.
-        eps_fn: as the samplers take it.
+        eps_fn: as for the samplers.
         x_T: (B, C, H, W) ~ N(0, I).
-        eta: DDIM's, between 0 and DDPM's noise at 1.
-        change: change(i, t, x) -> the state that takes the place of x, after step i at the scheduler's time t.
-        prediction: what eps_fn gives.
+        eta: DDIM's, from 0 to 1, DDPM's noise.
+        change: change(i, t, x) -> the state that replaces x after step i at the scheduler's time t.
+        prediction: what eps_fn predicts.
 
     Returns:
         (B, C, H, W) fp32.
 
     Raises:
-        ValueError: eta of a scheduler that has none, or one that does not know the prediction.
+        ValueError: eta for a scheduler without it, or one that does not know the prediction.
     """
     takes = inspect.signature(scheduler.step).parameters
     if eta and "eta" not in takes:
@@ -206,7 +206,8 @@ def solve(
             if "prediction_type" not in str(error):
                 raise
             raise ValueError(
-                f"scheduler: {type(scheduler).__name__} does not know prediction_type {scheduler.config.prediction_type}, "
+                f"scheduler: {type(scheduler).__name__} does not know prediction_type "
+                f"{scheduler.config.prediction_type}, "
                 "which the model has; expected UViTScheduler or DDIMScheduler"
             ) from None
         x = change(i, t, new)
@@ -214,6 +215,6 @@ def solve(
 
 
 def _levels(scheduler: Any, ours: Schedule) -> np.ndarray:
-    """(1000,) times in [0, 1] at which our schedule has their noise levels."""
+    """Return the times in [0, 1], (1000,), at which our schedule has their noise levels."""
     alphas = scheduler.alphas_cumprod.double().cpu().numpy()  # (1000,), their squares in our terms
     return ours.time_of_lambda(0.5 * np.log(alphas / (1 - alphas)))
