@@ -1,6 +1,7 @@
 """`uvit-fast runs --plot` and `--animate`."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -61,6 +62,25 @@ def test_sample_grids_become_an_animation_over_the_steps(runs, capsys):
             shades.append(round(float(pixels[-10, 5]), -1))
             above.append(pixels[:18])
     assert shades == [100, 200] and times == [200, 2000] and not np.array_equal(*above)
+
+
+def test_damaged_runs_hide_no_others(runs, capsys, recwarn):
+    """Rows and notes of other kinds, a folder where a file should be, a grid cut short, names that TeX would read."""
+    (runs / "b" / "metrics.jsonl").write_text('{"step": NaN, "loss": [1], "images_per_second": null}\n')
+    (runs / "b" / "environment.json").write_text('{"commit": 7}')
+    (runs / "c" / "metrics.jsonl").mkdir()
+    shutil.copytree(runs / "a", runs / "$a_{日本")
+    shutil.copytree(runs / "a", runs / "odd")
+    (runs / "odd" / "config.yaml").write_text("train: {iterations: many}\n")
+    whole = (runs / "a" / "samples" / "step_00000020.png").read_bytes()
+    (runs / "a" / "samples" / "step_00000030.png").write_bytes(whole[: len(whole) // 2])
+    assert cli.main(["runs", str(runs)]) == 0
+    states = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines()[1:]}
+    assert states == {"a": "no", "$a_{日本": "no", "b": "no", "c": "no", "odd": "unreadable"}  # no checkpoint
+    assert cli.main(["runs", str(runs), "--plot"]) == 0 and not recwarn.list
+    with pytest.warns(UserWarning, match="step_00000030.png: left out, it cannot be read"):
+        assert cli.main(["runs", str(runs / "a"), "--animate"]) == 0
+    assert "wrote 2 grids" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

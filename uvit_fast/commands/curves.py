@@ -61,7 +61,7 @@ def draw(runs: list[Path], path: Path) -> None:
         ax.grid(axis="y")
         if panel == "images_per_second":
             ax.set_ylim(bottom=0)
-        elif panel == "loss":
+        elif panel == "loss" and any(max(line.get_ydata(), default=0) > 0 for line in ax.get_lines()):
             ax.set_yscale("log")
             ax.yaxis.set_major_formatter("{x:.3g}")
             ax.yaxis.set_minor_formatter("{x:.3g}")

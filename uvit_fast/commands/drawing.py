@@ -1,5 +1,6 @@
 """The common style of the commands' pictures."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ def pyplot() -> Any:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    pyplot.rcParams.update({"text.parse_math": False})  # a run may be called as it likes
     pyplot.rcParams.update({"font.size": 9, "axes.edgecolor": INK, "text.color": INK})
     pyplot.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
     pyplot.rcParams.update({"axes.grid.axis": "y", "grid.color": GRID, "grid.linewidth": 0.6, "axes.axisbelow": True})
@@ -38,6 +40,8 @@ def save(figure: Any, path: Path) -> None:
     kind = path.suffix[1:].lower()
     about = {"metadata": {"Software": None}} if kind == "png" else {}  # so that equal pictures are equal files
     try:
-        write_whole(path, lambda file: figure.savefig(file, dpi=150, format=kind, **about))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # of a name in another script: boxes
+            write_whole(path, lambda file: figure.savefig(file, dpi=150, format=kind, **about))
     finally:
         pyplot().close(figure)

@@ -1,6 +1,7 @@
 """Animate the sample grids of a run."""
 
 import re
+import warnings
 from pathlib import Path
 
 from PIL import Image
@@ -21,7 +22,7 @@ def save_animation(folder: Path, path: Path) -> int:
         path: a .gif or .webp, which loops forever.
 
     Raises:
-        UserError: there are none, one cannot be read, or `path` cannot be written.
+        UserError: there are none that can be read, or `path` cannot be written.
     """
     found = sorted(
         (int(file.stem[5:]), file) for file in folder.glob("step_*.png") if re.fullmatch(r"step_\d+", file.stem)
@@ -30,7 +31,10 @@ def save_animation(folder: Path, path: Path) -> int:
         raise UserError(f"{folder}: no step_*.png; expected the grids that train.sample_every writes")
     most = min(FRAMES, len(found))
     chosen = [found[round(i * (len(found) - 1) / max(1, most - 1))] for i in range(most)]
-    grids = [(step, _read(file)) for step, file in chosen]
+    read = [(step, _read(file)) for step, file in chosen]
+    grids = [(step, grid) for step, grid in read if grid]
+    if not grids:
+        raise UserError(f"{folder}: no step_*.png that can be read; expected the grids that training writes")
     size = tuple(max(grid.size[axis] for _, grid in grids) for axis in (0, 1))  # a continued run may change settings
     frames = []
     for step, grid in grids:
@@ -39,17 +43,19 @@ def save_animation(folder: Path, path: Path) -> int:
         frame.paste(grid, (0, LINE + 4))
         frames.append(frame)
     options = {"save_all": True, "append_images": frames[1:], "loop": 0}
-    options["duration"] = [*[SHOWN] * (most - 1), HELD] if most > 1 else HELD
+    options["duration"] = [*[SHOWN] * (len(frames) - 1), HELD] if len(frames) > 1 else HELD
     try:
         write_whole(path, lambda file: frames[0].save(file, format=path.suffix[1:].upper(), **options))
     except OSError as error:
-        raise UserError(f"--animate {path}: cannot be written ({error})") from None
-    return most
+        raise UserError(f"--animate {path}: cannot be written ({error.strerror or error})") from None
+    return len(frames)
 
 
-def _read(file: Path) -> Image.Image:
+def _read(file: Path) -> Image.Image | None:
+    """None, and a warning, where it cannot be read: a run may have been killed as it wrote it."""
     try:
         with Image.open(file) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError) as error:  # the latter is Pillow's, for a damaged PNG
-        raise UserError(f"{file}: cannot be read ({error}); expected a grid that training wrote") from None
+        warnings.warn(f"{file}: left out, it cannot be read ({error})", stacklevel=3)
+        return None

@@ -194,19 +194,19 @@ def set_aside(run_dir: Path) -> None:
 
 def _state(run_dir: Path) -> RunState | None:
     try:
-        config = yaml.safe_load((run_dir / "config.yaml").read_text())  # whatever keys it had at the time
-        steps = config["train"]["iterations"]
-        commit = json.loads((run_dir / "environment.json").read_text()).get("commit")
+        config = yaml.safe_load((run_dir / "config.yaml").read_text("utf-8"))  # whatever keys it had at the time
+        steps = int(config["train"]["iterations"])
+        commit = json.loads((run_dir / "environment.json").read_text("utf-8")).get("commit")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         return None
     found = checkpoint.steps(run_dir / "checkpoints")
     newest = checkpoint.step_of(found[-1]) if found else None
     rows = run_dir / "metrics.jsonl"
-    last = (read_rows(rows) or [{}])[-1]
+    last = {key: value for key, value in (read_rows(rows) or [{}])[-1].items() if isinstance(value, int | float)}
     touched = (rows if rows.exists() else run_dir / "environment.json").stat().st_mtime
     state = "no checkpoint" if newest is None else "finished" if newest >= steps else "stopped"
     state = "running" if holder(run_dir) else state
     return RunState(
-        _name(run_dir), state, last.get("step", 0), steps, last.get("loss"), last.get("images_per_second"),
-        newest, commit, time.time() - touched,
+        _name(run_dir), state, step if isinstance(step := last.get("step"), int) else 0, steps, last.get("loss"), last.get("images_per_second"),
+        newest, commit if isinstance(commit, str) else None, time.time() - touched,
     )  # fmt: skip
