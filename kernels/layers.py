@@ -1,4 +1,4 @@
-"""What the fused ops take of a network's layers."""
+"""The parameters of a network's layers, as the fused ops take them."""
 
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ class Linear(NamedTuple):
 
 
 class Quantised(NamedTuple):
-    """A linear layer in e4m3, with the LayerNorm before it folded in where there is one: see `quantise`."""
+    """A linear layer in e4m3, with the preceding LayerNorm folded in if there is one: see `quantise`."""
 
     weight: Tensor  # (N, K) e4m3, columns in the order of its operand's features
     rows: Tensor  # (2, N) fp32: bias, scale

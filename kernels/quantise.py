@@ -1,8 +1,8 @@
 """Linear layers in e4m3, derived from a network's own: weights, scales, and the order of features that a kernel leaves.
 
-e4m3 is a floating-point format with three bits of mantissa: a value in [2^-6, 448] is off by at most 1/16 of itself,
-wherever it lies, so a scale has to keep values in that range and no more. A weight has one a row; the activations that
-enter and leave a product have 1.
+e4m3 is a floating-point format with three bits of mantissa: a value in [2^-6, 448] has a relative error of at most
+1/16, wherever it lies, so a scale need only keep values in that range. A weight has one scale per row; the activations
+at the input and output of a product have scale 1.
 """
 
 import torch
@@ -16,12 +16,12 @@ LARGEST = 448.0
 
 
 def narrow(x: Tensor) -> Tensor:
-    """Return x in e4m3, values past the largest as the largest: what cvt.rn.satfinite.e4m3x2.f32 gives."""
+    """Return x in e4m3, saturating, as cvt.rn.satfinite.e4m3x2.f32 does."""
     return x.float().clamp(-LARGEST, LARGEST).to(E4M3)
 
 
 def paired(features: int) -> Tensor:
-    """Return which feature stands where in a result whose features are written in pairs: (features,) int64.
+    """Return the feature at each place of a result whose features are written in pairs: (features,) int64.
 
     A thread of the GEMM holds features i and i + 8 of each 16, and writes them side by side.
     """
@@ -30,10 +30,10 @@ def paired(features: int) -> Tensor:
 
 
 def balanced(x: Tensor) -> Tensor:
-    """Return x (N, K), whose rows sum up to 0, in e4m3 with rows that sum up to next to nothing.
+    """Return x (N, K), whose rows sum to 0, in e4m3 with rows that sum to nearly 0.
 
-    Some values take their other neighbour: first those that cost least, a value half way between two costing nothing,
-    then the largest steps that what is left has room for.
+    Some values are rounded to their other neighbour: first those that cost least, a value half way between two costing
+    nothing, then the largest steps for which the remainder has room.
     """
     rounded = narrow(x)
     values, bits = rounded.float(), rounded.view(torch.uint8).to(torch.int16)
@@ -58,11 +58,12 @@ def balanced(x: Tensor) -> Tensor:
 def quantise(linear: Linear, norm: Norm | None = None, scale: float = 1.0, order: Tensor | None = None) -> Quantised:
     """Return scale * Linear(LN(x)), or without a norm scale * Linear(x), as an e4m3 layer.
 
-    As in `layernorm.fold`, a row of gamma W loses its mean, which LayerNorm takes off x anyway, and is `balanced`.
+    As in `layernorm.fold`, each row of gamma W loses its mean, which LayerNorm subtracts from x anyway, and is
+    `balanced`.
 
     Args:
         linear: weight (N, K), any float dtype.
-        order: (K,) which feature of x stands where, K for a column of zeros; None: in order.
+        order: (K,) the feature of x at each place, K for a column of zeros; None: in order.
     """
     weight, bias = (None if t is None else t.detach().to(ACCUMULATE) for t in linear)
     shift = weight.new_zeros(weight.shape[0]) if bias is None else bias
@@ -80,7 +81,7 @@ def quantise(linear: Linear, norm: Norm | None = None, scale: float = 1.0, order
 
 
 def two_sources(features: int, second: int, step: int) -> Tensor:
-    """Return the order of a weight's columns where two sources of K meet: the second begins at a multiple of `step`."""
+    """Return the order of a weight's columns for two sources of K: the second begins at a multiple of `step`."""
     padded = -(-features // step) * step
     gap = torch.full((padded - features,), features + second)
     return torch.cat([torch.arange(features), gap, torch.arange(features, features + second)])

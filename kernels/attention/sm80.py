@@ -1,8 +1,10 @@
-"""Attention of short sequences in plain Triton: for sm_80, head dims the Hopper kernels leave out, and the interpreter.
+"""Attention of short sequences in plain Triton: for sm_80, head dims that the Hopper kernels do not support, and the
+interpreter.
 
-Legend: B batch, L tokens, H heads, D head dim. Rows of a head are a tuple of one or two pieces, D0 and D1 columns
-(0 where one does): 72 is 64 + 16 with eight masked, so that no product is padded to the next power of two. Scores are
-held in base 2: p = exp2(s * scale * log2(e) - lse).
+Legend: B batch, L tokens, H heads, D head dim. Rows of a head are a tuple of one or two pieces, D0 and D1 columns (D1
+is
+0 for a single piece): 72 is 64 + 16 with eight masked, so that no product is padded to the next power of two. Scores
+are held in base 2: p = exp2(s * scale * log2(e) - lse).
 """
 
 import torch
@@ -44,7 +46,7 @@ def _store_piece(pointer, value, rows, L, stride, D: tl.constexpr, FIRST: tl.con
 
 @triton.jit
 def _store(pointer, x, rows, L, stride, D: tl.constexpr):
-    """Store rows of one head, in pieces; what lies past row L or column D is dropped."""
+    """Store rows of one head, in pieces; anything past row L or column D is dropped."""
     _store_piece(pointer, x[0], rows, L, stride, D, 0)
     if len(x) > 1:
         _store_piece(pointer, x[1], rows, L, stride, D, x[0].shape[1])
@@ -52,7 +54,7 @@ def _store(pointer, x, rows, L, stride, D: tl.constexpr):
 
 @triton.jit
 def _zeros(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """Return sums of rows at zero, in pieces."""
+    """Return accumulators for rows, at zero, in pieces."""
     x = (tl.zeros([ROWS, D0], tl.float32),)
     if D1 > 0:
         x = (x[0], tl.zeros([ROWS, D1], tl.float32))
@@ -232,7 +234,7 @@ def attention_dkv_kernel(
 
 
 def pieces(D: int) -> tuple[int, int]:
-    """Return the two powers of two that cover a head dim, at least 16 each; the second is 0 where one does."""
+    """Return the two powers of two that cover a head dim, at least 16 each; the second is 0 if one suffices."""
     if D <= 64:
         return max(16, triton.next_power_of_2(D)), 0
     return (64, 16) if D <= 80 else (128, 0)
@@ -242,8 +244,8 @@ def constants(D: int, streamed: str | None = None) -> dict[str, int]:
     """Return the compile-time arguments and launch options of a kernel for a head dim.
 
     Args:
-        streamed: the side that a backward kernel streams, BM (queries) or BN (keys): a shorter one leaves its
-            registers to the accumulators, which otherwise spill.
+        streamed: the side that a backward kernel streams, BM (queries) or BN (keys): a shorter one leaves its registers
+            to the accumulators, which otherwise spill.
     """
     D0, D1 = pieces(D)
     c = {"D": D, "D0": D0, "D1": D1, "BM": 64, "BN": 64, "num_warps": 4 if D <= 80 else 8, "num_stages": 2}
@@ -251,7 +253,7 @@ def constants(D: int, streamed: str | None = None) -> dict[str, int]:
 
 
 def launches(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, delta: Tensor, dqkv: Tensor) -> list[tuple]:
-    """Return the kernels in the order in which they run: (kernel, arguments, options)."""
+    """Return the kernels in execution order: (kernel, arguments, options)."""
     _, L, _, H, D = qkv.shape
     scalars = (L, H, D**-0.5 * LOG2E.value)
     return [
@@ -262,7 +264,7 @@ def launches(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, delta: Tensor,
 
 
 def forward(qkv: Tensor) -> tuple[Tensor, Tensor]:
-    """Return out (B, L, H*D) and lse (B, H, L), fp32 in base 2, of qkv (B, L, 3, H, D), contiguous."""
+    """Return out (B, L, H*D) and lse (B, H, L), fp32 in base 2, for qkv (B, L, 3, H, D), contiguous."""
     B, L, _, H, D = qkv.shape
     out = qkv.new_empty(B, L, H * D)
     lse = qkv.new_empty(B, H, L, dtype=torch.float32)
@@ -273,7 +275,7 @@ def forward(qkv: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def backward(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor) -> Tensor:
-    """Return the gradient of qkv, packed as qkv is; every argument contiguous."""
+    """Return the gradient of qkv, packed like qkv; all arguments are contiguous."""
     B, L, _, H, D = qkv.shape
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     grid, scalars = (B * H * cdiv(L, 64),), (L, H, D**-0.5 * LOG2E.value)

@@ -1,8 +1,10 @@
 """The backward of attention on sm_90, two kernels without atomics: dq with delta, then dk and dv.
 
-dq: k and v stay, blocks of q and dout stream past. dkv: q and dout stay, blocks of k and v stream past. A streamed
-block moves to registers at once, so that its buffers can take the gradient of the block before it out and the block
-after it in while the products run. The rows of a tail go before the blocks, on 16-row products. Legend: sm90_tiles.py.
+dq: k and v stay in shared memory, blocks of q and dout stream past. dkv: q and dout stay, blocks of k and v stream
+past. A
+streamed block moves to registers at once, so that its buffers can send the previous block's gradient out and receive
+the next block while the products run. The rows of a tail go before the blocks, on 16-row products. Legend:
+sm90_tiles.py.
 """
 
 import torch
@@ -46,19 +48,19 @@ from uvit_fast.kernels.runtime.aggregate import aggregate
 
 @aggregate
 class Statistics:
-    """What the backward needs to know of queries: in registers, in shared memory, or as Heads of a whole head."""
+    """Statistics of queries: in registers, in shared memory, or as Heads for a whole head."""
 
     lse: gl.tensor | gl.shared_memory_descriptor | Head  # (rows,) fp32, base 2
     delta: gl.tensor | gl.shared_memory_descriptor | Head  # (rows,) fp32: sum over d of dout * out
 
     @gluon.jit
     def block(self, i):
-        """Return a block of what are Heads."""
+        """Return one block of Heads."""
         return Statistics(self.lse.blocks.index(i), self.delta.blocks.index(i))
 
     @gluon.jit
     def tail(self):
-        """Return the tail of what are Heads."""
+        """Return the tail of Heads."""
         return Statistics(self.lse.tail, self.delta.tail)
 
 
@@ -68,8 +70,8 @@ class Workspace:
 
     stay: Pair  # of Heads
     stream: Pair  # of Shared (64, D)
-    all_in: gl.shared_memory_descriptor  # barrier of what stays
-    next_in: gl.shared_memory_descriptor  # barrier of what streams
+    all_in: gl.shared_memory_descriptor  # barrier of the rows that stay
+    next_in: gl.shared_memory_descriptor  # barrier of the rows that stream
 
     @gluon.jit
     def load_stay(self, source):
@@ -88,7 +90,7 @@ class Workspace:
 
     @gluon.jit
     def take_tail(self, source):
-        """Return the tail's rows, streamed in, as a Pair of Registers; start the first block, await all that stays."""
+        """Return the tail's rows, streamed in, as a Pair of Registers; start the first block, await what stays."""
         x = Pair(self.stream.qk.cut(16).index(0), self.stream.vo.cut(16).index(0)).to_registers(LEFT_SMALL)
         barrier()
         self.load_next(source, 0)
@@ -115,7 +117,7 @@ def _across(x, below):
 
 @gluon.jit
 def _dq_step(x, y, known, first, L, scale, dq, MASKED: gl.constexpr):
-    """Return dq (64, D), None at first, with what N keys add to it, in flight.
+    """Return dq (64, D), None at first, plus the contribution of N keys, in flight.
 
     x = q, dout in Registers and y = k, v Shared are Pairs; `known` is of the queries, in registers.
     """
@@ -141,7 +143,7 @@ def _dq_step(x, y, known, first, L, scale, dq, MASKED: gl.constexpr):
 
 @gluon.jit
 def _dkv_step(x, y, known, scale, grads):
-    """Return the Pair of dk and dv (64, D), None at first, with what N queries add to it, in flight.
+    """Return the Pair of dk and dv (64, D), None at first, plus the contribution of N queries, in flight.
 
     x = k, v in Registers and y = q, dout Shared are Pairs; `known` is of the queries, in shared memory.
     """
@@ -416,7 +418,7 @@ def attention_dkv_kernel(
 
 
 def launches(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, delta: Tensor, dqkv: Tensor) -> list[tuple]:
-    """Return the kernels in the order in which they run: (kernel, arguments, options)."""
+    """Return the kernels in execution order: (kernel, arguments, options)."""
     _, L, _, H, D = qkv.shape
     c = cut(L)
     tail = 16 if c["TAIL"] else None
@@ -430,7 +432,7 @@ def launches(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, delta: Tensor,
 
 
 def backward(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor) -> Tensor:
-    """Return the gradient of qkv, packed as qkv is; every argument contiguous."""
+    """Return the gradient of qkv, packed like qkv; all arguments are contiguous."""
     B, _, _, H, _ = qkv.shape
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     for kernel, arguments, options in launches(qkv, out, lse, dout, delta, dqkv):

@@ -1,7 +1,8 @@
 """The parts of the Hopper attention kernels: rows of a head in global memory, shared memory, registers; their products.
 
-Legend: B batch, L tokens, H heads, D head dim. The columns of a head are `main`, the first 64, and, where D is more
-(72, 80: WIDE), `rest`, the 16 from there on, zeros past D. Its rows are blocks of 64 and, where `cut` says so, a tail.
+Legend: B batch, L tokens, H heads, D head dim. The columns of a head are `main`, the first 64, and, for larger D (72,
+80:
+WIDE), `rest`, the next 16, zero past D. Its rows are blocks of 64 and, if `cut` says so, a tail.
 """
 
 from torch import Tensor
@@ -21,7 +22,7 @@ from uvit_fast.kernels.runtime.aggregate import aggregate
 from uvit_fast.kernels.runtime.launch import cdiv, descriptor
 
 LOG2E = 1.4426950408889634
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # triton 3.6 has the second name
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # the name in Triton 3.6
 
 SWIZZLE_128 = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))  # 64 columns
 SWIZZLE_32 = gl.constexpr(gl.NVMMASharedLayout(32, 16, 2))  # 16 columns
@@ -30,7 +31,7 @@ MMA_16 = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16]))
 LEFT = gl.constexpr(gl.DotOperandLayout(0, MMA_64.value, 2))
 SMALL = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [1, 4], [16, 8]))  # 16 rows, a quarter of the columns a warp
 LEFT_SMALL = gl.constexpr(gl.DotOperandLayout(0, SMALL.value, 2))
-NARROW_64 = gl.constexpr(  # what a thread of MMA_64 has of a row side by side, once its columns are in `narrow` order
+NARROW_64 = gl.constexpr(  # what a thread of MMA_64 holds of a row, side by side in `narrow` order
     gl.DistributedLinearLayout(
         reg_bases=[[0, 1], [0, 2], [0, 4], [0, 8], [8, 0]],
         lane_bases=[[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]],
@@ -63,7 +64,7 @@ class Registers:
 
     @gluon.jit
     def settled(self):
-        """Return self, when every product in flight has come in."""
+        """Return self once all products in flight have arrived."""
         if self.rest is None:
             done = Registers(warpgroup_mma_wait(0, deps=(self.main,)), None)
         else:
@@ -124,14 +125,14 @@ class Head:
 
 @aggregate
 class Boxes:
-    """What TMA moves of a tensor (B, L, groups, D) at once: rows of one group, in a box or two."""
+    """What TMA moves of a tensor (B, L, groups, D) at once: rows of one group, in one box or two."""
 
     main: tma.tensor_descriptor | gl.constexpr  # boxes (1, rows, 1, 64); None for those of a tail where there is none
     rest: tma.tensor_descriptor | gl.constexpr  # boxes (1, rows, 1, 16), from column 64 on; None where D = 64
 
     @gluon.jit
     def load(self, b, row, group, to, bar, wanted=True):
-        """Load rows from `row` on into Shared, asynchronously; TMA fills what lies past L or D with zeros."""
+        """Load rows from `row` on into Shared, asynchronously; TMA fills with zeros past L or D."""
         buf = to.main._reinterpret(self.main.dtype, self.main.block_type.shape, self.main.layout)
         tma.async_copy_global_to_shared(self.main, [b, row, group, 0], bar, buf, wanted)
         if self.rest is not None:
@@ -155,7 +156,7 @@ class Global:
 
     @gluon.jit
     def store(self, row, value, via):
-        """Store 64 rows from Registers through Shared, asynchronously; TMA drops what lies past L or D."""
+        """Store 64 rows from Registers through Shared, asynchronously; TMA drops rows past L and columns past D."""
         main, rest = self.blocks.main, self.blocks.rest
         via.main.store(value.main.to(main.dtype))
         if rest is not None:
@@ -170,19 +171,19 @@ class Global:
 
 @aggregate
 class Pair:
-    """k and v, or q and dout, or their gradients, in the same place; what is done to one is done to the other."""
+    """k and v, or q and dout, or their gradients, in the same place; all operations apply to both."""
 
     qk: Global | Head | Shared | Registers  # q or k, an operand of the scores s = q k^T
     vo: Global | Head | Shared | Registers  # v or dout, an operand of their gradient dp = dout v^T
 
     @gluon.jit
     def block(self, i):
-        """Return a block of what are Heads."""
+        """Return one block of Heads."""
         return Pair(self.qk.blocks.index(i), self.vo.blocks.index(i))
 
     @gluon.jit
     def tail(self):
-        """Return the tail of what are Heads."""
+        """Return the tail of Heads."""
         return Pair(self.qk.tail, self.vo.tail)
 
     @gluon.jit
@@ -216,7 +217,7 @@ def shared_head(dtype: gl.constexpr, BLOCKS: gl.constexpr, TAIL: gl.constexpr, W
 
 @gluon.jit
 def zeros(WIDE: gl.constexpr):
-    """Return sums of a block of 64 rows, at zero."""
+    """Return accumulators for a block of 64 rows, at zero."""
     rest = None
     if WIDE:
         rest = gl.zeros([64, 16], gl.float32, MMA_16)
@@ -232,7 +233,7 @@ def down(x, beside):
 
 @gluon.jit
 def masked(x, first, L, other):
-    """Return x (rows, N), about N keys from `first` on, with `other` for those past L."""
+    """Return x (rows, N), scores of N keys from `first` on, with `other` for those past L."""
     N: gl.constexpr = x.shape[1]
     keys = first + gl.arange(0, N, layout=gl.SliceLayout(0, x.type.layout))
     return gl.where(gl.expand_dims(keys < L, 0), x, other)
@@ -240,7 +241,7 @@ def masked(x, first, L, other):
 
 @gluon.jit
 def statistic(pointer, first, L, other, N: gl.constexpr, layout: gl.constexpr):
-    """Load lse or delta of N rows; past row L infinite and 0: a padded query weighs nothing."""
+    """Load lse or delta of N rows; past row L they are infinite and 0: a padded query has no weight."""
     at = first + gl.arange(0, N, layout=layout)
     return gl.load(pointer + at, mask=at < L, other=other)
 
@@ -278,7 +279,7 @@ def accumulate(p, y, a):
 
 @gluon.jit
 def tail_zeros(WIDE: gl.constexpr):
-    """Return sums of the 16 rows of a tail, at zero."""
+    """Return accumulators for the 16 rows of a tail, at zero."""
     rest = None
     if WIDE:
         rest = gl.zeros([16, 16], gl.float32, SMALL)
@@ -339,7 +340,7 @@ def narrow_store(pointer, value, first, L, h, H: gl.constexpr, D: gl.constexpr):
 
 @gluon.jit
 def narrow_tail_store(pointer, value, first, L, h, H: gl.constexpr, D: gl.constexpr):
-    """Store the rows of a tail (16, D) of head h as `narrow_store` does those of a block."""
+    """Store the rows of a tail (16, D) of head h, as `narrow_store` does for a block."""
     rows = first + gl.arange(0, 16, layout=gl.SliceLayout(1, SMALL))
     column = gl.arange(0, 64, layout=gl.SliceLayout(0, SMALL))
     place = h * 64 + column % 8 // 2 * 16 + column // 8 * 2 + column % 2
@@ -355,7 +356,7 @@ def narrow_tail_store(pointer, value, first, L, h, H: gl.constexpr, D: gl.conste
 
 @gluon.constexpr_function
 def row_bytes(WIDE):
-    """Return the bytes that TMA brings of a row."""
+    """Return how many bytes per row TMA brings."""
     return 160 if WIDE else 128
 
 
@@ -372,17 +373,17 @@ def cut(L: int) -> dict[str, int | bool]:
 
 
 def narrow(H: int, D: int) -> list[int]:
-    """Return which of the H * D features of attention's result stands where when it is e4m3.
+    """Return the order of the H * D features of attention's e4m3 result.
 
-    First the first 64 of each head, of which a thread's 16 (columns 2 q and 2 q + 1 of each 8) stand side by side, then
-    what is left of each head.
+    First come the first 64 features of each head, arranged so that a thread's 16 (columns 2 q and 2 q + 1 of each 8)
+    are adjacent, then the remaining ones of each head.
     """
     main = [8 * j + 2 * q + e for q in range(4) for j in range(8) for e in range(2)]
     return [h * D + c for h in range(H) for c in main] + [h * D + c for h in range(H) for c in range(64, D)]
 
 
 def boxes(t: Tensor, D: int, rows: int | None) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
-    """Return `Boxes` of so many rows of a contiguous t (B, L, ..., D), as a kernel's arguments; none for no rows."""
+    """Return `Boxes` of that many rows of a contiguous t (B, L, ..., D), as a kernel's arguments; none for no rows."""
     if not rows:
         return None, None
     t = t.view(t.shape[0], t.shape[1], -1, D)

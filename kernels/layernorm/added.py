@@ -1,5 +1,5 @@
-"""Outputs that were kept from another evaluation are added to a residual stream, in one pass that leaves what its reader
-takes: the sum, its values in e4m3, its mean and rstd.
+"""Add outputs kept from another evaluation to a residual stream, in one pass that produces what its reader needs: the
+sum, its values in e4m3, its mean and rstd.
 
 x + a + b is rounded once, where two additions round twice.
 """
@@ -16,11 +16,11 @@ from uvit_fast.kernels.quantise import narrow as to_narrow
 from uvit_fast.kernels.runtime import launch, tuning
 from uvit_fast.kernels.runtime.launch import cdiv
 
-MOST = 2  # outputs of a pass
+MOST = 2  # outputs per pass
 
 
 def reference(x: Tensor, added: Sequence[Tensor], out: Tensor | None, narrow: Tensor, eps: float = 1e-5) -> Tensor:
-    """Return what `add` does, in plain PyTorch."""
+    """Compute `add` in plain PyTorch."""
     y = (x.float() + sum(each.float() for each in added)).to(x.dtype)
     if out is not None:
         out.copy_(y)
@@ -34,7 +34,7 @@ def add(x: Tensor, added: Sequence[Tensor], out: Tensor | None, narrow: Tensor, 
 
     Args:
         x, added: (M, D) of one dtype.
-        out: (M, D), filled with the sum; it may be x. None: the sum is not wanted.
+        out: (M, D), filled with the sum; may be x. None: the sum is not needed.
         narrow: (M, D) e4m3, filled with the sum.
     """
     assert 1 <= len(added) <= MOST
@@ -56,7 +56,7 @@ def add(x: Tensor, added: Sequence[Tensor], out: Tensor | None, narrow: Tensor, 
 
 @triton.jit
 def _columns(x, first, second, out, narrow, at, mask, TWO: tl.constexpr, WIDE: tl.constexpr):
-    """Return some columns of the sum as rounded, written."""
+    """Write some columns of the sum, and return them as rounded."""
     y = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     y += tl.load(first + at, mask=mask, other=0.0).to(tl.float32)
     if TWO:

@@ -1,4 +1,4 @@
-"""Back through a LayerNorm, in one pass over the tokens. Plain Triton, for every architecture."""
+"""The backward of a LayerNorm, in one pass over the tokens. Plain Triton, for every architecture."""
 
 import torch
 import triton
@@ -109,16 +109,16 @@ def _backward_kernel(
 def backward(
     g: Tensor, x: Tensor, stats: Tensor, gamma: Tensor, beta: Tensor, dy: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """Go back through LayerNorm in one pass over the tokens.
+    """Compute LayerNorm's backward in one pass over the tokens.
 
     Args:
         g: (M, D), the gradient of LayerNorm(x).
-        stats: as `prepare` wrote them.
-        dy: (M, D), added to the gradient of x: the residual's way around the LayerNorm.
+        stats: from `prepare`.
+        dy: (M, D), added to the gradient of x: the residual's gradient, which bypasses the LayerNorm.
 
     Returns:
-        dx (M, D); LayerNorm(x) (M, D), which the weight gradient needs and nobody kept; the gradients of gamma and
-        beta, (D,) each, and with dy its column sums (D,).
+        dx (M, D); LayerNorm(x) (M, D), which the weight gradient needs and the forward did not keep; the gradients of
+        gamma and beta, (D,) each, and with dy its column sums (D,).
     """
     M, D = x.shape
     dx, normed = torch.empty_like(x), torch.empty_like(x)

@@ -20,8 +20,8 @@ from uvit_fast.kernels.runtime import launch, once, program, tuning
 from uvit_fast.kernels.runtime.checks import ACCUMULATE
 from uvit_fast.kernels.runtime.launch import cdiv
 
-FEATURES: tl.constexpr = tl.constexpr(CHUNK)  # whose sums were taken together
-MERGED = 32  # tokens whose statistics one program makes out of their sums
+FEATURES: tl.constexpr = tl.constexpr(CHUNK)  # features per sum
+MERGED = 32  # tokens whose statistics one program computes from their sums
 
 
 @functools.cache
@@ -33,7 +33,7 @@ def split(D: int) -> tuple[int, int]:
 
 @triton.jit
 def _scaled(weight, gamma, beta, at, mask, col, scale, D: tl.constexpr):
-    """Return some columns of scale * gamma * weight, and what they give to scale * weight @ beta."""
+    """Return some columns of scale * gamma * weight, and their contribution to scale * weight @ beta."""
     w = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(gamma + col, mask=col < D, other=0.0).to(tl.float32) * scale
     b = tl.load(beta + col, mask=col < D, other=0.0).to(tl.float32) * scale
@@ -42,14 +42,14 @@ def _scaled(weight, gamma, beta, at, mask, col, scale, D: tl.constexpr):
 
 @triton.jit
 def _rounded(w, centre, mask, dtype: tl.constexpr):
-    """Return w - centre as rounded, and of each row the sum and the sum of magnitudes."""
+    """Return w - centre as rounded, and each row's sum and sum of magnitudes."""
     w = tl.where(mask, w - centre[:, None], 0.0).to(dtype).to(tl.float32)
     return w, tl.sum(w, axis=1), tl.sum(tl.abs(w), axis=1)
 
 
 @triton.jit
 def _small(w, typical, mask):
-    """Return which values are below 1/16 of the row's mean magnitude: forty of a thousand normal ones."""
+    """Return which values are below 1/16 of the row's mean magnitude: forty in a thousand normal ones."""
     return mask & (tl.abs(w) < typical[:, None] / 16)
 
 
@@ -166,12 +166,12 @@ def folded_once() -> Iterator[None]:
 
 
 def folded_each_time() -> AbstractContextManager[None]:
-    """Fold weights at each `prepare`, also within `folded_once`: a recording outlives these weights' values."""
+    """Fold weights at each `prepare`, even within `folded_once`: a recording outlives these weights' values."""
     return once.stretch(None)
 
 
 def new_statistics(x: Tensor, M: int) -> Tensor:
-    """Return where the mean and rstd of M tokens go, (2, M rounded up to a multiple of TILE) fp32."""
+    """Return memory for the mean and rstd of M tokens, (2, M rounded up to a multiple of TILE) fp32."""
     return x.new_empty(2, cdiv(M, TILE) * TILE, dtype=ACCUMULATE)
 
 
@@ -179,7 +179,7 @@ def statistics(x: Tensor, sums: Tensor | None = None, narrow: Tensor | None = No
     """Return mean and rstd of each row of x (M, D), (2, at least M) fp32.
 
     Args:
-        sums: of x, where the kernel that wrote it left them: x is not read then.
+        sums: of x, if the kernel that wrote it left them: then x is not read.
         narrow: (M, D) e4m3, filled with x in the same pass; without sums.
     """
     stats = new_statistics(x, x.shape[0])
@@ -222,10 +222,10 @@ def _launch(
 
 
 class Folded(NamedTuple):
-    """A linear layer with the LayerNorm before it folded in: scale * Linear(LN(x)) = rstd * (x @ weight.T) + bias."""
+    """A linear layer with the preceding LayerNorm folded in: scale * Linear(LN(x)) = rstd * (x @ weight.T) + bias."""
 
     linear: Linear  # weight (N, D) in x's dtype, whose rows sum up to 0, and bias (N,) fp32
-    stats: Tensor | Summed  # (2, at least M) fp32: mean, rstd; or what the product takes rstd from
+    stats: Tensor | Summed  # (2, at least M) fp32: mean, rstd; or the sums from which the product computes rstd
 
 
 def prepare(
@@ -233,17 +233,17 @@ def prepare(
 ) -> Folded:
     """Return the row statistics of x and the weight with the LayerNorm folded in, in one launch.
 
-    Within `folded_once` only the first call folds a weight; later ones take the statistics alone.
+    Within `folded_once` only the first call folds a weight; later ones compute the statistics alone.
 
-    As LayerNorm takes the mean off x, the same number may be taken off every weight of a row, and with weights that sum
-    up to 0 the mean of x no longer matters.
+    As LayerNorm subtracts the mean of x, the same number may be subtracted from every weight of a row, and with weights
+    that sum to 0 the mean of x no longer matters.
 
     Args:
-        x: (M, D); norm, linear: what it goes through next.
-        sums: of x, where the kernel that wrote it left them: x is not read then.
+        x: (M, D); norm, linear: the layers that follow.
+        sums: of x, if the kernel that wrote it left them: then x is not read.
         scale: a power of two, which rounds nothing.
-        measured: whether the statistics are wanted; else, where the sums are there and the weight was folded before,
-            nothing is launched: the product takes rstd from the sums.
+        measured: whether the statistics are needed; otherwise, if there are sums and the weight was folded before,
+            nothing is launched: the product computes rstd from the sums.
     """
     (weight, bias), M, N = linear, x.shape[0], linear.weight.shape[0]
     kept = once.kept()

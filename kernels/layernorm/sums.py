@@ -1,6 +1,6 @@
-"""What a LayerNorm's statistics follow from, taken by the kernel that writes its input.
+"""Partial sums from which a LayerNorm's statistics follow, computed by the kernel that writes its input.
 
-For every 64 features of a token their sum, and the sum of their squared distances from their mean, both fp32: exact for
+For every 64 features of a token, their sum and the sum of their squared distances from their mean, both fp32: exact for
 any mean, and merged in a pass that reads a sixteenth of the bytes of a 16-bit input.
 """
 
@@ -11,18 +11,18 @@ from torch import Tensor
 
 from uvit_fast.kernels.runtime.checks import ACCUMULATE
 
-CHUNK = 64  # features whose sums are taken together
-TILE = 256  # statistics have room for a multiple of so many tokens: a GEMM reads them unmasked
+CHUNK = 64  # features per sum
+TILE = 256  # statistics have room for a multiple of this many tokens: a GEMM reads them unmasked
 
 
 class Summed(NamedTuple):
-    """The sums of a LayerNorm's input, from which its reader takes the statistics."""
+    """The sums of a LayerNorm's input, from which its reader computes the statistics."""
 
     sums: Tensor  # (D / 64, 2, tokens) fp32
     eps: float  # the LayerNorm's
 
 
 def new(like: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
-    """Return memory for the sums of a result (..., D), of `like`'s shape or this one: (D / 64, 2, tokens) fp32."""
+    """Return memory for the sums of a result (..., D), of `like`'s shape or the given one: (D / 64, 2, tokens) fp32."""
     *tokens, D = like.shape if shape is None else shape
     return like.new_empty(D // CHUNK, 2, prod(tokens), dtype=ACCUMULATE)

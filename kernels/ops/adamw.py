@@ -14,10 +14,11 @@ from uvit_fast.kernels.runtime.launch import cdiv
 
 
 def factors(keep: Tensor, scale: Tensor, step: Tensor, betas: Tensor) -> Tensor:
-    """Return what a step reads from the device: whether it happens, and the factors of gradient and corrections.
+    """Return the numbers that a step reads from the device: whether it happens, and the factors of gradient and
+    corrections.
 
     Args:
-        keep: () fp32, 1, or 0 where nothing may change; scale: () fp32.
+        keep: () fp32, 1, or 0 if nothing may change; scale: () fp32.
         step: () fp32, the number of this step, from 1.
         betas: (2,) fp64.
 
@@ -48,8 +49,8 @@ def reference(
     Args:
         weights, exp_avg, exp_avg_sq, average: (n,) fp32, changed in place.
         gradient: (n,) of any float dtype.
-        computed: (n,) of any float dtype, which gets the new weights.
-        numbers: of `factors`.
+        computed: (n,) of any float dtype, receives the new weights.
+        numbers: from `factors`.
         decay: average <- decay * average + (1 - decay) * weights.
     """
     keep, scale, first, second = numbers.unbind()

@@ -1,4 +1,4 @@
-"""A U-ViT's tokens in one pass: the image's patches embedded, the other tokens before them, positions added to all."""
+"""A U-ViT's token sequence in one pass: embedded patches after the other tokens, positions added to all."""
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,8 @@ from uvit_fast.kernels.runtime.checks import ACCUMULATE
 from uvit_fast.kernels.runtime.launch import cdiv
 from uvit_fast.kernels.runtime.op import Op, empty
 
-VALUES = 256  # of a patch, at most: the product has one step
-_TILE = {"TOKENS": 32, "FEATURES": 128, "num_warps": 4}  # bound by what it writes: nothing to tune
+VALUES = 256  # maximum per patch: the product has one step
+_TILE = {"TOKENS": 32, "FEATURES": 128, "num_warps": 4}  # bound by its output: nothing to tune
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, extras: Tensor, positions: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor, extras: Tensor, positions
 
 
 def why_not(x: Tensor, weight: Tensor, bias: Tensor, extras: Tensor, positions: Tensor) -> str | None:
-    """Return why the fused op cannot take these tensors; None where it can."""
+    """Return why the fused op cannot take these tensors, or None."""
     B, C, H, W = x.shape
     D, p, E = weight.shape[0], weight.shape[-1], extras.shape[1]
     reason = checks.why_not(
@@ -50,14 +50,14 @@ def assemble(x: Tensor, weight: Tensor, bias: Tensor, extras: Tensor, positions:
     Args:
         x: (B, C, H, W), bf16 or fp16, without a gradient; every other tensor has its dtype.
         weight: (D, C, p, p), bias: (D,), of a convolution with stride p.
-        extras: (B, E, D), tokens that are no patches.
+        extras: (B, E, D), tokens that are not patches.
         positions: (1, E + H W / p^2, D).
 
     Returns:
         (B, E + H W / p^2, D).
 
     Raises:
-        ValueError: with the sentence of `why_not`.
+        ValueError: with the reason of `why_not`.
     """
     checks.refuse("assemble", why_not(x, weight, bias, extras, positions))
     return _op(x, weight, bias, extras, positions)

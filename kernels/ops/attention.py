@@ -1,4 +1,4 @@
-"""Attention of short sequences on packed qkv: every key of a head is on the chip at once."""
+"""Attention of short sequences on packed qkv: all keys of a head are on the chip at once."""
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ def reference(qkv: Tensor) -> Tensor:
 
 
 def why_not(qkv: Tensor) -> str | None:
-    """Return why the fused op cannot take qkv; None where it can."""
+    """Return why the fused op cannot take qkv, or None."""
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         return f"qkv is (B, L, 3, H, D), got {tuple(qkv.shape)}"
     if qkv.device.type != "cuda" and not interpreting():
@@ -58,14 +58,14 @@ def attention(qkv: Tensor) -> Tensor:
         (B, L, H*D).
 
     Raises:
-        ValueError: with the sentence of `why_not`.
+        ValueError: with the reason of `why_not`.
     """
     checks.refuse("attention", why_not(qkv))
     return run(qkv)
 
 
 def run(qkv: Tensor) -> Tensor:
-    """Run `attention` on what `why_not` has nothing against."""
+    """Run `attention` on qkv that `why_not` accepted."""
     return _op(qkv)[0]
 
 
@@ -87,7 +87,7 @@ def _fake_backward(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor) -> Tenso
 
 
 def _packed(x: Tensor) -> Tensor:
-    """Return x contiguous and, as TMA asks, on a 16-byte boundary; copies only where it is neither."""
+    """Return x contiguous and, as TMA requires, on a 16-byte boundary; copy only if it is not both."""
     x = x.contiguous()
     return x.clone() if x.device.type == "cuda" and x.data_ptr() % 16 else x
 

@@ -17,13 +17,13 @@ def reference(a: Tensor, linear: Linear, x: Tensor) -> Tensor:
 
 
 def why_not(a: Tensor, linear: Linear, x: Tensor) -> str | None:
-    """Return why the fused op cannot take these tensors; None where it can."""
+    """Return why the fused op cannot take these tensors, or None."""
     D, K = linear.weight.shape[0], a.shape[-1]
     return checks.why_not(a, linear=(linear, (D, K)), x=(x, (*a.shape[:-1], D))) or checks.narrow(D, 64)
 
 
 def linear_residual(a: Tensor, linear: Linear, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Run the fused op: `reference` in one GEMM, which leaves the sums for a LayerNorm after it.
+    """Run the fused op: `reference` in one GEMM, which leaves the sums for the next LayerNorm.
 
     Args:
         a: (..., K), bf16 or fp16; every other tensor has its dtype.
@@ -34,7 +34,7 @@ def linear_residual(a: Tensor, linear: Linear, x: Tensor) -> tuple[Tensor, Tenso
         (..., D), and its sums, see `layernorm.sums`.
 
     Raises:
-        ValueError: with the sentence of `why_not`.
+        ValueError: with the reason of `why_not`.
     """
     checks.refuse("linear_residual", why_not(a, linear, x))
     return run(a, linear, x)

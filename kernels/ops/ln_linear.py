@@ -18,7 +18,7 @@ def reference(x: Tensor, norm: Norm, linear: Linear) -> Tensor:
 
 
 def why_not(x: Tensor, norm: Norm, linear: Linear) -> str | None:
-    """Return why the fused op cannot take these tensors; None where it can."""
+    """Return why the fused op cannot take these tensors, or None."""
     N, D = linear.weight.shape[0], x.shape[-1]
     return checks.why_not(x, norm=(norm, D), linear=(linear, (N, D))) or checks.narrow(N, 8)
 
@@ -26,8 +26,8 @@ def why_not(x: Tensor, norm: Norm, linear: Linear) -> str | None:
 def ln_linear(x: Tensor, norm: Norm, linear: Linear, sums: Tensor | None = None) -> Tensor:
     """Run the fused op, `reference` in one GEMM: rstd * (x @ V.T) + (bias + W @ beta).
 
-    V is gamma * W less each row's mean. It comes from a pass over W before it, the statistics from one over x in the
-    same launch, or from the sums that the fused op which wrote x gave beside it. Saves x and the fp32 statistics.
+    V is gamma * W minus each row's mean, computed in a pass over W; the statistics come from one over x in the same
+    launch, or from the sums that the fused op which wrote x returned beside it. Saves x and the fp32 statistics.
 
     Args:
         x: (..., D), bf16 or fp16; every other tensor has its dtype.
@@ -38,23 +38,23 @@ def ln_linear(x: Tensor, norm: Norm, linear: Linear, sums: Tensor | None = None)
         (..., N).
 
     Raises:
-        ValueError: with the sentence of `why_not`.
+        ValueError: with the reason of `why_not`.
     """
     checks.refuse("ln_linear", why_not(x, norm, linear))
     return run(x, norm, linear, sums)
 
 
 def run(x: Tensor, norm: Norm, linear: Linear, sums: Tensor | None = None) -> Tensor:
-    """Run `ln_linear` on what `why_not` has nothing against."""
+    """Run `ln_linear` on tensors that `why_not` accepted."""
     return _op(x, norm, linear, sums, 1.0, wants_gradient(x, norm, linear))[0]
 
 
 def _forward(
     x: Tensor, norm: Norm, linear: Linear, sums: Tensor | None, scale: float, save: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return scale * Linear(LayerNorm(x)), and the statistics, which are empty unless `save` asks for them.
+    """Return scale * Linear(LayerNorm(x)), and the statistics, which are empty unless `save`.
 
-    A fused MLP's first half, computed again, takes half.
+    The recomputed first half of a fused MLP uses scale 1/2.
     """
     core, flat, linear = gemm.core(x.device), rows(x), Linear(rows(linear.weight), linear.bias)
     folded = fold.prepare(flat, norm, linear, sums, scale, measured=save or not core.takes_sums(flat, linear.weight))

@@ -20,7 +20,7 @@ def reference(x: Tensor, norm: Norm, fc1: Linear, fc2: Linear) -> Tensor:
 
 
 def why_not(x: Tensor, norm: Norm, fc1: Linear, fc2: Linear) -> str | None:
-    """Return why the fused op cannot take these tensors; None where it can."""
+    """Return why the fused op cannot take these tensors, or None."""
     D, H = x.shape[-1], fc1.weight.shape[0]
     reason = checks.why_not(x, norm=(norm, D), fc1=(fc1, (H, D)), fc2=(fc2, (D, H)))
     if reason is None and H % 64:
@@ -31,9 +31,8 @@ def why_not(x: Tensor, norm: Norm, fc1: Linear, fc2: Linear) -> str | None:
 def ln_mlp(x: Tensor, norm: Norm, fc1: Linear, fc2: Linear, sums: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Run the fused op, `reference` in two GEMMs: LayerNorm, bias and GELU in one, bias and residual in the other.
 
-    A tensor of shape (tokens, 4D) is written once, twice where a gradient is wanted: half the GELU's argument is kept
-    for the backward, which computes the value again in its place. Saves x, the fp32 statistics and that half: 5 D per
-    token.
+    A tensor of shape (tokens, 4D) is written once, twice if a gradient is needed: half the GELU's argument is kept for
+    the backward, which recomputes the value in its place. Saves x, the fp32 statistics and that half: 5 D per token.
 
     Args:
         x: (..., D), bf16 or fp16; every other tensor has its dtype.
@@ -44,14 +43,14 @@ def ln_mlp(x: Tensor, norm: Norm, fc1: Linear, fc2: Linear, sums: Tensor | None 
         (..., D), and its sums.
 
     Raises:
-        ValueError: with the sentence of `why_not`.
+        ValueError: with the reason of `why_not`.
     """
     checks.refuse("ln_mlp", why_not(x, norm, fc1, fc2))
     return run(x, norm, fc1, fc2, sums)
 
 
 def run(x: Tensor, norm: Norm, fc1: Linear, fc2: Linear, sums: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Run `ln_mlp` on what `why_not` has nothing against."""
+    """Run `ln_mlp` on tensors that `why_not` accepted."""
     return _op(x, norm, fc1, fc2, sums, wants_gradient(x, norm, fc1, fc2))[:2]
 
 
@@ -66,7 +65,7 @@ def compute(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the result, its sums, x's statistics, and half the GELU's argument.
 
-    With `overwrite` the result takes x's place. The last is empty unless `save` asks for it.
+    With `overwrite` the result takes x's place. The last one is empty unless `save`.
     """
     core, flat, written = gemm.core(x.device), rows(x), layernorm_sums.new(x)
     measured = save or not core.takes_sums(flat, fc1.weight)

@@ -14,15 +14,15 @@ def reference(a: Tensor, proj: Linear, x: Tensor, norm: Norm, fc1: Linear, fc2: 
 
 
 def why_not(a: Tensor, proj: Linear, x: Tensor, norm: Norm, fc1: Linear, fc2: Linear) -> str | None:
-    """Return why the fused op cannot take these tensors; None where it can."""
+    """Return why the fused op cannot take these tensors, or None."""
     return linear_residual.why_not(a, proj, x) or ln_mlp.why_not(x, norm, fc1, fc2)
 
 
 def proj_ln_mlp(a: Tensor, proj: Linear, x: Tensor, norm: Norm, fc1: Linear, fc2: Linear) -> tuple[Tensor, Tensor]:
-    """Run `linear_residual`, then `ln_mlp`; the backward computes again what is between them.
+    """Run `linear_residual`, then `ln_mlp`; the backward recomputes what lies between them.
 
-    The projection is the cheapest GEMM of a block: D values per token less for 2% of its time. Saves a, x, the fp32
-    statistics and half the GELU's argument.
+    The projection is the cheapest GEMM of a block: D fewer values kept per token, for 2% of its time. Saves a, x, the
+    fp32 statistics and half the GELU's argument.
 
     Args:
         a: (..., K), bf16 or fp16, the attention's output; every other tensor has its dtype.
@@ -33,14 +33,14 @@ def proj_ln_mlp(a: Tensor, proj: Linear, x: Tensor, norm: Norm, fc1: Linear, fc2
         (..., D), and its sums, see `layernorm.sums`.
 
     Raises:
-        ValueError: with the sentence of `why_not`.
+        ValueError: with the reason of `why_not`.
     """
     checks.refuse("proj_ln_mlp", why_not(a, proj, x, norm, fc1, fc2))
     return run(a, proj, x, norm, fc1, fc2)
 
 
 def run(a: Tensor, proj: Linear, x: Tensor, norm: Norm, fc1: Linear, fc2: Linear) -> tuple[Tensor, Tensor]:
-    """Run `proj_ln_mlp` on what `why_not` has nothing against."""
+    """Run `proj_ln_mlp` on tensors that `why_not` accepted."""
     return _op(a, proj, x, norm, fc1, fc2, wants_gradient(a, proj, x, norm, fc1, fc2))[:2]
 
 

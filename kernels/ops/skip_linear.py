@@ -18,13 +18,13 @@ def reference(x: Tensor, skip: Tensor, linear: Linear) -> Tensor:
 
 
 def why_not(x: Tensor, skip: Tensor, linear: Linear) -> str | None:
-    """Return why the fused op cannot take these tensors; None where it can."""
+    """Return why the fused op cannot take these tensors, or None."""
     N, D = linear.weight.shape[0], x.shape[-1]
     return checks.why_not(x, skip=(skip, tuple(x.shape)), linear=(linear, (N, 2 * D))) or checks.narrow(N, 64)
 
 
 def skip_linear(x: Tensor, skip: Tensor, linear: Linear) -> tuple[Tensor, Tensor]:
-    """Run the fused op: one accumulator over two ranges of K, and gradients that go straight into their tensors.
+    """Run the fused op: one accumulator over two ranges of K, and gradients written straight into their tensors.
 
     Args:
         x, skip: (..., D), bf16 or fp16; every other tensor has their dtype.
@@ -34,7 +34,7 @@ def skip_linear(x: Tensor, skip: Tensor, linear: Linear) -> tuple[Tensor, Tensor
         (..., N), and its sums, see `layernorm.sums`.
 
     Raises:
-        ValueError: with the sentence of `why_not`.
+        ValueError: with the reason of `why_not`.
     """
     checks.refuse("skip_linear", why_not(x, skip, linear))
     return run(x, skip, linear)

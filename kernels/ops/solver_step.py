@@ -1,8 +1,8 @@
 """One solver update in one pass: guidance, the conversion of the prediction, the linear combination, the noise.
 
-Legend: B samples, N = C*H*W numbers per sample. The network's output comes as (B, ...), or with a guidance scale as
-(2B, ...), the conditional branch first. State and sums are fp32 whatever the network's dtype. The coefficients are read
-from the device, so that a captured graph takes new ones.
+Legend: B samples, N = C*H*W numbers per sample. The network's output is (B, ...), or, with a guidance scale, (2B, ...),
+the conditional branch first. State and sums are fp32 whatever the network's dtype. The coefficients are read from the
+device, so that a captured graph can use new ones.
 """
 
 import math
@@ -37,7 +37,7 @@ class Update(NamedTuple):
     outputs: tuple[float, ...]
 
     def row(self) -> list[float]:
-        """Return the seven numbers as the kernel reads them, and one more that keeps the rows of a table aligned."""
+        """Return the seven numbers as the kernel reads them, and one more that keeps a table's rows aligned."""
         return [*self[:4], *self.outputs, *[0.0] * (HISTORY + 2 - len(self.outputs))]
 
 
@@ -59,7 +59,7 @@ def reference(
         history: the older outputs m_j that `update` uses, each (B, ...) fp32.
         scale: () fp32, s in cond + s (cond - uncond).
         keys: (B,) int64, the random key of each sample; without keys no noise is added.
-        step: tells the draws of one key apart.
+        step: distinguishes the draws of one key.
 
     Returns:
         The next state and m, (B, ...) fp32.
@@ -145,7 +145,7 @@ def _kernel(
 
 
 def why_not(x: Tensor) -> str | None:
-    """Return why the fused update cannot take the state x (B, ...) fp32; None where it can."""
+    """Return why the fused update cannot take the state x (B, ...) fp32, or None."""
     if x.device.type != "cuda" and not (interpreting() and x.device.type == "cpu"):
         return f"the state is on {x.device.type}; the fused update runs on CUDA"
     if x.dtype != torch.float32:
@@ -172,7 +172,7 @@ def solver_step(
     Args:
         update: says which terms there are; their values are read from `row`.
         row: (8,) fp32 on x's device, `update.row()` or other values of the same form.
-        keep: whether m is wanted; None is returned otherwise.
+        keep: whether m is needed; otherwise None is returned in its place.
     """
     count = x.numel()
     if eps.numel() != count * (1 if scale is None else 2):

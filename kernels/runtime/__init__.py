@@ -1,1 +1,1 @@
-"""What kernels share on the host."""
+"""The host side that all kernels share."""

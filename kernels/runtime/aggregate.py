@@ -1,4 +1,4 @@
-"""Structures on the device: one value that holds descriptors, pointers, buffers, numbers and constants by name."""
+"""Structures on the device: one value holding descriptors, pointers, buffers, numbers and constants by name."""
 
 from typing import Any
 
@@ -6,15 +6,15 @@ from triton.language.core import _aggregate, base_value, constexpr
 
 
 def aggregate(cls: type) -> type:
-    """Make a class of annotated fields one value of a kernel.
+    """Turn a class with annotated fields into a single value for kernels.
 
     Its methods are `triton.jit` or `gluon.jit` functions, which take it as `self`. A field is annotated with its kind:
     `gl.tensor` (pointers and numbers; a launch's integers pass through `gl.to_tensor` first),
-    `gl.shared_memory_descriptor`, `tma.tensor_descriptor`, another aggregate, or `gl.constexpr`, which None is too:
-    what may be missing is `... | gl.constexpr`. Fields are given in their order or by name.
+    `gl.shared_memory_descriptor`, `tma.tensor_descriptor`, another aggregate, or `gl.constexpr`, which includes None:
+    an optional field is `... | gl.constexpr`. Fields are given in order or by name.
 
-    Triton has this as a private name, which its own Gluon tutorials use; 3.6 wants a constructor, 3.8 would make one.
-    Tested with both.
+    Triton has this under a private name, which its own Gluon tutorials use; 3.6 requires a constructor, 3.8 would make
+    one. Tested with both.
     """
     fields = cls.__annotations__
 

@@ -1,4 +1,4 @@
-"""What every fused op asks of its tensors."""
+"""What every fused op requires of its tensors."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ ACCUMULATE = torch.float32  # statistics, sums and partial results
 
 
 def why_not(x: Tensor, /, **others: tuple[Tensor | Norm | Linear, tuple[int, ...] | int]) -> str | None:
-    """Return the objection that all fused ops share, or None.
+    """Return the reason for which any fused op would refuse these tensors, or None.
 
     Args:
         x: (..., D), the op's first input.
@@ -44,7 +44,7 @@ def why_not(x: Tensor, /, **others: tuple[Tensor | Norm | Linear, tuple[int, ...
 
 
 def narrow(N: int, multiple: int) -> str | None:
-    """Return the objection to an output's width, or None."""
+    """Return what is wrong with an output's width, or None."""
     return f"the output's width {N} is no multiple of {multiple}" if N % multiple else None
 
 
@@ -55,6 +55,6 @@ def refuse(op: str, reason: str | None) -> None:
 
 
 def rows(x: Tensor) -> Tensor:
-    """Return (..., D) as contiguous, 16-byte aligned rows (tokens, D); copies only where the layout asks for it."""
+    """Return (..., D) as contiguous, 16-byte aligned rows (tokens, D); copy only if the layout requires it."""
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     return flat.clone() if x.device.type == "cuda" and flat.data_ptr() % 16 else flat

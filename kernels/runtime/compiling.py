@@ -1,4 +1,4 @@
-"""What a user is told while kernels are compiled, which the first call of a kind waits for."""
+"""Messages while kernels are compiled, for which the first call of a kind waits."""
 
 import contextlib
 import os

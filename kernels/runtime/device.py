@@ -1,4 +1,4 @@
-"""What runs where: the architecture of a device, its multiprocessors, and whether Triton's interpreter stands in."""
+"""A device's architecture, its multiprocessors, and whether Triton's interpreter replaces it."""
 
 import contextlib
 import functools
@@ -10,7 +10,7 @@ import triton
 
 from uvit_fast.runtime.errors import UserError
 
-# As it is when kernels are defined: slow to ask, and not to be asked by torch.compile.
+# As it is when kernels are defined: slow to query, and torch.compile must not query it.
 _INTERPRETING = triton.knobs.runtime.interpret
 
 
@@ -26,7 +26,7 @@ _FORCED = _forced()
 
 @contextlib.contextmanager
 def forced(arch: int) -> Iterator[None]:
-    """Give every device, while open, the kernels and the table of this architecture, 80 or 90."""
+    """Give every device the kernels and the table of this architecture, 80 or 90, while open."""
     global _FORCED
     before, _FORCED = _FORCED, arch
     try:
@@ -36,19 +36,19 @@ def forced(arch: int) -> Iterator[None]:
 
 
 def forced_architecture() -> int | None:
-    """Return the architecture that every device is given, if one is."""
+    """Return the architecture forced on every device, if any."""
     return _FORCED
 
 
 def interpreting() -> bool:
-    """Return whether Triton's interpreter stands in for a GPU (TRITON_INTERPRET=1)."""
+    """Return whether Triton's interpreter replaces the GPU (TRITON_INTERPRET=1)."""
     return _INTERPRETING
 
 
 def architecture(device: torch.device) -> int:
-    """Return the architecture whose kernels and table a device takes: 90 on Hopper, else 80 (runs anywhere).
+    """Return the architecture whose kernels and table a device uses: 90 on Hopper, else 80 (runs anywhere).
 
-    UVIT_FAST_ARCH=80 in the environment takes the kernels of an A100 on Hopper too.
+    UVIT_FAST_ARCH=80 in the environment selects the kernels of an A100 on Hopper too.
     """
     if _FORCED is not None:
         return _FORCED
@@ -69,7 +69,7 @@ def _properties(index: int | None):
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Return how many programs run at once where one takes a whole multiprocessor."""
+    """Return how many programs run at once if each takes a whole multiprocessor."""
     return _properties(device.index).multi_processor_count
 
 

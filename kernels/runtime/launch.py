@@ -1,10 +1,11 @@
-"""How kernels are launched: the one place that goes past Triton's launcher, whose Python takes longer than kernels run.
+"""Kernel launches: the one place that bypasses Triton's launcher, whose Python takes longer than kernels run.
 
-Three short cuts, each tested with Triton 3.6 and 3.8 (`tests/kernels/test_launch.py`, `test_contracts.py`):
+Three shortcuts, each tested with Triton 3.6 and 3.8 (`tests/kernels/test_launch.py`, `test_contracts.py`):
 
-- a kernel that Triton has compiled is called directly, found by a key of our own with all that Triton specialises on;
-- kernels are known by `id`, because hashing one reads its source; they are module globals and never freed;
-- a tensor descriptor is made without its dataclass's checks, which were made once for its box.
+- a kernel that Triton has compiled is called directly, found by our own key, which contains all that Triton specialises
+  on;
+- kernels are identified by `id`, because hashing one reads its source; they are module globals and never freed;
+- a tensor descriptor is made without its dataclass's checks, which are made once per box.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ from uvit_fast.kernels.runtime.device import guard, interpreting
 
 
 def cdiv(a: int, b: int) -> int:
-    """Return a over b, rounded up; triton's own is made for kernels and slow on the host."""
+    """Return a over b, rounded up; triton's own is for kernels and slow on the host."""
     return -(-a // b)
 
 
@@ -42,7 +43,7 @@ _thread = _Thread()
 
 
 class _Listener(threading.local):
-    here: Any = None  # who writes down what this thread launches, see `program`
+    here: Any = None  # the recorder of this thread's launches, see `program`
 
 
 listener = _Listener()
@@ -50,10 +51,10 @@ listener = _Listener()
 
 @contextlib.contextmanager
 def _ready(device: torch.device) -> Iterator[None]:
-    """Have the device current, and its context, which TMA's maps take: a new thread, autograd's say, has none."""
+    """Make the device current, and its context, which TMA's maps need: a new thread, such as autograd's, has none."""
     with guard(device):
         if device.index not in _thread.ready:
-            torch.cuda.mem_get_info(device)  # asks the runtime, which makes it current
+            torch.cuda.mem_get_info(device)  # queries the runtime, which makes it current
             _thread.ready.add(device.index)
         yield
 
@@ -68,14 +69,13 @@ def on(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def run(device: torch.device, kernel: Any, grid: tuple[int, ...], args: tuple, options: dict) -> None:
-    """Run kernel[grid](*args, **options) on `device`, found by a look-up of our own: Triton's is too slow.
+    """Run kernel[grid](*args, **options) on `device`, found by our own look-up: Triton's is too slow.
 
-    Everything that Triton compiles anew for is in the key: dtypes and alignment of tensors, blocks and layouts of
+    Everything for which Triton compiles anew is in the key: dtypes and alignment of tensors, blocks and layouts of
     descriptors, integers that are 1 or multiples of 16, the constants' values.
-
     Args:
         args: the kernel's first arguments.
-        options: its other arguments, constants all, and its launch's (`num_warps`, ...), by name.
+        options: its other arguments, all constants, and the launch's (`num_warps`, ...), by name.
     """
     with on(device):
         if interpreting():
@@ -97,10 +97,10 @@ def run(device: torch.device, kernel: Any, grid: tuple[int, ...], args: tuple, o
 
 
 class Direct:
-    """A compiled kernel by the function in C that launches it, whose arguments are numbers: pointers, and maps for TMA.
+    """A compiled kernel as the C function that launches it, whose arguments are numbers: pointers, and maps for TMA.
 
     Raises:
-        TypeError: Triton's launcher is none that is known here, or wants memory of its own.
+        TypeError: Triton's launcher is not a known one, or needs memory of its own.
     """
 
     def __init__(self, compiled: Any, grid: tuple[int, int, int]):
@@ -109,9 +109,9 @@ class Direct:
         if any(scratch) or getattr(launcher, "gsan_enabled", False):
             raise TypeError("a kernel with memory of its own")
         self.metas = getattr(compiled.metadata, "tensordesc_meta", None)
-        self.newer = hasattr(launcher, "arg_annotations")  # 3.8's, one function for all kernels; 3.6 makes one for each
+        self.newer = hasattr(launcher, "arg_annotations")  # 3.8: one function for all kernels; 3.6: one for each
         self.launch = launcher.launch
-        if isinstance(self.launch, FunctionType):  # around the function in C, to make the maps
+        if isinstance(self.launch, FunctionType):  # a wrapper around the C function that makes the maps
             cells = dict(zip(self.launch.__code__.co_freevars, self.launch.__closure__ or ()))
             if "launcher" not in cells:
                 raise TypeError("an unknown launcher")
@@ -132,10 +132,10 @@ class Direct:
 
 
 class Step:
-    """A launch with every argument in its place but the pointers, which come by slot.
+    """A launch with all arguments in place except the pointers, which are filled in by slot.
 
     Attributes:
-        places: of each pointer: where it stands, the slot that it is in, how many bytes ahead, its TMA maps or None.
+        places: for each pointer: its position, its slot, its offset in bytes, its TMA maps or None.
     """
 
     def __init__(self, direct: Direct, values: list, place: Callable[[Tensor], tuple[int, int]]):
@@ -165,15 +165,15 @@ class Step:
 
 
 class _Maps(dict):
-    """What TMA reads in the place of a descriptor, by the address of its tensor; made at first use."""
+    """What TMA reads in place of a descriptor, by the address of its tensor; made at first use."""
 
     def __init__(self, value: TensorDescriptor, meta: dict):
         super().__init__()
-        self.fields = {**vars(value), "base": None}  # its tensor is not for a program to keep
+        self.fields = {**vars(value), "base": None}  # a program must not keep its tensor
         self.meta = meta
 
     def __missing__(self, pointer: int) -> Any:
-        if len(self) >= 4096:  # memory that comes and goes
+        if len(self) >= 4096:  # for memory that comes and goes
             self.clear()
         at = object.__new__(TensorDescriptor)
         at.__dict__ = {**self.fields, "base": SimpleNamespace(data_ptr=lambda: pointer)}
@@ -183,13 +183,13 @@ class _Maps(dict):
 
 
 def is_direct(device: torch.device) -> bool:
-    """Return whether launches may go past Triton: on a GPU, and where no profiler has hooks in them."""
+    """Return whether launches may bypass Triton: on a GPU, without a profiler's hooks."""
     hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return (device.type == "cuda" or interpreting()) and not any(getattr(h, "calls", h) for h in hooks)
 
 
 def stream(device: torch.device) -> int:
-    """Return the current stream as the driver knows it."""
+    """Return the driver's handle of the current stream."""
     return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
 
 
@@ -197,7 +197,7 @@ _parameters: dict[int, tuple[list[str], list[bool]]] = {}
 
 
 def _read_parameters(kernel: Any) -> tuple[list[str], list[bool]]:
-    """Return the names of a kernel's parameters, and which are constants; kept by id: a kernel's hash is slow."""
+    """Return the names of a kernel's parameters, and which are constants; cached by id: hashing a kernel is slow."""
     _parameters[id(kernel)] = [p.name for p in kernel.params], [p.is_constexpr for p in kernel.params]
     return _parameters[id(kernel)]
 
@@ -219,7 +219,7 @@ _KINDS = {int: _of_int, Tensor: _of_tensor, torch.nn.Parameter: _of_tensor}  # w
 
 
 def descriptor(t: Tensor, *block: int) -> TensorDescriptor:
-    """Return a view of t, of 16-bit or 8-bit values, in boxes of this shape, in the widest swizzle that fits.
+    """Return a view of t, of 16-bit or 8-bit values, in boxes of this shape, with the widest swizzle that fits.
 
     t's first element is on a 16-byte boundary and its rows are multiples of 16 bytes apart.
     """

@@ -1,4 +1,4 @@
-"""What is made once for a stretch of work, such as a sampling loop, and kept until its end."""
+"""What is made once per stretch of work, such as a sampling loop, and kept until its end."""
 
 import contextlib
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ _counters: dict[tuple, Tensor] = {}  # by device and stream, outside of stretche
 
 @contextlib.contextmanager
 def stretch(kept: dict[tuple, Any] | None) -> Iterator[None]:
-    """Open a stretch of work on one stream, or go on with one, by what it `kept`; None: weights may change in it."""
+    """Open a stretch of work on one stream, or continue one, by what it `kept`; None: weights may change in it."""
     token, counting = _kept.set(kept), _counting.set({} if kept is None else kept)
     try:
         yield
@@ -28,16 +28,17 @@ def stretch(kept: dict[tuple, Any] | None) -> Iterator[None]:
 
 
 def kept() -> dict[tuple, Any] | None:
-    """Return what the stretch that is open keeps, by keys of its users; None without one, or where it keeps nothing."""
+    """Return what the open stretch keeps, keyed by its users; None without one, or if it keeps nothing."""
     return _kept.get()
 
 
 def counters(device: torch.device, count: int) -> Tensor:
-    """Return int32 zeros, at least `count`, for kernels that leave zeros behind: launches in turn may share them.
+    """Return int32 zeros, at least `count`, for kernels that leave zeros behind: consecutive launches may share them.
 
-    A stretch has its own, and so has each stream. What is captured must not rely on counters of the stream, beside
-    which it may be replayed, nor on those of another capture: it has them anew for each launch, unless they were there
-    when a stretch's capture began, or the stretch keeps nothing and so is no longer than the capture.
+    Each stretch has its own, and so has each stream. A capture must not use the counters of the stream, beside which it
+    may be replayed, nor those of another capture: it gets new ones for each launch, unless they existed when a
+    stretch's
+    capture began, or the stretch keeps nothing and so is no longer than the capture.
     """
 
     def new() -> Tensor:

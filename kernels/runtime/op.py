@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from uvit_fast.kernels.layers import Linear, Norm
 from uvit_fast.kernels.runtime.program import Programs
 
-_FIELDS = {Norm: (Tensor, Tensor, float), Linear: (Tensor, Tensor | None)}  # as a schema has them
+_FIELDS = {Norm: (Tensor, Tensor, float), Linear: (Tensor, Tensor | None)}  # in a schema
 
 
 class Op:
@@ -19,15 +19,15 @@ class Op:
 
     Eager code skips the dispatcher, which takes the host as long as the launches.
 
-    This is the one place where layers are taken apart: a schema, autograd and saved tensors know single tensors only.
+    This is the one place where layers are taken apart: a schema, autograd and saved tensors know only single tensors.
 
     Args:
         name: of uvit_fast::<name>; the backward is uvit_fast::<name>_backward.
-        forward: the op on real tensors, its arguments annotated as tensors, `Norm`, `Linear` and numbers. What it
-            returns first is the result; all else has no gradient. Outputs never alias inputs.
-        fake: empty tensors like its outputs, of the same arguments.
-        backward, fake_backward: of single tensors and numbers.
-        save: save(ctx, inputs, output), as in torch.autograd.Function.setup_context, of the same arguments as forward.
+        forward: the op on real tensors, its arguments annotated as tensors, `Norm`, `Linear` and numbers. Its first
+            return value is the result; the others have no gradient. Outputs never alias inputs.
+        fake: returns empty tensors like its outputs, for the same arguments.
+        backward, fake_backward: take single tensors and numbers.
+        save: save(ctx, inputs, output), as in torch.autograd.Function.setup_context, with forward's arguments.
         gradient: gradient(ctx, backward, dy) -> the gradients of forward's arguments, layers as tuples, by `backward`.
     """
 
@@ -52,7 +52,7 @@ class Op:
         library_backward.register_fake(fake_backward)
 
         def setup(ctx: Any, inputs: tuple, output: Any) -> None:
-            ctx.set_materialize_grads(False)  # no zeros for the gradients of what only the backward reads
+            ctx.set_materialize_grads(False)  # no zeros as gradients of what only the backward reads
             if isinstance(output, tuple):
                 ctx.mark_non_differentiable(*output[1:])
             save(ctx, self._together(inputs), output)
@@ -64,7 +64,7 @@ class Op:
 
         class Function(torch.autograd.Function):
             @staticmethod
-            def forward(ctx, *args):  # with a setup_context of its own it would inspect the signature at every call
+            def forward(ctx, *args):  # with a setup_context it would inspect the signature at every call
                 output = programs(*args)
                 setup(ctx, args, output)
                 return output
@@ -85,7 +85,7 @@ class Op:
         return self.programs(*single)
 
     def _together(self, single: tuple) -> list:
-        """Return the arguments of `forward`, of single tensors and numbers in their order."""
+        """Return `forward`'s arguments, from single tensors and numbers in order."""
         args, at = [], 0
         for kind in self._kinds:
             count = 1 if kind is None else len(kind._fields)
@@ -105,7 +105,7 @@ def _apart(args: tuple) -> tuple:
 
 
 def _taken_apart(forward: Callable, together: Callable) -> Callable:
-    """Return `forward` of single tensors and numbers, with the signature that a schema is read from."""
+    """Return `forward` on single tensors and numbers, with the signature from which a schema is read."""
 
     def flat(*args: Any) -> Any:
         return forward(*together(args))
@@ -123,33 +123,33 @@ def _taken_apart(forward: Callable, together: Callable) -> Callable:
 
 
 def wants_gradient(*args: Any) -> bool:
-    """Return whether autograd is on and one of these tensors or layers takes a gradient."""
+    """Return whether autograd is on and one of these tensors or layers requires a gradient."""
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in _apart(args))
 
 
 def learns(ctx: Any, at: int) -> bool:
-    """Return whether a backward is asked for the gradient of a linear layer, whose weight is argument `at` and whose bias
-    the next, of those that are taken apart.
+    """Return whether a backward needs the gradient of a linear layer, whose weight is argument `at`, and its bias the
+    next one, counted in single tensors.
     """
     return any(ctx.needs_input_grad[at : at + 2])
 
 
 def learned(wanted: bool, *like: Tensor) -> tuple[Tensor, ...]:
-    """Return what a fake backward gives for weights: gradients, or tensors of no element where none are asked for."""
+    """Return a fake backward's result for weights: gradients, or empty tensors if none are needed."""
     return empty(*like) if wanted else tuple(t.new_empty(0) for t in like)
 
 
 def is_last_backward(gradient: Tensor) -> bool:
-    """Return whether the running backward, to which `gradient` came, may write over what its forward kept for it.
+    """Return whether the current backward, which received `gradient`, may overwrite what its forward saved.
 
-    It may where nothing traces it, and no other one of the same forward can follow (retain_graph).
+    It may if nothing traces it and no other backward of the same forward can follow (retain_graph).
     """
     traced = torch.compiler.is_compiling() or _is_special(gradient)
     return not traced and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _is_special(x: Tensor) -> bool:
-    """Return whether only the dispatcher knows what to do with x, a fake tensor, say."""
+    """Return whether only the dispatcher can handle x, for example a fake tensor."""
     return type(x) is not Tensor and type(x) is not torch.nn.Parameter
 
 

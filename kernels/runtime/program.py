@@ -1,9 +1,9 @@
-"""What an op does on the host, written down at its second call with tensors of a kind and then done from the notes.
+"""An op's work on the host, recorded at its second call with tensors of a kind and replayed from then on.
 
 An op's Python (checks, tiles, descriptors, keys) takes longer than its kernels run. It depends on shapes, dtypes and
-alignments alone, so its outcome is a list: memory, launches with every argument in its place but the pointers, calls of
-PyTorch.
-The notes are taken while the op runs, so they need to know nothing of it. What they cannot say is run as it is written.
+alignments alone, so its outcome is a list: memory, launches with all arguments in place except the pointers, calls of
+PyTorch. The recording is made while the op runs, so it needs no knowledge of the op. What it cannot express runs as
+written.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from uvit_fast.kernels.runtime import device as devices
 from uvit_fast.kernels.runtime import launch, once
 
-MOST = 64  # kinds of tensors of an op; ten programs serve a network and its training
+MOST = 64  # kinds of tensors per op; ten programs serve a network and its training
 _PLAIN = (Tensor, torch.nn.Parameter)
 _ALLOCATIONS = {"aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty_strided"}
 _HOST_READS = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero"}
@@ -28,7 +28,7 @@ _suspended: ContextVar[bool] = ContextVar("suspended", default=False)
 
 @contextlib.contextmanager
 def suspended() -> Iterator[None]:
-    """While open, ops run as they are written: what they do depends on more than their arguments."""
+    """Run ops as written while open: what they do depends on more than their arguments."""
     token = _suspended.set(True)
     try:
         yield
@@ -37,18 +37,18 @@ def suspended() -> Iterator[None]:
 
 
 def free(t: Tensor) -> None:
-    """Give back the memory of an argument that nobody reads any more, whoever holds it."""
+    """Release the memory of an argument that nobody reads any more, whoever holds it."""
     t.untyped_storage().resize_(0)
     if launch.listener.here is not None:
         launch.listener.here.freed(t)
 
 
 class Programs:
-    """A function of tensors and numbers, as written or, where its arguments are of a known kind, by its program."""
+    """A function of tensors and numbers, run as written or, for arguments of a known kind, by its program."""
 
     def __init__(self, function: Callable):
         self.function = function
-        self._known: dict[tuple, Program | None] = {}  # None: seen once, or it cannot be written down
+        self._known: dict[tuple, Program | None] = {}  # None: seen once, or impossible to record
         self._never: dict[tuple, str] = {}  # and why
 
     def __call__(self, *args: Any) -> Any:
@@ -87,15 +87,15 @@ class Programs:
 
 
 class _Unspeakable(Exception):
-    """Something that a program cannot say."""
+    """Something that a program cannot express."""
 
 
 class _Ref:
-    """A tensor by the memory that it is in: `slot` of the arguments and of what the program allocates."""
+    """A tensor, identified by its memory: `slot` among the arguments and the program's allocations."""
 
     def __init__(self, slot: int, ahead: int, t: Tensor):
         self.slot, self.ahead, self.how = slot, ahead, (t.shape, t.stride())
-        self.whole = False  # whether it is what stands in the slot
+        self.whole = False  # whether it is exactly the slot's content
 
     def of(self, held: list) -> Tensor:
         t = held[self.slot]
@@ -103,7 +103,7 @@ class _Ref:
 
 
 class Program:
-    """Steps in their order, over tensors by slot: the arguments, then what is allocated."""
+    """Steps in order, over tensors by slot: the arguments, then the allocations."""
 
     def __init__(self, steps: list[Callable], allocated: int, output: Any):
         self.steps, self.allocated, self.output = steps, allocated, output
@@ -129,7 +129,7 @@ class _Allocate:
 
 
 class _Count:
-    """Counters, which are the stretch's or the stream's on which the program runs."""
+    """Counters of the stretch or stream on which the program runs."""
 
     def __init__(self, slot: int, t: Tensor, count: int):
         self.slot, self.device, self.count = slot, t.device, count
@@ -156,7 +156,7 @@ class _Free:
 
 
 class _Call:
-    """An op of PyTorch. Its results that are new memory go to slots."""
+    """A call of a PyTorch op. Results in new memory go to slots."""
 
     def __init__(self, func: Callable, args: tuple, kwargs: dict, slots: list[int | None]):
         self.func, self.args, self.kwargs, self.slots = func, args, kwargs, slots
@@ -178,13 +178,13 @@ def _resolved(value: Any, held: list) -> Any:
 
 
 class _Recorder(TorchDispatchMode):
-    """Takes the notes: sees PyTorch's ops as a dispatch mode, and launches by `launch.run`, which knows it."""
+    """Makes the recording: sees PyTorch's ops as a dispatch mode, and launches through `launch.run`, which calls it."""
 
     def __init__(self, args: tuple):
         super().__init__()
         self.args = args
         self.wholes: list[Any] = list(args)
-        self.roots: dict[int, int] = {}  # storage -> slot, of what was allocated
+        self.roots: dict[int, int] = {}  # storage -> slot, for allocations
         spans = [(a.data_ptr(), _extent(a), i) for i, a in enumerate(args) if isinstance(a, Tensor) and a.numel()]
         self.spans = sorted(spans)
         self.inputs = {a.untyped_storage()._cdata for a in args if isinstance(a, Tensor)}
@@ -193,7 +193,7 @@ class _Recorder(TorchDispatchMode):
         self.uses: list[set[int]] = []  # slots of each step
         self.overlap = any(a + size > b for (a, size, _), (b, _, _) in zip(self.spans, self.spans[1:]))
         self.trouble = ""
-        self.alive: list[Any] = []  # so that no address is another tensor's later
+        self.alive: list[Any] = []  # keeps addresses from being reused
 
     def __enter__(self) -> "_Recorder":
         launch.listener.here = self
@@ -215,7 +215,7 @@ class _Recorder(TorchDispatchMode):
             self.trouble = name
         elif func._schema.is_mutable or not all(self._known(t) for t in results):
             self._call(func, args, kwargs, results)
-        return out  # else a view, which whoever reads it describes
+        return out  # otherwise a view, described by whoever reads it
 
     def _call(self, func: Callable, args: tuple, kwargs: dict, results: tuple | list) -> None:
         used: set[int] = set()
@@ -229,7 +229,7 @@ class _Recorder(TorchDispatchMode):
             self._add(_Call(func, args, kwargs, slots), used | {s for s in slots if s is not None})
 
     def launched(self, direct: launch.Direct, values: list) -> None:
-        """A kernel was launched with these arguments."""
+        """Record a kernel launch with these arguments."""
         self.alive.append(values)
         try:
             step = launch.Step(direct, values, self._place)
@@ -239,7 +239,7 @@ class _Recorder(TorchDispatchMode):
             self._add(step, {slot for _, slot, *_ in step.places})
 
     def interpreted(self, kernel: Callable) -> Callable:
-        """Return a kernel of Triton's interpreter that is written down when it runs, and not what that does inside."""
+        """Wrap a kernel of Triton's interpreter so that its run is recorded, and nothing inside it."""
 
         def run(*args: Any, **options: Any) -> None:
             self._call(kernel, args, options, ())
@@ -249,7 +249,7 @@ class _Recorder(TorchDispatchMode):
         return run
 
     def counted(self, t: Tensor, count: int) -> None:
-        """Counters were asked for."""
+        """Record a request for counters."""
         slot = self._new(t)
         self._add(_Count(slot, t, count), {slot})
 
@@ -261,7 +261,7 @@ class _Recorder(TorchDispatchMode):
             self.trouble = "freed memory that is no argument's"
 
     def program(self, output: Any) -> Program:
-        """What was seen, as a program that gives such an output."""
+        """Return the recording as a program with such an output."""
         if self.trouble:
             raise _Unspeakable(self.trouble)
         kept: set[int] = set()
@@ -288,7 +288,7 @@ class _Recorder(TorchDispatchMode):
         return storage in self.roots or storage in self.inputs
 
     def _place(self, t: Tensor) -> tuple[int, int]:
-        """Slot and bytes from its start."""
+        """Return the slot, and the bytes from its start."""
         slot = self.roots.get(t.untyped_storage()._cdata)
         if slot is not None:
             return slot, t.data_ptr() - self.wholes[slot].data_ptr()
@@ -306,7 +306,7 @@ class _Recorder(TorchDispatchMode):
         return self.refs[-1]
 
     def _shape(self, output: Any) -> None:
-        """Allocate results as they leave, and note where a tensor is all that a slot holds."""
+        """Allocate results in their final shape, and note which tensors are all that a slot holds."""
         how = [isinstance(t, Tensor) and (t.shape, t.stride()) for t in self.wholes]
         allocations = {step.slot: step for step in self.steps if isinstance(step, _Allocate)}
         for ref in output if isinstance(output, tuple) else (output,):
@@ -325,12 +325,12 @@ class _Recorder(TorchDispatchMode):
 
 
 def _size(how: tuple) -> int:
-    """Elements of a contiguous shape; 0 of another."""
+    """Return the number of elements of a contiguous shape; 0 for others."""
     shape, stride = how
     wanted = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
     return math.prod(shape) if all(n == 1 or s == w for n, s, w in zip(shape, stride, wanted)) else 0
 
 
 def _extent(t: Tensor) -> int:
-    """Bytes from the first to the last element."""
+    """Return the bytes from the first to the last element."""
     return (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride()))) * t.element_size()

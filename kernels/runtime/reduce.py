@@ -1,4 +1,4 @@
-"""Sums over the tokens in fp32, in a fixed order: bias gradients, and what a kernel's programs have each summed up.
+"""Sums over the tokens in fp32, in a fixed order: bias gradients, and the partial sums of a kernel's programs.
 
 Plain Triton, for every architecture. Memory-bound: each kernel reads its input once.
 """
@@ -41,7 +41,7 @@ def _totals_kernel(
 
 
 def totals(partial: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Sum the programs' parts in a fixed order, cast once, in one launch.
+    """Add up the programs' partial sums in a fixed order, cast once, in one launch.
 
     Args:
         partial: (P, D) or (P, at least count, D), fp32.

@@ -25,7 +25,7 @@ def table(arch: int) -> dict:
 
 
 def choice(device: torch.device, case: str, width: int | str) -> dict:
-    """Return the tuned choices of a case: those of this width (or NxK), if any, over the case's, over the defaults."""
+    """Return the tuned choices of a case: those of this width (or NxK), if any, before the case's and the defaults."""
     found = table(architecture(device))
     return found["default"] | found.get(case, {}) | found.get(f"{case}:{width}", {})
 
@@ -41,9 +41,9 @@ def _few(arch: int, N: int, K: int, tokens: int) -> dict:
 
 
 def few(device: torch.device, N: int, K: int, tokens: int) -> dict:
-    """Return what a product (tokens, K) x (K, N) of few tokens was tuned to, {} where nothing like it was.
+    """Return the tuned choice for a product (tokens, K) x (K, N) of few tokens; {} if nothing similar was tuned.
 
-    It is what the next larger measured number of tokens takes, of which fewer fill at most as many tiles; not where
-    that is far away.
+    It is the choice of the next larger measured number of tokens, whose tiles these fill at most as well; not if that
+    is far away.
     """
     return _few(architecture(device), N, K, tokens)

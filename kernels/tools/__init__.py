@@ -1,1 +1,1 @@
-"""What looks at kernels or measures them, and runs none of a network's."""
+"""Tools that inspect and measure kernels; the network does not need them."""

@@ -1,8 +1,8 @@
-"""Compile kernels ahead of time, without a GPU, and read what they take: the throughput guard that needs no device.
+"""Compile kernels ahead of time, without a GPU, and read their resources: a throughput guard that needs no device.
 
-`target(90)` puts a driver in place that knows the architecture and nothing else; `kernel.warmup(...)` then compiles for
-it. `resources` reads registers, spills, shared memory and the instructions that matter out of the result, with the
-`ptxas` and `cuobjdump` that ship inside triton. Never use it in a process that also launches kernels on a GPU.
+`target(90)` installs a driver that knows the architecture and nothing else; `kernel.warmup(...)` then compiles for it.
+`resources` reads registers, spills, shared memory and the relevant instructions from the result, with the `ptxas` and
+`cuobjdump` that ship inside triton. Never use it in a process that also launches kernels on a GPU.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import get_cache_manager
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes of shared memory a block may take, by architecture
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # shared memory per block in bytes, by architecture
 _MULTIPROCESSORS = {80: 108, 90: 132}
-_INSTRUCTIONS = {  # field of the report -> what its instructions look like in the disassembly
+_INSTRUCTIONS = {  # field of the report -> pattern of its instructions in the disassembly
     "wgmma": r"\b[HQ]GMMA\b",
     "wgmma_waits": r"WARPGROUP\.DEPBAR",
     "mma": r"\bHMMA\b",
@@ -33,11 +33,11 @@ _INSTRUCTIONS = {  # field of the report -> what its instructions look like in t
     "cp_async": r"LDGSTS",
     "local_accesses": r"\b(?:LDL|STL)\b",
 }
-_READER = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]  # what another version read does not count
+_READER = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]  # another version's readings do not count
 
 
 class _Driver:
-    """What triton's compiler asks a driver for, and nothing that needs a device."""
+    """The part of a driver that triton's compiler needs, without anything that needs a device."""
 
     def __init__(self, arch: int):
         self.arch = arch
@@ -78,11 +78,11 @@ def target(arch: int) -> Iterator[None]:
 
 
 def compile(kernel: Any, *args: Any, arch: int, **options: Any) -> dict[str, int]:
-    """Compile one kernel for `arch` and report what it takes (see `resources`).
+    """Compile one kernel for `arch` and return its resources (see `resources`).
 
     Args:
         kernel: a `triton.jit` or `gluon.jit` function.
-        args: its arguments; meta tensors do, their dtype and alignment are all that counts.
+        args: its arguments; meta tensors suffice, since only dtype and alignment count.
         options: keyword arguments of the kernel and of its launch (`num_warps`, ...).
     """
     with target(arch):
@@ -90,11 +90,11 @@ def compile(kernel: Any, *args: Any, arch: int, **options: Any) -> dict[str, int
 
 
 def resources(compiled: Any, arch: int) -> dict[str, int]:
-    """What a compiled kernel takes; read once, and then kept where Triton's cache keeps the kernel.
+    """Return the resources of a compiled kernel; read once, and then kept beside the kernel in Triton's cache.
 
     Returns:
-        registers per thread; spilled bytes (stores + loads); shared memory in bytes; how often each instruction of
-        `_INSTRUCTIONS` stands in the code; `serialized_wgmma`: 1 where ptxas says that it had to serialise them.
+        Registers per thread; spilled bytes (stores + loads); shared memory in bytes; the count of each instruction of
+        `_INSTRUCTIONS` in the code; `serialized_wgmma`: 1 if ptxas reports that it had to serialise them.
     """
     kept, name = get_cache_manager(compiled.hash), f"resources.{_READER}.json"
     known = kept.get_file(name)

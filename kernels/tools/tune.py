@@ -1,7 +1,7 @@
-"""Measure the choices of the tuning tables on the GPU at hand and write its table: `uvit-fast tune`.
+"""Measure the choices of the tuning tables on this GPU and write its table: `uvit-fast tune`.
 
 Each case is run as the ops run it, with every candidate that compiles, in turns: a GPU's clock moves by more than
-candidates differ. What the table says now stays where nothing beats it by more than the noise.
+candidates differ. The table's current choice stays unless another beats it by more than the noise.
 """
 
 import itertools
@@ -29,8 +29,8 @@ from uvit_fast.kernels.runtime.device import architecture
 
 TOKENS = 33024  # 128 images of 258 tokens
 FEW = [258 * images for images in (1, 2, 4, 8, 16, 32)]
-COPIES = 8  # of a weight that few tokens meet: more than L2 holds, as in a network
-NOISE = 0.015  # a candidate must win by this share
+COPIES = 8  # of a weight in products of few tokens: more than L2 holds, as in a network
+NOISE = 0.015  # share by which a candidate must win
 _GEMMS = ("gemm", "gemm_residual", "gemm_gelu", "gemm_gelu_save", "gemm_gelu_backward")
 _OURS = [{"ours": True}, {"ours": False}]
 _FORMS = [  # of tiles for few tokens: tokens, tokens beside, stages, tokens of the staging buffers
@@ -51,7 +51,7 @@ def _grid(**values: list) -> list[dict]:
 
 
 def candidates(arch: int) -> dict[str, list[dict]]:
-    """Return case -> the choices that are tried on an architecture."""
+    """Return case -> the choices to try on an architecture."""
     if arch == 90:
         gemm = _grid(part=[32, 64])
         gelu_backward = _grid(part=[32])  # in parts of 64 its buffers would not fit
@@ -110,7 +110,7 @@ def cases(D: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> 
 
 
 def _few(D: int, M: int, random: Callable[..., Tensor]) -> Iterator[tuple[str, str, Callable]]:
-    """Yield the products of M tokens in a block whose weights are folded already, with what their ops launch beside."""
+    """Yield the products of M tokens in a block whose weights are folded already, with the launches of their ops."""
     x, y, h, norm = random(M, D), random(M, D), random(M, 4 * D), Norm(random(D), random(D))
     left = torch.zeros(D // 64, 2, M, device=x.device)
 
@@ -145,7 +145,7 @@ def _few(D: int, M: int, random: Callable[..., Tensor]) -> Iterator[tuple[str, s
 
 
 def fp8_cases(D: int, device: torch.device) -> Iterator[tuple[str, str, Callable]]:
-    """Yield the cases of a block of e4m3 products of width D, as `cases`."""
+    """Yield the cases of a block of width D with e4m3 products, as `cases` does."""
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, dtype=torch.bfloat16)
@@ -186,7 +186,7 @@ def times(f: Callable, repeats: int = 25, warmup: int = 3, cycles: int = 60_000_
 
 
 def milliseconds(calls: list[Callable], rounds: int = 9, cycles: int = 3_000_000) -> list[float]:
-    """Return the median of each on the GPU, taken in turns; it sleeps for `cycles` a call before a round."""
+    """Return each call's median on the GPU, measured in turns; it sleeps for `cycles` per call before a round."""
     turns = [_timed(calls, cycles * len(calls)) for _ in range(rounds)]
     return [statistics.median(taken) for taken in zip(*turns)]
 
@@ -201,9 +201,9 @@ def tune(
     """Measure the table of the GPU's architecture.
 
     Args:
-        dims: widths D. A width that the table knew and that is not among them takes its case's commonest choice.
+        dims: widths D. A width in the old table that is not among them takes its case's commonest choice.
         only: cases to measure; the others stay as they are. Default: all.
-        report: gets a line for each case: its choice, and the milliseconds before and after.
+        report: called with a line for each case: its choice, and the milliseconds before and after.
         width_done: called after each width.
 
     Returns:
@@ -220,7 +220,7 @@ def tune(
             entry = f"{case}:{width}"
             before = tuning.choice(device, case, width)
             before = {name: before[name] for name in tried[case][0]}
-            if case == "few":  # without an entry it has a rule, no default
+            if case == "few":  # without an entry it follows a rule, not a default
                 before = table.get(entry, {})
             choices, calls = [before, *tried[case]], {}
             for i, choice in enumerate(choices):
@@ -228,7 +228,7 @@ def tune(
                 try:
                     call()
                     calls[i] = call
-                except Exception as error:  # what this compiler or GPU does not take is no candidate
+                except Exception as error:  # whatever this compiler or GPU rejects is no candidate
                     report(f"{entry}: {choice} cannot run: {str(error).splitlines()[0][:80]}")
             times = [math.inf] * len(choices)
             for i, time in zip(calls, milliseconds([*calls.values()])):
@@ -248,7 +248,7 @@ def _run_with(table: dict, entry: str, choice: dict, f: Callable) -> Any:
 
 
 def compact(default: dict, found: dict[str, dict[str, dict]]) -> dict[str, dict]:
-    """Return case -> width -> choice as a table in which each case's commonest choice is its own; not of few tokens."""
+    """Return case -> width -> choice as a table with each case's commonest choice as its own, except for few tokens."""
     table = {"default": default} | {f"few:{size}": choice for size, choice in found.pop("few", {}).items()}
     for case, widths in found.items():
         common = max(widths.values(), key=lambda choice: sum(other == choice for other in widths.values()))
