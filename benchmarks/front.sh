@@ -37,7 +37,7 @@ calibrate() (
     wait
     said calibrated
 )
-steps="--samplers dpmpp_2m --steps 50,30,20,14,10,7 --cfg-scales $cfg"
+steps="--samplers dpmpp_2m --steps 50,30,20,14,10,7,5,3 --cfg-scales $cfg"
 whole=$steps cached="$steps --plans outer:2$plans"
 [ "$gpus" != 1 ] || { whole="$steps --plans none,outer:2$plans" cached=; } # one start less
 narrow="--samplers dpmpp_2m --steps 50,20,10 --cfg-scales $cfg --precisions fp8 --plans none$plans"
@@ -72,6 +72,6 @@ fi
 
 # one table: all grids have the same settings
 cp "$out"/grid_0/settings.json "$out"
-cat "$out"/grid_*/points.csv | awk 'NR == 1 || !/^sampler,/' | awk '!seen[$0]++' > "$out/points.csv"
+cat "$out"/grid_*/points.csv | awk -F , '!seen[$1, $2, $3, $4, $5, $6, $7, $8]++' > "$out/points.csv" # a row a point and seed
 $cli front --checkpoint "$run" --reference "$run/config.yaml" --features digits-fid --draw --out "$out"
 said drawn

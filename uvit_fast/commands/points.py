@@ -250,7 +250,7 @@ def draw(points: Sequence[Measured], front: Sequence[Measured], about: dict[str,
     ax.set_xscale("log")
     ax.set_yscale("log")
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter(NullFormatter())
     ax.set_xlabel(f"seconds of 1,000 images, {about['batch']} at a time, {about['device']}")
