@@ -3,7 +3,8 @@
 #   sh benchmarks/front.sh digits OUT
 #   sh benchmarks/front.sh fashion OUT DATA        with GPUS=2 about three minutes on two H200s
 # DATA holds the idx files of Fashion-MNIST. OUT gets the run, the plans, points.csv, front.png and front.txt. The same command
-# goes on where it stopped. A grid is a line of GRIDS, those of one GPU one after another; TRAIN and MEASURE are limits in seconds.
+# goes on where it stopped. A grid is a line of GRIDS, those of one GPU one after another; TRAIN and MEASURE are limits in seconds;
+# CALIBRATED are the numbers of evaluations that get a calibrated plan.
 set -eu
 what=$1 out=$2 began=$(date +%s)
 case $what in
@@ -26,7 +27,7 @@ mkdir -p "$out/plans"
     said "training ended early: $(tail -n 1 "$out/train.txt")"
 said trained
 
-plans= evaluations="50 30 20 14"
+plans= evaluations=${CALIBRATED-50 30 20 14}
 for steps in $evaluations; do plans=$plans,$out/plans/calibrated_$steps.yaml; done
 calibrate() (
     for steps in $evaluations; do
