@@ -1,7 +1,10 @@
 """Evaluation while training: figures of the EMA weights are written, and the best weights stay."""
 
 import json
+import resource
+import signal
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -22,6 +25,26 @@ def test_the_best_weights_stay_and_worse_ones_change_nothing(tmp_path):
     assert json.loads((tmp_path / "best" / "figures.json").read_text()) == {"step": 30, "fid": 2.0, "kid": 0.2}
     assert sorted(p.name for p in (tmp_path / "best").iterdir()) == ["ema.safetensors", "figures.json"]
     assert best.offer(a, {"digits-fid": 9.0}, 40)  # another figure: nothing to compare with
+    for damaged in ("", "[]", '{"digits-fid": "low"}'):  # as after a power cut
+        (tmp_path / "best" / "figures.json").write_text(damaged)
+        assert best.offer(a, {"digits-fid": 9.0}, 50)
+
+
+def test_a_full_disk_is_an_error_of_the_system_which_a_run_survives(tmp_path):
+    """Not one of safetensors' own, which nobody waits for."""
+    best, weights = Best(tmp_path), {"w": torch.zeros(10_000)}
+    best.offer(weights, {"fid": 3.0}, 10)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal_before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="ema.safetensors"):
+            best.offer(weights, {"fid": 2.0}, 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, signal_before)
+    assert json.loads((tmp_path / "best" / "figures.json").read_text())["step"] == 10
+    assert sorted(p.name for p in (tmp_path / "best").iterdir()) == ["ema.safetensors", "figures.json"]
 
 
 def test_train_measures_samples_and_the_loss_of_held_out_images_every_so_many_steps(tmp_path, monkeypatch, capsys):

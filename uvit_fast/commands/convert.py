@@ -68,6 +68,6 @@ def run(args: argparse.Namespace) -> None:
         write_whole(out, write)
         if out.suffix == ".pth":  # what the tensors alone cannot hold
             known.write(out.with_suffix(f".{RUN_FILE}"))
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter is torch's, for a full disk
         raise UserError(f"--out {out}: expected a place that can be written to ({error})") from None
     print(f"wrote {out}")

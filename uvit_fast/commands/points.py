@@ -89,6 +89,8 @@ class Table:
             self._held = Claim(self.out)
         except Taken as taken:
             return f"--out {self.out}: another process writes it, {taken}; expected another folder"
+        except OSError as error:
+            return f"--out {self.out}: expected a place that can be written to ({error.strerror})"
         try:
             before = json.loads(note.read_text("utf-8")) if note.is_file() else settings
         except ValueError:

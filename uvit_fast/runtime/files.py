@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write(temporary)` beside `path`, then rename the file; a failed write leaves nothing behind.
@@ -21,9 +23,11 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         temporary.rename(path)
     except OSError as error:
-        if error.filename == str(temporary):  # a name that nobody knows
+        if error.errno is not None and error.filename in (None, str(temporary)):  # a name that nobody knows
             error.filename, error.filename2 = str(path), None
         raise
+    except SafetensorError as error:  # its own kind, of a full disk too
+        raise OSError(f"{path}: {error}") from None
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)

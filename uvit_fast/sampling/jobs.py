@@ -102,7 +102,9 @@ class Job:
         except Taken as taken:
             return f"{self.out}: another job writes it, {taken}; expected another --out"
         except OSError as error:
-            return f"{self.out}: expected a place that can be written to ({error})"
+            if empty:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            return f"{self.out}: expected a place that can be written to ({error.strerror or error})"
         if refusal is not None:
             self._claim.release()
             if empty:

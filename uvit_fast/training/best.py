@@ -24,8 +24,16 @@ class Best:
         known = self.folder / "figures.json"
         if not math.isfinite(figures[name]):
             return False
-        if known.exists() and json.loads(known.read_text()).get(name, math.inf) <= figures[name]:
+        if self._known(known, name) <= figures[name]:
             return False
         write_whole(self.folder / "ema.safetensors", lambda path: save_file(weights, path))
         write_whole(known, lambda path: path.write_text(json.dumps({"step": step, **figures}, indent=2) + "\n"))
         return True
+
+    @staticmethod
+    def _known(file: Path, name: str) -> float:
+        """Infinity where the file does not say it, as after a power cut."""
+        try:
+            return float(json.loads(file.read_text()).get(name, math.inf))
+        except (OSError, ValueError, TypeError, AttributeError):
+            return math.inf
