@@ -19,7 +19,7 @@ test: .venv/test.done  ## the whole CPU suite
 	$(BIN)/python -m pytest -m "not gpu"
 	$(BIN)/python -m pytest benchmarks --benchmark-only -k "not contract" -q  # those ran with the tests
 
-test-kernel: .venv/test.done  ## one op: interpreter, contracts and, with a GPU, its tests there; make test-kernel OP=ln_mlp
+test-kernel: .venv/test.done  ## one op: interpreter, contracts and, on a GPU, its tests there: OP=ln_mlp
 	@$(BIN)/python -m tests.kernels $(OP)
 
 lint: .venv/test.done  ## ruff and mypy, as CI runs them
@@ -31,7 +31,7 @@ format: .venv/test.done  ## ruff's repairs and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/test.done  ## the whole benchmark suite on this machine; make bench BENCH=--quick on an H100 for seven minutes
+bench: .venv/test.done  ## the whole benchmark suite on this machine; BENCH=--quick: seven minutes on an H100
 	$(BIN)/uvit-fast bench $(BENCH)
 
 report: .venv/test.done  ## tables and plots anew from benchmarks/results/*.csv
