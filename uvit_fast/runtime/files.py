@@ -24,7 +24,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         temporary.rename(path)
     except OSError as error:
         if error.errno is not None and error.filename in (None, str(temporary)):  # a name that nobody knows
-            error.filename, error.filename2 = str(path), None
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
     except SafetensorError as error:  # its own kind, of a full disk too
         raise OSError(f"{path}: {error}") from None
