@@ -87,7 +87,7 @@ def forget_choices() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", default="sampling,training")
-    parser.add_argument("--sizes", default="H,S,L,M")
+    parser.add_argument("--sizes", default="H,S,L,M,USiT")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--minutes", type=float, default=float("inf"), help="end after so many, cases under way too")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])

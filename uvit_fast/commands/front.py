@@ -7,7 +7,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,7 @@ def _measure_all(args: argparse.Namespace, cfg: Config, points: list[Point], out
     known = provenance_of(cfg, weights)
     batch = args.batch or (250 if device.type == "cuda" else 50)
     wanted: list[tuple[Point, Config, str, int]] = []
-    left_out: dict[str, list[Point]] = {}  # why -> which
+    left_out: dict[str, list[tuple[Point, str]]] = {}  # what was expected -> which, and why
     for point in points:
         try:
             changed = load_checked(cfg, point)
@@ -144,19 +144,20 @@ def _measure_all(args: argparse.Namespace, cfg: Config, points: list[Point], out
             check_precision(changed, device)
             plan = [sorted(s.layers.reuse) if s.layers else [] for s in build_sampler(changed).stages]
         except UserError as error:  # a plan is for one sampler and number of evaluations
-            left_out.setdefault(str(error), []).append(point)
+            left_out.setdefault(str(error).partition(", got")[0], []).append((point, str(error)))
             continue
         contents = hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:12] if any(plan) else ""
         wanted += [(point, changed, contents, of) for of in range(args.seeds)]
     if not wanted:
-        raise UserError(f"front: no point is left to measure: {next(iter(left_out))}")
+        raise UserError(f"front: no point is left to measure: {next(iter(left_out.values()))[0][1]}")
 
     real = load_config(args.reference, args.set) if reference_is_config(args.reference) else args.reference
     table, rows = Table(out), []
     told: tuple[str | None, list[tuple]] = (None, [])
     if world.rank == 0:
-        for why, which in left_out.items():
-            print(f"left out: {which[0]}{_more(which)}: {why}", flush=True)
+        for (first, why), *others in left_out.values():
+            more = f" and {len(others)} more" * bool(others)
+            print(f"left out: {first}{more}: {why}", flush=True)
         what = cfg.model_dump(mode="json", include={"model", "diffusion", "latent"})
         what |= cfg.sample.model_dump(mode="json", include={"spacing", "shift", "fp8_keep"})  # of all points
         settings = {
@@ -289,7 +290,3 @@ def _conclude(cfg: Config, out: Path) -> None:
     write_whole(out / "front.txt", lambda file: file.write_text(text, "utf-8"))
     draw(points, front, rows[0], out / "front.png")
     print(text + f"wrote {out / 'points.csv'}, {out / 'front.png'} and {out / 'front.txt'}")
-
-
-def _more(points: Sequence[Point]) -> str:
-    return f" and {len(points) - 1} more" if len(points) > 1 else ""
