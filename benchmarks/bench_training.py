@@ -205,7 +205,7 @@ def main() -> None:
     if unknown := [case for case in asked if case not in EVERY]:
         parser.error(f"--cases: expected some of {' '.join(EVERY)}; got {' '.join(unknown)}")
     sizes = known(parser, "--sizes", args.sizes, models.CONFIGS | models.OTHERS)
-    providers = known(parser, "--providers", args.providers, PROVIDERS)
+    providers = known(parser, "--providers", args.providers, (*PROVIDERS, *models.FROZEN))
     need_gpu(parser, args.device)
     rows, began, left_out, failed = Rows("training", args.out), time.monotonic(), [], []
     providers = models.runnable(providers, args.device)
