@@ -2,6 +2,7 @@
 
 import csv
 import shlex
+from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
@@ -162,3 +163,27 @@ def test_points_of_other_settings_do_not_join(command, tmp_path, capsys):
     (tmp_path / "out" / "points.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match="expected what `uvit-fast front` writes"):
         Table(tmp_path / "out").rows()
+
+
+def test_the_documented_front_is_what_its_rows_say():
+    """The table of docs/front.md, and README's sentence."""
+    root = Path(__file__).parent.parent
+    text, readme = ((root / name).read_text() for name in ("docs/front.md", "README.md"))
+    with open(root / "docs/analyses/fashion_front.csv", newline="") as file:
+        points = summarised(csv.DictReader(file))
+    found = {
+        (each.point.steps, Path(each.point.cache).stem): each
+        for each in points
+        if each.point.sampler == "dpmpp_2m" and not each.point.scale
+    }
+    table = [row.strip("| ").split(" | ") for row in text.splitlines() if row.startswith("| ") and row.endswith(" |")]
+    rows = {int(row[0]): row[1:] for row in table if row[0].isdecimal() and len(row) > 4}
+    assert rows.keys() == {steps for steps, _ in found}
+    for steps, cells in rows.items():
+        said = [cell for cell in cells if cell.strip()]
+        mine = [
+            found[key] for key in ((steps, "none"), (steps, "outer:2"), (steps, f"calibrated_{steps}")) if key in found
+        ]
+        assert said == [part for each in mine for part in (f"{each.figure:.3f}", f"{each.seconds:.3f} s")]
+    times = [line.split(", ")[2].split(" times")[0] for line in as_good(points)[1:2]]
+    assert f"{float(times[0]):.1f} times as fast" in text and f"{float(times[0]):.1f} times as fast" in readme
