@@ -1,11 +1,12 @@
-"""The configuration: `schema.py` and `networks.py` define the keys, `reading.py` reads them from a YAML file and
-`--set`, `finding.py` finds files by name.
+"""The configuration: `schema.py`, with `networks.py` and `data.py`, defines the keys, `reading.py` reads them from a YAML
+file and `--set`, `finding.py` finds files by name.
 """
 
+from uvit_fast.config.data import CLIP, Factor
 from uvit_fast.config.finding import CONFIGS, ConfigError, config_names, find_config, is_config_name
 from uvit_fast.config.networks import ModelConfig, UNetConfig
 from uvit_fast.config.reading import config_from, dump_config, load_config
-from uvit_fast.config.schema import CLIP, FP8_KEEP, Config, DiffusionConfig, Factor, SampleConfig, TrainConfig
+from uvit_fast.config.schema import FP8_KEEP, Config, DiffusionConfig, SampleConfig, TrainConfig
 from uvit_fast.config.section import Section
 
 __all__ = [
