@@ -15,10 +15,6 @@ UNLICENSED = (
     "published weights, is under the MIT licence."
 )
 ENCODERS = {"autoencoder": "vae", "text encoder": "text_encoder"}
-LOADER = '''"""For `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`; needs the package uvit-fast."""
-
-from uvit_fast.pipeline import UViTModel, UViTPipeline, UViTScheduler
-'''
 
 
 def model_card(pipe: Any) -> str:

@@ -7,7 +7,6 @@ none.
 
 import difflib
 import inspect
-import json
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,7 +17,6 @@ import numpy as np
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
@@ -34,24 +32,14 @@ from uvit_fast.provenance import Provenance
 from uvit_fast.sampling.captured import GraphSampler
 from uvit_fast.sampling.loop import check_finite
 
-from . import schedulers
+from . import folder, schedulers
 from .calls import INSTEAD, StepEnd, is_text, new_keys, of_each, whole
 from .conditions import condition_of
-from .model_card import FOLDER, LOADER, model_card
+from .model_card import FOLDER, model_card
 from .schedulers import UViTScheduler, usual_prediction
 
-LIBRARY = __package__
-LOADER_NAME = "uvit_pipeline"  # a folder's Python files, which diffusers runs where it is trusted to
 STEPS = 50  # with a scheduler of diffusers, unless the call says how many
 quiet_diffusers()
-LOADABLE_CLASSES[LIBRARY] = LOADABLE_CLASSES["diffusers"]  # lets a repository's components be from this package
-
-
-def _parts(index: dict[str, Any]) -> dict[str, list[str]]:
-    """Return the components in a folder's index: library and class by name."""
-    lists = {name: value for name, value in index.items() if isinstance(value, list) and not name.startswith("_")}
-    # other lists are scalings, one number per channel
-    return {name: value for name, value in lists.items() if all(isinstance(part, str | None) for part in value)}
 
 
 class UViTModel(UViT, ModelMixin, ConfigMixin):
@@ -168,28 +156,18 @@ class UViTPipeline(DiffusionPipeline):
     @classmethod
     def _dict_from_json_file(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return a folder's index without its mention of code in the folder, which is therefore not run."""
-        index = super()._dict_from_json_file(*args, **kwargs) | {"_class_name": cls.__name__}
-        ours = {name: [LIBRARY, part[1]] for name, part in _parts(index).items() if part[0] == LOADER_NAME}
-        return index | ours
+        return folder.without_code(super()._dict_from_json_file(*args, **kwargs) | {"_class_name": cls.__name__})
 
     def save_config(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Save the folder's index, what diffusers' own `DiffusionPipeline` needs to load it, and a model card if there
         is none yet.
         """
         super().save_config(save_directory, *args, **kwargs)
-        folder = Path(save_directory)
-        index = json.loads((folder / self.config_name).read_text("utf-8"))
-        index["_class_name"] = [LOADER_NAME, type(self).__name__]
-        (folder / f"{LOADER_NAME}.py").write_text(LOADER, "utf-8")
-        for name, (library, kind) in _parts(index).items():
-            if library == LIBRARY:  # diffusers accepts it from a folder on disk, but not from a repository
-                index[name] = [LOADER_NAME, kind]
-                (folder / name).mkdir(exist_ok=True)
-                (folder / name / f"{LOADER_NAME}.py").write_text(LOADER, "utf-8")
-        (folder / self.config_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
-        if not (folder / "README.md").exists():
-            (folder / "README.md").write_text(model_card(self), "utf-8")
-        self._card = (folder / "README.md").read_text("utf-8")
+        folder.add_code(Path(save_directory), self.config_name, type(self).__name__)
+        card = Path(save_directory) / "README.md"
+        if not card.exists():
+            card.write_text(model_card(self), "utf-8")
+        self._card = card.read_text("utf-8")
 
     def _upload_folder(self, working_dir: str | Path, repo_id: str, token: Any = None, **kwargs: Any) -> Any:
         """Upload a saved folder, for `push_to_hub` and `save_pretrained(..., push_to_hub=True)`. If the repository has
