@@ -78,7 +78,7 @@ class Classifier(nn.Module):
 class ClassifierFeatures:
     """The features of a trained classifier, for `features.extract`."""
 
-    prefix = "digits-"
+    prefix, like = "digits-", "none"
 
     def __init__(self, model: Classifier, device: torch.device):
         self.model, self.device, self.pool_dim = model.to(device).eval(), device, model.pool.out_features

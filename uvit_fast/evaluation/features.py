@@ -26,6 +26,7 @@ class Extractor(Protocol):
 
     prefix: str  # of the figures' names: "" for Inception's, "digits-" for the classifier's
     identity: str  # changes whenever the features would
+    like: str  # the preprocessing, see `inception.preprocess`; "none" where there is no choice
     device: torch.device
     pool_dim: int
 

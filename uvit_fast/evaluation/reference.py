@@ -150,7 +150,7 @@ def _reference(found: Extracted, images: Images, extractor: Extractor) -> Refere
         found.pool_statistics,
         found.spatial_statistics,
         found.pool[rows],
-        getattr(extractor, "like", "none"),
+        extractor.like,
         images.count,
         found.size,
         extractor.identity,
