@@ -49,9 +49,10 @@ from uvit_fast.kernels.attention.sm90_tiles import (
     tail_zeros,
     zeros,
 )
-from uvit_fast.kernels.runtime import launch
+from uvit_fast.kernels.runtime import early, launch
 from uvit_fast.kernels.runtime.aggregate import aggregate
 from uvit_fast.kernels.runtime.device import multiprocessors
+from uvit_fast.kernels.runtime.early import let_next_begin, wait_for_others
 
 
 @aggregate
@@ -106,6 +107,8 @@ def _attend_whole_tail(x, keys, via, L, scale):
 def attention_forward_kernel(
     qkv,  # (B, L, 3H, D) in boxes of 64 rows and 64 columns
     qkv_rest,  # 64 rows, 16 columns; this and the others of 16 columns None where D = 64
+    kv_main,  # BN rows, 64 columns: k and v come in larger boxes
+    kv_rest,  # BN rows, 16 columns
     qkv_tail,  # 16 rows, 64 columns; these two None without a tail
     qkv_tail_rest,  # 16 rows, 16 columns
     out,  # (B, L, H, D) in boxes of 64 rows, 64 columns; this and the next None for an e4m3 result
@@ -121,6 +124,7 @@ def attention_forward_kernel(
     RAGGED: gl.constexpr,
     BN: gl.constexpr,  # keys per product: 64 times a power of two that divides BLOCKS
     CHUNKS: gl.constexpr,  # programs that share a head's queries
+    EARLY: gl.constexpr,  # whether the kernel may begin before the one before it has ended
 ):
     WIDE: gl.constexpr = D > 64
     ROW: gl.constexpr = row_bytes(WIDE)
@@ -152,23 +156,26 @@ def attention_forward_kernel(
     b = head // H
     h = head % H
     blocks, tails = Boxes(qkv, qkv_rest), Boxes(qkv_tail, qkv_tail_rest)
+    many, keys = Boxes(kv_main, kv_rest), kv.cut(BN)
     q = Global(blocks, tails, b, h)
     to = Global(Boxes(out, out_rest), None, b, h)
     whole = out_whole + b.to(gl.int64) * L * (H * D)
+    if EARLY:
+        wait_for_others()
+        let_next_begin()
     mbarrier.expect(bars.index(0), 64 * ROW)
     if CHUNKS > 1:
         q.load(gl.where(before > 0, START, first * 64), stream.index(0), bars.index(0))
     else:
         q.load(START, stream.index(0), bars.index(0))
     mbarrier.expect(bars.index(2), HEAD)
-    kv.qk.load(Global(blocks, tails, b, H + h), bars.index(2))
+    keys.qk.load(Global(many, tails, b, H + h), bars.index(2))
     mbarrier.expect(bars.index(3), HEAD)
-    kv.vo.load(Global(blocks, tails, b, 2 * H + h), bars.index(3))
+    keys.vo.load(Global(many, tails, b, 2 * H + h), bars.index(3))
     if count + before > 1:
         mbarrier.expect(bars.index(1), 64 * ROW)
         q.load(64 * (first + 1 - before), stream.index(1), bars.index(1))
 
-    keys = kv.cut(BN)
     if TAIL:
         if before > 0:
             mbarrier.wait(bars.index(0), 0)
@@ -242,15 +249,18 @@ def attention_forward_kernel(
     tma.store_wait(0)
 
 
-def forward_launch(qkv: Tensor, out: Tensor, lse: Tensor, chunks: int = 1) -> tuple:
-    """Return the kernel, its arguments and its options: `chunks` programs a head."""
+def forward_launch(qkv: Tensor, out: Tensor, lse: Tensor, chunks: int = 1, begins_early: bool = False) -> tuple:
+    """Return the kernel, its arguments and its options: `chunks` programs a head; see `early`."""
     _, L, _, H, D = qkv.shape
     c = cut(L)
     keys = 256 if c["BLOCKS"] % 4 == 0 else 128 if c["BLOCKS"] % 2 == 0 else 64
     wide = out.dtype == qkv.dtype
-    boxed = (*boxes(qkv, D, 64), *boxes(qkv, D, 16 if c["TAIL"] else None), *boxes(out, D, 64 if wide else None))
+    read = (*boxes(qkv, D, 64), *boxes(qkv, D, keys), *boxes(qkv, D, 16 if c["TAIL"] else None))
+    boxed = (*read, *boxes(out, D, 64 if wide else None))
     arguments = (*boxed, out, lse, L, D**-0.5 * LOG2E, D)
-    options = {"H": H, **c, "BN": keys, "CHUNKS": chunks, "num_warps": 4}
+    options = {"H": H, **c, "BN": keys, "CHUNKS": chunks, "EARLY": begins_early, "num_warps": 4}
+    if begins_early:
+        options["launch_pdl"] = True
     return attention_forward_kernel, arguments, options
 
 
@@ -268,7 +278,7 @@ def forward(qkv: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tens
     out = qkv.new_empty(B, L, H * D, dtype=dtype)
     lse = qkv.new_empty(B, H, L, dtype=torch.float32)
     n = chunks(B * H, L, multiprocessors(qkv.device))
-    kernel, arguments, options = forward_launch(qkv, out, lse, n)
+    kernel, arguments, options = forward_launch(qkv, out, lse, n, B * L <= early.MOST)
     launch.run(qkv.device, kernel, (B * H * n,), arguments, options)
     return out, lse
 

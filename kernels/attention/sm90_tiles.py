@@ -112,10 +112,11 @@ class Head:
     def load(self, source, bar):
         """Load all rows of `source`, Global, asynchronously."""
         BLOCKS: gl.constexpr = self.blocks.main.shape[0]
+        ROWS: gl.constexpr = self.blocks.main.shape[1]
         for i in gl.static_range(BLOCKS):
-            source.load(i * 64, self.blocks.index(i), bar)
+            source.load(i * ROWS, self.blocks.index(i), bar)
         if self.tail is not None:
-            source.tail.load(source.b, BLOCKS * 64, source.group, self.tail, bar)
+            source.tail.load(source.b, BLOCKS * ROWS, source.group, self.tail, bar)
 
     @gluon.jit
     def cut(self, ROWS: gl.constexpr):

@@ -5,8 +5,9 @@ A tile is transposed, 128 features x 256 tokens: each consumer holds 64 weight r
 apart and the epilogue of one hides behind the main loop of the other.
 
 Shared memory: 4 stages x (2 x 64 + 256) x 128 bytes + 2 x 16 KB of staging = 224 KB, and the barriers. Where such tiles
-would leave multiprocessors idle, as with a single image, a tile has 64 tokens and eight stages. Operands are of 16
-bits, or e4m3 (`sm90_fp8`), of which a stage holds twice as many.
+would leave multiprocessors idle, as with a single image, a tile has 64 tokens and eight stages, and where even these are
+few (HALVES) 64 features, of which each consumer takes half of K. Operands are of 16 bits, or e4m3 (`sm90_fp8`), of which
+a stage holds twice as many.
 """
 
 import functools
@@ -30,6 +31,7 @@ from uvit_fast.kernels.gemm.sm90_epilogues import (
     gelu,
     gelu_backward,
     gelu_save,
+    halves,
     parts,
     plain,
     residual,
@@ -42,6 +44,7 @@ from uvit_fast.kernels.runtime import launch, once, tuning
 from uvit_fast.kernels.runtime.aggregate import aggregate
 from uvit_fast.kernels.runtime.checks import ACCUMULATE
 from uvit_fast.kernels.runtime.device import multiprocessors
+from uvit_fast.kernels.runtime.early import let_next_begin, may_be_early, wait_for_others
 from uvit_fast.kernels.runtime.launch import cdiv, descriptor
 
 ROWS, TOKENS, BK = 64, 256, 64  # features per consumer, tokens per tile, K per stage
@@ -51,7 +54,9 @@ STAGES = {TOKENS: 4, 128: 5, 64: 8}
 STAGING = 128  # tokens that a consumer's staging buffers hold together
 SHORT = 12  # steps of K, up to which asking for a tile's statistics ahead measured faster
 FEW = {"tokens": 64, "part": 32}  # a tile where tokens are few, and the table does not know better
-FORWARD = ("plain", "residual", "gelu")  # epilogues whose tiles may have a tail
+FORWARD = ("plain", "residual", "gelu")  # epilogues whose tiles may have a tail, or halves of K
+LATE_TOKENS = gl.constexpr(160)  # of a tile whose sums are held in registers during the main loop
+AHEAD_OF_TOKENS = gl.constexpr(2)  # steps whose weights an early kernel asks for first: more keep its tokens waiting
 
 
 @aggregate
@@ -64,23 +69,28 @@ class Gemm:
     x_tail: tma.tensor_descriptor | gl.constexpr  # (M, K1), boxes of the tail's few tokens; None without one
     x2_tail: tma.tensor_descriptor | gl.constexpr
     ring: Ring  # weights for either consumer, and tokens
+    met: gl.shared_memory_descriptor  # HALVES: (2) barriers: a consumer has left sums for the other
     epilogue: Epilogue
     tail: Epilogue | gl.constexpr
     shares: Shares
     across: gl.tensor  # tiles over the features
-    steps1: gl.tensor  # of a tile's steps, those from the first source
+    steps1: gl.tensor  # of a tile's blocks of K, those from the first source
     TWO: gl.constexpr  # whether there is a second source
     turns: gl.shared_memory_descriptor | gl.constexpr  # (4) barriers: a consumer has seen its tile's last step; None
     PAIRS: gl.constexpr  # of consumers, which take a program's tiles in turns
+    HALVES: gl.constexpr  # whether each consumer takes half of a tile's K, not of its features
+    EARLY: gl.constexpr  # whether the kernel may begin before the one before it has ended
 
 
 @gluon.jit
 def _ask_weights(g, tile, k, s, bar):
     BK: gl.constexpr = g.x.block_type.shape[1]
-    feature = (tile % g.across) * 2 * 64
+    feature = (tile % g.across) * (64 if g.HALVES else 128)
     for c in gl.static_range(2):
         w = g.ring.a.index(s * 2 + c)
-        if g.ring.A_TURNED:
+        if g.HALVES:
+            tma.async_copy_global_to_shared(g.w, [feature, (k * 2 + c) * BK], bar, w)
+        elif g.ring.A_TURNED:
             tma.async_copy_global_to_shared(g.w, [k * BK, feature + c * 64], bar, w)
         else:
             tma.async_copy_global_to_shared(g.w, [feature + c * 64, k * BK], bar, w)
@@ -89,13 +99,18 @@ def _ask_weights(g, tile, k, s, bar):
 @gluon.jit
 def _ask_tokens(g, tile, k, s, bar):
     token = (tile // g.across) * g.shares.SPAN
-    _ask_source(g, g.x, g.x2, token, k, g.ring.b.index(s), bar)
+    if g.HALVES:
+        for c in gl.static_range(2):
+            _ask_source(g, g.x, g.x2, token, k * 2 + c, g.ring.b.index(s * 2 + c), bar)
+    else:
+        _ask_source(g, g.x, g.x2, token, k, g.ring.b.index(s), bar)
     if g.x_tail is not None:
         _ask_source(g, g.x_tail, g.x2_tail, token + g.epilogue.TOKENS, k, g.ring.tail.index(s), bar)
 
 
 @gluon.jit
 def _ask_source(g, x, x2, token, k, buf, bar):
+    """Ask for the tokens' block k of K, from the source that has it."""
     BK: gl.constexpr = x.block_type.shape[1]
     if g.TWO:
         tma.async_copy_global_to_shared(x, [token, k * BK], bar, buf, pred=k < g.steps1)
@@ -107,15 +122,30 @@ def _ask_source(g, x, x2, token, k, buf, bar):
 @gluon.jit
 def _producer(g):
     TAIL: gl.constexpr = 0 if g.x_tail is None else g.x_tail.block_type.nbytes
-    BYTES: gl.constexpr = 2 * g.w.block_type.nbytes + g.x.block_type.nbytes + TAIL
+    BYTES: gl.constexpr = 2 * g.w.block_type.nbytes + (2 if g.HALVES else 1) * g.x.block_type.nbytes + TAIL
     step = 0
     first, end, stride = g.shares.tiles_of_mine()
+    ahead = 0  # steps whose weights are on their way
+    if g.EARLY:
+        start, stop = g.shares.steps_of(first)
+        ahead = gl.minimum(stop - start, AHEAD_OF_TOKENS)
+        for i in range(ahead):
+            s, bar = g.ring.claim(i, BYTES)
+            _ask_weights(g, first, start + i, s, bar)
+        wait_for_others()
     for tile in range(first, end, stride):
         start, stop = g.shares.steps_of(tile)
         for k in range(start, stop):
-            s, bar = g.ring.claim(step, BYTES)
-            _ask_tokens(g, tile, k, s, bar)
-            _ask_weights(g, tile, k, s, bar)
+            if g.EARLY:
+                s = step % g.ring.STAGES
+                if step >= ahead:
+                    g.ring.claim(step, BYTES)
+                    _ask_weights(g, tile, k, s, g.ring.full.index(s))
+                _ask_tokens(g, tile, k, s, g.ring.full.index(s))
+            else:
+                s, bar = g.ring.claim(step, BYTES)
+                _ask_tokens(g, tile, k, s, bar)
+                _ask_weights(g, tile, k, s, bar)
             step += 1
 
 
@@ -161,6 +191,23 @@ def _product_tail(ring, step, steps, TOKENS: gl.constexpr, TAIL: gl.constexpr, W
 
 
 @gluon.jit
+def _product_half(g, step, steps, WHO: gl.constexpr):
+    """Return half of a tile's tokens, [64, TOKENS]: each consumer has multiplied half of K, and finishes half of them.
+
+    What it leaves the other stands where its own first tokens were. A program has one tile.
+    """
+    HALF: gl.constexpr = g.epilogue.TOKENS
+    layout: gl.constexpr = gl.NVMMASharedLayout(min(128, HALF * 4), 32, 2)
+    mine, other = halves(_product(g.ring, step, steps, None, 2 * HALF, WHO), 64, 2 * HALF)
+    if WHO == 1:
+        mine, other = other, mine
+    g.ring.b.index(WHO)._reinterpret(gl.float32, [64, HALF], layout).store(other)
+    mbarrier.arrive(g.met.index(WHO), count=1)
+    mbarrier.wait(g.met.index(1 - WHO), 0)
+    return mine + g.ring.b.index(1 - WHO)._reinterpret(gl.float32, [64, HALF], layout).load(mine.type.layout)
+
+
+@gluon.jit
 def _finish(e, xs, ahead, at, uses):
     """Write a tile."""
     if e.KIND == "plain":
@@ -186,12 +233,19 @@ def _consumer(g, WHO: gl.constexpr):
     tiles_done = 0
     uses = 0  # of a staging buffer in which something arrives
     uses_tail = 0
+    if g.EARLY:
+        wait_for_others()
+        let_next_begin()
     first, end, stride = g.shares.tiles_of_mine()
     for tile in range(first + PAIR * stride, end, g.PAIRS * stride):
         start, stop = g.shares.steps_of(tile)
         down = tile // g.across
         at = Place(((tile % g.across) * 2 + HALF) * 64, down * g.shares.SPAN, down, tile, WHO)
-        e.measure(at)
+        if g.HALVES:
+            at = Place((tile % g.across) * 64, down * g.shares.SPAN + WHO * e.TOKENS, down, tile, WHO)
+        taken = e.take_sums(at)
+        if not e.LATE:
+            e.measure(at, taken)
         if t is None:
             ahead = e.ask(at)
             turn = None
@@ -200,7 +254,13 @@ def _consumer(g, WHO: gl.constexpr):
                 mbarrier.wait(g.turns.index((1 - PAIR) * 2 + HALF), (tiles_done + 1 - PAIR) & 1)
                 turn = g.turns.index(WHO)
                 tiles_done += 1
-            xs = parts(_product(g.ring, step, stop - start, turn, e.TOKENS, HALF), 64, e.TOKENS, e.PART)
+            if g.HALVES:
+                acc = _product_half(g, step, stop - start, WHO)
+            else:
+                acc = _product(g.ring, step, stop - start, turn, e.TOKENS, HALF)
+            xs = parts(acc, 64, e.TOKENS, e.PART)
+            if e.LATE:
+                e.measure(at, taken)
             if SHARED:
                 g.shares.leave(xs, tile, WHO, e.TOKENS, e.PART)
             if g.shares.hand_in(tile, WHO):
@@ -213,10 +273,15 @@ def _consumer(g, WHO: gl.constexpr):
                 uses += 1
         else:
             beside = Place(at.feature, at.token + e.TOKENS, down, tile, WHO)
-            t.measure(beside)
+            taken_tail = t.take_sums(beside)
+            if not e.LATE:
+                t.measure(beside, taken_tail)
             ahead = e.ask(at)
             ahead_tail = t.ask(beside)
             acc, rest = _product_tail(g.ring, step, stop - start, e.TOKENS, t.TOKENS, WHO)
+            if e.LATE:
+                e.measure(at, taken)
+                t.measure(beside, taken_tail)
             xs = parts(acc, 64, e.TOKENS, e.PART)
             xs_tail = (rest,)
             if SHARED:
@@ -306,6 +371,7 @@ def _epilogue(
         PAIRED=how[7],
         WIDE=how[8],
         NARROW=how[9],
+        LATE=FOLD == "sums" and shares.SPAN <= LATE_TOKENS,
     )
 
 
@@ -335,7 +401,7 @@ def gemm_kernel(
     across,  # tiles over the features
     tiles,
     steps,  # of K
-    steps1,  # of those, from the first source
+    steps1,  # blocks of K from the first source
     eps,  # of the LayerNorm that is folded in
     STAGES: gl.constexpr,
     ARRIVING: gl.constexpr,
@@ -354,6 +420,8 @@ def gemm_kernel(
     CHUNKS: gl.constexpr,
     MOST: gl.constexpr,
     PAIRS: gl.constexpr,
+    HALVES: gl.constexpr,
+    EARLY: gl.constexpr,
 ):
     shares = Shares(
         tiles=gl.to_tensor(tiles),
@@ -366,7 +434,8 @@ def gemm_kernel(
     rstd = stats + stride_stats
     of = (bias, rstd, gl.to_tensor(eps), partial, sums, narrow, gl.to_tensor(M), gl.to_tensor(N))
     how: gl.constexpr = (KIND, HAS_BIAS, FOLD, AHEAD, SUMS, CHUNKS, SCALED, PAIRED, WIDE, NARROW)
-    epilogue = _epilogue(out, second, side, of, shares, LEAVING, ARRIVING, x.block_type.shape[0], 2 * PAIRS, how)
+    own: gl.constexpr = x.block_type.shape[0] // (2 if HALVES else 1)
+    epilogue = _epilogue(out, second, side, of, shares, LEAVING, ARRIVING, own, 2 * PAIRS, how)
     tail = None
     if x_tail is not None:
         rest = Shares(shares.tiles, shares.steps, shared + 64 * x.block_type.shape[0], arrivals, shares.SPAN, MOST)
@@ -379,13 +448,20 @@ def gemm_kernel(
         turns = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(4):
             mbarrier.init(turns.index(i), count=1)
+    stages = ring(w, x, STAGES, TRANSPOSED, True, x_tail, HALVES)
+    met = stages.full
+    if HALVES:
+        met = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(2):
+            mbarrier.init(met.index(i), count=1)
     g = Gemm(
         w=w,
         x=x,
         x2=x2,
         x_tail=x_tail,
         x2_tail=x2_tail,
-        ring=ring(w, x, STAGES, TRANSPOSED, True, x_tail),
+        ring=stages,
+        met=met,
         epilogue=epilogue,
         tail=tail,
         shares=shares,
@@ -394,6 +470,8 @@ def gemm_kernel(
         TWO=TWO,
         turns=turns,
         PAIRS=PAIRS,
+        HALVES=HALVES,
+        EARLY=EARLY,
     )
     if PAIRS == 1:
         gl.warp_specialize([(_consumer, (g, 0)), (_consumer, (g, 1)), (_producer, (g,))], [4, 1], [240, 24])
@@ -425,6 +503,8 @@ def arguments(
     at_once: int = 132,
     tail: int = 0,
     staging: int = 0,
+    halves: bool = False,
+    early: bool = False,
 ) -> tuple[tuple, dict, int, Product]:
     """Return the kernel's arguments, its launch options, the number of programs that have work, and the results.
 
@@ -435,16 +515,19 @@ def arguments(
         tail: tokens that a tile has beside, 8, 32 or 64: 258 = 256 + 2, 2 * 129 = 128 + 1, ... then fill whole tiles,
             and there are tiles between those whose tokens are a power of two.
         staging: tokens that a consumer's staging buffers hold together; default: `STAGING`.
+        halves: a tile has 64 features, and each consumer half of K; without shares or a tail.
+        early: whether the kernel may begin before the one before it has ended, see `runtime.early`.
     """
     epilogue, x, (w, bias), x2, stats, side, _, sums, transposed = call
     (M, K), N = x.shape, call.features
-    span = tokens + tail
-    across, down = cdiv(N, 2 * ROWS), cdiv(M, span)
+    span, both = tokens + tail, 2 if halves else 1
+    across, down = cdiv(N, ROWS if halves else 2 * ROWS), cdiv(M, span)
+    assert not halves or epilogue in FORWARD and not tail and shares == 1
     assert not tail or epilogue in FORWARD and down * span <= cdiv(M, TILE) * TILE
     out, second = results(call)
     partial = x.new_empty(down, N, dtype=ACCUMULATE) if epilogue == "gelu_backward" else out
     out_box, x_box = descriptor(out, part, ROWS), descriptor(x, tokens, BK)
-    steps = cdiv(K + (0 if x2 is None else x2.shape[1]), BK)
+    steps = cdiv(K + (0 if x2 is None else x2.shape[1]), BK * both)
     tiles = across * down
     programs = min(tiles * shares, at_once) if shares > 1 else tiles
     shared, arrivals, most = out, out, sharers(tiles, steps, programs) if shares > 1 else 1
@@ -479,7 +562,7 @@ def arguments(
         K // BK,
         stats.eps if summed else 0.0,
     )
-    arriving, leaving = _STAGED[epilogue](min(tokens, staging or STAGING) // part)
+    arriving, leaving = _STAGED[epilogue](min(tokens // both, staging or STAGING) // part)
     options = {
         "STAGES": stages or STAGES[tokens],
         "ARRIVING": arriving,
@@ -498,9 +581,13 @@ def arguments(
         "CHUNKS": K // CHUNK if summed else 1,
         "MOST": most,
         "PAIRS": 1,
+        "HALVES": halves,
+        "EARLY": early,
         "num_warps": 4,
         "maxnreg": 168,
     }
+    if early:
+        options["launch_pdl"] = True
     return args, options, programs, Product(out, second, partial)
 
 
@@ -536,8 +623,11 @@ class Hopper(Core):
             chosen = dict(tuning.few(x.device, N, K, x.shape[0]))
             chosen.pop("sums", None)
         chosen, at_once = chosen or tile(call.epilogue, x, N, K), multiprocessors(x.device)
-        args, options, programs, made = arguments(call, **chosen, at_once=at_once)
-        launch.run(x.device, gemm_kernel, (min(programs, at_once),), args, options)
+        early = may_be_early(x.shape[0], call.linear.weight) and call.epilogue in FORWARD
+        args, options, programs, made = arguments(call, **chosen, at_once=at_once, early=early)
+        if not chosen.get("halves"):
+            programs = min(programs, at_once)
+        launch.run(x.device, gemm_kernel, (programs,), args, options)
         return made
 
     def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:

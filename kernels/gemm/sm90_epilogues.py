@@ -136,7 +136,7 @@ class Ahead:
 
     shift: gl.tensor  # (64,) fp32, the bias; a number where there is none
     scale: gl.tensor  # (64,) fp32, the weight's; a number where it has none
-    rstd: gl.tensor  # (PART,) fp32, of the first part's tokens; a number where no LayerNorm is folded in
+    rstd: gl.tensor  # (PART,) fp32, of the first part's tokens, with FOLD "stats"; else a number
 
 
 @aggregate
@@ -175,10 +175,12 @@ class Epilogue:
     WIDE: gl.constexpr  # whether out is written
     NARROW: gl.constexpr  # whether narrow is written
     CHUNKS: gl.constexpr  # FOLD "sums": of 64 features each
+    LATE: gl.constexpr  # FOLD "sums": whether rstd is taken from them after the main loop, during which they come
 
     @gluon.jit
-    def measure(self, at):
-        """Take the rstd of a tile's tokens from their sums, with FOLD "sums": see `fold.prepare`."""
+    def take_sums(self, at):
+        """Ask for the sums of a tile's tokens, with FOLD "sums", and return them and which there are."""
+        taken = None
         if self.FOLD == "sums":
             across: gl.constexpr = min(32, self.TOKENS // 4)  # lanes over the tokens
             rows: gl.constexpr = triton.next_power_of_2(self.CHUNKS)
@@ -189,8 +191,16 @@ class Epilogue:
             token = gl.expand_dims(at.token + gl.arange(0, self.TOKENS, layout=gl.SliceLayout(0, lay)), 0)
             where = self.rstd + chunk * 2 * self.M + token
             known = (chunk < self.CHUNKS) & (token < self.M)
-            summed = gl.load(where, mask=known, other=0.0)
-            squares = gl.load(where + self.M, mask=known, other=0.0)
+            summed = gl.load(where, mask=known, other=0.0, cache_modifier=".cg")
+            squares = gl.load(where + self.M, mask=known, other=0.0, cache_modifier=".cg")
+            taken = (summed, squares, known)
+        return taken
+
+    @gluon.jit
+    def measure(self, at, taken):
+        """Take the rstd of a tile's tokens from their sums, with FOLD "sums": see `fold.prepare`."""
+        if self.FOLD == "sums":
+            summed, squares, known = taken
             mean = gl.sum(summed, axis=0) * (1.0 / (self.CHUNKS * 64))
             apart = gl.where(known, summed * (1.0 / 64) - gl.expand_dims(mean, 0), 0.0)
             variance = gl.sum(squares + 64 * apart * apart, axis=0) * (1.0 / (self.CHUNKS * 64))
@@ -212,7 +222,7 @@ class Epilogue:
             shift = gl.load(self.bias + row, mask=row < self.N, other=0.0).to(gl.float32)
         if self.SCALED:
             scale = gl.load(self.bias + self.N + row, mask=row < self.N, other=0.0)
-        if self.FOLD != "":
+        if self.FOLD == "stats":
             if self.AHEAD:
                 touch(self.rstd + at.token, self.TOKENS)
             rstd = self.rstd_of(at, 0)
@@ -237,7 +247,9 @@ class Epilogue:
         """Return part j with all scales, the LayerNorm's and the bias, and the `Ahead` of the part after it."""
         if self.SCALED:
             x = x * gl.expand_dims(ahead.scale, 1)
-        if self.FOLD != "":
+        if self.FOLD == "sums":
+            x = x * gl.expand_dims(self.rstd_of(at, j), 0)
+        if self.FOLD == "stats":
             x = x * gl.expand_dims(ahead.rstd, 0)
             if j + 1 < self.TOKENS // self.PART:
                 ahead = Ahead(ahead.shift, ahead.scale, self.rstd_of(at, j + 1))

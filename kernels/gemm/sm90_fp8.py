@@ -88,6 +88,8 @@ def arguments(
         "CHUNKS": 1,
         "MOST": 1,
         "PAIRS": pairs,
+        "HALVES": False,
+        "EARLY": False,
         "num_warps": 4,
         "maxnreg": 168 if pairs == 1 else 96,
     }

@@ -12,13 +12,14 @@ class Ring:
     """A stage holds an operand of 64 rows for each consumer, and one that both of them read."""
 
     a: gl.shared_memory_descriptor  # (2 STAGES, 64, K of a stage), or with A_TURNED (2 STAGES, K, 64)
-    b: gl.shared_memory_descriptor  # (STAGES, K, columns), or with B_TURNED (STAGES, columns, K)
+    b: gl.shared_memory_descriptor  # (STAGES, K, columns), or with B_TURNED (STAGES, columns, K); APART 2 STAGES
     tail: gl.shared_memory_descriptor | gl.constexpr  # (STAGES, columns, K): more columns; None where there are none
     full: gl.shared_memory_descriptor  # (STAGES) barriers: what the producer asked for is there
     empty: gl.shared_memory_descriptor  # (STAGES) barriers: both consumers have read it
     STAGES: gl.constexpr
     A_TURNED: gl.constexpr
     B_TURNED: gl.constexpr
+    APART: gl.constexpr  # whether each consumer has a b of its own
 
     @gluon.jit
     def claim(self, step, BYTES: gl.constexpr):
@@ -37,7 +38,7 @@ class Ring:
         a = self.a.index(s * 2 + WHO)
         if self.A_TURNED:
             a = a.permute([1, 0])
-        b = self.b.index(s)
+        b = self.b.index(s * 2 + WHO if self.APART else s)
         if self.B_TURNED:
             b = b.permute([1, 0])
         return a, b
@@ -54,21 +55,27 @@ class Ring:
 
 
 @gluon.jit
-def ring(a, b, STAGES: gl.constexpr, A_TURNED: gl.constexpr, B_TURNED: gl.constexpr, tail=None):
-    """Return a new ring for the boxes of these descriptors: an a for each consumer, and a b, and a tail, for both."""
+def ring(
+    a, b, STAGES: gl.constexpr, A_TURNED: gl.constexpr, B_TURNED: gl.constexpr, tail=None, APART: gl.constexpr = False
+):
+    """Return a new ring for the boxes of these descriptors: an a for each consumer, and a b, and a tail, for both.
+
+    APART: each consumer has a b of its own, too.
+    """
     layout: gl.constexpr = mbarrier.MBarrierLayout()
     more = None
     if tail is not None:
         more = gl.allocate_shared_memory(tail.dtype, [STAGES] + tail.block_type.shape, tail.layout)
     made = Ring(
         gl.allocate_shared_memory(a.dtype, [2 * STAGES] + a.block_type.shape, a.layout),
-        gl.allocate_shared_memory(b.dtype, [STAGES] + b.block_type.shape, b.layout),
+        gl.allocate_shared_memory(b.dtype, [2 * STAGES if APART else STAGES] + b.block_type.shape, b.layout),
         more,
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout),
         STAGES,
         A_TURNED,
         B_TURNED,
+        APART,
     )
     for i in gl.static_range(STAGES):
         mbarrier.init(made.full.index(i), count=1)

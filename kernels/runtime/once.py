@@ -32,6 +32,20 @@ def kept() -> dict[tuple, Any] | None:
     return _kept.get()
 
 
+def met(weight: Tensor) -> bool:
+    """Return whether the stretch that is open has come across these weights before: whatever wrote them has ended.
+
+    Never so without a stretch, or in one that keeps nothing: there they may be being written.
+    """
+    known = kept()
+    if known is None:
+        return False
+    key = ("met", weight.device, weight.data_ptr())
+    found = key in known
+    known[key] = True
+    return found
+
+
 def counters(device: torch.device, count: int) -> Tensor:
     """Return int32 zeros, at least `count`, for kernels that leave zeros behind: consecutive launches may share them.
 

@@ -96,8 +96,11 @@ def hopper() -> dict:
     found = {name: lambda case=case: gemm(*case) for name, case in cases.items()}
     found |= {name: lambda c=case: narrow(*c[:3], **c[3]) for name, case in narrow_cases.items()}
     found |= {f"{name}_few": lambda case=case: few(*case) for name, case in cases.items()}
-    one = {"side": meta(258, D), "sums": fp32(D // 64, 2, 258)}
+    proj, one = Linear(meta(D, D), meta(D)), {"side": meta(258, D), "sums": fp32(D // 64, 2, 258)}
     found["gemm_residual_shared"] = lambda: shared("residual", H, down, one, tokens=64, tail=8, stages=7, shares=3)
+    found["gemm_residual_halves"] = lambda: shared(
+        "residual", D, proj, one, tokens=64, stages=6, halves=True, early=True
+    )
     found["gemm_gelu_tail"] = lambda: shared(
         "gelu", D, up, {"stats": Summed(fp32(D // 64, 2, 258), 1e-5)}, tokens=128, tail=32, stages=4
     )

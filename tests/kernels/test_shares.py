@@ -38,12 +38,24 @@ def test_choices_of_the_table_are_arguments_that_fit():
     assert entries
     for N, K, M, chosen in entries:
         tokens, tail = chosen.get("tokens", sm90.TOKENS), chosen.get("tail", 0)
-        tiles = -(-N // 128) * -(-M // (tokens + tail))
+        tiles, halves = -(-N // 128) * -(-M // (tokens + tail)), chosen.get("halves", False)
         assert sm90.sharers(tiles, K // 64, min(tiles * chosen.get("shares", 1), 132)) <= 6
-        stage = (128 + tokens + tail) * 128
-        staging = 2 * min(tokens, chosen.get("staging", sm90.STAGING)) * 128 + 2 * tail * 128
+        stage = (128 + tokens * (1 + halves) + tail) * 128
+        staging = 2 * min(tokens // (1 + halves), chosen.get("staging", sm90.STAGING)) * 128 + 2 * tail * 128
         assert chosen.get("stages", sm90.STAGES.get(tokens)) * stage + staging < 226 * 1024, (N, K, M)
         assert -(-M // (tokens + tail)) * (tokens + tail) <= -(-M // 256) * 256  # statistics have room
+
+
+def test_weights_are_known_to_a_stretch_from_their_second_use_on():
+    """At the first the kernel before may be writing them; in a stretch that keeps nothing it may be at each."""
+    a, b = torch.empty(2), torch.empty(2)
+    assert not once.met(a) and not once.met(a)
+    with once.stretch({}):
+        assert [once.met(t) for t in (a, b, a, b)] == [False, False, True, True]
+        with once.stretch(None):
+            assert not once.met(a)
+    with once.stretch({}):
+        assert not once.met(a)
 
 
 def test_counters_are_the_streams_or_a_stretchs_and_notes_ask_for_them_anew(monkeypatch):
