@@ -49,10 +49,10 @@ from uvit_fast.kernels.attention.sm90_tiles import (
     tail_zeros,
     zeros,
 )
-from uvit_fast.kernels.runtime import early, launch
+from uvit_fast.kernels.runtime import launch
 from uvit_fast.kernels.runtime.aggregate import aggregate
 from uvit_fast.kernels.runtime.device import multiprocessors
-from uvit_fast.kernels.runtime.early import let_next_begin, wait_for_others
+from uvit_fast.kernels.runtime.early import let_next_begin
 
 
 @aggregate
@@ -124,7 +124,6 @@ def attention_forward_kernel(
     RAGGED: gl.constexpr,
     BN: gl.constexpr,  # keys per product: 64 times a power of two that divides BLOCKS
     CHUNKS: gl.constexpr,  # programs that share a head's queries
-    EARLY: gl.constexpr,  # whether the kernel may begin before the one before it has ended
 ):
     WIDE: gl.constexpr = D > 64
     ROW: gl.constexpr = row_bytes(WIDE)
@@ -160,9 +159,7 @@ def attention_forward_kernel(
     q = Global(blocks, tails, b, h)
     to = Global(Boxes(out, out_rest), None, b, h)
     whole = out_whole + b.to(gl.int64) * L * (H * D)
-    if EARLY:
-        wait_for_others()
-        let_next_begin()
+    let_next_begin()
     mbarrier.expect(bars.index(0), 64 * ROW)
     if CHUNKS > 1:
         q.load(gl.where(before > 0, START, first * 64), stream.index(0), bars.index(0))
@@ -249,8 +246,8 @@ def attention_forward_kernel(
     tma.store_wait(0)
 
 
-def forward_launch(qkv: Tensor, out: Tensor, lse: Tensor, chunks: int = 1, begins_early: bool = False) -> tuple:
-    """Return the kernel, its arguments and its options: `chunks` programs a head; see `early`."""
+def forward_launch(qkv: Tensor, out: Tensor, lse: Tensor, chunks: int = 1) -> tuple:
+    """Return the kernel, its arguments and its options: `chunks` programs a head."""
     _, L, _, H, D = qkv.shape
     c = cut(L)
     keys = 256 if c["BLOCKS"] % 4 == 0 else 128 if c["BLOCKS"] % 2 == 0 else 64
@@ -258,9 +255,7 @@ def forward_launch(qkv: Tensor, out: Tensor, lse: Tensor, chunks: int = 1, begin
     read = (*boxes(qkv, D, 64), *boxes(qkv, D, keys), *boxes(qkv, D, 16 if c["TAIL"] else None))
     boxed = (*read, *boxes(out, D, 64 if wide else None))
     arguments = (*boxed, out, lse, L, D**-0.5 * LOG2E, D)
-    options = {"H": H, **c, "BN": keys, "CHUNKS": chunks, "EARLY": begins_early, "num_warps": 4}
-    if begins_early:
-        options["launch_pdl"] = True
+    options = {"H": H, **c, "BN": keys, "CHUNKS": chunks, "num_warps": 4}
     return attention_forward_kernel, arguments, options
 
 
@@ -278,7 +273,7 @@ def forward(qkv: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tens
     out = qkv.new_empty(B, L, H * D, dtype=dtype)
     lse = qkv.new_empty(B, H, L, dtype=torch.float32)
     n = chunks(B * H, L, multiprocessors(qkv.device))
-    kernel, arguments, options = forward_launch(qkv, out, lse, n, B * L <= early.MOST)
+    kernel, arguments, options = forward_launch(qkv, out, lse, n)
     launch.run(qkv.device, kernel, (B * H * n,), arguments, options)
     return out, lse
 

@@ -44,7 +44,7 @@ from uvit_fast.kernels.runtime import launch, once, tuning
 from uvit_fast.kernels.runtime.aggregate import aggregate
 from uvit_fast.kernels.runtime.checks import ACCUMULATE
 from uvit_fast.kernels.runtime.device import multiprocessors
-from uvit_fast.kernels.runtime.early import let_next_begin, may_be_early, wait_for_others
+from uvit_fast.kernels.runtime.early import let_next_begin, wait_for_others
 from uvit_fast.kernels.runtime.launch import cdiv, descriptor
 
 ROWS, TOKENS, BK = 64, 256, 64  # features per consumer, tokens per tile, K per stage
@@ -56,7 +56,7 @@ SHORT = 12  # steps of K, up to which asking for a tile's statistics ahead measu
 FEW = {"tokens": 64, "part": 32}  # a tile where tokens are few, and the table does not know better
 FORWARD = ("plain", "residual", "gelu")  # epilogues whose tiles may have a tail, or halves of K
 LATE_TOKENS = gl.constexpr(160)  # of a tile whose sums are held in registers during the main loop
-AHEAD_OF_TOKENS = gl.constexpr(2)  # steps whose weights an early kernel asks for first: more keep its tokens waiting
+AHEAD_OF_TOKENS = gl.constexpr(4)  # steps whose weights an early kernel asks for first: more keep its tokens waiting
 
 
 @aggregate
@@ -235,7 +235,7 @@ def _consumer(g, WHO: gl.constexpr):
     uses_tail = 0
     if g.EARLY:
         wait_for_others()
-        let_next_begin()
+    let_next_begin()
     first, end, stride = g.shares.tiles_of_mine()
     for tile in range(first + PAIR * stride, end, g.PAIRS * stride):
         start, stop = g.shares.steps_of(tile)
@@ -516,7 +516,8 @@ def arguments(
             and there are tiles between those whose tokens are a power of two.
         staging: tokens that a consumer's staging buffers hold together; default: `STAGING`.
         halves: a tile has 64 features, and each consumer half of K; without shares or a tail.
-        early: whether the kernel may begin before the one before it has ended, see `runtime.early`.
+        early: whether the kernel may begin before the one before it has ended (`runtime.early`): no kernel under way
+            writes the weight.
     """
     epilogue, x, (w, bias), x2, stats, side, _, sums, transposed = call
     (M, K), N = x.shape, call.features
@@ -623,8 +624,9 @@ class Hopper(Core):
             chosen = dict(tuning.few(x.device, N, K, x.shape[0]))
             chosen.pop("sums", None)
         chosen, at_once = chosen or tile(call.epilogue, x, N, K), multiprocessors(x.device)
-        early = may_be_early(x.shape[0], call.linear.weight) and call.epilogue in FORWARD
-        args, options, programs, made = arguments(call, **chosen, at_once=at_once, early=early)
+        if chosen.get("early"):
+            chosen["early"] = once.met(call.linear.weight)
+        args, options, programs, made = arguments(call, **chosen, at_once=at_once)
         if not chosen.get("halves"):
             programs = min(programs, at_once)
         launch.run(x.device, gemm_kernel, (programs,), args, options)

@@ -191,8 +191,8 @@ class Epilogue:
             token = gl.expand_dims(at.token + gl.arange(0, self.TOKENS, layout=gl.SliceLayout(0, lay)), 0)
             where = self.rstd + chunk * 2 * self.M + token
             known = (chunk < self.CHUNKS) & (token < self.M)
-            summed = gl.load(where, mask=known, other=0.0, cache_modifier=".cg")
-            squares = gl.load(where + self.M, mask=known, other=0.0, cache_modifier=".cg")
+            summed = gl.load(where, mask=known, other=0.0)
+            squares = gl.load(where + self.M, mask=known, other=0.0)
             taken = (summed, squares, known)
         return taken
 

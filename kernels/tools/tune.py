@@ -44,10 +44,11 @@ _FORMS = [  # of tiles for few tokens: tokens, tokens beside, stages, tokens of 
     (256, 0, 4, 128),
     (256, 8, 4, 64),
 ]
-_HALVES = [
-    {"tokens": 64, "part": 32, "stages": 6},
-    {"tokens": 32, "part": 16, "stages": 8},
-]  # of K, of a tile's 64 features
+_HALVES = [  # of such tiles with halves of K: tokens, stages, tokens of a part
+    (32, 8, 16),
+    (64, 6, 32),
+    (128, 4, 32),
+]
 
 
 def _grid(**values: list) -> list[dict]:
@@ -64,7 +65,11 @@ def candidates(arch: int) -> dict[str, list[dict]]:
             for tokens, tail, stages, staging in _FORMS
             for more in _grid(shares=[1, 2, 3], sums=[True, False])
         ]
-        few += [{**half, "halves": True, "sums": sums} for half in _HALVES for sums in (True, False)]
+        few += [
+            {"tokens": tokens, "stages": stages, "part": part, "halves": True, "sums": sums}
+            for tokens, stages, part in _HALVES
+            for sums in (True, False)
+        ]
         products = {"input_gradient": _OURS, "weight_gradient": _OURS, "few": few} | dict.fromkeys(
             fp8.CASES.values(), gemm
         )
