@@ -8,6 +8,7 @@ first of three wrote is there for the last.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+
 @gluon.jit
 def wait_for_others():
     """Wait until the kernel before this one has ended, and what it wrote can be read."""
