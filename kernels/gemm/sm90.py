@@ -5,9 +5,9 @@ A tile is transposed, 128 features x 256 tokens: each consumer holds 64 weight r
 apart and the epilogue of one hides behind the main loop of the other.
 
 Shared memory: 4 stages x (2 x 64 + 256) x 128 bytes + 2 x 16 KB of staging = 224 KB, and the barriers. Where such tiles
-would leave multiprocessors idle, as with a single image, a tile has 64 tokens and eight stages, and where even these are
-few (HALVES) 64 features, of which each consumer takes half of K. Operands are of 16 bits, or e4m3 (`sm90_fp8`), of which
-a stage holds twice as many.
+would leave multiprocessors idle, as with a single image, a tile has 64 tokens and eight stages; where even these are
+few (HALVES), 64 features, of which each consumer takes half of K. Operands are of 16 bits, or e4m3 (`sm90_fp8`), of
+which a stage holds twice as many.
 """
 
 import functools
@@ -151,8 +151,10 @@ def _producer(g):
 
 @gluon.jit
 def _product(ring, step, steps, turn, TOKENS: gl.constexpr, WHO: gl.constexpr):
-    """Return a consumer's [64, TOKENS] of a tile; one wgmma stays in flight, its predecessor's stage is freed. `turn` is
-    arrived at when all steps have been seen, where it is a barrier."""
+    """Return a consumer's [64, TOKENS] of a tile; one wgmma stays in flight, its predecessor's stage is freed.
+
+    `turn` is arrived at when all steps have been seen, where it is a barrier.
+    """
     DEEP: gl.constexpr = 256 // ring.b.dtype.primitive_bitwidth  # K of an instruction
     acc = gl.zeros([64, TOKENS], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, DEEP]))
     w, x = ring.operands(step, WHO)
