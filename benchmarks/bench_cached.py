@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--plans", default=",".join(CASES))
     parser.add_argument("--providers", default="ours,ours-fp8")
     parser.add_argument("--cases", default="*", help="patterns of <case>:<provider>, with commas")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no case after so many")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no case after so many minutes")
     parser.add_argument("--out", default=RESULTS)
     args = parser.parse_args()
     rows, began = Rows("cached", args.out), time.monotonic()

@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="H,S")
     parser.add_argument("--repeats", type=int, default=20, help="images after the first")
     parser.add_argument("--starts", type=int, default=3, help="processes")
-    parser.add_argument("--cold", action="store_true", help="compile the kernels anew: cases start-cold")
+    parser.add_argument("--cold", action="store_true", help="compile the kernels again: cases start-cold")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of the configs")
     parser.add_argument("--out", help="folder of latency.csv; default: benchmarks/results")
     parser.add_argument("--child", help=argparse.SUPPRESS)

@@ -189,14 +189,14 @@ def rows_of(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--cases", default=" ".join(MAIN), help="as `H:none:ours L:block:eager`, or `all`; default: the main rows"
+        "--cases", default=" ".join(MAIN), help="such as `H:none:ours L:block:eager`, or `all`; default: the main rows"
     )
     parser.add_argument("--sizes", default="H,S,L,M,USiT", help="of those cases, the ones of these sizes")
     parser.add_argument("--providers", default=",".join((*PROVIDERS, *models.FROZEN)), help="and of these")
-    parser.add_argument("--missing", action="store_true", help="only cases that the file does not have of this commit")
+    parser.add_argument("--missing", action="store_true", help="only cases that the file lacks for this commit")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--budget", type=float, help="GB for activations in selective cases; default: by size")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no case after that long")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no case after so many minutes")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of the configs")
     parser.add_argument("--out", default=RESULTS, help="folder of training.csv")

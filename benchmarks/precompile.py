@@ -89,7 +89,9 @@ def main() -> None:
     parser.add_argument("--what", default="sampling,training")
     parser.add_argument("--sizes", default="H,S,L,M,USiT")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="end after so many, cases under way too")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="end after so many minutes, running cases included"
+    )
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of the configs")
     args = parser.parse_args()

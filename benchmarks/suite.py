@@ -156,7 +156,7 @@ def run(plans: list[Plan], out: Path, rows: Rows) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer sizes and peers: an H100 takes six minutes")
-    parser.add_argument("--only", default="", help="names with commas, such as sampling,memory")
+    parser.add_argument("--only", default="", help="comma-separated names, such as sampling,memory")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV files; the report lies beside it")
     args = parser.parse_args(argv)
     args.out = args.out.resolve()

@@ -1,5 +1,6 @@
-"""Tests marked `interpreter` run in Triton's interpreter, which has to be chosen before Triton is imported: in a process of their own, the
-chosen tests of a file in one. Each is reported as itself, so that `-k` and node ids choose among them as among all others.
+"""Tests marked `interpreter` run in Triton's interpreter, which has to be chosen before Triton is imported: in a
+process of their own, the chosen tests of a file in one. Each is reported as itself, so that `-k` and node ids choose
+among them as among all others.
 """
 
 import os

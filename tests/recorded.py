@@ -1,7 +1,7 @@
 """A stand-in for CUDA graphs on a CPU: it records each tensor operation and replays it on the very same tensors.
 
-So a replay sees new inputs only where they were copied into the recorded memory, and overwrites its last output, as a graph does.
-A value read by the host breaks the recording, as it breaks a capture.
+So a replay sees new inputs only where they were copied into the recorded memory, and overwrites its last output, as a
+graph does. A value read by the host breaks the recording, as it breaks a capture.
 """
 
 from collections.abc import Callable

@@ -91,7 +91,9 @@ def test_a_sweep_varies_one_factor_at_a_time_around_one_base(name):
 
 
 def test_a_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    """Trainings and measurements stand-ins: each is called once in all, though one failed at first; the CSV holds what is done."""
+    """Trainings and measurements stand-ins: each is called once in all, though one failed at first; the CSV holds what
+    is done.
+    """
     calls, fails = [], ["skip-add"]
 
     def call(self, command, folder):

@@ -28,7 +28,8 @@ PARAMETERS = {
     "s2deep_coco": 58_345_636,
 }
 
-# batch, iterations, warm-up, betas, lr, schedule, p_uncond, guidance, conv, decoder is the fine-tuned one, sampler, steps, checkpointing
+# batch, iterations, warm-up, betas, lr, schedule, p_uncond, guidance, conv, decoder is the fine-tuned one, sampler,
+# steps, checkpointing
 TRAINING = {
     "s2_cifar10": (128, 500_000, 2500, (0.99, 0.999), 2e-4, "vp", 0, 0, True, None, "euler_maruyama", 1000, "none"),
     "s4_celeba64": (128, 500_000, 5000, (0.99, 0.99), 2e-4, "vp", 0, 0, True, None, "euler_maruyama", 1000, "none"),
@@ -261,11 +262,11 @@ def test_overrides_may_be_a_mapping():
         (
             "scale_factor",
             "-1",
-            "latent.scale_factor: expected a positive number, one a channel .*, or measured, got -1",
+            "latent.scale_factor: expected a positive number, one per channel .*, or measured, got -1",
         ),
         ("scale_factor", "yes", "latent.scale_factor: expected a positive number, .*, got True"),
         ("scale_factor", "[1, 2, 3]", "latent.scale_factor: expected one number, or 4, as model.in_chans says; got 3"),
-        ("shift_factor", "[1, a, 3, 4]", "latent.shift_factor: expected a number, or one a channel in brackets, got"),
+        ("shift_factor", "[1, a, 3, 4]", "latent.shift_factor: expected a number, or one per channel in brackets, got"),
         ("shift_factor", "measured", "latent.shift_factor: expected a number, .*, got 'measured'"),
     ],
 )

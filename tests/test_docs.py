@@ -1,4 +1,6 @@
-"""The docs: pages whose links hold, lines that fit, a site whose pages exist; hooks and templates that name what there is."""
+"""The docs: pages whose links hold, lines that fit, a site whose pages exist; hooks and templates that name what there
+is.
+"""
 
 import re
 import subprocess

@@ -24,7 +24,9 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory) -> Path:
-    """Python of an environment outside the tree that holds the wheel; other packages are those of the one that tests."""
+    """Python of an environment outside the tree that holds the wheel;
+    other packages are those of the one that tests.
+    """
     folder = tmp_path_factory.mktemp("installed")
     tree = folder / "tree"  # a build leaves files where it is made
     for name in ("uvit_fast", "kernels", "configs"):

@@ -97,7 +97,9 @@ def test_it_is_found_beside_weights_of_every_kind(tmp_path):
 
 
 def test_weights_are_taken_for_nothing_else_than_they_were_trained_on(tmp_path):
-    """A network's output looks alike whatever it predicts. What was written before that was kept agrees with every config."""
+    """A network's output looks alike whatever it predicts. What was written before that was kept agrees with every
+    config.
+    """
     cfg = load_config("configs/digits.yaml", ["diffusion.prediction=v"])
     known = Provenance(diffusion=cfg.diffusion.meaning)
     known.write(tmp_path / "x.data.json")

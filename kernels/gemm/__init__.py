@@ -1,4 +1,4 @@
-"""Matrix products with what stands before and after them: for each architecture a `contract.Core`."""
+"""Matrix products with their prologues and epilogues: for each architecture a `contract.Core`."""
 
 from importlib import import_module
 

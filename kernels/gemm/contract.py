@@ -1,4 +1,4 @@
-"""What every GEMM core offers, and what the cores share: the epilogues' names, GELU's constants, where results go."""
+"""What every GEMM core offers, and what the cores share: the epilogues' names, GELU's constants, memory for results."""
 
 from abc import ABC, abstractmethod
 from typing import NamedTuple
@@ -21,29 +21,29 @@ CASES = {
 }
 
 # GELU(2 h) = h + h tanh(v), v = h (G0 + w max(G1 + G2 w, 0)), w = h^2: within 2.6e-5 of the erf form, its derivative
-# within 1.1e-4. The kernels take and keep h, half the argument: it costs no instruction, as the weights before it are
-# halved. For |h| < 4e9, past which w^2 overflows.
+# within 1.1e-4. The kernels take and keep h, half the argument, which costs no instruction, since the preceding weights
+# are halved. For |h| < 4e9, past which w^2 overflows.
 G0: tl.constexpr = tl.constexpr(1.5950157396197052)
 G1: tl.constexpr = tl.constexpr(0.2960452655195679)
 G2: tl.constexpr = tl.constexpr(-0.011248595984110748)
 
 
 class Call(NamedTuple):
-    """What a core is asked for: the epilogue of x @ w.T, with `transposed` of x @ w."""
+    """The arguments of a core: the epilogue of x @ w.T, with `transposed` of x @ w."""
 
     epilogue: str  # of `CASES`
     x: Tensor  # (M, K), contiguous
     linear: Linear  # weight (N, K), or (N, K + K2) with x2; bias (N,), any float dtype
     x2: Tensor | None = None  # (M, K2): contracted with the last K2 columns of the weight
-    stats: Tensor | Summed | None = None  # of `layernorm.fold.prepare`, as linear is: x's LayerNorm is folded in
+    stats: Tensor | Summed | None = None  # from `layernorm.fold.prepare`, as is linear: x's LayerNorm is folded in
     side: Tensor | None = None  # (M, N), contiguous: the residual, added last, or GELU's h
-    overwrite: bool = False  # the result that is computed from side, value by value, takes its place
-    sums: Tensor | None = None  # of `layernorm.sums.new`, filled with those of the result
+    overwrite: bool = False  # the result, computed from side value by value, takes its place
+    sums: Tensor | None = None  # from `layernorm.sums.new`, filled with the result's
     transposed: bool = False
 
     @property
     def features(self) -> int:
-        """N, of the result."""
+        """N, the result's features."""
         return self.linear.weight.shape[1 if self.transposed else 0]
 
 
@@ -56,7 +56,7 @@ class Product(NamedTuple):
 
 
 def results(call: Call) -> tuple[Tensor, Tensor]:
-    """Return where a product writes its one or two results (M, N): new memory, or with `overwrite` the side input's."""
+    """Return memory for a product's one or two results (M, N): new, or, with `overwrite`, the side input's."""
 
     def new() -> Tensor:
         return call.x.new_empty(call.x.shape[0], call.features)
@@ -70,15 +70,15 @@ def results(call: Call) -> tuple[Tensor, Tensor]:
 
 
 class Core(ABC):
-    """An architecture's GEMM. All results are accumulated in fp32 and of the input's dtype."""
+    """An architecture's GEMM. All results are accumulated in fp32 and have the input's dtype."""
 
     def takes_sums(self, x: Tensor, weight: Tensor) -> bool:
-        """Return whether the product of x (M, K), weight (N, K) takes rstd from sums faster than a launch would."""
+        """Return whether the product of x (M, K), weight (N, K) computes rstd from sums faster than a launch would."""
         return False
 
     @abstractmethod
     def product(self, call: Call) -> Product:
-        """Launch a kernel."""
+        """Launch the kernel."""
 
     def linear(
         self,
@@ -91,7 +91,7 @@ class Core(ABC):
         overwrite: bool = False,
         sums: Tensor | None = None,
     ) -> Tensor:
-        """Return x @ w.T + bias, with the sources and the epilogue that are given.
+        """Return x @ w.T + bias, with the given sources and epilogue.
 
         Args:
             x, linear, x2, stats, sums: as in `Call`.
@@ -114,13 +114,13 @@ class Core(ABC):
     def linear_gelu_backward(
         self, dy: Tensor, weight: Tensor, h: Tensor, *, overwrite: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Go back through the linear layer after a GELU, and through the GELU.
+        """Compute the backward of the linear layer after a GELU, and of the GELU.
 
         Args:
             dy: (M, K), the gradient of GELU(2 h) @ w.T.
             weight: (K, N), that layer's.
             h: (M, N), half the GELU's argument.
-            overwrite: GELU(2 h) takes h's place, each value that of the one it was computed from.
+            overwrite: GELU(2 h) takes h's place, value by value.
 
         Returns:
             The argument's gradient (dy @ w) * GELU'(2 h), (M, N); GELU(2 h), (M, N), which the weight gradient needs;
@@ -131,9 +131,9 @@ class Core(ABC):
         return made.out, made.second, *reduce.totals(made.partial, 1, dy.dtype)
 
     def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:
-        """Return dy @ w, (M, K), of dy (M, N) and w (N, K), whose rows may be any distance apart.
+        """Return dy @ w, (M, K), for dy (M, N) and w (N, K), whose rows may be any distance apart.
 
-        It is cuBLAS's, where nothing measured faster.
+        It is cuBLAS's unless ours measured faster.
         """
         return dy @ weight
 
@@ -142,11 +142,11 @@ class Core(ABC):
     ) -> tuple[Tensor, Tensor | None]:
         """Return dy.T @ x, (N, K), and with `bias` the column sums of dy, (N,).
 
-        They are cuBLAS's and a reduction's, where nothing measured faster.
+        They are cuBLAS's and a reduction's unless ours measured faster.
 
         Args:
             dy: (M, N); x: (M, K), contiguous.
-            out: where the gradient goes, rows any distance apart; new memory without it.
+            out: memory for the gradient, rows any distance apart; None: new memory.
         """
         out = dy.new_empty(dy.shape[1], x.shape[1]) if out is None else out
         torch.mm(dy.t(), x, out=out)

@@ -1,4 +1,4 @@
-"""The GEMM core in plain Triton: sm_80, later architectures without a core of their own, and the interpreter.
+"""The GEMM core in plain Triton: for sm_80, later architectures without their own core, and the interpreter.
 
 One kernel, out = epilogue(x @ w.T): one or two sources of K, then LayerNorm's scale, the bias and the epilogue.
 """
@@ -25,7 +25,7 @@ def _gate(h):
 
 @triton.jit
 def _gelu_slope(h, phi, w):
-    """Return GELU'(2 h), of `_gate`'s results."""
+    """Return GELU'(2 h) from `_gate`'s results."""
     slope = w * (w * (5.0 * G2) + 3.0 * G1) + G0
     return phi + 2.0 * h * phi * (1.0 - phi) * slope
 
@@ -47,7 +47,7 @@ def _accumulate(acc, xs, ws, rows, cols, K, stride, BK: tl.constexpr):
 
 @triton.jit
 def _write_sums(sums, value, first_row, first_col, M, N):
-    """Write a tile's sums of every 64 features, and of their squared distances from the mean of these 64."""
+    """Write a tile's sums of every 64 features, and of the squared distances from their mean."""
     BM: tl.constexpr = value.shape[0]
     CHUNKS: tl.constexpr = value.shape[1] // FEATURES
     chunks = tl.reshape(value, (BM, CHUNKS, FEATURES))
@@ -118,7 +118,7 @@ def gemm_kernel(
     if KIND == "residual":
         acc += tl.load(side + at, mask=inside, other=0.0).to(tl.float32)
     if KIND == "gelu_save":
-        # The backward sees h as rounded: round before the GELU.
+        # The backward sees the rounded h: round before the GELU.
         kept = acc.to(second.dtype.element_ty)
         tl.store(second + at, kept, mask=inside)
         acc = kept.to(tl.float32)
@@ -181,7 +181,7 @@ def arguments(call: Call, tuned: dict) -> tuple[tuple, dict, int, Product]:
 
 
 class Plain(Core):
-    """The core in plain Triton. Gradients of weights and inputs are cuBLAS's."""
+    """The core in plain Triton. Weight and input gradients are cuBLAS's."""
 
     def product(self, call: Call) -> Product:
         device = call.x.device

@@ -1,10 +1,10 @@
 """Weight gradients on sm_90, in Gluon: dW = dy.T @ x contracted over the tokens, the bias gradient in the same pass.
 
 Tiles of 128 x 256, two consumers and a TMA producer as in `sm90`. Whole waves of tiles run over all tokens and store
-their result; the tiles that do not fill a wave are split over the tokens, so that they do, and a small kernel sums
-their fp32 parts in a fixed order. All programs of a wave pass the same tokens at the same time: each is read from
-memory about once. Where the width of x leaves a strip of 128 columns, the strip's tiles swap the roles of dy and x and
-so are as full as the others.
+their result; the tiles that do not fill a wave are split over the tokens so that they do, and a small kernel sums their
+fp32 parts in a fixed order. All programs of a wave pass the same tokens at the same time: each is read from memory
+about once. Where the width of x leaves a strip of 128 columns, the strip's tiles swap the roles of dy and x, and so are
+as full as the others.
 """
 
 import triton
@@ -32,20 +32,20 @@ ROWS, COLS, BK, STAGES = 64, 256, 64, 4  # a consumer's rows of a tile, its colu
 
 @aggregate
 class Plan:
-    """How the tiles are laid out and split: see `plan`."""
+    """The layout and split of the tiles: see `plan`."""
 
     whole: gl.tensor  # tiles that run over all tokens
     ragged: gl.tensor  # tiles that are split
     splits: gl.tensor
-    units: gl.tensor  # what programs take in turn: whole tiles, then parts of the others
+    units: gl.tensor  # the programs' work items: whole tiles, then parts of the others
     steps: gl.tensor  # over all tokens
     down: gl.tensor  # rows of tiles
     plain: gl.tensor  # tiles with rows from dy; the others swap the roles
-    strip: gl.tensor  # the first column of theirs
+    strip: gl.tensor  # first column of the strip
 
     @gluon.jit
     def unit(self, unit):
-        """Return a unit's tile, its part of it, its first step and the one past its last."""
+        """Return a unit's tile, its part of it, its first step and its end."""
         v = unit - self.whole
         is_whole = unit < self.whole
         split = gl.where(is_whole, 0, v // self.ragged)
@@ -131,7 +131,7 @@ def _consumer(g, WHO: gl.constexpr):
         # The consumer's first feature of dy, where the roles are not swapped.
         at = (tile % g.plan.down) * 2 * 64 + WHO * 64
         if g.BIAS:
-            if tile < g.plan.down:  # one tile a row of tiles sums it
+            if tile < g.plan.down:  # one tile per row of tiles sums it
                 acc, sums = _product(g.ring, step, last - first, WHO, COLS, True)
                 row = at + gl.arange(0, 64, layout=gl.SliceLayout(0, flat))
                 gl.store(g.bias_parts + split * g.N + row, gl.sum(sums, axis=0), mask=row < g.N)
@@ -219,7 +219,7 @@ def sum_kernel(
     strip,
     HEIGHT: tl.constexpr,
 ):
-    """Sum each split tile over its splits, in their order, cast and store it; the swapped ones transposed."""
+    """Sum each split tile over its splits, in order, cast and store it; the swapped ones transposed."""
     tile = whole + tl.program_id(0)
     i = tl.program_id(1) * HEIGHT + tl.arange(0, HEIGHT)
     j = tl.arange(0, 256)
@@ -240,7 +240,7 @@ def sum_kernel(
 
 
 def plan(M: int, N: int, K: int, programs: int) -> dict[str, int]:
-    """Return how the tiles of an (N, K) gradient over M tokens are laid out and split over this many programs."""
+    """Return the layout and split of the tiles of an (N, K) gradient over M tokens, for this many programs."""
     down, strip = cdiv(N, 2 * ROWS), K > COLS and 0 < K % COLS <= 2 * ROWS
     plain = down * (K // COLS if strip else cdiv(K, COLS))
     tiles, steps = plain + (cdiv(N, COLS) if strip else 0), cdiv(M, BK)

@@ -1,4 +1,6 @@
-"""Each guard of benchmarks/guards.py sees a regression that is planted: a kernel, a saved tensor, a wait, a register."""
+"""Each guard of benchmarks/guards.py sees a regression that is planted: a kernel, a saved tensor, a wait,
+a register.
+"""
 
 import json
 from contextlib import ExitStack

@@ -1,4 +1,6 @@
-"""The comparison with a baseline: a real loss of 5% fails, a slower card or a noisy neighbour does not. Simulated rounds."""
+"""The comparison with a baseline: a real loss of 5% fails, a slower card or a noisy neighbour does not. Simulated
+rounds.
+"""
 
 import random
 
@@ -13,7 +15,9 @@ WAS, PRODUCTS = Times(product=1.4, copy=0.7, case=1.0), 0.7
 
 
 def simulated(seed, loss=1.0, product=1.0, copy=1.0, disturbed=0.0):
-    """Measures of 40 rounds with 1% of jitter. `disturbed`: the share of moments in which a neighbour takes up to two thirds."""
+    """Measures of 40 rounds with 1% of jitter. `disturbed`: the share of moments in which a neighbour takes up to two
+    thirds.
+    """
     rng = random.Random(seed)
 
     def took(milliseconds):

@@ -24,7 +24,9 @@ def encoded(image, kind, **options):
 
 
 def lost_tails(data):
-    """What an interrupted download leaves of a file, or of one whose space was reserved; the last is closed as if it ended there."""
+    """What an interrupted download leaves of a file, or of one whose space was reserved; the last is closed as if it
+    ended there.
+    """
     for share in (0.3, 0.7, 0.97):
         kept = data[: int(len(data) * share)]
         yield kept

@@ -80,7 +80,9 @@ def arguments(photos, vae, out, *more):
 
 
 def make(photos, out, **options):
-    """An extraction whose "autoencoder" is the mean of 8 x 8 pixels, to be fast and foreseeable; it counts what it encodes."""
+    """An extraction whose "autoencoder" is the mean of 8 x 8 pixels, to be fast and foreseeable; it counts what it
+    encodes.
+    """
     seen = SimpleNamespace(images=0)
 
     def encode(pixels):

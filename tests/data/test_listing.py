@@ -148,7 +148,7 @@ def test_other_files_are_listed_as_ignored_and_loose_images_refused(tmp_path):
     assert (listing.files, listing.labels, listing.classes) == (["cat/A.PNG"], [0], ["cat"])
     assert listing.ignored == ["notes.txt"]
     add(tmp_path / "loose.png")
-    with pytest.raises(UserError, match="one folder a class"):
+    with pytest.raises(UserError, match="one folder per class"):
         list_images(tmp_path, labelled=True)
 
 

@@ -133,7 +133,9 @@ def test_posteriors_of_256_pixels_are_read_20000_a_second(tmp_path):
 
 
 def test_a_wrong_checksum_ends_a_run_at_its_start_or_is_left_out_as_the_config_says(folder):
-    """One bit: nothing but the checksum shows it. A file whose checksum was right is read again only when it has changed."""
+    """One bit: nothing but the checksum shows it. A file whose checksum was right is read again only when it has
+    changed.
+    """
     path, moments = folder
     assert len(Latents(str(path), 0.5)) == 10 and set(json.loads((path / "verified.json").read_text())) == {
         *(f"moments-{i:05d}.npy" for i in range(3)),

@@ -1,5 +1,5 @@
-"""With few evaluations no solver is worse than DDIM at the same times: on mixtures of Gaussians in one dimension, whose scores and
-probability flow are exact, so that all error is the solver's.
+"""With few evaluations no solver is worse than DDIM at the same times: on mixtures of Gaussians in one dimension, whose
+scores and probability flow are exact, so that all error is the solver's.
 """
 
 import numpy as np
@@ -40,7 +40,9 @@ class Mixture:
         return sigma * (r * d / v).sum(-1)
 
     def solution(self, end=None):
-        """In one dimension the flow keeps quantiles: the x with the distribution function's value at the end (t_min) that X_T has at t_max."""
+        """In one dimension the flow keeps quantiles: the x with the distribution function's value at the end (t_min)
+        that X_T has at t_max.
+        """
         end = self.schedule.t_min if end is None else end
 
         def below(x, t):
@@ -97,7 +99,9 @@ def test_2m_is_never_worse_than_ddim(schedule, spacing):
 
 
 def test_2m_is_much_better_than_ddim_where_it_was_worse():
-    """At the twenty steps for which it is recommended, the SD schedule: a quarter less error on three modes, half on a wide one."""
+    """At the twenty steps for which it is recommended, the SD schedule: a quarter less error on three modes, half on a
+    wide one.
+    """
     for name, most in (("three modes", 0.85), ("wide", 0.6), ("two points", 0.4)):
         mixture = Mixture(MIXTURES[name], SD)
         sampler, exact = DPMSolverPPMultistep(SD, 20), mixture.solution()
@@ -107,13 +111,17 @@ def test_2m_is_much_better_than_ddim_where_it_was_worse():
 
 @pytest.mark.parametrize("solver", [DPMSolverSinglestep, DPMSolverPPSinglestep])
 def test_fast_is_never_worse_than_ddim_below_the_published_steps(solver):
-    """Its last interval, of order 2 where evaluations are 2 more than a multiple of 3, is the long one on a grid uniform in time."""
+    """Its last interval, of order 2 where evaluations are 2 more than a multiple of 3, is the long one on a grid
+    uniform in time.
+    """
     ratio, name, steps = worst(solver, SD, steps=[*range(2, 21), 23, 35, 47])
     assert ratio < 1.05, f"{name}, {steps} steps"
 
 
 def test_fast_of_the_vp_schedule_does_not_jump_where_an_interval_is_long():
-    """At 2 evaluations it had 200 times DDIM's error. The two points are left out: noise prediction needs 26 evaluations for those."""
+    """At 2 evaluations it had 200 times DDIM's error. The two points are left out: noise prediction needs 26
+    evaluations for those.
+    """
     ratio, name, steps = worst(DPMSolverSinglestep, VP, steps=range(2, 24), leave_out=["two points"])
     assert ratio < 1.1, f"{name}, {steps} steps"
     assert worst(DPMSolverSinglestep, VP, steps=range(2, 14))[0] < 1.1

@@ -1,5 +1,5 @@
-"""Flows and predictions: each solver at its order on exact velocities, as diffusers' where settings coincide, and one exact network is the
-same samples whatever it predicts.
+"""Flows and predictions: each solver at its order on exact velocities, as diffusers' where settings coincide, and one
+exact network is the same samples whatever it predicts.
 """
 
 import numpy as np
@@ -73,7 +73,9 @@ def test_error_falls_at_the_solvers_order_on_a_gaussians_exact_velocity(solver, 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 6, 20, 49, 50, 51])
 @pytest.mark.parametrize("solver", [*DPM, Euler, Heun])
 def test_a_flow_is_solved_in_exactly_the_evaluations_that_were_given(solver, steps):
-    """In fp32, uniform in time, as users run it: at fifty within a tenth of the spread, and never further off than a step of DDIM."""
+    """In fp32, uniform in time, as users run it: at fifty within a tenth of the spread, and never further off than a
+    step of DDIM.
+    """
     sampler = solver(FLOW, steps, prediction=Velocity())
     times = np.array([stage.t for stage in sampler.stages])
     assert len(times) == steps and times[0] == (1.0 if solver in (Euler, Heun) else 0.999)
@@ -160,7 +162,9 @@ def check_alike(sampler, scheduler):
 
 
 def test_guidance_of_any_prediction_is_guidance_of_eps():
-    """The conversion is linear in the output and the state has one value, so both branches may be combined before it."""
+    """The conversion is linear in the output and the state has one value,
+    so both branches may be combined before it.
+    """
 
     def model(x, t, y, convert):
         eps = torch.tanh(x + y.view(-1, 1, 1, 1))
@@ -183,7 +187,9 @@ def test_guidance_of_any_prediction_is_guidance_of_eps():
 
 
 def test_a_prediction_is_converted_in_the_solvers_own_update():
-    """No pass over the state beside it: eps of a velocity is x + (1 - t) v, x_0 is x - t v, and an output that fits is taken as it is."""
+    """No pass over the state beside it: eps of a velocity is x + (1 - t) v, x_0 is x - t v, and an output that fits is
+    taken as it is.
+    """
     for solver, expected in ((DPMSolverSinglestep, lambda t: (1, 1 - t)), (DPMSolverPPMultistep, lambda t: (1, -t))):
         for stage in solver(FLOW, 5, prediction=Velocity()).stages:
             np.testing.assert_allclose(stage.update[:2], expected(stage.t), rtol=1e-12)

@@ -51,7 +51,9 @@ def test_data_noise_and_velocity_are_recovered_from_every_prediction(schedule, p
 
 @pytest.mark.parametrize(("schedule", "prediction"), PAIRS)
 def test_min_snr_weights_the_same_error_of_the_data_alike(schedule, prediction):
-    """Of a network that errs in x_0, so in its prediction: weight times squared error is min(SNR, 5) times that of x_0 (Hang et al. 2023)."""
+    """Of a network that errs in x_0, so in its prediction: weight times squared error is min(SNR, 5) times that of x_0
+    (Hang et al. 2023).
+    """
     task, error = Objective(schedule, prediction, min_snr=5.0)(X_0, EPS, T), 0.1 * torch.randn(X_0.shape)
     alpha, sigma, _ = schedule.levels(T)
     p, q = prediction.parts(alpha, sigma)
@@ -80,7 +82,7 @@ def test_min_snr_is_the_published_form_of_each_prediction_and_finite_at_the_ends
 
 
 def test_times_are_uniform_or_logit_normal_and_shifted():
-    """One uniform number a sample either way, so that nothing else of a step changes."""
+    """One uniform number per sample either way, so that nothing else of a step changes."""
     u = (torch.arange(100_000) + 0.5) / 100_000
     assert Objective(FlowSchedule()).times(u) is u
     logits = torch.logit(Objective(FlowSchedule(), logit_normal=(-0.4, 1.3)).times(u).double())

@@ -110,7 +110,9 @@ def test_euler_maruyama_samples_the_gaussian():
 
 
 def dpm_solver(x, eps, a, s, lam):
-    """One interval of DPM-Solver (Lu et al. 2022, Algorithms 1 and 2): eps(x, i), alpha, sigma and lambda at its times."""
+    """One interval of DPM-Solver (Lu et al. 2022, Algorithms 1 and 2): eps(x, i), alpha,
+    sigma and lambda at its times.
+    """
     h, r1, e0 = lam[-1] - lam[0], (lam[1] - lam[0]) / (lam[-1] - lam[0]), eps(x, 0)
     u1 = a[1] / a[0] * x - s[1] * np.expm1(r1 * h) * e0
     if len(lam) == 3:
@@ -176,8 +178,8 @@ FINAL = {
 
 @pytest.mark.parametrize("steps", [5, 10, 20])
 def test_multistep_agrees_with_diffusers_where_the_grids_coincide(steps):
-    """diffusers' grid is of integer times that end in alpha = 1; given our times and sigmas, its update must be ours, to the last step of
-    order 1.
+    """diffusers' grid is of integer times that end in alpha = 1; given our times and sigmas, its update must be ours,
+    to the last step of order 1.
     """
     schedule = SDSchedule()
     scheduler = DPMSolverMultistepScheduler(**SD_KEYWORDS, **FINAL, euler_at_final=True)
@@ -186,7 +188,9 @@ def test_multistep_agrees_with_diffusers_where_the_grids_coincide(steps):
 
 @pytest.mark.parametrize(("spacing", "keyword"), [("logsnr", "use_lu_lambdas"), ("karras", "use_karras_sigmas")])
 def test_spacings_are_those_of_diffusers(spacing, keyword):
-    """The grid between the same ends, and the update on it: all steps of order 2, as none is much longer than the one before."""
+    """The grid between the same ends, and the update on it: all steps of order 2, as none is much longer than the one
+    before.
+    """
     schedule = SDSchedule()
     scheduler = DPMSolverMultistepScheduler(**SD_KEYWORDS, **FINAL, **{keyword: True})
     times = schedule.grid(12, spacing)
@@ -231,7 +235,9 @@ def test_singlestep_of_order_two_agrees_with_diffusers(kind):
 
 
 def test_fast_lowers_orders_only_below_the_published_evaluations():
-    """Fifty keep their order-2 interval, 4.2 times as long at its end; the same times, evaluated as often, otherwise."""
+    """Fifty keep their order-2 interval, 4.2 times as long at its end; the same times, evaluated as often,
+    otherwise.
+    """
     orders = [len(stage.update.outputs) for stage in DPMSolverPPSinglestep(SDSchedule(), 50).stages]
     assert orders == [1, 2, 3] * 16 + [1, 2]
     few = DPMSolverPPSinglestep(SDSchedule(), 20).stages

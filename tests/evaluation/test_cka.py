@@ -45,7 +45,9 @@ def test_unrelated_representations_are_not_similar_however_wide():
 
 
 def test_orthogonal_representations_have_nothing_in_common():
-    """p orthonormal, centred features each: tr(K L) is 0, and its diagonal, p^2 / N, is what the unbiased estimate takes away."""
+    """p orthonormal, centred features each: tr(K L) is 0, and its diagonal, p^2 / N, is what the unbiased estimate
+    takes away.
+    """
     N, p = 400, 4
     q = torch.linalg.qr(torch.cat([torch.ones(N, 1).double(), random(N, 2 * p)], dim=1))[0][:, 1:]
     assert linear_cka([[q[:, :p], q[:, p:]]])[0, 1].item() == pytest.approx(-p / N, rel=0.1)

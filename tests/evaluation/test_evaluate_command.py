@@ -47,7 +47,8 @@ def images(path, count, seed):
 
 
 def test_inceptions_figures_of_two_files(run, weights, tmp_path, capsys, monkeypatch):
-    """All of Table 3; against itself the distances vanish. Few images: a warning with its consequence. A name that is no
+    """All of Table 3; against itself the distances vanish. Few images: a warning with its consequence. A name that is
+    no
     UTF-8 can be printed and written."""
     name = os.fsdecode(b"fake\xff.npz")
     samples, real = images(tmp_path / name, 5, 0), images(tmp_path / "real.npz", 6, 1)
@@ -92,7 +93,9 @@ def checkpoint(tmp_path):
 
 
 def test_digits_fid_of_a_checkpoint_and_of_its_saved_samples(run, checkpoint, tmp_path, monkeypatch, capsys):
-    """Samples that are measured while they are drawn have the same figures as their files; the names say that it is no FID."""
+    """Samples that are measured while they are drawn have the same figures as their files; the names say that it is no
+    FID.
+    """
     monkeypatch.setattr("uvit_fast.evaluation.classifier.STEPS", 150)
     common = ["--reference", DIGITS, "--features", "digits-fid"]
     folder = tmp_path / "pictures"

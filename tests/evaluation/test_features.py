@@ -26,7 +26,9 @@ from uvit_fast.runtime.progress import Bar
 
 
 class MeanColours:
-    """Features that a person can compute: the mean colour, and its square as the spatial ones; two classes by brightness."""
+    """Features that a person can compute: the mean colour, and its square as the spatial ones; two classes by
+    brightness.
+    """
 
     prefix, identity, pool_dim, device, like = "", "mean-colours", 3, torch.device("cpu"), "tensorflow"
     calls = 0

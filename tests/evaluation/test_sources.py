@@ -15,7 +15,9 @@ from uvit_fast.runtime.errors import UserError
 
 
 def test_a_folder_and_an_npz_give_the_same_features(tmp_path):
-    """Also with batches that do not divide them, a compressed .npz, and the overview of `uvit-fast sample` in the folder."""
+    """Also with batches that do not divide them, a compressed .npz, and the overview of `uvit-fast sample` in the
+    folder.
+    """
     images = pictures(23)
     folder = folder_of(images, tmp_path / "folder")
     Image.new("RGB", (100, 50)).save(folder / "grid.png")

@@ -67,7 +67,9 @@ def test_a_scheduler_of_diffusers(published):
 
 
 def test_fine_tuning_on_photographs(published, tmp_path):
-    """Two classes of two cuts each of scikit-learn's photographs; the label table is replaced, the rest is the published one."""
+    """Two classes of two cuts each of scikit-learn's photographs; the label table is replaced, the rest is the
+    published one.
+    """
     checkpoint, overrides = published
     for name, photo in zip(("temple", "flower"), load_sample_images().images):
         (tmp_path / "photographs" / name).mkdir(parents=True)

@@ -2,8 +2,8 @@
 
     sh tests/gpu/sanitize.sh
 
-PyTorch's caching is off there, so that each tensor is an allocation of its own, whose ends are guarded. Compiled kernels come from the
-cache of a run without the sanitizer.
+PyTorch's caching is off there, so that each tensor is an allocation of its own, whose ends are guarded. Compiled
+kernels come from the cache of a run without the sanitizer.
 """
 
 import sys

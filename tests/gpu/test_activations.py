@@ -1,4 +1,6 @@
-"""On a GPU the allocator's own peak stays within the budget for activations, and speed falls as the budget does, not before."""
+"""On a GPU the allocator's own peak stays within the budget for activations, and speed falls as the budget does, not
+before.
+"""
 
 import gc
 
@@ -14,7 +16,9 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("name", ["h2_256", "s2_coco"])
 def test_the_peak_is_within_5_percent_of_the_budget(name):
-    """29 blocks with heads of 72 and labels; 13 blocks with text. The budgets are between the least and the most that blocks take."""
+    """29 blocks with heads of 72 and labels; 13 blocks with text. The budgets are between the least and the most that
+    blocks take.
+    """
     cfg, batch = load_config(f"configs/{name}.yaml"), 32
     with torch.device("cuda"):
         model = build_model(cfg).to(torch.bfloat16)

@@ -1,4 +1,6 @@
-"""Fused attention on a GPU, in bf16 and fp16, against fp32: no worse than twice PyTorch's own error, forward and gradient."""
+"""Fused attention on a GPU, in bf16 and fp16, against fp32: no worse than twice PyTorch's own error, forward and
+gradient.
+"""
 
 import pytest
 import torch

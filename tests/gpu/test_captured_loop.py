@@ -1,4 +1,6 @@
-"""Captured sampling on a GPU: the plain loop's numbers bit for bit, in bounded memory, with a way out where capture fails."""
+"""Captured sampling on a GPU: the plain loop's numbers bit for bit, in bounded memory, with a way out where capture
+fails.
+"""
 
 import warnings
 from functools import partial
@@ -146,7 +148,9 @@ def test_weights_that_change_in_place_are_seen(net):
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_autocast_is_captured(frozen):
-    """fp32 weights that learn, as in a training preview: autocast must not hand its short-lived casts to the capture."""
+    """fp32 weights that learn, as in a training preview:
+    autocast must not hand its short-lived casts to the capture.
+    """
     torch.manual_seed(0)
     net, (x_T, y, _) = Net().cuda().requires_grad_(not frozen), batch(4)
     sample = GraphSampler(net)
@@ -230,7 +234,9 @@ def test_noise_is_the_same_on_every_device():
 
 
 def test_a_captured_sample_depends_on_seed_and_index_only(net):
-    """Noise and solver are exact; only the network's own rounding may depend on the batch size, so it is elementwise here."""
+    """Noise and solver are exact; only the network's own rounding may depend on the batch size, so it is elementwise
+    here.
+    """
     sampler, (x_T, _, keys) = SAMPLERS[3], batch(8)
     sample = GraphSampler(lambda x, t: torch.tanh(x) * torch.sin(t).view(-1, 1, 1, 1))
     together = sample(sampler, x_T, keys=keys)

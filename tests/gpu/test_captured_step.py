@@ -1,4 +1,6 @@
-"""A captured network on a GPU: the gradients of the uncaptured one to the bit, with the fused ops and whatever blocks keep."""
+"""A captured network on a GPU: the gradients of the uncaptured one to the bit, with the fused ops and whatever blocks
+keep.
+"""
 
 import pytest
 import torch
@@ -71,7 +73,9 @@ def test_what_waits_for_the_host_runs_uncaptured():
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "block"])
 @pytest.mark.parametrize("parts", [1, 4])
 def test_frozen_weights_get_no_gradients_and_the_others_the_same(checkpointing, parts):
-    """What learns lies in the midst, behind blocks that nothing leads to and before some that gradients pass through."""
+    """What learns lies in the midst,
+    behind blocks that nothing leads to and before some that gradients pass through.
+    """
     net = network(checkpointing)
     freeze(net, ["out_blocks.1", "out_blocks.4.attn", "norm"])
     expected = gradients(net, 3)

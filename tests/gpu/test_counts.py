@@ -16,7 +16,9 @@ OURS = ("gemm_kernel", "prepare_kernel", "attention_forward_kernel", "weight_gra
 
 
 def step(device):
-    """Forward and backward of a U-ViT of 13 blocks, of a width at which the table takes our weight gradients; ready to be called."""
+    """Forward and backward of a U-ViT of 13 blocks, of a width at which the table takes our weight gradients; ready to
+    be called.
+    """
     cfg = load_config("configs/s2_coco.yaml", ["model.embed_dim=768", "model.num_heads=12"])
     with torch.device(device):
         net = build_model(cfg).to(torch.bfloat16)

@@ -1,4 +1,6 @@
-"""Products of few tokens on sm_90, in every form of tile: against fp64, the same bits each time, counters left at zero."""
+"""Products of few tokens on sm_90, in every form of tile: against fp64, the same bits each time,
+counters left at zero.
+"""
 
 import pytest
 import torch

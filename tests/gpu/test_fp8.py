@@ -1,4 +1,6 @@
-"""FP8 on a GPU: each product against the same arithmetic in PyTorch, attention's e4m3 result, a network, its captured loop."""
+"""FP8 on a GPU: each product against the same arithmetic in PyTorch, attention's e4m3 result, a network, its captured
+loop.
+"""
 
 import pytest
 import torch
@@ -151,7 +153,9 @@ def test_what_stays_in_bf16_meets_what_does_not(keep):
 
 
 def test_cached_layers_keep_all_bits_and_reuse_what_was_kept():
-    """A sum is not the same bf16 value as what was kept of it: e4m3 rounds some anew, which costs no more than before."""
+    """A sum is not the same bf16 value as what was kept of it: e4m3 rounds some anew,
+    which costs no more than before.
+    """
     net, held, given = network(1152, 16, num_classes=1001), {}, inputs(7)
     exact, names = net(*given), frozenset(sublayers(4))
     net = Fp8UViT(net.bfloat16())

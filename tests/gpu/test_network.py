@@ -1,4 +1,6 @@
-"""The whole network with the fused kernels, of either architecture: no further from fp32 than twice PyTorch's own ops."""
+"""The whole network with the fused kernels, of either architecture:
+no further from fp32 than twice PyTorch's own ops.
+"""
 
 from copy import deepcopy
 

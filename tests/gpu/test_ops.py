@@ -1,4 +1,6 @@
-"""The fused ops on a GPU, in bf16 and fp16, against fp32: no worse than twice PyTorch's own error, forward and every gradient."""
+"""The fused ops on a GPU, in bf16 and fp16, against fp32: no worse than twice PyTorch's own error, forward and every
+gradient.
+"""
 
 import threading
 
@@ -136,7 +138,7 @@ def test_captured_in_a_cuda_graph(name):
     "name, most", [("ln_linear", 1), ("ln_mlp", 5), ("linear_residual", 1), ("proj_ln_mlp", 6), ("skip_linear", 2)]
 )
 def test_the_backward_keeps_few_values_a_token(name, most):
-    """In units of D values a token; the parameters, which live anyway, are not counted."""
+    """In units of D values per token; the parameters, which live anyway, are not counted."""
     args = on_gpu(name, (4, 258, 512), torch.bfloat16)
     tokens, kept = 4 * 258, []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):

@@ -1,4 +1,6 @@
-"""The throughput comparison on a GPU: a planted loss of 6% is found, an unchanged case is not, nor one beside a neighbour."""
+"""The throughput comparison on a GPU: a planted loss of 6% is found, an unchanged case is not, nor one beside a
+neighbour.
+"""
 
 import pytest
 import torch

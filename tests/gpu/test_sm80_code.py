@@ -1,6 +1,8 @@
-"""The very machine code that an A100 would run: Triton's PTX for sm_80, which the driver of a later card translates, computes what it should.
+"""The very machine code that an A100 would run: Triton's PTX for sm_80, which the driver of a later card translates,
+computes what it should.
 
-An op runs twice: on meta tensors in a process that compiles each of its launches for sm_80, and here, where each launch is that PTX.
+An op runs twice: on meta tensors in a process that compiles each of its launches for sm_80, and here, where each launch
+is that PTX.
 """
 
 import json
@@ -30,7 +32,9 @@ def case(name: str, where: str) -> tuple:
 
 
 def compile_for_sm80(name: str, folder: Path) -> None:
-    """The launches of an op's forward and backward, in their order, as PTX for sm_80 with what a launch needs to know."""
+    """The launches of an op's forward and backward, in their order,
+    as PTX for sm_80 with what a launch needs to know.
+    """
     from uvit_fast.kernels.tools import aot
 
     launches = []
@@ -112,7 +116,8 @@ def test_an_ops_sm80_code_gives_its_results(name, tmp_path, monkeypatch):
         )
         apart = (out.float() - same.float()).norm() / r.norm()
         print(
-            f"{name} result {i}: off by {error / r.norm():.2e}; from the same kernels compiled for this card {apart:.1e}"
+            f"{name} result {i}: off by {error / r.norm():.2e}; "
+            f"from the same kernels compiled for this card {apart:.1e}"
         )
 
 

@@ -1,4 +1,5 @@
-"""One GPU, the whole step with the fused ops: ZeRO stages, what blocks keep, offload and torch.compile give one curve of losses.
+"""One GPU, the whole step with the fused ops: ZeRO stages, what blocks keep, offload and torch.compile give one curve
+of losses.
 
 python -m tests.gpu.test_training <device> <name> [<name> ...]    # the named ways of `WAYS`, as JSON
 """
@@ -33,7 +34,9 @@ WAYS |= {f"frozen {way}": [FROZEN, *WAYS[way]] for way in ("plain", "uncaptured"
 
 
 def losses(way: str, device: str) -> list[float]:
-    """Of a network of five blocks with skips, 96 wide on a CPU, 256 on a GPU, whose learning rate is there from the first step."""
+    """Of a network of five blocks with skips, 96 wide on a CPU, 256 on a GPU, whose learning rate is there from the
+    first step.
+    """
     from benchmarks.bench_scaling import Run
 
     settings = [f"device={device}", f"train.iterations={STEPS}", "train.warmup_steps=0", "train.lr=3e-4"]

@@ -1,4 +1,6 @@
-"""A step of AdamW, the average and the network's copy in one kernel: PyTorch's own AdamW, and nothing at all where it is refused."""
+"""A step of AdamW, the average and the network's copy in one kernel: PyTorch's own AdamW, and nothing at all where it
+is refused.
+"""
 
 import pytest
 import torch
@@ -46,7 +48,9 @@ def follows_pytorch(dtype, device="cpu"):
 
 
 def averages_slowly(device="cpu"):
-    """The paper's 0.9999: a ten thousandth of the way to the weights, to five digits, though in fp32 1 - 0.9999 is off in the fourth."""
+    """The paper's 0.9999: a ten thousandth of the way to the weights, to five digits, though in fp32 1 - 0.9999 is off
+    in the fourth.
+    """
     values = state(torch.float32, device)
     values[4] = torch.zeros_like(values[0])
     adamw.adamw(*values, numbers(1, device=device), **SETTINGS, decay=0.9999)

@@ -127,7 +127,9 @@ def measured() -> dict[str, dict[str, int]]:
 
 
 def test_the_kernels_keep_their_resource_contract():
-    """No spill, no serialised wgmma, two CTAs an SM; and no worse than committed, where this is the triton that wrote it."""
+    """No spill, no serialised wgmma, two CTAs an SM; and no worse than committed, where this is the triton that wrote
+    it.
+    """
     contract = json.loads(CONTRACT.read_text())
     now = measured()
     assert now.keys() == contract["kernels"].keys()

@@ -1,4 +1,6 @@
-"""What FP8 costs by arithmetic alone: quantising, the LayerNorm's fold, the order of features, a block; in plain PyTorch."""
+"""What FP8 costs by arithmetic alone: quantising, the LayerNorm's fold, the order of features, a block; in plain
+PyTorch.
+"""
 
 import pytest
 import torch

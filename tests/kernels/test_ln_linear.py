@@ -22,7 +22,9 @@ def test_a_large_mean_costs_nothing(name, allowed):
 @pytest.mark.parametrize("width", [256, 320])
 @pytest.mark.parametrize("largest", [1.0, 50.0])  # a channel that LayerNorm lets out
 def test_folded_weights_sum_up_to_nothing_though_rounded(width, largest):
-    """Or the mean of x would multiply what rounding leaves of their sum; and what takes it up costs a few hundredths of rounding."""
+    """Or the mean of x would multiply what rounding leaves of their sum; and what takes it up costs a few hundredths of
+    rounding.
+    """
     torch.manual_seed(0)
     x, beta, weight = (torch.randn(*shape).half() for shape in ((1, width), (width,), (512, width)))
     gamma = (1 + 0.1 * torch.randn(width)).half()

@@ -1,4 +1,6 @@
-"""What all linear ops promise, in plain Triton: forward and gradients of the reference, sums of what was written, refusals in a sentence."""
+"""What all linear ops promise, in plain Triton: forward and gradients of the reference, sums of what was written,
+refusals in a sentence.
+"""
 
 import pytest
 import torch

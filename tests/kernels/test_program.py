@@ -18,7 +18,9 @@ def anywhere(monkeypatch):
 
 
 def several_ops(x, w, last):
-    """What ops do beside launches: new memory, views of it, results in a slice, several at once, in place, freed arguments."""
+    """What ops do beside launches: new memory, views of it, results in a slice, several at once, in place, freed
+    arguments.
+    """
     wide = x.new_empty(x.shape[0], 2 * w.shape[0])
     torch.mm(x, w.t(), out=wide[:, : w.shape[0]])
     left, right = (x.flatten() * 2).split(x.numel() // 2)
@@ -107,7 +109,9 @@ class Launcher:
 
 @pytest.mark.parametrize("newer", [False, True])
 def test_a_launch_gets_the_numbers_that_tritons_own_would_hand_on(monkeypatch, newer):
-    """Grid, stream, function, flags; pointers in their places; a map for each address, and shape and strides after it."""
+    """Grid, stream, function, flags; pointers in their places; a map for each address,
+    and shape and strides after it.
+    """
     made, seen, tensor = [], [], torch.zeros(8, 64, dtype=torch.bfloat16)
 
     def make(arg, meta, *_):

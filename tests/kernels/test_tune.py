@@ -17,7 +17,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def small_gpu(monkeypatch):
-    """Cases that run nothing, timed by a clock that likes four warps, and more rows at D = 64; one candidate cannot run."""
+    """Cases that run nothing, timed by a clock that likes four warps, and more rows at D = 64; one candidate cannot
+    run.
+    """
     table = {"default": {"rows": 1, "warps": 1}, "prepare": {"rows": 1, "warps": 2}}
     monkeypatch.setattr(tuning, "table", lambda arch: table)
     monkeypatch.setattr(tune, "candidates", lambda arch: {"prepare": tune._grid(rows=[1, 2], warps=[2, 4, 8])})

@@ -1,4 +1,6 @@
-"""A network in FP8, by the reference arithmetic: close to the network, which stays as it is; refused where it cannot run."""
+"""A network in FP8, by the reference arithmetic: close to the network, which stays as it is; refused where it cannot
+run.
+"""
 
 import functools
 import math

@@ -1,4 +1,6 @@
-"""model(x, t, y) without gradients is captured once a shape and replayed, whatever happens between two calls; on a stand-in for graphs."""
+"""model(x, t, y) without gradients is captured once a shape and replayed, whatever happens between two calls; on a
+stand-in for graphs.
+"""
 
 import copy
 import gc

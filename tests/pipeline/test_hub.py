@@ -1,4 +1,6 @@
-"""A pipeline on the hub: what goes up, and what comes down again. A folder stands for the hub; nothing leaves the machine."""
+"""A pipeline on the hub: what goes up, and what comes down again. A folder stands for the hub; nothing leaves the
+machine.
+"""
 
 import shutil
 from pathlib import Path

@@ -63,7 +63,9 @@ def test_an_autoencoder_of_other_latents_is_refused(tmp_path):
 
 
 def test_the_network_is_replayed_with_nothing_to_ask_for():
-    """From the second evaluation of a shape, the same images bit for bit; `enable_cuda_graphs` is for the whole loop."""
+    """From the second evaluation of a shape, the same images bit for bit;
+    `enable_cuda_graphs` is for the whole loop.
+    """
     pipe = latent_pipeline()
 
     def draw():
@@ -154,8 +156,8 @@ def test_guidance_scale_is_one_plus_the_papers(monkeypatch):
     """guidance_scale 1 runs the conditional branch alone; 1.4 is cond + 0.4 (cond - uncond)."""
     pipe = latent_pipeline()
     x = torch.randn(1, 4, 8, 8, generator=seeded())
-    plain, guided = (pipe(class_labels=5, latents=x, num_inference_steps=1, guidance_scale=s, output_type="latent").images
-                     for s in (1.0, 1.4))  # fmt: skip
+    how = {"class_labels": 5, "latents": x, "num_inference_steps": 1, "output_type": "latent"}
+    plain, guided = (pipe(**how, guidance_scale=s).images for s in (1.0, 1.4))
     stage = pipe.scheduler.sampler(1).stages[0]
     t = torch.tensor([stage.time], dtype=torch.float32)
     with torch.no_grad():
@@ -283,7 +285,7 @@ def test_text_models_take_prompts_and_keep_their_encoder(tmp_path):
         pipe(prompt=3)
     with pytest.raises(ValueError, match="prompt: expected it or prompt_embeds, got both"):
         pipe("a", prompt_embeds=torch.zeros(1, 8, 16))
-    with pytest.raises(ValueError, match="negative_prompt: expected one, or one a prompt, 1, got 2"):
+    with pytest.raises(ValueError, match="negative_prompt: expected one, or one per prompt, 1, got 2"):
         pipe("a", negative_prompt=["a", "b"])
     with pytest.raises(ValueError, match="prompt: expected at least one, as text, got none"):
         pipe(prompt=[])
@@ -347,7 +349,9 @@ def published_parameters(cfg: Config) -> dict[str, tuple[int, ...]]:
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_each_published_checkpoint_becomes_a_folder_and_comes_back(name, tmp_path, capsys):
-    """Names and shapes at full size; every value, narrow: .pth -> folder -> .pth, and the folder knows how to sample."""
+    """Names and shapes at full size; every value, narrow: .pth -> folder -> .pth,
+    and the folder knows how to sample.
+    """
     cfg = load_config(CONFIGS / f"{name}.yaml")
     with torch.device("meta"):
         full = UViTModel(**cfg.model.model_dump()).state_dict()
@@ -409,10 +413,10 @@ def test_unconditional_models_take_a_number_of_images():
         ({"class_labels": [1], "guidance_interval": (0.6, 0.2)}, "expected 0 <= first <= last <= 1"),
         ({"class_labels": [1], "num_inference_steps": 2.5}, "num_inference_steps: expected a whole number, got 2.5"),
         ({"class_labels": [1], "num_images": 0}, "num_images: expected at least 1, got 0"),
-        ({"class_labels": [1, 2], "num_images": 3}, "num_images: expected one image a label or prompt, 2, got 3"),
+        ({"class_labels": [1, 2], "num_images": 3}, "num_images: expected one image per label or prompt, 2, got 3"),
         ({"class_labels": "cat"}, "expected whole numbers, such as 207,360, since no names are known, got 'cat'"),
         ({"class_labels": [1.5]}, "class_labels: expected a whole number, got 1.5"),
-        ({"class_labels": [1, 2], "generator": [seeded()]}, "generator: expected one, or one a sample, 2, got 1"),
+        ({"class_labels": [1, 2], "generator": [seeded()]}, "generator: expected one, or one per sample, 2, got 1"),
         ({"class_labels": [1], "guidance_scale": float("nan")}, "expected at least 1 .no guidance., got nan"),
         ({"class_labels": [1], "output_type": "jpeg"}, "expected pil, np, pt or latent"),
         ({"class_labels": [1], "height": 512}, "height: the model makes images of 16 x 16; expected 16, got 512"),

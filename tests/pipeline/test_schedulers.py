@@ -195,7 +195,9 @@ def test_a_flow_refuses_schedulers_of_other_processes():
 
 
 def test_a_flows_pipeline_keeps_its_prediction_and_shift(tmp_path):
-    """In the folder's files, also with a scheduler of diffusers in the place of ours; `convert` and `sample` read them there."""
+    """In the folder's files, also with a scheduler of diffusers in the place of ours; `convert` and `sample` read them
+    there.
+    """
     pipe = latent_pipeline("h2_256", "diffusion.schedule=flow", "sample.sampler=heun", "sample.shift=3.0")
     call = {"num_inference_steps": 5, "output_type": "latent"}
     ours = pipe([3], generator=seeded(), **call).images

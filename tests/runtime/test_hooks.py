@@ -1,4 +1,6 @@
-"""A network whose modules were changed from outside computes what was asked for: hooks, wrapped, quantised and exchanged layers."""
+"""A network whose modules were changed from outside computes what was asked for: hooks, wrapped, quantised and
+exchanged layers.
+"""
 
 import pytest
 import torch

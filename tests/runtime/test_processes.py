@@ -36,19 +36,25 @@ def test_ranks_wait_for_what_the_first_does_alone():
     assert tiny.launch(waits_for_the_first, ranks=2) == "rank 0's"
 
 
-RANK = "import signal, time; from uvit_fast.runtime.processes import follow_launcher; follow_launcher(); print('up', flush=True); time.sleep(60)"
+RANK = (
+    "import signal, time; from uvit_fast.runtime.processes import follow_launcher; "
+    "follow_launcher(); print('up', flush=True); time.sleep(60)"
+)
 
 
 @pytest.mark.parametrize("killed", [0, 1], ids=["outer", "inner"])
 def test_a_rank_ends_with_its_launcher(killed, tmp_path):
-    """With deepspeed's first process, which nobody watches, and with its second, which started the rank: a file of each name."""
+    """With deepspeed's first process, which nobody watches, and with its second, which started the rank: a file of each
+    name.
+    """
     (tmp_path / "rank.py").write_text(RANK)
     inner = f"import subprocess, sys; subprocess.run([sys.executable, {str(tmp_path / 'rank.py')!r}])"
     for name, code in (
         ("deepspeed.launcher.launch", inner),
         (
             "deepspeed",
-            f"import subprocess, sys; subprocess.run([sys.executable, {str(tmp_path / 'deepspeed.launcher.launch')!r}])",
+            "import subprocess, sys; "
+            f"subprocess.run([sys.executable, {str(tmp_path / 'deepspeed.launcher.launch')!r}])",
         ),
     ):
         (tmp_path / name).write_text(code)

@@ -1,4 +1,6 @@
-"""Captured sampling gives what the plain loop gives, whatever changes between two calls; on a stand-in for CUDA graphs."""
+"""Captured sampling gives what the plain loop gives, whatever changes between two calls;
+on a stand-in for CUDA graphs.
+"""
 
 import warnings
 from functools import partial
@@ -259,7 +261,7 @@ def test_noise_of_a_captured_sde_depends_on_seed_and_index_only(net):
         ({"scale": 0.4, "condition": {"y": torch.zeros(2, dtype=torch.long)}}, "expected a null value for y"),
         (
             {"condition": {"y": torch.zeros(3, dtype=torch.long)}},
-            r"condition.y: expected 2 rows, one a sample, got \(3,\)",
+            r"condition.y: expected 2 rows, one per sample, got \(3,\)",
         ),
         (
             {"scale": 0.4, "condition": {"y": torch.zeros(2).long()}, "null": {"y": NULL}, "interval": (0.5, 0.2)},

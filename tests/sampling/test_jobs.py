@@ -63,7 +63,9 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def killed_again_and_again(folder: Path, name: str) -> list[tuple[bool, list[str]]]:
-    """Of each job that came through twenty kills: whether it drew what one does that nobody disturbs, and what it left."""
+    """Of each job that came through twenty kills: whether it drew what one does that nobody disturbs,
+    and what it left.
+    """
     rng, kills, whole, out, ends = random.Random(0), 0, folder / "whole" / name, folder / name, []
     whole.parent.mkdir()
     in_a_copy(work, whole)

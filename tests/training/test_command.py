@@ -124,7 +124,9 @@ def as_rank_1(argv):
 
 
 def test_in_a_folder_that_is_taken_the_rank_that_speaks_ends_first(tmp_path):
-    """Before the ranks meet: those of the run that goes on may hold the port. A launcher would end the speaker with a silent rank."""
+    """Before the ranks meet: those of the run that goes on may hold the port. A launcher would end the speaker with a
+    silent rank.
+    """
     claim = Claim(tmp_path / "run")
     code, lines, waits = tiny.launch(as_rank_1, arguments(tmp_path / "run"))
     claim.release()

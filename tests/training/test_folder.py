@@ -20,7 +20,8 @@ from uvit_fast.training.folder import run_states, summary
 def test_a_folder_has_one_trainer(tmp_path):
     """Another process is refused, with the holder's name, and gets it once the first lets go."""
     claim = Claim(tmp_path)
-    words = rf"another process trains here, pid {os.getpid()} on {re.escape(platform.node())}, since 20\d\d-.*; --run-dir takes"
+    node = re.escape(platform.node())
+    words = rf"another process trains here, pid {os.getpid()} on {node}, since 20\d\d-.*; --run-dir takes"
     assert re.search(words, tiny.launch(refusal, tmp_path))
     claim.release()
     assert tiny.launch(refusal, tmp_path) == ""
@@ -115,7 +116,9 @@ def continued_with(run_dir, *lists) -> list[str]:
 
 
 def test_classes_belong_to_the_run(tmp_path):
-    """Another list would give labels another meaning; a run from before lists were kept takes the first that it meets."""
+    """Another list would give labels another meaning;
+    a run from before lists were kept takes the first that it meets.
+    """
     old, known, moved = (), ("ant", "bee", "cat"), ("bee", "cat", "dog")
     (refusal,) = tiny.launch(continued_with, tmp_path / "run", old, known, known, moved)
     assert "removed ant; added dog; label 0 was ant, now bee" in refusal and "--run-dir" in refusal

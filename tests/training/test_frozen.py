@@ -49,7 +49,9 @@ WAYS = [
 
 @pytest.mark.parametrize("ranks, settings", WAYS, ids=str)
 def test_they_stay_through_training_and_resuming_while_the_others_learn(ranks, settings, tmp_path):
-    """As a loop in plain PyTorch has them, whose optimizer gets no other; in bf16 they move, and what is frozen is fp32."""
+    """As a loop in plain PyTorch has them, whose optimizer gets no other; in bf16 they move, and what is frozen is
+    fp32.
+    """
     cfg = config(**settings)
     model, learn = tiny.TinyModel(), learning(cfg.train.trainable)
     freeze(model, cfg.train.trainable)

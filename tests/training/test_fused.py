@@ -1,4 +1,6 @@
-"""The fused ops under the training engine: their kernels run in triton's interpreter, on partitions and with recomputation."""
+"""The fused ops under the training engine: their kernels run in triton's interpreter, on partitions and with
+recomputation.
+"""
 
 import pytest
 import torch
@@ -17,7 +19,9 @@ def config(policy: str, stage: int, kernels: str):
 
 @pytest.mark.interpreter
 def test_fused_blocks_follow_plain_ones(tmp_path):
-    """ZeRO-3 takes the weights away between the blocks; selective computes some ops again and takes others from its store."""
+    """ZeRO-3 takes the weights away between the blocks; selective computes some ops again and takes others from its
+    store.
+    """
     plain = tiny.launch(test_uvit.train, tmp_path / "plain", config("none", 1, "reference"))
     fused = tiny.launch(test_uvit.train, tmp_path / "fused", config("selective", 3, "fused"))
     assert fused == pytest.approx(plain, rel=1e-5)

@@ -20,7 +20,8 @@ from uvit_fast.training.monitor import Reading
 
 
 def poisoned(run_dir, cfg, bad_steps, late_rank=None):
-    """Train with a loss that is not a number in some steps; the weights before and after the first of them, and the rows.
+    """Train with a loss that is not a number in some steps; the weights before and after the first of them, and the
+    rows.
 
     On `late_rank` scalars arrive when they are waited for, as they may on a device.
     """

@@ -150,7 +150,9 @@ def test_mistakes_are_one_line(published, tmp_path):
 
 
 def test_what_was_otherwise_is_said(tmp_path):
-    """Beside a run's weights stands how they were trained: heads are in no shape, and a label may mean another thing."""
+    """Beside a run's weights stands how they were trained: heads are in no shape,
+    and a label may mean another thing.
+    """
     cfg = tiny.config()
     folder = tmp_path / "run" / "checkpoints"
     known = Provenance(("ant", "bee", "cat"))
@@ -182,7 +184,9 @@ def test_a_pipelines_folder_is_taken(tmp_path):
 
 
 def trained(run_dir, cfg, fresh=False):
-    """Weights and averages at the beginning and at the end, the first step, what Adam has counted, and the first loss."""
+    """Weights and averages at the beginning and at the end, the first step, what Adam has counted,
+    and the first loss.
+    """
     run = Trainer(cfg, build_model(cfg), build_objective(cfg), tiny.Points(), run_dir, fresh=fresh)
     first = [run.engine.weights(flat) for flat in (run.engine.partition, run.engine.ema.values)]
     begin = run.step, run.samples, run.engine.adam_step

@@ -23,6 +23,8 @@ def rows_of_one_and_of_many():
 
 
 def test_a_loss_does_not_depend_on_the_row_it_is_logged_in():
-    """Or a continued run's would differ in their last bits; with two ranks there is one order to add in, with four there are more."""
+    """Or a continued run's would differ in their last bits; with two ranks there is one order to add in, with four
+    there are more.
+    """
     single, together = tiny.launch(rows_of_one_and_of_many, ranks=4)
     assert torch.equal(single, together)

@@ -48,7 +48,9 @@ def test_resume_is_exact(whole, tmp_path):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_two_ranks_follow_one_process(stage, whole, tmp_path):
-    """Losses, weights and averages under each ZeRO stage; every parameter's size is odd, so that partitions are padded."""
+    """Losses, weights and averages under each ZeRO stage; every parameter's size is odd,
+    so that partitions are padded.
+    """
     sharded = tiny.launch(tiny.train, tmp_path, config(zero_stage=stage), ranks=2)
     assert sharded["losses"] == pytest.approx(whole["losses"], rel=1e-5)
     for name, weight in whole["weights"].items():
@@ -69,7 +71,9 @@ def test_an_offloaded_optimizer_follows_one_process_and_resumes(stage, whole, tm
 
 
 def test_resume_on_other_ranks_and_stage(whole, tmp_path):
-    """Two ranks under ZeRO-3, then one under ZeRO-2, then four under ZeRO-3: still the same run, though with other micro-batches."""
+    """Two ranks under ZeRO-3, then one under ZeRO-2, then four under ZeRO-3: still the same run, though with other
+    micro-batches.
+    """
     third = STEPS // 3
     tiny.launch(tiny.train, tmp_path, config(iterations=third, zero_stage=3, micro_batch_size=None), ranks=2)
     tiny.launch(tiny.train, tmp_path, config(iterations=2 * third, zero_stage=2, micro_batch_size=None))
@@ -138,8 +142,8 @@ class Answering:
 
 
 def test_the_loss_is_the_error_of_the_predicted_noise():
-    """0 for who predicts it; the noised image and its time are those of u; all drawn in the order that continued runs rely on: for the
-    whole batch of 8, of which the second micro-batch has the last four.
+    """0 for who predicts it; the noised image and its time are those of u; all drawn in the order that continued runs
+    rely on: for the whole batch of 8, of which the second micro-batch has the last four.
     """
     dataset, items = tiny.Points(), [(i, 0) for i in range(8)]
     draws = Draws(torch.Generator().manual_seed(seed_from(0, 5)))
@@ -200,7 +204,9 @@ def test_the_step_is_plain_adamw(whole):
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_clipping_is_by_the_global_norm(stage, tmp_path):
-    """Against the plain loop, at a norm that some gradients exceed and others do not: AdamW would not notice a constant factor."""
+    """Against the plain loop, at a norm that some gradients exceed and others do not: AdamW would not notice a constant
+    factor.
+    """
     clipped = tiny.launch(tiny.train, tmp_path, config(zero_stage=stage, grad_clip=1.5), ranks=2)
     losses, norms, weights = plain_loop(config(), grad_clip=1.5)
     assert min(norms) < 1.3 and max(norms) > 2
@@ -292,7 +298,9 @@ def test_the_run_folder_says_what_ran(whole, tmp_path):
 
 @pytest.mark.parametrize("stage, ranks", [(1, 2), (2, 1), (2, 2), (3, 2)])
 def test_bf16_resumes_exactly_and_keeps_fp32_weights(stage, ranks, tmp_path):
-    """Mixed precision as on a GPU, with accumulated gradients: the masters are saved, not what the model computes with."""
+    """Mixed precision as on a GPU, with accumulated gradients: the masters are saved,
+    not what the model computes with.
+    """
     settings = dict(precision="bf16", zero_stage=stage, micro_batch_size=4, batch_size=16)
     straight = tiny.launch(tiny.train, tmp_path / "straight", config(iterations=8, **settings), ranks=ranks)
     tiny.launch(tiny.train, tmp_path / "halves", config(iterations=4, **settings), ranks=ranks)

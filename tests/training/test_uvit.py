@@ -1,4 +1,6 @@
-"""The real network under the real engine: blocks that read their children's weights, recomputed activations, partitions."""
+"""The real network under the real engine: blocks that read their children's weights, recomputed activations,
+partitions.
+"""
 
 import json
 

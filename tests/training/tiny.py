@@ -1,4 +1,5 @@
-"""A small world for the trainer: a model of a few hundred odd-sized parameters, a schedule, a dataset, and processes to train in.
+"""A small world for the trainer: a model of a few hundred odd-sized parameters, a schedule, a dataset, and processes to
+train in.
 
 Every training run is a process of its own, since DeepSpeed and the process group are global; a fork server that has
 imported everything once starts them in a moment.
@@ -109,7 +110,9 @@ def config(**train: Any) -> Config:
 
 
 def launch(function: Callable[..., Any], *args: Any, ranks: int = 1) -> Any:
-    """Call `function(*args)` in `ranks` processes that form a process group; what rank 0 returns, or an AssertionError."""
+    """Call `function(*args)` in `ranks` processes that form a process group; what rank 0 returns,
+    or an AssertionError.
+    """
     os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")  # before the server starts, for all its children
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -132,7 +135,9 @@ def launch(function: Callable[..., Any], *args: Any, ranks: int = 1) -> Any:
 
 
 def free_port() -> int:
-    """One that nobody listens on, below those that the system gives to outgoing connections: such a one may go before it is used."""
+    """One that nobody listens on, below those that the system gives to outgoing connections: such a one may go before
+    it is used.
+    """
     while True:
         port = random.randrange(20_000, 32_000)
         with contextlib.suppress(OSError), socket.socket() as free:

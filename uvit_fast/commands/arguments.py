@@ -147,10 +147,10 @@ def reference_arguments(group: Any) -> None:
     )
     group.add_argument(
         "--features", choices=["inception", "digits-fid"], default="inception", metavar="NAME",
-        help="inception (default), or digits-fid, which is no FID",
+        help="inception (default), or digits-fid, which is not an FID",
     )  # fmt: skip
     group.add_argument("--inception", metavar="FILE", help="its weights; default: torch.hub's download")
-    group.add_argument("--download", action="store_true", help="fetch these weights where they are missing")
+    group.add_argument("--download", action="store_true", help="download these weights if they are missing")
     group.add_argument("--cache", metavar="DIR", help="of statistics (default ~/.cache/uvit-fast)")
 
 

@@ -9,7 +9,7 @@ from uvit_fast.commands.arguments import checkpoint_arguments, config_of, number
 from uvit_fast.config import ModelConfig
 from uvit_fast.runtime.errors import UserError
 
-HELP = "a plan of cached layers (sample.cache) from some trajectories"
+HELP = "make a plan of cached layers (sample.cache) from trajectories"
 EXAMPLE = "uvit-fast calibrate --checkpoint runs/digits --speedup 1.5 --out plan.yaml"
 
 
@@ -17,7 +17,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
     checkpoint_arguments(command)
     group = command.add_argument_group("plan")
     group.add_argument(
-        "--speedup", type=number, required=True, metavar="X", help="to reach, by multiply-adds, such as 1.5"
+        "--speedup", type=number, required=True, metavar="X", help="to reach, in multiply-adds, such as 1.5"
     )
     group.add_argument("--out", required=True, type=Path, metavar="FILE", help="a new .yaml or .json file")
     group = command.add_argument_group("what it is measured on")

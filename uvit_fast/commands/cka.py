@@ -10,23 +10,23 @@ from uvit_fast.config import Config, ModelConfig
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.files import write_table
 
-HELP = "how alike the representations after the blocks are (CKA)"
+HELP = "compare the representations after the blocks (CKA)"
 EXAMPLE = "uvit-fast cka --checkpoint runs/sweep_digits/base runs/sweep_digits/skip-add --out digits_cka"
 COLUMNS = ["checkpoint", "data", "skip", "block", "other_block", "cka"]
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("networks")
-    group.add_argument("--checkpoint", nargs="+", metavar="PATH", help="run folders or weight files, one a matrix")
+    group.add_argument("--checkpoint", nargs="+", metavar="PATH", help="run folders or weight files, one per matrix")
     group.add_argument("--config", metavar="NAME", help="of weight files, by name or file; run folders have their own")
     set_argument(group, "override, as data.path=data/fashion")
     group = command.add_argument_group("what they see")
     group.add_argument("--time", type=number, default=0.5, metavar="T", help="of the noise, from 0 to 1 (default 0.5)")
-    group.add_argument("--images", type=positive, default=1024, metavar="N", help="of the training (default 1024)")
-    group.add_argument("--batch", type=positive, default=128, metavar="N", help="images a minibatch (default 128)")
+    group.add_argument("--images", type=positive, default=1024, metavar="N", help="as in training (default 1024)")
+    group.add_argument("--batch", type=positive, default=128, metavar="N", help="images per minibatch (default 128)")
     group = command.add_argument_group("output")
     group.add_argument("--out", type=Path, required=True, metavar="NAME", help="writes <NAME>.csv and <NAME>.png")
-    group.add_argument("--draw", action="store_true", help="only draw again what <NAME>.csv holds")
+    group.add_argument("--draw", action="store_true", help="only redraw what <NAME>.csv holds")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from uvit_fast.provenance import RUN_FILE, Provenance
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.files import write_whole
 
-HELP = "a checkpoint as a diffusers pipeline folder, or back as a .pth"
+HELP = "convert a checkpoint to a diffusers folder, or back to a .pth"
 EXAMPLE = "uvit-fast convert --checkpoint runs/digits --out digits.pth"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from uvit_fast.config import Config, config_names, load_config
 
-HELP = "parameters and GFLOPs of configs, beside the paper's"
+HELP = "count parameters and GFLOPs of configs, beside the paper's"
 EXAMPLE = "uvit-fast cost --config h2_256"
 # Millions of parameters, and GFLOPs, where the paper counts one per multiply-add.
 PAPER: dict[str, tuple[float, float | None]] = {

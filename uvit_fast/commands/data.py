@@ -5,7 +5,7 @@ from pathlib import Path
 
 from uvit_fast.commands.arguments import existing
 
-HELP = "fetch a dataset, or check one before a long run"
+HELP = "download a dataset, or check one before a long run"
 EXAMPLE = "uvit-fast data check pictures"
 
 
@@ -14,7 +14,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
     about = "fetch CIFAR-10's python batches"
     action = actions.add_parser("cifar10", help=about, description=about, example="uvit-fast data cifar10 --download")
     group = action.add_argument_group("files")
-    group.add_argument("--download", action="store_true", required=True, help="fetch 170 MB from its authors' site")
+    group.add_argument("--download", action="store_true", required=True, help="download 170 MB from its authors' site")
     group.add_argument("--out", default="data", metavar="DIR", help="gets cifar-10-batches-py (default data)")
     about = "read all of a folder; name each damaged shard, unreadable or unusual image"
     action = actions.add_parser("check", help=about, description=about, example=EXAMPLE)

@@ -19,7 +19,7 @@ from uvit_fast.commands.arguments import (
 from uvit_fast.config import Config, load_config
 from uvit_fast.runtime.errors import UserError
 
-HELP = "FID, sFID, Inception score, precision, recall, KID of samples"
+HELP = "measure FID, sFID, Inception score, precision, recall and KID"
 EXAMPLE = "uvit-fast evaluate --checkpoint runs/digits --num 1797 --reference digits --features digits-fid"
 
 

@@ -8,14 +8,14 @@ from uvit_fast.config import load_config
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.processes import follow_launcher
 
-HELP = "images (and captions) as latents that training reads"
+HELP = "encode images (and captions) as latents for training"
 EXAMPLE = "uvit-fast extract --config h2_256 --images imagenet/train --out latents"
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
     config_arguments(command)
     group = command.add_argument_group("images")
-    group.add_argument("--images", required=True, metavar="DIR", help="one folder a class, where the model has classes")
+    group.add_argument("--images", required=True, metavar="DIR", help="one folder per class, if the model has classes")
     group.add_argument("--captions", metavar="FILE", help="COCO's .json, or a table; default: in --images")
     group.add_argument("--no-mirror", action="store_true", help="leave out the mirror images")
     group.add_argument(
@@ -23,7 +23,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
         choices=["skip", "refuse"],
         default="skip",
         metavar="DO",
-        help="skip (default) or refuse no images",
+        help="skip (default) or refuse unreadable images",
     )
     group.add_argument(
         "--unusual", choices=["convert", "skip", "refuse"], default="convert", metavar="DO",
@@ -41,7 +41,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
         metavar="TYPE",
         help="float16 (default) or float32",
     )
-    group.add_argument("--shard", type=positive, default=4096, metavar="N", help="images a shard (default 4096)")
+    group.add_argument("--shard", type=positive, default=4096, metavar="N", help="images per shard (default 4096)")
     group.add_argument("--batch", type=positive, default=32, metavar="N", help="images at a time (default 32)")
     group.add_argument("--workers", type=positive, default=4, metavar="N", help="threads that decode (default 4)")
     command.set_defaults(goes_on="continues")

@@ -1,4 +1,4 @@
-"""`uvit-fast front`: quality against time of one checkpoint, over ways to sample from it, and the best of them."""
+"""`uvit-fast front`: quality against time of one checkpoint, over samplers and settings, and the best of them."""
 
 import argparse
 import hashlib
@@ -26,7 +26,7 @@ from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.files import write_whole
 from uvit_fast.runtime.text import shown
 
-HELP = "measure quality against time of ways to sample"
+HELP = "measure quality against time, over samplers and settings"
 EXAMPLE = "uvit-fast front --checkpoint runs/digits --reference digits --features digits-fid --steps 50,25,12"
 
 
@@ -41,17 +41,17 @@ def arguments(command: argparse.ArgumentParser) -> None:
     group.add_argument("--precisions", metavar="LIST", help="bf16,fp8")
     group.add_argument("--plans", metavar="LIST", help="cached layers, as none,outer:2,plan.yaml")
     group = command.add_argument_group("how, and where to")
-    group.add_argument("--num", type=positive, default=10_000, metavar="N", help="samples a point (default 10000)")
-    group.add_argument("--seeds", type=positive, default=1, metavar="N", help="measure so often (default 1)")
+    group.add_argument("--num", type=positive, default=10_000, metavar="N", help="samples per point (default 10000)")
+    group.add_argument("--seeds", type=positive, default=1, metavar="N", help="measurements per point (default 1)")
     group.add_argument("--batch", type=positive, metavar="N", help="images at a time (250 on a GPU, or 50)")
-    group.add_argument("--out", type=Path, metavar="DIR", help="new, or to go on (default runs/front_<name>)")
-    group.add_argument("--draw", action="store_true", help="only draw again what --out holds")
+    group.add_argument("--out", type=Path, metavar="DIR", help="new, or to continue (default runs/front_<name>)")
+    group.add_argument("--draw", action="store_true", help="only redraw what --out holds")
 
 
 def run(args: argparse.Namespace) -> None:
     """Measure every point that is not measured yet, write the table after each, then the picture and the best points.
 
-    The same command goes on where it stopped; other points join those that are there. `torchrun -m -- uvit_fast.cli
+    The same command continues where it stopped; other points join the existing ones. `torchrun -m -- uvit_fast.cli
     front ...` divides the samples of each point among all GPUs of a host.
     """
     cfg = config_of(args.config, args.checkpoint, args.set)
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     from uvit_fast.commands.drawing import pyplot
     from uvit_fast.runtime.processes import World
 
-    pyplot()  # is matplotlib there? Better asked before hours than after
+    pyplot()  # fails now, rather than after hours, if matplotlib is missing
     with World() as world:
         if not args.draw:
             _measure_all(args, cfg, points, out, world)
@@ -73,10 +73,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def grid(args: argparse.Namespace, cfg: Config) -> list[Point]:
-    """Return the points that are asked for, each once, those of one precision together.
+    """Return the requested points, each once, those of one precision together.
 
     Raises:
-        UserError: a value that no config takes.
+        UserError: a value that no config accepts.
     """
     sample = cfg.sample
 
@@ -105,7 +105,7 @@ def grid(args: argparse.Namespace, cfg: Config) -> list[Point]:
     )
     points: dict[Point, None] = {}
     for precision, sampler, steps, scale, inside, cache in itertools.product(*axes):
-        where = inside if scale else (0.0, 1.0)  # without guidance they are one point
+        where = inside if scale else (0.0, 1.0)  # without guidance all intervals are one point
         changed = load_checked(cfg, Point(sampler, steps, scale, where, precision, cache))
         points[Point(sampler, steps, scale, where, precision, changed.sample.cache)] = None
     return list(points)
@@ -136,7 +136,7 @@ def _measure_all(args: argparse.Namespace, cfg: Config, points: list[Point], out
     known = provenance_of(cfg, weights)
     batch = args.batch or (250 if device.type == "cuda" else 50)
     wanted: list[tuple[Point, Config, str, int]] = []
-    left_out: dict[str, list[tuple[Point, str]]] = {}  # what was expected -> which, and why
+    left_out: dict[str, list[tuple[Point, str]]] = {}  # what was expected -> which points, and why
     for point in points:
         try:
             changed = load_checked(cfg, point)
@@ -159,7 +159,7 @@ def _measure_all(args: argparse.Namespace, cfg: Config, points: list[Point], out
             more = f" and {len(others)} more" * bool(others)
             print(f"left out: {first}{more}: {why}", flush=True)
         what = cfg.model_dump(mode="json", include={"model", "diffusion", "latent"})
-        what |= cfg.sample.model_dump(mode="json", include={"spacing", "shift", "fp8_keep"})  # of all points
+        what |= cfg.sample.model_dump(mode="json", include={"spacing", "shift", "fp8_keep"})  # common to all points
         settings = {
             "checkpoint": str(weights.absolute()),
             "bytes": [weights.stat().st_size, weights.stat().st_mtime_ns],
@@ -190,7 +190,7 @@ def _measure_all(args: argparse.Namespace, cfg: Config, points: list[Point], out
     graphs: tuple[Point, GraphSampler] | None = None  # the loop that the seeds of a point share
     for i, (point, changed, contents, of) in enumerate(todo):
         if loaded != point.precision:
-            model = graphs = None  # their memory first
+            model = graphs = None  # frees their memory first
             model, loaded = load_found(changed, weights, device), point.precision
         assert model is not None  # loaded above
         captures = device.type == "cuda" and (graphs is None or graphs[0] != point)
@@ -204,7 +204,7 @@ def _measure_all(args: argparse.Namespace, cfg: Config, points: list[Point], out
         try:
             found = _distance(replace(samples, read=timed), reference, extractor, batch, world)
         except UserError as error:  # samples that are no images
-            if world.size > 1:  # which the others do not know
+            if world.size > 1:  # the others do not know it
                 raise
             print(f"left out: {point}, seed {of}: {error}", flush=True)
             continue
@@ -227,10 +227,10 @@ def _measure_all(args: argparse.Namespace, cfg: Config, points: list[Point], out
 
 
 class _Timed:
-    """A reader of drawn images that takes the time of drawing alone, the median of the batches.
+    """A reader of drawn images that times the drawing alone, as the median over the batches.
 
-    Of a point's first seed on a GPU one batch comes before, which captures the loop. Batches that are not full are not
-    counted where there are full ones.
+    On a GPU, a point's first seed has one more batch before, which captures the loop. Partial batches do not count if
+    there are full ones.
     """
 
     def __init__(self, read: Callable[[list[range]], Iterator], size: tuple[int, int] | None, warm_up: bool):
@@ -252,14 +252,14 @@ class _Timed:
             yield array
 
     def seconds(self) -> float:
-        """Return those of an image; 0 where this process drew none."""
+        """Return the seconds per image; 0 if this process drew none."""
         most = max((size for size, _ in self.batches), default=1)
         took = [seconds for size, seconds in self.batches if size == most]
         return statistics.median(took) / most if took else 0.0
 
 
 def _distance(samples, reference, extractor, batch: int, world) -> float | None:
-    """The Frechet distance alone, on rank 0."""
+    """Return the Fréchet distance alone, on rank 0."""
     from uvit_fast.evaluation.features import extract
     from uvit_fast.evaluation.metrics import frechet_distance
 

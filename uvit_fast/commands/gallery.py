@@ -7,7 +7,7 @@ from pathlib import Path
 from uvit_fast.commands.arguments import config_of, set_argument
 from uvit_fast.runtime.errors import UserError
 
-HELP = "draw from checkpoints in the browser"
+HELP = "sample from checkpoints in the browser"
 EXAMPLE = "uvit-fast gallery --checkpoint runs/s2_fashion"
 
 

@@ -12,7 +12,7 @@ EXAMPLE = "uvit-fast info --config h2_256"
 
 def arguments(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("config")
-    group.add_argument("--config", metavar="NAME", help="report for its model only; default: for all of the package")
+    group.add_argument("--config", metavar="NAME", help="report for its model only; default: for all configs")
 
 
 def run(args: argparse.Namespace) -> None:

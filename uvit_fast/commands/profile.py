@@ -7,7 +7,7 @@ from pathlib import Path
 from uvit_fast.commands.arguments import config_arguments, positive
 from uvit_fast.config import load_config
 
-HELP = "a trace, and the time by kinds of ops, of training and sampling"
+HELP = "trace training and sampling, with the time by kind of op"
 EXAMPLE = "uvit-fast profile --config digits --only training"
 
 
@@ -18,7 +18,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
         "--only", choices=["training", "sampling"], metavar="WHAT", help="training or sampling; default: both"
     )
     group.add_argument(
-        "--batch", type=positive, default=64, metavar="N", help="images a step, and sampled (default 64)"
+        "--batch", type=positive, default=64, metavar="N", help="images per step, and to sample (default 64)"
     )
     group.add_argument("--steps", type=positive, default=3, metavar="N", help="training steps (default 3)")
     group = command.add_argument_group("output")

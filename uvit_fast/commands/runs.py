@@ -7,7 +7,7 @@ from pathlib import Path
 from uvit_fast.commands.arguments import existing
 from uvit_fast.runtime.errors import UserError
 
-HELP = "the training runs of a folder: their state, curves, samples"
+HELP = "list training runs; draw their curves, animate their samples"
 EXAMPLE = "uvit-fast runs runs/digits runs/flow --plot curves.png"
 PICTURES, ANIMATIONS = (".png", ".svg", ".pdf"), (".gif", ".webp")
 

@@ -18,7 +18,7 @@ from uvit_fast.commands.arguments import (
 from uvit_fast.config import Config, find_config
 from uvit_fast.runtime.errors import UserError
 
-HELP = "draw images from a checkpoint"
+HELP = "sample images from a checkpoint"
 EXAMPLE = "uvit-fast sample --checkpoint runs/digits --num 16 --classes 3,7 --out digits"
 
 
@@ -27,14 +27,14 @@ def arguments(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("what is drawn")
     group.add_argument("--num", type=positive, default=16, metavar="N", help="images (default 16)")
     group.add_argument("--classes", metavar="LIST", help="as cat,dog or 207,360 (default: all, evenly)")
-    group.add_argument("--prompt", action="append", metavar="TEXT", help="of a text model; again for more, evenly")
-    group.add_argument("--prompts", metavar="FILE", help="of a text model: one prompt a line")
+    group.add_argument("--prompt", action="append", metavar="TEXT", help="for a text model; repeat for more, evenly")
+    group.add_argument("--prompts", metavar="FILE", help="for a text model: one prompt per line")
     group.add_argument("--clip", metavar="NAME", help="text encoder, folder or hub name; default: the data's")
     group.add_argument(
         "--seed", type=seed, default=0, metavar="N", help="sample i depends on it and i only (default 0)"
     )
     group = command.add_argument_group("how")
-    group.add_argument("--steps", type=positive, metavar="N", help="evaluations a sample; default: the config's")
+    group.add_argument("--steps", type=positive, metavar="N", help="evaluations per sample; default: the config's")
     group.add_argument(
         "--cfg-scale", type=number, metavar="X", help="guidance: 1 + the paper's s; default: the config's"
     )
@@ -45,7 +45,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
         "--out", required=True, metavar="PATH", help="new: a folder of PNGs, .npz (ADM's), .png (a grid)"
     )
     group.add_argument("--format", choices=["png", "npz"], help="default: as --out ends, else png")
-    group.add_argument("--resume", action="store_true", help="go on with an interrupted job, same settings")
+    group.add_argument("--resume", action="store_true", help="continue an interrupted job, with the same settings")
     command.set_defaults(goes_on="with --resume continues")
 
 
@@ -174,12 +174,12 @@ def _prompts(args: argparse.Namespace, cfg: Config) -> list[str] | None:
     try:
         text = Path(args.prompts).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {args.prompts}: expected a text file with one prompt a line ({error})") from None
+        raise UserError(f"--prompts {args.prompts}: expected a text file with one prompt per line ({error})") from None
     prompts = [
         line.strip() for line in text.split("\n") if line.strip()
     ]  # lines may contain other characters at which Unicode breaks lines
     if not prompts:
-        raise UserError(f"--prompts {args.prompts}: expected one prompt a line, got an empty file")
+        raise UserError(f"--prompts {args.prompts}: expected one prompt per line, got an empty file")
     return prompts
 
 

@@ -71,7 +71,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
     )
     group = command.add_argument_group("output")
     group.add_argument("--out", type=Path, metavar="DIR", help="runs, CSVs, plots (default runs/sweep_<name>)")
-    group.add_argument("--draw", action="store_true", help="only draw again what the CSV files in --out hold")
+    group.add_argument("--draw", action="store_true", help="only redraw what the CSV files in --out hold")
     command.set_defaults(goes_on="continues")
 
 

@@ -24,7 +24,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
     config_arguments(command)
     group = command.add_argument_group("run")
     group.add_argument("--run-dir", type=Path, metavar="DIR", help="its folder (default runs/<name of the config>)")
-    group.add_argument("--fresh", action="store_true", help="move an older run in that folder aside and start anew")
+    group.add_argument("--fresh", action="store_true", help="rename an older run in that folder and start anew")
     command.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher passes it to a script
     command.set_defaults(goes_on="continues from the newest checkpoint")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from uvit_fast.commands.arguments import positive
 from uvit_fast.runtime.errors import UserError
 
-HELP = "measure the kernels' choices on this GPU: its tuning table"
+HELP = "measure this GPU's tuning table for the kernels"
 EXAMPLE = "uvit-fast tune --dims 1152"
 
 

@@ -1,5 +1,5 @@
-"""The configuration: `schema.py`, with `networks.py` and `data.py`, defines the keys, `reading.py` reads them from a YAML
-file and `--set`, `finding.py` finds files by name.
+"""The configuration: `schema.py` and its parts define the keys, `reading.py` reads YAML files and `--set`, `finding.py`
+finds files by name.
 """
 
 from uvit_fast.config.data import CLIP, Factor

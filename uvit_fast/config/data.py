@@ -53,9 +53,9 @@ class LatentConfig(Section):
         usable = [n for n in numbers if abs(n) < float("inf") and (n > 0 or not scale)]
         if not usable or len(usable) != len(items):
             kind = (
-                "a positive number, one a channel in brackets, or measured"
+                "a positive number, one per channel in brackets, or measured"
                 if scale
-                else "a number, or one a channel in brackets"
+                else "a number, or one per channel in brackets"
             )
             raise ValueError(f"expected {kind}, got {shown(value)}")
         return numbers if items is value else numbers[0]

@@ -97,7 +97,7 @@ def scaling_of(cfg: Config, known: Provenance = UNKNOWN, vae: Any = None) -> Sca
         values[name] = next((v for v in (value, learned.get(name), own.get(name)) if v is not None), None)
     if values["scale_factor"] is None:
         raise UserError(
-            "latent.scale_factor: expected a number, or one a channel, since nothing beside the weights of "
+            "latent.scale_factor: expected a number, or one per channel, since nothing beside the weights of "
             f"{cfg.name} says it"
         )
     return Scaling(*(tuple(v) if isinstance(v, list | tuple) else v or 0.0 for v in values.values()))

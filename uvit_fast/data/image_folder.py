@@ -38,7 +38,7 @@ class ImageFolder(Indexed):
         skip_unreadable: bool = False,
         background: tuple[int, int, int] = WHITE,
     ):
-        folder = require_folder(path, "images" + (", one folder a class" if labelled else ""))
+        folder = require_folder(path, "images" + (", one folder per class" if labelled else ""))
         try:
             listing = list_images(folder, labelled)
         except UserError as error:

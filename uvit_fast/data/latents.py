@@ -113,7 +113,7 @@ class Latents(Indexed):
         asked: dict[str, Any] = {"scale_factor": scale, "shift_factor": shift}
         for name, value in asked.items():
             if None not in (value, told[name]) and value != told[name]:
-                before, now = ("one a channel" if isinstance(v, tuple) else v for v in (told[name], value))
+                before, now = ("one per channel" if isinstance(v, tuple) else v for v in (told[name], value))
                 warnings.warn(
                     f"{self.folder}: extracted for {name} {before}; latent.{name} {now} is used", stacklevel=4
                 )

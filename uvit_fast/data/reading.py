@@ -272,7 +272,7 @@ def list_images(folder: Path, labelled: bool) -> Listing:
         raise UserError(f"{shown(str(folder))}: no images; expected files ending in {usual}; got {found}")
     if labelled and (loose := [path for path in files if "/" not in path]):
         raise UserError(
-            f"{shown(str(folder))}: expected one folder a class, got images that lie in none: {_some(loose)}"
+            f"{shown(str(folder))}: expected one folder per class, got images that lie in none: {_some(loose)}"
         )
     if not labelled:
         return Listing(folder, files, None, [], left_out, in_order(twice))

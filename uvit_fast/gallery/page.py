@@ -132,7 +132,7 @@ def build(session: Session) -> "gr.Blocks":
                 )
                 with gr.Row():
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53 - 1, elem_id="seed")
-                    num = gr.Number(1, label="Pictures a class", precision=0, minimum=1, maximum=MOST, elem_id="num")
+                    num = gr.Number(1, label="Pictures per class", precision=0, minimum=1, maximum=MOST, elem_id="num")
                 another = gr.Button("Another seed", size="sm")
                 file = gr.UploadButton(
                     "Load a saved picture", type="binary", file_types=[".png"], size="sm", elem_id="load"

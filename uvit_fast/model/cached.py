@@ -1,8 +1,8 @@
-"""A U-ViT's blocks where some of their attentions and MLPs reuse the output that they had at an earlier evaluation.
+"""A U-ViT's blocks with attentions and MLPs that may reuse their output from an earlier evaluation.
 
 What is kept is what the sublayer added to the residual stream, `after - before`: the fused ops add it themselves, and
-an evaluation with a cache computes what one without computes, bit for bit. The subtraction is one pass over the
-stream, at evaluations that are reused later only; an evaluation that reuses adds it and launches nothing else of the
+an evaluation with a cache computes what one without computes, bit for bit. The subtraction is one pass over the stream,
+only in evaluations that are reused later; an evaluation that reuses an output adds it and launches nothing else of the
 sublayer.
 """
 
@@ -28,31 +28,32 @@ class Cache(Protocol):
     """What one evaluation reuses and keeps, by the names of `sublayers`."""
 
     def find(self, name: str, rows: int) -> Tensor | None:
-        """Return the output to reuse, (rows, L, D); None: compute."""
+        """Return the output to reuse, (rows, L, D), or None if it must be computed."""
 
     def wants(self, name: str) -> bool:
-        """Return whether to keep what is computed."""
+        """Return whether to keep an output that is computed."""
 
     def leave(self, name: str, before: Tensor, after: Tensor) -> None:
-        """Keep what lies between the stream before and after a sublayer."""
+        """Keep the difference of the stream after and before a sublayer."""
 
 
 def block_names(depth: int) -> list[str]:
-    """Return the blocks of a U-ViT of the paper's `depth` in their order, as its parameters call them."""
+    """Return the blocks of a U-ViT of the paper's `depth` in execution order, named as its parameters."""
     half = range(depth // 2)
     return [*(f"in_blocks.{i}" for i in half), "mid_block", *(f"out_blocks.{i}" for i in half)]
 
 
 def sublayers(depth: int) -> list[str]:
-    """Return what a plan may name, in its order: "in_blocks.0.attn", "in_blocks.0.mlp", ..."""
+    """Return the names that a plan may use, in execution order: "in_blocks.0.attn", "in_blocks.0.mlp", ..."""
     return [f"{block}.{part}" for block in block_names(depth) for part in ("attn", "mlp")]
 
 
 def through(net: UViT, cache: Cache) -> Through:
-    """Return what takes a stream through a block of `net`, (block, x, skip, sums) -> x, sums, as `cache` says.
+    """Return the function that takes a stream through a block of `net`, (block, x, skip, sums) -> x, sums, using
+    `cache`.
 
     Raises:
-        UserError: gradients are wanted, as with checkpointing; torch.compile; a network with hooks or adapters.
+        UserError: with gradients, as in checkpointing; under torch.compile; for a network with hooks or adapters.
     """
     why = None
     if any(module.__dict__.get("_compiled_call_impl") for module in (net, *net.blocks)):

@@ -1,8 +1,8 @@
-"""A U-ViT whose blocks' products are of e4m3 operands: sampling in FP8 on compute capability 9.0.
+"""A U-ViT whose blocks' products have e4m3 operands: sampling in FP8 on compute capability 9.0.
 
-The first and the last layers, LayerNorm's statistics, softmax and the residual stream stay in bf16 and fp32, and so do
-the parts of blocks that are asked for. The weights are derived once from the network's, which never change: its
-checkpoint stays the published one.
+The first and last layers, LayerNorm's statistics, softmax and the residual stream stay in bf16 and fp32, and so do the
+requested parts of blocks. The weights are derived once from the network's, which never change: its checkpoint stays the
+published one.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,8 +24,8 @@ from uvit_fast.runtime.hooks import hooked, hooked_everywhere
 
 
 def parts(depth: int) -> list[str]:
-    """Return what may stay in bf16, in its order: each block's attention and MLP, and the linear layer over the long
-    skip before them: "in_blocks.0.attn", ..., "out_blocks.0.skip_linear", "out_blocks.0.attn", ...
+    """Return the parts that may stay in bf16, in order: each block's attention and MLP, and the linear layer over the
+    long skip before them: "in_blocks.0.attn", ..., "out_blocks.0.skip_linear", "out_blocks.0.attn", ...
     """
     return [
         f"{block}.{part}"
@@ -36,16 +36,16 @@ def parts(depth: int) -> list[str]:
 
 
 def check(model: Any, device: torch.device | None, keep: Sequence[str] = FP8_KEEP) -> None:
-    """Refuse what the kernels are not for.
+    """Refuse what the kernels do not support.
 
     Args:
-        model: a UViT, or what it is made of by name.
+        model: a UViT, or its settings by name.
         device: that runs it; None: any, by `fp8_block.REFERENCE`.
         keep: see `Fp8UViT`.
 
     Raises:
-        UserError: another device than of compute capability 9.0, or widths or a number of tokens that no kernel takes; a
-            name in `keep` that fits no part.
+        UserError: a device not of compute capability 9.0, widths or a number of tokens without a kernel, or a name in
+            `keep` that matches no part.
     """
     widths = (model.embed_dim, model.num_heads, int(model.embed_dim * model.mlp_ratio))
     reason = fp8_block.unfit(*widths) if device is None else fp8_block.why_not(*widths, device)
@@ -66,15 +66,16 @@ def _kept(depth: int, keep: Sequence[str]) -> frozenset[str]:
 
 
 class Fp8UViT(nn.Module):
-    """The noise prediction network eps(x_t, t, c) of a trained one, called as that is; without gradients.
+    """The noise prediction network eps(x_t, t, c) derived from a trained one, and called like it; without gradients.
 
     Args:
         net: in bf16, on the device that will run it.
-        by: who computes the e4m3 products: the kernels, or to compare with them `fp8_block.REFERENCE`, anywhere.
-        keep: names or patterns of `parts` that stay in bf16; a block's name is all of it, "out_blocks.-1" the last one.
+        by: what computes the e4m3 products: the kernels, or, for comparison, `fp8_block.REFERENCE`, anywhere.
+        keep: names or patterns of `parts` that stay in bf16; a block's name means all of it, "out_blocks.-1" the last
+            one.
 
     Raises:
-        UserError: as `check`; a network of another dtype, or with a block that was changed (hooks, LoRA, ...).
+        UserError: as `check`; a network of another dtype, or with a changed block (hooks, LoRA, ...).
     """
 
     def __init__(self, net: UViT, by: fp8_block.Arithmetic = fp8_block.KERNELS, keep: Sequence[str] = FP8_KEEP):
@@ -88,7 +89,7 @@ class Fp8UViT(nn.Module):
         self.layers = [_derived(name, block, kept) for name, block in zip(self.names, net.blocks)]
 
     def fixed_weights(self) -> AbstractContextManager[None]:
-        """As `UViT.fixed_weights`: what is derived of the layers in bf16 is derived once."""
+        """As `UViT.fixed_weights`: what is derived from the layers in bf16 is derived once."""
         return self.net.fixed_weights()
 
     @torch.no_grad()
@@ -99,8 +100,8 @@ class Fp8UViT(nn.Module):
         net, last = self.net, len(self.layers) - 1
         tokens = net.tokens(x, t, y, context)  # (B, L, D)
         shape = tokens.shape
-        h = Stream(tokens.reshape(-1, shape[2]))  # (B * L, D), as all of the stream
-        skips: list[Tensor] = []  # of the first half, each as its reader takes it
+        h = Stream(tokens.reshape(-1, shape[2]))  # (B * L, D), as everything in the stream
+        skips: list[Tensor] = []  # of the first half, each in the form that its reader takes
         for i, (block, layers) in enumerate(zip(net.blocks, self.layers)):
             if block.skip_linear is not None:
                 h = self._joined(h, skips.pop(), block, layers, shape)
@@ -119,7 +120,7 @@ class Fp8UViT(nn.Module):
         return net.noise(h.wide.view(shape), h.sums).to(x.dtype)
 
     def _reader(self, i: int) -> Layers | None:
-        """The layers of the block that block i's output goes to by a long skip; None where there is none."""
+        """Return the layers of the block that receives block i's output by a long skip, or None."""
         far = len(self.layers) - 1 - i
         return self.layers[far] if i < far and self.net.blocks[far].skip_linear is not None else None
 
@@ -157,7 +158,7 @@ class Fp8UViT(nn.Module):
     def _cached(
         self, name: str, h: Stream, cache: Cache | None, shape: torch.Size, compute: Callable[[Stream], Stream]
     ) -> Stream:
-        """Return h with a sublayer's output, which `compute` adds, or the one of another evaluation (`model.cached`).
+        """Return h with a sublayer's output, which `compute` adds, or that of another evaluation (`model.cached`).
 
         Args:
             shape: (B, L, D), as outputs are kept.
@@ -173,7 +174,7 @@ class Fp8UViT(nn.Module):
 
 
 def _stream(by_block: tuple[Tensor, Tensor | None]) -> Stream:
-    """What a part in bf16 left: the stream (B, L, D) and its sums."""
+    """Return the stream after a part in bf16: (B, L, D) and its sums."""
     wide, sums = by_block
     return Stream(wide.reshape(-1, wide.shape[-1]), None, sums)
 
@@ -182,7 +183,8 @@ def _derived(name: str, block: Block, kept: frozenset[str]) -> Layers:
     skip, attention, proj, rest = block._layers()
     if not (attention and rest and (skip or block.skip_linear is None)):
         raise UserError(
-            f"sample.precision=fp8: {name} was changed (hooks, LoRA, ...), which the kernels would not call; expected bf16"
+            f"sample.precision=fp8: {name} was changed (hooks, LoRA, ...), which the kernels would not call; "
+            "expected bf16"
         )
     layers = fp8_block.derive(*attention, proj, *rest, skip, heads=block.attn.num_heads)
     for part, fields in (("skip_linear", ("skip",)), ("attn", ("qkv", "proj")), ("mlp", ("fc1", "fc2"))):

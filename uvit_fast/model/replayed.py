@@ -1,9 +1,9 @@
-"""The plain call, model(x, t, y): without gradients, forward is captured as a CUDA graph once a shape and then replayed, bit for bit the
-same, with nothing for the user to do.
+"""The plain call, model(x, t, y): without gradients, forward is captured as a CUDA graph once per shape and then
+replayed, bit for bit the same, with nothing for the user to do.
 
-A call replays, lets the GPU work, and meanwhile compares the network with what was captured: modules, their settings, hooks, and where
-the weights lie. Where something differs, the result is dropped and the call runs as it is written. Weights that change in place are
-read where they are, and what is derived from them is derived in the graph.
+A call replays, lets the GPU work, and meanwhile compares the network with what was captured: modules, their settings,
+hooks, and where the weights lie. If anything differs, the result is dropped and the call runs as written. Weights that
+change in place are read where they are, and what is derived from them is derived in the graph.
 """
 
 import functools

@@ -68,7 +68,7 @@ def _text_condition(
         negative_prompt = ""
     null = _features(pipe, "negative_prompt", negative_prompt, negative_prompt_embeds)
     if len(null) not in (1, len(context)):
-        raise ValueError(f"negative_prompt: expected one, or one a prompt, {len(context)}, got {len(null)}")
+        raise ValueError(f"negative_prompt: expected one, or one per prompt, {len(context)}, got {len(null)}")
     return {"context": context}, {"context": null if len(null) > 1 else null[0]}
 
 

@@ -299,12 +299,12 @@ class UViTPipeline(DiffusionPipeline):
             raise ValueError(f"guidance_scale: the model has no null condition; expected 1 (no guidance), got {1 + s}")
         given = len(next(iter(condition.values()))) if condition else num_images
         if num_images not in (1, given):
-            raise ValueError(f"num_images: expected one image a label or prompt, {given}, got {num_images}")
+            raise ValueError(f"num_images: expected one image per label or prompt, {given}, got {num_images}")
         batch = given * each
         condition = {name: value.repeat_interleave(each, 0) for name, value in condition.items()}
         null = {n: v.repeat_interleave(each, 0) if of_each(v) else v for n, v in null.items()}
         if isinstance(generator, list) and len(generator) != batch:
-            raise ValueError(f"generator: expected one, or one a sample, {batch}, got {len(generator)}")
+            raise ValueError(f"generator: expected one, or one per sample, {batch}, got {len(generator)}")
         net = self.model
         shape = (batch, net.in_chans, net.img_size, net.img_size)
         if latents is not None and latents.shape != shape:

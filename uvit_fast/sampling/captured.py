@@ -147,7 +147,7 @@ class GraphSampler:
                 inputs[f"null.{name}"] = torch.as_tensor(null[name], dtype=value.dtype).expand(value.shape[1:])
         for name, value in inputs.items():
             if _batched(name) and len(value) != len(x_T):
-                raise ValueError(f"{name}: expected {len(x_T)} rows, one a sample, got {tuple(value.shape)}")
+                raise ValueError(f"{name}: expected {len(x_T)} rows, one per sample, got {tuple(value.shape)}")
         return {name: value.to(x_T.device, non_blocking=True) for name, value in inputs.items()}
 
     def _find(self, sampler: Sampler, inputs: Inputs, interval: tuple[float, float]) -> _Capture | None:

@@ -207,6 +207,6 @@ def _state(run_dir: Path) -> RunState | None:
     state = "no checkpoint" if newest is None else "finished" if newest >= steps else "stopped"
     state = "running" if holder(run_dir) else state
     return RunState(
-        _name(run_dir), state, step if isinstance(step := last.get("step"), int) else 0, steps, last.get("loss"), last.get("images_per_second"),
-        newest, commit if isinstance(commit, str) else None, time.time() - touched,
+        _name(run_dir), state, step if isinstance(step := last.get("step"), int) else 0, steps, last.get("loss"),
+        last.get("images_per_second"), newest, commit if isinstance(commit, str) else None, time.time() - touched,
     )  # fmt: skip
