@@ -1,6 +1,7 @@
 """What is made once per stretch of work, such as a sampling loop, and kept until its end."""
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -35,15 +36,17 @@ def kept() -> dict[tuple, Any] | None:
 def met(weight: Tensor) -> bool:
     """Return whether the stretch that is open has come across these weights before: whatever wrote them has ended.
 
-    Never so without a stretch, or in one that keeps nothing: there they may be being written.
+    Never so without a stretch, or in one that keeps nothing: there they may be being written. Nor of a tensor that is
+    made anew each time, where another was.
     """
     known = kept()
     if known is None:
         return False
+    whole = weight if weight._base is None else weight._base
     key = ("met", weight.device, weight.data_ptr())
-    found = key in known
-    known[key] = True
-    return found
+    before = known.get(key)
+    known[key] = weakref.ref(whole)
+    return before is not None and before() is whole
 
 
 def counters(device: torch.device, count: int) -> Tensor:

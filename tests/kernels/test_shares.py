@@ -51,7 +51,8 @@ def test_weights_are_known_to_a_stretch_from_their_second_use_on():
     a, b = torch.empty(2), torch.empty(2)
     assert not once.met(a) and not once.met(a)
     with once.stretch({}):
-        assert [once.met(t) for t in (a, b, a, b)] == [False, False, True, True]
+        assert [once.met(t) for t in (a, b, a.view(1, 2), b)] == [False, False, True, True]
+        assert not any(once.met(a + b) for _ in range(4))  # cast at each call, say, and freed
         with once.stretch(None):
             assert not once.met(a)
     with once.stretch({}):
