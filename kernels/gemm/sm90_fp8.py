@@ -15,6 +15,8 @@ from uvit_fast.kernels.runtime import launch, tuning
 from uvit_fast.kernels.runtime.device import multiprocessors
 from uvit_fast.kernels.runtime.launch import cdiv, descriptor
 
+TILE = ("tokens", "part", "pairs")  # what of a product is tuned
+
 
 def arguments(
     epilogue: str,
@@ -102,7 +104,8 @@ def product(epilogue: str, x: Tensor, layer: Quantised, **more) -> Made:
     tile = FEW
     if cdiv(layer.weight.shape[0], 2 * ROWS) * cdiv(x.shape[0], TOKENS) >= programs:
         case = CASES["two_sources" if more.get("x2") is not None else epilogue]
-        tile = {"part": tuning.choice(x.device, case, x.shape[1])["part"]}
+        chosen = tuning.choice(x.device, case, x.shape[1])
+        tile = {name: chosen[name] for name in TILE}
     args, options, tiles, made = arguments(epilogue, x, layer, **more, **tile)
     launch.run(x.device, gemm_kernel, (min(tiles, programs),), args, options)
     return made

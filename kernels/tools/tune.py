@@ -70,9 +70,9 @@ def candidates(arch: int) -> dict[str, list[dict]]:
             for tokens, stages, part in _HALVES
             for sums in (True, False)
         ]
-        products = {"input_gradient": _OURS, "weight_gradient": _OURS, "few": few} | dict.fromkeys(
-            fp8.CASES.values(), gemm
-        )
+        narrow = _grid(tokens=[256], part=[32, 64], pairs=[1]) + _grid(tokens=[128], part=[32, 64], pairs=[2])
+        products = {"input_gradient": _OURS, "weight_gradient": _OURS, "few": few}
+        products |= dict.fromkeys(fp8.CASES.values(), narrow)
     else:
         gemm = _grid(tile=[[128, 128, 32], [128, 64, 64], [128, 256, 32]], group=[8], warps=[4, 8], stages=[3, 4])
         gelu_backward, products = gemm, {}

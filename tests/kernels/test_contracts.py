@@ -79,7 +79,7 @@ def hopper() -> dict:
     def narrow(epilogue, K, N, few=None, **sources):
         layer = Quantised(meta(N, K + (D if "x2" in sources else 0), dtype=E4M3), fp32(2, N))
         case = fp8.CASES["two_sources" if "x2" in sources else epilogue]
-        tile = few or {"part": choice(table, case, K)["part"]}
+        tile = few or {name: choice(table, case, K)[name] for name in sm90_fp8.TILE}
         args, options, *_ = sm90_fp8.arguments(epilogue, meta(M, K, dtype=E4M3), layer, **sources, **tile)
         return sm90.gemm_kernel, args, options
 
@@ -89,6 +89,7 @@ def hopper() -> dict:
         "fp8_two_sources": ("plain", D, D, {"x2": x8, **both}),
         "fp8_gelu": ("gelu", D, H, {"stats": stats, "wide": False}),
         "fp8_residual": ("residual", H, D, {"side": side, **both}),
+        "fp8_residual_short": ("residual", D, D, {"side": side, **both}),
         "fp8_residual_few": ("residual", H, D, {"side": side, **both, "few": sm90.FEW}),
         "fp8_residual_narrow": ("residual", H, D, {"side": side, "narrow": True, "wide": False}),
     }
