@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import fp8_quality, models
+from benchmarks import fp8_page, fp8_quality, models
 from benchmarks.common import Rows
 from benchmarks.results import Results
 from uvit_fast.config import FP8_KEEP, load_config
@@ -29,7 +29,7 @@ def test_layers_in_e4m3_are_the_ones_that_run(given):
     exact, ours = net(*inputs), fp8_quality.in_fp8(fp8_quality.in_bf16(given.cfg, net))(*inputs)
     for block in net.blocks:
         block.__class__ = models.PublishedBlock
-    with fp8_quality.narrowed(net.blocks, set(fp8_quality.KINDS)):
+    with fp8_quality.narrowed(net.blocks, set(fp8_page.KINDS)):
         emulated = net(*inputs)
     cost = models.difference(emulated, exact)
     assert cost > 0.02 and models.difference(ours, exact) == pytest.approx(cost, rel=0.15)
@@ -43,15 +43,15 @@ def test_a_page_has_the_error_by_time_and_by_layer(given, tmp_path):
     fp8_quality.errors(rows, given)
     rows.write()
     found, name = Results(tmp_path), given.name
-    assert fp8_quality.networks_of(found) == [name] and len(fp8_quality.blocks_of(found, name)) == 3
-    text = fp8_quality.tables(found)
+    assert fp8_page.networks_of(found) == [name] and len(fp8_page.blocks_of(found, name)) == 3
+    text = fp8_page.tables(found)
     assert (
         f"| {name}, FP8 |" in text and "| `skip`: linear layer over the long skip |" in text and "Samples" not in text
     )
-    squares = [fp8_quality.value(found, f"{name}: {kind} alone", "e4m3 in fp32") ** 2 for kind in fp8_quality.KINDS]
-    whole = fp8_quality.value(found, f"{name}: all", "e4m3 in fp32") ** 2
+    squares = [fp8_page.value(found, f"{name}: {kind} alone", "e4m3 in fp32") ** 2 for kind in fp8_page.KINDS]
+    whole = fp8_page.value(found, f"{name}: all", "e4m3 in fp32") ** 2
     assert sum(squares) == pytest.approx(whole, rel=0.3)  # errors of different layers are independent
-    fp8_quality.draw(found, tmp_path / "x.png")
+    fp8_page.draw(found, tmp_path / "x.png")
     assert (tmp_path / "x.png").is_file()
 
 
@@ -72,12 +72,12 @@ def test_samples_are_compared_of_the_same_noise_and_of_other_seeds(tmp_path, mon
     found = Results(tmp_path)
 
     def figure(who, metric, seed=1):
-        return fp8_quality.value(found, f"digits, 0 steps: samples, seed {seed}", who, metric)
+        return fp8_page.value(found, f"digits, 0 steps: samples, seed {seed}", who, metric)
 
     assert 0 < figure("ours-fp8", "pixels from bf16") < 0.2 * figure("ours", "pixels from bf16")
     assert figure("ours-fp8", "digits-fid to bf16") < 0.2 * figure("ours", "digits-fid to bf16")
     assert 0 <= figure("ours", "class_accuracy", 0) <= 1
-    text = fp8_quality.tables(found)
+    text = fp8_page.tables(found)
     both = [figure("ours-fp8", "digits-fid", seed) - figure("ours", "digits-fid", seed) for seed in (0, 1)]
     assert f"| {sum(both) / 2:+.3f} |" in text and "| digits, 0 steps, 40 samples, bf16 |" in text
     assert "\n| FP8, kept in_blocks.0 out_blocks.-1 |" in text
@@ -85,4 +85,4 @@ def test_samples_are_compared_of_the_same_noise_and_of_other_seeds(tmp_path, mon
 
 
 def test_the_page_is_what_the_committed_rows_say():
-    assert fp8_quality.PAGE.read_text() == fp8_quality.page(), "run `python -m benchmarks.fp8_quality`"
+    assert fp8_page.PAGE.read_text() == fp8_page.page(), "run `python -m benchmarks.fp8_quality`"
