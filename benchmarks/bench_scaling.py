@@ -18,8 +18,6 @@ must
           be 0; and continued on fewer GPUs with the same global batch: resume_fewer_difference.
 sampling  `--samples` images of that network on all GPUs by `uvit-fast sample`, ended half way by a signal and continued
           with --resume: samples_lost and samples_doubled, which must be 0.
-
-`python -m benchmarks.bench_scaling --plot` draws plots/scaling.png from results/scaling.csv.
 """
 
 import argparse
@@ -335,48 +333,6 @@ def run_all(args: argparse.Namespace) -> int:
     return int(bool(wrong))
 
 
-def plot() -> Path:
-    """Plot images/s over those of one GPU, against the number of GPUs; hollow: calculated."""
-    import csv
-
-    from benchmarks.plot import COLOURS, axes
-    from benchmarks.report import PLOTS
-
-    with open(RESULTS / "scaling.csv") as file:
-        rows = [r for r in csv.DictReader(file) if r["metric"] == "speedup" and r["case"].endswith(":block")]
-    figure, ax = axes(5.0, 3.4)
-    most = max(int(row["case"].split(":")[3].removesuffix("gpu")) for row in rows)
-    ax.plot([1, most], [1, most], color="#999999", linewidth=0.8, linestyle="--", label="linear")
-    stages = sorted({row["case"].split(":")[2] for row in rows})
-    for width, stage, colour in zip((4, 2, 1), stages, (COLOURS["ours"], COLOURS["compiled"], COLOURS["cudnn"])):
-        points = [(1, 1.0, "ours")]
-        for row in rows:
-            if f":{stage}:" in row["case"]:
-                points.append((int(row["case"].split(":")[3].removesuffix("gpu")), float(row["p50"]), row["provider"]))
-        points.sort()
-        ax.plot(
-            [p[0] for p in points],
-            [p[1] for p in points],
-            color=colour,
-            linewidth=width,  # curves may lie on each other
-            label=stage.replace("zero", "ZeRO "),
-        )
-        for gpus, value, provider in points:
-            face = "white" if provider == "calculated" else colour
-            ax.plot(gpus, value, "o", color=colour, markerfacecolor=face, markersize=4 + 2 * width)
-    ax.set_xticks(sorted({1, *(int(row["case"].split(":")[3].removesuffix("gpu")) for row in rows)}))
-    ax.set_xlabel("GPUs of one host")
-    ax.set_ylabel("images/s over one GPU's")
-    ax.set_title(
-        f"H/2 training, block checkpointing; hollow: calculated, not measured\n{rows[0]['device']}", fontsize=9
-    )
-    ax.legend(frameon=False, fontsize=8)
-    path = Path(__file__).parent / PLOTS / "scaling.png"
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, default=2)
@@ -395,15 +351,11 @@ def main(argv: list[str] | None = None) -> int:
         "--scratch", help="folder for checkpoints and samples; default: the system's for temporary files"
     )
     parser.add_argument("--out", default=RESULTS, help="folder of scaling.csv")
-    parser.add_argument("--plot", action="store_true", help="draw the picture of scaling.csv instead")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
         worker(args)
-        return 0
-    if args.plot:
-        print(plot())
         return 0
     need_gpu(parser, args.device)
     os.chdir(ROOT)

@@ -1,6 +1,7 @@
 """The report's plots, from the CSV files: `python -m benchmarks.plot` (the extra plot)."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +196,43 @@ def attention(results: Results) -> Any | None:
     )
 
 
-FIGURES = {"sampling": sampling, "training": training, "memory": memory, "ops": ops, "attention": attention}
+def scaling(results: Results) -> Any | None:
+    """Plot images/s over those of one GPU, against the number of GPUs; hollow: calculated."""
+    rows = [r for r in results.rows.get("scaling", []) if r["metric"] == "speedup" and r["case"].endswith(":block")]
+    if not rows:
+        return None
+    figure, ax = axes(5.0, 3.4)
+    points = [  # ZeRO stage, GPUs, speed-up, provider
+        (*re.fullmatch(r"[^:]+:[^:]+:zero(.):(\d+)gpu:block", row["case"]).groups(), row["p50"], row["provider"])
+        for row in rows
+    ]
+    counts = sorted({1, *(int(gpus) for _, gpus, *_ in points)})
+    ax.plot([1, counts[-1]], [1, counts[-1]], color="#999999", linewidth=0.8, linestyle="--", label="linear")
+    stages = sorted({p[0] for p in points})
+    for width, stage, name in zip((4, 2, 1), stages, ("ours", "compiled", "cudnn")):  # curves may lie on each other
+        mine = sorted([(1, 1.0, "ours"), *((int(n), float(x), who) for s, n, x, who in points if s == stage)])
+        look = {"color": COLOURS[name], "linewidth": width, "label": f"ZeRO {stage}"}
+        ax.plot([p[0] for p in mine], [p[1] for p in mine], **look)
+        for gpus, value, who in mine:
+            face = "white" if who == "calculated" else COLOURS[name]
+            ax.plot(gpus, value, "o", color=COLOURS[name], markerfacecolor=face, markersize=4 + 2 * width)
+    ax.set_xticks(counts)
+    ax.set_xlabel("GPUs of one host")
+    ax.set_ylabel("images/s over one GPU's")
+    device = rows[0]["device"]
+    ax.set_title(f"H/2 training, block checkpointing; hollow: calculated, not measured\n{device}", fontsize=9)
+    ax.legend(frameon=False, fontsize=8)
+    return figure
+
+
+FIGURES = {
+    "sampling": sampling,
+    "training": training,
+    "memory": memory,
+    "ops": ops,
+    "attention": attention,
+    "scaling": scaling,
+}
 
 
 def write(results: Path = RESULTS) -> list[Path]:
