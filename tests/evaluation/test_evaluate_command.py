@@ -225,7 +225,8 @@ def test_a_users_mistake_is_one_line_and_exit_code_two(run, arguments, words, we
 
 def test_a_reference_may_be_a_configs_name_unless_something_is_called_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert reference_is_config("digits") and reference_is_config("x.yaml")
-    assert not reference_is_config("digit")
+    assert reference_is_config("digits", "inception") and reference_is_config("x.yaml", "inception")
+    assert not reference_is_config("digit", "digits-fid")
     (tmp_path / "digits").mkdir()  # as `sample --out digits` makes it
-    assert not reference_is_config("digits")
+    assert not reference_is_config("digits", "inception")
+    assert reference_is_config("digits", "digits-fid")  # which is of a config's data only

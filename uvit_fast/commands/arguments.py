@@ -154,9 +154,13 @@ def reference_arguments(group: Any) -> None:
     group.add_argument("--cache", metavar="DIR", help="of statistics (default ~/.cache/uvit-fast)")
 
 
-def reference_is_config(reference: str) -> bool:
-    """Return whether --reference is a config; an existing file or folder of that name, such as samples, comes first."""
-    return Path(reference).suffix in (".yaml", ".yml") or (is_config_name(reference) and not Path(reference).exists())
+def reference_is_config(reference: str, features: str) -> bool:
+    """Return whether --reference is a config. An existing file or folder of that name, such as samples, comes first,
+    but for digits-fid, which is of a config's data only.
+    """
+    if Path(reference).suffix in (".yaml", ".yml"):
+        return True
+    return is_config_name(reference) and (features == "digits-fid" or not Path(reference).exists())
 
 
 def config_of(config: str | None, checkpoint: str, overrides: list[str]) -> Config:

@@ -68,7 +68,7 @@ def _run(args: argparse.Namespace, world) -> None:
         raise UserError("evaluate: --classes are of samples that are drawn; expected --checkpoint")
     if args.samples:
         existing("--samples", args.samples, "a folder of images, or an .npz with arr_0")
-    is_config = reference_is_config(args.reference)
+    is_config = reference_is_config(args.reference, args.features)
     if not is_config:
         existing("--reference", args.reference, "statistics, images, or a config whose data are the real images")
     real = load_config(args.reference, args.set) if is_config else args.reference

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     front ...` divides the samples of each point among all GPUs of a host.
     """
     cfg = config_of(args.config, args.checkpoint, args.set)
-    if not reference_is_config(args.reference):
+    if not reference_is_config(args.reference, args.features):
         existing("--reference", args.reference, "statistics, images, or a config whose data are the real images")
     if args.num < 2:
         raise UserError(f"--num: expected at least 2 images, of which a covariance is taken, got {args.num}")
@@ -151,7 +151,9 @@ def _measure_all(args: argparse.Namespace, cfg: Config, points: list[Point], out
     if not wanted:
         raise UserError(f"front: no point is left to measure: {next(iter(left_out.values()))[0][1]}")
 
-    real = load_config(args.reference, args.set) if reference_is_config(args.reference) else args.reference
+    real = (
+        load_config(args.reference, args.set) if reference_is_config(args.reference, args.features) else args.reference
+    )
     table, rows = Table(out), []
     told: tuple[str | None, list[tuple]] = (None, [])
     if world.rank == 0:
