@@ -53,13 +53,16 @@ def test_the_smallest_bound_that_is_fast_enough_is_found():
     values = np.full((10, 3, len(NAMES)), 9.0)
     values[:, :, 0], values[:, :, 1] = 0.1, 0.5
     costs, errors = [1.0] * len(NAMES), Errors(values, [2] * 10)
-    little = find(errors, [1.0] * 10, NAMES, costs, 10.0, 1.05)
-    assert little.bound == 0.1 and {name for each in little.plan for name in each} == {NAMES[0]}
-    assert [bool(each) for each in little.plan] == [False, True, True, True, False, True, True, True, False, False]
-    assert little.speedup == pytest.approx(100 / 94)
-    assert find(errors, [1.0] * 10, NAMES, costs, 10.0, 1.1).bound == 0.5
+    little = one, two, three = find(errors, [1.0] * 10, NAMES, costs, 10.0, 1.04)
+    assert all(each.bound == 0.1 and {name for plan in each.plan for name in plan} == {NAMES[0]} for each in little)
+    assert [bool(each) for each in one.plan] == [False, True, False, True, False, True, False, True, False, False]
+    assert [bool(each) for each in two.plan] == [False, True, True, False, True, True, False, True, True, False]
+    assert [bool(each) for each in three.plan] == [False, True, True, True, False, True, True, True, False, False]
+    assert one.speedup == pytest.approx(100 / 96) and three.speedup == pytest.approx(100 / 94)
+    assert [each.bound for each in find(errors, [1.0] * 10, NAMES, costs, 10.0, 1.1)] == [9.0, 0.5, 0.5]
+    assert len(find(errors, [1.0] * 10, NAMES, costs, 10.0, 1.5)) == 2  # which one in a row does not reach
     dear = find(errors, [1.0, 1.0, 7.0] + [1.0] * 7, NAMES, costs, 10.0, 1.05)
-    assert not dear.plan[2] and dear.speedup >= 1.05
+    assert all(not each.plan[2] and each.speedup >= 1.05 for each in dear)
     with pytest.raises(UserError, match=r"--speedup 3: .* at most 1.56"):
         find(errors, [1.0] * 10, NAMES, costs, 10.0, 3)
 

@@ -2,8 +2,9 @@
 Section 3).
 
 For every attention and MLP the error of reusing an older output is measured: the mean of |old - new| over that of
-|new|. Where it stays below a bound, the output is reused, for at most three evaluations; the bound is the smallest that
-gives the requested speed-up. SmoothCache averages over the blocks; here each sublayer has its own schedule.
+|new|. Where it stays below a bound, the output is reused, for at most one, two or three evaluations in a row; the bound
+is the smallest that gives the requested speed-up. SmoothCache averages over the blocks and looks three evaluations
+ahead; here each sublayer has its own schedule, and of the three plans samples choose.
 """
 
 from collections import deque
@@ -114,10 +115,12 @@ def stage_weights(stages: Sequence[Stage]) -> list[float]:
 
 def find(
     errors: Errors, weights: Sequence[float], names: Sequence[str], costs: Sequence[float], whole: float, speedup: float
-) -> Found:
-    """Return the plan with the smallest bound on the weighted errors that reaches the `speedup`.
+) -> list[Found]:
+    """Return plans that reach the `speedup`, each with the smallest bound on the weighted errors that does: one that
+    reuses outputs for one evaluation in a row, one for at most two, one for at most three, as far as they reach it.
 
-    The first and the last evaluation are always computed.
+    Older outputs leave more to choose from, but also change what later layers see, which no single error shows: which
+    plan is best only samples tell. The first and the last evaluation are always computed.
 
     Args:
         costs: multiply-adds of each sublayer. whole: of the network; both for one image.
@@ -126,22 +129,33 @@ def find(
         UserError: no plan is that fast.
     """
     weighted = errors.values * np.asarray(weights)[:, None, None]
+    found = [_smallest(weighted[:, :gaps], errors.rows, names, costs, whole, speedup) for gaps in range(1, LONGEST + 1)]
+    if fast := [each for each in found if each.speedup >= speedup]:
+        return fast
+    most = max(each.speedup for each in found)
+    raise UserError(
+        f"--speedup {speedup:g}: with these evaluations expected at most {most:.2f}, all that can be reused"
+    )
+
+
+def _smallest(
+    weighted: np.ndarray, rows: list[int], names: Sequence[str], costs: Sequence[float], whole: float, speedup: float
+) -> Found:
+    """Return the plan with the smallest bound that reaches the speedup, else the fastest; weighted: (evaluations, gaps,
+    sublayers).
+    """
     bounds = np.unique(weighted[np.isfinite(weighted)])
-    rows = np.asarray(errors.rows, dtype=float)
+    counts = np.asarray(rows, dtype=float)
 
     def at(bound: float) -> Found:
         reused = _scan(weighted <= bound)  # (evaluations, sublayers)
-        saved = float(rows @ (reused @ np.asarray(costs)))
+        saved = float(counts @ (reused @ np.asarray(costs)))
         plan = tuple(frozenset(name for name, reuse in zip(names, each) if reuse) for each in reused)
-        return Found(plan, bound, rows.sum() * whole / (rows.sum() * whole - saved))
+        return Found(plan, bound, counts.sum() * whole / (counts.sum() * whole - saved))
 
     best = at(float(bounds[-1]) if len(bounds) else 0.0)
-    if best.speedup < speedup:
-        raise UserError(
-            f"--speedup {speedup:g}: with these evaluations expected at most {best.speedup:.2f}, all that can be reused"
-        )
-    low, high = -1, len(bounds) - 1  # bounds[high] is fast enough
-    while high - low > 1:
+    low, high = -1, len(bounds) - 1  # bounds[high] is fast enough, if any is
+    while high - low > 1 and best.speedup >= speedup:
         middle = (low + high) // 2
         if (found := at(float(bounds[middle]))).speedup >= speedup:
             best, high = found, middle
