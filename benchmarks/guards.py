@@ -102,7 +102,7 @@ def _training_step(plant: Callable[[ExitStack], None] | None) -> Figures:
     from uvit_fast.training.trainer import Trainer
 
     overrides = ["device=cpu", "train.precision=bf16", "data.name=synthetic", f"train.iterations={STEPS}"]
-    cfg = load_config("digits", [*overrides, "train.log_every=1000", "train.batch_size=4"])
+    cfg = load_config("digits_eps", [*overrides, "train.log_every=1000", "train.batch_size=4"])
     seen: list[Counts] = []
     plain_step = Trainer._step
 

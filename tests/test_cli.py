@@ -141,11 +141,24 @@ def test_help_fits_a_screen_and_shows_an_example_that_the_parser_takes(command, 
     lines = text.splitlines()
     assert len(lines) <= 36 and max(map(len, lines)) <= 80
     assert not command or "options:" not in lines
+    names = {(): cli.COMMANDS, ("data",): ("cifar10", "check")}.get(tuple(command), ())
+    assert all(re.search(rf"^  {name} +\w", text, re.MULTILINE) for name in names)  # what it does, on the same line
     example = re.sub(r" \\\n +", " ", text.split("example:\n")[1]).splitlines()[0].removeprefix("  uvit-fast ")
     with monkeypatch.context() as patch, contextlib.suppress(SystemExit):  # the first one's example is a --help
         patch.setattr(cli, "_run", lambda args, *_: args.command)
         assert cli.main(shlex.split(example)) == (command or ["sample"])[0]
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given, policy", [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_that_wait_sleep_unless_the_user_says_otherwise(given, policy):
+    """In a process that is a command's, and before torch is there, which reads it once."""
+    script = "import os, sys; from uvit_fast import cli; from uvit_fast.commands import info; sys.argv[1:] = ['info']; "
+    script += "info.run = lambda args: print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules); cli.main()"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": given} if given else {}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == [policy, "False"], done.stderr
 
 
 def test_info_says_what_would_run_and_why(capsys):

@@ -94,7 +94,7 @@ def test_latent_scale_factors_and_null_labels():
 
 
 def test_the_published_and_demo_configs_are_there():
-    assert {*PARAMETERS, "digits"} <= {path.stem for path in CONFIGS.glob("*.yaml")}
+    assert {*PARAMETERS, "digits", "digits_eps"} <= {path.stem for path in CONFIGS.glob("*.yaml")}
 
 
 def test_a_name_finds_the_packages_config_and_a_path_what_is_there(tmp_path, monkeypatch):
@@ -152,7 +152,7 @@ def test_overrides_win_over_the_file_and_its_base():
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("train.batchsize=4", ["digits.yaml", "train.batchsize", "unknown", "'batch_size'"]),  # a mistyped key
+        ("train.batchsize=4", ["digits_eps.yaml", "train.batchsize", "unknown", "'batch_size'"]),  # a mistyped key
         ("trian.lr=1", ["trian", "'train'"]),  # a mistyped section
         ("train.batch_size=many", ["train.batch_size", "expected a valid integer", "'many'"]),  # a wrong type
         ("model.skip=residual", ["model.skip", "'concat'", "'residual'"]),  # a name that is not there
@@ -206,14 +206,14 @@ def test_overrides_win_over_the_file_and_its_base():
 )
 def test_a_wrong_key_or_value_is_named_with_what_was_expected(override, words):
     with pytest.raises(ConfigError) as error:
-        load_config(CONFIGS / "digits.yaml", [override])
+        load_config(CONFIGS / "digits_eps.yaml", [override])
     for word in words:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_the_paper_is_the_default_and_a_flows_velocity_that_of_a_flow():
-    path = CONFIGS / "digits.yaml"
+    path = CONFIGS / "m4_64.yaml"
     paper = load_config(path).diffusion.model_dump()
     assert (paper["prediction"], paper["time"], paper["time_shift"], paper["weighting"]) == (
         "eps",

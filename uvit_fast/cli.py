@@ -100,6 +100,8 @@ def _run(args: argparse.Namespace, name: str, whole: bool) -> int:
     """
     if whole:
         notices.plain()
+        # Read as torch is imported: threads that spin for another one would take the core that it waits for.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = args.run(args) or 0
     except (UserError, ImportError) as error:

@@ -3,7 +3,7 @@
 from uvit_fast import build_model, cli, load_config
 from uvit_fast.training import checkpoint as checkpoints
 
-DIGITS = "configs/digits.yaml"
+DIGITS = "configs/digits_eps.yaml"
 SMALL = ["--set", "model.embed_dim=32", "--set", "model.depth=2"]
 
 

@@ -13,7 +13,7 @@ from sklearn.datasets import load_sample_images
 from examples import diffusers_scheduler, finetune, own_dataset, own_sampler, published_weights
 from tests import autoencoders
 from tests.training import tiny
-from uvit_fast import build_model, load_config
+from uvit_fast import build_model, build_objective, load_config
 from uvit_fast.config import dump_config
 from uvit_fast.diffusion.schedules import SDSchedule
 from uvit_fast.pipeline import UViTScheduler
@@ -114,6 +114,20 @@ def test_the_own_sampler_is_ddim(eta):
     for stage, output, state in [*zip(ours.stages, eps, states)][: 8 if eta else 9]:
         x = theirs.step(output, round(stage.time) - 1, x, eta=eta, generator=noise).prev_sample
         torch.testing.assert_close(state, x, rtol=1e-4, atol=1e-4)
+
+
+def test_the_own_sampler_takes_a_flow():
+    """Of a network that knows the one image there is, with DDPM's noise, it makes that image: noise of t_min stays."""
+    flow, image = build_objective(load_config("digits")), torch.linspace(-1, 1, 4).view(1, 1, 2, 2)
+
+    def velocity(x, time):
+        t = time.view(-1, 1, 1, 1) / 1000
+        return (x - (1 - t) * image) / t - image
+
+    x_T = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    sampler = own_sampler.DDIM(flow.schedule, 9, eta=1.0, prediction=flow.prediction)
+    x = sampler(velocity, x_T, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(x, image.expand(3, 1, 2, 2), rtol=0, atol=5e-3)
 
 
 def test_the_notebook(digits_run):

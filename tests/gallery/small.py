@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 def save_run(folder, *more):
     """What training leaves of a model whose layers at the end, which begin at zero, are random too."""
-    cfg = load_config("configs/digits.yaml", [*SMALL, *more])
+    cfg = load_config("configs/digits_eps.yaml", [*SMALL, *more])
     torch.manual_seed(len(folder.name))
     weights = {k: v + 0.05 * torch.randn_like(v) for k, v in build_model(cfg).state_dict().items()}
     state = {"config": cfg.model_dump(mode="json")}

@@ -13,9 +13,9 @@ from uvit_fast import cli
 pytestmark = pytest.mark.gpu
 
 
-def train(root, run_dir, *overrides):
-    """Losses, step by step, of `python train.py` on the digits."""
-    command = [sys.executable, "train.py", "--config", "configs/digits.yaml", "--run-dir", str(run_dir)]
+def train(root, run_dir, config, *overrides):
+    """Losses, step by step, of `python train.py` with one of the configs of digits."""
+    command = [sys.executable, "train.py", "--config", config, "--run-dir", str(run_dir)]
     for override in overrides:
         command += ["--set", override]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
@@ -36,7 +36,9 @@ def test_fused_kernels_give_the_loss_curve_of_plain_pytorch(pytestconfig, tmp_pa
         overrides = (f"model.kernels={kernels}", f"model.attention={attention}", "train.iterations=300")
         overrides += (f"model.activation_checkpointing={checkpointing}", "train.log_every=1", f"train.seed={seed}")
         overrides += ("model.embed_dim=256", "train.batch_size=256", "train.lr=5.0e-4")
-        return train(pytestconfig.rootpath, tmp_path / f"{kernels}{seed}", *overrides).view(-1, 25).mean(1)
+        return (
+            train(pytestconfig.rootpath, tmp_path / f"{kernels}{seed}", "digits_eps", *overrides).view(-1, 25).mean(1)
+        )
 
     ways = ("fused", "fused"), ("reference", "math")
     with ThreadPoolExecutor(6) as pool:
@@ -49,7 +51,7 @@ def test_fused_kernels_give_the_loss_curve_of_plain_pytorch(pytestconfig, tmp_pa
 def test_the_demo_reaches_its_figures_on_a_gpu(pytestconfig, tmp_path, monkeypatch):
     """The committed config, wider: the fused ops take widths that are multiples of 64."""
     monkeypatch.chdir(pytestconfig.rootpath)
-    train(pytestconfig.rootpath, tmp_path / "run", "model.embed_dim=128")
+    train(pytestconfig.rootpath, tmp_path / "run", "digits", "model.embed_dim=128")
     assert cli.main(["demo", "--run-dir", str(tmp_path / "run")]) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["class_accuracy"] >= 0.95 and metrics["nearest_train_ratio"] >= 0.5

@@ -42,7 +42,7 @@ def losses(way: str, device: str) -> list[float]:
     settings = [f"device={device}", f"train.iterations={STEPS}", "train.warmup_steps=0", "train.lr=3e-4"]
     settings += ["model.embed_dim=256"] if device == "cuda" else []
     with tempfile.TemporaryDirectory() as folder:
-        run = Run("configs/digits.yaml", [*settings, *WAYS[way]], Path(folder))
+        run = Run("configs/digits_eps.yaml", [*settings, *WAYS[way]], Path(folder))
         for _ in range(STEPS):
             run.step()
         return run.losses()

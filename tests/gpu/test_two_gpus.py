@@ -25,7 +25,7 @@ def rank() -> None:
     waits = []
     wait = torch.cuda.synchronize
     with tempfile.TemporaryDirectory() as folder:
-        run = Run("configs/digits.yaml", SETTINGS, Path(folder))
+        run = Run("configs/digits_eps.yaml", SETTINGS, Path(folder))
         for step in range(STEPS):
             if step == FIRST:
                 torch.cuda.synchronize = lambda *args: waits.append(args) or wait(*args)

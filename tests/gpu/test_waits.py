@@ -30,13 +30,13 @@ def step(self, stream):
 
 Trainer._step = step
 overrides = ["device=cuda", "model.embed_dim=256", "data.name=synthetic", "train.iterations=6", "train.log_every=100"]
-cfg = load_config("configs/digits.yaml", overrides)
+cfg = load_config("configs/digits_eps.yaml", overrides)
 Trainer(cfg, build_model(cfg), build_objective(cfg), build_dataset(cfg), Path(sys.argv[1])).train()
 """
 
 
 def test_the_sampling_loop_waits_for_nothing():
-    cfg = load_config("configs/digits.yaml", ["model.embed_dim=256"])
+    cfg = load_config("configs/digits_eps.yaml", ["model.embed_dim=256"])
     model = build_model(cfg).to("cuda", torch.bfloat16)
     sampler, x = build_sampler(cfg, 8), torch.randn(4, 1, 8, 8, device="cuda")
     guidance = Guidance(model, {"y": torch.arange(4, device="cuda")}, {"y": 10}, 0.7)

@@ -25,7 +25,7 @@ ALL = frozenset(NAMES)
 
 
 def network(*overrides):
-    cfg = load_config("configs/digits.yaml", ["model.depth=4", "model.embed_dim=64", *overrides])
+    cfg = load_config("configs/digits_eps.yaml", ["model.depth=4", "model.embed_dim=64", *overrides])
     return build_model(cfg).eval().requires_grad_(False)
 
 
@@ -138,7 +138,9 @@ def test_in_fp8_what_is_reused_is_not_computed():
 )
 def test_a_captured_loop_with_a_plan_is_the_plain_one_bit_for_bit(make, interval):
     """Guided throughout, and from no guidance to guidance and back: replayed with other noise."""
-    cfg = load_config("configs/digits.yaml", ["model.embed_dim=64", "sample.cache=outer:2", "sample.sampler=dpmpp_2m"])
+    cfg = load_config(
+        "configs/digits_eps.yaml", ["model.embed_dim=64", "sample.cache=outer:2", "sample.sampler=dpmpp_2m"]
+    )
     net, sampler, graphs, (_, _, y) = make(), build_sampler(cfg, 8), RecordedGraphs(), inputs()
     assert sum(bool(s.layers and s.layers.reuse) for s in sampler.stages) == 3
     replay = GraphSampler(net, graphs=graphs)
@@ -155,7 +157,7 @@ def test_a_captured_loop_with_a_plan_is_the_plain_one_bit_for_bit(make, interval
 
 def test_guided_branches_are_as_if_each_had_run_alone(net):
     """A scale of 0 takes the conditional branch of both: what the unguided loop gives."""
-    cfg = load_config("configs/digits.yaml", ["model.embed_dim=64", "sample.cache=outer:3"])
+    cfg = load_config("configs/digits_eps.yaml", ["model.embed_dim=64", "sample.cache=outer:3"])
     sampler, (x_T, _, y) = build_sampler(cfg, 7), inputs()
     both = sampler(Guidance(net, {"y": y}, {"y": 10}, 0.0), x_T)
     torch.testing.assert_close(both, sampler(partial(net, y=y), x_T), rtol=1e-4, atol=1e-4)
@@ -208,7 +210,7 @@ def test_plans_are_read_and_written_as_few_patterns(tmp_path):
 def test_plans_that_do_not_fit_are_one_line(tmp_path, text, message):
     if text is not None:
         (tmp_path / "plan.yaml").write_text(text)
-    cfg = load_config("configs/digits.yaml", [f"sample.cache={tmp_path / 'plan.yaml'}", "sample.steps=4"])
+    cfg = load_config("configs/digits_eps.yaml", [f"sample.cache={tmp_path / 'plan.yaml'}", "sample.steps=4"])
     with pytest.raises(UserError, match=message) as caught:
         build_sampler(cfg)
     assert "\n" not in str(caught.value)
@@ -240,10 +242,10 @@ def test_networks_that_cannot_be_cached_say_why():
     compiled.mid_block.compile()
     with pytest.raises(UserError, match="sample.cache: blocks under torch.compile .*; expected none"):
         compiled(*arguments, cache=cache)
-    cfg = load_config("configs/digits.yaml", ["sample.cache=outer:2", "sample.steps=4"])
+    cfg = load_config("configs/digits_eps.yaml", ["sample.cache=outer:2", "sample.steps=4"])
     assert torch.isfinite(next(sample(in_fp8(), cfg, 1, labels=torch.tensor([1])))).all()
     with pytest.raises(UserError, match="expected a UViT as it is, got OptimizedModule"):
         next(sample(torch.compile(network()), cfg, 1, labels=torch.tensor([1])))
-    cfg = load_config("configs/digits.yaml", ["sample.cache=outer:2:3"])
+    cfg = load_config("configs/digits_eps.yaml", ["sample.cache=outer:2:3"])
     with pytest.raises(UserError, match="at most 2 outer blocks"):
         build_sampler(cfg)

@@ -30,7 +30,7 @@ def test_inner_evaluations_count_as_the_dearest_of_their_interval():
 
 
 def test_errors_are_those_of_outputs_one_to_three_evaluations_old():
-    cfg = load_config("configs/digits.yaml", [*SMALL, "sample.guidance_interval=[0.2,0.9]"])
+    cfg = load_config("configs/digits_eps.yaml", [*SMALL, "sample.guidance_interval=[0.2,0.9]"])
     net, outputs = build_model(cfg).eval().requires_grad_(False), []
     errors = measure(net, cfg, 2, NAMES, labels=torch.arange(2))
     assert errors.values.shape == (7, 3, len(NAMES)) and set(errors.rows) == {2, 4}
@@ -68,17 +68,17 @@ def test_the_smallest_bound_that_is_fast_enough_is_found():
 
 
 def test_the_command_writes_a_plan_that_sampling_takes(tmp_path, capsys):
-    cfg = load_config("configs/digits.yaml", SMALL)
+    cfg = load_config("configs/digits_eps.yaml", SMALL)
     save_file(build_model(cfg).state_dict(), tmp_path / "ema.safetensors")
     plan, sets = tmp_path / "plan.json", [part for text in SMALL for part in ("--set", text)]
-    command = ["--config", "configs/digits.yaml", *sets, "--checkpoint", str(tmp_path / "ema.safetensors")]
+    command = ["--config", "configs/digits_eps.yaml", *sets, "--checkpoint", str(tmp_path / "ema.safetensors")]
     command = ["calibrate", *command, "--num", "4", "--out", str(plan)]
     assert cli.main([*command, "--speedup", "1.3"]) == 0
     assert "1 whole" not in (said := capsys.readouterr().out) and "5 whole evaluations" in said
     assert read_plan(plan).steps == 7 and "fewer multiply-adds" in read_plan(plan).about
     assert any(
         stage.layers
-        for stage in build_sampler(load_config("configs/digits.yaml", [*SMALL, f"sample.cache={plan}"])).stages
+        for stage in build_sampler(load_config("configs/digits_eps.yaml", [*SMALL, f"sample.cache={plan}"])).stages
     )
     for more, message in (
         (["--speedup", "1.3"], "expected a new file"),

@@ -86,6 +86,11 @@ class _Help(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=24, width=min(shutil.get_terminal_size().columns, 102) - 2)
 
+    def _format_action(self, action: argparse.Action) -> str:
+        if isinstance(action, argparse._SubParsersAction):  # the commands alone, on a line each
+            return "".join(map(self._format_action, action._get_subactions()))
+        return super()._format_action(action)
+
 
 def _as_typed(action: argparse.Action) -> str:
     """Format a required argument as in a usage line."""

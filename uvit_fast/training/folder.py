@@ -112,7 +112,8 @@ def summary(config: Config, model: nn.Module, dataset: Dataset, world: World) ->
     """
     net, device = config.model, world.device
     cuda = device.type == "cuda"
-    where = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    where = torch.cuda.get_device_name(device) if cuda else f"CPU, {threads} thread{'s' * (threads > 1)}"
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     about = {}
     if isinstance(net, ModelConfig):  # U-Nets have other ops
@@ -120,7 +121,8 @@ def summary(config: Config, model: nn.Module, dataset: Dataset, world: World) ->
         about = about if cuda else {}  # on a CPU there is no choice
     if dataset.decoder:
         about["images"] = dataset.decoder
-    if names := Provenance.of(dataset, net.num_classes > 0).classes:
+    names = Provenance.of(dataset, net.num_classes > 0).classes or ()
+    if any(name != str(label) for label, name in enumerate(names)):  # digits are called what they are
         about["labels"] = shown((f"{label} {name}" for label, name in enumerate(names)), kind="classes")
     lines = [f"{config.name}: {millions:,.1f} M parameters, {len(dataset):,} images, {world.size} x {where}"]
     return "\n".join([*lines, *(f"{name:16s}{what}" for name, what in about.items())])
