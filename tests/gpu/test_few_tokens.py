@@ -99,7 +99,7 @@ def test_early_launches_read_what_the_kernels_before_them_wrote(monkeypatch):
     with torch.device("cuda"):
         net = UViT(img_size=32, in_chans=4, patch_size=2, embed_dim=512, depth=4, num_heads=8).bfloat16().eval()
     inputs, t, found = torch.randn(3, 1, 4, 32, 32, device="cuda"), torch.full((1,), 500.0, device="cuda"), {}
-    x, few = inputs[0].clone(), tuning.few
+    x, few, net.cuda_graphs = inputs[0].clone(), tuning.few, False
     for early in (False, True):
         monkeypatch.setattr(tuning, "few", lambda *of, early=early: few(*of) | {"early": early})
         with torch.no_grad(), net.fixed_weights():
