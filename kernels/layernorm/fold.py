@@ -6,7 +6,6 @@ Plain Triton, for every architecture. Memory-bound: each kernel reads its inputs
 import contextlib
 import functools
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -54,7 +53,7 @@ def _small(w, typical, mask):
 
 
 @triton.jit
-def _fold(layer, results, row, columns, N, scale, D: tl.constexpr, HI: tl.constexpr, HAS_BIAS: tl.constexpr):
+def _fold(layer, results, row, columns, N, scale, D: tl.constexpr, HI: tl.constexpr, HAS_BIAS):
     """Fold the norm into some rows of the weight, in the first and, with HI, the last columns: see `prepare`."""
     weight, gamma, beta, bias = layer
     folded, offset = results
@@ -165,11 +164,6 @@ def folded_once() -> Iterator[None]:
         yield
 
 
-def folded_each_time() -> AbstractContextManager[None]:
-    """Fold weights at each `prepare`, even within `folded_once`: a recording outlives these weights' values."""
-    return once.stretch(None)
-
-
 def new_statistics(x: Tensor, M: int) -> Tensor:
     """Return memory for the mean and rstd of M tokens, (2, M rounded up to a multiple of TILE) fp32."""
     return x.new_empty(2, cdiv(M, TILE) * TILE, dtype=ACCUMULATE)
@@ -183,7 +177,7 @@ def statistics(x: Tensor, sums: Tensor | None = None, narrow: Tensor | None = No
         narrow: (M, D) e4m3, filled with x in the same pass; without sums.
     """
     stats = new_statistics(x, x.shape[0])
-    _launch(x, (stats,) * 4, (stats, stats), stats, sums, 0, 1.0, eps, narrow)
+    _launch(x, (stats,) * 4, (stats, stats), stats, sums, (0, x.shape[0]), 1.0, eps, narrow)
     return stats
 
 
@@ -193,13 +187,13 @@ def _launch(
     folded: tuple[Tensor, Tensor],
     stats: Tensor,
     sums: Tensor | None,
-    N: int,
+    rows: tuple[int, int],
     scale: float,
     eps: float,
     narrow: Tensor | None = None,
 ) -> None:
-    """Run the kernel over gamma, beta, weight and bias of N rows, and over x or its sums."""
-    M, D = x.shape
+    """Run the kernel over `rows` of the layer (gamma, beta, weight and bias), and of x or its sums."""
+    (N, M), D = rows, x.shape[1]
     gamma, beta, weight, bias = layer
     tuned = tuning.choice(x.device, "prepare", D)
     low, high = split(D)
@@ -217,6 +211,7 @@ def _launch(
         "ROWS": tuned["rows"],
         "TOKENS": MERGED,
         "num_warps": tuned["warps"],
+        "enable_fp_fusion": False,  # or the bits of a fold would be the compiler's choice: `refold` makes the same
     }
     launch.run(x.device, _prepare_kernel, grid, args, options)
 
@@ -228,12 +223,20 @@ class Folded(NamedTuple):
     stats: Tensor | Summed  # (2, at least M) fp32: mean, rstd; or the sums from which the product computes rstd
 
 
+class Kept(NamedTuple):
+    """A linear layer of `Folded` that is kept, and what it was folded from."""
+
+    folded: Linear
+    layer: tuple[Tensor, Tensor, Tensor, Tensor | None]  # gamma, beta, weight, bias
+    scale: float
+
+
 def prepare(
     x: Tensor, norm: Norm, linear: Linear, sums: Tensor | None = None, scale: float = 1.0, measured: bool = True
 ) -> Folded:
-    """Return the row statistics of x and the weight with the LayerNorm folded in, in one launch.
+    """Return the row statistics of x and the weight with the LayerNorm folded in, in at most one launch.
 
-    Within `folded_once` only the first call folds a weight; later ones compute the statistics alone.
+    Where a stretch keeps weights (`runtime.once`), the first call folds one; later ones compute the statistics alone.
 
     As LayerNorm subtracts the mean of x, the same number may be subtracted from every weight of a row, and with weights
     that sum to 0 the mean of x no longer matters.
@@ -242,21 +245,21 @@ def prepare(
         x: (M, D); norm, linear: the layers that follow.
         sums: of x, if the kernel that wrote it left them: then x is not read.
         scale: a power of two, which rounds nothing.
-        measured: whether the statistics are needed; otherwise, if there are sums and the weight was folded before,
-            nothing is launched: the product computes rstd from the sums.
+        measured: whether the statistics are needed; otherwise, if there are sums, the product computes rstd from them.
     """
     (weight, bias), M, N = linear, x.shape[0], linear.weight.shape[0]
-    kept = once.kept()
-    key = (weight.shape, scale, *(t if t is None else t.data_ptr() for t in (norm.weight, norm.bias, weight, bias)))
+    kept, layer = once.kept(), (norm.weight, norm.bias, weight, bias)
+    key = (weight.shape, scale, *(t if t is None else t.data_ptr() for t in layer))
     if kept is not None and key in kept:
-        folded, N = kept[key], 0
-        if sums is not None and not measured:
-            return Folded(folded, Summed(sums, norm.eps))
+        folded, N = kept[key].folded, 0
     else:
         made = torch.empty_like(weight, memory_format=torch.contiguous_format)
         folded = Linear(made, x.new_empty(N, dtype=ACCUMULATE))
         if kept is not None:
-            kept[key] = folded
-    stats = new_statistics(x, M)
-    _launch(x, (norm.weight, norm.bias, weight, bias), folded, stats, sums, N, scale, norm.eps)
+            kept[key] = Kept(folded, layer, scale)
+    summed = sums is not None and not measured
+    stats = Summed(sums, norm.eps) if summed else new_statistics(x, M)
+    if N or not summed:
+        rows = N, 0 if summed else M
+        _launch(x, layer, folded, sums if summed else stats, sums, rows, scale, norm.eps)
     return Folded(folded, stats)

@@ -52,27 +52,35 @@ class Programs:
         self._never: dict[tuple, str] = {}  # and why
 
     def __call__(self, *args: Any) -> Any:
+        return self.follow(self.kind(args), args)
+
+    def kind(self, args: tuple) -> tuple | None:
+        """Return what decides which notes these arguments take; None where no notes are for them."""
         key: list = [devices.forced_architecture(), torch.is_autocast_enabled()]
         for a in args:
             if type(a) in _PLAIN:
                 key += a.shape, a.stride(), a.dtype, a.data_ptr() % 16
             elif isinstance(a, Tensor):
-                return self.function(*args)
+                return None
             else:
                 key.append(a)
+        key.append(args[0].device.index)
+        return tuple(key)
+
+    def follow(self, kind: tuple | None, args: tuple) -> Any:
+        """Return what the function gives for arguments of this kind."""
         device = args[0].device
-        key.append(device.index)
-        program = self._known.get(found := tuple(key))
-        if _suspended.get() or is_in_torch_dispatch_mode() or not launch.is_direct(device):
+        program = self._known.get(kind)
+        if kind is None or _suspended.get() or is_in_torch_dispatch_mode() or not launch.is_direct(device):
             return self.function(*args)
         if program is not None:
             return program.run(args, device)
-        if found in self._never:
+        if kind in self._never:
             return self.function(*args)
-        if found not in self._known:
+        if kind not in self._known:
             if len(self._known) >= MOST:
                 self._known.clear()
-            self._known[found] = None
+            self._known[kind] = None
             return self.function(*args)
         recorder = _Recorder(args)
         if recorder.overlap:  # whose memory would one in both be?
@@ -80,9 +88,9 @@ class Programs:
         with recorder:
             output = self.function(*args)
         try:
-            self._known[found] = recorder.program(output)
+            self._known[kind] = recorder.program(output)
         except _Unspeakable as error:
-            self._never[found] = str(error)
+            self._never[kind] = str(error)
         return output
 
 
@@ -310,6 +318,8 @@ class _Recorder(TorchDispatchMode):
         how = [isinstance(t, Tensor) and (t.shape, t.stride()) for t in self.wholes]
         allocations = {step.slot: step for step in self.steps if isinstance(step, _Allocate)}
         for ref in output if isinstance(output, tuple) else (output,):
+            if ref is None:
+                continue
             t = self.wholes[ref.slot]
             if ref.slot in allocations and ref.ahead == 0 and t.is_contiguous() and _size(ref.how) == t.numel():
                 how[ref.slot] = allocations[ref.slot].how = ref.how

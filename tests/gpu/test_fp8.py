@@ -185,6 +185,18 @@ def test_a_captured_loop_is_the_loop_bit_for_bit(settings):
     assert len(graphs) == 1
 
 
+def test_plain_calls_replay_with_the_same_bits():
+    net = Fp8UViT(network(1152, 16, num_classes=1001).bfloat16())
+    for seed in range(4):
+        torch.manual_seed(seed)
+        given = inputs(3)
+        net.cuda_graphs = False
+        expected = net(*given)
+        net.cuda_graphs = True
+        assert torch.equal(net(*given), expected)
+    assert len(net.captures) == 1
+
+
 def test_an_a100_is_told_what_is_needed(monkeypatch):
     monkeypatch.setattr("uvit_fast.kernels.runtime.device._FORCED", 80)
     with pytest.raises(UserError, match="compute capability 9.0"):

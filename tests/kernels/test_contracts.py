@@ -13,7 +13,7 @@ from torch import Tensor
 
 from uvit_fast.kernels.gemm import fp8, sm80, sm90, sm90_fp8, sm90_weight_gradient
 from uvit_fast.kernels.gemm.contract import CASES, Call
-from uvit_fast.kernels.layernorm import added, fold
+from uvit_fast.kernels.layernorm import added, fold, refold
 from uvit_fast.kernels.layernorm import backward as ln_backward
 from uvit_fast.kernels.layernorm.sums import Summed
 from uvit_fast.kernels.layers import Linear, Quantised
@@ -120,12 +120,22 @@ def plain(arch: int) -> dict:
         args += (M, H, M, 1.0, 1e-5, D, low, high, True)
         tuned = choice(table, "prepare", D)
         last = (sums, narrow, tuned["rows"], fold.MERGED)
-        return fold._prepare_kernel, (*args, *last), {"num_warps": tuned["warps"]}
+        return fold._prepare_kernel, (*args, *last), {"num_warps": tuned["warps"], "enable_fp_fusion": False}
 
     def add():
         tuned = choice(table, "prepare", D)
         args = (x, x, x, x, meta(M, D, dtype=E4M3), stats, M, M, 1e-5, D, low, high, True, True, tuned["rows"])
         return added._kernel, args, {"num_warps": tuned["warps"]}
+
+    table_of = meta(59, refold.FIELDS, dtype=torch.int64)
+    marks = meta(144, 4, dtype=torch.int64)
+
+    def look():
+        return refold._look_kernel, (table_of, meta(H, D // 2, dtype=torch.int32), w, marks), refold.look_options(D, 2)
+
+    def again():
+        tuned = choice(table, "prepare", D)
+        return refold._refold_kernel, (table_of, w, fp32(H), marks), refold.options(D, tuned)
 
     def backward():
         tuned = choice(table, "ln_backward", D)
@@ -160,6 +170,8 @@ def plain(arch: int) -> dict:
         "assemble_deep": lambda: tokens(32, 16, 1),  # DC-AE's latents
         "prepare": lambda: prepare(0),
         "prepare_sums": lambda: prepare(32),
+        "look": look,
+        "refold": again,
         "ln_backward": backward,
         "column_sums": bias_sums,
         "totals": totals,

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from tests.recorded import RecordedGraphs
 from uvit_fast.config import load_config
 from uvit_fast.kernels.ops import fp8_block
 from uvit_fast.model import fp8
@@ -33,6 +34,19 @@ def test_eps_is_close_and_the_weights_stay(more):
     assert eps.dtype == x.dtype and (eps - exact).norm() < 0.1 * exact.norm()
     assert (eps - exact).norm() > (net(x, t, y) - exact).norm()
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+def test_plain_calls_replay_themselves():
+    net = fp8.Fp8UViT(network(), fp8_block.REFERENCE)
+    net.captures.graphs = RecordedGraphs()
+    for seed in range(4):
+        torch.manual_seed(seed)
+        given = torch.randn(2, 4, 8, 8), torch.tensor([10.0, 500.0]), torch.tensor([seed, 10])
+        net.cuda_graphs = False
+        expected = net(*given)
+        net.cuda_graphs = True
+        assert torch.equal(net(*given), expected)
+    assert net.captures.graphs.captures == 1
 
 
 @pytest.fixture(scope="module")

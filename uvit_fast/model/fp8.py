@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 
 from uvit_fast.config import FP8_KEEP
@@ -18,6 +17,7 @@ from uvit_fast.config.plans import fitting
 from uvit_fast.kernels.ops import attention, fp8_block
 from uvit_fast.kernels.ops.fp8_block import Layers, Stream
 from uvit_fast.model.cached import Cache, block_names
+from uvit_fast.model.replayed import Replayed, replays
 from uvit_fast.model.uvit import Block, UViT
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.hooks import hooked, hooked_everywhere
@@ -65,8 +65,10 @@ def _kept(depth: int, keep: Sequence[str]) -> frozenset[str]:
     return frozenset(name for pattern in keep for name in fitting(pattern, names, "sample.fp8_keep"))
 
 
-class Fp8UViT(nn.Module):
+class Fp8UViT(Replayed):
     """The noise prediction network eps(x_t, t, c) derived from a trained one, and called like it; without gradients.
+
+    Calls replay themselves, as `UViT`'s do.
 
     Args:
         net: in bf16, on the device that will run it.
@@ -93,6 +95,7 @@ class Fp8UViT(nn.Module):
         return self.net.fixed_weights()
 
     @torch.no_grad()
+    @replays
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor | None = None, context: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:

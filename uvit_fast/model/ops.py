@@ -13,8 +13,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from uvit_fast.kernels.layernorm import fold as _layernorm
-from uvit_fast.kernels.layers import Linear, Norm
+from uvit_fast.kernels.layernorm.refold import Derived as Derived
+from uvit_fast.kernels.layers import Layers, Linear, Norm
 from uvit_fast.kernels.ops import assemble as _assemble
+from uvit_fast.kernels.ops import block as _block
 from uvit_fast.kernels.ops import linear_residual as _linear_residual
 from uvit_fast.kernels.ops import ln_linear as _ln_linear
 from uvit_fast.kernels.ops import ln_mlp as _ln_mlp
@@ -29,11 +31,6 @@ from uvit_fast.runtime.hooks import plain_weights
 def fixed_weights() -> AbstractContextManager[None]:
     """Promise that no weight changes inside: what the fused ops derive from the weights alone is derived once."""
     return _layernorm.folded_once()
-
-
-def changing_weights() -> AbstractContextManager[None]:
-    """Derive anew at each call what depends on the weights, even within `fixed_weights`."""
-    return _layernorm.folded_each_time()
 
 
 def layer(module: nn.Module, bias: bool = True) -> Norm | Linear | None:
@@ -74,6 +71,33 @@ def proj_ln_mlp(
     them.
     """
     return _with_sums(_proj_ln_mlp, kernels, a, proj, x, norm, fc1, fc2)
+
+
+one_by_one = _block.one_by_one  # a context in which `block` runs nothing
+
+
+def block(
+    x: Tensor,
+    skip: Tensor | None,
+    sums: Tensor | None,
+    layers: tuple[Linear | None, tuple[Norm, Linear] | None, Linear | None, tuple[Norm, Linear, Linear] | None],
+    attention: nn.Module,
+    *,
+    kernels: str,
+) -> tuple[Tensor, Tensor] | None:
+    """Run a whole block as one op, x and skip (B, L, D) -> (B, L, D), sums; None where its parts must be called.
+
+    Args:
+        layers: of the skip, before attention, after it, and of the MLP; None for those that must be called.
+        attention: has num_heads and backend.
+    """
+    joined, norm1_qkv, proj, norm2_mlp = layers
+    if kernels == "reference" or attention.backend not in ("auto", "fused") or (joined is None) != (skip is None):
+        return None
+    if not (norm1_qkv and proj and norm2_mlp):
+        return None
+    together = Layers(joined or Linear(None), *norm1_qkv, proj, *norm2_mlp)
+    return _block.run(x, skip, sums, together, attention.num_heads)
 
 
 def skip_linear(x: Tensor, skip: Tensor, linear: Linear, *, kernels: str = "auto") -> tuple[Tensor, Tensor | None]:

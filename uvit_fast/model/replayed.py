@@ -78,6 +78,7 @@ class _Capture(NamedTuple):
     output: Tensor
     bytes: int
     structure: "_Structure"
+    held: object  # what it reads beside
 
 
 class Captures:
@@ -89,6 +90,7 @@ class Captures:
         self._lock = threading.RLock()
         self._kept: OrderedDict[tuple, _Capture] = OrderedDict()  # least recently used first
         self._calls: Counter[tuple] = Counter()  # that ran uncaptured, by kind
+        self._derived = ops.Derived()  # from the weights, for all captures
         self._pool: Any = None  # of all captures: they never run at once
         self._last: tuple[Any, Any] | None = None  # the stream of the last replay, and an event after it
 
@@ -101,7 +103,7 @@ class Captures:
     @property
     def bytes(self) -> int:
         """Memory that the captures hold."""
-        return sum(capture.bytes for capture in self._kept.values())
+        return self._derived.bytes + sum(capture.bytes for capture in self._kept.values())
 
     def clear(self) -> None:
         """Drop all captures and their memory."""
@@ -111,6 +113,7 @@ class Captures:
             self._kept.clear()
             self._calls.clear()
             self._pool = self._last = None
+            self._derived = ops.Derived()
 
     def replay(self, network: nn.Module, forward: Callable[..., Tensor], inputs: Inputs) -> Tensor | None:
         """What forward(network, *inputs) returns, the caller's own; None where the call must run as it is written."""
@@ -180,23 +183,26 @@ class Captures:
 
             def run() -> Tensor:
                 # autocast's cache would hand the graph weights that it casts, keeps, and frees
-                with torch.autocast(device.type, dtype, enabled, cache_enabled=False), ops.changing_weights():
+                with torch.autocast(device.type, dtype, enabled, cache_enabled=False):
                     return forward(network, *own)
 
             self._pool = self._pool or self.graphs.pool()
             try:
-                self.graphs.warm_up(run)
-                replay, output, held = self.graphs.capture(run, self._pool)
+                with self._derived.open() as derived:
+                    self.graphs.warm_up(run)
+                    refresh = self._derived.refresh(derived)
+                    self.graphs.warm_up(refresh)
+                    replay, output, held = self.graphs.capture(lambda: (refresh(), run())[1], self._pool)
             except RuntimeError:  # the call as it is written says what is wrong, if anything is
                 return False
         held += sum(v.nbytes for v in own if v is not None)
-        if self.bytes + held > self.graphs.budget(device) // SHARE:
+        if not self._derived.follows(network.parameters()) or self.bytes + held > self.graphs.budget(device) // SHARE:
             if self._kept:
                 self.clear()
             return False
         while len(self._kept) >= MOST:
             self._kept.popitem(last=False)
-        self._kept[key] = _Capture(own, replay, output, held, _Structure(network))
+        self._kept[key] = _Capture(own, replay, output, held, _Structure(network), (derived, refresh))
         return True
 
 

@@ -81,11 +81,16 @@ def _harmless() -> list[Any]:
     return types + [(maker, f"{room}.{maker.__name__}") for maker in makers for room in rooms]
 
 
-def load_weights(model: Network, state: dict[str, Tensor], source: str = "checkpoint") -> Network:
+def load_weights(
+    model: Network, state: dict[str, Tensor], source: str = "checkpoint", device: torch.device | None = None
+) -> Network:
     """Load a state dict with the published names into `model` and return it; `published_names` says which names fit.
 
     Where only the image size differs, the patches' position embedding is interpolated, with a warning. A network on the
-    meta device gets copies of the values, on their device.
+    meta device gets copies of the values, in its own dtypes.
+
+    Args:
+        device: that checks the values and, of a network on the meta device, keeps them; default: theirs.
 
     Raises:
         UserError: keys that are missing, unexpected or of the wrong shape, all of them named; NaN or infinity.
@@ -104,6 +109,8 @@ def load_weights(model: Network, state: dict[str, Tensor], source: str = "checkp
             raise UserError(
                 f"{source}: {len(wrong)} of {len(ours)} tensors are {what} ({_some(wrong)}); expected {expected}"
             )
+        if device is not None and is_wrong is _has_no_values:
+            state = {key: state[key].to(device) for key in ours}
     if any(value.is_meta for value in ours.values()):
         # copies: what safetensors reads is the mapped file itself, which may be overwritten
         model.load_state_dict({key: state[key].to(ours[key].dtype, copy=True) for key in ours}, assign=True)

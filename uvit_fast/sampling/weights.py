@@ -37,11 +37,11 @@ def load_for_sampling(cfg: Config, checkpoint: str | Path, device: torch.device)
 def load_found(cfg: Config, path: Path, device: torch.device) -> UViT | UNet | fp8.Fp8UViT:
     """`load_for_sampling` for a file that `find_weights` returned, and so has checked."""
     check_precision(cfg, device)
-    with torch.device("meta"):  # initial values would take longer than reading the weights
-        model = build_model(cfg)
-    model = load_weights(model, read_weights(path), source=str(path))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = model.to(device, dtype).eval().requires_grad_(False)
+    with torch.device("meta"):  # initial values would take longer than reading the weights
+        model = build_model(cfg).to(dtype)
+    # checked and rounded on the device
+    model = load_weights(model, read_weights(path), str(path), device).eval().requires_grad_(False)
     if cfg.sample.precision != "fp8":
         return model
     assert isinstance(model, UViT)
