@@ -173,9 +173,22 @@ class Captures:
         return output
 
     def _capture(self, key: tuple, network: nn.Module, forward: Callable[..., Tensor], inputs: Inputs) -> bool:
-        """Record forward for inputs of this kind; False where that fails, or takes too much memory."""
-        if not capturable(network):
+        """Record forward for inputs of this kind and keep it; False where that fails, or takes too much memory."""
+        made = self._record(network, forward, inputs) if capturable(network) else None
+        room = self.graphs.budget(inputs[0].device) // SHARE
+        if made is None or self.bytes + made.bytes > room or not self._derived.follows(network.parameters()):
+            if made is not None and self._kept:
+                self.clear()
+            if not self._kept:
+                self._derived = ops.Derived()
             return False
+        while len(self._kept) >= MOST:
+            self._kept.popitem(last=False)
+        self._kept[key] = made
+        return True
+
+    def _record(self, network: nn.Module, forward: Callable[..., Tensor], inputs: Inputs) -> _Capture | None:
+        """Return a recording of forward; None where it cannot be recorded."""
         device = inputs[0].device
         dtype, enabled = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
         with torch.inference_mode(False), torch.no_grad(), current(device), recording():
@@ -194,16 +207,9 @@ class Captures:
                     self.graphs.warm_up(refresh)
                     replay, output, held = self.graphs.capture(lambda: (refresh(), run())[1], self._pool)
             except RuntimeError:  # the call as it is written says what is wrong, if anything is
-                return False
+                return None
         held += sum(v.nbytes for v in own if v is not None)
-        if not self._derived.follows(network.parameters()) or self.bytes + held > self.graphs.budget(device) // SHARE:
-            if self._kept:
-                self.clear()
-            return False
-        while len(self._kept) >= MOST:
-            self._kept.popitem(last=False)
-        self._kept[key] = _Capture(own, replay, output, held, _Structure(network), (derived, refresh))
-        return True
+        return _Capture(own, replay, output, held, _Structure(network), (derived, refresh))
 
 
 def _fill(capture: _Capture, inputs: Inputs) -> Tensor:
