@@ -1,8 +1,8 @@
-"""Folded weights that are kept while the weights may change: looked at each time, folded anew where they did.
+"""Folded weights that are kept while the weights may change: looked at each time, folded again if they did.
 
-No counter tells of every write (`.data`, another library's kernel, a replayed graph), so the weights' bits are read: half
-the bytes of a fold, and none written. Of every GROUP rows, with the norm and bias that they are folded with, two sums of
-32-bit words times numbers that look like chance are kept, 64 bits each; a change that leaves both is one in 2^64.
+No counter tells of every write (`.data`, another library's kernel, a replayed graph), so the weights' bits are read:
+half the bytes of a fold, and none written. For every GROUP rows, with the norm and bias folded into them, two sums of
+32-bit words times pseudo-random numbers are kept, 64 bits each; a change that leaves both is one in 2^64.
 """
 
 import contextlib
@@ -198,7 +198,7 @@ def look_options(D: int, itemsize: int) -> dict:
 
 
 def options(D: int, tuned: dict) -> dict:
-    """Return the constants of `_refold_kernel`. Its bits are `fold.prepare`'s: the same tiles, and nothing contracted."""
+    """Return the constants of `_refold_kernel`, whose bits are `fold.prepare`'s: the same tiles, nothing contracted."""
     low, high = fold.split(D)
     rows = {"ROWS": tuned["rows"], "GROUP": GROUP, "FIELDS": FIELDS}
     return {"D": D, "LO": low, "HI": high, **rows, "num_warps": tuned["warps"], "enable_fp_fusion": False}

@@ -1,4 +1,4 @@
-"""Folded weights that are kept: folded anew where a weight changed, whatever wrote it, and left alone where none did."""
+"""Folded weights that are kept: folded again where a weight changed, whatever wrote it, and left alone elsewhere."""
 
 import pytest
 import torch
@@ -27,7 +27,8 @@ class Layers:
         self.again()
 
     def fold(self) -> list[torch.Tensor]:
-        return [t for linear, s in zip(self.linears, self.scales) for t in fold.prepare(self.x, self.norm, linear, scale=s).linear]  # fmt: skip
+        made = [fold.prepare(self.x, self.norm, linear, scale=s) for linear, s in zip(self.linears, self.scales)]
+        return [t for folded in made for t in folded.linear]
 
     def right(self) -> bool:
         return all(torch.equal(a, b) for a, b in zip(self.kept, self.fold(), strict=True))
