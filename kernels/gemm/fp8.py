@@ -1,4 +1,4 @@
-"""What a product of e4m3 operands is asked for and gives, and the same arithmetic in plain PyTorch."""
+"""The arguments and results of a product of e4m3 operands, and its arithmetic in plain PyTorch."""
 
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ BK = 128  # K of a step: a second source's columns of a weight begin at a multip
 
 
 class Made(NamedTuple):
-    """What a product wrote; None for what was not asked for."""
+    """What a product wrote; None for results that were not requested."""
 
     wide: Tensor | None  # (M, N) bf16
     narrow: Tensor | None  # (M, N) e4m3; of "gelu" in the order of `quantise.paired`
@@ -52,7 +52,7 @@ def reference(
         x2: (M, K2) e4m3, contracted with the last K2 columns of the weight.
         stats: (2, at least M) fp32, mean and rstd of x: the LayerNorm folded into the layer.
         side: (M, N) bf16, the residual, whose place the bf16 result takes with `overwrite`.
-        wide, narrow, sums: which results are wanted. Of "gelu" it is the e4m3 one, in the order of `quantise.paired`.
+        wide, narrow, sums: the requested results. For "gelu" it is the e4m3 one, in the order of `quantise.paired`.
     """
     (M, K), weight = x.shape, layer.weight.to(ACCUMULATE)
     bias, scale = layer.rows

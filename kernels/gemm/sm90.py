@@ -61,7 +61,7 @@ AHEAD_OF_TOKENS = gl.constexpr(4)  # steps whose weights an early kernel asks fo
 
 @aggregate
 class Gemm:
-    """A launch: what is multiplied, in which tiles, and what becomes of it."""
+    """A launch: its operands, tiles and epilogue."""
 
     w: tma.tensor_descriptor  # (N, K) in boxes of [64, BK]; TRANSPOSED (K, N), [BK, 64]
     x: tma.tensor_descriptor  # (M, K1), boxes of [TOKENS, BK]
@@ -508,7 +508,7 @@ def arguments(
     halves: bool = False,
     early: bool = False,
 ) -> tuple[tuple, dict, int, Product]:
-    """Return the kernel's arguments, its launch options, the number of programs that have work, and the results.
+    """Return the kernel's arguments, its launch options, the number of programs with work, and the results.
 
     Args:
         tokens, part: of a tile, and of a part of it in the epilogue.
@@ -596,7 +596,7 @@ def arguments(
 
 @functools.cache
 def sharers(tiles: int, steps: int, programs: int) -> int:
-    """Return how many programs share a tile at most, past 4 the next even number."""
+    """Return the most programs that share a tile, rounded up to an even number beyond 4."""
     total = tiles * steps
     assert programs <= total, "a program has a step to do"
     first = [((t * steps + 1) * programs - 1) // total for t in range(tiles)]
@@ -606,14 +606,14 @@ def sharers(tiles: int, steps: int, programs: int) -> int:
 
 
 def tile(epilogue: str, x: Tensor, N: int, K: int) -> dict:
-    """Return the choices of `arguments` for a product (M, K) x (K, N), x being its first source."""
+    """Return the choices of `arguments` for a product (M, K) x (K, N) whose first source is x."""
     if cdiv(N, 2 * ROWS) * cdiv(x.shape[0], TOKENS) >= multiprocessors(x.device):
         return {"part": tuning.choice(x.device, CASES[epilogue], x.shape[1])["part"]}
     return FEW
 
 
 class Hopper(Core):
-    """The core for sm_90. Gradients of weights and inputs are the table's choice between it and cuBLAS."""
+    """The core for sm_90. For weight and input gradients the table chooses between it and cuBLAS."""
 
     def takes_sums(self, x: Tensor, weight: Tensor) -> bool:
         return tuning.few(x.device, *weight.shape, x.shape[0]).get("sums", False)

@@ -1,7 +1,7 @@
-"""What becomes of an accumulator on sm_90: a function for each epilogue, made of shared pieces.
+"""The epilogues on sm_90: a function for each, made of shared pieces.
 
-A consumer goes through its [64 features, TOKENS] in parts of PART tokens. Each part leaves, and what it needs beside
-(the residual, GELU's h) arrives, by TMA through staging buffers of the consumer's own.
+A consumer goes through its [64 features, TOKENS] in parts of PART tokens. Each part leaves, and its side input (the
+residual, GELU's h) arrives, by TMA through the consumer's own staging buffers.
 """
 
 import struct
@@ -132,7 +132,7 @@ class Place:
 
 @aggregate
 class Ahead:
-    """What a consumer has asked global memory for before the main loop."""
+    """What a consumer has requested from global memory before the main loop."""
 
     shift: gl.tensor  # (64,) fp32, the bias; a number where there is none
     scale: gl.tensor  # (64,) fp32, the weight's; a number where it has none
@@ -141,7 +141,7 @@ class Ahead:
 
 @aggregate
 class Epilogue:
-    """Where results go, and what is taken beside the accumulator."""
+    """The destinations of the results, and the inputs beside the accumulator."""
 
     out: tma.tensor_descriptor  # (M, N), boxes of [PART, 64]; PAIRED (M, N / 2), boxes of [PART, 32]
     second: tma.tensor_descriptor  # (M, N), likewise: GELU's h (gelu_save), GELU's value (gelu_backward)
@@ -165,12 +165,12 @@ class Epilogue:
     ARRIVING: gl.constexpr
     TOKENS: gl.constexpr  # of a tile
     PART: gl.constexpr
-    ROUNDS: gl.constexpr  # uses of a buffer in which something arrives, a tile
+    ROUNDS: gl.constexpr  # uses per tile of a buffer in which something arrives
     HAS_BIAS: gl.constexpr
     FOLD: gl.constexpr  # whether a LayerNorm is folded in, and what its rstd comes from: "", "stats" or "sums"
     AHEAD: gl.constexpr  # whether a tile's rstd is asked for into L1 ahead
     SUMS: gl.constexpr  # whether the result's sums are written
-    SCALED: gl.constexpr  # whether the weight has a scale a row
+    SCALED: gl.constexpr  # whether the weight has a scale per row
     PAIRED: gl.constexpr  # whether the result is e4m3, in the order of `pairs`
     WIDE: gl.constexpr  # whether out is written
     NARROW: gl.constexpr  # whether narrow is written
@@ -208,7 +208,7 @@ class Epilogue:
 
     @gluon.jit
     def ask(self, at):
-        """Ask for what the epilogue reads from global memory, so that it comes during the main loop."""
+        """Request what the epilogue reads from global memory, so that it arrives during the main loop."""
         lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.PART, 16])
         if self.KIND == "residual":
             tma.store_wait(0)
@@ -259,7 +259,7 @@ class Epilogue:
 
     @gluon.jit
     def fetch(self, at, j: gl.constexpr):
-        """Ask for part j of the side input, into the buffer that is its own."""
+        """Request part j of the side input, into its own buffer."""
         b: gl.constexpr = at.WHO * self.ARRIVING + j % self.ARRIVING
         bar = self.arrived.index(b)
         mbarrier.expect(bar, self.side.block_type.nbytes)
@@ -267,7 +267,7 @@ class Epilogue:
 
     @gluon.jit
     def arrival(self, at, uses, j: gl.constexpr):
-        """Return part j of the side input, fp32, and its buffer, which has had so many uses before this tile."""
+        """Return part j of the side input, fp32, and its buffer, which was used `uses` times before this tile."""
         lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.PART, 16])
         b: gl.constexpr = at.WHO * self.ARRIVING + j % self.ARRIVING
         mbarrier.wait(self.arrived.index(b), (uses + j // self.ARRIVING) & 1)

@@ -1,7 +1,7 @@
 """Products of e4m3 operands on sm_90: the kernel of `sm90`, whose results leave in bf16, in e4m3, or both.
 
-Operands lie K-major, both of them: there is no product with the weight transposed. The sums are those of the tensor
-cores, which keep 14 bits of a product in flight.
+Both operands are K-major: there is no product with the weight transposed. The sums are the tensor cores', which keep 14
+bits of a product in flight.
 """
 
 import torch
@@ -99,7 +99,7 @@ def arguments(
 
 
 def product(epilogue: str, x: Tensor, layer: Quantised, **more) -> Made:
-    """Launch a kernel for what `fp8.reference` computes."""
+    """Compute `fp8.reference` in one launch."""
     programs = multiprocessors(x.device)
     tile = FEW
     if cdiv(layer.weight.shape[0], 2 * ROWS) * cdiv(x.shape[0], TOKENS) >= programs:

@@ -9,12 +9,12 @@ from uvit_fast.kernels.runtime.aggregate import aggregate
 
 @aggregate
 class Ring:
-    """A stage holds an operand of 64 rows for each consumer, and one that both of them read."""
+    """Stages, each with an operand of 64 rows for each consumer, and one that both read."""
 
     a: gl.shared_memory_descriptor  # (2 STAGES, 64, K of a stage), or with A_TURNED (2 STAGES, K, 64)
     b: gl.shared_memory_descriptor  # (STAGES, K, columns), or with B_TURNED (STAGES, columns, K); APART 2 STAGES
     tail: gl.shared_memory_descriptor | gl.constexpr  # (STAGES, columns, K): more columns; None where there are none
-    full: gl.shared_memory_descriptor  # (STAGES) barriers: what the producer asked for is there
+    full: gl.shared_memory_descriptor  # (STAGES) barriers: the requested data is there
     empty: gl.shared_memory_descriptor  # (STAGES) barriers: both consumers have read it
     STAGES: gl.constexpr
     A_TURNED: gl.constexpr
@@ -23,7 +23,7 @@ class Ring:
 
     @gluon.jit
     def claim(self, step, BYTES: gl.constexpr):
-        """Return the stage of this step and its barrier, once both consumers have left it; BYTES will come."""
+        """Return the stage of this step and its barrier, once both consumers have left it; BYTES will arrive."""
         s = step % self.STAGES
         mbarrier.wait(self.empty.index(s), ((step // self.STAGES) & 1) ^ 1)
         bar = self.full.index(s)
@@ -50,7 +50,7 @@ class Ring:
 
     @gluon.jit
     def free(self, step):
-        """Leave the stage of this step to the producer."""
+        """Release the stage of this step to the producer."""
         mbarrier.arrive(self.empty.index(step % self.STAGES), count=1)
 
 

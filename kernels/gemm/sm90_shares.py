@@ -1,4 +1,4 @@
-"""Which tiles, and which of their steps of K, a program of the sm_90 GEMM takes; what programs that share a tile do.
+"""How the sm_90 GEMM's tiles, and their steps of K, are divided among programs, and how programs share a tile.
 
 Whole tiles are taken in turns. Where these would leave multiprocessors idle, the steps of all tiles stand in a row, a
 tile after the other, and each program takes an equal part of it (stream-K: Osama et al., 2023). Programs that share a
@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 
 from uvit_fast.kernels.runtime.aggregate import aggregate
 
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # triton 3.6 has the second name
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # the name in Triton 3.6
 
 
 @aggregate
@@ -73,13 +73,13 @@ class Shares:
 
     @gluon.jit
     def leave(self, xs, tile, WHO: gl.constexpr, TOKENS: gl.constexpr, PART: gl.constexpr):
-        """Leave this program's sums of a tile, where all that finish it read them, this program too."""
+        """Write this program's sums of a tile where whoever finishes it reads them, this program too."""
         for j in gl.static_range(TOKENS // PART):
             gl.store(self.place(gl.program_id(0), tile, WHO, j, PART), xs[j])
 
     @gluon.jit
     def hand_in(self, tile, WHO: gl.constexpr):
-        """Say that this program has left its sums of a tile, and return whether it is the one to finish the tile."""
+        """Announce that this program has written its sums of a tile, and return whether it must finish the tile."""
         finish = gl.to_tensor(True)
         if self.MOST > 1:
             start, end = self.sharers(tile)

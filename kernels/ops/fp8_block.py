@@ -1,4 +1,4 @@
-"""A transformer block of e4m3 products, for sampling: every product's operand leaves the kernel before it in e4m3."""
+"""A transformer block with e4m3 products, for sampling: each operand is written in e4m3 by the kernel before it."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from uvit_fast.kernels.runtime.device import architecture
 
 
 class Layers(NamedTuple):
-    """A block's layers in e4m3; None for those that it has not, or not in e4m3."""
+    """A block's layers in e4m3; None for those that it lacks, or that stay in bf16."""
 
     qkv: Quantised | None  # (3D, D), norm1 folded in
     proj: Quantised | None  # (D, D), columns in the order of attention's result
@@ -27,14 +27,14 @@ class Layers(NamedTuple):
 
 
 def why_not(width: int, heads: int, hidden: int, device: torch.device) -> str | None:
-    """Return why a device cannot run such blocks; None where it can."""
+    """Return why a device cannot run such blocks, or None."""
     if device.type != "cuda" or architecture(device) != 90:
         return "its kernels are for compute capability 9.0 (H100, H200)"
     return unfit(width, heads, hidden)
 
 
 def unfit(width: int, heads: int, hidden: int) -> str | None:
-    """Return why no such block can be derived, for the kernels or for `REFERENCE`; None where it can."""
+    """Return why no such block can be derived, for the kernels or for `REFERENCE`, or None."""
     if width % 64 or hidden % 64:
         return f"the widths {width} and {hidden} must be multiples of 64"
     if width % heads or not 64 <= width // heads <= 80 or width // heads % 8:
@@ -73,7 +73,7 @@ def _statistics_reference(x: Tensor, sums: Tensor | None, into: Tensor | None = 
 
 
 class Arithmetic(NamedTuple):
-    """Who computes: the kernels, or PyTorch."""
+    """The implementation: the kernels, or PyTorch."""
 
     product: Callable[..., Made]
     attention: Callable[[Tensor], Tensor]  # of qkv (B, L, 3, H, D), e4m3, in the order of `sm90_tiles.narrow`
@@ -86,7 +86,7 @@ REFERENCE = Arithmetic(fp8.reference, _attention_reference, _statistics_referenc
 
 
 class Stream(NamedTuple):
-    """The residual stream (M, D) as a part leaves it: in bf16, in e4m3, with its sums, None for what nobody left."""
+    """The residual stream (M, D) after a part: in bf16, in e4m3, with its sums; None for what was not written."""
 
     wide: Tensor | None
     narrow: Tensor | None = None
@@ -120,7 +120,7 @@ def through_mlp(
     """Return x + fc2(gelu(fc1(norm2(x)))).
 
     Args:
-        wide, narrow: which results are read after it; with wide its sums come too.
+        wide, narrow: which results are read afterwards; wide comes with its sums.
     """
     x, stats = _measured(x, by)
     h = by.product("gelu", x.narrow, layers.fc1, stats=stats, wide=False).narrow  # (M, H)

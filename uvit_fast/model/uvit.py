@@ -54,7 +54,7 @@ class PatchEmbed(nn.Module):
         self.kernels = kernels
 
     def forward(self, x: Tensor, extras: Tensor, positions: Tensor) -> Tensor:
-        """x (B, C, H, W), extras (B, E, D), positions (1, L, D) -> (B, L, D)."""
+        """Map x (B, C, H, W), extras (B, E, D), positions (1, L, D) to (B, L, D)."""
         weights = None if hooked_everywhere() else plain_weights(self.proj)
         if weights:
             weight, bias = weights
@@ -73,11 +73,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
+        """Map (B, L, D) to (B, L, D)."""
         return self.proj(self.mix(self.qkv(x)))
 
     def mix(self, qkv: Tensor) -> Tensor:
-        """(B, L, 3D) -> (B, L, D)."""
+        """Attend: (B, L, 3D) -> (B, L, D)."""
         return attend(rearrange(qkv, "B L (K h d) -> B L K h d", K=3, h=self.num_heads), self.backend)
 
 
@@ -90,7 +90,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
+        """Map (B, L, D) to (B, L, D)."""
         return self.fc2(F.gelu(self.fc1(x)))
 
 
@@ -116,7 +116,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, skip: Tensor | None = None, sums: Tensor | None = None, hand_on: bool = False
     ) -> Tensor | tuple[Tensor, Tensor | None]:
-        """x and skip (B, L, D) -> (B, L, D).
+        """Map x and skip (B, L, D) to (B, L, D).
 
         Args:
             sums: of x, which the fused op that wrote x left for a LayerNorm (see `model.ops`).

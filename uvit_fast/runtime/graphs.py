@@ -30,7 +30,7 @@ _recording = _Recording()
 
 @contextlib.contextmanager
 def recording() -> Iterator[None]:
-    """While open, everything in this thread runs as written: it is being recorded, or rehearsed for that."""
+    """Run everything in this thread as written while open: it is being recorded, or rehearsed for that."""
     _recording.depth += 1
     try:
         yield

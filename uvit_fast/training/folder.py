@@ -163,7 +163,7 @@ def describe_run(
 
 
 def _write(path: Path, text: str) -> None:
-    """On a full disk, what a run that goes on had there stays."""
+    """Write a file whole: on a full disk, a continued run keeps its old one."""
     write_whole(path, lambda file: file.write_text(text, "utf-8"))
 
 
