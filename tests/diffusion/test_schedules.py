@@ -73,3 +73,4 @@ def test_a_flow_reaches_both_ends_where_lambda_is_infinite():
     assert flow.grid(4, "time")[-1] == 1e-3 and flow.lambda_(np.array([0.0]))[0] == np.inf
     assert VPSchedule().grid(4, "time", to_data=True)[-1] == 1e-4
     assert shifted(0.5, 3.0) == 0.75 and shifted(1.0, 3.0) == 1.0 and shifted(0.0, 3.0) == 0.0
+    assert shifted(torch.tensor(1.0), 0.01) == 1.0  # in fp32, too: times stay in [0, 1]

@@ -214,7 +214,7 @@ def shifted(t: Times, shift: float) -> Times:
     """Return shift t / (1 + (shift - 1) t): above 1 it moves times in [0, 1] towards the noise (Esser et al. 2024,
     Section 5.3.2), in lambda by a constant.
     """
-    return t if shift == 1 else shift * t / (1 + (shift - 1) * t)
+    return t if shift == 1 else shift * t / (shift * t + (1 - t))  # exact at both ends
 
 
 def mix(alpha: Tensor, x_0: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
