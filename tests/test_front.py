@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import save_file
 
 from uvit_fast import build_model, cli, load_config
-from uvit_fast.commands.points import Measured, Point, as_good, pareto, summarised
+from uvit_fast.commands.points import COLUMNS, Measured, Point, as_good, pareto, summarised
 from uvit_fast.runtime.errors import UserError
 
 POINT = Point("dpmpp_2m", 20, 0.4, (0.0, 1.0), "bf16", "none")
@@ -164,6 +164,11 @@ def test_points_of_other_settings_do_not_join(command, tmp_path, capsys):
     (tmp_path / "out" / "points.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match="expected what `uvit-fast front` writes"):
         Table(tmp_path / "out").rows()
+    row = "heun,4,0,0:1,bf16,none,,0,9,fid,{},1,9,CPU"
+    for rows in (row.format("low"), "heun,4", row.format("2").replace("0:1", "all")):
+        (tmp_path / "out" / "points.csv").write_text("\ufeff" + ",".join(COLUMNS) + f"\n{row.format('2')}\n{rows}\n")
+        with pytest.raises(UserError, match="points.csv: row 2: expected numbers as"):
+            Table(tmp_path / "out").rows()
 
 
 def test_the_documented_front_is_what_its_rows_say():

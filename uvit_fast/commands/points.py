@@ -108,17 +108,28 @@ class Table:
         """Return the measured rows.
 
         Raises:
-            UserError: the file is another table.
+            UserError: the file is another table, or one of its rows was changed.
         """
         if not self.file.is_file():
             return []
-        with open(self.file, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames != COLUMNS:
+        try:
+            with open(self.file, newline="", encoding="utf-8-sig") as file:
+                reader = csv.DictReader(file)
+                found, names = list(reader), reader.fieldnames
+        except (ValueError, csv.Error):  # bytes of something else
+            found, names = [], None
+        if names != COLUMNS:
+            raise UserError(
+                f"{self.file}: expected what `uvit-fast front` writes, with the columns {', '.join(COLUMNS)}"
+            )
+        for number, row in enumerate(found, 1):
+            try:
+                summarised([row])
+            except (ValueError, TypeError, AttributeError):  # of a number, or of a cell that is not there
                 raise UserError(
-                    f"{self.file}: expected what `uvit-fast front` writes, with the columns {', '.join(COLUMNS)}"
-                )
-            return list(reader)
+                    f"{self.file}: row {number}: expected numbers as `uvit-fast front` writes them"
+                ) from None
+        return found
 
     def write(self, rows: list[dict]) -> None:
         write_table(self.file, COLUMNS, rows)
