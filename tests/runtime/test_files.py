@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from uvit_fast.runtime.files import append_row, file_name, read_rows, write_table, write_whole
+from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.files import append_row, file_name, read_rows, read_table, write_table, write_whole
 
 
 @pytest.mark.parametrize("folder", [False, True])
@@ -43,6 +44,28 @@ def test_a_table_is_whole_or_as_it_was(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_table(path, ["a", "b"], rows())
     assert path.read_text("utf-8").splitlines() == ["a,b", '1,"ä,"'] and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "expected what `uvit-fast x` writes, rows of the columns a, b"),
+        ("a,b\n", "expected what `uvit-fast x` writes"),
+        ("a,c\n1,2\n", "expected what `uvit-fast x` writes"),
+        ("a,b\n1,2\n\n1\n", "row 2: expected numbers as"),
+        ("a,b\n1,two\n", "row 1: expected numbers as"),
+    ],
+)
+def test_a_table_is_read_as_it_was_written_or_an_error_names_the_row(text, words, tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("\ufeff" + text, "utf-8")  # as a spreadsheet saves it
+    with pytest.raises(UserError, match=words):
+        read_table(path, ["a", "b"], "uvit-fast x", lambda row: float(row["b"]))
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="expected what"):
+        read_table(path, ["a", "b"], "uvit-fast x", lambda row: float(row["b"]))
+    write_table(path, ["a", "b"], [{"a": "x", "b": 1.5}])
+    assert read_table(path, ["a", "b"], "uvit-fast x", lambda row: float(row["b"])) == [{"a": "x", "b": "1.5"}]
 
 
 def test_a_row_that_was_cut_short_costs_itself_only(tmp_path):

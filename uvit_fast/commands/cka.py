@@ -1,14 +1,15 @@
 """`uvit-fast cka`: the similarity of representations after the blocks of a network (paper, Appendix E)."""
 
 import argparse
-import csv
+import math
+from collections import Counter
 from pathlib import Path
 
 from uvit_fast.commands.arguments import config_of, number, positive, set_argument, with_precision
 from uvit_fast.commands.drawing import pyplot, save
 from uvit_fast.config import Config, ModelConfig
 from uvit_fast.runtime.errors import UserError
-from uvit_fast.runtime.files import write_table
+from uvit_fast.runtime.files import read_table, write_table
 
 HELP = "compare the representations after the blocks (CKA)"
 EXAMPLE = "uvit-fast cka --checkpoint runs/sweep_digits/base runs/sweep_digits/skip-add --out digits_cka"
@@ -47,8 +48,11 @@ def run(args: argparse.Namespace) -> None:
         write_table(table, COLUMNS, rows)
     if not table.is_file():
         raise UserError(f"{table}: no such file; expected what `uvit-fast cka` without --draw writes")
-    with open(table, newline="") as file:
-        draw(list(csv.DictReader(file)), picture, args.time)
+    rows = read_table(table, COLUMNS, "uvit-fast cka", lambda row: float(row["cka"]))
+    sizes = Counter((row["checkpoint"], row["skip"]) for row in rows)
+    if wrong := [name for (name, _), size in sizes.items() if math.isqrt(size) ** 2 != size]:
+        raise UserError(f"{table}: expected every block beside every other, got some only of {wrong[0]}")
+    draw(rows, picture, args.time)
     print(f"wrote {table} and {picture}")
 
 

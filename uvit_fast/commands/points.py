@@ -1,6 +1,5 @@
 """Settings for sampling from one checkpoint, their measurements, and the Pareto front among them."""
 
-import csv
 import itertools
 import json
 import math
@@ -11,8 +10,7 @@ from typing import Any, NamedTuple
 
 from uvit_fast.config import Config
 from uvit_fast.runtime.claims import Claim, Taken
-from uvit_fast.runtime.errors import UserError
-from uvit_fast.runtime.files import write_table, write_whole
+from uvit_fast.runtime.files import read_table, write_table, write_whole
 from uvit_fast.runtime.text import parse_yaml, shown
 
 COLUMNS = ["sampler", "steps", "guidance_scale", "guidance_interval", "precision", "cache", "plan", "seed", "images"]
@@ -112,24 +110,7 @@ class Table:
         """
         if not self.file.is_file():
             return []
-        try:
-            with open(self.file, newline="", encoding="utf-8-sig") as file:
-                reader = csv.DictReader(file)
-                found, names = list(reader), reader.fieldnames
-        except (ValueError, csv.Error):  # bytes of something else
-            found, names = [], None
-        if names != COLUMNS:
-            raise UserError(
-                f"{self.file}: expected what `uvit-fast front` writes, with the columns {', '.join(COLUMNS)}"
-            )
-        for number, row in enumerate(found, 1):
-            try:
-                summarised([row])
-            except (ValueError, TypeError, AttributeError):  # of a number, or of a cell that is not there
-                raise UserError(
-                    f"{self.file}: row {number}: expected numbers as `uvit-fast front` writes them"
-                ) from None
-        return found
+        return read_table(self.file, COLUMNS, "uvit-fast front", lambda row: summarised([row]))
 
     def write(self, rows: list[dict]) -> None:
         write_table(self.file, COLUMNS, rows)

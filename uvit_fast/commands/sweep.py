@@ -3,7 +3,6 @@ Appendix B).
 """
 
 import argparse
-import csv
 import json
 import os
 import subprocess
@@ -21,13 +20,14 @@ from uvit_fast.commands.arguments import positive, set_argument
 from uvit_fast.commands.cost import count
 from uvit_fast.config import CONFIGS, Config, Section, find_config, load_config
 from uvit_fast.runtime.errors import UserError
-from uvit_fast.runtime.files import read_rows, write_table
+from uvit_fast.runtime.files import read_rows, read_table, write_table
 from uvit_fast.runtime.text import cut, parse_yaml
 
 HELP = "train and measure variations of one config, and plot them"
 EXAMPLE = "uvit-fast sweep --config digits --only skip"
 COLUMNS = ["factor", "value", "member", "parameters", "gmacs", "steps", "images", "loss", "metric", "figure"]
 COLUMNS += ["data", "device"]
+LOSSES = ["member", "step", "loss"]
 AXES = {
     "depth": "depth (blocks: one more)",
     "width": "width D",
@@ -201,7 +201,7 @@ def write(members: list[Member], work: _Work, out: Path) -> None:
                 device,
             )
             points.append(dict(zip(COLUMNS, (*row, *figures))))
-    for name, columns, table in (("sweep", COLUMNS, points), ("losses", ["member", "step", "loss"], losses)):
+    for name, columns, table in (("sweep", COLUMNS, points), ("losses", LOSSES, losses)):
         write_table(out / f"{name}.csv", columns, table)
 
 
@@ -222,7 +222,9 @@ def draw(out: Path) -> None:
 
     if not (out / "sweep.csv").is_file():
         raise UserError(f"{out}: no sweep.csv; expected a folder that `uvit-fast sweep` wrote")
-    points, losses = (list(csv.DictReader(open(out / f"{name}.csv", newline=""))) for name in ("sweep", "losses"))
+    told = "uvit-fast sweep"
+    points = read_table(out / "sweep.csv", COLUMNS, told, lambda row: [float(row[n]) for n in ("figure", "steps")])
+    losses = read_table(out / "losses.csv", LOSSES, told, lambda row: [float(row[n]) for n in ("loss", "step")])
     plt = pyplot()
     from matplotlib.ticker import LogLocator, NullFormatter
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from uvit_fast.runtime.errors import UserError
+
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write(temporary)` beside `path`, then rename the file; a failed write leaves nothing behind.
@@ -44,6 +46,33 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, 
             writer.writerows(rows)
 
     write_whole(path, put)
+
+
+def read_table(
+    path: Path, columns: Sequence[str], command: str, parse: Callable[[dict[str, str]], object]
+) -> list[dict[str, str]]:
+    """Return the rows of a CSV file that `command` wrote with `columns`, as a spreadsheet may have saved it.
+
+    Args:
+        parse: `parse(row)` fails where a cell does not hold what it should.
+
+    Raises:
+        UserError: the file is another table, without rows, or one of its rows was changed.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            rows, names = list(reader), reader.fieldnames
+    except (ValueError, csv.Error):  # bytes of something else
+        rows, names = [], None
+    if names != list(columns) or not rows:
+        raise UserError(f"{path}: expected what `{command}` writes, rows of the columns {', '.join(columns)}")
+    for number, row in enumerate(rows, 1):
+        try:
+            parse(row)
+        except (ValueError, TypeError, AttributeError):  # of a number, or of a cell that is not there
+            raise UserError(f"{path}: row {number}: expected numbers as `{command}` writes them") from None
+    return rows
 
 
 def file_name(text: str, most: int = 80) -> str:
