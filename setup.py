@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 setup(
     name="uvit-fast",
-    version="0.1.0",
+    version="0.2.0",
     description="U-ViT for diffusion: the published model, fused kernels, DeepSpeed training, captured sampling",
     license="Apache-2.0",
     python_requires=">=3.11",

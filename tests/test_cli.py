@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+import uvit_fast
 from tests.commands.small import DIGITS
 from uvit_fast import cli
 
@@ -83,7 +84,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_two(arguments, words, capsys,
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["--version"], 0, ["uvit-fast 0.1.0"]),
+        (["--version"], 0, [f"uvit-fast {uvit_fast.__version__}"]),
         (["smaple"], 2, ["uvit-fast: smaple: no such command; did you mean sample?"]),
         ([], 2, ["uvit-fast: expected one of train, sample, ", "; example: uvit-fast sample --help"]),
         (["sample", "--out", "x", "--nme", "3"], 2, ["uvit-fast: sample: --nme: no such option; did you mean --num?"]),

@@ -1,6 +1,7 @@
 """A wheel is all that training and sampling need."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+import uvit_fast
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["model.embed_dim=16", "model.num_heads=2", "model.depth=2", "train.iterations=2", "train.batch_size=8"]
@@ -44,6 +47,13 @@ def python(tmp_path_factory) -> Path:
     others = [path for path in sys.path if path.endswith("site-packages")]  # whose own .pth files this does not read
     (site / "others.pth").write_text("\n".join(others))
     return python
+
+
+def test_the_version_is_the_newest_released_one():
+    """Of the package, its metadata and the changelog."""
+    (packaged,) = re.findall(r'^    version="(.+)",$', (ROOT / "setup.py").read_text(), re.MULTILINE)
+    released = re.findall(r"^## (\d\S+) \(\d{4}-\d\d-\d\d\)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert uvit_fast.__version__ == packaged == released[0]
 
 
 def test_a_wheel_trains_two_steps_and_samples(python, tmp_path):

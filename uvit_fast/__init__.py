@@ -9,7 +9,7 @@ sampler = build_sampler(cfg)      # sampler(eps_fn, x_T) -> x_0, with eps_fn(x, 
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 _HOME = {
     "load_config": "config",
     "build_model": "build",
