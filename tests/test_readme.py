@@ -1,6 +1,5 @@
 """README's first screen and length; its figures, and those of docs/benchmarks.md, are the committed results'; the
-commands
-of README and docs are ones that there are, and their files exist."""
+commands of README and docs are ones that there are, and their files exist."""
 
 import re
 import shlex

@@ -93,8 +93,7 @@ def build_model(cfg: Config) -> UViT | UNet:
     or whatever `cfg.diffusion.prediction` names.
 
     t is the time as the network receives it: 999 t for VP, n for SD, 1000 t for flow. Under `torch.device("meta")`
-    nothing
-    is allocated.
+    nothing is allocated.
     """
     on_meta = torch.get_default_device().type == "meta"
     with torch.random.fork_rng(devices=[]), _Unfilled() if on_meta else nullcontext():

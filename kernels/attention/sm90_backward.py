@@ -1,9 +1,8 @@
 """The backward of attention on sm_90, two kernels without atomics: dq with delta, then dk and dv.
 
 dq: k and v stay in shared memory, blocks of q and dout stream past. dkv: q and dout stay, blocks of k and v stream
-past. A
-streamed block moves to registers at once, so that its buffers can send the previous block's gradient out and receive
-the next block while the products run. The rows of a tail go before the blocks, on 16-row products. Legend:
+past. A streamed block moves to registers at once, so that its buffers can send the previous block's gradient out and
+receive the next block while the products run. The rows of a tail go before the blocks, on 16-row products. Legend:
 sm90_tiles.py.
 """
 

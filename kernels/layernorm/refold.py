@@ -1,8 +1,8 @@
-"""Folded weights that are kept while the weights may change: looked at each time, folded again if they did.
+"""Keep folded weights while the weights may change: compare them each time, and fold again those that changed.
 
-No counter tells of every write (`.data`, another library's kernel, a replayed graph), so the weights' bits are read:
-half the bytes of a fold, and none written. For every GROUP rows, with the norm and bias folded into them, two sums of
-32-bit words times pseudo-random numbers are kept, 64 bits each; a change that leaves both is one in 2^64.
+No counter reports every write (`.data`, another library's kernel, a replayed graph), so the weights' bits are read:
+half the bytes of a fold, and none written. For every GROUP rows, with their norm and bias, two sums of 32-bit words
+times pseudo-random numbers are kept, 64 bits each; a change that leaves both has a chance of one in 2^64.
 """
 
 import contextlib
@@ -19,14 +19,14 @@ from uvit_fast.kernels.layernorm import fold
 from uvit_fast.kernels.runtime import launch, once, program, tuning
 from uvit_fast.kernels.runtime.launch import cdiv
 
-GROUP = 32  # rows that are looked at together
-FIELDS = 10  # of a layer in the table
+GROUP = 32  # rows that are compared together
+FIELDS = 10  # per layer in the table
 _LOOK = {"BLOCK": 512, "AHEAD": 4, "num_warps": 4}
 
 
 @triton.jit
 def _chance(at, SEED: tl.constexpr):
-    """Return an odd number for each position, well mixed (the finaliser of MurmurHash3)."""
+    """Return an odd, well mixed number for each position (the finaliser of MurmurHash3)."""
     h = (at + SEED).to(tl.uint32) * 0x9E3779B1
     h = (h ^ (h >> 16)) * 0x85EBCA6B
     h = (h ^ (h >> 13)) * 0xC2B2AE35
@@ -35,7 +35,7 @@ def _chance(at, SEED: tl.constexpr):
 
 @triton.jit
 def _times(words, keys):
-    """Return the whole products of 32-bit numbers."""
+    """Return the full products of 32-bit numbers."""
     return words.to(tl.uint32, bitcast=True).to(tl.uint64) * keys.to(tl.uint64)
 
 
@@ -47,7 +47,7 @@ def _add(sums, words, count, SEED: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.
     keys1, keys2 = _chance(at, SEED), _chance(at, SEED + BLOCK)
     for first in range(0, count, AHEAD * BLOCK):
         found = ()
-        for i in tl.static_range(AHEAD):  # all under way before the first is used
+        for i in tl.static_range(AHEAD):  # all loads are issued before the first is used
             place = first + i * BLOCK + at
             found = found + (tl.load(words + place, mask=place < count, other=0),)
         for i in tl.static_range(AHEAD):
@@ -60,7 +60,7 @@ def _add(sums, words, count, SEED: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.
 
 @triton.jit
 def _place(layer, field: tl.constexpr, base, aligned: tl.constexpr):
-    """Return a pointer from the table: how many values it lies past `base`, a multiple of `aligned`."""
+    """Return a pointer from the table: its offset in values from `base`, a multiple of `aligned`."""
     return base + tl.multiple_of(tl.load(layer + field), aligned)
 
 
@@ -73,9 +73,9 @@ def _words(layer, field: tl.constexpr, base, PER: tl.constexpr):
 @triton.jit
 def _look_kernel(
     table,  # (layers, FIELDS) int64: see `_row`
-    words,  # int32, what weights, gamma and beta are counted from
+    words,  # int32, the base of weights, gamma and beta
     biases,  # the same memory in the weights' dtype
-    marks,  # (2,) int64, and what marks are counted from: the sums that the folded weights are of, and those of now
+    marks,  # (2,) int64, the base of marks: the sums of the folded weights, and the current ones
     GROUP: tl.constexpr,
     WORDS: tl.constexpr,  # of a row
     PER: tl.constexpr,  # values in a word
@@ -104,8 +104,8 @@ def _look_kernel(
 @triton.jit
 def _refold_kernel(
     table,  # (layers, FIELDS) int64
-    values,  # what weights, gamma, beta, bias and folded weights are counted from
-    offsets,  # fp32, what folded biases are counted from
+    values,  # the base of weights, gamma, beta, bias and folded weights
+    offsets,  # fp32, the base of folded biases
     marks,  # as `_look_kernel` left them
     D: tl.constexpr,
     LO: tl.constexpr,
@@ -136,7 +136,7 @@ def _refold_kernel(
 
 
 class Derived:
-    """What products take in the place of weights, for recordings of launches that read it and that never overlap."""
+    """What products use in place of weights, for recordings of launches that read it and never overlap."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple, fold.Kept] = {}
@@ -144,27 +144,27 @@ class Derived:
 
     @property
     def bytes(self) -> int:
-        """Memory that it holds."""
+        """Memory held."""
         return sum(t.nbytes for key, kept in self._kept.items() for t in (*kept.folded, self._marks[key]))
 
     def follows(self, weights: Iterable[Tensor]) -> bool:
-        """Return whether all was derived from these tensors' memory, and not from a copy that an op made."""
+        """Return whether everything was derived from these tensors' memory, not from a copy that an op made."""
         there = {w.data_ptr() for w in weights}
         sources = [t.data_ptr() for kept in self._kept.values() for t in kept.layer if t is not None]
         return all(at in there and at % 16 == 0 for at in sources)
 
     @contextlib.contextmanager
     def open(self) -> Iterator[dict[tuple, Any]]:
-        """While open, fold a weight that was never folded here, and else take it as it was folded.
+        """Fold a weight that was never folded here, otherwise use it as it was folded, while open.
 
-        Yields what a recording that is made meanwhile must hold.
+        Yields what a recording made meanwhile must hold.
         """
         held: dict[tuple, Any] = dict(self._kept)
         with program.suspended(), once.stretch(held):
             yield held
 
     def refresh(self, held: dict[tuple, Any]) -> Callable[[], None]:
-        """Return what folds anew all that is held by now and whose weights have changed: a launch for each width."""
+        """Return a function that folds again everything held whose weights have changed: one launch per width."""
         kinds: dict[tuple, list[tuple]] = {}
         for key, kept in held.items():
             if isinstance(kept, fold.Kept):
@@ -193,7 +193,7 @@ class Derived:
 
 
 def look_options(D: int, itemsize: int) -> dict:
-    """Return the constants of `_look_kernel` over weights of D values a row."""
+    """Return the constants of `_look_kernel` for weights of D values per row."""
     return {"GROUP": GROUP, "WORDS": D * itemsize // 4, "PER": 4 // itemsize, "FIELDS": FIELDS, **_LOOK}
 
 
@@ -210,9 +210,9 @@ def _each(calls: list[Callable[[], None]]) -> None:
 
 
 def _row(kept: fold.Kept, marks: Tensor, bases: tuple[Tensor, Tensor, Tensor]) -> list[int]:
-    """Return a layer in the table.
+    """Return a layer's row of the table.
 
-    How many values past `bases` weight, gamma, beta, bias, folded weight and bias, and marks lie; rows; whether there
+    Offsets in values from `bases` of weight, gamma, beta, bias, folded weight and bias, and marks; rows; whether there
     is a bias; the bits of the scale, an fp32.
     """
     gamma, beta, weight, bias = kept.layer

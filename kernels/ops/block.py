@@ -1,7 +1,7 @@
-"""A whole transformer block: what its ops do one after the other, with one list of launches and one node of autograd.
+"""A whole transformer block: its ops one after the other, with one list of launches and one autograd node.
 
-For eager code, whose Python takes longer than the kernels of few images. Whoever watches ops, traces them or recomputes
-some of them has them one by one.
+For eager code, whose Python takes longer than the kernels for few images. If ops are watched, traced or recomputed,
+they are called one by one.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ _one_by_one: ContextVar[bool] = ContextVar("one_by_one", default=False)
 
 @contextlib.contextmanager
 def one_by_one() -> Iterator[None]:
-    """While open, a block's ops must be called: what they keep is chosen by op."""
+    """Let a block's ops be called one by one while open: what they keep is chosen per op."""
     token = _one_by_one.set(True)
     try:
         yield
@@ -32,7 +32,7 @@ def one_by_one() -> Iterator[None]:
 def run(
     x: Tensor, skip: Tensor | None, sums: Tensor | None, layers: Layers, heads: int
 ) -> tuple[Tensor, Tensor] | None:
-    """Run the block on x (B, L, D), joined with a long skip (B, L, D) where it has one.
+    """Run the block on x (B, L, D), joined with a long skip (B, L, D) if it has one.
 
     Saves what its ops save: with a skip `proj_ln_mlp`, else `linear_residual` and `ln_mlp`.
 
@@ -40,7 +40,7 @@ def run(
         sums: of x, as a block returns them.
 
     Returns:
-        (B, L, D) and its sums, bit for bit those of the ops; None where these must be called: some cannot run, or are
+        (B, L, D) and its sums, bit for bit those of the ops; None if the ops must be called: some cannot run, or are
         watched.
     """
     if is_watched(x) or _one_by_one.get() or not (x.device.type == "cuda" or interpreting()):
@@ -50,7 +50,7 @@ def run(
 
 
 def _why_not(x: Tensor, skip: Tensor | None, sums: Tensor | None, layers: Layers, heads: int, save: bool) -> str | None:
-    """Return why some op of the block cannot take these tensors; None where all can."""
+    """Return why some op of the block cannot take these tensors, or None."""
     (B, L, D), of = x.shape, layers
     if of.qkv.weight.shape[0] != 3 * D or D % heads:
         return f"a weight {tuple(of.qkv.weight.shape)} gives no q, k and v of {heads} heads"
@@ -97,10 +97,10 @@ def _backward(
     act: Tensor,
     *weights: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, skip and the layers' tensors, in their order.
+    """Return the gradients of x, skip and the layers' tensors, in order.
 
     Args:
-        wanted: of which linear layers, in their order; others may get tensors of no element.
+        wanted: which linear layers need gradients, in order; the others may get empty tensors.
     """
     joined, gamma1, beta1, qkv, shift, proj, offset, gamma2, beta2, fc1, fc2 = weights
     h = x if h is None else h
@@ -121,7 +121,7 @@ def _backward(
     return dx, dskip, *first, dproj, doffset, *dmlp
 
 
-_LINEAR = (3, 8, 10, 15, 17)  # where joined, qkv, proj, fc1 and fc2 stand among the single arguments
+_LINEAR = (3, 8, 10, 15, 17)  # positions of joined, qkv, proj, fc1 and fc2 among the single arguments
 
 
 def _save(ctx, inputs, output):

@@ -1,8 +1,8 @@
 """Programmatic dependent launch: a kernel begins while the one before it ends, and waits before it needs its results.
 
-It is launched with `launch_pdl`. Before it waits it may read what no kernel under way writes: weights that `once.met`.
-A kernel lets the next one begin when it has waited itself, if it has to: so two are under way at most, and what the
-first of three wrote is there for the last.
+It is launched with `launch_pdl`. Before it waits it may read what no running kernel writes: weights for which
+`once.met` holds. A kernel lets the next one begin after it has waited itself, if it has to: so at most two are running,
+and what the first of three wrote is there for the last.
 """
 
 from triton.experimental import gluon
@@ -17,6 +17,6 @@ def wait_for_others():
 
 @gluon.jit
 def let_next_begin():
-    """Let the next kernel begin, where it was launched early and once all programs of this one have come here."""
+    """Let the next kernel begin, if it was launched early, once all programs of this one have come here."""
     go: gl.constexpr = "griddepcontrol.launch_dependents; mov.b32 $0, 0;"
     gl.inline_asm_elementwise(go, "=r", [], dtype=gl.int32, is_pure=False, pack=1)

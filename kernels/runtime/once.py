@@ -34,10 +34,10 @@ def kept() -> dict[tuple, Any] | None:
 
 
 def met(weight: Tensor) -> bool:
-    """Return whether the stretch that is open has come across these weights before: whatever wrote them has ended.
+    """Return whether the open stretch has met these weights before: whatever wrote them has ended.
 
-    Never so without a stretch, or in one that keeps nothing: there they may be being written. Nor of a tensor that is
-    made anew each time, where another was.
+    False without a stretch, or in one that keeps nothing, since there they may still be being written, and for a tensor
+    that is made anew each time in another's place.
     """
     known = kept()
     if known is None:
@@ -54,8 +54,7 @@ def counters(device: torch.device, count: int) -> Tensor:
 
     Each stretch has its own, and so has each stream. A capture must not use the counters of the stream, beside which it
     may be replayed, nor those of another capture: it gets new ones for each launch, unless they existed when a
-    stretch's
-    capture began, or the stretch keeps nothing and so is no longer than the capture.
+    stretch's capture began, or the stretch keeps nothing and so is no longer than the capture.
     """
 
     def new() -> Tensor:

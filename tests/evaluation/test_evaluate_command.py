@@ -48,8 +48,7 @@ def images(path, count, seed):
 
 def test_inceptions_figures_of_two_files(run, weights, tmp_path, capsys, monkeypatch):
     """All of Table 3; against itself the distances vanish. Few images: a warning with its consequence. A name that is
-    no
-    UTF-8 can be printed and written."""
+    no UTF-8 can be printed and written."""
     name = os.fsdecode(b"fake\xff.npz")
     samples, real = images(tmp_path / name, 5, 0), images(tmp_path / "real.npz", 6, 1)
     assert run("--samples", samples, "--reference", real, "--inception", weights, "--batch", 3) == 0

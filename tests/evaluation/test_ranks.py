@@ -39,8 +39,7 @@ def together(folder, *arguments):
 
 def test_two_processes_find_the_figures_of_one(checkpoint, tmp_path, monkeypatch):  # noqa: F811
     """Of drawn samples, and of their files in a single batch, of which the second process has none. A new cache: the
-    real images
-    are divided, too."""
+    real images are divided, too."""
     monkeypatch.setattr("uvit_fast.evaluation.classifier.STEPS", 150)
     alone, shared, pngs = tmp_path / "alone", tmp_path / "shared", tmp_path / "pngs"
     drawn = [*checkpoint, "--num", 70, "--batch", 16]
@@ -64,8 +63,7 @@ def test_two_processes_find_the_figures_of_one(checkpoint, tmp_path, monkeypatch
 
 def test_a_failure_of_one_process_is_the_jobs_only_error(tmp_path, capfd):
     """Images of another size, at which the second process arrives, or the first, with which the others lose their
-    meeting point; a
-    reference that no process finds. Nor does torch complain."""
+    meeting point; a reference that no process finds. Nor does torch complain."""
     folders = [folder_of(pictures(40), tmp_path / name) for name in ("a", "b")]
     for number, folder in zip((3, 5), folders):
         Image.new("RGB", (9, 8)).save(folder / f"{number:04d}.png")

@@ -12,8 +12,8 @@ B, L, D = 128, 258, 1152  # H/2
 @pytest.mark.parametrize("concat_skip", [False, True], ids=["block", "block with a skip"])
 def test_a_block_keeps_ten_values_times_d_a_token(concat_skip):
     """Its input, qkv (3), the attention's output, the MLP's input and the GELU's argument (4); with a skip, which the
-    shallow block
-    after it keeps anyhow, the skip's linear layer has the place of the MLP's input, computed again in the backward."""
+    shallow block after it keeps anyhow, the skip's linear layer has the place of the MLP's input, computed again in the
+    backward."""
     kept = {}
 
     def keep(t: torch.Tensor) -> torch.Tensor:

@@ -59,8 +59,7 @@ def captured(net, **how):
 @pytest.mark.parametrize("parts", [1, 3, 7])
 def test_losses_and_gradients_are_the_plain_ones(way, parts):
     """Seven blocks: with three parts skips cross one border and two, with seven every block is one; sums of three terms
-    then
-    have another order."""
+    then have another order."""
     net, graphs = captured(network(**WAYS[way]), parts=parts)
     net.pos_embed.register_post_accumulate_grad_hook(lambda p: None)  # as an engine's
     losses, gradients = train(net)

@@ -1,8 +1,7 @@
 """From images to latents and text features: packed shards that training reads.
 
 Shard s covers a fixed range of the images, so its content does not depend on who makes it, or when: processes started
-by
-torchrun (RANK, WORLD_SIZE) share the shards without communicating, and an interrupted extraction continues with the
+by torchrun (RANK, WORLD_SIZE) share the shards without communicating, and an interrupted extraction continues with the
 missing ones. Each finished shard has a note, `notes/00000.json`, written after its data; the process that finds all
 notes writes the manifest.
 """

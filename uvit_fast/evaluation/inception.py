@@ -3,8 +3,7 @@ torch-fidelity.
 
 Szegedy et al., "Rethinking the Inception Architecture", as frozen in `classify_image_graph_def.pb`. It differs from the
 later Inception v3: averages exclude the padding, the last block pools by maximum, there are 1008 outputs. Parameters
-are
-named as in the weight file. B images, channels first; the graph's own names are given beside ours.
+are named as in the weight file. B images, channels first; the graph's own names are given beside ours.
 """
 
 import hashlib

@@ -42,9 +42,7 @@ def layer(module: nn.Module, bias: bool = True) -> Norm | Linear | None:
 
 
 def assemble(x: Tensor, w: Tensor, b: Tensor, extras: Tensor, positions: Tensor, *, kernels: str = "auto") -> Tensor:
-    """Return Concat(extras, patches of x) + positions: x (B, C, H, W), w (D, C, p, p), extras (B, E, D) -> (B, E + N,
-    D).
-    """
+    """Return Concat(extras (B, E, D), patches of x (B, C, H, W)) + positions, (B, E + N, D); w (D, C, p, p)."""
     return _chosen(_assemble, kernels, x, w, b, extras, positions)(x, w, b, extras, positions)
 
 
@@ -67,13 +65,11 @@ def ln_mlp(
 def proj_ln_mlp(
     a: Tensor, proj: Linear, x: Tensor, norm: Norm, fc1: Linear, fc2: Linear, *, kernels: str = "auto"
 ) -> tuple[Tensor, Tensor | None]:
-    """Run `linear_residual`, then `ln_mlp`: x (..., D) -> (..., D), sums. The backward recomputes what lies between
-    them.
-    """
+    """Run `linear_residual`, then `ln_mlp`: x (..., D) -> (..., D), sums. The backward recomputes what is between."""
     return _with_sums(_proj_ln_mlp, kernels, a, proj, x, norm, fc1, fc2)
 
 
-one_by_one = _block.one_by_one  # a context in which `block` runs nothing
+one_by_one = _block.one_by_one  # a context in which `block` does not run
 
 
 def block(
@@ -85,7 +81,7 @@ def block(
     *,
     kernels: str,
 ) -> tuple[Tensor, Tensor] | None:
-    """Run a whole block as one op, x and skip (B, L, D) -> (B, L, D), sums; None where its parts must be called.
+    """Run a whole block as one op, x and skip (B, L, D) -> (B, L, D), sums; None if its parts must be called.
 
     Args:
         layers: of the skip, before attention, after it, and of the MLP; None for those that must be called.

@@ -24,19 +24,19 @@ from uvit_fast.model import ops
 from uvit_fast.runtime.graphs import CudaGraphs, Graphs, allowed, current, is_recording, recording
 from uvit_fast.runtime.hooks import HOOKS, hooked, hooked_everywhere
 
-MOST = 8  # shapes that are kept
-SHARE = 8  # of a device's budget for captures, one part in so many
+MOST = 8  # shapes kept
+SHARE = 8  # captures may take 1 / SHARE of a device's budget
 _PLAIN = (Tensor, nn.Parameter)
 _LAYERS = (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Embedding, nn.Sequential, nn.ModuleList, nn.Identity, nn.SiLU)
 
-_VALUES = (bool, int, float, str, tuple, type(None))  # what settings are
-_HELD = ("_modules", "_parameters", "_buffers")  # where a module keeps what it consists of
-_IDLE = nn.Module().__dict__.keys() - {*HOOKS, *_HELD}  # what of a module decides nothing without gradients
+_VALUES = (bool, int, float, str, tuple, type(None))  # types of settings
+_HELD = ("_modules", "_parameters", "_buffers")  # a module's parts
+_IDLE = nn.Module().__dict__.keys() - {*HOOKS, *_HELD}  # attributes that decide nothing without gradients
 Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # x, t, y, context
 
 
 class Replayed(nn.Module):
-    """A network whose `forward`, under `@replays`, is captured and replayed where no gradient is wanted.
+    """A network whose `forward`, under `@replays`, is captured and replayed if no gradient is needed.
 
     It is a function of its tensors and of the network's weights and settings: no random numbers, no state.
 
@@ -48,16 +48,16 @@ class Replayed(nn.Module):
 
     @property
     def captures(self) -> "Captures":
-        """This network's own; a copy of the network begins without any."""
+        """This network's own captures; a copy of the network begins without any."""
         return self.__dict__.get("_captures") or self.__dict__.setdefault("_captures", Captures())
 
-    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:  # what moves or casts all weights: .to, .half, .cpu
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:  # moves or casts all weights: .to, .half, .cpu
         self.captures.clear()
         return super()._apply(*args, **kwargs)
 
 
 def replays(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Make `forward` of a `Replayed` network the plain call that replays itself."""
+    """Make `forward` of a `Replayed` network a plain call that replays itself."""
 
     @functools.wraps(forward)
     def call(
@@ -82,14 +82,14 @@ class _Capture(NamedTuple):
 
 
 class Captures:
-    """The captured calls of one network. Neither copied nor pickled with it."""
+    """The captured calls of one network, neither copied nor pickled with it."""
 
     def __init__(self, graphs: Graphs | None = None):
         """graphs: what records and replays; default: CUDA graphs."""
         self.graphs: Graphs = CudaGraphs() if graphs is None else graphs
         self._lock = threading.RLock()
         self._kept: OrderedDict[tuple, _Capture] = OrderedDict()  # least recently used first
-        self._calls: Counter[tuple] = Counter()  # that ran uncaptured, by kind
+        self._calls: Counter[tuple] = Counter()  # calls that ran uncaptured, by kind
         self._derived = ops.Derived()  # from the weights, for all captures
         self._pool: Any = None  # of all captures: they never run at once
         self._last: tuple[Any, Any] | None = None  # the stream of the last replay, and an event after it
@@ -102,32 +102,32 @@ class Captures:
 
     @property
     def bytes(self) -> int:
-        """Memory that the captures hold."""
+        """Memory held by the captures."""
         return self._derived.bytes + sum(capture.bytes for capture in self._kept.values())
 
     def clear(self) -> None:
         """Drop all captures and their memory."""
         with self._lock:
             if self._last is not None:
-                self._last[1].synchronize()  # what a replay on another stream still reads may not be given away
+                self._last[1].synchronize()  # memory that a replay on another stream still reads must not be released
             self._kept.clear()
             self._calls.clear()
             self._pool = self._last = None
             self._derived = ops.Derived()
 
     def replay(self, network: nn.Module, forward: Callable[..., Tensor], inputs: Inputs) -> Tensor | None:
-        """What forward(network, *inputs) returns, the caller's own; None where the call must run as it is written."""
+        """Return forward(network, *inputs), the caller's own, or None if the call must run as written."""
         if not self._may(network, inputs):
             return None
         key = (_surroundings(inputs[0].device), *map(_kind, inputs))
         with self._lock, torch.no_grad():
             capture = self._kept.get(key)
             if capture is None:
-                if len(self._calls) > 100 * MOST:  # each call of another shape
+                if len(self._calls) > 100 * MOST:  # every call has another shape
                     self._calls.clear()
                 self._calls[key] += 1
                 seen = self._calls[key]
-                # Not at once, and ever more rarely where it fails: a shape that comes once is not worth it.
+                # Not at once, and ever more rarely if it fails: a shape that occurs once is not worth it.
                 if seen < 2 or seen & (seen - 1) or not self._capture(key, network, forward, inputs):
                     return None
                 capture = self._kept[key]
@@ -141,7 +141,7 @@ class Captures:
             return output
 
     def _may(self, network: nn.Module, inputs: Inputs) -> bool:
-        """Whether this call is one of plain tensors that wants no gradient and that nobody watches or records."""
+        """Return whether this call has plain tensors, needs no gradient, and is neither watched nor recorded."""
         if torch.is_grad_enabled() and any(
             p.requires_grad for p in chain(network.parameters(), inputs) if p is not None
         ):
@@ -173,7 +173,7 @@ class Captures:
         return output
 
     def _capture(self, key: tuple, network: nn.Module, forward: Callable[..., Tensor], inputs: Inputs) -> bool:
-        """Record forward for inputs of this kind and keep it; False where that fails, or takes too much memory."""
+        """Record forward for inputs of this kind and keep it; return False if that fails, or takes too much memory."""
         made = self._record(network, forward, inputs) if capturable(network) else None
         room = self.graphs.budget(inputs[0].device) // SHARE
         if made is None or self.bytes + made.bytes > room or not self._derived.follows(network.parameters()):
@@ -188,14 +188,14 @@ class Captures:
         return True
 
     def _record(self, network: nn.Module, forward: Callable[..., Tensor], inputs: Inputs) -> _Capture | None:
-        """Return a recording of forward; None where it cannot be recorded."""
+        """Return a recording of forward, or None if it cannot be recorded."""
         device = inputs[0].device
         dtype, enabled = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
         with torch.inference_mode(False), torch.no_grad(), current(device), recording():
             own = tuple(None if v is None else torch.empty_like(v).copy_(v) for v in inputs)
 
             def run() -> Tensor:
-                # autocast's cache would hand the graph weights that it casts, keeps, and frees
+                # autocast's cache would pass weights to the graph that it casts, keeps, and frees
                 with torch.autocast(device.type, dtype, enabled, cache_enabled=False):
                     return forward(network, *own)
 
@@ -206,7 +206,7 @@ class Captures:
                     refresh = self._derived.refresh(derived)
                     self.graphs.warm_up(refresh)
                     replay, output, held = self.graphs.capture(lambda: (refresh(), run())[1], self._pool)
-            except RuntimeError:  # the call as it is written says what is wrong, if anything is
+            except RuntimeError:  # the call as written says what is wrong, if anything is
                 return None
         held += sum(v.nbytes for v in own if v is not None)
         return _Capture(own, replay, output, held, _Structure(network), (derived, refresh))
@@ -225,7 +225,7 @@ def _kind(value: Tensor | None) -> tuple | None:
 
 
 def _surroundings(device: torch.device) -> tuple:
-    """What decides, beside its arguments, which kernels a call runs."""
+    """Return what, beside its arguments, decides which kernels a call runs."""
     cudnn, matmul, cuda = torch.backends.cudnn, torch.backends.cuda.matmul, torch.backends.cuda
     return (
         torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
@@ -246,11 +246,11 @@ def _surroundings(device: torch.device) -> tuple:
 
 
 def capturable(network: nn.Module) -> bool:
-    """Whether calling the network runs our forward, layers of PyTorch and plain weights, and nothing of others."""
+    """Return whether calling the network runs only our forward, PyTorch's layers and plain weights."""
     if hooked_everywhere():
         return False
     for module in network.modules():
-        if module is network:  # hooks of its own run outside its forward
+        if module is network:  # its own hooks run outside its forward
             continue
         kind = type(module)
         if kind not in _LAYERS and kind.__module__.partition(".")[0] != "uvit_fast":
@@ -276,7 +276,7 @@ class _Structure:
         self._own = itemgetter(*(name for name in names if name not in _IDLE))
         self._held = [d[name] for name in _HELD for d in (own, *self._dicts)]
         self._filled = [held for held in self._held if held]
-        self._parts = list(chain.from_iterable(map(dict.values, self._held)))  # so that their ids stay theirs
+        self._parts = list(chain.from_iterable(map(dict.values, self._held)))  # so that their ids are not reused
         self._weights = [part for part in self._parts if isinstance(part, Tensor)]
         self._memory = [weight.detach() for weight in self._weights]
         self._before = self._now(network)
@@ -285,10 +285,10 @@ class _Structure:
         return hooked_everywhere() or any(self._hooks)
 
     def moved(self, network: nn.Module) -> bool:
-        """Whether a module, a setting, a weight or its place is another one."""
+        """Return whether a module, a setting, a weight or its address has changed."""
         try:
             return self._before != self._now(network)
-        except (KeyError, RuntimeError):  # a setting is gone, or is a tensor that is another one
+        except (KeyError, RuntimeError):  # a setting is gone, or is another tensor
             return True
 
     def _now(self, network: nn.Module) -> tuple:
