@@ -212,6 +212,13 @@ def test_a_wrong_key_or_value_is_named_with_what_was_expected(override, words):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("key", ["train.init_replace", "train.trainable", "sample.fp8_keep"])
+def test_one_name_is_a_list_of_one(key):
+    section, name = key.split(".")
+    cfg = load_config(CONFIGS / "digits.yaml", [f"{key}=norm", "train.init=weights.pth"])
+    assert getattr(getattr(cfg, section), name) == ("norm",)
+
+
 def test_the_paper_is_the_default_and_a_flows_velocity_that_of_a_flow():
     path = CONFIGS / "m4_64.yaml"
     paper = load_config(path).diffusion.model_dump()

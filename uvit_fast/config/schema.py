@@ -113,7 +113,7 @@ class SampleConfig(Section):
         description="Precision of the blocks' matrix products when sampling on a GPU: bf16, or e4m3 (compute "
         "capability 9.0, U-ViT).",
     )
-    fp8_keep: tuple[str, ...] = Field(
+    fp8_keep: Names = Field(
         FP8_KEEP,
         description="With fp8, what stays in bf16: a block, as out_blocks.-1, its attn, mlp or skip_linear, as "
         "in_blocks.0.mlp, or a pattern; []: nothing.",
