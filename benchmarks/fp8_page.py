@@ -21,12 +21,18 @@ KINDS = {  # kind of a block's products -> its description
     "fc2": "the MLP's second layer, of GELU's result",
     "skip": "linear layer over the long skip",
 }
-KEPT = {"": f", the default: kept {' '.join(FP8_KEEP)}", ", kept nothing": ", all in e4m3"}  # ends of providers
 
 
 def provider_of(keep: tuple[str, ...]) -> str:
     """Return the rows' name for FP8 with some parts kept in bf16."""
-    return "ours-fp8" if keep == FP8_KEEP else f"ours-fp8, kept {' '.join(keep) or 'nothing'}"
+    return f"ours-fp8, kept {' '.join(keep) or 'nothing'}"
+
+
+def said(provider: str) -> str:
+    """Return what the page calls a provider of the rows."""
+    if provider in ("ours", provider_of(())):
+        return "bf16" if provider == "ours" else "FP8, all in e4m3"
+    return f"FP8{provider.removeprefix('ours-fp8')}{' (the default)' * (provider == provider_of(FP8_KEEP))}"
 
 
 def networks_of(results: Results) -> list[str]:
@@ -47,9 +53,9 @@ def tables(results: Results) -> str:
         "",
     ]
     rows = [
-        [f"{name}, {said}", *(_percent(value(results, f"{name}: t = {time:g}", who)) for time in TIMES)]
+        [f"{name}, {said(who)}", *(_percent(value(results, f"{name}: t = {time:g}", who)) for time in TIMES)]
         for name in names
-        for who, said in (("ours", "bf16"), (provider_of(()), "FP8, all in e4m3"), ("ours-fp8", "FP8"))
+        for who in ("ours", provider_of(()), provider_of(FP8_KEEP))
         if value(results, f"{name}: t = {TIMES[-1]:g}", who)
     ]
     lines += markdown(["", *(f"t = {time:g}" for time in TIMES)], rows)
@@ -106,7 +112,7 @@ def _samples(results: Results, name: str) -> Iterator[list[str]]:
         narrow, accuracy = of(who, "digits-fid"), _mean(of(who, "class_accuracy").values())
         apart = _mean(narrow[case] - wide[case] for case in narrow if who != "ours")
         yield [
-            f"{name}, {count:,} samples, bf16" if who == "ours" else f"FP8{KEPT.get(who[8:], who[8:])}",
+            f"{name}, {count:,} samples, bf16" if who == "ours" else said(who),
             ", ".join(f"{figure:.3f}" for figure in narrow.values()),
             "–" if apart is None else f"{apart:+.3f}",
             "–" if accuracy is None else f"{accuracy:.2%}",
@@ -151,7 +157,7 @@ def draw(results: Results, path: Path) -> None:
     """Plot the error by time and by block."""
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(9.0, 3.4), layout="constrained")
     for name, colour in zip(networks_of(results), COLOURS):
-        for who, style in (("ours", "--"), (provider_of(()), "-"), ("ours-fp8", ":")):
+        for who, style in (("ours", "--"), (provider_of(()), "-"), (provider_of(FP8_KEEP), ":")):
             found = {time: value(results, f"{name}: t = {time:g}", who) for time in TIMES}
             found = {time: error for time, error in found.items() if error is not None}
             label = name if style == "-" and found else None

@@ -180,7 +180,12 @@ def errors(rows: Rows, given: Network) -> None:
     images = len(next(iter(exact.values())))
     kept = {provider_of(keep): in_fp8(wide, keep) for keep in ((), FP8_KEEP)}
     for provider, network in {"ours": wide, **kept}.items():
-        common = {"metric": "error", "unit": "of_eps", "dtype": models.dtype(provider), "batch": images}
+        common = {
+            "metric": "error",
+            "unit": "of_eps",
+            "dtype": "bf16" if provider == "ours" else "fp8",
+            "batch": images,
+        }
         for time in TIMES:
             error = models.difference(network(*inputs(time)), exact[time])
             rows.add(f"{name}: t = {time:g}", provider, [error], **common)
@@ -263,7 +268,7 @@ def quality(rows: Rows, given: Network, run: str, args: argparse.Namespace) -> N
 
 def picture(path: Path, labels: Tensor, found: dict[tuple[str, int], Samples]) -> None:
     """Draw the first samples of each class: a row of bf16, below it FP8 of the same noise, then another seed."""
-    shown = {"bf16": ("ours", 0), "FP8": ("ours-fp8", 0), "seed 1": ("ours", 1)}
+    shown = {"bf16": ("ours", 0), "FP8": (provider_of(FP8_KEEP), 0), "seed 1": ("ours", 1)}
     shown = {says: key for says, key in shown.items() if key in found}
     columns = [int(i) for label in labels.unique()[:SHOWN] for i in torch.nonzero(labels == label)[:2, 0]]
     images = np.concatenate([found[key].images[columns] for key in shown.values()])
