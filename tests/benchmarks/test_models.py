@@ -32,7 +32,8 @@ def test_ours_and_a_peer_have_the_same_weights_and_compute_the_same(published):
 @torch.no_grad()
 def test_ours_in_fp8_is_told_from_bf16_and_agrees(published, monkeypatch):
     monkeypatch.setattr(models, "Fp8UViT", functools.partial(Fp8UViT, by=fp8_block.REFERENCE))
-    assert 4 * published.own < published.check(network("ours-fp8"), "ours-fp8", 6) < 2**-4
+    allowed_bf16 = 2 * published.own + 1e-3
+    assert allowed_bf16 < published.check(network("ours-fp8"), "ours-fp8", 6) < 2**-4
     assert models.dtype("ours-fp8") == "fp8"
 
 
