@@ -135,10 +135,8 @@ class Results:
             told_of = batches is None or row["batch"] in batches
             if told_of and row["metric"] == "nfe_measured" and float(row["p50"]) < 50:
                 counts.setdefault((row["batch"], float(row["p50"])), {})[row["provider"]] = None
-        told = [
-            f"batch {batch}, {count:g} of them ({', '.join(who)})" for (batch, count), who in sorted(counts.items())
-        ]
-        return f"Timed over fewer than the 50 evaluations, and scaled: {'; '.join(told)}." if told else ""
+        told = [f"batch {batch} from {count:g} ({', '.join(who)})" for (batch, count), who in sorted(counts.items())]
+        return f"Scaled from fewer than the 50 evaluations: {'; '.join(told)}." if told else ""
 
     def best(self, size: str, guided: bool, decoded: bool, provider: str) -> tuple[float, int] | None:
         """Return seconds for 500 samples and the batch, for the fastest batch."""

@@ -124,7 +124,7 @@ def _measured_with(rows: Iterable[dict[str, str]]) -> str:
     for row in rows:
         dates.setdefault(f"{row['device']}, torch {row['torch']}, triton {row['triton']}", set()).add(row["date"])
     where = "; ".join(f"{on}, {' / '.join(sorted(days))}" for on, days in sorted(dates.items()))
-    return f"Medians, bf16 but where FP8 is named: {where}."
+    return f"Medians, in bf16 unless FP8 is named: {where}."
 
 
 TABLES: dict[Path, Callable[[Results], str]] = {

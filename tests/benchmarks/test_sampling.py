@@ -99,4 +99,4 @@ def test_tables_say_what_is_extrapolated(tmp_path):
         common = {"dtype": "bf16", "batch": 500}
         rows.add("H:500:nocfg:latent", provider, [count], metric="nfe_measured", unit="of_50", **common)
     rows.write()
-    assert "batch 500, 5 of them (eager, compiled)" in Results(tmp_path).extrapolated()
+    assert "batch 500 from 5 (eager, compiled)" in Results(tmp_path).extrapolated()
