@@ -157,6 +157,7 @@ def test_points_of_other_settings_do_not_join(command, tmp_path, capsys):
 
     assert Table(tmp_path / "out").claim({"num": 80}) is None
     assert "num 80, got 90" in Table(tmp_path / "out").claim({"num": 90})
+    assert "its points are of another model" in Table(tmp_path / "out").claim({"num": 80, "config": "c87ae29"})
     (tmp_path / "out" / "settings.json").write_text("[]")
     assert "settings.json: damaged" in Table(tmp_path / "out").claim({"num": 80})
     assert "expected a new folder" in Table(tmp_path).claim({"num": 80})  # which holds out/

@@ -15,6 +15,10 @@ from uvit_fast.runtime.text import parse_yaml, shown
 
 COLUMNS = ["sampler", "steps", "guidance_scale", "guidance_interval", "precision", "cache", "plan", "seed", "images"]
 COLUMNS += ["metric", "figure", "seconds", "batch", "device"]  # seconds: per 1,000 images on one device
+NO_WORDS = {  # settings that nobody can read -> what it means that they differ
+    "config": "are of another model, diffusion, latent, sample.spacing or sample.shift",
+    "bytes": "are of what this checkpoint was before it changed",
+}
 
 
 class Point(NamedTuple):
@@ -97,8 +101,9 @@ class Table:
             return f"{note}: damaged; expected another --out"
         for name, value in settings.items():
             if before.get(name) != value:
-                there = shown(before.get(name))
-                return f"--out {self.out}: its points have {name} {there}, got {shown(value)}; expected another folder"
+                differs = f"have {name} {shown(before.get(name))}, got {shown(value)}"
+                differs = NO_WORDS.get(name, differs)
+                return f"--out {self.out}: its points {differs}; expected another folder"
         write_whole(note, lambda file: file.write_text(json.dumps(settings, indent=1), "utf-8"))
         return None
 
