@@ -59,7 +59,7 @@ def run(folder: Path, seed: int = 0) -> int:
     good = metrics["class_accuracy"] >= ACCURACY and metrics["nearest_train_ratio"] >= RATIO
     print(
         f"class_accuracy       {metrics['class_accuracy']:.3f}  "
-        f"(at least {ACCURACY}: recognised as the digit asked for)"
+        f"(at least {ACCURACY}: recognised as the requested digit)"
     )
     print(
         f"nearest_train_ratio  {metrics['nearest_train_ratio']:.3f}  (at least {RATIO}: no copies of training digits)"

@@ -74,7 +74,7 @@ def test_the_command_writes_a_plan_that_sampling_takes(tmp_path, capsys):
     command = ["--config", "configs/digits_eps.yaml", *sets, "--checkpoint", str(tmp_path / "ema.safetensors")]
     command = ["calibrate", *command, "--num", "4", "--out", str(plan)]
     assert cli.main([*command, "--speedup", "1.3"]) == 0
-    assert "1 whole" not in (said := capsys.readouterr().out) and "5 whole evaluations" in said
+    assert "1 uncached" not in (said := capsys.readouterr().out) and "5 uncached evaluations" in said
     assert read_plan(plan).steps == 7 and "fewer multiply-adds" in read_plan(plan).about
     assert any(
         stage.layers

@@ -114,10 +114,10 @@ def run(args: argparse.Namespace) -> None:
             next(model.parameters()).element_size(),
         )
     )
-    print(f"{'':34}seconds   distance from {steps} whole evaluations, of the same noise, and of other noise")
+    print(f"{'':34}seconds   distance from {steps} uncached evaluations, on the same noise and on other noise")
     other, _ = draw(cfg, args.seed + 1)
-    print(f"{f'{steps} whole evaluations':34}{whole_seconds:7.2f}")
-    for name, config, evaluations in (("the plan", planned, None), (f"{fewer} whole evaluations", cfg, fewer)):
+    print(f"{f'{steps} uncached evaluations':34}{whole_seconds:7.2f}")
+    for name, config, evaluations in (("the plan", planned, None), (f"{fewer} uncached evaluations", cfg, fewer)):
         (x, seconds), (y, _) = draw(config, args.seed, evaluations), draw(config, args.seed + 1, evaluations)
         print(f"{name:34}{seconds:7.2f}   {distance(x, whole):.4f}   {distance(y, other):.4f}")
-    print(f"use it: --set sample.cache={args.out}; by quality it compares with fewer evaluations in uvit-fast front")
+    print(f"use it: --set sample.cache={args.out}; uvit-fast front compares its quality with fewer evaluations")

@@ -223,7 +223,7 @@ def _measure_all(args: argparse.Namespace, cfg: Config, points: list[Point], out
         left = (time.monotonic() - began) / sum(costs[: i + 1]) * sum(costs[i + 1 :])
         print(
             f"{i + 1} of {len(todo)}: {point}, seed {of}: {row['metric']} {found:.4g}, "
-            f"{1000 * max(seconds):.4g} s a 1,000 images; {_minutes(left)} left",
+            f"{1000 * max(seconds):.4g} s per 1,000 images; {_minutes(left)} left",
             flush=True,
         )
 

@@ -90,12 +90,12 @@ class Looks:
                     if judge and self.measure:
                         drawn = self.measure(self.model, step)
         except Stalled:
-            monitor.say(f"step {step}: samples or figures were left off after {interrupt.name}")
+            monitor.say(f"step {step}: samples or figures were given up after {interrupt.name}")
         except OSError as error:  # a full disk
             monitor.say(f"step {step}: samples or figures were not written: {error}")
         self.model.to("cpu", torch.float32)
         if judge and self.held_out and not figures:
-            monitor.say(f"step {step}: the loss of what is held out was left off after a signal")
+            monitor.say(f"step {step}: the held-out loss was given up after a signal")
         if figures := {**drawn, **figures}:
             monitor.figures(figures, step)
             if drawn or not self.measure:  # otherwise the first figure is not that of other steps

@@ -163,7 +163,7 @@ class Trainer:
         self._end_row()
         self.rows.read(wait=True)
         if self._diverged() or (self.rows.in_a_row and not self.done):
-            self._say(f"step {self.step}: no checkpoint while gradients are not finite: older ones would go")
+            self._say(f"step {self.step}: no checkpoint while gradients are not finite: it would displace a good one")
         else:
             self._save()
 
@@ -203,7 +203,7 @@ class Trainer:
             sizes = {name: math.prod(shape) for name, shape in engine.shapes.items()}
             learning = sum(sizes[name] for name, _ in engine.learning)
             others = "" if train.init else ", and the others stay as initialised: there is no train.init"
-            self._say(f"{learning:,} of {sum(sizes.values()):,} parameters learn{others}")
+            self._say(f"{learning:,} of {sum(sizes.values()):,} parameters are trained{others}")
         if engine.bf16 and engine.accumulation > 1 and engine.stage == 1:
             self._say("train.zero_stage 1 accumulates gradients in bf16; 2 and 3 do it in fp32")
         untrained = train.ema_decay**train.iterations
