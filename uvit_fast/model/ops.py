@@ -85,12 +85,12 @@ def block(
 
     Args:
         layers: of the skip, before attention, after it, and of the MLP; None for those that must be called.
-        attention: has num_heads and backend.
+        attention: an `Attention` where `layers` has its layers.
     """
     joined, norm1_qkv, proj, norm2_mlp = layers
-    if kernels == "reference" or attention.backend not in ("auto", "fused") or (joined is None) != (skip is None):
+    if kernels == "reference" or (joined is None) != (skip is None) or not (norm1_qkv and proj and norm2_mlp):
         return None
-    if not (norm1_qkv and proj and norm2_mlp):
+    if attention.backend not in ("auto", "fused"):
         return None
     together = Layers(joined or Linear(None), *norm1_qkv, proj, *norm2_mlp)
     return _block.run(x, skip, sums, together, attention.num_heads)
