@@ -29,5 +29,7 @@ def sample(cfg: Config, checkpoint: str, labels: list[int], steps: int = 20) -> 
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
     latents = sample(load_config("h2_256"), sys.argv[1], labels=[207, 360])
     torch.save(latents, "latents.pt")

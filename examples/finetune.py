@@ -44,4 +44,6 @@ def finetune(
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     print(finetune(sys.argv[1], sys.argv[2], Path("runs/photographs")))

@@ -58,4 +58,6 @@ def main(run: str, out: str, steps: int = 50) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
     main(sys.argv[1], "ddim.png")

@@ -24,6 +24,8 @@ def load(checkpoint: str, config: str = "h2_256", overrides: tuple[str, ...] = (
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
     pipe = load(sys.argv[1])
     seed = torch.Generator().manual_seed(0)
     # guidance_scale counts as in diffusers: 1.4 is the paper's s = 0.4
