@@ -29,7 +29,7 @@ def provider_of(keep: tuple[str, ...]) -> str:
 
 
 def said(provider: str) -> str:
-    """Return what the page calls a provider of the rows."""
+    """Return the page's name for a provider of the rows."""
     if provider in ("ours", provider_of(())):
         return "bf16" if provider == "ours" else "FP8, all in e4m3"
     return f"FP8{provider.removeprefix('ours-fp8')}{' (the default)' * (provider == provider_of(FP8_KEEP))}"

@@ -247,7 +247,7 @@ def attention_forward_kernel(
 
 
 def forward_launch(qkv: Tensor, out: Tensor, lse: Tensor, chunks: int = 1) -> tuple:
-    """Return the kernel, its arguments and its options: `chunks` programs a head."""
+    """Return the kernel, its arguments and its options: `chunks` programs per head."""
     _, L, _, H, D = qkv.shape
     c = cut(L)
     keys = 256 if c["BLOCKS"] % 4 == 0 else 128 if c["BLOCKS"] % 2 == 0 else 64

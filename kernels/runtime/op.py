@@ -133,14 +133,14 @@ class Op(Eager):
 
 
 class _Tuple(NamedTuple):
-    """How a layer, or a tuple of layers, is made of single tensors and numbers."""
+    """How a layer, or a tuple of layers, is composed of single tensors and numbers."""
 
     made: type
     parts: list["_Tuple | None"]  # None: single
 
 
 def _taken(annotation: Any) -> _Tuple | None:
-    """Return how an argument of this annotation is taken apart; None where it is single."""
+    """Return how an argument with this annotation is taken apart, or None if it is single."""
     if not hasattr(annotation, "_fields"):
         return None
     return _Tuple(annotation, [_taken(part) for part in get_type_hints(annotation).values()])

@@ -55,7 +55,7 @@ class Programs:
         return self.follow(self.kind(args), args)
 
     def kind(self, args: tuple) -> tuple | None:
-        """Return what decides which notes these arguments take; None where no notes are for them."""
+        """Return what decides which recording serves these arguments, or None if none can."""
         key: list = [devices.forced_architecture(), torch.is_autocast_enabled()]
         for a in args:
             if type(a) in _PLAIN:
@@ -68,7 +68,7 @@ class Programs:
         return tuple(key)
 
     def follow(self, kind: tuple | None, args: tuple) -> Any:
-        """Return what the function gives for arguments of this kind."""
+        """Return the function's result for arguments of this kind."""
         device = args[0].device
         program = self._known.get(kind)
         if kind is None or _suspended.get() or is_in_torch_dispatch_mode() or not launch.is_direct(device):
