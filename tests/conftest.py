@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-ENVIRONMENT = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tensors here are too small to share, its threads would spin
+ENVIRONMENT = {"TRITON_INTERPRET": "1"}
 _reports: dict[Path, dict[str, str | None]] = {}  # file -> test -> None, or how it failed
 
 
