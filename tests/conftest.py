@@ -12,9 +12,28 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tensors here are too small to share, its threads would spin
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch: tensors here are too small to share, its threads would spin
 ENVIRONMENT = {"TRITON_INTERPRET": "1"}
 _reports: dict[Path, dict[str, str | None]] = {}  # file -> test -> None, or how it failed
+
+
+@pytest.fixture(scope="session")
+def digits_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a classifier of the digits in a quarter of the steps, as a cache keeps it: for tests that only need
+    to have one.
+    """
+    import torch
+
+    from uvit_fast import load_config
+    from uvit_fast.measuring import yardstick
+
+    folder, config = tmp_path_factory.mktemp("classifier"), load_config("digits")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("uvit_fast.evaluation.classifier.STEPS", 150)
+        yardstick("digits-fid", config, "digits", (None, False), torch.device("cpu"), folder)
+    return next(folder.glob("classifier-*"))
 
 
 @pytest.hookimpl(tryfirst=True)

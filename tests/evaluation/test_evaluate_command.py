@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -185,12 +186,20 @@ def test_statistics_of_classes_are_not_taken_for_those_of_other_images():
     assert (before.count, after.count) == (2, 1) and before.identity() != after.identity()
 
 
-def test_samples_that_are_nan_are_refused(run, checkpoint, capsys):
+@pytest.fixture
+def run_with_classifier(run, digits_classifier, tmp_path):
+    """`run`, whose cache has the digits' classifier."""
+    (tmp_path / "cache").mkdir()
+    shutil.copy(digits_classifier, tmp_path / "cache")
+    return run
+
+
+def test_samples_that_are_nan_are_refused(run_with_classifier, checkpoint, capsys):
     path = checkpoint[3]
     state = build_model(load_config(DIGITS, checkpoint[5::2])).state_dict()
     save_file({name: value * 1e30 for name, value in state.items()}, path)
     capsys.readouterr()
-    assert run("--reference", DIGITS, "--features", "digits-fid", *checkpoint, "--num", 4) == 2
+    assert run_with_classifier("--reference", DIGITS, "--features", "digits-fid", *checkpoint, "--num", 4) == 2
     assert "samples 0 to 3 hold NaN or infinity" in capsys.readouterr().err
 
 

@@ -37,18 +37,18 @@ def together(folder, *arguments):
     return [(folder / f"code_{r}").read_text() for r in (0, 1)], [(folder / f"rank_{r}").read_text() for r in (0, 1)]
 
 
-def test_two_processes_find_the_figures_of_one(checkpoint, tmp_path, monkeypatch):  # noqa: F811
+def test_two_processes_find_the_figures_of_one(checkpoint, digits_classifier, tmp_path):  # noqa: F811
     """Of drawn samples, and of their files in a single batch, of which the second process has none. A new cache: the
     real images are divided, too."""
-    monkeypatch.setattr("uvit_fast.evaluation.classifier.STEPS", 150)
     alone, shared, pngs = tmp_path / "alone", tmp_path / "shared", tmp_path / "pngs"
+    for cache in (alone, shared):
+        cache.mkdir()
+        shutil.copy(digits_classifier, cache)
     drawn = [*checkpoint, "--num", 70, "--batch", 16]
     read = ["--samples", pngs, "--batch", 100]
     arguments = [*COMMON, "--cache", alone, *drawn, "--save-images", pngs, "--out", tmp_path / "drawn.json"]
     assert cli.main([*map(str, arguments)]) == 0
     assert cli.main([*map(str, [*COMMON, "--cache", alone, *read, "--out", tmp_path / "read.json"])]) == 0
-    shared.mkdir()
-    shutil.copy(next(alone.glob("classifier-*")), shared)
     for name, source in {"drawn": drawn, "read": read}.items():
         out = tmp_path / f"{name}2.json"
         codes, (first, second) = together(tmp_path / name, *COMMON, "--cache", shared, *source, "--out", out)
@@ -61,12 +61,14 @@ def test_two_processes_find_the_figures_of_one(checkpoint, tmp_path, monkeypatch
     assert {path.name for path in shared.iterdir()} == {path.name for path in alone.iterdir()}
 
 
-def test_a_failure_of_one_process_is_the_jobs_only_error(tmp_path, capfd):
+def test_a_failure_of_one_process_is_the_jobs_only_error(digits_classifier, tmp_path, capfd):
     """Images of another size, at which the second process arrives, or the first, with which the others lose their
     meeting point; a reference that no process finds. Nor does torch complain."""
     folders = [folder_of(pictures(40), tmp_path / name) for name in ("a", "b")]
     for number, folder in zip((3, 5), folders):
         Image.new("RGB", (9, 8)).save(folder / f"{number:04d}.png")
+    (tmp_path / "cache").mkdir()
+    shutil.copy(digits_classifier, tmp_path / "cache")
     common = [*COMMON, "--cache", tmp_path / "cache", "--batch", 2]
     for name, arguments, words in (
         ("second", ["--samples", folders[0]], "0003.png: expected 8 x 8 pixels"),

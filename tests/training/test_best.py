@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import signal
 
 import pytest
@@ -47,8 +48,12 @@ def test_a_full_disk_is_an_error_of_the_system_which_a_run_survives(tmp_path):
     assert sorted(p.name for p in (tmp_path / "best").iterdir()) == ["ema.safetensors", "figures.json"]
 
 
-def test_train_measures_samples_and_the_loss_of_held_out_images_every_so_many_steps(tmp_path, monkeypatch, capsys):
+def test_train_measures_samples_and_the_loss_of_held_out_images_every_so_many_steps(
+    digits_classifier, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "cache" / "uvit-fast").mkdir(parents=True)
+    shutil.copy(digits_classifier, tmp_path / "cache" / "uvit-fast")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     options = [option for value in [*SMALL, *MEASURED] for option in ("--set", value)]
     assert cli.main(["train", "--config", "digits", "--run-dir", str(tmp_path / "run"), *options]) == 0
