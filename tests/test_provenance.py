@@ -100,12 +100,12 @@ def test_weights_are_taken_for_nothing_else_than_they_were_trained_on(tmp_path):
     """A network's output looks alike whatever it predicts. What was written before that was kept agrees with every
     config.
     """
-    cfg = load_config("configs/digits.yaml", ["diffusion.prediction=v"])
+    cfg = load_config("configs/digits_eps.yaml", ["diffusion.prediction=v"])
     known = Provenance(diffusion=cfg.diffusion.meaning)
     known.write(tmp_path / "x.data.json")
     assert provenance_of(cfg, tmp_path / "x.pth").diffusion == {"schedule": "vp", "prediction": "v"}
     with pytest.raises(UserError, match=r"x.pth: trained with diffusion.prediction v; expected it, got eps in digits"):
-        provenance_of(load_config("configs/digits.yaml"), tmp_path / "x.pth")
+        provenance_of(load_config("configs/digits_eps.yaml"), tmp_path / "x.pth")
     (tmp_path / "x.data.json").write_text('{"classes": []}')
     assert provenance_of(cfg, tmp_path / "x.pth").diffusion == {}
     assert Provenance(("ant",)).joined(known).diffusion == known.diffusion
