@@ -58,18 +58,23 @@ def sampling(results: Results) -> Any | None:
     providers = {"eager": "eager", "compiled": "compiled", "torchao float8, compiled": "torchao-fp8", "ours": "ours"}
     providers["ours, FP8"] = "ours-fp8"
     series: dict[str, list[float | None]] = {"appendix, A100": list(SAMPLING_A100.values())}
+    cases = set()
     for label, provider in providers.items():
         best = [results.best(size, False, False, provider) for size in SAMPLING_A100]
         if any(best):
             series[label] = [b[0] if b else None for b in best]
-    if len(series) == 1:
+        cases |= {f"{size}:{b[1]}:nocfg:latent" for size, b in zip(SAMPLING_A100, best) if b}
+    if not cases:
         return None
-    figure, ax = axes()
+    figure, ax = axes(width=9.0)
+    ax.set_yscale("log")
     colours = {"appendix, A100": COLOURS["published"], **{label: COLOURS[p] for label, p in providers.items()}}
     bars(ax, [f"U-ViT-{size}" for size in SAMPLING_A100], series, colours, "{:.3g}")
+    ax.set_ylim(bottom=0.5)
+    ax.set_yticks([1, 10, 100], ["1", "10", "100"])
     ax.set_ylabel("seconds")
-    ax.set_title(f"500 samples of 50 evaluations, latents; {results.device('sampling')}", fontsize=9)
-    ax.legend(frameon=False, fontsize=8)
+    ax.set_title(f"500 samples of 50 evaluations, latents; {results.devices('sampling', cases)}", fontsize=9)
+    figure.legend(loc="outside lower center", ncols=len(series), frameon=False, fontsize=8)
     return figure
 
 
@@ -102,7 +107,7 @@ def training(results: Results) -> Any | None:
         ax.set_xlabel("peak memory, GB")
         ax.set_title(f"{size}/2", fontsize=9)
     panels[0][0].set_ylabel("images/s")
-    figure.suptitle(f"A training step, batch 128; {results.device('training')}", fontsize=9)
+    figure.suptitle(f"A training step, batch 128; {results.devices('training', results.cases('training'))}", fontsize=9)
     drawn = dict.fromkeys(provider for size in sizes for provider in points[size])
     looks = [{"color": COLOURS[p], "marker": MARKERS[p], "label": providers[p]} for p in drawn]
     looks += [{"color": INK, "marker": "o", "fillstyle": fill, "label": label} for fill, label in KEPT.values()]
@@ -142,7 +147,9 @@ def memory(results: Results) -> Any | None:
     ax.set_xticks(at, labels, fontsize=7)
     ax.set_ylabel("GB")
     ax.legend(frameon=False, fontsize=8)
-    ax.set_title(f"Memory of a training step, batch 128; {results.device('memory')}", fontsize=9)
+    ax.set_title(
+        f"Memory of a training step, batch 128; {results.devices('memory', results.cases('memory'))}", fontsize=9
+    )
     return figure
 
 
@@ -162,7 +169,7 @@ def compared(results: Results, question: str, cases: dict[str, str], providers: 
     ax.set_ylabel("time over ours")
     ax.legend(frameon=False, fontsize=8, ncols=4)
     ax.set_ylim(top=ax.get_ylim()[1] * 1.15)
-    ax.set_title(f"{title}; {results.device(question)}", fontsize=9)
+    ax.set_title(f"{title}; {results.devices(question, cases)}", fontsize=9)
     return figure
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import functools
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,9 +97,9 @@ class Results:
         found = {r["provider"]: None for r in self.rows.get(question, []) if not r["case"].startswith("ceiling:")}
         return [p for p in first if p in found] + [p for p in found if p not in first]
 
-    def device(self, question: str) -> str | None:
-        rows = self.rows.get(question)
-        return rows[0]["device"] if rows else None
+    def devices(self, question: str, cases: Collection[str]) -> str:
+        """Return the devices that measured these cases."""
+        return " / ".join(dict.fromkeys(row["device"] for row in self.rows.get(question, []) if row["case"] in cases))
 
     def stack(self, question: str) -> str:
         """Return device, versions, dates and commits of a file."""
@@ -113,7 +114,7 @@ class Results:
 
     def peak(self, question: str) -> float | None:
         """Return dense bf16 FLOP/s from the data sheet of the measured device."""
-        name = self.device(question) or ""
+        name = self.devices(question, self.cases(question))
         return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
     def sampling(self) -> dict[str, Sampling]:
