@@ -160,7 +160,7 @@ class Derived:
         Yields what a recording made meanwhile must hold.
         """
         held: dict[tuple, Any] = dict(self._kept)
-        with program.suspended(), once.stretch(held):
+        with program.suspended(), once.stretch(held, early=False):
             yield held
 
     def refresh(self, held: dict[tuple, Any]) -> Callable[[], None]:

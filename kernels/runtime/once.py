@@ -14,16 +14,22 @@ from uvit_fast.kernels.runtime import launch
 
 _kept: ContextVar[dict[tuple, Any] | None] = ContextVar("kept", default=None)
 _counting: ContextVar[dict[tuple, Tensor] | None] = ContextVar("counting", default=None)
+_early: ContextVar[bool] = ContextVar("early", default=True)
 _counters: dict[tuple, Tensor] = {}  # by device and stream, outside of stretches
 
 
 @contextlib.contextmanager
-def stretch(kept: dict[tuple, Any] | None) -> Iterator[None]:
-    """Open a stretch of work on one stream, or continue one, by what it `kept`; None: weights may change in it."""
-    token, counting = _kept.set(kept), _counting.set({} if kept is None else kept)
+def stretch(kept: dict[tuple, Any] | None, early: bool = True) -> Iterator[None]:
+    """Open a stretch of work on one stream, or continue one, by what it `kept`; None: weights may change in it.
+
+    Args:
+        early: whether kernels may begin before the one before them has ended (`runtime.early`).
+    """
+    token, counting, before = _kept.set(kept), _counting.set({} if kept is None else kept), _early.set(early)
     try:
         yield
     finally:
+        _early.reset(before)
         _kept.reset(token)
         _counting.reset(counting)
 
@@ -40,7 +46,7 @@ def met(weight: Tensor) -> bool:
     that is made anew each time in another's place.
     """
     known = kept()
-    if known is None:
+    if known is None or not _early.get():
         return False
     whole = weight if weight._base is None else weight._base
     key = ("met", weight.device, weight.data_ptr())
