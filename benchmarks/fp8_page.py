@@ -32,7 +32,8 @@ def said(provider: str) -> str:
     """Return the page's name for a provider of the rows."""
     if provider in ("ours", provider_of(())):
         return "bf16" if provider == "ours" else "FP8, all in e4m3"
-    return f"FP8{provider.removeprefix('ours-fp8')}{' (the default)' * (provider == provider_of(FP8_KEEP))}"
+    kept = " ".join(f"`{name}`" for name in provider.removeprefix("ours-fp8, kept ").split())
+    return f"FP8, kept {kept}{' (the default)' * (provider == provider_of(FP8_KEEP))}"
 
 
 def networks_of(results: Results) -> list[str]:
