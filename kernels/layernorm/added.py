@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from uvit_fast.kernels.layernorm.fold import new_statistics, split
+from uvit_fast.kernels.layernorm.fold import new_statistics, split, write_statistics
 from uvit_fast.kernels.quantise import narrow as to_narrow
 from uvit_fast.kernels.runtime import launch, tuning
 from uvit_fast.kernels.runtime.launch import cdiv
@@ -89,19 +89,11 @@ def _kernel(
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at, inside = row.to(tl.int64)[:, None] * D, (row < M)[:, None]
-    lo = tl.arange(0, LO)[None, :]
-    a = _columns(x, first, second, out, narrow, at + lo, inside, TWO, WIDE)
-    mean = tl.sum(a, axis=1)
+    lo = tl.arange(0, LO)
+    hi = LO + tl.arange(0, HI if HI else 1)
+    a = _columns(x, first, second, out, narrow, at + lo[None, :], inside, TWO, WIDE)
+    b = a
     if HI:
-        hi = LO + tl.arange(0, HI)[None, :]
-        mask = inside & (hi < D)
-        b = _columns(x, first, second, out, narrow, at + hi, mask, TWO, WIDE)
-        mean += tl.sum(b, axis=1)
-    mean = mean / D
-    a -= mean[:, None]
-    variance = tl.sum(a * a, axis=1)
-    if HI:
-        b = tl.where(hi < D, b - mean[:, None], 0.0)
-        variance += tl.sum(b * b, axis=1)
-    tl.store(stats + row, mean, mask=row < M)
-    tl.store(stats + stride + row, 1.0 / tl.sqrt(variance / D + eps), mask=row < M)
+        mask = inside & (hi < D)[None, :]
+        b = _columns(x, first, second, out, narrow, at + hi[None, :], mask, TWO, WIDE)
+    write_statistics(a, b, hi, stats, stride, row, M, eps, D, HI)

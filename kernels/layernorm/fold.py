@@ -88,6 +88,22 @@ def _fold(layer, results, row, columns, N, scale, D: tl.constexpr, HI: tl.conste
 
 
 @triton.jit
+def write_statistics(a, b, hi, stats, stride, row, M, eps, D: tl.constexpr, HI: tl.constexpr):
+    """Write mean and rstd of rows of D values: a, fp32, and with HI b, whose columns are `hi`."""
+    mean = tl.sum(a, axis=1)
+    if HI:
+        mean += tl.sum(b, axis=1)
+    mean = mean / D
+    a -= mean[:, None]
+    variance = tl.sum(a * a, axis=1)  # of the centred values: exact for any mean
+    if HI:
+        b = tl.where((hi < D)[None, :], b - mean[:, None], 0.0)
+        variance += tl.sum(b * b, axis=1)
+    tl.store(stats + row, mean, mask=row < M)
+    tl.store(stats + stride + row, 1.0 / tl.sqrt(variance / D + eps), mask=row < M)
+
+
+@triton.jit
 def _prepare_kernel(
     x,  # (M, D)
     gamma,  # (D,)
@@ -138,23 +154,15 @@ def _prepare_kernel(
         at = row.to(tl.int64)[:, None] * D
         inside = (row < M)[:, None]
         a = tl.load(x + at + lo[None, :], mask=inside, other=0.0).to(tl.float32)
-        mean = tl.sum(a, axis=1)
+        b = a
         if NARROW:
             tl.store(narrow + at + lo[None, :], a.to(narrow.dtype.element_ty), mask=inside)
         if HI:
-            b = tl.load(x + at + hi[None, :], mask=inside & (hi < D)[None, :], other=0.0).to(tl.float32)
-            mean += tl.sum(b, axis=1)
+            last = inside & (hi < D)[None, :]
+            b = tl.load(x + at + hi[None, :], mask=last, other=0.0).to(tl.float32)
             if NARROW:
-                last = inside & (hi < D)[None, :]
                 tl.store(narrow + at + hi[None, :], b.to(narrow.dtype.element_ty), mask=last)
-        mean = mean / D
-        a -= mean[:, None]
-        variance = tl.sum(a * a, axis=1)  # of the centred values: exact for any mean
-        if HI:
-            b = tl.where((hi < D)[None, :], b - mean[:, None], 0.0)
-            variance += tl.sum(b * b, axis=1)
-        tl.store(stats + row, mean, mask=row < M)
-        tl.store(stats + stride + row, 1.0 / tl.sqrt(variance / D + eps), mask=row < M)
+        write_statistics(a, b, hi, stats, stride, row, M, eps, D, HI)
 
 
 @contextlib.contextmanager

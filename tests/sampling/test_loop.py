@@ -28,7 +28,10 @@ def test_a_scale_of_zero_costs_one_branch():
 def test_a_sample_is_the_same_in_any_batch():
     """Batches one after another, any ranges of them, and one alone: noise and labels go with the sample's index."""
     cfg, net, labels = load_config("configs/digits.yaml"), Net(), torch.arange(6) % 10
-    draw = lambda **how: list(sampling.sample(net, cfg, 6, labels=labels, steps=2, guidance_scale=0.4, **how))  # noqa: E731
+
+    def draw(**how):
+        return list(sampling.sample(net, cfg, 6, labels=labels, steps=2, guidance_scale=0.4, **how))
+
     (whole,) = draw(batch=6)
     assert torch.equal(torch.cat(draw(batch=4)), whole)
     apart = draw(parts=[range(1, 2), range(3, 6)])
