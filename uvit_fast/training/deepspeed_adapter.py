@@ -5,6 +5,9 @@ optimizer's step, by one that updates in a single pass; with one rank, the reduc
 pointless; with several, the host's wait for the reductions. A version that lacks one of them, or what they read, runs
 DeepSpeed's own step: the same numbers, after one warning. For everything else used here there is no alternative: a
 version without it is refused.
+
+Initialising ZeRO-3 replaces `F.linear` for the whole process, by one that keeps no gathered weight for the backward but
+rounds once more before it adds the bias. Here that holds within the engine's forward and backward alone.
 """
 
 import contextlib
@@ -16,6 +19,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from uvit_fast.config import TrainConfig
@@ -91,7 +95,9 @@ class DeepSpeed:
                 _reach_inputs(model, tuple(cast(Iterable, model.fused_classes)))
         learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
         settings = self._settings(train, micro_batch, accumulation, bf16, learning)
+        linear = F.linear
         self._engine, self._zero, _, _ = package.initialize(model=model, optimizer=optimizer, config=settings)
+        self._linear, F.linear = F.linear, linear
         if missing := _missing(self._zero, (PARTITIONS[self.stage], *NEEDED[self.stage])):
             raise UserError(
                 f"deepspeed {version('deepspeed')}: expected {', '.join(missing)} in its ZeRO-{self.stage} optimizer; "
@@ -204,13 +210,26 @@ class DeepSpeed:
             reduced.synchronize()
 
     def __call__(self, *inputs: Tensor, **conditions: Tensor) -> Tensor:
-        return self._engine(*inputs, **conditions)
+        with self._own_linear():
+            return self._engine(*inputs, **conditions)
 
     def backward(self, loss: Tensor) -> None:
         """Compute the gradients of a micro-batch and, in the last one of a step, reduce them."""
         queue_on = self.overlaps and self.fused and self.ends_step
-        with self._device_waits() if queue_on else contextlib.nullcontext():
+        with self._own_linear(), self._device_waits() if queue_on else contextlib.nullcontext():
             self._engine.backward(loss)
+
+    @contextlib.contextmanager
+    def _own_linear(self) -> Iterator[None]:
+        """While open, compute linear layers as ZeRO-3 does, if this is ZeRO-3."""
+        if self.stage < 3:
+            yield
+            return
+        linear, F.linear = F.linear, self._linear
+        try:
+            yield
+        finally:
+            F.linear = linear
 
     @contextlib.contextmanager
     def _device_waits(self) -> Iterator[None]:
@@ -254,7 +273,7 @@ class DeepSpeed:
             safe_set_full_fp32_param(parameter, value)
             return
         share = safe_get_local_fp32_param(parameter).numel()  # the last rank's is padded
-        padded = nn.functional.pad(value.flatten(), (0, share * self.world.size - value.numel()))
+        padded = F.pad(value.flatten(), (0, share * self.world.size - value.numel()))
         safe_set_local_fp32_param(parameter, padded.narrow(0, share * self.world.rank, share))
 
     def set_frozen(self, parameter: nn.Parameter, value: Tensor) -> None:
