@@ -64,7 +64,7 @@ def arguments(
     span, both = tokens + tail, 2 if halves else 1
     across, down = cdiv(N, ROWS if halves else 2 * ROWS), cdiv(M, span)
     assert not halves or epilogue in FORWARD and not tail and shares == 1
-    assert not tail or epilogue in FORWARD and down * span <= cdiv(M, TILE) * TILE
+    assert not tail or epilogue in FORWARD and fits(M, tokens, tail)
     out, second = results(call)
     partial = x.new_empty(down, N, dtype=ACCUMULATE) if epilogue == "gelu_backward" else out
     out_box, x_box = descriptor(out, part, ROWS), descriptor(x, tokens, BK)
@@ -132,6 +132,12 @@ def arguments(
     return args, options, programs, Product(out, second, partial)
 
 
+def fits(M: int, tokens: int, tail: int) -> bool:
+    """Return whether tiles of so many tokens end where the statistics of M tokens still have room."""
+    span = tokens + tail
+    return cdiv(M, span) * span <= cdiv(M, TILE) * TILE
+
+
 @functools.cache
 def sharers(tiles: int, steps: int, programs: int) -> int:
     """Return the most programs that share a tile, rounded up to an even number beyond 4."""
@@ -141,6 +147,14 @@ def sharers(tiles: int, steps: int, programs: int) -> int:
     last = [((t + 1) * steps * programs - 1) // total for t in range(tiles)]
     most = max(b - a + 1 for a, b in zip(first, last))
     return most + (most > 4) * most % 2  # fewer kernels to compile
+
+
+def few(x: Tensor, N: int, K: int) -> dict:
+    """Return the table's choice for a product of few tokens (M, K) x (K, N), x the first source; {} if it has none, or
+    one for other numbers of tokens whose tiles do not fit these.
+    """
+    M, chosen = x.shape[0], tuning.few(x.device, N, K, x.shape[0])
+    return dict(chosen) if fits(M, chosen.get("tokens", TOKENS), chosen.get("tail", 0)) else {}
 
 
 def tile(epilogue: str, x: Tensor, N: int, K: int) -> dict:
@@ -154,14 +168,14 @@ class Hopper(Core):
     """The core for sm_90. For weight and input gradients the table chooses between it and cuBLAS."""
 
     def takes_sums(self, x: Tensor, weight: Tensor) -> bool:
-        return tuning.few(x.device, *weight.shape, x.shape[0]).get("sums", False)
+        return few(x, *weight.shape).get("sums", False)
 
     def product(self, call: Call) -> Product:
         x, N = call.x, call.features
         K = call.linear.weight.numel() // N
         chosen = {}
         if call.epilogue in FORWARD and not call.transposed:
-            chosen = dict(tuning.few(x.device, N, K, x.shape[0]))
+            chosen = few(x, N, K)
             chosen.pop("sums", None)
         chosen, at_once = chosen or tile(call.epilogue, x, N, K), multiprocessors(x.device)
         if chosen.get("early"):
