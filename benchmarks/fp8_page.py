@@ -30,10 +30,9 @@ def provider_of(keep: tuple[str, ...]) -> str:
 
 def said(provider: str) -> str:
     """Return the page's name for a provider of the rows."""
-    if provider in ("ours", provider_of(())):
-        return "bf16" if provider == "ours" else "FP8, all in e4m3"
+    short = {"ours": "bf16", provider_of(()): "FP8, all in e4m3", provider_of(FP8_KEEP): "FP8, the default"}
     kept = " ".join(f"`{name}`" for name in provider.removeprefix("ours-fp8, kept ").split())
-    return f"FP8, kept {kept}{' (the default)' * (provider == provider_of(FP8_KEEP))}"
+    return short.get(provider, f"FP8 but {kept}")
 
 
 def networks_of(results: Results) -> list[str]:
@@ -114,9 +113,9 @@ def _samples(results: Results, name: str) -> Iterator[list[str]]:
         apart = _mean(narrow[case] - wide[case] for case in narrow if who != "ours")
         yield [
             f"{name}, {count:,} samples, bf16" if who == "ours" else said(who),
-            ", ".join(f"{figure:.3f}" for figure in narrow.values()),
+            " ".join(f"{figure:.3f}" for figure in narrow.values()),
             "–" if apart is None else f"{apart:+.3f}",
-            "–" if accuracy is None else f"{accuracy:.2%}",
+            "–" if accuracy is None else f"{accuracy:.1%}",
             number(_mean(of(who, "digits-fid to bf16").values())),
             number(_mean(of(who, "pixels from bf16").values())),
         ]
@@ -170,6 +169,7 @@ def draw(results: Results, path: Path) -> None:
                 [len(errors) * e**2 / total for e in errors], "o-", markersize=3, color=colour,
             )  # fmt: skip
     left.set_yscale("log")
+    left.yaxis.set_major_formatter("{x:g}")
     left.set_xlabel("t (0: data, 1: noise)")
     left.set_ylabel("relative error")
     left.set_title("bf16 (dashed), all in e4m3, the default (dotted)", fontsize=9)

@@ -84,7 +84,7 @@ def test_samples_are_compared_of_the_same_noise_and_of_other_seeds(tmp_path, mon
     text = fp8_page.tables(found)
     both = [figure(default, "digits-fid", seed) - figure("ours", "digits-fid", seed) for seed in (0, 1)]
     assert f"| {sum(both) / 2:+.3f} |" in text and "| digits, 0 steps, 40 samples, bf16 |" in text
-    assert "\n| FP8, kept `in_blocks.0` `out_blocks.-1` |" in text
+    assert "\n| FP8 but `in_blocks.0` `out_blocks.-1` |" in text
     assert (tmp_path / "fp8_digits.png").is_file()
 
 
