@@ -267,7 +267,8 @@ def test_weights_that_have_diverged_are_not_sampled_as_black_images(checkpoint, 
     save_file(huge, tmp_path / "huge.safetensors")
     assert sample(tmp_path / "huge.safetensors", tmp_path / "out.npz", "--num", "1", "--steps", "1") == 2
     assert "samples 0 to 0 hold NaN or infinity" in capsys.readouterr().err
-    assert not (tmp_path / "out.npz").exists()
+    assert not list(tmp_path.glob("out*"))  # nor does a folder of parts stand in the way of the next command
+    assert sample(checkpoint, tmp_path / "out.npz", "--num", "1", "--steps", "1") == 0
 
 
 def test_two_processes_finish_what_one_began(checkpoint, tmp_path, monkeypatch):

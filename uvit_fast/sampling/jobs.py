@@ -4,6 +4,7 @@ Sample i depends on the seed and i only, so it does not matter who draws a part,
 part.
 """
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -59,7 +60,10 @@ class Job:
         """
         mine = self.world.share(self._missing)
         done = self.num - sum(last - first for first, last in self._missing)
-        with Bar(what="sample", unit="images", total=self.num, done=done, quiet=self.world.rank > 0) as bar:
+        with (
+            self._removed_if_empty(),
+            Bar(what="sample", unit="images", total=self.num, done=done, quiet=self.world.rank > 0) as bar,
+        ):
             for part in mine:
                 write_whole(self._file(part), partial(np.save, arr=draw(*part)))
                 bar.update(min((part[1] - part[0]) * self.world.size, self.num - bar.n))  # the others keep pace
@@ -88,6 +92,18 @@ class Job:
         temporary = self.folder / self.out.name
         write(temporary)
         temporary.rename(self.out)
+
+    @contextlib.contextmanager
+    def _removed_if_empty(self) -> Iterator[None]:
+        """Remove the folder of a job that ends before its first part: there is nothing with which to continue."""
+        try:
+            yield
+        except BaseException:
+            alone = self.world.size == 1  # else another process may be writing its first part
+            if self._claim is not None and alone and not any(self._file(part).exists() for part in self.parts):
+                shutil.rmtree(self.folder, ignore_errors=True)
+                self._claim.release()
+            raise
 
     def _prepare(self, settings: dict, resume: bool) -> str | None:
         """Create the folder and keep other jobs out of it, or return why it cannot be used."""
