@@ -1,6 +1,7 @@
 """Latents of KL and DC autoencoders: scaled and shifted alike wherever they are made, learned from or decoded."""
 
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -181,6 +182,23 @@ def test_what_scales_latents_is_the_configs_else_the_datas_else_the_autoencoders
             scaling(UNKNOWN, f"scale_factor={how}", vae=None)
     channels = small.kl(scaling_factor=0.5, latents_mean=[1.0] * 4, latents_std=[2.0] * 4)
     assert own_scaling(channels) == Scaling((0.25,) * 4, (1.0,) * 4)
+
+
+def test_a_shift_beside_a_dc_autoencoder_is_used_and_not_said_to_be_ignored(tmp_path):
+    """DC's class in diffusers takes none; any other setting that it ignores is still named."""
+    name = small.saved(small.dc(scaling_factor=0.3), tmp_path / "vae")
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    said, handler = [], logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("diffusers.configuration_utils")
+    logger.addHandler(handler)
+    try:
+        for more, heard in (({}, False), ({"shift_facto": 1.0}, True)):
+            (tmp_path / "vae" / "config.json").write_text(json.dumps({**config, "shift_factor": 0.05, **more}))
+            assert own_scaling(load_autoencoder(name)) == Scaling(0.3, 0.05)
+            assert any("'shift_facto': 1.0" in line for line in said) == bool(said) == heard
+    finally:
+        logger.removeHandler(handler)
 
 
 def test_autoencoders_of_other_kinds_or_channels_are_one_line(tmp_path):

@@ -5,6 +5,7 @@ function.
 import hashlib
 import logging
 import os
+import re
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -92,12 +93,20 @@ def load_pretrained(what: str, name: str, load: Callable[..., Any]) -> Any:
 
 
 def quiet_diffusers() -> None:
-    """Silence diffusers' warning, at every cast of a network, about modules to keep in fp32 where it names none."""
+    """Silence what diffusers warns of without need: at every cast of a network, modules to keep in fp32 where it names
+    none; and that it ignores a shift, or a mean and deviation, which `autoencoders.own_scaling` reads.
+    """
     logging.getLogger("diffusers.models.modeling_utils").addFilter(_names_something)
+    logging.getLogger("diffusers.configuration_utils").addFilter(_ignores_something)
 
 
 def _names_something(record: logging.LogRecord) -> bool:
     return "should be kept in float32: []" not in record.getMessage()
+
+
+def _ignores_something(record: logging.LogRecord) -> bool:
+    ignored = re.match(r"The config attributes \{(.*)\} were passed to Autoencoder", record.getMessage())
+    return not ignored or not {*re.findall(r"'(\w+)':", ignored[1])} <= {"shift_factor", "latents_mean", "latents_std"}
 
 
 def _hub_answers() -> bool:
