@@ -7,7 +7,7 @@ from torch import Tensor
 from uvit_fast.kernels.gemm import sm90_weight_gradient
 from uvit_fast.kernels.gemm.contract import CASES, Call, Core, Product, results
 from uvit_fast.kernels.gemm.sm90_kernel import gemm_kernel
-from uvit_fast.kernels.layernorm.sums import CHUNK, TILE, Summed
+from uvit_fast.kernels.layernorm.sums import CHUNK, WIDEST, Summed
 from uvit_fast.kernels.layers import Linear
 from uvit_fast.kernels.runtime import launch, once, tuning
 from uvit_fast.kernels.runtime.checks import ACCUMULATE
@@ -15,7 +15,6 @@ from uvit_fast.kernels.runtime.device import multiprocessors
 from uvit_fast.kernels.runtime.launch import cdiv, descriptor
 
 ROWS, TOKENS, BK = 64, 256, 64  # features per consumer, tokens per tile, K per stage
-assert TOKENS == TILE, "statistics fill whole tiles"
 assert ROWS == CHUNK, "a consumer's features are those whose sums are taken together"
 STAGES = {TOKENS: 4, 128: 5, 64: 8}
 STAGING = 128  # tokens that a consumer's staging buffers hold together
@@ -64,7 +63,7 @@ def arguments(
     span, both = tokens + tail, 2 if halves else 1
     across, down = cdiv(N, ROWS if halves else 2 * ROWS), cdiv(M, span)
     assert not halves or epilogue in FORWARD and not tail and shares == 1
-    assert not tail or epilogue in FORWARD and fits(M, tokens, tail)
+    assert (not tail or epilogue in FORWARD) and span <= WIDEST
     out, second = results(call)
     partial = x.new_empty(down, N, dtype=ACCUMULATE) if epilogue == "gelu_backward" else out
     out_box, x_box = descriptor(out, part, ROWS), descriptor(x, tokens, BK)
@@ -132,12 +131,6 @@ def arguments(
     return args, options, programs, Product(out, second, partial)
 
 
-def fits(M: int, tokens: int, tail: int) -> bool:
-    """Return whether tiles of so many tokens end where the statistics of M tokens still have room."""
-    span = tokens + tail
-    return cdiv(M, span) * span <= cdiv(M, TILE) * TILE
-
-
 @functools.cache
 def sharers(tiles: int, steps: int, programs: int) -> int:
     """Return the most programs that share a tile, rounded up to an even number beyond 4."""
@@ -147,14 +140,6 @@ def sharers(tiles: int, steps: int, programs: int) -> int:
     last = [((t + 1) * steps * programs - 1) // total for t in range(tiles)]
     most = max(b - a + 1 for a, b in zip(first, last))
     return most + (most > 4) * most % 2  # fewer kernels to compile
-
-
-def few(x: Tensor, N: int, K: int) -> dict:
-    """Return the table's choice for a product of few tokens (M, K) x (K, N), x the first source; {} if it has none, or
-    one for other numbers of tokens whose tiles do not fit these.
-    """
-    M, chosen = x.shape[0], tuning.few(x.device, N, K, x.shape[0])
-    return dict(chosen) if fits(M, chosen.get("tokens", TOKENS), chosen.get("tail", 0)) else {}
 
 
 def tile(epilogue: str, x: Tensor, N: int, K: int) -> dict:
@@ -168,14 +153,14 @@ class Hopper(Core):
     """The core for sm_90. For weight and input gradients the table chooses between it and cuBLAS."""
 
     def takes_sums(self, x: Tensor, weight: Tensor) -> bool:
-        return few(x, *weight.shape).get("sums", False)
+        return tuning.few(x.device, *weight.shape, x.shape[0]).get("sums", False)
 
     def product(self, call: Call) -> Product:
         x, N = call.x, call.features
         K = call.linear.weight.numel() // N
         chosen = {}
         if call.epilogue in FORWARD and not call.transposed:
-            chosen = few(x, N, K)
+            chosen = dict(tuning.few(x.device, N, K, x.shape[0]))
             chosen.pop("sums", None)
         chosen, at_once = chosen or tile(call.epilogue, x, N, K), multiprocessors(x.device)
         if chosen.get("early"):

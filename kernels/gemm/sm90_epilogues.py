@@ -147,7 +147,7 @@ class Epilogue:
     second: tma.tensor_descriptor  # (M, N), likewise: GELU's h (gelu_save), GELU's value (gelu_backward)
     side: tma.tensor_descriptor  # (M, N), likewise: the residual, or GELU's h (gelu_backward)
     bias: gl.tensor  # (N,); SCALED (2, N): bias and scale of the weight's rows
-    rstd: gl.tensor  # FOLD "stats": (M, rounded up to whole tiles) fp32; "sums": (CHUNKS, 2, M) fp32, of the tokens
+    rstd: gl.tensor  # FOLD "stats": (M and a tile more) fp32; "sums": (CHUNKS, 2, M) fp32, of the tokens
     eps: gl.tensor  # of the LayerNorm that is folded in
     partial: gl.tensor  # (ceil(M / TOKENS), N) fp32: column sums of out (gelu_backward)
     sums: gl.tensor  # (N / 64, 2, M) fp32: see layernorm.sums

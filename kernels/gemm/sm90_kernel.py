@@ -371,7 +371,7 @@ def gemm_kernel(
     out_tail,
     side_tail,
     bias,  # (N,); with SCALED (2, N) fp32: bias, scale
-    stats,  # FOLD "stats": (2, M, rounded up to whole tiles) fp32, whose second row, rstd, is read
+    stats,  # FOLD "stats": (2, M and a tile more) fp32, whose second row, rstd, is read
     # FOLD "sums": (CHUNKS, 2, M) fp32, see layernorm.sums, from which rstd is taken here
     narrow,  # (M, N) e4m3, written with NARROW
     partial,  # (ceil(M / TOKENS), N) fp32: column sums of out (gelu_backward)

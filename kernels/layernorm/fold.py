@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from uvit_fast.kernels.layernorm.sums import CHUNK, TILE, Summed
+from uvit_fast.kernels.layernorm.sums import CHUNK, WIDEST, Summed
 from uvit_fast.kernels.layers import Linear, Norm
 from uvit_fast.kernels.runtime import launch, once, program, tuning
 from uvit_fast.kernels.runtime.checks import ACCUMULATE
@@ -173,8 +173,8 @@ def folded_once() -> Iterator[None]:
 
 
 def new_statistics(x: Tensor, M: int) -> Tensor:
-    """Return memory for the mean and rstd of M tokens, (2, M rounded up to a multiple of TILE) fp32."""
-    return x.new_empty(2, cdiv(M, TILE) * TILE, dtype=ACCUMULATE)
+    """Return memory for the mean and rstd of M tokens, (2, M and a tile more, a multiple of 16) fp32."""
+    return x.new_empty(2, cdiv(M + WIDEST, 16) * 16, dtype=ACCUMULATE)
 
 
 def statistics(x: Tensor, sums: Tensor | None = None, narrow: Tensor | None = None, eps: float = 1e-5) -> Tensor:

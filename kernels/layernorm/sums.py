@@ -12,7 +12,7 @@ from torch import Tensor
 from uvit_fast.kernels.runtime.checks import ACCUMULATE
 
 CHUNK = 64  # features per sum
-TILE = 256  # statistics have room for a multiple of this many tokens: a GEMM reads them unmasked
+WIDEST = 320  # tokens of the widest tile: beyond the last token statistics have room for one, which a GEMM reads
 
 
 class Summed(NamedTuple):
