@@ -291,6 +291,12 @@ def text(results: Results, folder: Path) -> str:
             "cached",
             "Seconds for 500 samples of 50 evaluations (2M), latents, random weights, with cached layers.",
         ),
+        *generic(
+            results,
+            folder,
+            "latency",
+            "One decoded image, weights in memory (latency); `uvit-fast sample --num 1` as a process (start), by part.",
+        ),
         *training(results, folder),
         *memory(results, folder),
         *ops(results, folder),

@@ -1,6 +1,6 @@
 """Run the whole suite on this machine, then write the tables and the plots. `uvit-fast bench` or
 
-    python -m benchmarks.suite --quick       # an H100 takes six minutes
+    python -m benchmarks.suite --quick       # an H100 takes seven minutes
     python -m benchmarks.suite --only sampling,memory
 
 Each benchmark is a process of its own, so that none inherits another's memory, compiled code or clocks. Its duration is
@@ -49,6 +49,7 @@ SUITE = [
         ("--cases peers,usit", 1800),
         ("--cases *:500:nocfg:latent:* --providers ours,compiled --evaluations 5", 85),
     ),
+    Bench("latency", ("--starts 3", 150), ("--sizes S --providers ours", 40)),
     Bench("cached", ("", 150), ("--sizes S --plans outer:3 --providers ours", 9)),
     Bench("training", ("--cases all", 1050), ("--sizes H --providers ours,compiled", 80)),
     Bench("memory", ("", 45), ("", 45)),
@@ -155,7 +156,7 @@ def run(plans: list[Plan], out: Path, rows: Rows) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer sizes and peers: an H100 takes six minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and peers: an H100 takes seven minutes")
     parser.add_argument("--only", default="", help="comma-separated names, such as sampling,memory")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV files; the report lies beside it")
     args = parser.parse_args(argv)

@@ -29,6 +29,8 @@ LINES = [
     ("sampling", "H:500:cfg:latent", "time", "  with guidance, s"),
     *[("sampling", f"H:{batch}:nocfg:latent", "time", f"  {batch} at a time, s") for batch in (50, 8, 1)],
     *[("sampling", f"{size}:1:nocfg:latent", "time", f"{size}: one at a time, s") for size in "SML"],
+    *[("latency", f"latency:{size}", "time", f"{size}/2: one decoded image, weights in memory, ms") for size in "SH"],
+    *[("latency", f"start:{size}", "time", f"{size}/2: a process until its first image, s") for size in "SH"],
     *[("sampling", f"forward:H:{n}", "time", f"H/2, a plain call of the network, batch {n}, ms") for n in (1, 8, 50)],
     (
         "sampling",

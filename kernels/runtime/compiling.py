@@ -28,7 +28,7 @@ class _Told:
         with self.lock:
             if not self.began:
                 self.began = self.last = time.monotonic()
-                _say(f"compiling GPU kernels, once for this machine; they are kept in {knobs.cache.dir}")
+                _say(f"compiling GPU kernels for about a minute, once: they are kept in {knobs.cache.dir}")
 
     def end(self) -> None:
         with self.lock:

@@ -29,9 +29,9 @@ def test_scaling_needs_two_gpus_and_takes_all():
     assert p.arguments == "--gpus 8"
 
 
-def test_the_quick_selection_stays_under_six_minutes():
+def test_the_quick_selection_stays_under_seven_minutes():
     plans, left_out = suite.plan(1, quick=True, only=[], measured={})
-    assert left_out == ["scaling"] and sum(p.seconds for p in plans) < 6 * 60
+    assert left_out == ["scaling"] and sum(p.seconds for p in plans) < 7 * 60
 
 
 def test_what_this_device_took_before_is_the_better_estimate():

@@ -83,7 +83,7 @@ def test_a_user_is_told_what_takes_long(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
     for kernel in kernels[2:5]:
         run(kernel, x, 5)
-    line = f"uvit-fast: compiling GPU kernels, once for this machine; they are kept in {knobs.cache.dir}\n"
+    line = f"uvit-fast: compiling GPU kernels for about a minute, once: they are kept in {knobs.cache.dir}\n"
     assert capsys.readouterr().err == line
     monkeypatch.setattr(compiling, "EVERY", 0.0)
     run(kernels[5], x, 5)

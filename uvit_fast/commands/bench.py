@@ -11,7 +11,7 @@ EXAMPLE = "uvit-fast bench --quick --only sampling,memory"
 
 def arguments(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("what is measured")
-    group.add_argument("--quick", action="store_true", help="fewer sizes and peers: an H100 takes six minutes")
+    group.add_argument("--quick", action="store_true", help="fewer sizes and peers: an H100 takes seven minutes")
     group.add_argument("--only", default="", metavar="LIST", help="comma-separated names, such as sampling,memory")
     group = command.add_argument_group("output")
     group.add_argument("--out", type=Path, metavar="DIR", help="of CSV files and report (default benchmarks/results)")

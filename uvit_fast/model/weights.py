@@ -103,7 +103,7 @@ def load_weights(
     for what, is_wrong, expected in (
         ("without values of their own (sparse or meta)", _has_no_values, "dense ones, of a model that was not on meta"),
         ("of whole or complex numbers", lambda t: not t.is_floating_point(), "real ones, as before a quantisation"),
-        ("with NaN or infinity", lambda t: not t.isfinite().all(), "those from before the training diverged"),
+        ("with NaN or infinity", _is_not_finite, "those from before the training diverged"),
     ):
         if wrong := [key for key in ours if is_wrong(state[key])]:
             raise UserError(
@@ -142,6 +142,13 @@ def refuse_misfits(ours: dict[str, Tensor], state: dict[str, Tensor], source: st
 
 def _has_no_values(tensor: Tensor) -> bool:
     return tensor.is_meta or tensor.layout is not torch.strided
+
+
+def _is_not_finite(tensor: Tensor) -> bool:
+    if not tensor.numel():
+        return False
+    # NaN or infinity is among the extremes, which need no memory, unlike isfinite of all
+    return not torch.stack(tensor.aminmax()).isfinite().all()
 
 
 def published_names(state: dict[str, Tensor], ours: Collection[str], source: str = "checkpoint") -> dict[str, Tensor]:

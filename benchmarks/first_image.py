@@ -1,0 +1,104 @@
+"""The process that `bench_latency` measures: `uvit-fast sample --num 1`, with the time told at the end of each part.
+
+Nothing heavy is imported before the first mark.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import tempfile
+import time
+from typing import Any
+from unittest import mock
+
+BEGAN = "UVIT_FAST_BENCH_BEGAN"  # the time at which the parent started the process
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command in this process, then draw some more images with what it loaded and captured; print seconds of
+    the command's parts and ms of the later images as JSON.
+    """
+    marks = [("python", time.time())]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--images", type=int, default=0, help="drawn after the command's")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of the config")
+    args = parser.parse_args(argv)
+
+    def mark(part: str) -> None:
+        marks.append((part, time.time()))
+
+    import torch
+
+    from uvit_fast import cli
+    from uvit_fast.data import autoencoders
+    from uvit_fast.runtime import device
+    from uvit_fast.runtime.graphs import CudaGraphs
+    from uvit_fast.sampling import captured, jobs, loop, output, weights  # noqa: F401
+    from uvit_fast.sampling import images as pictures
+
+    mark("import")
+    kept: dict[str, Any] = {"graphs": None}
+    unmarked = captured.GraphSampler
+
+    class MarkedGraphs(CudaGraphs):
+        def warm_up(self, run):
+            super().warm_up(run)
+            torch.cuda.synchronize()
+            mark("kernels")
+
+        def capture(self, run, pool=None):
+            found = super().capture(run, pool)
+            mark("capture")
+            return found
+
+    def sampler(model, decode):
+        kept["graphs"] = unmarked(model, decode, graphs=MarkedGraphs())
+        return kept["graphs"]
+
+    def marked(part: str, owner: Any, name: str) -> Any:
+        """Return a patch that lets a function mark its end, and keep its first argument and what it returned."""
+        function = getattr(owner, name)
+
+        def call(*values, **options):
+            kept[part] = values[0], function(*values, **options)
+            if part == "device":
+                torch.zeros(1, device=kept[part][1])  # makes its context
+            mark(part)
+            return kept[part][1]
+
+        return mock.patch.object(owner, name, call)
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stdout(io.StringIO()),
+        marked("device", device, "pick_device"),
+        marked("weights", weights, "load_found"),
+        marked("autoencoder", autoencoders, "load_decoder"),
+        mock.patch.object(captured, "GraphSampler", sampler),
+    ):
+        command = ["sample", "--config", args.config, "--checkpoint", args.checkpoint, "--precision", args.precision]
+        command += [word for each in args.set for word in ("--set", each)]
+        code = cli.main([*command, "--num", "1", "--out", f"{folder}/image.png"])
+        mark("image")
+    if code:
+        raise SystemExit(code)
+
+    (cfg, model), (_, decode), graphs = kept["weights"], kept["autoencoder"], kept["graphs"]
+    after = (lambda x: x) if graphs else decode
+    times = []
+    for seed in range(args.images):
+        began = time.perf_counter()
+        (x,) = loop.sample(model, cfg, 1, labels=torch.tensor([seed]), seed=seed, batch=1, graphs=graphs)
+        pictures.to_uint8(loop.check_finite(after(x), "the sample"))
+        times.append((time.perf_counter() - began) * 1e3)
+    ends = [float(os.environ[BEGAN]), *(end for _, end in marks)]
+    print("\n" + json.dumps({"parts": {m[0]: m[1] - end for m, end in zip(marks, ends)}, "images": times}))
+
+
+if __name__ == "__main__":
+    main()
