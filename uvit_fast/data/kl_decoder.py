@@ -68,28 +68,43 @@ class _Decoder(nn.Module):
         super().__init__()
         levels, groups = [*reversed(block_out_channels)], norm_num_groups  # from the smallest images to the largest
         self.conv_in = nn.Conv2d(latent_channels, levels[0], 3, padding=1)
-        self.mid_block = nn.Module()
-        self.mid_block.resnets = nn.ModuleList(_ResNet(levels[0], levels[0], groups) for _ in range(2))
-        self.mid_block.attentions = nn.ModuleList([_Attention(levels[0], groups)] if mid_block_add_attention else [])
-        self.up_blocks = nn.ModuleList()
-        for before, channels in zip([levels[0], *levels], levels):
-            block, inputs = nn.Module(), [before, *[channels] * layers_per_block]
-            block.resnets = nn.ModuleList(_ResNet(each, channels, groups) for each in inputs)
-            block.upsamplers = nn.ModuleList([_Upsample(channels)] if len(self.up_blocks) < len(levels) - 1 else [])
-            self.up_blocks.append(block)
+        self.mid_block = _Middle(levels[0], groups, mid_block_add_attention)
+        self.up_blocks = nn.ModuleList(
+            _Level(before, channels, layers_per_block + 1, groups, is_last=i == len(levels) - 1)
+            for i, (before, channels) in enumerate(zip([levels[0], *levels], levels))
+        )
         self.conv_norm_out = nn.GroupNorm(groups, levels[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(levels[-1], out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        first, last = self.mid_block.resnets
-        x = first(self.conv_in(x))
-        for attention in self.mid_block.attentions:
-            x = attention(x)
-        x = last(x)
-        for block in self.up_blocks:
-            for layer in (*block.resnets, *block.upsamplers):
-                x = layer(x)
+        x = self.mid_block(self.conv_in(x))
+        for level in self.up_blocks:
+            x = level(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class _Middle(nn.Module):
+    def __init__(self, channels: int, groups: int, attends: bool):
+        super().__init__()
+        self.resnets = nn.ModuleList(_ResNet(channels, channels, groups) for _ in range(2))
+        self.attentions = nn.ModuleList([_Attention(channels, groups)] if attends else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.resnets[0], *self.attentions, self.resnets[1]):
+            x = layer(x)
+        return x
+
+
+class _Level(nn.Module):
+    def __init__(self, inputs: int, outputs: int, resnets: int, groups: int, is_last: bool):
+        super().__init__()
+        self.resnets = nn.ModuleList(_ResNet(outputs if i else inputs, outputs, groups) for i in range(resnets))
+        self.upsamplers = nn.ModuleList([] if is_last else [_Upsample(outputs)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.resnets, *self.upsamplers):
+            x = layer(x)
+        return x
 
 
 class _ResNet(nn.Module):
@@ -156,10 +171,10 @@ def _in_the_hubs_cache(name: str) -> list[Path]:
         from huggingface_hub.errors import HFValidationError
     except ImportError:
         return [Path()]
-    owner, repository, *subfolder = [*name.split("/"), ""][:3] if name.count("/") == 1 else name.split("/")
-    where = "/".join(part for part in subfolder if part)
+    parts = name.split("/")
+    repository, subfolder = "/".join(parts[:2]), parts[2:]
     try:
-        found = [try_to_load_from_cache(f"{owner}/{repository}", "/".join(filter(None, (where, f)))) for f in FILES]
+        found = [try_to_load_from_cache(repository, "/".join([*subfolder, file])) for file in FILES]
     except HFValidationError:
         return [Path()]
     return [Path(path) if isinstance(path, str) else Path() for path in found]
