@@ -18,6 +18,7 @@ from uvit_fast.commands.arguments import (
 )
 from uvit_fast.config import Config, load_config
 from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.importing import preload
 
 HELP = "measure FID, sFID, Inception score, precision, recall and KID"
 EXAMPLE = "uvit-fast evaluate --checkpoint runs/digits --num 1797 --reference digits --features digits-fid"
@@ -75,6 +76,7 @@ def _run(args: argparse.Namespace, world) -> None:
     overrides = with_precision(args.set, args.precision)
     cfg = config_of(args.config, args.checkpoint, overrides) if args.checkpoint else None
 
+    preload("uvit_fast.measuring", "uvit_fast.evaluation.evaluate")
     from uvit_fast import measuring
     from uvit_fast.data.reading import shown
     from uvit_fast.evaluation import evaluate as figures

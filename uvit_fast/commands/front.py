@@ -24,6 +24,7 @@ from uvit_fast.commands.points import Point, Table, as_good, draw, key_of, paret
 from uvit_fast.config import Config, config_from, load_config
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.files import write_whole
+from uvit_fast.runtime.importing import preload
 from uvit_fast.runtime.text import shown
 
 HELP = "measure quality against time, over samplers and settings"
@@ -123,6 +124,7 @@ def load_checked(cfg: Config, point: Point) -> Config:
 
 
 def _measure_all(args: argparse.Namespace, cfg: Config, points: list[Point], out: Path, world) -> None:
+    preload("uvit_fast.measuring")
     from uvit_fast import measuring
     from uvit_fast.build import build_sampler
     from uvit_fast.data.autoencoders import load_decoder

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from uvit_fast.commands.arguments import config_of, set_argument
 from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.importing import preload
 
 HELP = "sample from checkpoints in the browser"
 EXAMPLE = "uvit-fast gallery --checkpoint runs/s2_fashion"
@@ -34,6 +35,7 @@ def run(args: argparse.Namespace) -> None:
     configs = [config_of(args.config, checkpoint, args.set) for checkpoint in args.checkpoint]
     if len({cfg.device for cfg in configs}) > 1:
         raise UserError("gallery: expected checkpoints of one device; --set device=cpu or cuda says which")
+    preload("uvit_fast.gallery.page")
     from uvit_fast.gallery.page import LOOPBACK, serve
     from uvit_fast.gallery.session import Session
     from uvit_fast.runtime.device import pick_device

@@ -17,6 +17,7 @@ from uvit_fast.commands.arguments import (
 )
 from uvit_fast.config import Config, find_config
 from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.importing import preload
 
 HELP = "sample images from a checkpoint"
 EXAMPLE = "uvit-fast sample --checkpoint runs/digits --num 16 --classes 3,7 --out digits"
@@ -65,6 +66,7 @@ def _run(args: argparse.Namespace, world) -> None:
         raise UserError(f"--cfg-scale: expected at least 1 (no guidance), got {args.cfg_scale}")
     prompts = _prompts(args, cfg)
 
+    preload("uvit_fast.data.autoencoders", "uvit_fast.sampling")
     import numpy as np
 
     from uvit_fast.build import build_sampler

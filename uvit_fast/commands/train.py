@@ -10,6 +10,7 @@ from typing import Any
 from uvit_fast.commands.arguments import config_arguments
 from uvit_fast.config import Config, load_config
 from uvit_fast.runtime.errors import RankError, UserError
+from uvit_fast.runtime.importing import preload
 from uvit_fast.runtime.processes import follow_launcher, start
 
 HELP = "train a network, or go on with its run"
@@ -45,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 def train(cfg: Config, run_dir: Path, fresh: bool) -> None:
     """Build what the config says and train it; torch is imported once the config is known to be valid."""
+    preload("uvit_fast.measuring", "uvit_fast.training.trainer")
     from uvit_fast.build import build_dataset, build_model, build_objective, hold_out
     from uvit_fast.measuring import training_evaluation
     from uvit_fast.provenance import Provenance
