@@ -32,54 +32,65 @@ def main(argv: list[str] | None = None) -> None:
     def mark(part: str) -> None:
         marks.append((part, time.time()))
 
-    import torch
-
     from uvit_fast import cli
-    from uvit_fast.data import autoencoders
-    from uvit_fast.runtime import device
-    from uvit_fast.runtime.graphs import CudaGraphs
-    from uvit_fast.sampling import captured, jobs, loop, output, weights  # noqa: F401
-    from uvit_fast.sampling import images as pictures
+    from uvit_fast.commands import sample
 
-    mark("import")
     kept: dict[str, Any] = {"graphs": None}
-    unmarked = captured.GraphSampler
+    patches, preload = contextlib.ExitStack(), sample.preload
 
-    class MarkedGraphs(CudaGraphs):
-        def warm_up(self, run):
-            super().warm_up(run)
-            torch.cuda.synchronize()
-            mark("kernels")
+    def preload_and_mark(*modules: str, **options: str) -> None:
+        preload(*modules, **options)
+        mark("import")
+        patch_what_was_imported()
 
-        def capture(self, run, pool=None):
-            found = super().capture(run, pool)
-            mark("capture")
-            return found
+    def patch_what_was_imported() -> None:
+        import torch
 
-    def sampler(model, decode):
-        kept["graphs"] = unmarked(model, decode, graphs=MarkedGraphs())
-        return kept["graphs"]
+        from uvit_fast.data import autoencoders
+        from uvit_fast.runtime import device
+        from uvit_fast.runtime.graphs import CudaGraphs
+        from uvit_fast.sampling import captured, weights
 
-    def marked(part: str, owner: Any, name: str) -> Any:
-        """Return a patch that lets a function mark its end, and keep its first argument and what it returned."""
-        function = getattr(owner, name)
+        unmarked = captured.GraphSampler
 
-        def call(*values, **options):
-            kept[part] = values[0], function(*values, **options)
-            if part == "device":
-                torch.zeros(1, device=kept[part][1])  # makes its context
-            mark(part)
-            return kept[part][1]
+        class MarkedGraphs(CudaGraphs):
+            def warm_up(self, run):
+                super().warm_up(run)
+                torch.cuda.synchronize()
+                mark("kernels")
 
-        return mock.patch.object(owner, name, call)
+            def capture(self, run, pool=None):
+                found = super().capture(run, pool)
+                mark("capture")
+                return found
+
+        def sampler(model, decode):
+            kept["graphs"] = unmarked(model, decode, graphs=MarkedGraphs())
+            return kept["graphs"]
+
+        def marked(part: str, owner: Any, name: str) -> None:
+            """Let a function mark its end, and keep its first argument and what it returned."""
+            function = getattr(owner, name)
+
+            def call(*values, **options):
+                kept[part] = values[0], function(*values, **options)
+                if part == "device":
+                    torch.zeros(1, device=kept[part][1])  # makes its context
+                mark(part)
+                return kept[part][1]
+
+            patches.enter_context(mock.patch.object(owner, name, call))
+
+        marked("device", device, "pick_device")
+        marked("weights", weights, "load_found")
+        marked("autoencoder", autoencoders, "load_decoder")
+        patches.enter_context(mock.patch.object(captured, "GraphSampler", sampler))
 
     with (
+        patches,
         tempfile.TemporaryDirectory() as folder,
         contextlib.redirect_stdout(io.StringIO()),
-        marked("device", device, "pick_device"),
-        marked("weights", weights, "load_found"),
-        marked("autoencoder", autoencoders, "load_decoder"),
-        mock.patch.object(captured, "GraphSampler", sampler),
+        mock.patch.object(sample, "preload", preload_and_mark),
     ):
         command = ["sample", "--config", args.config, "--checkpoint", args.checkpoint, "--precision", args.precision]
         command += [word for each in args.set for word in ("--set", each)]
@@ -87,17 +98,25 @@ def main(argv: list[str] | None = None) -> None:
         mark("image")
     if code:
         raise SystemExit(code)
-
-    (cfg, model), (_, decode), graphs = kept["weights"], kept["autoencoder"], kept["graphs"]
-    after = (lambda x: x) if graphs else decode
-    times = []
-    for seed in range(args.images):
-        began = time.perf_counter()
-        (x,) = loop.sample(model, cfg, 1, labels=torch.tensor([seed]), seed=seed, batch=1, graphs=graphs)
-        pictures.to_uint8(loop.check_finite(after(x), "the sample"))
-        times.append((time.perf_counter() - began) * 1e3)
+    times = _later_images(args.images, *kept["weights"], kept["autoencoder"][1], kept["graphs"])
     ends = [float(os.environ[BEGAN]), *(end for _, end in marks)]
     print("\n" + json.dumps({"parts": {m[0]: m[1] - end for m, end in zip(marks, ends)}, "images": times}))
+
+
+def _later_images(count: int, cfg: Any, model: Any, decode: Any, graphs: Any) -> list[float]:
+    """Return the milliseconds of each, from the request to the bytes on the host."""
+    import torch
+
+    from uvit_fast.sampling.images import to_uint8
+    from uvit_fast.sampling.loop import check_finite, sample
+
+    after, times = (lambda x: x) if graphs else decode, []
+    for seed in range(count):
+        began = time.perf_counter()
+        (x,) = sample(model, cfg, 1, labels=torch.tensor([seed]), seed=seed, batch=1, graphs=graphs)
+        to_uint8(check_finite(after(x), "the sample"))
+        times.append((time.perf_counter() - began) * 1e3)
+    return times
 
 
 if __name__ == "__main__":
