@@ -13,12 +13,13 @@ def preload(*modules: str, device: str = "cpu") -> None:
     time; later collections leave all of it out. A process that has torch already is left as it is: it may have garbage.
 
     Args:
-        device: as in a config; unless it is cpu, a thread makes a GPU's context meanwhile.
+        device: as in a config; unless it is cpu, a thread prepares a GPU meanwhile, see `_prepare`.
     """
     if "torch" in sys.modules or not gc.isenabled():
         return
+    imported = threading.Event()
     if device != "cpu":
-        threading.Thread(target=_wake, daemon=True).start()
+        threading.Thread(target=_prepare, args=(imported,), daemon=True).start()
     gc.disable()
     try:
         for name in modules:
@@ -26,14 +27,23 @@ def preload(*modules: str, device: str = "cpu") -> None:
         gc.freeze()
     finally:
         gc.enable()
+        imported.set()
 
 
-def _wake() -> None:
-    """Make the context of this process's GPU, which PyTorch then finds; without a GPU, or a driver, do nothing."""
+def _prepare(imported: threading.Event) -> None:
+    """Do what takes long and leaves Python to others: make the context of this process's GPU, which PyTorch then finds;
+    after the imports, let Triton hash its own library, of 500 MB, as it does before it looks its first kernel up.
+    Without a driver, or a GPU, do nothing.
+    """
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return
     gpu, context = ctypes.c_int(), ctypes.c_void_p()
-    if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(gpu), int(os.environ.get("LOCAL_RANK", "0"))) == 0:
-        driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), gpu)
+    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(gpu), int(os.environ.get("LOCAL_RANK", "0"))):
+        return
+    driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), gpu)
+    imported.wait()
+    from triton.runtime.cache import triton_key
+
+    triton_key()
