@@ -22,6 +22,7 @@ from torch import Tensor
 
 from uvit_fast import provenance
 from uvit_fast.provenance import Provenance
+from uvit_fast.runtime.ahead import ahead
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.text import shown
 
@@ -278,19 +279,23 @@ def faults(path: Path) -> Iterator[tuple[str, str]]:
     if isinstance(manifest, str):
         yield "manifest.json", manifest
         return
-    for name, (size, digest) in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
-            yield name, "missing"
-        elif file.stat().st_size != size:
-            yield name, f"expected {size} bytes, got {file.stat().st_size}"
-        elif sha256(file) != digest:
-            yield name, "its SHA-256 is not the manifest's"
-        else:
-            try:
-                _shapes(file)
-            except SafetensorError as error:  # even where the manifest agrees
-                yield name, f"no safetensors file ({error})"
+    files: dict[str, tuple[int, str]] = manifest["files"]
+    found = ahead(lambda name: _fault(path / name, *files[name]), files)  # hashing gigabytes takes seconds for each
+    yield from ((name, fault) for name, fault in zip(files, found) if fault)
+
+
+def _fault(file: Path, size: int, digest: str) -> str | None:
+    if not file.is_file():
+        return "missing"
+    if file.stat().st_size != size:
+        return f"expected {size} bytes, got {file.stat().st_size}"
+    if sha256(file) != digest:
+        return "its SHA-256 is not the manifest's"
+    try:
+        _shapes(file)
+    except SafetensorError as error:  # even where the manifest agrees
+        return f"no safetensors file ({error})"
+    return None
 
 
 def _manifest(path: Path) -> dict[str, Any] | str:
