@@ -1,34 +1,107 @@
 """A fused op as PyTorch sees it: a `torch.library` op where ops are traced, a plain function elsewhere."""
 
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from uvit_fast.kernels.layers import Linear, Norm
-from uvit_fast.kernels.runtime.program import Programs
+from uvit_fast.kernels.runtime.program import MOST, Programs
 
 _FIELDS = {Norm: (Tensor, Tensor, float), Linear: (Tensor, Tensor | None)}  # in a schema
 
 
-class Op:
-    """A differentiable op. Its library form serves torch.compile, fake tensors and dispatch modes.
-
-    Eager code skips the dispatcher, which takes the host as long as the launches.
+class Eager:
+    """A differentiable function of tensors, layers and numbers, for eager code.
 
     This is the one place where layers are taken apart: a schema, autograd and saved tensors know only single tensors.
 
     Args:
-        name: of uvit_fast::<name>; the backward is uvit_fast::<name>_backward.
-        forward: the op on real tensors, its arguments annotated as tensors, `Norm`, `Linear` and numbers. Its first
-            return value is the result; the others have no gradient. Outputs never alias inputs.
-        fake: returns empty tensors like its outputs, for the same arguments.
-        backward, fake_backward: take single tensors and numbers.
+        forward: on real tensors, its arguments annotated as tensors, `Norm`, `Linear`, tuples of such layers, and
+            numbers. Its first return value is the result; the others have no gradient. Outputs never alias inputs.
+        backward: takes single tensors and numbers.
         save: save(ctx, inputs, output), as in torch.autograd.Function.setup_context, with forward's arguments.
         gradient: gradient(ctx, backward, dy) -> the gradients of forward's arguments, layers as tuples, by `backward`.
+        why_not: why it cannot run on forward's arguments, or None; depends only on their `Programs.kind`. If there is a
+            reason, a call returns None.
+        results: how many of forward's return values a call returns; the others are only saved. Default: all.
+    """
+
+    def __init__(
+        self,
+        *,
+        forward: Callable,
+        backward: Callable,
+        save: Callable,
+        gradient: Callable,
+        why_not: Callable | None = None,
+        results: int | None = None,
+    ):
+        parameters = inspect.signature(forward).parameters.values()
+        self._kinds = [_taken(p.annotation) for p in parameters]
+        self.flat = flat = _taken_apart(forward, self._together)
+        self.programs = programs = Programs(flat)
+        self.backwards = backwards = Programs(backward)
+        self.why_not, self._fit = why_not, {}
+
+        def setup(ctx: Any, inputs: tuple, output: Any) -> Any:
+            ctx.set_materialize_grads(False)  # no zeros as gradients of what only the backward reads
+            handed_on = output[:results] if isinstance(output, tuple) else output
+            if isinstance(output, tuple):
+                ctx.mark_non_differentiable(*handed_on[1:])
+            save(ctx, self._together(inputs), output)
+            return handed_on
+
+        self._setup = setup
+
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, *args):
+                # with a setup_context it would inspect the signature at every call
+                single, kind = args[:-1], args[-1]
+                return setup(ctx, single, programs.follow(kind, single))
+
+            @staticmethod
+            def backward(ctx, dy, *_):
+                return *_apart(gradient(ctx, backward if torch.is_grad_enabled() else backwards, dy)), None
+
+        self.function = Function
+
+    def __call__(self, *args: Any) -> Any:
+        single = _apart(args)
+        kind = self.programs.kind(single)
+        if self.why_not is not None and not self._fits(kind, args):
+            return None
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in single):
+            return self.function.apply(*single, kind)
+        return self.programs.follow(kind, single)
+
+    def _fits(self, kind: tuple | None, args: tuple) -> bool:
+        fits = self._fit.get(kind)
+        if fits is None:
+            if len(self._fit) >= MOST:
+                self._fit.clear()
+            fits = self._fit[kind] = kind is not None and self.why_not(*args) is None
+        return fits
+
+    def _together(self, single: tuple) -> list:
+        """Return `forward`'s arguments, from single tensors and numbers in order."""
+        left = iter(single)
+        return [next(left) if kind is None else _gathered(kind, left) for kind in self._kinds]
+
+
+class Op(Eager):
+    """A differentiable op. Its library form serves torch.compile, fake tensors and dispatch modes.
+
+    Eager code skips the dispatcher, which takes the host as long as the launches.
+
+    Args:
+        name: of uvit_fast::<name>; the backward is uvit_fast::<name>_backward.
+        forward, backward, save, gradient: see `Eager`.
+        fake, fake_backward: return empty tensors like the outputs, for the same arguments.
     """
 
     def __init__(
@@ -42,63 +115,46 @@ class Op:
         save: Callable,
         gradient: Callable,
     ):
-        parameters = inspect.signature(forward).parameters.values()
-        self._kinds = [p.annotation if p.annotation in _FIELDS else None for p in parameters]
+        super().__init__(forward=forward, backward=backward, save=save, gradient=gradient)
         self.forward = forward
-        flat = _taken_apart(forward, self._together)
-        library = torch.library.custom_op(f"uvit_fast::{name}", flat, mutates_args=())
+        library = torch.library.custom_op(f"uvit_fast::{name}", self.flat, mutates_args=())
         library_backward = torch.library.custom_op(f"uvit_fast::{name}_backward", backward, mutates_args=())
         library.register_fake(lambda *args: fake(*self._together(args)))
         library_backward.register_fake(fake_backward)
-
-        def setup(ctx: Any, inputs: tuple, output: Any) -> None:
-            ctx.set_materialize_grads(False)  # no zeros as gradients of what only the backward reads
-            if isinstance(output, tuple):
-                ctx.mark_non_differentiable(*output[1:])
-            save(ctx, self._together(inputs), output)
-
-        library.register_autograd(lambda ctx, dy, *_: _apart(gradient(ctx, library_backward, dy)), setup_context=setup)
-
-        self.programs = programs = Programs(flat)
-        self.backwards = backwards = Programs(backward)
-
-        class Function(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, *args):  # with a setup_context it would inspect the signature at every call
-                output = programs(*args)
-                setup(ctx, args, output)
-                return output
-
-            @staticmethod
-            def backward(ctx, dy, *_):
-                return _apart(gradient(ctx, backward if torch.is_grad_enabled() else backwards, dy))
-
-        self.function = Function
+        library.register_autograd(
+            lambda ctx, dy, *_: _apart(gradient(ctx, library_backward, dy)), setup_context=self._setup
+        )
         self.library = getattr(torch.ops.uvit_fast, name).default
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or _is_special(args[0]):
+        if is_watched(args[0]):
             return self.library(*_apart(args))
-        single = _apart(args)
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in single):
-            return self.function.apply(*single)
-        return self.programs(*single)
+        return super().__call__(*args)
 
-    def _together(self, single: tuple) -> list:
-        """Return `forward`'s arguments, from single tensors and numbers in order."""
-        args, at = [], 0
-        for kind in self._kinds:
-            count = 1 if kind is None else len(kind._fields)
-            args.append(single[at] if kind is None else kind(*single[at : at + count]))
-            at += count
-        return args
+
+class _Tuple(NamedTuple):
+    """How a layer, or a tuple of layers, is composed of single tensors and numbers."""
+
+    made: type
+    parts: list["_Tuple | None"]  # None: single
+
+
+def _taken(annotation: Any) -> _Tuple | None:
+    """Return how an argument with this annotation is taken apart, or None if it is single."""
+    if not hasattr(annotation, "_fields"):
+        return None
+    return _Tuple(annotation, [_taken(part) for part in get_type_hints(annotation).values()])
+
+
+def _gathered(kind: _Tuple, left: Iterator) -> tuple:
+    return kind.made(*[next(left) if part is None else _gathered(part, left) for part in kind.parts])
 
 
 def _apart(args: tuple) -> tuple:
-    single = []
+    single: list[Any] = []
     for a in args:
         if isinstance(a, tuple):
-            single.extend(a)
+            single.extend(_apart(a))
         else:
             single.append(a)
     return tuple(single)
@@ -146,6 +202,13 @@ def is_last_backward(gradient: Tensor) -> bool:
     """
     traced = torch.compiler.is_compiling() or _is_special(gradient)
     return not traced and not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def is_watched(x: Tensor) -> bool:
+    """Return whether x, or what is done with it, is traced, transformed or watched: only the dispatcher can do that."""
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or _is_special(x):
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _is_special(x: Tensor) -> bool:

@@ -51,7 +51,10 @@ class Programs:
         self._known: dict[tuple, Program | None] = {}  # None: seen once, or impossible to record
         self._never: dict[tuple, str] = {}  # and why
 
-    def _kind(self, args: tuple) -> tuple | None:
+    def __call__(self, *args: Any) -> Any:
+        return self.follow(self.kind(args), args)
+
+    def kind(self, args: tuple) -> tuple | None:
         """Return what decides which recording serves these arguments, or None if none can."""
         key: list = [devices.forced_architecture(), torch.is_autocast_enabled()]
         for a in args:
@@ -64,8 +67,9 @@ class Programs:
         key.append(args[0].device.index)
         return tuple(key)
 
-    def __call__(self, *args: Any) -> Any:
-        kind, device = self._kind(args), args[0].device
+    def follow(self, kind: tuple | None, args: tuple) -> Any:
+        """Return what the function gives for arguments of this kind."""
+        device = args[0].device
         program = self._known.get(kind)
         if kind is None or _suspended.get() or is_in_torch_dispatch_mode() or not launch.is_direct(device):
             return self.function(*args)

@@ -10,6 +10,7 @@ from uvit_fast import build_model, load_config
 from uvit_fast.diffusion.objective import mse_loss
 from uvit_fast.kernels.layernorm import fold, refold
 from uvit_fast.kernels.layers import Linear, Norm
+from uvit_fast.kernels.ops.block import one_by_one
 from uvit_fast.kernels.runtime import program
 
 pytestmark = pytest.mark.gpu
@@ -160,6 +161,23 @@ def test_a_step_by_the_notes_has_the_gradients_of_one_without(cores, policy):
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
+def test_a_block_is_its_ops_one_after_the_other(net):
+    x, t, y = inputs()
+    weights = [*net.parameters()]
+
+    def step():
+        out = net(x, t, y=y)
+        return out, torch.autograd.grad(mse_loss(out, x), weights)
+
+    for _ in range(4):
+        out, got = step()
+        with one_by_one():
+            wanted_out, wanted = step()
+        assert torch.equal(out, wanted_out)
+        for a, b in zip(got, wanted, strict=True):  # where three read a tensor, its gradients add up in another order
+            assert (a.float() - b.float()).norm() <= 1e-2 * b.float().norm()
+
+
 @pytest.mark.parametrize("D", [512, 768, 1024, 1152])
 def test_what_is_folded_again_has_the_bits_of_the_first_fold(cores, D):
     def random(*shape):
@@ -186,13 +204,25 @@ def test_what_is_folded_again_has_the_bits_of_the_first_fold(cores, D):
 
 def test_every_op_is_written_down_on_a_gpu(net):
     """Or training would fall back to the slow way without a word."""
-    from uvit_fast.kernels.ops import assemble, attention, linear_residual, ln_linear, ln_mlp, proj_ln_mlp, skip_linear
+    from uvit_fast.kernels.ops import (
+        assemble,
+        attention,
+        block,
+        linear_residual,
+        ln_linear,
+        ln_mlp,
+        proj_ln_mlp,
+        skip_linear,
+    )
 
     x, t, y = inputs()
-    ops = [m._op for m in (assemble, attention, linear_residual, ln_linear, ln_mlp, proj_ln_mlp, skip_linear)]
+    ops = [m._op for m in (attention, linear_residual, ln_linear, ln_mlp, proj_ln_mlp, skip_linear)]
+    for _ in range(3):
+        with one_by_one():
+            mse_loss(net(x, t, y=y), x).backward()
     for _ in range(3):
         mse_loss(net(x, t, y=y), x).backward()
-    for op in ops:
+    for op in (*ops, assemble._op, block._block):
         assert not op.programs._never, op.programs._never
         assert any(op.programs._known.values())
         assert not op.backwards._never, op.backwards._never

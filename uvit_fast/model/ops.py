@@ -14,8 +14,9 @@ from torch import Tensor
 
 from uvit_fast.kernels.layernorm import fold as _layernorm
 from uvit_fast.kernels.layernorm.refold import Derived as Derived
-from uvit_fast.kernels.layers import Linear, Norm
+from uvit_fast.kernels.layers import Layers, Linear, Norm
 from uvit_fast.kernels.ops import assemble as _assemble
+from uvit_fast.kernels.ops import block as _block
 from uvit_fast.kernels.ops import linear_residual as _linear_residual
 from uvit_fast.kernels.ops import ln_linear as _ln_linear
 from uvit_fast.kernels.ops import ln_mlp as _ln_mlp
@@ -66,6 +67,33 @@ def proj_ln_mlp(
 ) -> tuple[Tensor, Tensor | None]:
     """Run `linear_residual`, then `ln_mlp`: x (..., D) -> (..., D), sums. The backward recomputes what is between."""
     return _with_sums(_proj_ln_mlp, kernels, a, proj, x, norm, fc1, fc2)
+
+
+one_by_one = _block.one_by_one  # a context in which `block` does not run
+
+
+def block(
+    x: Tensor,
+    skip: Tensor | None,
+    sums: Tensor | None,
+    layers: tuple[Linear | None, tuple[Norm, Linear] | None, Linear | None, tuple[Norm, Linear, Linear] | None],
+    attention: nn.Module,
+    *,
+    kernels: str,
+) -> tuple[Tensor, Tensor] | None:
+    """Run a whole block as one op, x and skip (B, L, D) -> (B, L, D), sums; None if its parts must be called.
+
+    Args:
+        layers: of the skip, before attention, after it, and of the MLP; None for those that must be called.
+        attention: an `Attention` where `layers` has its layers.
+    """
+    joined, norm1_qkv, proj, norm2_mlp = layers
+    if kernels == "reference" or (joined is None) != (skip is None) or not (norm1_qkv and proj and norm2_mlp):
+        return None
+    if attention.backend not in ("auto", "fused"):
+        return None
+    together = Layers(joined or Linear(None), *norm1_qkv, proj, *norm2_mlp)
+    return _block.run(x, skip, sums, together, attention.num_heads)
 
 
 def skip_linear(x: Tensor, skip: Tensor, linear: Linear, *, kernels: str = "auto") -> tuple[Tensor, Tensor | None]:

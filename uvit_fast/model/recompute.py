@@ -5,7 +5,6 @@ most to recompute per byte, the attention's output (D values per token) and fc1'
 attention and the MLP run once.
 """
 
-import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from uvit_fast.model import ops
 
 
 def recomputed(function: Callable, policy: str, hidden: int, *inputs: Tensor | None) -> Any:
@@ -27,7 +28,7 @@ def recomputed(function: Callable, policy: str, hidden: int, *inputs: Tensor | N
     if policy == "selective":
         contexts["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_policy, hidden))
     elif not torch.compiler.is_compiling():
-        contexts["context_fn"] = lambda: (contextlib.nullcontext(), _WithoutFc2())
+        contexts["context_fn"] = lambda: (ops.one_by_one(), _WithoutFc2())
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, **contexts)
 
 

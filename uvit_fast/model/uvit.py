@@ -130,7 +130,9 @@ class Block(nn.Module):
         return (x, sums) if hand_on else x
 
     def compute(self, x: Tensor, skip: Tensor | None, sums: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        skip_linear, norm1_qkv, proj, norm2_mlp = self._layers()
+        skip_linear, norm1_qkv, proj, norm2_mlp = layers = self._layers()
+        if whole := ops.block(x, skip, sums, layers, self.attn, kernels=self.kernels):
+            return whole
         x, sums = self.joined(x, skip, sums, skip_linear)
         if norm1_qkv and norm2_mlp and self.skip_linear is not None and self.checkpointing == "none":
             # Both halves in one op, which keeps less for the backward; the skip's linear layer also keeps its inputs.
