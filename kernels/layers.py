@@ -20,18 +20,6 @@ class Linear(NamedTuple):
     bias: Tensor | None = None  # (N,)
 
 
-class Layers(NamedTuple):
-    """A transformer block's layers."""
-
-    joined: Linear  # after the long skip; without a weight where there is none
-    norm1: Norm
-    qkv: Linear
-    proj: Linear
-    norm2: Norm
-    fc1: Linear
-    fc2: Linear
-
-
 class Quantised(NamedTuple):
     """A linear layer in e4m3, with the preceding LayerNorm folded in if there is one: see `quantise`."""
 

@@ -1,7 +1,7 @@
-"""A whole transformer block: its ops one after the other, with one list of launches and one autograd node.
+"""A whole transformer block: its ops one after the other, with one recording and one autograd node.
 
-For eager code, whose Python takes longer than the kernels for few images. If ops are watched, traced or recomputed,
-they are called one by one.
+For eager code, whose Python takes longer than the kernels if images are few. Where ops are traced, watched or
+recomputed, they are called one by one.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ from contextvars import ContextVar
 
 from torch import Tensor
 
-from uvit_fast.kernels.layers import Layers
+from uvit_fast.kernels.layers import Linear, Norm
 from uvit_fast.kernels.ops import attention as attention_op
 from uvit_fast.kernels.ops import linear_residual, ln_linear, ln_mlp, proj_ln_mlp, skip_linear
 from uvit_fast.kernels.runtime.device import interpreting
@@ -21,7 +21,7 @@ _one_by_one: ContextVar[bool] = ContextVar("one_by_one", default=False)
 
 @contextlib.contextmanager
 def one_by_one() -> Iterator[None]:
-    """Let a block's ops be called one by one while open: what they keep is chosen per op."""
+    """Run no whole block while open: what its ops keep is chosen per op."""
     token = _one_by_one.set(True)
     try:
         yield
@@ -30,7 +30,17 @@ def one_by_one() -> Iterator[None]:
 
 
 def run(
-    x: Tensor, skip: Tensor | None, sums: Tensor | None, layers: Layers, heads: int
+    x: Tensor,
+    skip: Tensor | None,
+    sums: Tensor | None,
+    joined: Linear | None,
+    norm1: Norm,
+    qkv: Linear,
+    proj: Linear,
+    norm2: Norm,
+    fc1: Linear,
+    fc2: Linear,
+    heads: int,
 ) -> tuple[Tensor, Tensor] | None:
     """Run the block on x (B, L, D), joined with a long skip (B, L, D) if it has one.
 
@@ -38,45 +48,69 @@ def run(
 
     Args:
         sums: of x, as a block returns them.
+        joined: the layer after the long skip, None without one.
 
     Returns:
-        (B, L, D) and its sums, bit for bit those of the ops; None if the ops must be called: some cannot run, or are
-        watched.
+        (B, L, D) and its sums, and with them gradients, bit for bit those of the ops; None if the ops must be called:
+        some cannot run, or are watched.
     """
     if is_watched(x) or _one_by_one.get() or not (x.device.type == "cuda" or interpreting()):
         return None
-    save = wants_gradient(x, *layers) or (skip is not None and wants_gradient(skip))
-    return _block(x, skip, sums, layers, heads, save)
+    layers = joined or Linear(None), norm1, qkv, proj, norm2, fc1, fc2
+    return _block(x, skip, sums, *layers, heads, wants_gradient(x, skip, *layers))
 
 
-def _why_not(x: Tensor, skip: Tensor | None, sums: Tensor | None, layers: Layers, heads: int, save: bool) -> str | None:
+def _why_not(
+    x: Tensor,
+    skip: Tensor | None,
+    sums: Tensor | None,
+    joined: Linear,
+    norm1: Norm,
+    qkv: Linear,
+    proj: Linear,
+    norm2: Norm,
+    fc1: Linear,
+    fc2: Linear,
+    heads: int,
+    save: bool,
+) -> str | None:
     """Return why some op of the block cannot take these tensors, or None."""
-    (B, L, D), of = x.shape, layers
-    if of.qkv.weight.shape[0] != 3 * D or D % heads:
-        return f"a weight {tuple(of.qkv.weight.shape)} gives no q, k and v of {heads} heads"
+    B, L, D = x.shape
+    if qkv.weight.shape[0] != 3 * D or D % heads:
+        return f"a weight {tuple(qkv.weight.shape)} gives no q, k and v of {heads} heads"
     packed = x.new_empty(1, L, 3, heads, D // heads).expand(B, -1, -1, -1, -1)
-    reason = skip_linear.why_not(x, skip, of.joined) if skip is not None else None
-    reason = reason or ln_linear.why_not(x, of.norm1, of.qkv) or attention_op.why_not(packed)
-    return reason or proj_ln_mlp.why_not(x, of.proj, x, of.norm2, of.fc1, of.fc2)
+    reason = skip_linear.why_not(x, skip, joined) if skip is not None else None
+    reason = reason or ln_linear.why_not(x, norm1, qkv) or attention_op.why_not(packed)
+    return reason or proj_ln_mlp.why_not(x, proj, x, norm2, fc1, fc2)
 
 
 def _forward(
-    x: Tensor, skip: Tensor | None, sums: Tensor | None, layers: Layers, heads: int, save: bool
+    x: Tensor,
+    skip: Tensor | None,
+    sums: Tensor | None,
+    joined: Linear,
+    norm1: Norm,
+    qkv: Linear,
+    proj: Linear,
+    norm2: Norm,
+    fc1: Linear,
+    fc2: Linear,
+    heads: int,
+    save: bool,
 ) -> tuple[Tensor | None, ...]:
     """Return the result and its sums; with `save` also what `_save` keeps."""
-    (B, L, D), of, h = x.shape, layers, x
+    (B, L, D), h = x.shape, x
     if skip is not None:
-        h, sums = skip_linear._forward(x, skip, of.joined)
-    packed, stats1 = ln_linear._forward(h, of.norm1, of.qkv, sums, 1.0, save)
+        h, sums = skip_linear._forward(x, skip, joined)
+    packed, stats1 = ln_linear._forward(h, norm1, qkv, sums, 1.0, save)
     packed = packed.view(B, L, 3, heads, D // heads)
     a, lse = attention_op._forward(packed)
-    mlp = of.norm2, of.fc1, of.fc2
     if skip is not None:
         middle = None
-        y, sums, stats2, act = proj_ln_mlp._forward(a, of.proj, h, *mlp, save)
+        y, sums, stats2, act = proj_ln_mlp._forward(a, proj, h, norm2, fc1, fc2, save)
     else:
-        middle, sums = linear_residual._forward(a, of.proj, h)
-        y, sums, stats2, act = ln_mlp._forward(middle, *mlp, sums, save)
+        middle, sums = linear_residual._forward(a, proj, h)
+        y, sums, stats2, act = ln_mlp._forward(middle, norm2, fc1, fc2, sums, save)
         h = None  # x itself
     return (y, sums, h, stats1, packed, a, lse, middle, stats2, act) if save else (y, sums)
 
@@ -97,7 +131,7 @@ def _backward(
     act: Tensor,
     *weights: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, skip and the layers' tensors, in order.
+    """Return the gradients of x, skip and the layers' tensors, in order, and the second part of x's.
 
     Args:
         wanted: which linear layers need gradients, in order; the others may get empty tensors.
@@ -112,31 +146,38 @@ def _backward(
         da, dproj, doffset = linear_residual._backward(dh, a, proj, wanted[2])
     dpacked = attention_op._backward(packed, a, lse, da).view(*x.shape[:-1], -1)
     given = h, stats1, gamma1, beta1, qkv, shift is not None, wanted[1]
-    dx, dgamma1, dbeta1, dqkv, dshift = ln_linear._backward(dpacked, *given)
-    dx.add_(dh)
+    more, dgamma1, dbeta1, dqkv, dshift = ln_linear._backward(dpacked, *given)
     dskip = djoined = dbias = None
     if skip is not None:
-        dx, dskip, djoined, dbias = skip_linear._backward(dx, x, skip, joined, wanted[0])
+        dh, dskip, djoined, dbias = skip_linear._backward(dh.add_(more), x, skip, joined, wanted[0])
+        more = None
     first = djoined, dbias, dgamma1, dbeta1, dqkv, None if shift is None else dshift
-    return dx, dskip, *first, dproj, doffset, *dmlp
+    return dh, dskip, *first, dproj, doffset, *dmlp, more
 
 
 _LINEAR = (3, 8, 10, 15, 17)  # positions of joined, qkv, proj, fc1 and fc2 among the single arguments
 
 
 def _save(ctx, inputs, output):
-    x, skip, _, of, *_ = inputs
-    norms = of.norm1[:2], of.norm2[:2]
-    weights = of.joined.weight, *norms[0], *of.qkv, *of.proj, *norms[1], of.fc1.weight, of.fc2.weight
+    x, skip, _, joined, norm1, qkv, proj, norm2, fc1, fc2, *_ = inputs
+    weights = joined.weight, *norm1[:2], *qkv, *proj, *norm2[:2], fc1.weight, fc2.weight
     ctx.save_for_backward(x, skip, *output[2:], *weights)
 
 
 def _gradient(ctx, backward, dy):
     wanted = tuple(learns(ctx, at) for at in _LINEAR)
-    dx, dskip, *rest = backward(dy, wanted, is_last_backward(dy), *ctx.saved_tensors)
-    dw, db, dgamma1, dbeta1, dqkv, dshift, dproj, doffset, dgamma2, dbeta2, *mlp = rest
-    halves = (dw, db, dgamma1, dbeta1, None), (dqkv, dshift, dproj, doffset, dgamma2, dbeta2, None)
-    return dx, dskip, None, *halves, tuple(mlp), None, None
+    dx, dskip, *rest, more = backward(dy, wanted, is_last_backward(dy), *ctx.saved_tensors)
+    djoined, dbias, dgamma1, dbeta1, dqkv, dshift, dproj, doffset, dgamma2, dbeta2, *mlp = rest
+    norm1, norm2 = (dgamma1, dbeta1, None), (dgamma2, dbeta2, None)
+    return dx, dskip, None, djoined, dbias, norm1, dqkv, dshift, dproj, doffset, norm2, *mlp, None, None, more
 
 
-_block = Eager(forward=_forward, backward=_backward, save=_save, gradient=_gradient, why_not=_why_not, results=2)
+_block = Eager(
+    forward=_forward,
+    backward=_backward,
+    save=_save,
+    gradient=_gradient,
+    why_not=_why_not,
+    results=2,
+    twice=True,
+)

@@ -13,7 +13,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from types import FunctionType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -124,44 +124,50 @@ class Direct:
         else:
             self.middle = (None, None, compiled.packed_metadata, None, None, None)
 
-    def __call__(self, stream: int, args: list) -> None:
-        if self.newer:
-            self.launch(*self.grid, stream, *self.before, *self.middle, args)
-        else:
-            self.launch(*self.grid, stream, *self.before, *self.middle, *args)
+    def call(self, args: list) -> tuple:
+        """Return the function's own arguments for a kernel's, with `STREAM` in the stream's place."""
+        before = (*self.grid, STREAM, *self.before, *self.middle)
+        return (*before, args) if self.newer else (*before, *args)
 
+    def arguments(self, values: list, place: Callable[[Tensor], tuple[int, int]]) -> list:
+        """Return a kernel's arguments as numbers, and `Pointer`s where those depend on tensors.
 
-class Step:
-    """A launch with all arguments in place except the pointers, which are filled in by slot.
+        Args:
+            place: place(tensor) -> its slot, and the bytes from the slot's start.
 
-    Attributes:
-        places: for each pointer: its position, its slot, its offset in bytes, its TMA maps or None.
-    """
-
-    def __init__(self, direct: Direct, values: list, place: Callable[[Tensor], tuple[int, int]]):
-        self.direct, self.args, self.places = direct, [], []
-        metas = iter(direct.metas or ())
+        Raises:
+            TypeError: a value that has no such form.
+        """
+        args: list = []
+        metas = iter(self.metas or ())
         for value in values:
             if isinstance(value, TensorDescriptor):
                 meta = next(metas, None)
                 if meta is None:
                     raise TypeError("a descriptor that is no map of TMA's")
-                self.places.append((len(self.args), *place(value.base), _Maps(value, meta)))
-                self.args += [None, *value.shape, *value.strides]
+                args += [Pointer(*place(value.base), _Maps(value, meta)), *value.shape, *value.strides]
             elif isinstance(value, Tensor):
-                self.places.append((len(self.args), *place(value), None))
-                self.args.append(None)
+                args.append(Pointer(*place(value)))
             elif isinstance(value, tuple):
                 raise TypeError("a tuple among a kernel's arguments")
             else:
-                self.args.append(value)
+                args.append(value)
+        return args
 
-    def __call__(self, held: list, at: list, stream: int) -> None:
-        args = self.args.copy()
-        for i, slot, ahead, maps in self.places:
-            pointer = at[slot] + ahead
-            args[i] = pointer if maps is None else maps[pointer]
-        self.direct(stream, args)
+
+class _Stream:
+    """Stand for the stream's handle, which a call fills in."""
+
+
+STREAM = _Stream()
+
+
+class Pointer(NamedTuple):
+    """A tensor's address, or what TMA reads in its place: that of a slot plus some bytes, which a call fills in."""
+
+    slot: int
+    ahead: int
+    maps: "_Maps | None" = None
 
 
 class _Maps(dict):

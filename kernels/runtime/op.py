@@ -1,8 +1,8 @@
 """A fused op as PyTorch sees it: a `torch.library` op where ops are traced, a plain function elsewhere."""
 
 import inspect
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, get_type_hints
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,19 +15,22 @@ _FIELDS = {Norm: (Tensor, Tensor, float), Linear: (Tensor, Tensor | None)}  # in
 
 
 class Eager:
-    """A differentiable function of tensors, layers and numbers, for eager code.
+    """A differentiable function of tensors, layers and numbers for eager code, without the dispatcher, which takes the
+    host as long as the launches.
 
     This is the one place where layers are taken apart: a schema, autograd and saved tensors know only single tensors.
 
     Args:
-        forward: on real tensors, its arguments annotated as tensors, `Norm`, `Linear`, tuples of such layers, and
-            numbers. Its first return value is the result; the others have no gradient. Outputs never alias inputs.
+        forward: on real tensors, its arguments annotated as tensors, `Norm`, `Linear` and numbers. Its first return
+            value is the result; the others have no gradient. Outputs never alias inputs.
         backward: takes single tensors and numbers.
         save: save(ctx, inputs, output), as in torch.autograd.Function.setup_context, with forward's arguments.
         gradient: gradient(ctx, backward, dy) -> the gradients of forward's arguments, layers as tuples, by `backward`.
-        why_not: why it cannot run on forward's arguments, or None; depends only on their `Programs.kind`. If there is a
-            reason, a call returns None.
+        why_not: why_not(*forward's arguments) -> why it cannot run on them, or None; depends on nothing but
+            `Programs.kind`. If there is a reason, a call returns None. Default: it always can.
         results: how many of forward's return values a call returns; the others are only saved. Default: all.
+        twice: `gradient` returns one more at the end: another part of the first argument's gradient. Autograd adds it
+            after the first part, so that with a third reader's gradient the sum has the bits of separate ops'.
     """
 
     def __init__(
@@ -39,69 +42,74 @@ class Eager:
         gradient: Callable,
         why_not: Callable | None = None,
         results: int | None = None,
+        twice: bool = False,
     ):
         parameters = inspect.signature(forward).parameters.values()
-        self._kinds = [_taken(p.annotation) for p in parameters]
-        self.flat = flat = _taken_apart(forward, self._together)
-        self.programs = programs = Programs(flat)
+        self._kinds = [p.annotation if p.annotation in _FIELDS else None for p in parameters]
+        self.flat = _taken_apart(forward, self._together)
+        self.programs = programs = Programs(self.flat)
         self.backwards = backwards = Programs(backward)
-        self.why_not, self._fit = why_not, {}
+        self._why_not, self._can = why_not, {}
+        self._twice = twice
 
         def setup(ctx: Any, inputs: tuple, output: Any) -> Any:
             ctx.set_materialize_grads(False)  # no zeros as gradients of what only the backward reads
-            handed_on = output[:results] if isinstance(output, tuple) else output
+            handed_on = output
             if isinstance(output, tuple):
+                handed_on = output[:results]
                 ctx.mark_non_differentiable(*handed_on[1:])
             save(ctx, self._together(inputs), output)
             return handed_on
 
-        self._setup = setup
+        self.setup = setup
 
         class Function(torch.autograd.Function):
             @staticmethod
-            def forward(ctx, *args):
-                # with a setup_context it would inspect the signature at every call
-                single, kind = args[:-1], args[-1]
+            def forward(ctx, *args):  # with a setup_context it would inspect the signature at every call
+                *single, _, kind = args
                 return setup(ctx, single, programs.follow(kind, single))
 
             @staticmethod
             def backward(ctx, dy, *_):
-                return *_apart(gradient(ctx, backward if torch.is_grad_enabled() else backwards, dy)), None
+                given = _apart(gradient(ctx, backward if torch.is_grad_enabled() else backwards, dy))
+                return (*given, None) if twice else (*given, None, None)
 
         self.function = Function
 
     def __call__(self, *args: Any) -> Any:
         single = _apart(args)
         kind = self.programs.kind(single)
-        if self.why_not is not None and not self._fits(kind, args):
+        if self._why_not is not None and not self._can_run(kind, args):
             return None
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in single):
-            return self.function.apply(*single, kind)
+            return self.function.apply(*single, single[0] if self._twice else None, kind)
         return self.programs.follow(kind, single)
 
-    def _fits(self, kind: tuple | None, args: tuple) -> bool:
-        fits = self._fit.get(kind)
-        if fits is None:
-            if len(self._fit) >= MOST:
-                self._fit.clear()
-            fits = self._fit[kind] = kind is not None and self.why_not(*args) is None
-        return fits
+    def _can_run(self, kind: tuple | None, args: tuple) -> bool:
+        can = self._can.get(kind)
+        if can is None:
+            if len(self._can) >= MOST:
+                self._can.clear()
+            can = self._can[kind] = kind is not None and self._why_not(*args) is None
+        return can
 
     def _together(self, single: tuple) -> list:
         """Return `forward`'s arguments, from single tensors and numbers in order."""
-        left = iter(single)
-        return [next(left) if kind is None else _gathered(kind, left) for kind in self._kinds]
+        args, at = [], 0
+        for kind in self._kinds:
+            count = 1 if kind is None else len(kind._fields)
+            args.append(single[at] if kind is None else kind(*single[at : at + count]))
+            at += count
+        return args
 
 
 class Op(Eager):
     """A differentiable op. Its library form serves torch.compile, fake tensors and dispatch modes.
 
-    Eager code skips the dispatcher, which takes the host as long as the launches.
-
     Args:
         name: of uvit_fast::<name>; the backward is uvit_fast::<name>_backward.
         forward, backward, save, gradient: see `Eager`.
-        fake, fake_backward: return empty tensors like the outputs, for the same arguments.
+        fake: returns empty tensors like forward's outputs, for the same arguments; fake_backward: alike.
     """
 
     def __init__(
@@ -121,40 +129,22 @@ class Op(Eager):
         library_backward = torch.library.custom_op(f"uvit_fast::{name}_backward", backward, mutates_args=())
         library.register_fake(lambda *args: fake(*self._together(args)))
         library_backward.register_fake(fake_backward)
-        library.register_autograd(
-            lambda ctx, dy, *_: _apart(gradient(ctx, library_backward, dy)), setup_context=self._setup
-        )
+
+        def setup(ctx: Any, inputs: tuple, output: Any) -> None:
+            self.setup(ctx, inputs, output)
+
+        library.register_autograd(lambda ctx, dy, *_: _apart(gradient(ctx, library_backward, dy)), setup_context=setup)
         self.library = getattr(torch.ops.uvit_fast, name).default
 
     def __call__(self, *args: Any) -> Any:
-        if is_watched(args[0]):
-            return self.library(*_apart(args))
-        return super().__call__(*args)
-
-
-class _Tuple(NamedTuple):
-    """How a layer, or a tuple of layers, is composed of single tensors and numbers."""
-
-    made: type
-    parts: list["_Tuple | None"]  # None: single
-
-
-def _taken(annotation: Any) -> _Tuple | None:
-    """Return how an argument with this annotation is taken apart, or None if it is single."""
-    if not hasattr(annotation, "_fields"):
-        return None
-    return _Tuple(annotation, [_taken(part) for part in get_type_hints(annotation).values()])
-
-
-def _gathered(kind: _Tuple, left: Iterator) -> tuple:
-    return kind.made(*[next(left) if part is None else _gathered(part, left) for part in kind.parts])
+        return self.library(*_apart(args)) if is_watched(args[0]) else super().__call__(*args)
 
 
 def _apart(args: tuple) -> tuple:
-    single: list[Any] = []
+    single = []
     for a in args:
         if isinstance(a, tuple):
-            single.extend(_apart(a))
+            single.extend(a)
         else:
             single.append(a)
     return tuple(single)
@@ -208,7 +198,7 @@ def is_watched(x: Tensor) -> bool:
     """Return whether x, or what is done with it, is traced, transformed or watched: only the dispatcher can do that."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or _is_special(x):
         return True
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return torch._C._functorch.peek_interpreter_stack() is not None  # torch.func
 
 
 def _is_special(x: Tensor) -> bool:

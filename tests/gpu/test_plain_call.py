@@ -173,9 +173,7 @@ def test_a_block_is_its_ops_one_after_the_other(net):
         out, got = step()
         with one_by_one():
             wanted_out, wanted = step()
-        assert torch.equal(out, wanted_out)
-        for a, b in zip(got, wanted, strict=True):  # where three read a tensor, its gradients add up in another order
-            assert (a.float() - b.float()).norm() <= 1e-2 * b.float().norm()
+        assert torch.equal(out, wanted_out) and all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
 @pytest.mark.parametrize("D", [512, 768, 1024, 1152])

@@ -121,13 +121,13 @@ def test_a_launch_gets_the_numbers_that_tritons_own_would_hand_on(monkeypatch, n
     monkeypatch.setattr(launch, "make_tensordesc_arg", make)
     metadata = SimpleNamespace(tensordesc_meta=[{"swizzle": 3}])
     compiled = SimpleNamespace(run=Launcher(newer, seen), metadata=metadata, function=77, packed_metadata="packed")
-    step = launch.Step(
-        launch.Direct(compiled, (9, 2, 1)),
-        [launch.descriptor(tensor, 4, 64), tensor, 5, 0.5, None, True],
-        lambda t: (1, 16),
-    )
+    direct = launch.Direct(compiled, (9, 2, 1))
+    values = [launch.descriptor(tensor, 4, 64), tensor, 5, 0.5, None, True]
+    args = direct.call(direct.arguments(values, lambda t: (0, 16)))
+    made_by = program.Program([(program._Call(direct.launch, args, {}), [])], 1, None)
+    monkeypatch.setattr(launch, "stream", lambda device: 42)
     for address in (1024, 2048, 1024):
-        step(None, [0, address], 42)
+        made_by.run((SimpleNamespace(data_ptr=lambda address=address: address),), tensor.device)
     arguments = ["map 1", 8, 64, 64, 1, 1040, 5, 0.5, None, True]
     if newer:
         middle = ("packed", None, None, None, None, None, "annotations", "signature", arguments)
@@ -146,11 +146,12 @@ def test_notes_hold_no_tensor_that_they_were_taken_of(anywhere):
     tensor = torch.zeros(8, 64, dtype=torch.bfloat16)
     metadata = SimpleNamespace(tensordesc_meta=[{}])
     compiled = SimpleNamespace(run=Launcher(True, []), metadata=metadata, function=77, packed_metadata="packed")
-    step = launch.Step(launch.Direct(compiled, (1, 1, 1)), [launch.descriptor(tensor, 4, 64), tensor], lambda t: (0, 0))
+    direct = launch.Direct(compiled, (1, 1, 1))
+    args = direct.arguments([launch.descriptor(tensor, 4, 64), tensor], lambda t: (0, 0))
     seen.append(weakref.ref(tensor))
     del x, w, tensor
     gc.collect()
-    assert step.places and [*programs._known.values()][0] is not None
+    assert args and [*programs._known.values()][0] is not None
     assert not any(reference() is not None for reference in seen)
 
 

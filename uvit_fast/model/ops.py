@@ -14,7 +14,7 @@ from torch import Tensor
 
 from uvit_fast.kernels.layernorm import fold as _layernorm
 from uvit_fast.kernels.layernorm.refold import Derived as Derived
-from uvit_fast.kernels.layers import Layers, Linear, Norm
+from uvit_fast.kernels.layers import Linear, Norm
 from uvit_fast.kernels.ops import assemble as _assemble
 from uvit_fast.kernels.ops import block as _block
 from uvit_fast.kernels.ops import linear_residual as _linear_residual
@@ -92,8 +92,7 @@ def block(
         return None
     if attention.backend not in ("auto", "fused"):
         return None
-    together = Layers(joined or Linear(None), *norm1_qkv, proj, *norm2_mlp)
-    return _block.run(x, skip, sums, together, attention.num_heads)
+    return _block.run(x, skip, sums, joined, *norm1_qkv, proj, *norm2_mlp, attention.num_heads)
 
 
 def skip_linear(x: Tensor, skip: Tensor, linear: Linear, *, kernels: str = "auto") -> tuple[Tensor, Tensor | None]:
