@@ -118,7 +118,8 @@ class _Call(NamedTuple):
     def line(self, say: "_Source") -> str:
         args = [say(v) for v in self.args] + [f"{name}={say(v)}" for name, v in self.options.items()]
         results = ", ".join("_" if slot is None else f"t{slot}" for slot in self.slots) + "," * self.several
-        return f"{results} = " * any(slot is not None for slot in self.slots) + f"{say(self.function)}({', '.join(args)})"
+        into = f"{results} = " if any(slot is not None for slot in self.slots) else ""
+        return f"{into}{say(self.function)}({', '.join(args)})"
 
 
 class _Allocate:
