@@ -145,7 +145,7 @@ class Direct:
                 meta = next(metas, None)
                 if meta is None:
                     raise TypeError("a descriptor that is no map of TMA's")
-                args += [Pointer(*place(value.base), _Maps(value, meta)), *value.shape, *value.strides]
+                args += [Pointer(*place(value.base), _maps(value, meta)), *value.shape, *value.strides]
             elif isinstance(value, Tensor):
                 args.append(Pointer(*place(value)))
             elif isinstance(value, tuple):
@@ -173,10 +173,9 @@ class Pointer(NamedTuple):
 class _Maps(dict):
     """What TMA reads in place of a descriptor, by the address of its tensor; made at first use."""
 
-    def __init__(self, value: TensorDescriptor, meta: dict):
+    def __init__(self, fields: dict, meta: dict):
         super().__init__()
-        self.fields = {**vars(value), "base": None}  # a program must not keep its tensor
-        self.meta = meta
+        self.fields, self.meta = fields, meta
 
     def __missing__(self, pointer: int) -> Any:
         if len(self) >= 4096:  # for memory that comes and goes
@@ -186,6 +185,15 @@ class _Maps(dict):
         more = () if make_tensordesc_arg.__code__.co_argcount == 2 else (None,)
         self[pointer] = made = make_tensordesc_arg(at, self.meta, *more)[0]
         return made
+
+
+_known_maps: dict[str, _Maps] = {}  # by all that a map depends on but the address
+
+
+def _maps(value: TensorDescriptor, meta: dict) -> _Maps:
+    """Return the maps of tensors and boxes like the descriptor's."""
+    fields = {**vars(value), "base": None}  # not the tensor, which would stay as long as the process
+    return _known_maps.setdefault(repr((fields, meta)), _Maps(fields, meta))
 
 
 def is_direct(device: torch.device) -> bool:

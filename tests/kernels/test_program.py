@@ -119,6 +119,7 @@ def test_a_launch_gets_the_numbers_that_tritons_own_would_hand_on(monkeypatch, n
         return [f"map {len(made)}", *arg.shape, *arg.strides]
 
     monkeypatch.setattr(launch, "make_tensordesc_arg", make)
+    monkeypatch.setattr(launch, "_known_maps", {})
     metadata = SimpleNamespace(tensordesc_meta=[{"swizzle": 3}])
     compiled = SimpleNamespace(run=Launcher(newer, seen), metadata=metadata, function=77, packed_metadata="packed")
     direct = launch.Direct(compiled, (9, 2, 1))
