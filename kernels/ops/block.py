@@ -99,20 +99,21 @@ def _forward(
     save: bool,
 ) -> tuple[Tensor | None, ...]:
     """Return the result and its sums; with `save` also what `_save` keeps."""
-    (B, L, D), h = x.shape, x
+    (B, L, D), h, middle = x.shape, None, None
     if skip is not None:
         h, sums = skip_linear._forward(x, skip, joined)
-    packed, stats1 = ln_linear._forward(h, norm1, qkv, sums, 1.0, save)
+    packed, stats1 = ln_linear._forward(x if h is None else h, norm1, qkv, sums, 1.0, save)
     packed = packed.view(B, L, 3, heads, D // heads)
     a, lse = attention_op._forward(packed)
-    if skip is not None:
-        middle = None
+    kept = [packed, a, lse] if save else []
+    del packed  # or it would stay through the MLP
+    if h is not None:
         y, sums, stats2, act = proj_ln_mlp._forward(a, proj, h, norm2, fc1, fc2, save)
     else:
-        middle, sums = linear_residual._forward(a, proj, h)
+        middle, sums = linear_residual._forward(a, proj, x)
+        del a
         y, sums, stats2, act = ln_mlp._forward(middle, norm2, fc1, fc2, sums, save)
-        h = None  # x itself
-    return (y, sums, h, stats1, packed, a, lse, middle, stats2, act) if save else (y, sums)
+    return (y, sums, h, stats1, *kept, middle, stats2, act) if save else (y, sums)
 
 
 def _backward(
