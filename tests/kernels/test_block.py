@@ -1,4 +1,4 @@
-"""A block as one op: what its ops give, bit for bit, and their gradients; whoever watches ops has them one by one."""
+"""A block as one op: its ops' results and gradients, bit for bit; whoever watches ops sees them one by one."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def made(concat_skip: bool) -> tuple[Block, list[torch.Tensor]]:
 
 
 class Watched(TorchDispatchMode):
-    """Sees each op; keeps the names of ours."""
+    """Keeps the names of our ops that are called."""
 
     def __init__(self):
         super().__init__()
@@ -53,14 +53,12 @@ def test_it_is_its_ops_one_after_the_other(concat_skip, monkeypatch):
     first = ["skip_linear"] if concat_skip else []
     rest = ["proj_ln_mlp"] if concat_skip else ["linear_residual", "ln_mlp"]
     assert watched.names[: len(first) + 2 + len(rest)] == [*first, "ln_linear", "attention", *rest]
-    monkeypatch.setattr(launch, "is_direct", lambda device: True)  # notes are taken here too
+    monkeypatch.setattr(launch, "is_direct", lambda device: True)  # recordings are made here too
     for _ in range(3):
         got = step(block, xs)
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
     with torch.no_grad():
-        with Watched():
-            wanted = block(*xs)
-        assert torch.equal(block(*xs), wanted)
+        assert torch.equal(block(*xs), wanted[0])
 
 
 def test_what_an_op_cannot_take_is_called(monkeypatch):
