@@ -198,7 +198,7 @@ def is_watched(x: Tensor) -> bool:
     """Return whether x, or what is done with it, is traced, transformed or watched: only the dispatcher can do that."""
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or _is_special(x):
         return True
-    return torch._C._functorch.peek_interpreter_stack() is not None  # torch.func
+    return torch._C._functorch.peek_interpreter_stack() is not None  # vmap
 
 
 def _is_special(x: Tensor) -> bool:

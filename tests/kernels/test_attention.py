@@ -77,6 +77,12 @@ def test_torch_compile_takes_it_whole():
 
 
 @pytest.mark.interpreter
+def test_vmap_calls_it_for_each_input():
+    qkv = torch.randn(2, 1, 20, 3, 1, 16, requires_grad=True)
+    assert torch.equal(torch.vmap(attention.attention)(qkv), attention.attention(qkv.flatten(0, 1)).unflatten(0, (2, 1)))
+
+
+@pytest.mark.interpreter
 def test_a_strided_input_is_taken():
     qkv = torch.randn(20, 2, 3, 1, 16).transpose(0, 1)
     torch.testing.assert_close(attention.attention(qkv), attention.reference(qkv), rtol=1e-4, atol=1e-5)
