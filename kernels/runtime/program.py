@@ -18,8 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from uvit_fast.kernels.runtime import device as devices
 from uvit_fast.kernels.runtime import launch, once
+from uvit_fast.kernels.runtime.launch import cdiv
 
 MOST = 64  # kinds of tensors per op; ten programs serve a network and its training
+ALIGNED = 512  # bytes, as PyTorch's allocator aligns
+ALONE = 32 << 20  # bytes; what is larger has memory of its own, which others can have before the program ends
 _PLAIN = (Tensor, torch.nn.Parameter)
 _ALLOCATIONS = {"aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty_strided"}
 _HOST_READS = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero"}
@@ -123,9 +126,10 @@ class _Call(NamedTuple):
 
 
 class _Allocate:
-    def __init__(self, slot: int, t: Tensor):
-        self.slots, self.how = [slot], (t.shape, t.stride())
-        self.options = {"dtype": t.dtype, "device": t.device}
+    """An allocation. Its shape and strides may still be changed to a view's."""
+
+    def __init__(self, slot: int, how: tuple, dtype: torch.dtype, device: torch.device):
+        self.slots, self.how, self.options = [slot], how, {"dtype": dtype, "device": device}
 
     def line(self, say: "_Source") -> str:
         return _Call(torch.empty_strided, self.how, self.options, self.slots).line(say)
@@ -153,10 +157,17 @@ class Program:
     Args:
         steps: each with the slots that nothing reads after it.
         arguments: number of slots that are arguments.
+        inside: for slots without memory of their own, the slot in whose memory they lie, and bytes from its start.
     """
 
-    def __init__(self, steps: Sequence[tuple[_Step, Sequence[int]]], arguments: int, output: Any):
-        say, body = _Source(), []
+    def __init__(
+        self,
+        steps: Sequence[tuple[_Step, Sequence[int]]],
+        arguments: int,
+        output: Any,
+        inside: dict[int, tuple[int, int]],
+    ):
+        say, body = _Source(inside), []
         for step, released in steps:
             body.append((step.line(say), step.slots))
             body += [(f"del t{slot}", ()) for slot in released]
@@ -181,15 +192,17 @@ class _Source:
         addressed: slots whose addresses are read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, inside: dict[int, tuple[int, int]]):
+        self.inside = inside
         self.names: dict[str, Any] = {}
         self.addressed: set[int] = set()
         self._known: dict[int, str] = {}
 
     def __call__(self, value: Any) -> str:
         if isinstance(value, launch.Pointer):
-            self.addressed.add(value.slot)
-            address = f"p{value.slot} + {value.ahead}" if value.ahead else f"p{value.slot}"
+            slot, start = self.inside.get(value.slot, (value.slot, 0))
+            self.addressed.add(slot)
+            address = f"p{slot} + {start + value.ahead}" if start + value.ahead else f"p{slot}"
             return address if value.maps is None else f"{self(value.maps)}[{address}]"
         if isinstance(value, _Ref):
             if value.whole:
@@ -242,7 +255,7 @@ class _Recorder(TorchDispatchMode):
         name, results = func._schema.name, out if isinstance(out, tuple | list) else (out,)
         if name in _ALLOCATIONS:
             slot = self._new(out)
-            self._add(_Allocate(slot, out), {slot})
+            self._add(_Allocate(slot, (out.shape, out.stride()), out.dtype, out.device), {slot})
         elif name in _HOST_READS or not all(isinstance(t, Tensor) for t in results):
             self.trouble = name
         elif func._schema.is_mutable or not all(self._known(t) for t in results):
@@ -301,11 +314,25 @@ class _Recorder(TorchDispatchMode):
         output = self._refs(output, kept)
         self._shape(output)
         last = {slot: i for i, used in enumerate(self.uses) for slot in used}
-        steps = []
+        read = {ref.slot for ref in self.refs}  # as tensors
+        allocated = [(i, step) for i, step in enumerate(self.steps) if isinstance(step, _Allocate)]
+        spans = {step.slots[0]: (i, last[step.slots[0]], _extent(self.wholes[step.slots[0]])) for i, step in allocated}
+        spans = {slot: span for slot, span in spans.items() if slot not in read}
+        passing = {slot: span for slot, span in spans.items() if span[0] < span[1] and 0 < span[2] <= ALONE}
+        unused = {slot for slot, (first, last_use, _) in spans.items() if first == last_use}
+        starts, size = _packed(passing)
+        common = len(self.wholes)  # the slot of all that passes
+        steps: list[tuple[_Step, list[int]]] = []
+        if passing:
+            device = allocated[0][1].options["device"]
+            steps.append((_Allocate(common, ((size,), (1,)), torch.uint8, device), []))
         for i, step in enumerate(self.steps):
+            if step.slots and step.slots[0] in passing.keys() | unused:
+                continue
             released = [s for s in self.uses[i] if s >= len(self.args) and last[s] == i and s not in kept]
-            steps.append((step, released))
-        return Program(steps, len(self.args), output)
+            steps.append((step, [s for s in released if s not in passing]))
+        inside = {slot: (common, start) for slot, start in starts.items()}
+        return Program(steps, len(self.args), output, inside)
 
     def _add(self, step: _Step, used: set[int]) -> None:
         self.steps.append(step)
@@ -357,6 +384,27 @@ class _Recorder(TorchDispatchMode):
         if type(value) in (tuple, list):
             return type(value)([self._refs(v, used) for v in value])
         return value
+
+
+def _packed(spans: dict[int, tuple[int, int, int]]) -> tuple[dict[int, int], int]:
+    """Place tensors in one memory such that those whose spans overlap do not.
+
+    Args:
+        spans: slot -> (first step, last step, bytes).
+
+    Returns:
+        slot -> bytes from the start, multiples of `ALIGNED`; and the bytes of the whole.
+    """
+    starts: dict[int, int] = {}
+    for slot, (first, last, size) in sorted(spans.items(), key=lambda item: -item[1][2]):
+        at, others = 0, ((starts[s], *spans[s]) for s in starts)
+        for start, begins, ends, taken in sorted(others):
+            if begins <= last and first <= ends:
+                if at + size <= start:
+                    break
+                at = max(at, start + cdiv(taken, ALIGNED) * ALIGNED)
+        starts[slot] = at
+    return starts, max((starts[slot] + spans[slot][2] for slot in starts), default=0)
 
 
 def _size(how: tuple) -> int:

@@ -1,9 +1,12 @@
 """Ops done from notes: the same results from new tensors, and notes of nothing that they cannot say."""
 
+import ctypes
 import gc
 import weakref
+from collections.abc import Callable
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -97,14 +100,14 @@ class Launcher:
 
     launch_cooperative_grid, launch_pdl = False, True
 
-    def __init__(self, newer: bool, seen: list):
+    def __init__(self, newer: bool, launched: Callable[[tuple], None]):
         if newer:
             self.arg_annotations, self.kernel_signature = "annotations", "signature"
 
         def around(launcher):
             return lambda *args: launcher(*args)
 
-        self.launch = around(lambda *args: seen.append(args))
+        self.launch = around(lambda *args: launched(args))
 
 
 @pytest.mark.parametrize("newer", [False, True])
@@ -121,11 +124,13 @@ def test_a_launch_gets_the_numbers_that_tritons_own_would_hand_on(monkeypatch, n
     monkeypatch.setattr(launch, "make_tensordesc_arg", make)
     monkeypatch.setattr(launch, "_known_maps", {})
     metadata = SimpleNamespace(tensordesc_meta=[{"swizzle": 3}])
-    compiled = SimpleNamespace(run=Launcher(newer, seen), metadata=metadata, function=77, packed_metadata="packed")
+    compiled = SimpleNamespace(
+        run=Launcher(newer, seen.append), metadata=metadata, function=77, packed_metadata="packed"
+    )
     direct = launch.Direct(compiled, (9, 2, 1))
     values = [launch.descriptor(tensor, 4, 64), tensor, 5, 0.5, None, True]
     args = direct.call(direct.arguments(values, lambda t: (0, 16)))
-    made_by = program.Program([(program._Call(direct.launch, args, {}), [])], 1, None)
+    made_by = program.Program([(program._Call(direct.launch, args, {}), [])], 1, None, {})
     monkeypatch.setattr(launch, "stream", lambda device: 42)
     for address in (1024, 2048, 1024):
         made_by.run((SimpleNamespace(data_ptr=lambda address=address: address),), tensor.device)
@@ -138,6 +143,43 @@ def test_a_launch_gets_the_numbers_that_tritons_own_would_hand_on(monkeypatch, n
     assert made == [(1040, {"swizzle": 3}), (2064, {"swizzle": 3})] and "map 2" in str(seen[1])
 
 
+def test_what_only_launches_use_shares_one_allocation(anywhere, monkeypatch):
+    """Results are right although temporaries take each other's place, and nobody's that is still read."""
+
+    def add(out, a, b, count):
+        out, a, b = (np.ctypeslib.as_array((ctypes.c_float * count).from_address(at)) for at in (out, a, b))
+        np.add(a, b, out=out)
+
+    launcher = Launcher(False, lambda args: add(*args[-4:]))
+    compiled = SimpleNamespace(run=launcher, metadata=None, function=77, packed_metadata="packed")
+
+    def sum_of(a, b):
+        out = a.new_empty(a.numel())
+        add(*(t.data_ptr() for t in (out, a, b)), a.numel())
+        if launch.listener.here is not None:
+            launch.listener.here.launched(launch.Direct(compiled, (1, 1, 1)), [out, a, b, a.numel()])
+        return out
+
+    def several(x, y):
+        first = sum_of(x, y)
+        second = sum_of(first, x)
+        x.new_empty(3)  # used by nobody
+        third = sum_of(second, second)
+        del second
+        fourth = sum_of(third, y)
+        return sum_of(fourth, first) * 2, sum_of(third, fourth)
+
+    made, empty = [], torch.empty_strided
+    monkeypatch.setattr(torch, "empty_strided", lambda *args, **how: made.append(args) or empty(*args, **how))
+    programs = program.Programs(several)
+    for _ in range(5):
+        x, y = torch.randn(300), torch.randn(300)
+        wanted, _ = several(x, y), made.clear()
+        assert all(torch.equal(a, b) for a, b in zip(programs(x, y), wanted, strict=True))
+    # room for three temporaries, all that are needed at once, on boundaries of 512 bytes; what others read
+    assert [shape[0] for shape, _ in made] == [2 * 1536 + 1200, 300, 300]
+
+
 def test_notes_hold_no_tensor_that_they_were_taken_of(anywhere):
     """Neither a program nor a launch by descriptors: an op's memory would stay as long as the process."""
     programs, (x, w) = program.Programs(several_ops), (torch.randn(4, 6), torch.randn(3, 6))
@@ -146,7 +188,7 @@ def test_notes_hold_no_tensor_that_they_were_taken_of(anywhere):
         seen += [weakref.ref(t) for t in programs(x, w, False)]
     tensor = torch.zeros(8, 64, dtype=torch.bfloat16)
     metadata = SimpleNamespace(tensordesc_meta=[{}])
-    compiled = SimpleNamespace(run=Launcher(True, []), metadata=metadata, function=77, packed_metadata="packed")
+    compiled = SimpleNamespace(run=Launcher(True, print), metadata=metadata, function=77, packed_metadata="packed")
     direct = launch.Direct(compiled, (1, 1, 1))
     args = direct.arguments([launch.descriptor(tensor, 4, 64), tensor], lambda t: (0, 0))
     seen.append(weakref.ref(tensor))
