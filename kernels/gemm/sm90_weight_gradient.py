@@ -266,7 +266,9 @@ def arguments(dy: Tensor, x: Tensor, out: Tensor, bias: bool, programs: int) -> 
     (M, N), K = dy.shape, x.shape[1]
     p = plan(M, N, K, programs)
     parts = dy.new_empty(p["ragged"] * p["splits"], 2 * ROWS, COLS, dtype=ACCUMULATE)
-    bias_parts = dy.new_zeros(p["splits"], N, dtype=ACCUMULATE) if bias else parts
+    # A whole tile's sums are its first split's; without such tiles every split writes its own.
+    new = dy.new_zeros if p["whole"] else dy.new_empty
+    bias_parts = new(p["splits"], N, dtype=ACCUMULATE) if bias else parts
     tiles = [descriptor(t, BK, width) for t in (dy, x) for width in (ROWS, COLS)]
     args = (*tiles, out, parts, bias_parts, N, K, out.stride(0), *p.values(), STAGES, bias)
     return args, {"num_warps": 4, "maxnreg": 168}, p

@@ -314,25 +314,40 @@ class _Recorder(TorchDispatchMode):
         output = self._refs(output, kept)
         self._shape(output)
         last = {slot: i for i, used in enumerate(self.uses) for slot in used}
-        read = {ref.slot for ref in self.refs}  # as tensors
-        allocated = [(i, step) for i, step in enumerate(self.steps) if isinstance(step, _Allocate)]
-        spans = {step.slots[0]: (i, last[step.slots[0]], _extent(self.wholes[step.slots[0]])) for i, step in allocated}
-        spans = {slot: span for slot, span in spans.items() if slot not in read}
-        passing = {slot: span for slot, span in spans.items() if span[0] < span[1] and 0 < span[2] <= ALONE}
-        unused = {slot for slot, (first, last_use, _) in spans.items() if first == last_use}
+        passing, unused = self._passing(last)
         starts, size = _packed(passing)
         common = len(self.wholes)  # the slot of all that passes
         steps: list[tuple[_Step, list[int]]] = []
         if passing:
-            device = allocated[0][1].options["device"]
+            device = self.wholes[next(iter(passing))].device
             steps.append((_Allocate(common, ((size,), (1,)), torch.uint8, device), []))
+        left_out = passing.keys() | unused
         for i, step in enumerate(self.steps):
-            if step.slots and step.slots[0] in passing.keys() | unused:
-                continue
-            released = [s for s in self.uses[i] if s >= len(self.args) and last[s] == i and s not in kept]
-            steps.append((step, [s for s in released if s not in passing]))
+            if not left_out.intersection(step.slots):
+                released = [s for s in self.uses[i] if s >= len(self.args) and last[s] == i and s not in kept]
+                steps.append((step, [s for s in released if s not in left_out]))
         inside = {slot: (common, start) for slot, start in starts.items()}
         return Program(steps, len(self.args), output, inside)
+
+    def _passing(self, last: dict[int, int]) -> tuple[dict[int, tuple[int, int, int]], set[int]]:
+        """Return the allocations that only launches use, slot -> (first step, last step, bytes), and the slots of those
+        that nothing uses.
+
+        Args:
+            last: slot -> the last step that uses it.
+        """
+        read = {ref.slot for ref in self.refs}  # as tensors
+        passing, unused = {}, set()
+        for i, step in enumerate(self.steps):
+            slot = step.slots[0] if isinstance(step, _Allocate) else None
+            if slot is None or slot in read:
+                continue
+            size = _extent(self.wholes[slot])
+            if last[slot] == i:
+                unused.add(slot)
+            elif 0 < size <= ALONE:
+                passing[slot] = i, last[slot], size
+        return passing, unused
 
     def _add(self, step: _Step, used: set[int]) -> None:
         self.steps.append(step)
