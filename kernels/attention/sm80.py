@@ -2,9 +2,8 @@
 interpreter.
 
 Legend: B batch, L tokens, H heads, D head dim. Rows of a head are a tuple of one or two pieces, D0 and D1 columns (D1
-is
-0 for a single piece): 72 is 64 + 16 with eight masked, so that no product is padded to the next power of two. Scores
-are held in base 2: p = exp2(s * scale * log2(e) - lse).
+is 0 for a single piece): 72 is 64 + 16 with eight masked, so that no product is padded to the next power of two.
+Scores are held in base 2: p = exp2(s * scale * log2(e) - lse).
 """
 
 import torch
@@ -47,9 +46,8 @@ def _store_piece(pointer, value, rows, L, stride, D: tl.constexpr, FIRST: tl.con
 @triton.jit
 def _store(pointer, x, rows, L, stride, D: tl.constexpr):
     """Store rows of one head, in pieces; anything past row L or column D is dropped."""
-    _store_piece(pointer, x[0], rows, L, stride, D, 0)
-    if len(x) > 1:
-        _store_piece(pointer, x[1], rows, L, stride, D, x[0].shape[1])
+    for i in tl.static_range(len(x)):
+        _store_piece(pointer, x[i], rows, L, stride, D, i * x[0].shape[1])
 
 
 @triton.jit
@@ -64,18 +62,15 @@ def _zeros(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
 @triton.jit
 def _times(x, factor):
     """Return x * factor: a number, or one per row (rows, 1)."""
-    y = (x[0] * factor,)
-    if len(x) > 1:
-        y = (y[0], x[1] * factor)
-    return y
+    return [piece * factor for piece in x]
 
 
 @triton.jit
 def _row_sums(x, y):
     """Return the sum over d of x * y in fp32: (rows,)."""
     total = tl.sum(x[0].to(tl.float32) * y[0].to(tl.float32), 1)
-    if len(x) > 1:
-        total += tl.sum(x[1].to(tl.float32) * y[1].to(tl.float32), 1)
+    for i in tl.static_range(1, len(x)):
+        total += tl.sum(x[i].to(tl.float32) * y[i].to(tl.float32), 1)
     return total
 
 
@@ -83,18 +78,17 @@ def _row_sums(x, y):
 def _rows_by_rows(x, y):
     """Return x y^T: x (M, D), y (N, D) in pieces -> (M, N) fp32."""
     s = tl.zeros([x[0].shape[0], y[0].shape[0]], tl.float32)
-    s = tl.dot(x[0], tl.trans(y[0]), s, input_precision="ieee")
-    if len(x) > 1:
-        s = tl.dot(x[1], tl.trans(y[1]), s, input_precision="ieee")
+    for i in tl.static_range(len(x)):
+        s = tl.dot(x[i], tl.trans(y[i]), s, input_precision="ieee")
     return s
 
 
 @triton.jit
 def _accumulate(p, y, a):
     """Return a + p y: p (M, N) scores in y's dtype, y (N, D), a (M, D) fp32, both in pieces."""
-    b = (tl.dot(p, y[0], a[0], input_precision="ieee"),)
-    if len(y) > 1:
-        b = (b[0], tl.dot(p, y[1], a[1], input_precision="ieee"))
+    b = ()
+    for i in tl.static_range(len(y)):
+        b = b + (tl.dot(p, y[i], a[i], input_precision="ieee"),)
     return b
 
 
@@ -137,8 +131,7 @@ def attention_forward_kernel(
         o = _accumulate(p.to(v[0].dtype), v, _times(o, shrink[:, None]))
 
     out_at = out + (head // H).to(tl.int64) * L * H * D + (head % H) * D
-    o = (o[0] / total[:, None],) if D1 == 0 else (o[0] / total[:, None], o[1] / total[:, None])
-    _store(out_at, o, rows, L, H * D, D)
+    _store(out_at, [piece / total[:, None] for piece in o], rows, L, H * D, D)
     tl.store(lse + head.to(tl.int64) * L + rows, m + tl.log2(total), mask=rows < L)
 
 
@@ -252,12 +245,17 @@ def constants(D: int, streamed: str | None = None) -> dict[str, int]:
     return c | {streamed: 32, "num_stages": 3} if streamed else c
 
 
-def launches(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, delta: Tensor, dqkv: Tensor) -> list[tuple]:
+def forward_launch(qkv: Tensor, out: Tensor, lse: Tensor) -> tuple:
+    """Return the kernel, its arguments and its options."""
+    _, L, _, H, D = qkv.shape
+    return attention_forward_kernel, (qkv, out, lse, L, H, D**-0.5 * LOG2E.value), constants(D)
+
+
+def backward_launches(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, delta: Tensor, dqkv: Tensor) -> list[tuple]:
     """Return the kernels in execution order: (kernel, arguments, options)."""
     _, L, _, H, D = qkv.shape
     scalars = (L, H, D**-0.5 * LOG2E.value)
     return [
-        (attention_forward_kernel, (qkv, out, lse, *scalars), constants(D)),
         (attention_dq_kernel, (qkv, out, dout, lse, delta, dqkv, *scalars), constants(D, "BN")),
         (attention_dkv_kernel, (qkv, dout, lse, delta, dqkv, *scalars), constants(D, "BM")),
     ]
@@ -266,20 +264,16 @@ def launches(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, delta: Tensor,
 def forward(qkv: Tensor) -> tuple[Tensor, Tensor]:
     """Return out (B, L, H*D) and lse (B, H, L), fp32 in base 2, for qkv (B, L, 3, H, D), contiguous."""
     B, L, _, H, D = qkv.shape
-    out = qkv.new_empty(B, L, H * D)
-    lse = qkv.new_empty(B, H, L, dtype=torch.float32)
-    c = constants(D)
-    grid = (B * H * cdiv(L, c["BM"]),)
-    launch.run(qkv.device, attention_forward_kernel, grid, (qkv, out, lse, L, H, D**-0.5 * LOG2E.value), c)
+    out, lse = qkv.new_empty(B, L, H * D), qkv.new_empty(B, H, L, dtype=torch.float32)
+    kernel, arguments, options = forward_launch(qkv, out, lse)
+    launch.run(qkv.device, kernel, (B * H * cdiv(L, options["BM"]),), arguments, options)
     return out, lse
 
 
 def backward(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor) -> Tensor:
     """Return the gradient of qkv, packed like qkv; all arguments are contiguous."""
-    B, L, _, H, D = qkv.shape
+    B, L, _, H, _ = qkv.shape
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
-    grid, scalars = (B * H * cdiv(L, 64),), (L, H, D**-0.5 * LOG2E.value)
-    by_query, by_key = (qkv, out, dout, lse, delta, dqkv, *scalars), (qkv, dout, lse, delta, dqkv, *scalars)
-    launch.run(qkv.device, attention_dq_kernel, grid, by_query, constants(D, "BN"))
-    launch.run(qkv.device, attention_dkv_kernel, grid, by_key, constants(D, "BM"))
+    for kernel, arguments, options in backward_launches(qkv, out, lse, dout, delta, dqkv):
+        launch.run(qkv.device, kernel, (B * H * cdiv(L, 64),), arguments, options)
     return dqkv

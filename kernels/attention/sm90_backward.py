@@ -10,28 +10,28 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from uvit_fast.kernels.attention.sm90_tiles import (
     LEFT,
     LEFT_SMALL,
     LOG2E,
-    MMA_64,
     SMALL,
-    Boxes,
     Global,
     Head,
     Pair,
-    Registers,
     accumulate,
-    barrier,
     boxes,
     cut,
     down,
+    index,
     left,
     masked,
+    pieces,
+    recut,
     row_bytes,
     rows_by_rows,
+    scaled,
     shared_head,
     shared_rows,
     statistic,
@@ -43,6 +43,7 @@ from uvit_fast.kernels.attention.sm90_tiles import (
 )
 from uvit_fast.kernels.runtime import launch
 from uvit_fast.kernels.runtime.aggregate import aggregate
+from uvit_fast.kernels.runtime.hopper import barrier, barriers, mma, settled
 
 
 @aggregate
@@ -68,29 +69,29 @@ class Workspace:
     """A kernel's shared memory: two of q, k, v and dout stay, the other two stream past."""
 
     stay: Pair  # of Heads
-    stream: Pair  # of Shared (64, D)
+    stream: Pair  # of (64, D)
     all_in: gl.shared_memory_descriptor  # barrier of the rows that stay
     next_in: gl.shared_memory_descriptor  # barrier of the rows that stream
 
     @gluon.jit
     def load_stay(self, source):
         """Load all rows of `source`, a Pair of Global, asynchronously."""
-        rows: gl.constexpr = self.stay.qk.blocks.main.shape[0] * 64 + (16 if self.stay.qk.tail is not None else 0)
-        mbarrier.expect(self.all_in, 2 * rows * row_bytes(self.stream.qk.rest is not None))
+        rows: gl.constexpr = self.stay.qk.blocks[0].shape[0] * 64 + (16 if self.stay.qk.tail is not None else 0)
+        mbarrier.expect(self.all_in, 2 * rows * row_bytes(len(self.stream.qk) > 1))
         self.stay.qk.load(source.qk, self.all_in)
         self.stay.vo.load(source.vo, self.all_in)
 
     @gluon.jit
     def load_next(self, source, row, wanted=True):
         """Load the 64 rows from `row` on of `source`, a Pair of Global, asynchronously."""
-        mbarrier.expect(self.next_in, 128 * row_bytes(self.stream.qk.rest is not None), pred=wanted)
+        mbarrier.expect(self.next_in, 128 * row_bytes(len(self.stream.qk) > 1), pred=wanted)
         source.qk.load(row, self.stream.qk, self.next_in, wanted)
         source.vo.load(row, self.stream.vo, self.next_in, wanted)
 
     @gluon.jit
     def take_tail(self, source):
-        """Return the tail's rows, streamed in, as a Pair of Registers; start the first block, await what stays."""
-        x = Pair(self.stream.qk.cut(16).index(0), self.stream.vo.cut(16).index(0)).to_registers(LEFT_SMALL)
+        """Return the tail's rows, streamed in, as a Pair in registers; start the first block, await what stays."""
+        x = Pair(index(recut(self.stream.qk, 16), 0), index(recut(self.stream.vo, 16), 0)).to_registers(LEFT_SMALL)
         barrier()
         self.load_next(source, 0)
         mbarrier.wait(self.all_in, 0)
@@ -101,9 +102,7 @@ class Workspace:
 def _workspace(dtype: gl.constexpr, BLOCKS: gl.constexpr, TAIL: gl.constexpr, WIDE: gl.constexpr):
     stay = Pair(shared_head(dtype, BLOCKS, TAIL, WIDE), shared_head(dtype, BLOCKS, TAIL, WIDE))
     stream = Pair(shared_rows(dtype, [64], WIDE), shared_rows(dtype, [64], WIDE))
-    bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(bars.index(0), count=1)
-    mbarrier.init(bars.index(1), count=1)
+    bars = barriers(2)
     return Workspace(stay, stream, bars.index(0), bars.index(1))
 
 
@@ -116,62 +115,48 @@ def _across(x, below):
 
 @gluon.jit
 def _dq_step(x, y, known, first, L, scale, dq, MASKED: gl.constexpr):
-    """Return dq (64, D), None at first, plus the contribution of N keys, in flight.
+    """Return dq (64, D), () at first, plus the contribution of N keys, in flight.
 
-    x = q, dout in Registers and y = k, v Shared are Pairs; `known` is of the queries, in registers.
+    x = q, dout in registers and y = k, v in shared memory are Pairs; `known` is of the queries, in registers.
     """
-    behind: gl.constexpr = 1 if y.qk.rest is None else 2  # products that dp may still be behind by
-    dtype: gl.constexpr = y.qk.main.dtype
+    behind: gl.constexpr = len(y.qk)  # products that dp may still be behind by
+    dtype: gl.constexpr = y.qk[0].dtype
     s = rows_by_rows(x.qk, y.qk)
     dp = rows_by_rows(x.vo, y.vo)
-    if dq is None:
-        s = warpgroup_mma_wait(behind, deps=(s,))
-    elif dq.rest is None:
-        s, main = warpgroup_mma_wait(behind, deps=(s, dq.main))
-        dq = Registers(main, None)
-    else:
-        s, main, rest = warpgroup_mma_wait(behind, deps=(s, dq.main, dq.rest))
-        dq = Registers(main, rest)
+    done = settled((s,) + dq, behind)
+    s, dq = done[0], done[1:]
     p = gl.exp2(s * scale - down(known.lse, s))
     if MASKED:
         # a padded key scores 0, and exp2(0 - lse) is infinite when every real score is very negative
         p = masked(p, first, L, 0.0)
-    dp = warpgroup_mma_wait(0, deps=(dp,))
+    dp = settled((dp,))[0]
     return accumulate(left(p * (dp - down(known.delta, s)), dtype), y.qk, dq)
 
 
 @gluon.jit
 def _dkv_step(x, y, known, scale, grads):
-    """Return the Pair of dk and dv (64, D), None at first, plus the contribution of N queries, in flight.
+    """Return the Pair of dk and dv (64, D), () at first, plus the contribution of N queries, in flight.
 
-    x = k, v in Registers and y = q, dout Shared are Pairs; `known` is of the queries, in shared memory.
+    x = k, v in registers and y = q, dout in shared memory are Pairs; `known` is of the queries, in shared memory.
     """
-    behind: gl.constexpr = 1 if y.qk.rest is None else 2  # products that dp may still be behind by
-    dtype: gl.constexpr = y.qk.main.dtype
+    behind: gl.constexpr = len(y.qk)  # products that dp may still be behind by
+    dtype: gl.constexpr = y.qk[0].dtype
     s = rows_by_rows(x.qk, y.qk)
     dp = rows_by_rows(x.vo, y.vo)
-    dk, dv = None, None
-    if grads is None:
-        s = warpgroup_mma_wait(behind, deps=(s,))
-    elif grads.qk.rest is None:
-        s, k, v = warpgroup_mma_wait(behind, deps=(s, grads.qk.main, grads.vo.main))
-        dk, dv = Registers(k, None), Registers(v, None)
-    else:
-        deps = (s, grads.qk.main, grads.qk.rest, grads.vo.main, grads.vo.rest)
-        s, k, k_rest, v, v_rest = warpgroup_mma_wait(behind, deps=deps)
-        dk, dv = Registers(k, k_rest), Registers(v, v_rest)
+    done = settled((s,) + grads.qk + grads.vo, behind)
+    s, dk, dv = done[0], done[1 : 1 + len(grads.qk)], done[1 + len(grads.qk) :]
     lse = _across(known.lse, s)  # not before: it would take the registers that the products need
     p = gl.exp2(s * scale - lse)
     dv = accumulate(left(p, dtype), y.vo, dv)
     delta = _across(known.delta, s)
-    dp = warpgroup_mma_wait(behind, deps=(dp,))
+    dp = settled((dp,), behind)[0]
     return Pair(accumulate(left(p * (dp - delta), dtype), y.qk, dk), dv)
 
 
 @gluon.jit
 def _tail_dq_step(x, y, known, first, L, scale, dq):
     """Do `_dq_step` for the queries of the tail, dq (16, D)."""
-    dtype: gl.constexpr = y.qk.main.dtype
+    dtype: gl.constexpr = y.qk[0].dtype
     s = tail_rows_by_rows(x.qk, y.qk)
     dp = tail_rows_by_rows(x.vo, y.vo)
     p = masked(gl.exp2(s * scale - gl.expand_dims(known.lse, 1)), first, L, 0.0)
@@ -181,7 +166,7 @@ def _tail_dq_step(x, y, known, first, L, scale, dq):
 @gluon.jit
 def _tail_dkv_step(x, y, known, scale, grads):
     """Do `_dkv_step` for the keys of the tail, each gradient (16, D)."""
-    dtype: gl.constexpr = y.qk.main.dtype
+    dtype: gl.constexpr = y.qk[0].dtype
     s = tail_rows_by_rows(x.qk, y.qk)
     dp = tail_rows_by_rows(x.vo, y.vo)
     lse = _across(known.lse, s)
@@ -193,7 +178,7 @@ def _tail_dkv_step(x, y, known, scale, grads):
 
 @gluon.jit
 def _tail_dq(x, keys, known, L, scale, BLOCKS: gl.constexpr):
-    dq = tail_zeros(x.qk.rest is not None)
+    dq = tail_zeros(len(x.qk) > 1)
     for j in range(BLOCKS):
         dq = _tail_dq_step(x, keys.block(j), known, j * 64, L, scale, dq)
     return _tail_dq_step(x, keys.tail(), known, BLOCKS * 64, L, scale, dq)
@@ -201,7 +186,7 @@ def _tail_dq(x, keys, known, L, scale, BLOCKS: gl.constexpr):
 
 @gluon.jit
 def _tail_dkv(x, queries, known, scale, BLOCKS: gl.constexpr):
-    grads = Pair(tail_zeros(x.qk.rest is not None), tail_zeros(x.qk.rest is not None))
+    grads = Pair(tail_zeros(len(x.qk) > 1), tail_zeros(len(x.qk) > 1))
     for j in range(BLOCKS):
         grads = _tail_dkv_step(x, queries.block(j), known.block(j), scale, grads)
     return _tail_dkv_step(x, queries.tail(), known.tail(), scale, grads)
@@ -237,7 +222,7 @@ def _out_rows(out, first, L, stride, ROWS: gl.constexpr, D: gl.constexpr):
         columns = 32 + gl.arange(0, 8, layout=gl.SliceLayout(0, narrow))
         at = gl.expand_dims(rows, 1) * stride + gl.expand_dims(columns, 0)
         rest = gl.load(out + at, mask=gl.expand_dims(rows < L, 1) & gl.expand_dims(columns < D // 2, 0), other=0)
-    return Registers(main, rest)
+    return pieces(main, rest)
 
 
 @gluon.jit
@@ -254,10 +239,10 @@ def _dot_pairs(x, y, SWIZZLE: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def _delta(out, dout, layout: gl.constexpr):
-    """Return delta (ROWS,), the sum over d of dout * out: out of `_out_rows`, dout Shared (64, D)."""
-    delta = _dot_pairs(out.main, dout.main, 128, layout)
-    if dout.rest is not None:
-        delta += _dot_pairs(out.rest, dout.rest, 32, layout)
+    """Return delta (ROWS,), the sum over d of dout * out: out of `_out_rows`, dout (64, D) in shared memory."""
+    delta = _dot_pairs(out[0], dout[0], 128, layout)
+    if len(dout) > 1:
+        delta += _dot_pairs(out[1], dout[1], 32, layout)
     return delta
 
 
@@ -288,17 +273,17 @@ def attention_dq_kernel(
     START: gl.constexpr = BLOCKS * 64 if TAIL else 0  # the tail goes first
     BEFORE: gl.constexpr = 1 if TAIL else 0  # what has streamed past before block 0
     PAIRS: gl.constexpr = H * D // 2  # of a row of out
-    row: gl.constexpr = gl.SliceLayout(1, MMA_64)
+    row: gl.constexpr = gl.SliceLayout(1, mma(64))
     row_small: gl.constexpr = gl.SliceLayout(1, SMALL)
     space = _workspace(qkv.dtype, BLOCKS, TAIL, D > 64)
 
     head = gl.program_id(0)
     b = head // H
     h = head % H
-    blocks, tails = Boxes(qkv, qkv_rest), Boxes(qkv_tail, qkv_tail_rest)
-    queries = Pair(Global(blocks, tails, b, h), Global(Boxes(dout, dout_rest), None, b, h))
+    blocks, tails = pieces(qkv, qkv_rest), pieces(qkv_tail, qkv_tail_rest)
+    queries = Pair(Global(blocks, tails, b, h), Global(pieces(dout, dout_rest), (), b, h))
     keys = Pair(Global(blocks, tails, b, H + h), Global(blocks, tails, b, 2 * H + h))
-    to = Global(Boxes(dqkv, dqkv_rest), None, b, h)
+    to = Global(pieces(dqkv, dqkv_rest), (), b, h)
     outs = out_pairs + b.to(gl.int64) * L * PAIRS + h * (D // 2)
     lses = lse + head * L
     deltas = delta + head * L
@@ -314,7 +299,7 @@ def attention_dq_kernel(
         known_tail = Statistics(statistic(lses, START, L, float("inf"), 16, row_small), delta_tail)
         dq_tail = _tail_dq(space.take_tail(queries), space.stay, known_tail, L, scale, BLOCKS)
         pointer = dqkv_whole + b.to(gl.int64) * L * (3 * H * D) + h * D
-        tail_store(pointer, dq_tail.scaled(factor), START, L, 3 * H * D, D)
+        tail_store(pointer, scaled(dq_tail, factor), START, L, 3 * H * D, D)
     out = _out_rows(outs, 0, L, PAIRS, 64, D)
     dq = zeros(D > 64)
     mbarrier.wait(space.all_in, 0)
@@ -328,9 +313,9 @@ def attention_dq_kernel(
         if i > 0:
             to.store((i - 1) * 64, dq, space.stream.qk)
         if TAIL:
-            sums = _dq_step(x, space.stay.tail(), known, START, L, scale, None, True)
+            sums = _dq_step(x, space.stay.tail(), known, START, L, scale, (), True)
         else:
-            sums = _dq_step(x, space.stay.block(0), known, 0, L, scale, None, RAGGED)
+            sums = _dq_step(x, space.stay.block(0), known, 0, L, scale, (), RAGGED)
         # the block has moved to registers and the gradient of the one before it out: the buffers take the next one
         tma.store_wait(0)
         barrier()
@@ -338,7 +323,7 @@ def attention_dq_kernel(
         for j in range(1 - BEFORE, BLOCKS):
             sums = _dq_step(x, space.stay.block(j), known, j * 64, L, scale, sums, RAGGED)
         out = _out_rows(outs, (i + 1) * 64, L, PAIRS, 64, D)
-        dq = sums.settled().scaled(factor)
+        dq = scaled(settled(sums), factor)
     to.store((BLOCKS - 1) * 64, dq, space.stream.qk)
     tma.store_wait(0)
 
@@ -375,11 +360,11 @@ def attention_dkv_kernel(
     head = gl.program_id(0)
     b = head // H
     h = head % H
-    blocks, tails, written = Boxes(qkv, qkv_rest), Boxes(qkv_tail, qkv_tail_rest), Boxes(dqkv, dqkv_rest)
-    dout_head = Global(Boxes(dout, dout_rest), Boxes(dout_tail, dout_tail_rest), b, h)
+    blocks, tails, written = pieces(qkv, qkv_rest), pieces(qkv_tail, qkv_tail_rest), pieces(dqkv, dqkv_rest)
+    dout_head = Global(pieces(dout, dout_rest), pieces(dout_tail, dout_tail_rest), b, h)
     queries = Pair(Global(blocks, tails, b, h), dout_head)
     keys = Pair(Global(blocks, tails, b, H + h), Global(blocks, tails, b, 2 * H + h))
-    to = Pair(Global(written, None, b, H + h), Global(written, None, b, 2 * H + h))
+    to = Pair(Global(written, (), b, H + h), Global(written, (), b, 2 * H + h))
 
     space.load_next(keys, START)
     space.load_stay(queries)
@@ -389,7 +374,7 @@ def attention_dkv_kernel(
         mbarrier.wait(space.next_in, 0)
         tail = _tail_dkv(space.take_tail(keys), space.stay, known, scale, BLOCKS)
         pointer = dqkv_whole + b.to(gl.int64) * L * (3 * H * D) + h * D
-        tail_store(pointer + H * D, tail.qk.scaled(factor), START, L, 3 * H * D, D)
+        tail_store(pointer + H * D, scaled(tail.qk, factor), START, L, 3 * H * D, D)
         tail_store(pointer + 2 * H * D, tail.vo, START, L, 3 * H * D, D)
     dk = zeros(D > 64)
     dv = zeros(D > 64)
@@ -401,22 +386,22 @@ def attention_dkv_kernel(
             to.qk.store((i - 1) * 64, dk, space.stream.qk)
             to.vo.store((i - 1) * 64, dv, space.stream.vo)
         if TAIL:
-            sums = _dkv_step(x, space.stay.tail(), known.tail(), scale, None)
+            sums = _dkv_step(x, space.stay.tail(), known.tail(), scale, Pair((), ()))
         else:
-            sums = _dkv_step(x, space.stay.block(0), known.block(0), scale, None)
+            sums = _dkv_step(x, space.stay.block(0), known.block(0), scale, Pair((), ()))
         tma.store_wait(0)
         barrier()
         space.load_next(keys, (i + 1) * 64, i + 1 < BLOCKS)
         for j in range(1 - BEFORE, BLOCKS):
             sums = _dkv_step(x, space.stay.block(j), known.block(j), scale, sums)
-        dk = sums.qk.settled().scaled(factor)
-        dv = sums.vo.settled()
+        dk = scaled(settled(sums.qk), factor)
+        dv = settled(sums.vo)
     to.qk.store((BLOCKS - 1) * 64, dk, space.stream.qk)
     to.vo.store((BLOCKS - 1) * 64, dv, space.stream.vo)
     tma.store_wait(0)
 
 
-def launches(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, delta: Tensor, dqkv: Tensor) -> list[tuple]:
+def backward_launches(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, delta: Tensor, dqkv: Tensor) -> list[tuple]:
     """Return the kernels in execution order: (kernel, arguments, options)."""
     _, L, _, H, D = qkv.shape
     c = cut(L)
@@ -434,6 +419,6 @@ def backward(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor) -> Tensor:
     """Return the gradient of qkv, packed like qkv; all arguments are contiguous."""
     B, _, _, H, _ = qkv.shape
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
-    for kernel, arguments, options in launches(qkv, out, lse, dout, delta, dqkv):
+    for kernel, arguments, options in backward_launches(qkv, out, lse, dout, delta, dqkv):
         launch.run(qkv.device, kernel, (B * H,), arguments, options)
     return dqkv

@@ -18,41 +18,42 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from uvit_fast.kernels.attention import sm90_backward
 from uvit_fast.kernels.attention.sm90_backward import backward as backward
+from uvit_fast.kernels.attention.sm90_backward import backward_launches as backward_launches
 from uvit_fast.kernels.attention.sm90_tiles import (
     LEFT_SMALL,
     LOG2E,
     SMALL,
-    SWIZZLE_32,
-    SWIZZLE_128,
-    Boxes,
     Global,
     Pair,
-    Registers,
     accumulate,
-    barrier,
     boxes,
     cut,
     down,
+    index,
     left,
     masked,
     narrow_store,
     narrow_tail_store,
+    pieces,
+    recut,
+    reshaped,
     row_bytes,
     rows_by_rows,
+    scaled_rows,
     shared_head,
     shared_rows,
     tail_accumulate,
     tail_rows_by_rows,
     tail_store,
     tail_zeros,
+    to_registers,
     zeros,
 )
 from uvit_fast.kernels.runtime import launch
 from uvit_fast.kernels.runtime.aggregate import aggregate
 from uvit_fast.kernels.runtime.device import multiprocessors
-from uvit_fast.kernels.runtime.early import let_next_begin
+from uvit_fast.kernels.runtime.hopper import barrier, barriers, let_next_begin, mma, settled
 
 
 @aggregate
@@ -61,7 +62,7 @@ class Attended:
 
     m: gl.tensor  # (rows,) fp32: the largest score, in base 2
     total: gl.tensor  # (rows,) fp32: the sum of p = exp2(s - m)
-    o: Registers  # (rows, D) fp32: the sum of p v
+    o: gl.tuple  # (rows, D) fp32: the sum of p v
 
     @gluon.jit
     def lse(self):
@@ -69,20 +70,20 @@ class Attended:
 
     @gluon.jit
     def out(self):
-        return self.o.scaled_rows(1.0 / self.total)
+        return scaled_rows(self.o, 1.0 / self.total)
 
 
 @gluon.jit
 def _tail_attend(x, y, via, first, L, scale, seen, MASKED: gl.constexpr):
-    """Return `seen` by the tail's queries, x (16, D) Registers, after N more keys; `via` (64, 64) passes p on."""
-    N: gl.constexpr = y.qk.main.shape[0]
+    """Return `seen` by the tail's queries, x (16, D) in registers, after N more keys; `via` (64, 64) passes p on."""
+    N: gl.constexpr = y.qk[0].shape[0]
     s = tail_rows_by_rows(x, y.qk) * scale
     if MASKED:
         s = masked(s, first, L, float("-inf"))
     new = gl.maximum(seen.m, gl.max(s, 1))
     p = gl.exp2(s - gl.expand_dims(new, 1))
     shrink = gl.exp2(seen.m - new)
-    via = via._reinterpret(via.dtype, [64 * 64 // (16 * N), 16, N], SWIZZLE_32 if N == 16 else SWIZZLE_128).index(0)
+    via = reshaped(via, 16, N).index(0)
     via.store(p.to(via.dtype))
     barrier()
     o = tail_accumulate(via.load(LEFT_SMALL), y.vo, seen.o, shrink)
@@ -92,12 +93,12 @@ def _tail_attend(x, y, via, first, L, scale, seen, MASKED: gl.constexpr):
 
 @gluon.jit
 def _attend_whole_tail(x, keys, via, L, scale):
-    """Return all that the queries of the tail see: x (16, D) Registers, keys a Pair of Heads."""
+    """Return all that the queries of the tail see: x (16, D) in registers, keys a Pair of Heads."""
     row: gl.constexpr = gl.SliceLayout(1, SMALL)
-    blocks: gl.constexpr = keys.qk.blocks.main.shape[0]
-    end: gl.constexpr = blocks * keys.qk.blocks.main.shape[1]
+    blocks: gl.constexpr = keys.qk.blocks[0].shape[0]
+    end: gl.constexpr = blocks * keys.qk.blocks[0].shape[1]
     m = gl.full([16], float("-inf"), gl.float32, row)
-    seen = Attended(m, gl.zeros([16], gl.float32, row), tail_zeros(x.rest is not None))
+    seen = Attended(m, gl.zeros([16], gl.float32, row), tail_zeros(len(x) > 1))
     for n in gl.static_range(blocks):
         seen = _tail_attend(x, keys.block(n), via, 0, L, scale, seen, False)
     return _tail_attend(x, keys.tail(), via, end, L, scale, seen, True)
@@ -132,13 +133,11 @@ def attention_forward_kernel(
     NK: gl.constexpr = BLOCKS * 64 // BN
     START: gl.constexpr = BLOCKS * 64 if TAIL else 0  # the tail goes first
     ITEMS: gl.constexpr = BLOCKS + (1 if TAIL else 0)
-    row: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16]))
+    row: gl.constexpr = gl.SliceLayout(1, mma(BN))
 
     kv = Pair(shared_head(qkv.dtype, BLOCKS, TAIL, WIDE), shared_head(qkv.dtype, BLOCKS, TAIL, WIDE))
     stream = shared_rows(qkv.dtype, [2, 64], WIDE)  # queries, and where they were, their output
-    bars = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())  # two of q, k, v
-    for n in gl.static_range(4):
-        mbarrier.init(bars.index(n), count=1)
+    bars = barriers(4)  # two of q, k, v
 
     # This program's blocks of queries, and whether it has the tail, which goes through the buffers before them.
     head = gl.program_id(0) // CHUNKS
@@ -154,33 +153,33 @@ def attention_forward_kernel(
         count = (chunk + 1) * ITEMS // CHUNKS - first - before
     b = head // H
     h = head % H
-    blocks, tails = Boxes(qkv, qkv_rest), Boxes(qkv_tail, qkv_tail_rest)
-    many, keys = Boxes(kv_main, kv_rest), kv.cut(BN)
+    blocks, tails = pieces(qkv, qkv_rest), pieces(qkv_tail, qkv_tail_rest)
+    many, keys = pieces(kv_main, kv_rest), Pair(kv.qk.recut(BN), kv.vo.recut(BN))
     q = Global(blocks, tails, b, h)
-    to = Global(Boxes(out, out_rest), None, b, h)
+    to = Global(pieces(out, out_rest), (), b, h)
     whole = out_whole + b.to(gl.int64) * L * (H * D)
     let_next_begin()
     mbarrier.expect(bars.index(0), 64 * ROW)
     if CHUNKS > 1:
-        q.load(gl.where(before > 0, START, first * 64), stream.index(0), bars.index(0))
+        q.load(gl.where(before > 0, START, first * 64), index(stream, 0), bars.index(0))
     else:
-        q.load(START, stream.index(0), bars.index(0))
+        q.load(START, index(stream, 0), bars.index(0))
     mbarrier.expect(bars.index(2), HEAD)
     keys.qk.load(Global(many, tails, b, H + h), bars.index(2))
     mbarrier.expect(bars.index(3), HEAD)
     keys.vo.load(Global(many, tails, b, 2 * H + h), bars.index(3))
     if count + before > 1:
         mbarrier.expect(bars.index(1), 64 * ROW)
-        q.load(64 * (first + 1 - before), stream.index(1), bars.index(1))
+        q.load(64 * (first + 1 - before), index(stream, 1), bars.index(1))
 
     if TAIL:
         if before > 0:
             mbarrier.wait(bars.index(0), 0)
-            x_tail = stream.index(0).cut(16).index(0).to_registers(LEFT_SMALL)
+            x_tail = to_registers(index(recut(index(stream, 0), 16), 0), LEFT_SMALL)
             barrier()
             mbarrier.wait(bars.index(2), 0)
             mbarrier.wait(bars.index(3), 0)
-            tail = _attend_whole_tail(x_tail, keys, stream.index(0).main, L, scale)
+            tail = _attend_whole_tail(x_tail, keys, stream[0].index(0), L, scale)
             rows_tail = START + gl.arange(0, 16, layout=gl.SliceLayout(1, SMALL))
             gl.store(lse + head * L + rows_tail, tail.lse(), mask=rows_tail < L)
             if NARROW:
@@ -196,9 +195,9 @@ def attention_forward_kernel(
         total = gl.zeros([64], gl.float32, row)
         o = zeros(WIDE)
         for j in gl.static_range(NK):
-            s = rows_by_rows(stream.index(u), keys.block(j).qk)
+            s = rows_by_rows(index(stream, u), keys.block(j).qk)
             if TAIL and j == NK - 1:
-                t = rows_by_rows(stream.index(u), keys.tail().qk)
+                t = rows_by_rows(index(stream, u), keys.tail().qk)
                 s, t = warpgroup_mma_wait(0, deps=(s, t))
                 t = masked(t, START, L, float("-inf"))
             else:
@@ -210,7 +209,7 @@ def attention_forward_kernel(
                     barrier()  # or, where none is stored through it, every warp has read its queries
                 if i + 1 < count:
                     mbarrier.expect(bars.index(1 - u), 64 * ROW)
-                    q.load((first + i + 1) * 64, stream.index(1 - u), bars.index(1 - u))
+                    q.load((first + i + 1) * 64, index(stream, 1 - u), bars.index(1 - u))
             if RAGGED:
                 s = masked(s, j * BN, L, float("-inf"))
             top = gl.max(s, 1)
@@ -226,7 +225,7 @@ def attention_forward_kernel(
                 shrink = gl.exp2(m - new)
                 total = total * shrink + gl.sum(p, 1)
                 m = new
-                o = o.scaled_rows(shrink)
+                o = scaled_rows(o, shrink)
             p = left(p, qkv.dtype)
             if j == 0:
                 mbarrier.wait(bars.index(3), 0)
@@ -235,14 +234,14 @@ def attention_forward_kernel(
                 t = gl.exp2(t * scale - down(m, t))
                 total += gl.convert_layout(gl.sum(t, 1), row)
                 o = accumulate(left(t, qkv.dtype), keys.tail().vo, o)
-            o = o.settled()
+            o = settled(o)
         seen = Attended(m, total, o)
         rows = (first + i) * 64 + gl.arange(0, 64, layout=row)
         gl.store(lse + head * L + rows, seen.lse(), mask=rows < L)
         if NARROW:
             narrow_store(whole, seen.out(), (first + i) * 64, L, h, H, D)
         else:
-            to.store((first + i) * 64, seen.out(), stream.index(u))
+            to.store((first + i) * 64, seen.out(), index(stream, u))
     tma.store_wait(0)
 
 
@@ -257,11 +256,6 @@ def forward_launch(qkv: Tensor, out: Tensor, lse: Tensor, chunks: int = 1) -> tu
     arguments = (*boxed, out, lse, L, D**-0.5 * LOG2E, D)
     options = {"H": H, **c, "BN": keys, "CHUNKS": chunks, "num_warps": 4}
     return attention_forward_kernel, arguments, options
-
-
-def launches(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, delta: Tensor, dqkv: Tensor) -> list[tuple]:
-    """Return the kernels in the order in which they run: (kernel, arguments, options)."""
-    return [forward_launch(qkv, out, lse), *sm90_backward.launches(qkv, out, lse, dout, delta, dqkv)]
 
 
 def forward(qkv: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,7 @@
 """The parts of the Hopper attention kernels: rows of a head in global memory, shared memory, registers; their products.
 
-Legend: B batch, L tokens, H heads, D head dim. The columns of a head are `main`, the first 64, and, for larger D (72,
-80:
-WIDE), `rest`, the next 16, zero past D. Its rows are blocks of 64 and, if `cut` says so, a tail.
+Legend: B batch, L tokens, H heads, D head dim. Rows of a head are a tuple of one or two pieces: the first 64 columns,
+and for a larger D (72, 80: WIDE) the next 16, zero past D. A head is blocks of 64 rows and, if `cut` says so, a tail.
 """
 
 from torch import Tensor
@@ -13,25 +12,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mma_v2,
     tma,
     warpgroup_mma,
-    warpgroup_mma_accumulator,
-    warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from uvit_fast.kernels.runtime.aggregate import aggregate
+from uvit_fast.kernels.runtime.hopper import mma
 from uvit_fast.kernels.runtime.launch import cdiv, descriptor
 
 LOG2E = 1.4426950408889634
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # the name in Triton 3.6
-
-SWIZZLE_128 = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))  # 64 columns
-SWIZZLE_32 = gl.constexpr(gl.NVMMASharedLayout(32, 16, 2))  # 16 columns
-MMA_64 = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
-MMA_16 = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16]))
-LEFT = gl.constexpr(gl.DotOperandLayout(0, MMA_64.value, 2))
 SMALL = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [1, 4], [16, 8]))  # 16 rows, a quarter of the columns a warp
+LEFT = gl.constexpr(gl.DotOperandLayout(0, mma(64), 2))
 LEFT_SMALL = gl.constexpr(gl.DotOperandLayout(0, SMALL.value, 2))
-NARROW_64 = gl.constexpr(  # what a thread of MMA_64 holds of a row, side by side in `narrow` order
+RIGHT_SMALL = gl.constexpr(gl.DotOperandLayout(1, SMALL.value, 2))
+NARROW_64 = gl.constexpr(  # what a thread of `mma(64)` holds of a row, side by side in `narrow` order
     gl.DistributedLinearLayout(
         reg_bases=[[0, 1], [0, 2], [0, 4], [0, 8], [8, 0]],
         lane_bases=[[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]],
@@ -40,147 +33,130 @@ NARROW_64 = gl.constexpr(  # what a thread of MMA_64 holds of a row, side by sid
         shape=[64, 64],
     )
 )
-RIGHT_SMALL = gl.constexpr(gl.DotOperandLayout(1, SMALL.value, 2))
 
 
-@aggregate
-class Registers:
-    """Rows of a head in registers: operands of 16 bits, or sums in fp32."""
-
-    main: gl.tensor | warpgroup_mma_accumulator  # (rows, 64); an accumulator while its products are in flight
-    rest: gl.tensor | warpgroup_mma_accumulator | gl.constexpr  # (rows, 16); None where D = 64
-
-    @gluon.jit
-    def scaled(self, factor):
-        """Return self * factor, a number."""
-        return Registers(self.main * factor, None if self.rest is None else self.rest * factor)
-
-    @gluon.jit
-    def scaled_rows(self, factor):
-        """Return self * factor (rows,), one for each row, in any layout."""
-        return Registers(
-            self.main * down(factor, self.main), None if self.rest is None else self.rest * down(factor, self.rest)
-        )
-
-    @gluon.jit
-    def settled(self):
-        """Return self once all products in flight have arrived."""
-        if self.rest is None:
-            done = Registers(warpgroup_mma_wait(0, deps=(self.main,)), None)
-        else:
-            main, rest = warpgroup_mma_wait(0, deps=(self.main, self.rest))
-            done = Registers(main, rest)
-        return done
+@gluon.constexpr_function
+def swizzle(N):
+    """Return the layout of rows of N columns, 16 or a multiple of 64, in shared memory."""
+    return gl.NVMMASharedLayout(min(2 * N, 128), 16, 2)
 
 
-@aggregate
-class Shared:
-    """Rows of a head in shared memory."""
+# Rows of a head are a tuple of one or two pieces: tensors, shared memory, or descriptors of what TMA moves at once.
 
-    main: gl.shared_memory_descriptor  # (rows, 64) or (blocks, rows, 64)
-    rest: gl.shared_memory_descriptor | gl.constexpr  # (rows, 16) or (blocks, rows, 16); None where D = 64
 
-    @gluon.jit
-    def index(self, i):
-        """Return a block (rows, D)."""
-        return Shared(self.main.index(i), None if self.rest is None else self.rest.index(i))
+@gluon.jit
+def pieces(main, rest):
+    """Return the tuple of those that are not None: D = 64 has no rest, and there may be no tail."""
+    found = () if main is None else (main,)
+    if rest is not None:
+        found = found + (rest,)
+    return found
 
-    @gluon.jit
-    def cut(self, ROWS: gl.constexpr):
-        """Return the same rows as blocks of ROWS."""
-        blocks: gl.constexpr = self.main.numel // (64 * ROWS)
-        main = self.main._reinterpret(self.main.dtype, [blocks, ROWS, 64], SWIZZLE_128)
-        rest = self.rest
-        if self.rest is not None:
-            rest = self.rest._reinterpret(self.main.dtype, [blocks, ROWS, 16], SWIZZLE_32)
-        return Shared(main, rest)
 
-    @gluon.jit
-    def to_registers(self, layout: gl.constexpr):
-        """Return a block as left operands."""
-        return Registers(self.main.load(layout), None if self.rest is None else self.rest.load(layout))
+@gluon.jit
+def scaled(x, factor):
+    """Return x * factor, a number."""
+    return [piece * factor for piece in x]
+
+
+@gluon.jit
+def scaled_rows(x, factor):
+    """Return x * factor (rows,), one for each row, in any layout."""
+    return [piece * down(factor, piece) for piece in x]
+
+
+@gluon.jit
+def index(x, i):
+    """Return block i of rows in shared memory."""
+    return [piece.index(i) for piece in x]
+
+
+@gluon.jit
+def reshaped(piece, ROWS: gl.constexpr, N: gl.constexpr):
+    """Return a piece in shared memory as blocks of ROWS rows of N columns."""
+    return piece._reinterpret(piece.dtype, [piece.numel // (ROWS * N), ROWS, N], swizzle(N))
+
+
+@gluon.jit
+def recut(x, ROWS: gl.constexpr):
+    """Return rows in shared memory as blocks of ROWS."""
+    return [reshaped(piece, ROWS, piece.shape[-1]) for piece in x]
+
+
+@gluon.jit
+def to_registers(x, layout: gl.constexpr):
+    """Return a block in shared memory as left operands."""
+    return [piece.load(layout) for piece in x]
+
+
+@gluon.jit
+def fetch(boxes, b, row, group, to, bar, wanted=True):
+    """Load rows from `row` on into shared memory, asynchronously; TMA fills with zeros past L or D."""
+    for i in gl.static_range(len(boxes)):
+        buf = to[i]._reinterpret(boxes[i].dtype, boxes[i].block_type.shape, boxes[i].layout)
+        tma.async_copy_global_to_shared(boxes[i], [b, row, group, 64 * i], bar, buf, wanted)
 
 
 @aggregate
 class Head:
-    """All rows of a head in shared memory."""
+    """All rows of a head, or a statistic of them, in shared memory."""
 
-    blocks: Shared | gl.shared_memory_descriptor  # (BLOCKS, 64, D), or of a statistic (BLOCKS, 64)
-    tail: Shared | gl.shared_memory_descriptor | gl.constexpr  # (16, D) or (16,); None where there is none
+    blocks: gl.tuple | gl.shared_memory_descriptor  # (BLOCKS, 64, D), or of a statistic (BLOCKS, 64)
+    tail: gl.tuple | gl.shared_memory_descriptor | gl.constexpr  # (16, D) or (16,); None where there is none
 
     @gluon.jit
     def load(self, source, bar):
         """Load all rows of `source`, Global, asynchronously."""
-        BLOCKS: gl.constexpr = self.blocks.main.shape[0]
-        ROWS: gl.constexpr = self.blocks.main.shape[1]
+        BLOCKS: gl.constexpr = self.blocks[0].shape[0]
+        ROWS: gl.constexpr = self.blocks[0].shape[1]
         for i in gl.static_range(BLOCKS):
-            source.load(i * ROWS, self.blocks.index(i), bar)
+            source.load(i * ROWS, index(self.blocks, i), bar)
         if self.tail is not None:
-            source.tail.load(source.b, BLOCKS * ROWS, source.group, self.tail, bar)
+            fetch(source.tail, source.b, BLOCKS * ROWS, source.group, self.tail, bar)
 
     @gluon.jit
-    def cut(self, ROWS: gl.constexpr):
+    def recut(self, ROWS: gl.constexpr):
         """Return the same rows, the blocks of ROWS."""
-        return Head(self.blocks.cut(ROWS), self.tail)
-
-
-@aggregate
-class Boxes:
-    """What TMA moves of a tensor (B, L, groups, D) at once: rows of one group, in one box or two."""
-
-    main: tma.tensor_descriptor | gl.constexpr  # boxes (1, rows, 1, 64); None for those of a tail where there is none
-    rest: tma.tensor_descriptor | gl.constexpr  # boxes (1, rows, 1, 16), from column 64 on; None where D = 64
-
-    @gluon.jit
-    def load(self, b, row, group, to, bar, wanted=True):
-        """Load rows from `row` on into Shared, asynchronously; TMA fills with zeros past L or D."""
-        buf = to.main._reinterpret(self.main.dtype, self.main.block_type.shape, self.main.layout)
-        tma.async_copy_global_to_shared(self.main, [b, row, group, 0], bar, buf, wanted)
-        if self.rest is not None:
-            buf_rest = to.rest._reinterpret(self.rest.dtype, self.rest.block_type.shape, self.rest.layout)
-            tma.async_copy_global_to_shared(self.rest, [b, row, group, 64], bar, buf_rest, wanted)
+        return Head(recut(self.blocks, ROWS), self.tail)
 
 
 @aggregate
 class Global:
     """A head of q, k, v, out or one of their gradients in global memory, (L, D)."""
 
-    blocks: Boxes  # of 64 rows
-    tail: Boxes | gl.constexpr  # of 16 rows; None for what is only written
+    blocks: gl.tuple  # of (B, L, groups, D), in boxes (1, 64, 1, 64) and (1, 64, 1, 16), these from column 64 on
+    tail: gl.tuple  # in boxes of 16 rows
     b: gl.tensor  # the sequence
     group: gl.tensor  # of the 3H of qkv, or the H of out
 
     @gluon.jit
     def load(self, row, to, bar, wanted=True):
-        """Load 64 rows into Shared, asynchronously."""
-        self.blocks.load(self.b, row, self.group, to, bar, wanted)
+        """Load 64 rows into shared memory, asynchronously."""
+        fetch(self.blocks, self.b, row, self.group, to, bar, wanted)
 
     @gluon.jit
     def store(self, row, value, via):
-        """Store 64 rows from Registers through Shared, asynchronously; TMA drops rows past L and columns past D."""
-        main, rest = self.blocks.main, self.blocks.rest
-        via.main.store(value.main.to(main.dtype))
-        if rest is not None:
-            via.rest.store(value.rest.to(main.dtype))
+        """Store 64 rows from registers through shared memory, asynchronously; TMA drops what is past L or D."""
+        for i in gl.static_range(len(via)):
+            via[i].store(value[i].to(via[i].dtype))
         fence_async_shared()
-        buf = via.main._reinterpret(main.dtype, main.block_type.shape, main.layout)
-        tma.async_copy_shared_to_global(main, [self.b, row, self.group, 0], buf)
-        if rest is not None:
-            buf_rest = via.rest._reinterpret(main.dtype, rest.block_type.shape, rest.layout)
-            tma.async_copy_shared_to_global(rest, [self.b, row, self.group, 64], buf_rest)
+        for i in gl.static_range(len(via)):
+            box = self.blocks[i]
+            buf = via[i]._reinterpret(box.dtype, box.block_type.shape, box.layout)
+            tma.async_copy_shared_to_global(box, [self.b, row, self.group, 64 * i], buf)
 
 
 @aggregate
 class Pair:
     """k and v, or q and dout, or their gradients, in the same place; all operations apply to both."""
 
-    qk: Global | Head | Shared | Registers  # q or k, an operand of the scores s = q k^T
-    vo: Global | Head | Shared | Registers  # v or dout, an operand of their gradient dp = dout v^T
+    qk: Global | Head | gl.tuple  # q or k, an operand of the scores s = q k^T
+    vo: Global | Head | gl.tuple  # v or dout, an operand of their gradient dp = dout v^T
 
     @gluon.jit
     def block(self, i):
         """Return one block of Heads."""
-        return Pair(self.qk.blocks.index(i), self.vo.blocks.index(i))
+        return Pair(index(self.qk.blocks, i), index(self.vo.blocks, i))
 
     @gluon.jit
     def tail(self):
@@ -188,22 +164,18 @@ class Pair:
         return Pair(self.qk.tail, self.vo.tail)
 
     @gluon.jit
-    def cut(self, ROWS: gl.constexpr):
-        return Pair(self.qk.cut(ROWS), self.vo.cut(ROWS))
-
-    @gluon.jit
     def to_registers(self, layout: gl.constexpr):
-        return Pair(self.qk.to_registers(layout), self.vo.to_registers(layout))
+        return Pair(to_registers(self.qk, layout), to_registers(self.vo, layout))
 
 
 @gluon.jit
 def shared_rows(dtype: gl.constexpr, rows: gl.constexpr, WIDE: gl.constexpr):
-    """Return new Shared memory for `rows`: [64], or [blocks, 64]."""
-    main = gl.allocate_shared_memory(dtype, rows + [64], SWIZZLE_128)
+    """Return new shared memory for `rows`: [64], or [blocks, 64]."""
     rest = None
+    main = gl.allocate_shared_memory(dtype, rows + [64], swizzle(64))
     if WIDE:
-        rest = gl.allocate_shared_memory(dtype, rows + [16], SWIZZLE_32)
-    return Shared(main, rest)
+        rest = gl.allocate_shared_memory(dtype, rows + [16], swizzle(16))
+    return pieces(main, rest)
 
 
 @gluon.jit
@@ -219,10 +191,8 @@ def shared_head(dtype: gl.constexpr, BLOCKS: gl.constexpr, TAIL: gl.constexpr, W
 @gluon.jit
 def zeros(WIDE: gl.constexpr):
     """Return accumulators for a block of 64 rows, at zero."""
-    rest = None
-    if WIDE:
-        rest = gl.zeros([64, 16], gl.float32, MMA_16)
-    return Registers(gl.zeros([64, 64], gl.float32, MMA_64), rest)
+    rest = gl.zeros([64, 16], gl.float32, mma(16)) if WIDE else None
+    return pieces(gl.zeros([64, 64], gl.float32, mma(64)), rest)
 
 
 @gluon.jit
@@ -249,13 +219,11 @@ def statistic(pointer, first, L, other, N: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def rows_by_rows(x, y):
-    """Start x y^T and return it in flight: x (64, D) Registers or Shared, y (N, D) Shared -> (64, N) fp32."""
-    N: gl.constexpr = y.main.shape[0]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    s = gl.zeros([64, N], gl.float32, layout)
-    s = warpgroup_mma(x.main, y.main.permute([1, 0]), s, use_acc=False, is_async=True)
-    if y.rest is not None:
-        s = warpgroup_mma(x.rest, y.rest.permute([1, 0]), s, is_async=True)
+    """Start x y^T and return it in flight: x (64, D), y (N, D) in shared memory -> (64, N) fp32."""
+    N: gl.constexpr = y[0].shape[0]
+    s = gl.zeros([64, N], gl.float32, mma(N))
+    for i in gl.static_range(len(y)):
+        s = warpgroup_mma(x[i], y[i].permute([1, 0]), s, use_acc=i > 0, is_async=True)
     return s
 
 
@@ -267,76 +235,71 @@ def left(p, dtype: gl.constexpr, layout: gl.constexpr = LEFT):
 
 @gluon.jit
 def accumulate(p, y, a):
-    """Start a + p y, or p y where a is None, and return it: p (64, N) from `left`, y (N, D) Shared, a (64, D)."""
-    old: gl.constexpr = a is not None
+    """Start a + p y, or p y where a is (), and return it: p (64, N) from `left`, y (N, D) shared, a (64, D)."""
+    old: gl.constexpr = len(a) > 0
     if not old:
-        a = zeros(y.rest is not None)
-    main = warpgroup_mma(p, y.main, a.main, use_acc=old, is_async=True)
-    rest = None
-    if y.rest is not None:
-        rest = warpgroup_mma(p, y.rest, a.rest, use_acc=old, is_async=True)
-    return Registers(main, rest)
+        a = zeros(len(y) > 1)
+    found = ()
+    for i in gl.static_range(len(y)):
+        found = found + (warpgroup_mma(p, y[i], a[i], use_acc=old, is_async=True),)
+    return found
 
 
 @gluon.jit
 def tail_zeros(WIDE: gl.constexpr):
     """Return accumulators for the 16 rows of a tail, at zero."""
-    rest = None
-    if WIDE:
-        rest = gl.zeros([16, 16], gl.float32, SMALL)
-    return Registers(gl.zeros([16, 64], gl.float32, SMALL), rest)
+    rest = gl.zeros([16, 16], gl.float32, SMALL) if WIDE else None
+    return pieces(gl.zeros([16, 64], gl.float32, SMALL), rest)
 
 
 @gluon.jit
 def tail_rows_by_rows(x, y):
-    """Return x y^T: x (16, D) Registers, y (N, D) Shared -> (16, N) fp32."""
-    N: gl.constexpr = y.main.shape[0]
+    """Return x y^T: x (16, D) in registers, y (N, D) in shared memory -> (16, N) fp32."""
+    N: gl.constexpr = y[0].shape[0]
     s = gl.zeros([16, N], gl.float32, SMALL)
-    s = mma_v2(x.main, y.main.permute([1, 0]).load(RIGHT_SMALL), s)
-    if y.rest is not None:
-        s = mma_v2(x.rest, y.rest.permute([1, 0]).load(RIGHT_SMALL), s)
+    for i in gl.static_range(len(y)):
+        s = mma_v2(x[i], y[i].permute([1, 0]).load(RIGHT_SMALL), s)
     return s
 
 
 @gluon.jit
 def tail_accumulate(p, y, a, shrink=None):
-    """Return a + p y, a's rows times `shrink` (16,) first: p (16, N) from `left`, y (N, D) Shared, a (16, D)."""
-    main = mma_v2(p, y.main.load(RIGHT_SMALL), a.main if shrink is None else a.main * down(shrink, a.main))
-    rest = None
-    if y.rest is not None:
-        rest = mma_v2(p, y.rest.load(RIGHT_SMALL), a.rest if shrink is None else a.rest * down(shrink, a.rest))
-    return Registers(main, rest)
+    """Return a + p y, a's rows times `shrink` (16,) first: p (16, N) from `left`, y (N, D) shared, a (16, D)."""
+    found = ()
+    for i in gl.static_range(len(y)):
+        right = y[i].load(RIGHT_SMALL)
+        found = found + (mma_v2(p, right, a[i] if shrink is None else a[i] * down(shrink, a[i])),)
+    return found
 
 
 @gluon.jit
 def tail_store(pointer, value, first, L, stride, D: gl.constexpr):
     """Store the rows of a tail (16, D) straight to global memory: at most 16."""
     rows = first + gl.arange(0, 16, layout=gl.SliceLayout(1, SMALL))
-    columns = gl.arange(0, 64, layout=gl.SliceLayout(0, SMALL))
-    at = pointer + gl.expand_dims(rows, 1) * stride
-    inside = gl.expand_dims(rows < L, 1)
-    gl.store(at + gl.expand_dims(columns, 0), value.main.to(pointer.dtype.element_ty), mask=inside)
-    if value.rest is not None:
-        columns_rest = 64 + gl.arange(0, 16, layout=gl.SliceLayout(0, SMALL))
-        inside = inside & gl.expand_dims(columns_rest < D, 0)
-        gl.store(at + gl.expand_dims(columns_rest, 0), value.rest.to(pointer.dtype.element_ty), mask=inside)
+    for i in gl.static_range(len(value)):
+        columns = 64 * i + gl.arange(0, value[i].shape[1], layout=gl.SliceLayout(0, SMALL))
+        at = pointer + gl.expand_dims(rows, 1) * stride
+        inside = gl.expand_dims(rows < L, 1)
+        if i > 0:
+            inside = inside & gl.expand_dims(columns < D, 0)
+        gl.store(at + gl.expand_dims(columns, 0), value[i].to(pointer.dtype.element_ty), mask=inside)
 
 
 @gluon.jit
 def narrow_store(pointer, value, first, L, h, H: gl.constexpr, D: gl.constexpr):
     """Store a block of rows (64, D) of head h in e4m3, straight to global memory: see `narrow`."""
-    x = value.main.reshape([64, 8, 4, 2]).permute([0, 2, 1, 3]).reshape([64, 64])
+    x = value[0].reshape([64, 8, 4, 2]).permute([0, 2, 1, 3]).reshape([64, 64])
     x = gl.convert_layout(x, NARROW_64)
     rows = first + gl.arange(0, 64, layout=gl.SliceLayout(1, NARROW_64))
     columns = h * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, NARROW_64))
     at = pointer + gl.expand_dims(rows, 1) * (H * D) + gl.expand_dims(columns, 0)
     gl.store(at, x.to(gl.float8e4nv), mask=gl.expand_dims(rows < L, 1))
-    if value.rest is not None:
-        rows_rest = first + gl.arange(0, 64, layout=gl.SliceLayout(1, MMA_16))
-        columns_rest = gl.arange(0, 16, layout=gl.SliceLayout(0, MMA_16))
+    if D > 64:
+        rows_rest = first + gl.arange(0, 64, layout=gl.SliceLayout(1, mma(16)))
+        columns_rest = gl.arange(0, 16, layout=gl.SliceLayout(0, mma(16)))
         at_rest = pointer + gl.expand_dims(rows_rest, 1) * (H * D) + H * 64 + h * (D - 64)
         inside = gl.expand_dims(rows_rest < L, 1) & gl.expand_dims(columns_rest < D - 64, 0)
-        gl.store(at_rest + gl.expand_dims(columns_rest, 0), value.rest.to(gl.float8e4nv), mask=inside)
+        gl.store(at_rest + gl.expand_dims(columns_rest, 0), value[1].to(gl.float8e4nv), mask=inside)
 
 
 @gluon.jit
@@ -347,12 +310,12 @@ def narrow_tail_store(pointer, value, first, L, h, H: gl.constexpr, D: gl.conste
     place = h * 64 + column % 8 // 2 * 16 + column // 8 * 2 + column % 2
     at = pointer + gl.expand_dims(rows, 1) * (H * D)
     inside = gl.expand_dims(rows < L, 1)
-    gl.store(at + gl.expand_dims(place, 0), value.main.to(gl.float8e4nv), mask=inside)
-    if value.rest is not None:
+    gl.store(at + gl.expand_dims(place, 0), value[0].to(gl.float8e4nv), mask=inside)
+    if D > 64:
         column_rest = gl.arange(0, 16, layout=gl.SliceLayout(0, SMALL))
         inside = inside & gl.expand_dims(column_rest < D - 64, 0)
         place_rest = H * 64 + h * (D - 64) + column_rest
-        gl.store(at + gl.expand_dims(place_rest, 0), value.rest.to(gl.float8e4nv), mask=inside)
+        gl.store(at + gl.expand_dims(place_rest, 0), value[1].to(gl.float8e4nv), mask=inside)
 
 
 @gluon.constexpr_function
@@ -384,7 +347,7 @@ def narrow(H: int, D: int) -> list[int]:
 
 
 def boxes(t: Tensor, D: int, rows: int | None) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
-    """Return `Boxes` of that many rows of a contiguous t (B, L, ..., D), as a kernel's arguments; none for no rows."""
+    """Return what TMA moves of that many rows of a contiguous t (B, L, ..., D), as a kernel's arguments, or Nones."""
     if not rows:
         return None, None
     t = t.view(t.shape[0], t.shape[1], -1, D)

@@ -10,6 +10,7 @@ from torch import Tensor
 from uvit_fast.kernels.layernorm.sums import Summed
 from uvit_fast.kernels.layers import Linear
 from uvit_fast.kernels.runtime import reduce
+from uvit_fast.kernels.runtime.checks import ACCUMULATE
 
 # An epilogue, and its name in the tuning tables.
 CASES = {
@@ -55,18 +56,17 @@ class Product(NamedTuple):
     partial: Tensor  # (tiles of M, N) fp32, parts of out's column sums, of gelu_backward; else out
 
 
-def results(call: Call) -> tuple[Tensor, Tensor]:
-    """Return memory for a product's one or two results (M, N): new, or, with `overwrite`, the side input's."""
+def results(call: Call, tiles: int) -> Product:
+    """Return memory for what a product in so many tiles of M writes: new, or, with `overwrite`, the side input's."""
 
     def new() -> Tensor:
         return call.x.new_empty(call.x.shape[0], call.features)
 
-    if call.epilogue == "residual" and call.overwrite:
-        return call.side, call.side
     if call.epilogue == "gelu_backward":
-        return new(), call.side if call.overwrite else new()
-    out = new()
-    return out, new() if call.epilogue == "gelu_save" else out
+        out, second = new(), call.side if call.overwrite else new()
+        return Product(out, second, out.new_empty(tiles, call.features, dtype=ACCUMULATE))
+    out = call.side if call.epilogue == "residual" and call.overwrite else new()
+    return Product(out, new() if call.epilogue == "gelu_save" else out, out)
 
 
 class Core(ABC):

@@ -9,7 +9,6 @@ import triton.language as tl
 from uvit_fast.kernels.gemm.contract import CASES, G0, G1, G2, Call, Core, Product, results
 from uvit_fast.kernels.layernorm.sums import CHUNK
 from uvit_fast.kernels.runtime import launch, tuning
-from uvit_fast.kernels.runtime.checks import ACCUMULATE
 from uvit_fast.kernels.runtime.launch import cdiv
 
 FEATURES: tl.constexpr = tl.constexpr(CHUNK)  # whose sums are taken together
@@ -143,8 +142,7 @@ def arguments(call: Call, tuned: dict) -> tuple[tuple, dict, int, Product]:
     epilogue, x, (w, bias), x2, stats, side, _, sums, transposed = call
     w = w.t() if transposed else w
     (M, K), N, (BM, BN, BK) = x.shape, w.shape[0], tuned["tile"]
-    out, second = results(call)
-    partial = x.new_empty(cdiv(M, BM), N, dtype=ACCUMULATE) if epilogue == "gelu_backward" else out
+    made = results(call, cdiv(M, BM))
     args = (
         x,
         x if x2 is None else x2,
@@ -152,10 +150,8 @@ def arguments(call: Call, tuned: dict) -> tuple[tuple, dict, int, Product]:
         x if bias is None else bias,
         x if stats is None else stats,
         x if side is None else side,
-        out,
-        second,
-        partial,
-        partial if sums is None else sums,
+        *made,
+        made.partial if sums is None else sums,
         M,
         N,
         K,
@@ -177,7 +173,7 @@ def arguments(call: Call, tuned: dict) -> tuple[tuple, dict, int, Product]:
         "num_warps": tuned["warps"],
         "num_stages": tuned["stages"],
     }
-    return args, options, cdiv(M, BM) * cdiv(N, BN), Product(out, second, partial)
+    return args, options, cdiv(M, BM) * cdiv(N, BN), made
 
 
 class Plain(Core):

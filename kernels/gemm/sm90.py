@@ -2,10 +2,12 @@
 
 import functools
 
+import torch
 from torch import Tensor
 
 from uvit_fast.kernels.gemm import sm90_weight_gradient
 from uvit_fast.kernels.gemm.contract import CASES, Call, Core, Product, results
+from uvit_fast.kernels.gemm.sm90_epilogues import How
 from uvit_fast.kernels.gemm.sm90_kernel import gemm_kernel
 from uvit_fast.kernels.layernorm.sums import CHUNK, WIDEST, Summed
 from uvit_fast.kernels.layers import Linear
@@ -14,7 +16,7 @@ from uvit_fast.kernels.runtime.checks import ACCUMULATE
 from uvit_fast.kernels.runtime.device import multiprocessors
 from uvit_fast.kernels.runtime.launch import cdiv, descriptor
 
-ROWS, TOKENS, BK = 64, 256, 64  # features per consumer, tokens per tile, K per stage
+ROWS, TOKENS = 64, 256  # features per consumer, tokens per tile
 assert ROWS == CHUNK, "a consumer's features are those whose sums are taken together"
 STAGES = {TOKENS: 4, 128: 5, 64: 8}
 STAGING = 128  # tokens that a consumer's staging buffers hold together
@@ -34,9 +36,13 @@ _STAGED = {
 
 def arguments(
     call: Call,
+    made: Product | None = None,
     *,
+    wide: bool = True,
+    narrow: Tensor | None = None,
     tokens: int = TOKENS,
     part: int = 64,
+    pairs: int = 1,
     stages: int = 0,
     shares: int = 1,
     at_once: int = 132,
@@ -48,27 +54,31 @@ def arguments(
     """Return the kernel's arguments, its launch options, the number of programs with work, and the results.
 
     Args:
+        call: of operands of 16 bits, or of e4m3, whose linear layer has `Quantised.rows` as its bias.
+        made: memory for the results; default: new.
+        wide: whether out is written; narrow: (M, N) e4m3, memory for the result once more.
         tokens, part: of a tile, and of a part of it in the epilogue.
+        pairs: of consumers, 1 or 2, which take a program's tiles in turns; 2 of e4m3, without shares, a tail or halves.
         stages: of the ring; default: `STAGES`.
         shares: programs for each tile, of which all together share all tiles' steps of K, as many as run `at_once`.
         tail: tokens that a tile has beside, 8, 32 or 64: 258 = 256 + 2, 2 * 129 = 128 + 1, ... then fill whole tiles,
             and there are tiles between those whose tokens are a power of two.
         staging: tokens that a consumer's staging buffers hold together; default: `STAGING`.
         halves: a tile has 64 features, and each consumer half of K; without shares or a tail.
-        early: whether the kernel may begin before the one before it has ended (`runtime.early`): no kernel under way
+        early: whether the kernel may begin before the one before it has ended (`runtime.hopper`): no kernel under way
             writes the weight.
     """
     epilogue, x, (w, bias), x2, stats, side, _, sums, transposed = call
-    (M, K), N = x.shape, call.features
-    span, both = tokens + tail, 2 if halves else 1
+    (M, K), N, BK, scaled = x.shape, call.features, 128 // x.itemsize, x.itemsize == 1
+    span, both, paired = tokens + tail, 2 if halves else 1, scaled and epilogue == "gelu"
     across, down = cdiv(N, ROWS if halves else 2 * ROWS), cdiv(M, span)
     assert not halves or epilogue in FORWARD and not tail and shares == 1
     assert (not tail or epilogue in FORWARD) and span <= WIDEST
-    out, second = results(call)
-    partial = x.new_empty(down, N, dtype=ACCUMULATE) if epilogue == "gelu_backward" else out
-    out_box, x_box = descriptor(out, part, ROWS), descriptor(x, tokens, BK)
-    steps = cdiv(K + (0 if x2 is None else x2.shape[1]), BK * both)
-    tiles = across * down
+    out, second, partial = made = made or results(call, down)
+    out_box = descriptor(out.view(torch.int16), part, ROWS // 2) if paired else descriptor(out, part, ROWS)
+    x_box = descriptor(x, tokens, BK)
+    steps1, steps2 = cdiv(K, BK), 0 if x2 is None else cdiv(x2.shape[1], BK)
+    steps, tiles = cdiv(steps1 + steps2, both), across * down
     programs = min(tiles * shares, at_once) if shares > 1 else tiles
     shared, arrivals, most = out, out, sharers(tiles, steps, programs) if shares > 1 else 1
     if most > 1:
@@ -88,7 +98,7 @@ def arguments(
         descriptor(out if side is None else side, tail, ROWS) if tail else None,
         out if bias is None else bias,
         out if stats is None else stats.sums if summed else stats,
-        out,
+        out if narrow is None else narrow,
         partial,
         partial if sums is None else sums,
         shared,
@@ -99,36 +109,33 @@ def arguments(
         across,
         tiles,
         steps,
-        K // BK,
+        steps1,
         stats.eps if summed else 0.0,
     )
     arriving, leaving = _STAGED[epilogue](min(tokens // both, staging or STAGING) // part)
-    options = {
-        "STAGES": stages or STAGES[tokens],
-        "ARRIVING": arriving,
-        "LEAVING": leaving,
-        "KIND": epilogue,
-        "FOLD": "" if stats is None else "sums" if summed else "stats",
-        "AHEAD": stats is not None and not summed and steps <= SHORT,
-        "HAS_BIAS": bias is not None,
-        "TWO": x2 is not None,
-        "TRANSPOSED": transposed,
-        "SUMS": sums is not None,
-        "SCALED": False,
-        "PAIRED": False,
-        "WIDE": True,
-        "NARROW": False,
-        "CHUNKS": K // CHUNK if summed else 1,
-        "MOST": most,
-        "PAIRS": 1,
-        "HALVES": halves,
-        "EARLY": early,
-        "num_warps": 4,
-        "maxnreg": 168,
-    }
-    if early:
-        options["launch_pdl"] = True
-    return args, options, programs, Product(out, second, partial)
+    how = How(
+        KIND=epilogue,
+        STAGES=stages or STAGES[tokens],
+        LEAVING=leaving,
+        ARRIVING=arriving,
+        FOLD="" if stats is None else "sums" if summed else "stats",
+        CHUNKS=K // CHUNK if summed else 1,
+        AHEAD=stats is not None and not summed and steps <= SHORT,
+        HAS_BIAS=bias is not None,
+        SCALED=scaled,
+        TWO=x2 is not None,
+        TRANSPOSED=transposed,
+        SUMS=sums is not None,
+        PAIRED=paired,
+        WIDE=wide,
+        NARROW=narrow is not None and not paired,
+        MOST=most,
+        PAIRS=pairs,
+        HALVES=halves,
+        EARLY=early,
+    )
+    options = {"HOW": how, "num_warps": 4, "maxnreg": 168 if pairs == 1 else 96}
+    return args, options | {"launch_pdl": True} if early else options, programs, made
 
 
 @functools.cache

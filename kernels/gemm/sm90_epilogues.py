@@ -5,6 +5,7 @@ residual, GELU's h) arrives, by TMA through the consumer's own staging buffers.
 """
 
 import struct
+from dataclasses import dataclass
 
 import triton
 from triton.experimental import gluon
@@ -14,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from uvit_fast.kernels.gemm.contract import G0, G1, G2
 from uvit_fast.kernels.gemm.sm90_shares import Shares
 from uvit_fast.kernels.runtime.aggregate import aggregate
+from uvit_fast.kernels.runtime.hopper import mma
 
 
 def _immediate(value: float) -> str:
@@ -73,40 +75,20 @@ def pairs(x):
 
 
 @gluon.jit
-def halves(x, rows: gl.constexpr, cols: gl.constexpr):
-    """Return the left and the right half of [rows, cols]; no data moves between threads."""
-    a, b = x.reshape([rows, 2, cols // 2]).permute([0, 2, 1]).split()
-    lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, cols // 2, 16])
-    return gl.convert_layout(a, lay, assert_trivial=True), gl.convert_layout(b, lay, assert_trivial=True)
+def halves(x):
+    """Return the left and the right half of x (64, N); no data moves between threads."""
+    HALF: gl.constexpr = x.shape[1] // 2
+    a, b = x.reshape([64, 2, HALF]).permute([0, 2, 1]).split()
+    return gl.convert_layout(a, mma(HALF), assert_trivial=True), gl.convert_layout(b, mma(HALF), assert_trivial=True)
 
 
 @gluon.jit
-def parts(acc, rows: gl.constexpr, tokens: gl.constexpr, part: gl.constexpr):
-    """Return [rows, tokens] as a tuple of [rows, part]: part 64 or 32 of 256 or 128 tokens, 32 of 64, or all."""
-    if tokens == part:
-        found = (acc,)
-    elif tokens == 64:
-        found = halves(acc, rows, 64)
-    elif tokens == 128:
-        a, b = halves(acc, rows, 128)
-        if part == 64:
-            found = (a, b)
-        else:
-            a0, a1 = halves(a, rows, 64)
-            b0, b1 = halves(b, rows, 64)
-            found = (a0, a1, b0, b1)
-    else:
-        a, b = halves(acc, rows, 256)
-        c, d = halves(a, rows, 128)
-        e, f = halves(b, rows, 128)
-        if part == 64:
-            found = (c, d, e, f)
-        else:
-            c0, c1 = halves(c, rows, 64)
-            d0, d1 = halves(d, rows, 64)
-            e0, e1 = halves(e, rows, 64)
-            f0, f1 = halves(f, rows, 64)
-            found = (c0, c1, d0, d1, e0, e1, f0, f1)
+def parts(x, PART: gl.constexpr):
+    """Return x (64, N) as a tuple of (64, PART), N being PART times a power of two."""
+    found = (x,)
+    if x.shape[1] > PART:
+        a, b = halves(x)
+        found = parts(a, PART) + parts(b, PART)
     return found
 
 
@@ -139,6 +121,45 @@ class Ahead:
     rstd: gl.tensor  # (PART,) fp32, of the first part's tokens, with FOLD "stats"; else a number
 
 
+@dataclass(frozen=True)
+class How:
+    """What is constant in a kernel of the GEMM."""
+
+    KIND: str  # of contract.CASES
+    STAGES: int
+    LEAVING: int  # staging buffers of a consumer, of each result that leaves
+    ARRIVING: int  # and of what arrives
+    FOLD: str  # what the rstd of a LayerNorm that is folded in comes from: "stats", "sums"; "" without one
+    CHUNKS: int  # FOLD "sums": of 64 features each
+    AHEAD: bool  # whether a tile's rstd is asked for into L1 ahead
+    HAS_BIAS: bool
+    SCALED: bool  # whether the weight has a scale per row
+    TWO: bool  # whether there is a second source
+    TRANSPOSED: bool
+    SUMS: bool  # whether the result's sums are written
+    PAIRED: bool  # whether the result is e4m3, in the order of `pairs`
+    WIDE: bool  # whether out is written
+    NARROW: bool  # whether the result is written once more, in e4m3
+    MOST: int  # programs that share a tile, at most
+    PAIRS: int  # of consumers, which take a program's tiles in turns
+    HALVES: bool  # whether each consumer takes half of a tile's K, not of its features
+    EARLY: bool  # whether the kernel may begin before the one before it has ended
+
+
+@aggregate
+class Memory:
+    """What an epilogue reads and writes without TMA."""
+
+    bias: gl.tensor  # (N,); SCALED (2, N): bias and scale of the weight's rows
+    rstd: gl.tensor  # FOLD "stats": (M and a tile more) fp32; "sums": (CHUNKS, 2, M) fp32, of the tokens
+    eps: gl.tensor  # of the LayerNorm that is folded in
+    partial: gl.tensor  # (ceil(M / TOKENS), N) fp32: column sums of out (gelu_backward)
+    sums: gl.tensor  # (N / 64, 2, M) fp32: see layernorm.sums
+    narrow: gl.tensor  # (M, N) e4m3
+    M: gl.tensor
+    N: gl.tensor
+
+
 @aggregate
 class Epilogue:
     """The destinations of the results, and the inputs beside the accumulator."""
@@ -146,71 +167,54 @@ class Epilogue:
     out: tma.tensor_descriptor  # (M, N), boxes of [PART, 64]; PAIRED (M, N / 2), boxes of [PART, 32]
     second: tma.tensor_descriptor  # (M, N), likewise: GELU's h (gelu_save), GELU's value (gelu_backward)
     side: tma.tensor_descriptor  # (M, N), likewise: the residual, or GELU's h (gelu_backward)
-    bias: gl.tensor  # (N,); SCALED (2, N): bias and scale of the weight's rows
-    rstd: gl.tensor  # FOLD "stats": (M and a tile more) fp32; "sums": (CHUNKS, 2, M) fp32, of the tokens
-    eps: gl.tensor  # of the LayerNorm that is folded in
-    partial: gl.tensor  # (ceil(M / TOKENS), N) fp32: column sums of out (gelu_backward)
-    sums: gl.tensor  # (N / 64, 2, M) fp32: see layernorm.sums
-    narrow: gl.tensor  # (M, N) e4m3: the result once more
-    M: gl.tensor
-    N: gl.tensor
+    memory: Memory
     leaving: gl.shared_memory_descriptor  # (2 LEAVING, PART, 64): out on its way
     leaving2: gl.shared_memory_descriptor  # likewise: second
     arriving: gl.shared_memory_descriptor  # (2 ARRIVING, PART, 64): side on its way
     arrived: gl.shared_memory_descriptor  # (2 ARRIVING) barriers
     rstds: gl.shared_memory_descriptor  # FOLD "sums": (2, TOKENS) fp32, a consumer's own
     shares: Shares
-    KIND: gl.constexpr  # of contract.CASES
     LEAVING: gl.constexpr  # buffers per consumer
     ARRIVING: gl.constexpr
     TOKENS: gl.constexpr  # of a tile
     PART: gl.constexpr
-    ROUNDS: gl.constexpr  # uses per tile of a buffer in which something arrives
-    HAS_BIAS: gl.constexpr
-    FOLD: gl.constexpr  # whether a LayerNorm is folded in, and what its rstd comes from: "", "stats" or "sums"
-    AHEAD: gl.constexpr  # whether a tile's rstd is asked for into L1 ahead
-    SUMS: gl.constexpr  # whether the result's sums are written
-    SCALED: gl.constexpr  # whether the weight has a scale per row
-    PAIRED: gl.constexpr  # whether the result is e4m3, in the order of `pairs`
-    WIDE: gl.constexpr  # whether out is written
-    NARROW: gl.constexpr  # whether narrow is written
-    CHUNKS: gl.constexpr  # FOLD "sums": of 64 features each
     LATE: gl.constexpr  # FOLD "sums": whether rstd is taken from them after the main loop, during which they come
+    how: gl.constexpr  # How
 
     @gluon.jit
     def take_sums(self, at):
         """Ask for the sums of a tile's tokens, with FOLD "sums", and return them and which there are."""
-        taken = None
-        if self.FOLD == "sums":
+        taken = ()
+        if self.how.FOLD == "sums":
             across: gl.constexpr = min(32, self.TOKENS // 4)  # lanes over the tokens
-            rows: gl.constexpr = triton.next_power_of_2(self.CHUNKS)
+            rows: gl.constexpr = triton.next_power_of_2(self.how.CHUNKS)
             lay: gl.constexpr = gl.BlockedLayout(
                 [max(rows * across // 32, 1), 1], [32 // across, across], [1, 4], [0, 1]
             )
             chunk = gl.expand_dims(gl.arange(0, rows, layout=gl.SliceLayout(1, lay)), 1)
             token = gl.expand_dims(at.token + gl.arange(0, self.TOKENS, layout=gl.SliceLayout(0, lay)), 0)
-            where = self.rstd + chunk * 2 * self.M + token
-            known = (chunk < self.CHUNKS) & (token < self.M)
+            where = self.memory.rstd + chunk * 2 * self.memory.M + token
+            known = (chunk < self.how.CHUNKS) & (token < self.memory.M)
             summed = gl.load(where, mask=known, other=0.0)
-            squares = gl.load(where + self.M, mask=known, other=0.0)
+            squares = gl.load(where + self.memory.M, mask=known, other=0.0)
             taken = (summed, squares, known)
         return taken
 
     @gluon.jit
     def measure(self, at, taken):
         """Take the rstd of a tile's tokens from their sums, with FOLD "sums": see `fold.prepare`."""
-        if self.FOLD == "sums":
+        if self.how.FOLD == "sums":
             summed, squares, known = taken
-            mean = gl.sum(summed, axis=0) * (1.0 / (self.CHUNKS * 64))
+            mean = gl.sum(summed, axis=0) * (1.0 / (self.how.CHUNKS * 64))
             apart = gl.where(known, summed * (1.0 / 64) - gl.expand_dims(mean, 0), 0.0)
-            variance = gl.sum(squares + 64 * apart * apart, axis=0) * (1.0 / (self.CHUNKS * 64))
-            self.rstds.index(at.WHO).store(1.0 / gl.sqrt(variance + self.eps))
+            variance = gl.sum(squares + 64 * apart * apart, axis=0) * (1.0 / (self.how.CHUNKS * 64))
+            self.rstds.index(at.WHO).store(1.0 / gl.sqrt(variance + self.memory.eps))
 
     @gluon.jit
     def ask(self, at):
         """Request what the epilogue reads from global memory, so that it arrives during the main loop."""
-        lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.PART, 16])
-        if self.KIND == "residual":
+        lay: gl.constexpr = mma(self.PART)
+        if self.how.KIND == "residual":
             tma.store_wait(0)
         for b in gl.static_range(self.ARRIVING):
             self.fetch(at, b)
@@ -218,13 +222,13 @@ class Epilogue:
         scale = gl.to_tensor(0.0)
         rstd = gl.to_tensor(0.0)
         row = at.feature + gl.arange(0, 64, layout=gl.SliceLayout(1, lay))
-        if self.HAS_BIAS:
-            shift = gl.load(self.bias + row, mask=row < self.N, other=0.0).to(gl.float32)
-        if self.SCALED:
-            scale = gl.load(self.bias + self.N + row, mask=row < self.N, other=0.0)
-        if self.FOLD == "stats":
-            if self.AHEAD:
-                touch(self.rstd + at.token, self.TOKENS)
+        if self.how.HAS_BIAS:
+            shift = gl.load(self.memory.bias + row, mask=row < self.memory.N, other=0.0).to(gl.float32)
+        if self.how.SCALED:
+            scale = gl.load(self.memory.bias + self.memory.N + row, mask=row < self.memory.N, other=0.0)
+        if self.how.FOLD == "stats":
+            if self.how.AHEAD:
+                touch(self.memory.rstd + at.token, self.TOKENS)
             rstd = self.rstd_of(at, 0)
         return Ahead(shift, scale, rstd)
 
@@ -234,26 +238,26 @@ class Epilogue:
 
         Past the last token there is memory to read, though nothing in it.
         """
-        lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.PART, 16])
-        if self.FOLD == "sums":
+        lay: gl.constexpr = mma(self.PART)
+        if self.how.FOLD == "sums":
             found = self.rstds.index(at.WHO).slice(j * self.PART, self.PART).load(gl.SliceLayout(0, lay))
         else:
             col = gl.arange(0, self.PART, layout=gl.SliceLayout(0, lay))
-            found = gl.load(self.rstd + at.token + j * self.PART + col)
+            found = gl.load(self.memory.rstd + at.token + j * self.PART + col)
         return found
 
     @gluon.jit
     def affine(self, x, ahead, at, j: gl.constexpr):
         """Return part j with all scales, the LayerNorm's and the bias, and the `Ahead` of the part after it."""
-        if self.SCALED:
+        if self.how.SCALED:
             x = x * gl.expand_dims(ahead.scale, 1)
-        if self.FOLD == "sums":
+        if self.how.FOLD == "sums":
             x = x * gl.expand_dims(self.rstd_of(at, j), 0)
-        if self.FOLD == "stats":
+        if self.how.FOLD == "stats":
             x = x * gl.expand_dims(ahead.rstd, 0)
             if j + 1 < self.TOKENS // self.PART:
                 ahead = Ahead(ahead.shift, ahead.scale, self.rstd_of(at, j + 1))
-        if self.HAS_BIAS:
+        if self.how.HAS_BIAS:
             x = x + gl.expand_dims(ahead.shift, 1)
         return x, ahead
 
@@ -268,7 +272,7 @@ class Epilogue:
     @gluon.jit
     def arrival(self, at, uses, j: gl.constexpr):
         """Return part j of the side input, fp32, and its buffer, which was used `uses` times before this tile."""
-        lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.PART, 16])
+        lay: gl.constexpr = mma(self.PART)
         b: gl.constexpr = at.WHO * self.ARRIVING + j % self.ARRIVING
         mbarrier.wait(self.arrived.index(b), (uses + j // self.ARRIVING) & 1)
         buf = self.arriving.index(b)
@@ -283,16 +287,16 @@ class Epilogue:
     @gluon.jit
     def send(self, x, at, j: gl.constexpr, buf):
         """Send part j of the result, [64, PART], through its buffer [PART, 64]; write what follows from it."""
-        if self.PAIRED:
+        if self.how.PAIRED:
             buf.permute([1, 0]).store(pairs(x))
             fence_async_shared()
             tma.async_copy_shared_to_global(self.out, [at.token + j * self.PART, at.feature // 2], buf)
         else:
             buf.permute([1, 0]).store(x.to(self.out.dtype))
-            if self.WIDE:
+            if self.how.WIDE:
                 fence_async_shared()
                 tma.async_copy_shared_to_global(self.out, [at.token + j * self.PART, at.feature], buf)
-        if self.SUMS or self.NARROW:
+        if self.how.SUMS or self.how.NARROW:
             self.read_back(buf, at, j)
 
     @gluon.jit
@@ -320,17 +324,17 @@ class Epilogue:
         lay: gl.constexpr = gl.BlockedLayout([1, PART * 64 // 128], [PART // 4, 128 // PART], [4, 1], [1, 0])
         x = widened(buf.load(lay))
         token = at.token + j * PART + gl.arange(0, PART, layout=gl.SliceLayout(1, lay))
-        inside = (token < self.M) & (at.feature < self.N)
-        if self.NARROW:
+        inside = (token < self.memory.M) & (at.feature < self.memory.N)
+        if self.how.NARROW:
             feature = at.feature + gl.arange(0, 64, layout=gl.SliceLayout(0, lay))
-            where = gl.expand_dims(token.to(gl.int64) * self.N, 1) + gl.expand_dims(feature, 0)
-            gl.store(self.narrow + where, x.to(gl.float8e4nv), mask=gl.expand_dims(inside, 1))
-        if self.SUMS:
+            where = gl.expand_dims(token.to(gl.int64) * self.memory.N, 1) + gl.expand_dims(feature, 0)
+            gl.store(self.memory.narrow + where, x.to(gl.float8e4nv), mask=gl.expand_dims(inside, 1))
+        if self.how.SUMS:
             total = gl.sum(x, axis=1)
             x = x - gl.expand_dims(total * (1.0 / 64), 1)
-            first = self.sums + at.feature // 64 * 2 * self.M + token
+            first = self.memory.sums + at.feature // 64 * 2 * self.memory.M + token
             gl.store(first, total, mask=inside)
-            gl.store(first + self.M, gl.sum(x * x, axis=1), mask=inside)
+            gl.store(first + self.memory.M, gl.sum(x * x, axis=1), mask=inside)
 
 
 @gluon.jit
@@ -380,7 +384,7 @@ def residual(e, xs, ahead, at, uses):
 def gelu_backward(e, xs, ahead, at, uses):
     """Write out = x GELU'(2 h), second = GELU(2 h), partial = out's column sums; h = side."""
     PARTS: gl.constexpr = e.TOKENS // e.PART
-    row: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, e.PART, 16]))
+    row: gl.constexpr = gl.SliceLayout(1, mma(e.PART))
     total = gl.zeros([64], gl.float32, row)
     for j in gl.static_range(PARTS):
         x, ahead = e.affine(xs[j], ahead, at, j)
@@ -394,4 +398,4 @@ def gelu_backward(e, xs, ahead, at, uses):
         total += gl.sum(x, axis=1)
         e.send_two(x, y, at, j)
     feature = at.feature + gl.arange(0, 64, layout=row)
-    gl.store(e.partial + at.down * e.N + feature, total, mask=feature < e.N)
+    gl.store(e.memory.partial + at.down * e.memory.N + feature, total, mask=feature < e.memory.N)

@@ -17,11 +17,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     tma,
     warpgroup_mma,
     warpgroup_mma_init,
-    warpgroup_mma_wait,
 )
 
 from uvit_fast.kernels.gemm.sm90_epilogues import (
     Epilogue,
+    Memory,
     Place,
     gelu,
     gelu_backward,
@@ -34,7 +34,7 @@ from uvit_fast.kernels.gemm.sm90_epilogues import (
 from uvit_fast.kernels.gemm.sm90_ring import Ring, ring
 from uvit_fast.kernels.gemm.sm90_shares import Shares
 from uvit_fast.kernels.runtime.aggregate import aggregate
-from uvit_fast.kernels.runtime.early import let_next_begin, wait_for_others
+from uvit_fast.kernels.runtime.hopper import barriers, let_next_begin, mma, settled, wait_for_others
 
 LATE_TOKENS = gl.constexpr(160)  # of a tile whose sums are held in registers during the main loop
 AHEAD_OF_TOKENS = gl.constexpr(4)  # steps whose weights an early kernel asks for first: more keep its tokens waiting
@@ -56,20 +56,17 @@ class Gemm:
     shares: Shares
     across: gl.tensor  # tiles over the features
     steps1: gl.tensor  # of a tile's blocks of K, those from the first source
-    TWO: gl.constexpr  # whether there is a second source
     turns: gl.shared_memory_descriptor | gl.constexpr  # (4) barriers: a consumer has seen its tile's last step; None
-    PAIRS: gl.constexpr  # of consumers, which take a program's tiles in turns
-    HALVES: gl.constexpr  # whether each consumer takes half of a tile's K, not of its features
-    EARLY: gl.constexpr  # whether the kernel may begin before the one before it has ended
+    how: gl.constexpr  # How
 
 
 @gluon.jit
 def _ask_weights(g, tile, k, s, bar):
     BK: gl.constexpr = g.x.block_type.shape[1]
-    feature = (tile % g.across) * (64 if g.HALVES else 128)
+    feature = (tile % g.across) * (64 if g.how.HALVES else 128)
     for c in gl.static_range(2):
         w = g.ring.a.index(s * 2 + c)
-        if g.HALVES:
+        if g.how.HALVES:
             tma.async_copy_global_to_shared(g.w, [feature, (k * 2 + c) * BK], bar, w)
         elif g.ring.A_TURNED:
             tma.async_copy_global_to_shared(g.w, [k * BK, feature + c * 64], bar, w)
@@ -80,7 +77,7 @@ def _ask_weights(g, tile, k, s, bar):
 @gluon.jit
 def _ask_tokens(g, tile, k, s, bar):
     token = (tile // g.across) * g.shares.SPAN
-    if g.HALVES:
+    if g.how.HALVES:
         for c in gl.static_range(2):
             _ask_source(g, g.x, g.x2, token, k * 2 + c, g.ring.b.index(s * 2 + c), bar)
     else:
@@ -93,7 +90,7 @@ def _ask_tokens(g, tile, k, s, bar):
 def _ask_source(g, x, x2, token, k, buf, bar):
     """Ask for the tokens' block k of K, from the source that has it."""
     BK: gl.constexpr = x.block_type.shape[1]
-    if g.TWO:
+    if g.how.TWO:
         tma.async_copy_global_to_shared(x, [token, k * BK], bar, buf, pred=k < g.steps1)
         tma.async_copy_global_to_shared(x2, [token, (k - g.steps1) * BK], bar, buf, pred=k >= g.steps1)
     else:
@@ -103,11 +100,11 @@ def _ask_source(g, x, x2, token, k, buf, bar):
 @gluon.jit
 def _producer(g):
     TAIL: gl.constexpr = 0 if g.x_tail is None else g.x_tail.block_type.nbytes
-    BYTES: gl.constexpr = 2 * g.w.block_type.nbytes + (2 if g.HALVES else 1) * g.x.block_type.nbytes + TAIL
+    BYTES: gl.constexpr = 2 * g.w.block_type.nbytes + (2 if g.how.HALVES else 1) * g.x.block_type.nbytes + TAIL
     step = 0
     first, end, stride = g.shares.tiles_of_mine()
     ahead = 0  # steps whose weights are on their way
-    if g.EARLY:
+    if g.how.EARLY:
         start, stop = g.shares.steps_of(first)
         ahead = gl.minimum(stop - start, AHEAD_OF_TOKENS)
         for i in range(ahead):
@@ -117,7 +114,7 @@ def _producer(g):
     for tile in range(first, end, stride):
         start, stop = g.shares.steps_of(tile)
         for k in range(start, stop):
-            if g.EARLY:
+            if g.how.EARLY:
                 s = step % g.ring.STAGES
                 if step >= ahead:
                     g.ring.claim(step, BYTES)
@@ -131,46 +128,36 @@ def _producer(g):
 
 
 @gluon.jit
-def _product(ring, step, steps, turn, TOKENS: gl.constexpr, WHO: gl.constexpr):
-    """Return a consumer's [64, TOKENS] of a tile; one wgmma stays in flight, its predecessor's stage is freed.
+def _multiply(ring, step, accs, WHO: gl.constexpr, use_acc: gl.constexpr = True):
+    """Start adding a step's products to a consumer's sums, or the sums with them, and return them in flight."""
+    w, x = ring.operands(step, WHO)
+    found = (warpgroup_mma(w, x, accs[0], use_acc=use_acc, is_async=True),)
+    if len(accs) > 1:
+        found = found + (warpgroup_mma(w, ring.operand_tail(step), accs[1], use_acc=use_acc, is_async=True),)
+    return found
+
+
+@gluon.jit
+def _product(ring, step, steps, turn, TOKENS: gl.constexpr, TAIL: gl.constexpr, WHO: gl.constexpr):
+    """Return a consumer's [64, TOKENS] and with a tail [64, TAIL] of a tile, a tuple; a step's products stay in flight
+    while the stage of the one before is freed.
 
     `turn` is arrived at when all steps have been seen, where it is a barrier.
     """
     DEEP: gl.constexpr = 256 // ring.b.dtype.primitive_bitwidth  # K of an instruction
-    acc = gl.zeros([64, TOKENS], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, DEEP]))
-    w, x = ring.operands(step, WHO)
-    acc = warpgroup_mma(w, x, acc, use_acc=False, is_async=True)
+    accs = (gl.zeros([64, TOKENS], gl.float32, mma(TOKENS, DEEP)),)
+    if TAIL:
+        accs = accs + (gl.zeros([64, TAIL], gl.float32, mma(TAIL, DEEP)),)
+    accs = _multiply(ring, step, accs, WHO, False)
     for i in range(step + 1, step + steps):
-        w, x = ring.operands(i, WHO)
-        acc = warpgroup_mma(w, x, acc, is_async=True)
-        acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))
+        accs = settled(_multiply(ring, i, accs, WHO), len(accs))
+        accs = [warpgroup_mma_init(acc) for acc in accs]
         ring.free(i - 1)
     if turn is not None:
         mbarrier.arrive(turn, count=1)
-    acc = warpgroup_mma_wait(0, deps=(acc,))
+    accs = settled(accs)
     ring.free(step + steps - 1)
-    return acc
-
-
-@gluon.jit
-def _product_tail(ring, step, steps, TOKENS: gl.constexpr, TAIL: gl.constexpr, WHO: gl.constexpr):
-    """Return a consumer's [64, TOKENS] and [64, TAIL] of a tile, as `_product`."""
-    acc = gl.zeros([64, TOKENS], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16]))
-    rest = gl.zeros([64, TAIL], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TAIL, 16]))
-    w, x = ring.operands(step, WHO)
-    acc = warpgroup_mma(w, x, acc, use_acc=False, is_async=True)
-    rest = warpgroup_mma(w, ring.operand_tail(step), rest, use_acc=False, is_async=True)
-    for i in range(step + 1, step + steps):
-        w, x = ring.operands(i, WHO)
-        acc = warpgroup_mma(w, x, acc, is_async=True)
-        rest = warpgroup_mma(w, ring.operand_tail(i), rest, is_async=True)
-        acc, rest = warpgroup_mma_wait(2, deps=(acc, rest))
-        acc = warpgroup_mma_init(acc)
-        rest = warpgroup_mma_init(rest)
-        ring.free(i - 1)
-    acc, rest = warpgroup_mma_wait(0, deps=(acc, rest))
-    ring.free(step + steps - 1)
-    return acc, rest
+    return accs
 
 
 @gluon.jit
@@ -181,7 +168,7 @@ def _product_half(g, step, steps, WHO: gl.constexpr):
     """
     HALF: gl.constexpr = g.epilogue.TOKENS
     layout: gl.constexpr = gl.NVMMASharedLayout(min(128, HALF * 4), 32, 2)
-    mine, other = halves(_product(g.ring, step, steps, None, 2 * HALF, WHO), 64, 2 * HALF)
+    mine, other = halves(_product(g.ring, step, steps, None, 2 * HALF, 0, WHO)[0])
     if WHO == 1:
         mine, other = other, mine
     g.ring.b.index(WHO)._reinterpret(gl.float32, [64, HALF], layout).store(other)
@@ -193,13 +180,13 @@ def _product_half(g, step, steps, WHO: gl.constexpr):
 @gluon.jit
 def _finish(e, xs, ahead, at, uses):
     """Write a tile."""
-    if e.KIND == "plain":
+    if e.how.KIND == "plain":
         plain(e, xs, ahead, at)
-    elif e.KIND == "gelu":
+    elif e.how.KIND == "gelu":
         gelu(e, xs, ahead, at)
-    elif e.KIND == "gelu_save":
+    elif e.how.KIND == "gelu_save":
         gelu_save(e, xs, ahead, at)
-    elif e.KIND == "residual":
+    elif e.how.KIND == "residual":
         residual(e, xs, ahead, at, uses)
     else:
         gelu_backward(e, xs, ahead, at, uses)
@@ -208,153 +195,104 @@ def _finish(e, xs, ahead, at, uses):
 @gluon.jit
 def _consumer(g, WHO: gl.constexpr):
     e = g.epilogue
-    t = g.tail
-    SHARED: gl.constexpr = g.shares.MOST > 1
+    es = (e,) if g.tail is None else (e, g.tail)  # of a tile and its tail, as all tuples here
+    TAIL: gl.constexpr = 0 if g.tail is None else g.tail.TOKENS
     HALF: gl.constexpr = WHO % 2  # of a tile's features
     PAIR: gl.constexpr = WHO // 2
     step = PAIR * g.shares.steps
     tiles_done = 0
     uses = 0  # of a staging buffer in which something arrives
     uses_tail = 0
-    if g.EARLY:
+    if g.how.EARLY:
         wait_for_others()
     let_next_begin()
     first, end, stride = g.shares.tiles_of_mine()
-    for tile in range(first + PAIR * stride, end, g.PAIRS * stride):
+    for tile in range(first + PAIR * stride, end, g.how.PAIRS * stride):
         start, stop = g.shares.steps_of(tile)
         down = tile // g.across
         at = Place(((tile % g.across) * 2 + HALF) * 64, down * g.shares.SPAN, down, tile, WHO)
-        if g.HALVES:
+        if g.how.HALVES:
             at = Place((tile % g.across) * 64, down * g.shares.SPAN + WHO * e.TOKENS, down, tile, WHO)
-        taken = e.take_sums(at)
-        if not e.LATE:
-            e.measure(at, taken)
-        if t is None:
-            ahead = e.ask(at)
-            turn = None
-            if g.PAIRS == 2:
-                # The other pair's steps come first, and a barrier of the ring tells a step only from the one before.
-                mbarrier.wait(g.turns.index((1 - PAIR) * 2 + HALF), (tiles_done + 1 - PAIR) & 1)
-                turn = g.turns.index(WHO)
-                tiles_done += 1
-            if g.HALVES:
-                acc = _product_half(g, step, stop - start, WHO)
-            else:
-                acc = _product(g.ring, step, stop - start, turn, e.TOKENS, HALF)
-            xs = parts(acc, 64, e.TOKENS, e.PART)
-            if e.LATE:
-                e.measure(at, taken)
-            if SHARED:
-                g.shares.leave(xs, tile, WHO, e.TOKENS, e.PART)
-            if g.shares.hand_in(tile, WHO):
-                if SHARED:
-                    xs = g.shares.collected(tile, WHO, e.TOKENS, e.PART)
-                _finish(e, xs, ahead, at, uses)
-                uses += e.ROUNDS
-            else:
-                e.pass_by(at, uses)
-                uses += 1
-        else:
-            beside = Place(at.feature, at.token + e.TOKENS, down, tile, WHO)
-            taken_tail = t.take_sums(beside)
+        places = (at, Place(at.feature, at.token + e.TOKENS, down, tile, WHO))
+        taken = ()
+        for i in gl.static_range(len(es)):
+            taken = taken + (es[i].take_sums(places[i]),)
             if not e.LATE:
-                t.measure(beside, taken_tail)
-            ahead = e.ask(at)
-            ahead_tail = t.ask(beside)
-            acc, rest = _product_tail(g.ring, step, stop - start, e.TOKENS, t.TOKENS, WHO)
-            if e.LATE:
-                e.measure(at, taken)
-                t.measure(beside, taken_tail)
-            xs = parts(acc, 64, e.TOKENS, e.PART)
-            xs_tail = (rest,)
-            if SHARED:
-                g.shares.leave(xs, tile, WHO, e.TOKENS, e.PART)
-                t.shares.leave(xs_tail, tile, WHO, t.TOKENS, t.PART)
-            if g.shares.hand_in(tile, WHO):
-                if SHARED:
-                    xs = g.shares.collected(tile, WHO, e.TOKENS, e.PART)
-                    xs_tail = t.shares.collected(tile, WHO, t.TOKENS, t.PART)
-                _finish(e, xs, ahead, at, uses)
-                _finish(t, xs_tail, ahead_tail, beside, uses_tail)
-                uses += e.ROUNDS
-            else:
-                e.pass_by(at, uses)
-                t.pass_by(beside, uses_tail)
-                uses += 1
-            uses_tail += 1
-        step += g.PAIRS * (stop - start)
+                es[i].measure(places[i], taken[i])
+        ahead = ()
+        for i in gl.static_range(len(es)):
+            ahead = ahead + (es[i].ask(places[i]),)
+        turn = None
+        if g.how.PAIRS == 2:
+            # The other pair's steps come first, and a barrier of the ring tells a step only from the one before.
+            mbarrier.wait(g.turns.index((1 - PAIR) * 2 + HALF), (tiles_done + 1 - PAIR) & 1)
+            turn = g.turns.index(WHO)
+            tiles_done += 1
+        if g.how.HALVES:
+            accs = (_product_half(g, step, stop - start, WHO),)
+        else:
+            accs = _product(g.ring, step, stop - start, turn, e.TOKENS, TAIL, HALF)
+        if e.LATE:
+            for i in gl.static_range(len(es)):
+                es[i].measure(places[i], taken[i])
+        xs = ()
+        for i in gl.static_range(len(es)):
+            xs = xs + (parts(accs[i], es[i].PART),)
+            if g.how.MOST > 1:
+                es[i].shares.leave(xs[i], tile, WHO)
+        used = (uses, uses_tail)
+        if g.shares.hand_in(tile, WHO):
+            if g.how.MOST > 1:
+                xs = [each.shares.collected(tile, WHO, each.TOKENS, each.PART) for each in es]
+            for i in gl.static_range(len(es)):
+                _finish(es[i], xs[i], ahead[i], places[i], used[i])
+            uses += e.TOKENS // e.PART // max(e.ARRIVING, 1)
+        else:
+            for i in gl.static_range(len(es)):
+                es[i].pass_by(places[i], used[i])
+            uses += 1
+        uses_tail += 1
+        step += g.how.PAIRS * (stop - start)
     tma.store_wait(0)
 
 
 @gluon.jit
-def _epilogue(
-    out,
-    second,
-    side,
-    of,
-    shares,
-    LEAVING: gl.constexpr,
-    ARRIVING: gl.constexpr,
-    TOKENS: gl.constexpr,
-    CONSUMERS: gl.constexpr,
-    how: gl.constexpr,
-):
-    """Return an epilogue with new staging buffers.
+def _epilogue(boxes, memory, shares, LEAVING: gl.constexpr, ARRIVING: gl.constexpr, TOKENS: gl.constexpr, how):
+    """Return an epilogue with new staging buffers, of which a residual's are for what arrives and what leaves.
 
-    Allocations apart: the compiler puts a barrier between any two uses of one. A residual's result leaves from the
-    residual's buffer.
+    Allocations apart: the compiler puts a barrier between any two uses of one.
     """
-    bias, rstd, eps, partial, sums, narrow, M, N = of
-    KIND: gl.constexpr = how[0]
-    FOLD: gl.constexpr = how[2]
+    out, second, side = boxes
+    CONSUMERS: gl.constexpr = 2 * how.PAIRS
     shape: gl.constexpr = out.block_type.shape
     leaving = gl.allocate_shared_memory(out.dtype, [CONSUMERS * (LEAVING if LEAVING else ARRIVING)] + shape, out.layout)
     leaving2 = leaving
-    if KIND == "gelu_save" or KIND == "gelu_backward":
+    if how.KIND == "gelu_save" or how.KIND == "gelu_backward":
         leaving2 = gl.allocate_shared_memory(out.dtype, [CONSUMERS * LEAVING] + shape, out.layout)
     arriving = leaving
     if ARRIVING > 0 and LEAVING > 0:
         arriving = gl.allocate_shared_memory(out.dtype, [CONSUMERS * ARRIVING] + shape, out.layout)
-    arrived = gl.allocate_shared_memory(gl.int64, [CONSUMERS * max(ARRIVING, 1), 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(CONSUMERS * ARRIVING):
-        mbarrier.init(arrived.index(i), count=1)
-    rstds = arrived
-    if FOLD == "sums":
+    arrived = barriers(CONSUMERS * ARRIVING) if ARRIVING else leaving
+    rstds = leaving
+    if how.FOLD == "sums":
         rstds = gl.allocate_shared_memory(gl.float32, [CONSUMERS, TOKENS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     return Epilogue(
         out=out,
         second=second,
         side=side,
-        bias=bias,
-        rstd=rstd,
-        eps=eps,
-        partial=partial,
-        sums=sums,
-        narrow=narrow,
-        M=M,
-        N=N,
+        memory=memory,
         leaving=leaving,
         leaving2=leaving2,
         arriving=arriving,
         arrived=arrived,
         rstds=rstds,
         shares=shares,
-        KIND=KIND,
         LEAVING=LEAVING,
         ARRIVING=ARRIVING,
         TOKENS=TOKENS,
         PART=shape[0],
-        ROUNDS=TOKENS // shape[0] // max(ARRIVING, 1),
-        HAS_BIAS=how[1],
-        FOLD=FOLD,
-        AHEAD=how[3],
-        SUMS=how[4],
-        CHUNKS=how[5],
-        SCALED=how[6],
-        PAIRED=how[7],
-        WIDE=how[8],
-        NARROW=how[9],
-        LATE=FOLD == "sums" and shares.SPAN <= LATE_TOKENS,
+        LATE=how.FOLD == "sums" and shares.SPAN <= LATE_TOKENS,
+        how=how,
     )
 
 
@@ -386,57 +324,24 @@ def gemm_kernel(
     steps,  # of K
     steps1,  # blocks of K from the first source
     eps,  # of the LayerNorm that is folded in
-    STAGES: gl.constexpr,
-    ARRIVING: gl.constexpr,
-    LEAVING: gl.constexpr,
-    KIND: gl.constexpr,
-    FOLD: gl.constexpr,
-    AHEAD: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
-    TWO: gl.constexpr,
-    TRANSPOSED: gl.constexpr,
-    SUMS: gl.constexpr,
-    SCALED: gl.constexpr,
-    PAIRED: gl.constexpr,
-    WIDE: gl.constexpr,
-    NARROW: gl.constexpr,
-    CHUNKS: gl.constexpr,
-    MOST: gl.constexpr,
-    PAIRS: gl.constexpr,
-    HALVES: gl.constexpr,
-    EARLY: gl.constexpr,
+    HOW: gl.constexpr,  # How
 ):
-    shares = Shares(
-        tiles=gl.to_tensor(tiles),
-        steps=gl.to_tensor(steps),
-        parts=shared,
-        arrivals=arrivals,
-        SPAN=x.block_type.shape[0] + (0 if x_tail is None else x_tail.block_type.shape[0]),
-        MOST=MOST,
-    )
+    TOKENS: gl.constexpr = x.block_type.shape[0]
+    TAIL: gl.constexpr = 0 if x_tail is None else x_tail.block_type.shape[0]
+    tiles, steps = gl.to_tensor(tiles), gl.to_tensor(steps)
+    shares = Shares(tiles, steps, shared, arrivals, TOKENS + TAIL, HOW.MOST)
     rstd = stats + stride_stats
-    of = (bias, rstd, gl.to_tensor(eps), partial, sums, narrow, gl.to_tensor(M), gl.to_tensor(N))
-    how: gl.constexpr = (KIND, HAS_BIAS, FOLD, AHEAD, SUMS, CHUNKS, SCALED, PAIRED, WIDE, NARROW)
-    own: gl.constexpr = x.block_type.shape[0] // (2 if HALVES else 1)
-    epilogue = _epilogue(out, second, side, of, shares, LEAVING, ARRIVING, own, 2 * PAIRS, how)
+    memory = Memory(bias, rstd, gl.to_tensor(eps), partial, sums, narrow, gl.to_tensor(M), gl.to_tensor(N))
+    own: gl.constexpr = TOKENS // (2 if HOW.HALVES else 1)
+    epilogue = _epilogue((out, second, side), memory, shares, HOW.LEAVING, HOW.ARRIVING, own, HOW)
     tail = None
-    if x_tail is not None:
-        rest = Shares(shares.tiles, shares.steps, shared + 64 * x.block_type.shape[0], arrivals, shares.SPAN, MOST)
-        buffers: gl.constexpr = (1 if LEAVING else 0, 1 if ARRIVING else 0)
-        tail = _epilogue(
-            out_tail, out_tail, side_tail, of, rest, buffers[0], buffers[1], x_tail.block_type.shape[0], 2, how
-        )
-    turns = None
-    if PAIRS == 2:
-        turns = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
-        for i in gl.static_range(4):
-            mbarrier.init(turns.index(i), count=1)
-    stages = ring(w, x, STAGES, TRANSPOSED, True, x_tail, HALVES)
-    met = stages.full
-    if HALVES:
-        met = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-        for i in gl.static_range(2):
-            mbarrier.init(met.index(i), count=1)
+    if TAIL:
+        rest = Shares(tiles, steps, shared + 64 * TOKENS, arrivals, TOKENS + TAIL, HOW.MOST)
+        boxes = (out_tail, out_tail, side_tail)
+        tail = _epilogue(boxes, memory, rest, 1 if HOW.LEAVING else 0, 1 if HOW.ARRIVING else 0, TAIL, HOW)
+    turns = barriers(4) if HOW.PAIRS == 2 else None
+    stages = ring(w, x, HOW.STAGES, HOW.TRANSPOSED, True, x_tail, HOW.HALVES)
+    met = barriers(2) if HOW.HALVES else stages.full
     g = Gemm(
         w=w,
         x=x,
@@ -450,13 +355,10 @@ def gemm_kernel(
         shares=shares,
         across=gl.to_tensor(across),
         steps1=gl.to_tensor(steps1),
-        TWO=TWO,
         turns=turns,
-        PAIRS=PAIRS,
-        HALVES=HALVES,
-        EARLY=EARLY,
+        how=HOW,
     )
-    if PAIRS == 1:
+    if HOW.PAIRS == 1:
         gl.warp_specialize([(_consumer, (g, 0)), (_consumer, (g, 1)), (_producer, (g,))], [4, 1], [240, 24])
     else:
         gl.warp_specialize(

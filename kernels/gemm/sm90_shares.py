@@ -10,8 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from uvit_fast.kernels.runtime.aggregate import aggregate
-
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # the name in Triton 3.6
+from uvit_fast.kernels.runtime.hopper import barrier, mma
 
 
 @aggregate
@@ -64,7 +63,7 @@ class Shares:
     @gluon.jit
     def place(self, program, tile, WHO: gl.constexpr, j: gl.constexpr, PART: gl.constexpr):
         """Return where a program's sums of part j [64, PART] of a tile are: 8 columns of a row side by side."""
-        lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
+        lay: gl.constexpr = mma(PART)
         row = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, lay)), 1)
         col = gl.expand_dims(gl.arange(0, PART, layout=gl.SliceLayout(0, lay)), 0)
         late = (self.first(program) < tile * self.steps).to(gl.int32)  # not the program's first tile but its last
@@ -72,10 +71,10 @@ class Shares:
         return self.parts + slot * (64 * self.SPAN) + j * (64 * PART) + ((col >> 3 << 9) + row * 8 + (col & 7))
 
     @gluon.jit
-    def leave(self, xs, tile, WHO: gl.constexpr, TOKENS: gl.constexpr, PART: gl.constexpr):
-        """Write this program's sums of a tile where whoever finishes it reads them, this program too."""
-        for j in gl.static_range(TOKENS // PART):
-            gl.store(self.place(gl.program_id(0), tile, WHO, j, PART), xs[j])
+    def leave(self, xs, tile, WHO: gl.constexpr):
+        """Write this program's parts of a tile where whoever finishes it reads them, this program too."""
+        for j in gl.static_range(len(xs)):
+            gl.store(self.place(gl.program_id(0), tile, WHO, j, xs[j].shape[1]), xs[j])
 
     @gluon.jit
     def hand_in(self, tile, WHO: gl.constexpr):

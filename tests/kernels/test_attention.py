@@ -118,7 +118,8 @@ def kernels() -> dict[str, tuple]:
         for L, D in shapes:
             qkv = torch.empty(2, L, 3, 16, D, dtype=torch.bfloat16, device="meta")
             out, lse = qkv.new_empty(2, L, 16 * D), qkv.new_empty(2, 16, L, dtype=torch.float32)
-            for kernel, arguments, options in module.launches(qkv, out, lse, out, lse, qkv):
+            backward = module.backward_launches(qkv, out, lse, out, lse, qkv)
+            for kernel, arguments, options in (module.forward_launch(qkv, out, lse), *backward):
                 found[f"sm_{arch} {kernel.__name__} L={L} D={D}"] = (kernel, arguments, options, arch)
     return found
 
