@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from uvit_fast.kernels.layernorm.fold import new_statistics, split, write_statistics
+from uvit_fast.kernels.layernorm.fold import new_statistics, ranges, split, write_statistics
 from uvit_fast.kernels.quantise import narrow as to_narrow
 from uvit_fast.kernels.runtime import launch, tuning
 from uvit_fast.kernels.runtime.launch import cdiv
@@ -39,12 +39,10 @@ def add(x: Tensor, added: Sequence[Tensor], out: Tensor | None, narrow: Tensor, 
     """
     assert 1 <= len(added) <= MOST
     (M, D), stats = x.shape, new_statistics(x, x.shape[0])
-    tuned, (low, high) = tuning.choice(x.device, "prepare", D), split(D)
+    tuned = tuning.choice(x.device, "prepare", D)
     args = (x, added[0], added[-1], x if out is None else out, narrow, stats, M, stats.stride(0), eps)
     options = {
-        "D": D,
-        "LO": low,
-        "HI": high,
+        **split(D),
         "TWO": len(added) == 2,
         "WIDE": out is not None,
         "ROWS": tuned["rows"],
@@ -52,21 +50,6 @@ def add(x: Tensor, added: Sequence[Tensor], out: Tensor | None, narrow: Tensor, 
     }
     launch.run(x.device, _kernel, (cdiv(M, tuned["rows"]),), args, options)
     return stats
-
-
-@triton.jit
-def _columns(x, first, second, out, narrow, at, mask, TWO: tl.constexpr, WIDE: tl.constexpr):
-    """Write some columns of the sum, and return them as rounded."""
-    y = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-    y += tl.load(first + at, mask=mask, other=0.0).to(tl.float32)
-    if TWO:
-        y += tl.load(second + at, mask=mask, other=0.0).to(tl.float32)
-    y = y.to(x.dtype.element_ty)
-    if WIDE:
-        tl.store(out + at, y, mask=mask)
-    y = y.to(tl.float32)
-    tl.store(narrow + at, y.to(narrow.dtype.element_ty), mask=mask)
-    return y
 
 
 @triton.jit
@@ -89,11 +72,20 @@ def _kernel(
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at, inside = row.to(tl.int64)[:, None] * D, (row < M)[:, None]
-    lo = tl.arange(0, LO)
-    hi = LO + tl.arange(0, HI if HI else 1)
-    a = _columns(x, first, second, out, narrow, at + lo[None, :], inside, TWO, WIDE)
-    b = a
-    if HI:
-        mask = inside & (hi < D)[None, :]
-        b = _columns(x, first, second, out, narrow, at + hi[None, :], mask, TWO, WIDE)
-    write_statistics(a, b, hi, stats, stride, row, M, eps, D, HI)
+    cols, ys = ranges(LO, HI), ()
+    for i in tl.static_range(len(cols)):
+        mask = inside
+        if i > 0:
+            mask = inside & (cols[i] < D)[None, :]
+        where = at + cols[i][None, :]
+        y = tl.load(x + where, mask=mask, other=0.0).to(tl.float32)
+        y += tl.load(first + where, mask=mask, other=0.0).to(tl.float32)
+        if TWO:
+            y += tl.load(second + where, mask=mask, other=0.0).to(tl.float32)
+        y = y.to(x.dtype.element_ty)
+        if WIDE:
+            tl.store(out + where, y, mask=mask)
+        y = y.to(tl.float32)
+        tl.store(narrow + where, y.to(narrow.dtype.element_ty), mask=mask)
+        ys = ys + (y,)
+    write_statistics(ys, cols, stats, stride, row, M, eps, D)

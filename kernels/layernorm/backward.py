@@ -5,19 +5,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from uvit_fast.kernels.layernorm.fold import split
+from uvit_fast.kernels.layernorm.fold import ranges, split
 from uvit_fast.kernels.runtime import launch, tuning
 from uvit_fast.kernels.runtime.checks import ACCUMULATE
 from uvit_fast.kernels.runtime.reduce import totals
 
 
 @triton.jit
-def _columns(gamma, beta, col, D: tl.constexpr):
-    """Return gamma and beta of these columns, and three sums at zero."""
-    zero = tl.zeros(col.shape, tl.float32)
-    scale = tl.load(gamma + col, mask=col < D, other=0.0).to(tl.float32)
-    shift = tl.load(beta + col, mask=col < D, other=0.0).to(tl.float32)
-    return scale, shift, zero, zero, zero
+def _vector(pointer, col, D: tl.constexpr):
+    return tl.load(pointer + col, mask=col < D, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -31,15 +27,6 @@ def _fetch(g, x, dy, row, col, M, D: tl.constexpr, RESIDUAL: tl.constexpr):
 @triton.jit
 def _store(to, at, value, col, D: tl.constexpr):
     tl.store(to + at, value.to(to.dtype.element_ty), mask=col < D)
-
-
-@triton.jit
-def _keep(partial, dgamma, dbeta, passed, col, D: tl.constexpr, RESIDUAL: tl.constexpr):
-    out = partial + tl.program_id(0) * 3 * D + col
-    tl.store(out, dgamma, mask=col < D)
-    tl.store(out + D, dbeta, mask=col < D)
-    if RESIDUAL:
-        tl.store(out + 2 * D, passed, mask=col < D)
 
 
 @triton.jit
@@ -61,49 +48,46 @@ def _backward_kernel(
     RESIDUAL: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    lo = tl.arange(0, LO)
-    hi = LO + tl.arange(0, HI if HI else 1)
-    scale, shift, dgamma, dbeta, passed = _columns(gamma, beta, lo, D)
-    g_next, x_next, dy_next = _fetch(g, x, dy, pid, lo, M, D, RESIDUAL)  # a row ahead of the one that is worked on
-    if HI:
-        scale2, shift2, dgamma2, dbeta2, passed2 = _columns(gamma, beta, hi, D)
-        g_next2, x_next2, dy_next2 = _fetch(g, x, dy, pid, hi, M, D, RESIDUAL)
+    cols = ranges(LO, HI)  # all tuples are over them
+    scales, shifts, dgammas, dbetas, passed, ahead = (), (), (), (), (), ()
+    for i in tl.static_range(len(cols)):
+        scales, shifts = scales + (_vector(gamma, cols[i], D),), shifts + (_vector(beta, cols[i], D),)
+        zero = (tl.zeros(cols[i].shape, tl.float32),)
+        dgammas, dbetas, passed = dgammas + zero, dbetas + zero, passed + zero
+        ahead = ahead + (_fetch(g, x, dy, pid, cols[i], M, D, RESIDUAL),)  # a row ahead of the one that is worked on
     for row in range(pid, M, tl.num_programs(0)):
         mean = tl.load(stats + row)
         rstd = tl.load(stats + stride + row)
-        gv, hat, dyv = g_next.to(tl.float32), (x_next.to(tl.float32) - mean) * rstd, dy_next.to(tl.float32)
-        g_next, x_next, dy_next = _fetch(g, x, dy, row + tl.num_programs(0), lo, M, D, RESIDUAL)
-        c1 = tl.sum(gv * scale, axis=0)
-        c2 = tl.sum(gv * scale * hat, axis=0)
-        if HI:
-            gv2, hat2, dyv2 = g_next2.to(tl.float32), (x_next2.to(tl.float32) - mean) * rstd, dy_next2.to(tl.float32)
-            g_next2, x_next2, dy_next2 = _fetch(g, x, dy, row + tl.num_programs(0), hi, M, D, RESIDUAL)
-            c1 += tl.sum(gv2 * scale2, axis=0)  # g is 0 outside
-            c2 += tl.sum(gv2 * scale2 * hat2, axis=0)
+        current, following = (), ()
+        c1, c2 = 0.0, 0.0
+        for i in tl.static_range(len(cols)):
+            gv, xv, dyv = ahead[i]
+            gv, hat, dyv = gv.to(tl.float32), (xv.to(tl.float32) - mean) * rstd, dyv.to(tl.float32)
+            current = current + ((gv, hat, dyv),)
+            following = following + (_fetch(g, x, dy, row + tl.num_programs(0), cols[i], M, D, RESIDUAL),)
+            s1, s2 = tl.sum(gv * scales[i], axis=0), tl.sum(gv * scales[i] * hat, axis=0)  # g is 0 outside
+            c1, c2 = (s1, s2) if i == 0 else (c1 + s1, c2 + s2)
+        ahead = following
         c1 /= D
         c2 /= D
-        at = tl.cast(row, tl.int64) * D + lo
-        d = rstd * (gv * scale - c1 - hat * c2)
-        if RESIDUAL:
-            d += dyv
-        _store(dx, at, d, lo, D)
-        _store(normed, at, hat * scale + shift, lo, D)
-        dgamma += gv * hat
-        dbeta += gv
-        passed += dyv
-        if HI:
-            at2 = tl.cast(row, tl.int64) * D + hi
-            d2 = rstd * (gv2 * scale2 - c1 - hat2 * c2)
+        dgamma, dbeta, dpassed = (), (), ()
+        for i in tl.static_range(len(cols)):
+            gv, hat, dyv = current[i]
+            at = tl.cast(row, tl.int64) * D + cols[i]
+            d = rstd * (gv * scales[i] - c1 - hat * c2)
             if RESIDUAL:
-                d2 += dyv2
-            _store(dx, at2, d2, hi, D)
-            _store(normed, at2, hat2 * scale2 + shift2, hi, D)
-            dgamma2 += gv2 * hat2
-            dbeta2 += gv2
-            passed2 += dyv2
-    _keep(partial, dgamma, dbeta, passed, lo, D, RESIDUAL)
-    if HI:
-        _keep(partial, dgamma2, dbeta2, passed2, hi, D, RESIDUAL)
+                d += dyv
+            _store(dx, at, d, cols[i], D)
+            _store(normed, at, hat * scales[i] + shifts[i], cols[i], D)
+            dgamma, dbeta = dgamma + (dgammas[i] + gv * hat,), dbeta + (dbetas[i] + gv,)
+            dpassed = dpassed + (passed[i] + dyv,)
+        dgammas, dbetas, passed = dgamma, dbeta, dpassed
+    for i in tl.static_range(len(cols)):
+        out = partial + tl.program_id(0) * 3 * D + cols[i]
+        _store(out, 0, dgammas[i], cols[i], D)
+        _store(out, D, dbetas[i], cols[i], D)
+        if RESIDUAL:
+            _store(out, 2 * D, passed[i], cols[i], D)
 
 
 def backward(
@@ -123,9 +107,9 @@ def backward(
     M, D = x.shape
     dx, normed = torch.empty_like(x), torch.empty_like(x)
     tuned = tuning.choice(x.device, "ln_backward", D)
-    programs, (low, high) = min(M, tuned["programs"]), split(D)
+    programs = min(M, tuned["programs"])
     partial = x.new_empty(programs, 3, D, dtype=ACCUMULATE)
     args = (g, x, g if dy is None else dy, stats, gamma, beta, dx, normed, partial, M, stats.stride(0))
-    options = {"D": D, "LO": low, "HI": high, "RESIDUAL": dy is not None, "num_warps": tuned["warps"]}
+    options = {**split(D), "RESIDUAL": dy is not None, "num_warps": tuned["warps"]}
     launch.run(x.device, _backward_kernel, (programs,), args, options)
     return dx, normed, *totals(partial, 2 if dy is None else 3, x.dtype)

@@ -24,10 +24,29 @@ MERGED = 32  # tokens whose statistics one program computes from their sums
 
 
 @functools.cache
-def split(D: int) -> tuple[int, int]:
-    """Return D as a power of two and one that covers the rest: 1152 = 1024 + 128 idles no lane, 2048 would idle 44%."""
+def split(D: int) -> dict[str, int]:
+    """Return D as a power of two, LO, and one that covers the rest, HI: 1152 = 1024 + 128 idles no lane, 2048 would
+    idle 44%.
+    """
     low = 1 << (D.bit_length() - 1)
-    return low, triton.next_power_of_2(D - low) if D > low else 0
+    return {"D": D, "LO": low, "HI": triton.next_power_of_2(D - low) if D > low else 0}
+
+
+@triton.jit
+def ranges(LO: tl.constexpr, HI: tl.constexpr):
+    """Return the columns of a row, a tuple of one or two ranges: see `split`. All tuples here are over them."""
+    cols = (tl.arange(0, LO),)
+    if HI:
+        cols = (cols[0], LO + tl.arange(0, HI))
+    return cols
+
+
+@triton.jit
+def _total(xs):
+    total = xs[0]
+    for i in tl.static_range(1, len(xs)):
+        total += xs[i]
+    return total
 
 
 @triton.jit
@@ -53,54 +72,48 @@ def _small(w, typical, mask):
 
 
 @triton.jit
-def _fold(layer, results, row, columns, N, scale, D: tl.constexpr, HI: tl.constexpr, HAS_BIAS):
-    """Fold the norm into some rows of the weight, in the first and, with HI, the last columns: see `prepare`."""
+def fold_rows(layer, results, row, cols, N, scale, D: tl.constexpr, HAS_BIAS):
+    """Fold the norm into some rows of the weight: see `prepare`."""
     weight, gamma, beta, bias = layer
     folded, offset = results
-    lo, hi = columns
     first = row.to(tl.int64)[:, None] * D
-    mask = (row < N)[:, None] & (lo < D)[None, :]
-    mask2 = (row < N)[:, None] & (hi < D)[None, :]
-    w, shift = _scaled(weight, gamma, beta, first + lo[None, :], mask, lo, scale, D)
-    centre = tl.sum(w, axis=1)
-    if HI:
-        w2, shift2 = _scaled(weight, gamma, beta, first + hi[None, :], mask2, hi, scale, D)
-        centre += tl.sum(w2, axis=1)
-        shift += shift2
-    w, left, size = _rounded(w, centre / D, mask, folded.dtype.element_ty)
-    if HI:
-        w2, left2, size2 = _rounded(w2, centre / D, mask2, folded.dtype.element_ty)
-        left += left2
-        size += size2
+    masks = [(row < N)[:, None] & (col < D)[None, :] for col in cols]
+    ws, sums, shifts = (), (), ()
+    for i in tl.static_range(len(cols)):
+        w, shift = _scaled(weight, gamma, beta, first + cols[i][None, :], masks[i], cols[i], scale, D)
+        ws, sums, shifts = ws + (w,), sums + (tl.sum(w, axis=1),), shifts + (shift,)
+    centre, shift = _total(sums) / D, _total(shifts)
+    near, lefts, sizes = (), (), ()
+    for i in tl.static_range(len(cols)):
+        w, left, size = _rounded(ws[i], centre, masks[i], folded.dtype.element_ty)
+        near, lefts, sizes = near + (w,), lefts + (left,), sizes + (size,)
     # Rounding leaves a sum, through which the mean of x would show: the smallest weights, rounded least, take it up.
-    small = _small(w, size / D, mask)
-    count = tl.sum(small.to(tl.float32), axis=1)
-    if HI:
-        small2 = _small(w2, size / D, mask2)
-        count += tl.sum(small2.to(tl.float32), axis=1)
-    left = (left / tl.maximum(count, 1.0))[:, None]
-    tl.store(folded + first + lo[None, :], tl.where(small, w - left, w).to(folded.dtype.element_ty), mask=mask)
-    if HI:
-        tl.store(folded + first + hi[None, :], tl.where(small2, w2 - left, w2).to(folded.dtype.element_ty), mask=mask2)
+    typical = _total(sizes) / D
+    smalls, counts = (), ()
+    for i in tl.static_range(len(cols)):
+        small = _small(near[i], typical, masks[i])
+        smalls, counts = smalls + (small,), counts + (tl.sum(small.to(tl.float32), axis=1),)
+    left = (_total(lefts) / tl.maximum(_total(counts), 1.0))[:, None]
+    for i in tl.static_range(len(cols)):
+        w = tl.where(smalls[i], near[i] - left, near[i])
+        tl.store(folded + first + cols[i][None, :], w.to(folded.dtype.element_ty), mask=masks[i])
     if HAS_BIAS:
         shift += scale * tl.load(bias + row, mask=row < N, other=0.0).to(tl.float32)
     tl.store(offset + row, shift, mask=row < N)
 
 
 @triton.jit
-def write_statistics(a, b, hi, stats, stride, row, M, eps, D: tl.constexpr, HI: tl.constexpr):
-    """Write mean and rstd of rows of D values: a, fp32, and with HI b, whose columns are `hi`."""
-    mean = tl.sum(a, axis=1)
-    if HI:
-        mean += tl.sum(b, axis=1)
-    mean = mean / D
-    a -= mean[:, None]
-    variance = tl.sum(a * a, axis=1)  # of the centred values: exact for any mean
-    if HI:
-        b = tl.where((hi < D)[None, :], b - mean[:, None], 0.0)
-        variance += tl.sum(b * b, axis=1)
+def write_statistics(xs, cols, stats, stride, row, M, eps, D: tl.constexpr):
+    """Write mean and rstd of rows of D values, fp32."""
+    mean = _total([tl.sum(x, axis=1) for x in xs]) / D
+    squares = ()
+    for i in tl.static_range(len(xs)):  # of the centred values: exact for any mean
+        x = xs[i] - mean[:, None]
+        if i > 0:
+            x = tl.where((cols[i] < D)[None, :], x, 0.0)
+        squares = squares + (tl.sum(x * x, axis=1),)
     tl.store(stats + row, mean, mask=row < M)
-    tl.store(stats + stride + row, 1.0 / tl.sqrt(variance / D + eps), mask=row < M)
+    tl.store(stats + stride + row, 1.0 / tl.sqrt(_total(squares) / D + eps), mask=row < M)
 
 
 @triton.jit
@@ -131,12 +144,10 @@ def _prepare_kernel(
 ):
     pid = tl.program_id(0)
     weight_programs = tl.cdiv(N, ROWS)
-    lo = tl.arange(0, LO)
-    hi = LO + tl.arange(0, HI if HI else 1)
+    cols = ranges(LO, HI)
     if pid < weight_programs:
         row = pid * ROWS + tl.arange(0, ROWS)
-        layer = (weight, gamma, beta, bias)
-        _fold(layer, (folded, offset), row, (lo, hi), N, scale, D, HI, HAS_BIAS)
+        fold_rows((weight, gamma, beta, bias), (folded, offset), row, cols, N, scale, D, HAS_BIAS)
     elif SUMS:
         token = (pid - weight_programs) * TOKENS + tl.arange(0, TOKENS)
         chunk = tl.arange(0, SUMS)
@@ -152,17 +163,16 @@ def _prepare_kernel(
     else:
         row = (pid - weight_programs) * ROWS + tl.arange(0, ROWS)
         at = row.to(tl.int64)[:, None] * D
-        inside = (row < M)[:, None]
-        a = tl.load(x + at + lo[None, :], mask=inside, other=0.0).to(tl.float32)
-        b = a
-        if NARROW:
-            tl.store(narrow + at + lo[None, :], a.to(narrow.dtype.element_ty), mask=inside)
-        if HI:
-            last = inside & (hi < D)[None, :]
-            b = tl.load(x + at + hi[None, :], mask=last, other=0.0).to(tl.float32)
+        xs = ()
+        for i in tl.static_range(len(cols)):
+            inside = (row < M)[:, None]
+            if i > 0:
+                inside = inside & (cols[i] < D)[None, :]
+            value = tl.load(x + at + cols[i][None, :], mask=inside, other=0.0).to(tl.float32)
             if NARROW:
-                tl.store(narrow + at + hi[None, :], b.to(narrow.dtype.element_ty), mask=last)
-        write_statistics(a, b, hi, stats, stride, row, M, eps, D, HI)
+                tl.store(narrow + at + cols[i][None, :], value.to(narrow.dtype.element_ty), mask=inside)
+            xs = xs + (value,)
+        write_statistics(xs, cols, stats, stride, row, M, eps, D)
 
 
 @contextlib.contextmanager
@@ -204,15 +214,12 @@ def _launch(
     (N, M), D = rows, x.shape[1]
     gamma, beta, weight, bias = layer
     tuned = tuning.choice(x.device, "prepare", D)
-    low, high = split(D)
     grid = (cdiv(N, tuned["rows"]) + cdiv(M, tuned["rows"] if sums is None else MERGED),)
     args = (x, gamma, beta, weight, x if bias is None else bias, stats, *folded)
     args += (stats if sums is None else sums, stats if narrow is None else narrow)
     args += (M, N, stats.stride(0), scale, eps)
     options = {
-        "D": D,
-        "LO": low,
-        "HI": high,
+        **split(D),
         "HAS_BIAS": bias is not None,
         "SUMS": 0 if sums is None else triton.next_power_of_2(sums.shape[0]),
         "NARROW": narrow is not None,

@@ -121,8 +121,7 @@ def _refold_kernel(
         mark = _place(layer, 6, marks, 1) + tl.program_id(0) * 4
         sum1, sum2 = tl.load(mark + 2), tl.load(mark + 3)
         if (sum1 != tl.load(mark)) | (sum2 != tl.load(mark + 1)):
-            lo = tl.arange(0, LO)
-            hi = LO + tl.arange(0, HI if HI else 1)
+            cols = fold.ranges(LO, HI)
             norm = _place(layer, 1, values, 8), _place(layer, 2, values, 8)
             of = (_place(layer, 0, values, 8), norm[0], norm[1], _place(layer, 3, values, 1))
             results = _place(layer, 4, values, 8), _place(layer, 5, offsets, 4)
@@ -130,7 +129,7 @@ def _refold_kernel(
             has_bias = tl.load(layer + 8) != 0
             for i in range(0, GROUP, ROWS):
                 row = first + i + tl.arange(0, ROWS)
-                fold._fold(of, results, row, (lo, hi), N, scale, D, HI, has_bias)
+                fold.fold_rows(of, results, row, cols, N, scale, D, has_bias)
             tl.store(mark, sum1)
             tl.store(mark + 1, sum2)
 
@@ -199,9 +198,8 @@ def look_options(D: int, itemsize: int) -> dict:
 
 def options(D: int, tuned: dict) -> dict:
     """Return the constants of `_refold_kernel`, whose bits are `fold.prepare`'s: the same tiles, nothing contracted."""
-    low, high = fold.split(D)
     rows = {"ROWS": tuned["rows"], "GROUP": GROUP, "FIELDS": FIELDS}
-    return {"D": D, "LO": low, "HI": high, **rows, "num_warps": tuned["warps"], "enable_fp_fusion": False}
+    return {**fold.split(D), **rows, "num_warps": tuned["warps"], "enable_fp_fusion": False}
 
 
 def _each(calls: list[Callable[[], None]]) -> None:

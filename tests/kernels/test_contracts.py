@@ -111,7 +111,7 @@ def hopper() -> dict:
 def plain(arch: int) -> dict:
     """The kernels in plain Triton that an architecture runs."""
     table = tuning.table(arch)
-    low, high = fold.split(D)
+    _, low, high = fold.split(D).values()
     x, v, w, stats = meta(M, D), meta(D), meta(H, D), fp32(2, M)
 
     def prepare(sums, narrow=False):
