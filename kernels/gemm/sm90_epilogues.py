@@ -161,6 +161,17 @@ class Memory:
 
 
 @aggregate
+class Staging:
+    """An epilogue's shared memory."""
+
+    leaving: gl.shared_memory_descriptor  # (2 LEAVING, PART, 64): out on its way
+    leaving2: gl.shared_memory_descriptor  # likewise: second
+    arriving: gl.shared_memory_descriptor  # (2 ARRIVING, PART, 64): side on its way
+    arrived: gl.shared_memory_descriptor  # (2 ARRIVING) barriers
+    rstds: gl.shared_memory_descriptor  # FOLD "sums": (2, TOKENS) fp32, a consumer's own
+
+
+@aggregate
 class Epilogue:
     """The destinations of the results, and the inputs beside the accumulator."""
 
@@ -168,11 +179,7 @@ class Epilogue:
     second: tma.tensor_descriptor  # (M, N), likewise: GELU's h (gelu_save), GELU's value (gelu_backward)
     side: tma.tensor_descriptor  # (M, N), likewise: the residual, or GELU's h (gelu_backward)
     memory: Memory
-    leaving: gl.shared_memory_descriptor  # (2 LEAVING, PART, 64): out on its way
-    leaving2: gl.shared_memory_descriptor  # likewise: second
-    arriving: gl.shared_memory_descriptor  # (2 ARRIVING, PART, 64): side on its way
-    arrived: gl.shared_memory_descriptor  # (2 ARRIVING) barriers
-    rstds: gl.shared_memory_descriptor  # FOLD "sums": (2, TOKENS) fp32, a consumer's own
+    staging: Staging
     shares: Shares
     LEAVING: gl.constexpr  # buffers per consumer
     ARRIVING: gl.constexpr
@@ -208,7 +215,7 @@ class Epilogue:
             mean = gl.sum(summed, axis=0) * (1.0 / (self.how.CHUNKS * 64))
             apart = gl.where(known, summed * (1.0 / 64) - gl.expand_dims(mean, 0), 0.0)
             variance = gl.sum(squares + 64 * apart * apart, axis=0) * (1.0 / (self.how.CHUNKS * 64))
-            self.rstds.index(at.WHO).store(1.0 / gl.sqrt(variance + self.memory.eps))
+            self.staging.rstds.index(at.WHO).store(1.0 / gl.sqrt(variance + self.memory.eps))
 
     @gluon.jit
     def ask(self, at):
@@ -218,9 +225,7 @@ class Epilogue:
             tma.store_wait(0)
         for b in gl.static_range(self.ARRIVING):
             self.fetch(at, b)
-        shift = gl.to_tensor(0.0)
-        scale = gl.to_tensor(0.0)
-        rstd = gl.to_tensor(0.0)
+        shift, scale, rstd = 0.0, 0.0, 0.0
         row = at.feature + gl.arange(0, 64, layout=gl.SliceLayout(1, lay))
         if self.how.HAS_BIAS:
             shift = gl.load(self.memory.bias + row, mask=row < self.memory.N, other=0.0).to(gl.float32)
@@ -240,7 +245,7 @@ class Epilogue:
         """
         lay: gl.constexpr = mma(self.PART)
         if self.how.FOLD == "sums":
-            found = self.rstds.index(at.WHO).slice(j * self.PART, self.PART).load(gl.SliceLayout(0, lay))
+            found = self.staging.rstds.index(at.WHO).slice(j * self.PART, self.PART).load(gl.SliceLayout(0, lay))
         else:
             col = gl.arange(0, self.PART, layout=gl.SliceLayout(0, lay))
             found = gl.load(self.memory.rstd + at.token + j * self.PART + col)
@@ -265,24 +270,26 @@ class Epilogue:
     def fetch(self, at, j: gl.constexpr):
         """Request part j of the side input, into its own buffer."""
         b: gl.constexpr = at.WHO * self.ARRIVING + j % self.ARRIVING
-        bar = self.arrived.index(b)
+        bar = self.staging.arrived.index(b)
         mbarrier.expect(bar, self.side.block_type.nbytes)
-        tma.async_copy_global_to_shared(self.side, [at.token + j * self.PART, at.feature], bar, self.arriving.index(b))
+        tma.async_copy_global_to_shared(
+            self.side, [at.token + j * self.PART, at.feature], bar, self.staging.arriving.index(b)
+        )
 
     @gluon.jit
     def arrival(self, at, uses, j: gl.constexpr):
         """Return part j of the side input, fp32, and its buffer, which was used `uses` times before this tile."""
         lay: gl.constexpr = mma(self.PART)
         b: gl.constexpr = at.WHO * self.ARRIVING + j % self.ARRIVING
-        mbarrier.wait(self.arrived.index(b), (uses + j // self.ARRIVING) & 1)
-        buf = self.arriving.index(b)
+        mbarrier.wait(self.staging.arrived.index(b), (uses + j // self.ARRIVING) & 1)
+        buf = self.staging.arriving.index(b)
         return widened(buf.permute([1, 0]).load(lay)), buf
 
     @gluon.jit
     def pass_by(self, at, uses):
         """Let what `ask` asked for come in: another program finishes this tile."""
         for b in gl.static_range(self.ARRIVING):
-            mbarrier.wait(self.arrived.index(at.WHO * self.ARRIVING + b), uses & 1)
+            mbarrier.wait(self.staging.arrived.index(at.WHO * self.ARRIVING + b), uses & 1)
 
     @gluon.jit
     def send(self, x, at, j: gl.constexpr, buf):
@@ -303,8 +310,8 @@ class Epilogue:
     def send_two(self, x, y, at, j: gl.constexpr):
         """Send part j of out and of second at once: one fence and one barrier for both."""
         tma.store_wait(2 * (self.LEAVING - 1))
-        x_buf = self.leaving.index(at.WHO * self.LEAVING + j % self.LEAVING)
-        y_buf = self.leaving2.index(at.WHO * self.LEAVING + j % self.LEAVING)
+        x_buf = self.staging.leaving.index(at.WHO * self.LEAVING + j % self.LEAVING)
+        y_buf = self.staging.leaving2.index(at.WHO * self.LEAVING + j % self.LEAVING)
         x_buf.permute([1, 0]).store(x.to(self.out.dtype))
         y_buf.permute([1, 0]).store(y.to(self.out.dtype))
         fence_async_shared()
@@ -343,7 +350,7 @@ def plain(e, xs, ahead, at):
     for j in gl.static_range(e.TOKENS // e.PART):
         x, ahead = e.affine(xs[j], ahead, at, j)
         tma.store_wait(e.LEAVING - 1)
-        e.send(x, at, j, e.leaving.index(at.WHO * e.LEAVING + j % e.LEAVING))
+        e.send(x, at, j, e.staging.leaving.index(at.WHO * e.LEAVING + j % e.LEAVING))
 
 
 @gluon.jit
@@ -354,7 +361,7 @@ def gelu(e, xs, ahead, at):
         t, w = gate(x)
         x = x * t + x
         tma.store_wait(e.LEAVING - 1)
-        e.send(x, at, j, e.leaving.index(at.WHO * e.LEAVING + j % e.LEAVING))
+        e.send(x, at, j, e.staging.leaving.index(at.WHO * e.LEAVING + j % e.LEAVING))
 
 
 @gluon.jit

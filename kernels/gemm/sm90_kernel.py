@@ -23,6 +23,7 @@ from uvit_fast.kernels.gemm.sm90_epilogues import (
     Epilogue,
     Memory,
     Place,
+    Staging,
     gelu,
     gelu_backward,
     gelu_save,
@@ -276,24 +277,9 @@ def _epilogue(boxes, memory, shares, LEAVING: gl.constexpr, ARRIVING: gl.constex
     rstds = leaving
     if how.FOLD == "sums":
         rstds = gl.allocate_shared_memory(gl.float32, [CONSUMERS, TOKENS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    return Epilogue(
-        out=out,
-        second=second,
-        side=side,
-        memory=memory,
-        leaving=leaving,
-        leaving2=leaving2,
-        arriving=arriving,
-        arrived=arrived,
-        rstds=rstds,
-        shares=shares,
-        LEAVING=LEAVING,
-        ARRIVING=ARRIVING,
-        TOKENS=TOKENS,
-        PART=shape[0],
-        LATE=how.FOLD == "sums" and shares.SPAN <= LATE_TOKENS,
-        how=how,
-    )
+    staging = Staging(leaving, leaving2, arriving, arrived, rstds)
+    LATE: gl.constexpr = how.FOLD == "sums" and shares.SPAN <= LATE_TOKENS
+    return Epilogue(out, second, side, memory, staging, shares, LEAVING, ARRIVING, TOKENS, shape[0], LATE, how)
 
 
 @gluon.jit
@@ -328,10 +314,8 @@ def gemm_kernel(
 ):
     TOKENS: gl.constexpr = x.block_type.shape[0]
     TAIL: gl.constexpr = 0 if x_tail is None else x_tail.block_type.shape[0]
-    tiles, steps = gl.to_tensor(tiles), gl.to_tensor(steps)
     shares = Shares(tiles, steps, shared, arrivals, TOKENS + TAIL, HOW.MOST)
-    rstd = stats + stride_stats
-    memory = Memory(bias, rstd, gl.to_tensor(eps), partial, sums, narrow, gl.to_tensor(M), gl.to_tensor(N))
+    memory = Memory(bias, stats + stride_stats, eps, partial, sums, narrow, M, N)
     own: gl.constexpr = TOKENS // (2 if HOW.HALVES else 1)
     epilogue = _epilogue((out, second, side), memory, shares, HOW.LEAVING, HOW.ARRIVING, own, HOW)
     tail = None
@@ -342,22 +326,7 @@ def gemm_kernel(
     turns = barriers(4) if HOW.PAIRS == 2 else None
     stages = ring(w, x, HOW.STAGES, HOW.TRANSPOSED, True, x_tail, HOW.HALVES)
     met = barriers(2) if HOW.HALVES else stages.full
-    g = Gemm(
-        w=w,
-        x=x,
-        x2=x2,
-        x_tail=x_tail,
-        x2_tail=x2_tail,
-        ring=stages,
-        met=met,
-        epilogue=epilogue,
-        tail=tail,
-        shares=shares,
-        across=gl.to_tensor(across),
-        steps1=gl.to_tensor(steps1),
-        turns=turns,
-        how=HOW,
-    )
+    g = Gemm(w, x, x2, x_tail, x2_tail, stages, met, epilogue, tail, shares, across, steps1, turns, HOW)
     if HOW.PAIRS == 1:
         gl.warp_specialize([(_consumer, (g, 0)), (_consumer, (g, 1)), (_producer, (g,))], [4, 1], [240, 24])
     else:

@@ -24,6 +24,7 @@ from uvit_fast.kernels.runtime import launch
 from uvit_fast.kernels.runtime.aggregate import aggregate
 from uvit_fast.kernels.runtime.checks import ACCUMULATE
 from uvit_fast.kernels.runtime.device import multiprocessors
+from uvit_fast.kernels.runtime.hopper import mma
 from uvit_fast.kernels.runtime.launch import cdiv, descriptor
 from uvit_fast.kernels.runtime.reduce import totals
 
@@ -100,7 +101,7 @@ def _producer(g):
 @gluon.jit
 def _product(ring, step, count, WHO: gl.constexpr, COLS: gl.constexpr, BIAS: gl.constexpr):
     """Return the product [64, COLS] over `count` stages; with BIAS, on other cores, A summed over them, [BK, 64]."""
-    acc = gl.zeros([64, COLS], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16]))
+    acc = gl.zeros([64, COLS], gl.float32, mma(COLS))
     flat: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     BK: gl.constexpr = ring.a.shape[1]
     sums = gl.zeros([BK, 64], gl.float32, flat)
@@ -123,20 +124,17 @@ def _product(ring, step, count, WHO: gl.constexpr, COLS: gl.constexpr, BIAS: gl.
 @gluon.jit
 def _consumer(g, WHO: gl.constexpr):
     COLS: gl.constexpr = g.dy_cols.block_type.shape[1]
-    lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
+    lay: gl.constexpr = mma(COLS)
     flat: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     step = 0
     for unit in range(gl.program_id(0), g.plan.units, gl.num_programs(0)):
         tile, split, first, last = g.plan.unit(unit)
         # The consumer's first feature of dy, where the roles are not swapped.
         at = (tile % g.plan.down) * 2 * 64 + WHO * 64
-        if g.BIAS:
-            if tile < g.plan.down:  # one tile per row of tiles sums it
-                acc, sums = _product(g.ring, step, last - first, WHO, COLS, True)
-                row = at + gl.arange(0, 64, layout=gl.SliceLayout(0, flat))
-                gl.store(g.bias_parts + split * g.N + row, gl.sum(sums, axis=0), mask=row < g.N)
-            else:
-                acc, sums = _product(g.ring, step, last - first, WHO, COLS, False)
+        if g.BIAS and tile < g.plan.down:  # one tile per row of tiles sums it
+            acc, sums = _product(g.ring, step, last - first, WHO, COLS, True)
+            row = at + gl.arange(0, 64, layout=gl.SliceLayout(0, flat))
+            gl.store(g.bias_parts + split * g.N + row, gl.sum(sums, axis=0), mask=row < g.N)
         else:
             acc, sums = _product(g.ring, step, last - first, WHO, COLS, False)
         i = gl.arange(0, 64, layout=gl.SliceLayout(1, lay))
@@ -176,31 +174,9 @@ def weight_gradient_kernel(
     STAGES: gl.constexpr,
     BIAS: gl.constexpr,
 ):
-    plan = Plan(
-        gl.to_tensor(whole),
-        gl.to_tensor(ragged),
-        gl.to_tensor(splits),
-        gl.to_tensor(units),
-        gl.to_tensor(steps),
-        gl.to_tensor(down),
-        gl.to_tensor(plain),
-        gl.to_tensor(strip),
-    )
-    g = Gradient(
-        dy_rows=dy_rows,
-        dy_cols=dy_cols,
-        x_rows=x_rows,
-        x_cols=x_cols,
-        out=out,
-        parts=parts,
-        bias_parts=bias_parts,
-        N=gl.to_tensor(N),
-        K=gl.to_tensor(K),
-        stride=gl.to_tensor(stride),
-        ring=ring(dy_rows, dy_cols, STAGES, True, False),
-        plan=plan,
-        BIAS=BIAS,
-    )
+    plan = Plan(whole, ragged, splits, units, steps, down, plain, strip)
+    stages = ring(dy_rows, dy_cols, STAGES, True, False)
+    g = Gradient(dy_rows, dy_cols, x_rows, x_cols, out, parts, bias_parts, N, K, stride, stages, plan, BIAS)
     gl.warp_specialize([(_consumer, (g, 0)), (_consumer, (g, 1)), (_producer, (g,))], [4, 1], [232, 40])
 
 
