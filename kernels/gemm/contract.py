@@ -1,7 +1,7 @@
 """What every GEMM core offers, and what the cores share: the epilogues' names, GELU's constants, memory for results."""
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -80,29 +80,10 @@ class Core(ABC):
     def product(self, call: Call) -> Product:
         """Launch the kernel."""
 
-    def linear(
-        self,
-        x: Tensor,
-        linear: Linear,
-        *,
-        x2: Tensor | None = None,
-        stats: Tensor | Summed | None = None,
-        residual: Tensor | None = None,
-        overwrite: bool = False,
-        sums: Tensor | None = None,
-    ) -> Tensor:
-        """Return x @ w.T + bias, with the given sources and epilogue.
-
-        Args:
-            x, linear, x2, stats, sums: as in `Call`.
-            residual: (M, N), contiguous, added last.
-            overwrite: the result takes the residual's place.
-
-        Returns:
-            (M, N).
-        """
+    def linear(self, x: Tensor, linear: Linear, *, residual: Tensor | None = None, **more: Any) -> Tensor:
+        """Return x @ w.T + bias, plus the residual (M, N) if there is one: (M, N). `more` is as in `Call`."""
         epilogue = "plain" if residual is None else "residual"
-        return self.product(Call(epilogue, x, linear, x2, stats, residual, overwrite, sums)).out
+        return self.product(Call(epilogue, x, linear, side=residual, **more)).out
 
     def linear_gelu(
         self, x: Tensor, linear: Linear, *, stats: Tensor | Summed, save: bool
@@ -126,8 +107,7 @@ class Core(ABC):
             The argument's gradient (dy @ w) * GELU'(2 h), (M, N); GELU(2 h), (M, N), which the weight gradient needs;
             the column sums of the first, (N,).
         """
-        call = Call("gelu_backward", dy, Linear(weight), side=h, overwrite=overwrite, transposed=True)
-        made = self.product(call)
+        made = self.product(Call("gelu_backward", dy, Linear(weight), side=h, overwrite=overwrite, transposed=True))
         return made.out, made.second, *reduce.totals(made.partial, 1, dy.dtype)
 
     def input_gradient(self, dy: Tensor, weight: Tensor) -> Tensor:

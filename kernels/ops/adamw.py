@@ -3,6 +3,8 @@
 36 bytes per weight, where the gradient and the copy have 2: 18 GB for 500 million.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -29,38 +31,41 @@ def factors(keep: Tensor, scale: Tensor, step: Tensor, betas: Tensor) -> Tensor:
     return torch.stack([keep, scale, left[0].reciprocal().float(), left[1].rsqrt().float()])
 
 
-def reference(
-    weights: Tensor,
-    gradient: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    average: Tensor,
-    computed: Tensor,
-    numbers: Tensor,
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    decay: float,
-) -> None:
+class Partition(NamedTuple):
+    """What a step reads and writes: contiguous tensors of one length."""
+
+    weights: Tensor  # (n,) fp32, changed, as the next three
+    exp_avg: Tensor  # (n,) fp32
+    exp_avg_sq: Tensor  # (n,) fp32
+    average: Tensor  # (n,) fp32, becomes decay * average + (1 - decay) * weights
+    computed: Tensor  # (n,) of any float dtype, receives the new weights
+    gradient: Tensor  # (n,) of any float dtype
+
+
+class Settings(NamedTuple):
+    """The numbers that stay the same from step to step."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    decay: float  # of the moving average
+
+
+def reference(part: Partition, numbers: Tensor, how: Settings) -> None:
     """Take one step in plain PyTorch (Loshchilov and Hutter 2019, Algorithm 2; the average: paper, Appendix).
 
     Args:
-        weights, exp_avg, exp_avg_sq, average: (n,) fp32, changed in place.
-        gradient: (n,) of any float dtype.
-        computed: (n,) of any float dtype, receives the new weights.
         numbers: from `factors`.
-        decay: average <- decay * average + (1 - decay) * weights.
     """
     keep, scale, first, second = numbers.unbind()
-    g = torch.where(keep > 0, gradient.float() * scale, 0)
-    exp_avg.lerp_(g, (1 - betas[0]) * keep)
-    exp_avg_sq.lerp_(g.square_(), (1 - betas[1]) * keep)
-    weights.sub_(weights * (lr * weight_decay * keep))
-    weights.sub_(exp_avg / (exp_avg_sq.sqrt() * second + eps) * (lr * first * keep))
-    average.lerp_(weights, (1 - decay) * keep)
-    computed.copy_(weights)
+    g = torch.where(keep > 0, part.gradient.float() * scale, 0)
+    part.exp_avg.lerp_(g, (1 - how.betas[0]) * keep)
+    part.exp_avg_sq.lerp_(g.square_(), (1 - how.betas[1]) * keep)
+    part.weights.sub_(part.weights * (how.lr * how.weight_decay * keep))
+    part.weights.sub_(part.exp_avg / (part.exp_avg_sq.sqrt() * second + how.eps) * (how.lr * first * keep))
+    part.average.lerp_(part.weights, (1 - how.decay) * keep)
+    part.computed.copy_(part.weights)
 
 
 @triton.jit
@@ -101,34 +106,16 @@ def _adamw_kernel(
         tl.store(computed + at, p.to(computed.dtype.element_ty), mask=inside)
 
 
-def adamw(
-    weights: Tensor,
-    gradient: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    average: Tensor,
-    computed: Tensor,
-    numbers: Tensor,
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    decay: float,
-) -> None:
+def adamw(part: Partition, numbers: Tensor, how: Settings) -> None:
     """Take the step of `reference`, on a GPU in one launch, elsewhere in plain PyTorch.
-
-    All tensors are contiguous and of one length.
 
     Raises:
         ValueError: lengths that differ.
     """
-    tensors = (weights, exp_avg, exp_avg_sq, average, computed, gradient)
-    if len({t.numel() for t in tensors}) > 1:
-        raise ValueError(f"adamw: expected tensors of one length, got {[t.numel() for t in tensors]}")
-    settings = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "decay": decay}
-    if weights.device.type != "cuda" and not interpreting():
-        return reference(weights, gradient, exp_avg, exp_avg_sq, average, computed, numbers, betas=betas, **settings)
-    n, block = weights.numel(), 1024
-    args = (*tensors, numbers, n, lr, 1 - betas[0], 1 - betas[1], eps, weight_decay, 1 - decay)
-    launch.run(weights.device, _adamw_kernel, (cdiv(n, block),), args, {"BLOCK": block, "num_warps": 4})
+    if len({t.numel() for t in part}) > 1:
+        raise ValueError(f"adamw: expected tensors of one length, got {[t.numel() for t in part]}")
+    device, n, block = part.weights.device, part.weights.numel(), 1024
+    if device.type != "cuda" and not interpreting():
+        return reference(part, numbers, how)
+    args = (*part, numbers, n, how.lr, 1 - how.betas[0], 1 - how.betas[1], how.eps, how.weight_decay, 1 - how.decay)
+    launch.run(device, _adamw_kernel, (cdiv(n, block),), args, {"BLOCK": block, "num_warps": 4})

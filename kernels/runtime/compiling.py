@@ -9,20 +9,15 @@ from collections.abc import Iterator
 
 from triton import knobs
 
-AFTER, EVERY = (
-    1.0,
-    10.0,
-)  # seconds: of one kernel, after which a line says what goes on; between lines that say how far it is
+AFTER = 1.0  # seconds of one kernel, after which a line says what goes on
+EVERY = 10.0  # seconds between lines that say how far it is
 
 
 class _Told:
     def __init__(self):
         self.lock = threading.Lock()
-        self.kernels, self.began, self.last = (
-            0,
-            0.0,
-            0.0,
-        )  # compiled since the first line; when that was; the last line's time
+        self.kernels = 0  # compiled since the first line
+        self.began = self.last = 0.0  # when the first line was, and the last
 
     def begin(self) -> None:
         with self.lock:

@@ -4,7 +4,7 @@ import contextlib
 import weakref
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,9 +12,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from uvit_fast.kernels.runtime import launch
 
-_kept: ContextVar[dict[tuple, Any] | None] = ContextVar("kept", default=None)
-_counting: ContextVar[dict[tuple, Tensor] | None] = ContextVar("counting", default=None)
-_early: ContextVar[bool] = ContextVar("early", default=True)
+
+class _Stretch(NamedTuple):
+    kept: dict[tuple, Any] | None  # by its users; None: weights may change in it
+    counters: dict[tuple, Tensor]  # its own; kept with the rest, if it keeps anything
+    early: bool  # whether kernels may begin before the one before them has ended (`runtime.hopper`)
+
+
+# The open one, by thread: for ops that a network calls, whose forward could not pass it on.
+_open: ContextVar[_Stretch | None] = ContextVar("open", default=None)
 _counters: dict[tuple, Tensor] = {}  # by device and stream, outside of stretches
 
 
@@ -23,20 +29,19 @@ def stretch(kept: dict[tuple, Any] | None, early: bool = True) -> Iterator[None]
     """Open a stretch of work on one stream, or continue one, by what it `kept`; None: weights may change in it.
 
     Args:
-        early: whether kernels may begin before the one before them has ended (`runtime.early`).
+        early: whether kernels may begin before the one before them has ended (`runtime.hopper`).
     """
-    token, counting, before = _kept.set(kept), _counting.set({} if kept is None else kept), _early.set(early)
+    token = _open.set(_Stretch(kept, {} if kept is None else kept, early))
     try:
         yield
     finally:
-        _early.reset(before)
-        _kept.reset(token)
-        _counting.reset(counting)
+        _open.reset(token)
 
 
 def kept() -> dict[tuple, Any] | None:
     """Return what the open stretch keeps, keyed by its users; None without one, or if it keeps nothing."""
-    return _kept.get()
+    here = _open.get()
+    return None if here is None else here.kept
 
 
 def met(weight: Tensor) -> bool:
@@ -45,13 +50,13 @@ def met(weight: Tensor) -> bool:
     False without a stretch, or in one that keeps nothing, since there they may still be being written, and for a tensor
     that is made anew each time in another's place.
     """
-    known = kept()
-    if known is None or not _early.get():
+    here = _open.get()
+    if here is None or here.kept is None or not here.early:
         return False
     whole = weight if weight._base is None else weight._base
     key = ("met", weight.device, weight.data_ptr())
-    before = known.get(key)
-    known[key] = weakref.ref(whole)
+    before = here.kept.get(key)
+    here.kept[key] = weakref.ref(whole)
     return before is not None and before() is whole
 
 
@@ -62,19 +67,17 @@ def counters(device: torch.device, count: int) -> Tensor:
     may be replayed, nor those of another capture: it gets new ones for each launch, unless they existed when a
     stretch's capture began, or the stretch keeps nothing and so is no longer than the capture.
     """
-
-    def new() -> Tensor:
-        with _disable_current_modes():
-            return torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
-
-    known, key = _counting.get(), ("counters", device)
+    here, key = _open.get(), ("counters", device)
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if known is None:
+    if here is None:
         known, key = {} if capturing else _counters, ("counters", device, launch.stream(device))
+    else:
+        known = here.counters
     if key not in known or len(known[key]) < count:
-        if capturing and _kept.get() is not None:
+        if capturing and kept() is not None:
             known = {}
-        known[key] = new()
+        with _disable_current_modes():
+            known[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
     if launch.listener.here is not None:
         launch.listener.here.counted(known[key], count)
     return known[key]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from uvit_fast.kernels import gemm
 from uvit_fast.kernels.gemm import fp8, sm90_fp8
+from uvit_fast.kernels.gemm.contract import CASES
 from uvit_fast.kernels.layernorm import fold, sums
 from uvit_fast.kernels.layernorm.backward import backward
 from uvit_fast.kernels.layers import Linear, Norm
@@ -31,7 +32,6 @@ TOKENS = 33024  # 128 images of 258 tokens
 FEW = [258 * images for images in (1, 2, 4, 8, 16, 32)]
 COPIES = 8  # of a weight in products of few tokens: more than L2 holds, as in a network
 NOISE = 0.015  # share by which a candidate must win
-_GEMMS = ("gemm", "gemm_residual", "gemm_gelu", "gemm_gelu_save", "gemm_gelu_backward")
 _OURS = [{"ours": True}, {"ours": False}]
 _FORMS = [  # of tiles for few tokens: tokens, tokens beside, stages, tokens of the staging buffers
     (64, 0, 8, 128),
@@ -80,18 +80,14 @@ def candidates(arch: int) -> dict[str, list[dict]]:
         "prepare": _grid(rows=[1, 2, 4], warps=[1, 2, 4]),
         "ln_backward": _grid(programs=[264, 396, 528, 792, 1056], warps=[1, 2, 4]),
         "column_sums": _grid(programs=[66, 132], rows=[8, 32], block=[64, 512], warps=[4]),
-        **{case: gelu_backward if case == "gemm_gelu_backward" else gemm for case in _GEMMS},
+        **{case: gelu_backward if case == "gemm_gelu_backward" else gemm for case in CASES.values()},
         **products,
     }
 
 
 def cases(D: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[str, str, Callable]]:
     """Yield the cases of a block of width D, as (case, width, a call that runs it once)."""
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, dtype=dtype)
-
-    core = gemm.core(device)
+    core, random = gemm.core(device), partial(torch.randn, device=device, dtype=dtype)
     x, dy, wide, h = random(TOKENS, D), random(TOKENS, D), random(TOKENS, 3 * D), random(TOKENS, 4 * D)
     norm, b = Norm(random(D), random(D)), random(D)
     qkv, proj, up, down = (random(n, k) * k**-0.5 for n, k in ((3 * D, D), (D, D), (4 * D, D), (D, 4 * D)))
@@ -156,10 +152,7 @@ def _few(D: int, M: int, random: Callable[..., Tensor]) -> Iterator[tuple[str, s
 
 def fp8_cases(D: int, device: torch.device) -> Iterator[tuple[str, str, Callable]]:
     """Yield the cases of a block of width D with e4m3 products, as `cases` does."""
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, dtype=torch.bfloat16)
-
+    random = partial(torch.randn, device=device, dtype=torch.bfloat16)
     x, norm = random(TOKENS, D), Norm(random(D), random(D))
     qkv, proj, fc1, fc2, skip = (
         Linear(random(n, k) * k**-0.5, random(n)) for n, k in ((3 * D, D), (D, D), (4 * D, D), (D, 4 * D), (D, 2 * D))

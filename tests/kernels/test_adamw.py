@@ -15,7 +15,11 @@ def state(dtype, device="cpu"):
     torch.manual_seed(0)
     weights, gradient = torch.randn(N, device=device), torch.randn(N, device=device).to(dtype)
     moments = [torch.zeros(N, device=device) for _ in range(2)]
-    return [weights, gradient, *moments, weights.clone(), torch.zeros(N, device=device, dtype=dtype)]
+    return adamw.Partition(weights, *moments, weights.clone(), torch.zeros(N, device=device, dtype=dtype), gradient)
+
+
+def settings(decay=0.9):
+    return adamw.Settings(**SETTINGS, decay=decay)
 
 
 def numbers(step, keep=1.0, scale=1.0, device="cpu"):
@@ -36,34 +40,33 @@ def pytorchs(weights, gradients):
 
 def follows_pytorch(dtype, device="cpu"):
     """Three steps with gradients of their own, the first of them scaled."""
-    values, scales = state(dtype, device), (0.1, 1.0, 1.0)
-    start, gradients = values[0].clone(), [torch.randn(N, device=device).to(dtype) for _ in scales]
+    part, scales = state(dtype, device), (0.1, 1.0, 1.0)
+    start, gradients = part.weights.clone(), [torch.randn(N, device=device).to(dtype) for _ in scales]
     for step, (g, scale) in enumerate(zip(gradients, scales), 1):
-        values[1] = g
-        adamw.adamw(*values, numbers(step, scale=scale, device=device), **SETTINGS, decay=0.9)
+        adamw.adamw(part._replace(gradient=g), numbers(step, scale=scale, device=device), settings())
     weights, average = pytorchs(start, [g.double() * scale for g, scale in zip(gradients, scales)])
-    torch.testing.assert_close(values[0].double(), weights, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(values[4].double(), average, rtol=1e-6, atol=1e-6)
-    assert torch.equal(values[5], values[0].to(dtype))
+    torch.testing.assert_close(part.weights.double(), weights, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(part.average.double(), average, rtol=1e-6, atol=1e-6)
+    assert torch.equal(part.computed, part.weights.to(dtype))
 
 
 def averages_slowly(device="cpu"):
     """The paper's 0.9999: a ten thousandth of the way to the weights, to five digits, though in fp32 1 - 0.9999 is off
     in the fourth.
     """
-    values = state(torch.float32, device)
-    values[4] = torch.zeros_like(values[0])
-    adamw.adamw(*values, numbers(1, device=device), **SETTINGS, decay=0.9999)
-    torch.testing.assert_close(values[4].double(), 1e-4 * values[0].double(), rtol=1e-5, atol=0)
+    part = state(torch.float32, device)
+    part.average.zero_()
+    adamw.adamw(part, numbers(1, device=device), settings(decay=0.9999))
+    torch.testing.assert_close(part.average.double(), 1e-4 * part.weights.double(), rtol=1e-5, atol=0)
 
 
 def is_refused(device="cpu"):
-    values = state(torch.float32, device)
-    adamw.adamw(*values, numbers(1, device=device), **SETTINGS, decay=0.9)
-    values[1] = values[1] * float("nan")
-    before = [v.clone() for v in values]
-    adamw.adamw(*values, numbers(2, keep=0.0, scale=float("nan"), device=device), **SETTINGS, decay=0.9)
-    assert all(torch.equal(a, b) for a, b in zip(values[:1] + values[2:], before[:1] + before[2:]))
+    part = state(torch.float32, device)
+    adamw.adamw(part, numbers(1, device=device), settings())
+    part.gradient.fill_(float("nan"))
+    before = [t.clone() for t in part[:-1]]
+    adamw.adamw(part, numbers(2, keep=0.0, scale=float("nan"), device=device), settings())
+    assert all(torch.equal(a, b) for a, b in zip(part, before))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -93,7 +96,6 @@ def test_without_the_kernel_too():
 
 
 def test_other_lengths_are_refused():
-    values = state(torch.float32)
-    values[1] = values[1][1:]
+    part = state(torch.float32)
     with pytest.raises(ValueError, match="one length"):
-        adamw.adamw(*values, numbers(1), **SETTINGS, decay=0.9)
+        adamw.adamw(part._replace(gradient=part.gradient[1:]), numbers(1), settings())

@@ -50,9 +50,9 @@ class GuardedAdamW(torch.optim.AdamW):
         state["step"] += keep
         scale = self._excess().reciprocal() if self.clip > 0 else torch.ones_like(keep)
         numbers = adamw.factors(keep, scale, state["step"], self.double_betas)
-        settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+        settings = adamw.Settings(group["lr"], group["betas"], group["eps"], group["weight_decay"], ema.decay)
         moments = (state["exp_avg"], state["exp_avg_sq"])
-        adamw.adamw(weights.detach(), gradient, *moments, ema.values, computed, numbers, **settings, decay=ema.decay)
+        adamw.adamw(adamw.Partition(weights.detach(), *moments, ema.values, computed, gradient), numbers, settings)
 
     def _look_at(self, gradients: list[Tensor]) -> None:
         square = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]).square().sum()
