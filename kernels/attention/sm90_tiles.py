@@ -7,12 +7,7 @@ and for a larger D (72, 80: WIDE) the next 16, zero past D. A head is blocks of 
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mma_v2,
-    tma,
-    warpgroup_mma,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mma_v2, tma, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from uvit_fast.kernels.runtime.aggregate import aggregate

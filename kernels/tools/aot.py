@@ -36,33 +36,22 @@ _INSTRUCTIONS = {  # field of the report -> pattern of its instructions in the d
 _READER = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]  # another version's readings do not count
 
 
-class _Driver:
-    """The part of a driver that triton's compiler needs, without anything that needs a device."""
-
-    def __init__(self, arch: int):
-        self.arch = arch
-        properties = {
-            "max_shared_mem": SHARED_LIMIT[arch],
-            "multiprocessor_count": _MULTIPROCESSORS[arch],
-            "warpSize": 32,
-            "max_num_regs": 65536,
-        }
-        self.utils = SimpleNamespace(get_device_properties=lambda device: properties)
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> int:
-        return self.arch  # a jit function caches by device: each architecture is one
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_device_interface(self):
-        return torch.cuda
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
+def _driver(arch: int) -> SimpleNamespace:
+    """Return the part of a driver that triton's compiler needs, without anything that needs a device."""
+    properties = {
+        "max_shared_mem": SHARED_LIMIT[arch],
+        "multiprocessor_count": _MULTIPROCESSORS[arch],
+        "warpSize": 32,
+        "max_num_regs": 65536,
+    }
+    return SimpleNamespace(
+        utils=SimpleNamespace(get_device_properties=lambda device: properties),
+        get_current_target=lambda: GPUTarget("cuda", arch, 32),
+        get_current_device=lambda: arch,  # a jit function caches by device: each architecture is one
+        get_current_stream=lambda device: 0,
+        get_device_interface=lambda: torch.cuda,
+        get_active_torch_device=lambda: torch.device("cpu"),
+    )
 
 
 @contextlib.contextmanager
@@ -70,7 +59,7 @@ def target(arch: int) -> Iterator[None]:
     """Compile for compute capability `arch` (80 or 90) inside the context, whatever this machine has."""
     config = triton.runtime.driver
     before = config._active
-    config.set_active(_Driver(arch))
+    config.set_active(_driver(arch))
     try:
         yield
     finally:
