@@ -1,6 +1,6 @@
 """The arguments and results of a product of e4m3 operands, and its arithmetic in plain PyTorch."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,21 @@ CASES = {
 BK = 128  # K of a step: a second source's columns of a weight begin at a multiple of it
 
 
+class Asked(NamedTuple):
+    """The arguments of a product: the epilogue of x @ weight.T."""
+
+    epilogue: str  # "plain", "residual" or "gelu": the result as it is, plus the residual, or GELU(2 h) of the result h
+    x: Tensor  # (M, K) e4m3
+    layer: Quantised  # weight (N, K), or (N, K padded to a multiple of BK, and K2) with x2
+    x2: Tensor | None = None  # (M, K2) e4m3, contracted with the last K2 columns of the weight
+    stats: Tensor | None = None  # (2, at least M) fp32, mean and rstd of x: the LayerNorm folded into the layer
+    side: Tensor | None = None  # (M, N) bf16, the residual
+    overwrite: bool = True  # the bf16 result takes the residual's place
+    wide: bool = True  # whether the bf16 result is wanted; of "gelu" the e4m3 one is, and nothing else
+    narrow: bool = False  # whether the e4m3 result is
+    sums: bool = False  # whether its sums are
+
+
 class Made(NamedTuple):
     """What a product wrote; None for results that were not requested."""
 
@@ -30,30 +45,9 @@ class Made(NamedTuple):
     sums: Tensor | None  # (N / 64, 2, M) fp32: see layernorm.sums
 
 
-def reference(
-    epilogue: str,
-    x: Tensor,
-    layer: Quantised,
-    *,
-    x2: Tensor | None = None,
-    stats: Tensor | None = None,
-    side: Tensor | None = None,
-    overwrite: bool = True,
-    wide: bool = True,
-    narrow: bool = False,
-    sums: bool = False,
-) -> Made:
-    """Return the epilogue of x @ weight.T, as a core's product does, with exact sums of exact products.
-
-    Args:
-        epilogue: "plain", "residual" or "gelu": the result as it is, plus the residual, or GELU(2 h) of the result h.
-        x: (M, K) e4m3.
-        layer: weight (N, K), or (N, K padded to a multiple of BK, and K2) with x2.
-        x2: (M, K2) e4m3, contracted with the last K2 columns of the weight.
-        stats: (2, at least M) fp32, mean and rstd of x: the LayerNorm folded into the layer.
-        side: (M, N) bf16, the residual, whose place the bf16 result takes with `overwrite`.
-        wide, narrow, sums: the requested results. For "gelu" it is the e4m3 one, in the order of `quantise.paired`.
-    """
+def reference(*args: Any, **more: Any) -> Made:
+    """Return what the core's product of `Asked` returns, with exact sums of exact products."""
+    epilogue, x, layer, x2, stats, side, overwrite, wide, narrow, sums = Asked(*args, **more)
     (M, K), weight = x.shape, layer.weight.to(ACCUMULATE)
     bias, scale = layer.rows
     y = x.to(ACCUMULATE) @ weight[:, :K].t()

@@ -4,14 +4,15 @@ Both operands are K-major: there is no product with the weight transposed. The s
 bits of a product in flight.
 """
 
+from typing import Any
+
 import torch
-from torch import Tensor
 
 from uvit_fast.kernels.gemm import sm90
 from uvit_fast.kernels.gemm.contract import Call, Product
-from uvit_fast.kernels.gemm.fp8 import CASES, Made
+from uvit_fast.kernels.gemm.fp8 import CASES, Asked, Made
 from uvit_fast.kernels.layernorm import sums as layernorm_sums
-from uvit_fast.kernels.layers import Linear, Quantised
+from uvit_fast.kernels.layers import Linear
 from uvit_fast.kernels.runtime import launch, tuning
 from uvit_fast.kernels.runtime.device import multiprocessors
 from uvit_fast.kernels.runtime.launch import cdiv
@@ -19,24 +20,12 @@ from uvit_fast.kernels.runtime.launch import cdiv
 TILE = ("tokens", "part", "pairs")  # what of a product is tuned
 
 
-def arguments(
-    epilogue: str,
-    x: Tensor,
-    layer: Quantised,
-    *,
-    x2: Tensor | None = None,
-    stats: Tensor | None = None,
-    side: Tensor | None = None,
-    overwrite: bool = True,
-    wide: bool = True,
-    narrow: bool = False,
-    sums: bool = False,
-    **tile: int,
-) -> tuple[tuple, dict, int, Made]:
-    """Return the kernel's arguments, its launch options, the number of tiles, and the results: see `product`.
+def arguments(asked: Asked, **tile: int) -> tuple[tuple, dict, int, Made]:
+    """Return the kernel's arguments, its launch options, the number of tiles, and the results.
 
     `tile` is as in `sm90.arguments`.
     """
+    epilogue, x, layer, x2, stats, side, overwrite, wide, narrow, sums = asked
     M, N, paired = x.shape[0], layer.weight.shape[0], epilogue == "gelu"
     made8 = x.new_empty(M, N) if narrow or paired else None
     inplace = side is not None and (overwrite or not wide)
@@ -47,14 +36,14 @@ def arguments(
     return args, options, tiles, Made(out if wide and not paired else None, made8, written)
 
 
-def product(epilogue: str, x: Tensor, layer: Quantised, **more) -> Made:
-    """Compute `fp8.reference` in one launch."""
-    programs = multiprocessors(x.device)
+def product(*args: Any, **more: Any) -> Made:
+    """Compute `fp8.reference` of `Asked` in one launch."""
+    asked = Asked(*args, **more)
+    (M, K), N, programs = asked.x.shape, len(asked.layer.weight), multiprocessors(asked.x.device)
     tile = sm90.FEW
-    if cdiv(layer.weight.shape[0], 2 * sm90.ROWS) * cdiv(x.shape[0], sm90.TOKENS) >= programs:
-        case = CASES["two_sources" if more.get("x2") is not None else epilogue]
-        chosen = tuning.choice(x.device, case, x.shape[1])
+    if cdiv(N, 2 * sm90.ROWS) * cdiv(M, sm90.TOKENS) >= programs:
+        chosen = tuning.choice(asked.x.device, CASES[asked.epilogue if asked.x2 is None else "two_sources"], K)
         tile = {name: chosen[name] for name in TILE}
-    args, options, tiles, made = arguments(epilogue, x, layer, **more, **tile)
-    launch.run(x.device, sm90.gemm_kernel, (min(tiles, programs),), args, options)
+    args, options, tiles, made = arguments(asked, **tile)
+    launch.run(asked.x.device, sm90.gemm_kernel, (min(tiles, programs),), args, options)
     return made

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from uvit_fast.kernels.attention import core
 from uvit_fast.kernels.runtime import checks
-from uvit_fast.kernels.runtime.checks import ACCUMULATE
+from uvit_fast.kernels.runtime.checks import ACCUMULATE, aligned
 from uvit_fast.kernels.runtime.device import capability, interpreting
 from uvit_fast.kernels.runtime.op import Op
 
@@ -70,7 +70,7 @@ def run(qkv: Tensor) -> Tensor:
 
 
 def _forward(qkv: Tensor) -> tuple[Tensor, Tensor]:
-    return core(qkv.device, qkv.shape[-1]).forward(_packed(qkv))
+    return core(qkv.device, qkv.shape[-1]).forward(aligned(qkv))
 
 
 def _fake(qkv: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,17 +79,11 @@ def _fake(qkv: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _backward(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor) -> Tensor:
-    return core(qkv.device, qkv.shape[-1]).backward(_packed(qkv), out, lse, _packed(dout))
+    return core(qkv.device, qkv.shape[-1]).backward(aligned(qkv), out, lse, aligned(dout))
 
 
 def _fake_backward(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor) -> Tensor:
     return qkv.new_empty(qkv.shape)
-
-
-def _packed(x: Tensor) -> Tensor:
-    """Return x contiguous and, as TMA requires, on a 16-byte boundary; copy only if it is not both."""
-    x = x.contiguous()
-    return x.clone() if x.device.type == "cuda" and x.data_ptr() % 16 else x
 
 
 def _save(ctx, inputs, output) -> None:

@@ -54,7 +54,12 @@ def refuse(op: str, reason: str | None) -> None:
         raise ValueError(f"{op}: {reason}")
 
 
+def aligned(x: Tensor) -> Tensor:
+    """Return x contiguous and, as TMA requires, on a 16-byte boundary; copy only if it is not both."""
+    x = x.contiguous()
+    return x.clone() if x.device.type == "cuda" and x.data_ptr() % 16 else x
+
+
 def rows(x: Tensor) -> Tensor:
-    """Return (..., D) as contiguous, 16-byte aligned rows (tokens, D); copy only if the layout requires it."""
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
-    return flat.clone() if x.device.type == "cuda" and flat.data_ptr() % 16 else flat
+    """Return (..., D) as `aligned` rows (tokens, D)."""
+    return aligned(x.reshape(-1, x.shape[-1]))

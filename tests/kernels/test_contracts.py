@@ -80,7 +80,8 @@ def hopper() -> dict:
         layer = Quantised(meta(N, K + (D if "x2" in sources else 0), dtype=E4M3), fp32(2, N))
         case = fp8.CASES["two_sources" if "x2" in sources else epilogue]
         tile = few or {name: choice(table, case, K)[name] for name in sm90_fp8.TILE}
-        args, options, *_ = sm90_fp8.arguments(epilogue, meta(M, K, dtype=E4M3), layer, **sources, **tile)
+        asked = fp8.Asked(epilogue, meta(M, K, dtype=E4M3), layer, **sources)
+        args, options, *_ = sm90_fp8.arguments(asked, **tile)
         return sm90.gemm_kernel, args, options
 
     x8, both = meta(M, D, dtype=E4M3), {"narrow": True, "sums": True}
