@@ -159,7 +159,7 @@ class Derived:
         Yields what a recording made meanwhile must hold.
         """
         held: dict[tuple, Any] = dict(self._kept)
-        with program.suspended(), once.stretch(held, early=False):
+        with program.suspended(), once.stretch(held):
             yield held
 
     def refresh(self, held: dict[tuple, Any]) -> Callable[[], None]:

@@ -16,7 +16,6 @@ from uvit_fast.kernels.runtime import launch
 class _Stretch(NamedTuple):
     kept: dict[tuple, Any] | None  # by its users; None: weights may change in it
     counters: dict[tuple, Tensor]  # its own; kept with the rest, if it keeps anything
-    early: bool  # whether kernels may begin before the one before them has ended (`runtime.hopper`)
 
 
 # The open one, by thread: for ops that a network calls, whose forward could not pass it on.
@@ -25,13 +24,9 @@ _counters: dict[tuple, Tensor] = {}  # by device and stream, outside of stretche
 
 
 @contextlib.contextmanager
-def stretch(kept: dict[tuple, Any] | None, early: bool = True) -> Iterator[None]:
-    """Open a stretch of work on one stream, or continue one, by what it `kept`; None: weights may change in it.
-
-    Args:
-        early: whether kernels may begin before the one before them has ended (`runtime.hopper`).
-    """
-    token = _open.set(_Stretch(kept, {} if kept is None else kept, early))
+def stretch(kept: dict[tuple, Any] | None) -> Iterator[None]:
+    """Open a stretch of work on one stream, or continue one, by what it `kept`; None: weights may change in it."""
+    token = _open.set(_Stretch(kept, {} if kept is None else kept))
     try:
         yield
     finally:
@@ -51,7 +46,7 @@ def met(weight: Tensor) -> bool:
     that is made anew each time in another's place.
     """
     here = _open.get()
-    if here is None or here.kept is None or not here.early:
+    if here is None or here.kept is None:
         return False
     whole = weight if weight._base is None else weight._base
     key = ("met", weight.device, weight.data_ptr())

@@ -67,8 +67,6 @@ def test_weights_are_known_to_a_stretch_from_their_second_use_on():
             assert not once.met(a)
     with once.stretch({}):
         assert not once.met(a)
-    with once.stretch({}, early=False):
-        assert not any(once.met(a) for _ in range(4))
 
 
 def test_counters_are_the_streams_or_a_stretchs_and_notes_ask_for_them_anew(monkeypatch):

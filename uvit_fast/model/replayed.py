@@ -10,8 +10,9 @@ import functools
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from gc import get_referents
 from itertools import chain
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -73,7 +74,7 @@ def replays(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class _Capture(NamedTuple):
-    inputs: tuple[Tensor | None, ...]
+    inputs: list[Tensor]  # without those that are None
     replay: Callable[[], None]
     output: Tensor
     bytes: int
@@ -120,7 +121,7 @@ class Captures:
         if not self._may(network, inputs):
             return None
         key = (_surroundings(inputs[0].device), *map(_kind, inputs))
-        with self._lock, torch.no_grad():
+        with self._lock:
             capture = self._kept.get(key)
             if capture is None:
                 if len(self._calls) > 100 * MOST:  # every call has another shape
@@ -133,12 +134,11 @@ class Captures:
                 capture = self._kept[key]
             self._kept.move_to_end(key)
             output = self._run(capture, inputs)
-            if capture.structure.hooked():
-                return None
-            if capture.structure.moved(network):
+            if capture.structure.stands(network):
+                return output
+            if not capture.structure.hooked():
                 self.clear()
-                return None
-            return output
+            return None
 
     def _may(self, network: nn.Module, inputs: Inputs) -> bool:
         """Return whether this call has plain tensors, needs no gradient, and is neither watched nor recorded."""
@@ -208,14 +208,13 @@ class Captures:
                     replay, output, held = self.graphs.capture(lambda: (refresh(), run())[1], self._pool)
             except RuntimeError:  # the call as written says what is wrong, if anything is
                 return None
-        held += sum(v.nbytes for v in own if v is not None)
-        return _Capture(own, replay, output, held, _Structure(network), (derived, refresh))
+        given = [v for v in own if v is not None]
+        held += sum(v.nbytes for v in given)
+        return _Capture(given, replay, output, held, _Structure(network), (derived, refresh))
 
 
 def _fill(capture: _Capture, inputs: Inputs) -> Tensor:
-    for own, value in zip(capture.inputs, inputs):
-        if own is not None and value is not None:
-            own.copy_(value)
+    torch._foreach_copy_(capture.inputs, [value for value in inputs if value is not None])
     capture.replay()
     return capture.output.clone()
 
@@ -261,7 +260,7 @@ def capturable(network: nn.Module) -> bool:
 
 
 class _Structure:
-    """What a capture relies on in its network: compared, in a fraction of a millisecond, while a replay runs.
+    """What a capture relies on in its network: compared, in some tens of microseconds, while a replay runs.
 
     It holds the weights' memory, so that a replay that came too late reads no other's; it does not hold the network.
     """
@@ -270,35 +269,46 @@ class _Structure:
         self._modules = [m for m in network.modules() if m is not network]
         self._dicts = [m.__dict__ for m in self._modules]
         self._hooks = [d[name] for d in self._dicts for name in HOOKS]
-        self._settings = [itemgetter(*(d.keys() - _IDLE)) for d in self._dicts]
-        own = network.__dict__
-        names = (name for name, value in own.items() if name in _HELD or type(value) in _VALUES)
-        self._own = itemgetter(*(name for name in names if name not in _IDLE))
-        self._held = [d[name] for name in _HELD for d in (own, *self._dicts)]
-        self._filled = [held for held in self._held if held]
-        self._parts = list(chain.from_iterable(map(dict.values, self._held)))  # so that their ids are not reused
+        self._held = [d[name] for name in _HELD for d in (network.__dict__, *self._dicts)]
+        self._parts = get_referents(*self._held)  # so that no other takes their place in memory
         self._weights = [part for part in self._parts if isinstance(part, Tensor)]
         self._memory = [weight.detach() for weight in self._weights]
+        values = (name for name, value in network.__dict__.items() if name in _HELD or type(value) in _VALUES)
+        self._own = itemgetter(*(name for name in values if name not in _IDLE))
         self._before = self._now(network)
+        self._attributes, self._settings = self._all_attributes(), self._decisive()
 
     def hooked(self) -> bool:
+        """Return whether a module other than the network, or every module, has a hook."""
         return hooked_everywhere() or any(self._hooks)
 
-    def moved(self, network: nn.Module) -> bool:
-        """Return whether a module, a setting, a weight or its address has changed."""
+    def stands(self, network: nn.Module) -> bool:
+        """Return whether no hook, module, setting, weight or weight's address has changed."""
         try:
-            return self._before != self._now(network)
-        except (KeyError, RuntimeError):  # a setting is gone, or is another tensor
-            return True
+            parts = get_referents(*self._held)
+            if len(parts) != len(self._parts) or not all(map(is_, parts, self._parts)):  # == would compare weights
+                return False
+            if hooked_everywhere() or self._now(network) != self._before:
+                return False
+            if (attributes := self._all_attributes()) != self._attributes:
+                if any(self._hooks) or self._decisive() != self._settings:
+                    return False
+                self._attributes = attributes  # those that changed, such as `training`, decide nothing
+        except (KeyError, RuntimeError, ValueError):  # a setting is gone, or is another tensor or array
+            return False
+        return True
 
     def _now(self, network: nn.Module) -> tuple:
         return (
-            list(map(len, self._held)),
-            list(map(id, chain.from_iterable(map(dict.values, self._filled)))),
             list(map(type, self._modules)),
-            [get(d) for get, d in zip(self._settings, self._dicts)],
-            list(map(len, self._dicts)),
             self._own(network.__dict__),
             list(map(Tensor.data_ptr, self._weights)),
             list(map(Tensor.stride, self._weights)),
         )
+
+    def _all_attributes(self) -> list:
+        """Return the values of all attributes and hooks, in order: one call in C where a loop takes ten times as long."""
+        return get_referents(*self._dicts, *self._hooks)
+
+    def _decisive(self) -> list[dict[str, Any]]:
+        return [{name: d[name] for name in d.keys() - _IDLE} for d in self._dicts]
