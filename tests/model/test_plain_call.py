@@ -8,7 +8,9 @@ import io
 import pickle
 import threading
 import weakref
+from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -101,6 +103,7 @@ def test_weights_may_change_in_place_and_may_move(net):
         lambda: setattr(block.attn, "qkv", nn.Linear(64, 192, bias=False)),
         lambda: setattr(net, "pos_embed", nn.Parameter(torch.randn_like(net.pos_embed))),
         lambda: net.load_state_dict({n: v * 0.9 for n, v in net.state_dict().items()}, assign=True),
+        lambda: setattr(block.mlp.fc2, "bias", None),
         lambda: setattr(block.norm1, "eps", 1e-2),
         lambda: setattr(block.attn, "backend", "math"),
         lambda: setattr(net, "kernels", "reference"),
@@ -109,6 +112,50 @@ def test_weights_may_change_in_place_and_may_move(net):
     for move in moves:
         move()
         assert check(net, calls=4) == 1
+
+
+def test_a_weight_of_one_value_is_known_by_what_it_is(net):
+    """Another of the same value is another: it may change later."""
+    net.final_layer = nn.Conv2d(4, 1, 1)
+    assert check(net) == 1
+    net.final_layer.bias = nn.Parameter(net.final_layer.bias.detach().clone())
+    assert check(net) == 1
+    with torch.no_grad():
+        net.final_layer.bias.add_(1)
+    assert check(net) == 0
+
+
+@pytest.mark.parametrize("name", ["kernels", "decoder_pred.bias"])  # the second is the last of all weights
+def test_what_was_deleted_is_missed(net, name):
+    check(net)
+    owner, _, gone = name.rpartition(".")
+    delattr(net.get_submodule(owner), gone)
+    with pytest.raises((AttributeError, KeyError), match=gone) as wanted:
+        as_written(net, *inputs())
+    for _ in range(3):
+        with torch.no_grad(), pytest.raises(wanted.type, match=gone):
+            net(*inputs())
+
+
+@pytest.mark.parametrize("array", [torch.zeros, np.zeros])
+def test_settings_may_be_arrays(net, array):
+    for _ in range(2):
+        net.blocks[0].attn.table = array(2)
+        assert check(net) == 1
+
+
+def test_what_decides_nothing_may_change(net, monkeypatch):
+    check(net)
+    calls, decisive = [], replayed._Structure._decisive
+    monkeypatch.setattr(replayed._Structure, "_decisive", lambda self: calls.append(1) or decisive(self))
+    for change in (net.train, net.eval, lambda: net.requires_grad_(False), lambda: net.requires_grad_(True)):
+        change()
+        assert check(net) == 0
+    assert len(calls) == 2  # once after each change of an attribute
+    hook = net.blocks[0].mlp.register_full_backward_hook(lambda *_: None)
+    hook.remove()
+    net.blocks[0].norm1.eps = float("1e-5")  # equal, another object
+    assert check(net) == 0
 
 
 def test_hooks_run_while_they_are_there(net):
@@ -121,14 +168,25 @@ def test_hooks_run_while_they_are_there(net):
         lambda: nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(1)),
     ):
         hook = register()
+        assert check(net, calls=4) == 0
         seen.clear()
-        assert check(net, calls=4) == 0 and len(seen) >= 8
+        as_written(net, *inputs())
+        wanted = len(seen)
+        torch.no_grad()(net)(*inputs())
+        assert len(seen) == 2 * wanted > 0
         hook.remove()
         assert check(net) == 0
+    fc1._forward_hooks = OrderedDict({0: lambda module, args, out: out + 1})
+    assert check(net, calls=4) == 0
+    fc1._forward_hooks.clear()
+    assert check(net, calls=8) == 1
     fc1.forward = lambda x, forward=fc1.forward: forward(x) * 2
     assert check(net, calls=8) == 0
     del fc1.forward
     assert check(net, calls=8) == 1
+    mlp = net.blocks[0].mlp
+    mlp.__class__ = type("Doubling", (type(mlp),), {"forward": lambda self, x: 2 * self.fc1(x)[..., :64]})
+    assert check(net, calls=4) == 0
 
 
 @pytest.mark.parametrize("how", ["a layer of others", "compiled inside", "a subclass of tensors"])
