@@ -19,7 +19,7 @@ def preload(*modules: str, device: str = "cpu") -> None:
         return
     imported = threading.Event()
     if device != "cpu":
-        threading.Thread(target=_prepare, args=(imported,), daemon=True).start()
+        threading.Thread(target=_prepare, args=(imported,)).start()  # an exit waits for it: none within the driver
     gc.disable()
     try:
         for name in modules:
@@ -44,6 +44,7 @@ def _prepare(imported: threading.Event) -> None:
         return
     driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), gpu)
     imported.wait()
-    from triton.runtime.cache import triton_key
+    if "triton" in sys.modules:  # not if the imports failed
+        from triton.runtime.cache import triton_key
 
-    triton_key()
+        triton_key()
