@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from uvit_fast.kernels.layernorm.fold import ranges, split
+from uvit_fast.kernels.layernorm.fold import ranges, split, total
 from uvit_fast.kernels.runtime import launch, tuning
 from uvit_fast.kernels.runtime.checks import ACCUMULATE
 from uvit_fast.kernels.runtime.reduce import totals
@@ -58,18 +58,16 @@ def _backward_kernel(
     for row in range(pid, M, tl.num_programs(0)):
         mean = tl.load(stats + row)
         rstd = tl.load(stats + stride + row)
-        current, following = (), ()
-        c1, c2 = 0.0, 0.0
+        current, following, sums1, sums2 = (), (), (), ()
         for i in tl.static_range(len(cols)):
             gv, xv, dyv = ahead[i]
             gv, hat, dyv = gv.to(tl.float32), (xv.to(tl.float32) - mean) * rstd, dyv.to(tl.float32)
             current = current + ((gv, hat, dyv),)
             following = following + (_fetch(g, x, dy, row + tl.num_programs(0), cols[i], M, D, RESIDUAL),)
-            s1, s2 = tl.sum(gv * scales[i], axis=0), tl.sum(gv * scales[i] * hat, axis=0)  # g is 0 outside
-            c1, c2 = (s1, s2) if i == 0 else (c1 + s1, c2 + s2)
+            sums1 = sums1 + (tl.sum(gv * scales[i], axis=0),)  # g is 0 outside
+            sums2 = sums2 + (tl.sum(gv * scales[i] * hat, axis=0),)
         ahead = following
-        c1 /= D
-        c2 /= D
+        c1, c2 = total(sums1) / D, total(sums2) / D
         dgamma, dbeta, dpassed = (), (), ()
         for i in tl.static_range(len(cols)):
             gv, hat, dyv = current[i]

@@ -42,11 +42,12 @@ def ranges(LO: tl.constexpr, HI: tl.constexpr):
 
 
 @triton.jit
-def _total(xs):
-    total = xs[0]
+def total(xs):
+    """Return the sum of a tuple."""
+    y = xs[0]
     for i in tl.static_range(1, len(xs)):
-        total += xs[i]
-    return total
+        y += xs[i]
+    return y
 
 
 @triton.jit
@@ -63,19 +64,19 @@ def fold_rows(layer, results, row, cols, N, scale, D: tl.constexpr, HAS_BIAS):
         b = tl.load(beta + cols[i], mask=cols[i] < D, other=0.0).to(tl.float32) * scale
         scaled, shift = w * g[None, :], tl.sum(w * b[None, :], axis=1)
         ws, sums, shifts = ws + (scaled,), sums + (tl.sum(scaled, axis=1),), shifts + (shift,)
-    centre, shift = _total(sums) / D, _total(shifts)
+    centre, shift = total(sums) / D, total(shifts)
     near, lefts, sizes = (), (), ()
     for i in tl.static_range(len(cols)):  # as rounded
         w = tl.where(masks[i], ws[i] - centre[:, None], 0.0).to(folded.dtype.element_ty).to(tl.float32)
         near, lefts, sizes = near + (w,), lefts + (tl.sum(w, axis=1),), sizes + (tl.sum(tl.abs(w), axis=1),)
     # Rounding leaves a sum, through which the mean of x would show: the smallest weights, rounded least, take it up:
     # those below 1/16 of the row's mean magnitude, forty in a thousand normal ones.
-    typical = _total(sizes) / D
+    typical = total(sizes) / D
     smalls, counts = (), ()
     for i in tl.static_range(len(cols)):
         small = masks[i] & (tl.abs(near[i]) < typical[:, None] / 16)
         smalls, counts = smalls + (small,), counts + (tl.sum(small.to(tl.float32), axis=1),)
-    left = (_total(lefts) / tl.maximum(_total(counts), 1.0))[:, None]
+    left = (total(lefts) / tl.maximum(total(counts), 1.0))[:, None]
     for i in tl.static_range(len(cols)):
         w = tl.where(smalls[i], near[i] - left, near[i])
         tl.store(folded + first + cols[i][None, :], w.to(folded.dtype.element_ty), mask=masks[i])
@@ -87,7 +88,7 @@ def fold_rows(layer, results, row, cols, N, scale, D: tl.constexpr, HAS_BIAS):
 @triton.jit
 def write_statistics(xs, cols, stats, stride, row, M, eps, D: tl.constexpr):
     """Write mean and rstd of rows of D values, fp32."""
-    mean = _total([tl.sum(x, axis=1) for x in xs]) / D
+    mean = total([tl.sum(x, axis=1) for x in xs]) / D
     squares = ()
     for i in tl.static_range(len(xs)):  # of the centred values: exact for any mean
         x = xs[i] - mean[:, None]
@@ -95,7 +96,7 @@ def write_statistics(xs, cols, stats, stride, row, M, eps, D: tl.constexpr):
             x = tl.where((cols[i] < D)[None, :], x, 0.0)
         squares = squares + (tl.sum(x * x, axis=1),)
     tl.store(stats + row, mean, mask=row < M)
-    tl.store(stats + stride + row, 1.0 / tl.sqrt(_total(squares) / D + eps), mask=row < M)
+    tl.store(stats + stride + row, 1.0 / tl.sqrt(total(squares) / D + eps), mask=row < M)
 
 
 @triton.jit
