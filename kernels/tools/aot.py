@@ -17,13 +17,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import get_cache_manager
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # shared memory per block in bytes, by architecture
-_MULTIPROCESSORS = {80: 108, 90: 132}
 _INSTRUCTIONS = {  # field of the report -> pattern of its instructions in the disassembly
     "wgmma": r"\b[HQ]GMMA\b",
     "wgmma_waits": r"WARPGROUP\.DEPBAR",
@@ -38,19 +36,10 @@ _READER = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]  # anothe
 
 def _driver(arch: int) -> SimpleNamespace:
     """Return the part of a driver that triton's compiler needs, without anything that needs a device."""
-    properties = {
-        "max_shared_mem": SHARED_LIMIT[arch],
-        "multiprocessor_count": _MULTIPROCESSORS[arch],
-        "warpSize": 32,
-        "max_num_regs": 65536,
-    }
     return SimpleNamespace(
-        utils=SimpleNamespace(get_device_properties=lambda device: properties),
         get_current_target=lambda: GPUTarget("cuda", arch, 32),
         get_current_device=lambda: arch,  # a jit function caches by device: each architecture is one
         get_current_stream=lambda device: 0,
-        get_device_interface=lambda: torch.cuda,
-        get_active_torch_device=lambda: torch.device("cpu"),
     )
 
 
