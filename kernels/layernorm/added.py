@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from uvit_fast.kernels.layernorm.fold import new_statistics, ranges, split, write_statistics
+from uvit_fast.kernels.layernorm.fold import EPS, new_statistics, ranges, split, write_statistics
 from uvit_fast.kernels.quantise import narrow as to_narrow
 from uvit_fast.kernels.runtime import launch, tuning
 from uvit_fast.kernels.runtime.launch import cdiv
@@ -19,17 +19,17 @@ from uvit_fast.kernels.runtime.launch import cdiv
 MOST = 2  # outputs per pass
 
 
-def reference(x: Tensor, added: Sequence[Tensor], out: Tensor | None, narrow: Tensor, eps: float = 1e-5) -> Tensor:
+def reference(x: Tensor, added: Sequence[Tensor], out: Tensor | None, narrow: Tensor) -> Tensor:
     """Compute `add` in plain PyTorch."""
     y = (x.float() + sum(each.float() for each in added)).to(x.dtype)
     if out is not None:
         out.copy_(y)
     narrow.copy_(to_narrow(y))
     y = y.float()
-    return torch.stack([y.mean(1), (y.var(1, correction=0) + eps).rsqrt()])
+    return torch.stack([y.mean(1), (y.var(1, correction=0) + EPS).rsqrt()])
 
 
-def add(x: Tensor, added: Sequence[Tensor], out: Tensor | None, narrow: Tensor, eps: float = 1e-5) -> Tensor:
+def add(x: Tensor, added: Sequence[Tensor], out: Tensor | None, narrow: Tensor) -> Tensor:
     """Return mean and rstd of each row of x plus one or two outputs, (2, at least M) fp32.
 
     Args:
@@ -40,7 +40,7 @@ def add(x: Tensor, added: Sequence[Tensor], out: Tensor | None, narrow: Tensor, 
     assert 1 <= len(added) <= MOST
     (M, D), stats = x.shape, new_statistics(x, x.shape[0])
     tuned = tuning.choice(x.device, "prepare", D)
-    args = (x, added[0], added[-1], x if out is None else out, narrow, stats, M, stats.stride(0), eps)
+    args = (x, added[0], added[-1], x if out is None else out, narrow, stats, M, stats.stride(0), EPS)
     options = {
         **split(D),
         "TWO": len(added) == 2,

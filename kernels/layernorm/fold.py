@@ -20,6 +20,7 @@ from uvit_fast.kernels.runtime.checks import ACCUMULATE
 from uvit_fast.kernels.runtime.launch import cdiv
 
 FEATURES: tl.constexpr = tl.constexpr(CHUNK)  # features per sum
+EPS = 1e-5  # of every LayerNorm whose statistics are taken apart from its fold
 MERGED = 32  # tokens whose statistics one program computes from their sums
 
 
@@ -170,7 +171,7 @@ def new_statistics(x: Tensor, M: int) -> Tensor:
     return x.new_empty(2, cdiv(M + WIDEST, 16) * 16, dtype=ACCUMULATE)
 
 
-def statistics(x: Tensor, sums: Tensor | None = None, narrow: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+def statistics(x: Tensor, sums: Tensor | None = None, narrow: Tensor | None = None) -> Tensor:
     """Return mean and rstd of each row of x (M, D), (2, at least M) fp32.
 
     Args:
@@ -178,7 +179,7 @@ def statistics(x: Tensor, sums: Tensor | None = None, narrow: Tensor | None = No
         narrow: (M, D) e4m3, filled with x in the same pass; without sums.
     """
     stats = new_statistics(x, x.shape[0])
-    _launch(x, (stats,) * 4, (stats, stats), stats, sums, (0, x.shape[0]), 1.0, eps, narrow)
+    _launch(x, (stats,) * 4, (stats, stats), stats, sums, (0, x.shape[0]), 1.0, EPS, narrow)
     return stats
 
 

@@ -85,9 +85,9 @@ def candidates(arch: int) -> dict[str, list[dict]]:
     }
 
 
-def cases(D: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[str, str, Callable]]:
+def cases(D: int, device: torch.device) -> Iterator[tuple[str, str, Callable]]:
     """Yield the cases of a block of width D, as (case, width, a call that runs it once)."""
-    core, random = gemm.core(device), partial(torch.randn, device=device, dtype=dtype)
+    core, random = gemm.core(device), partial(torch.randn, device=device, dtype=torch.bfloat16)
     x, dy, wide, h = random(TOKENS, D), random(TOKENS, D), random(TOKENS, 3 * D), random(TOKENS, 4 * D)
     norm, b = Norm(random(D), random(D)), random(D)
     qkv, proj, up, down = (random(n, k) * k**-0.5 for n, k in ((3 * D, D), (D, D), (4 * D, D), (D, 4 * D)))
@@ -180,17 +180,17 @@ def _timed(calls: list[Callable], cycles: int) -> list[float]:
     return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
 
 
-def times(f: Callable, repeats: int = 25, warmup: int = 3, cycles: int = 60_000_000) -> list[float]:
-    """Return the milliseconds of `repeats` calls on the GPU, back to back, after `warmup` more."""
-    for _ in range(warmup):
+def times(f: Callable, repeats: int = 25, cycles: int = 60_000_000) -> list[float]:
+    """Return the milliseconds of `repeats` calls on the GPU, back to back, after three more."""
+    for _ in range(3):
         f()
     torch.cuda.synchronize()
     return _timed([f] * repeats, cycles)
 
 
-def milliseconds(calls: list[Callable], rounds: int = 9, cycles: int = 3_000_000) -> list[float]:
-    """Return each call's median on the GPU, measured in turns; it sleeps for `cycles` per call before a round."""
-    turns = [_timed(calls, cycles * len(calls)) for _ in range(rounds)]
+def milliseconds(calls: list[Callable]) -> list[float]:
+    """Return each call's median on the GPU, of nine rounds in turns, before each of which it sleeps for 2 ms a call."""
+    turns = [_timed(calls, 3_000_000 * len(calls)) for _ in range(9)]
     return [statistics.median(taken) for taken in zip(*turns)]
 
 
