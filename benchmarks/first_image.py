@@ -110,7 +110,7 @@ def _later_images(count: int, cfg: Any, model: Any, decode: Any, graphs: Any) ->
     from uvit_fast.sampling.images import to_uint8
     from uvit_fast.sampling.loop import check_finite, sample
 
-    after, times = (lambda x: x) if graphs else decode, []
+    after, times = decode if graphs is None else lambda x: x, []
     for seed in range(count):
         began = time.perf_counter()
         (x,) = sample(model, cfg, 1, labels=torch.tensor([seed]), seed=seed, batch=1, graphs=graphs)

@@ -34,7 +34,7 @@ from uvit_fast.runtime.ahead import ahead
 from uvit_fast.runtime.device import pick_device
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.processes import ALONE, World
-from uvit_fast.sampling.captured import GraphSampler
+from uvit_fast.sampling.captured import GraphSampler, on_a_gpu
 from uvit_fast.sampling.conditions import chosen_labels
 from uvit_fast.sampling.images import to_uint8
 from uvit_fast.sampling.loop import check_finite, sample
@@ -158,14 +158,13 @@ def drawn_images(
     if cfg.model.num_classes:
         drawn = torch.tensor(classes or chosen_labels(None, cfg, known))
         labels = drawn[torch.randint(len(drawn), (num,), generator=torch.Generator().manual_seed(seed))]
-    if graphs is None and next(model.parameters()).is_cuda:
-        graphs = GraphSampler(model, decode)
+    graphs = graphs or on_a_gpu(model, decode)
     options: dict[str, Any] = {"labels": labels, "seed": seed, "graphs": graphs}
     names = sample_names(None if labels is None else labels.tolist(), None, known)
 
     def read(parts: list[range]) -> Iterator[np.ndarray]:
         for part, x in zip(parts, sample(model, cfg, num, parts=parts, **options)):
-            x = decode(x) if decode and not graphs else x
+            x = decode(x) if decode and graphs is None else x
             images = to_uint8(check_finite(x, f"{name}: samples {part.start} to {part.stop - 1}"))
             if folder:
                 save_pngs(folder, [images], names, part.start)

@@ -12,11 +12,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests import autoencoders
 from tests.clip import save_clip
+from tests.recorded import RecordedGraphs
 from uvit_fast import build_model, cli, commands, load_config, sampling
 from uvit_fast.data.encoders import load_text
 from uvit_fast.provenance import Provenance
 from uvit_fast.runtime.errors import UserError
+from uvit_fast.sampling import captured
 from uvit_fast.sampling.images import to_uint8
 from uvit_fast.sampling.jobs import Job
 from uvit_fast.sampling.output import save_npz
@@ -149,6 +152,30 @@ def test_a_sample_depends_on_seed_and_index_only(checkpoint, tmp_path):
     assert a["arr_0"].shape == (5, 8, 8, 1) and a["arr_0"].dtype == np.uint8 and a["arr_1"].tolist() == [1] * 5
     assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1  # batched matrix products may round differently
     assert (a["arr_0"] != c["arr_0"]).any(axis=(1, 2, 3)).all()
+
+
+def test_latents_are_decoded_once_whether_or_not_the_loop_is_captured(tmp_path, monkeypatch):
+    """A captured loop decodes; its first batch comes before it holds a capture."""
+    pytest.importorskip("diffusers")
+    vae = {"latent.autoencoder": autoencoders.saved(autoencoders.kl(), tmp_path / "vae"), "latent.scale_factor": "0.2"}
+    how = {"data.name": "synthetic", "model.in_chans": "4", "model.img_size": "8", "model.embed_dim": "32"}
+    changed = [f"{key}={value}" for key, value in {**how, "model.depth": "2", **vae}.items()]
+    torch.manual_seed(0)
+    save_file(build_model(load_config("s2_cifar10", changed)).state_dict(), tmp_path / "weights.safetensors")
+    settings = [word for each in [*changed, "sample.sampler=dpm_fast"] for word in ("--set", each)]
+    command = ["sample", "--config", "s2_cifar10", "--checkpoint", f"{tmp_path}/weights.safetensors", *settings]
+
+    def drawn(name: str) -> np.ndarray:
+        out = tmp_path / f"{name}.npz"
+        assert cli.main([*command, "--num", "3", "--batch", "2", "--steps", "2", "--out", str(out)]) == 0
+        return np.load(out)["arr_0"]
+
+    written = drawn("written")
+    made = []
+    monkeypatch.setattr(captured, "CudaGraphs", RecordedGraphs)
+    monkeypatch.setattr(captured, "on_a_gpu", lambda *of: made.append(captured.GraphSampler(*of)) or made[-1])
+    assert np.array_equal(drawn("captured"), written)
+    assert made[0].captures and written.shape == (3, 16, 16, 3)
 
 
 def test_an_interrupted_job_continues_without_repeating_or_losing_a_sample(checkpoint, tmp_path, monkeypatch, capsys):

@@ -123,7 +123,7 @@ def test_the_network_itself_is_captured_with_text(cores):
         captured = list(sampling.sample(net, cfg, 6, batch=3, graphs=graphs, **options))
     for got, expected in zip(captured, sampling.sample(net, cfg, 6, batch=3, **options), strict=True):
         assert torch.equal(got, expected) and got.isfinite().all()
-    assert len(graphs) == 1
+    assert graphs.captures == 1
 
 
 @pytest.mark.parametrize("make", [autoencoders.kl, lambda: autoencoders.dc(latent_channels=4)], ids=["kl", "dc"])

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     from uvit_fast.runtime.device import pick_device
     from uvit_fast.sampling import calibration
     from uvit_fast.sampling.caches import cached_layers, sublayer_macs
-    from uvit_fast.sampling.captured import GraphSampler
+    from uvit_fast.sampling.captured import on_a_gpu
     from uvit_fast.sampling.conditions import chosen_labels
     from uvit_fast.sampling.loop import check_finite, sample
     from uvit_fast.sampling.weights import find_weights, load_found, provenance_of
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
 
     def draw(config, of: int, evaluations: int | None = None) -> tuple[torch.Tensor, float]:
         """Return x_0 (num, C, H, W), and the seconds of the second run."""
-        graphs = GraphSampler(model) if device.type == "cuda" else None
+        graphs = on_a_gpu(model)
         for _ in range(2):
             began = time.perf_counter()
             (x,) = sample(model, config, args.num, batch=args.num, steps=evaluations, graphs=graphs, **options(of))

@@ -74,7 +74,7 @@ def _run(args: argparse.Namespace, world) -> None:
     from uvit_fast.data.encoders import load_text, text_encoder_name
     from uvit_fast.runtime.device import pick_device
     from uvit_fast.sampling.caches import cached_layers
-    from uvit_fast.sampling.captured import GraphSampler
+    from uvit_fast.sampling.captured import on_a_gpu
     from uvit_fast.sampling.conditions import check_guidance, chosen_labels, spread, spread_labels
     from uvit_fast.sampling.images import to_uint8
     from uvit_fast.sampling.jobs import Job
@@ -99,8 +99,8 @@ def _run(args: argparse.Namespace, world) -> None:
         prompts, clip = spread(args.num, prompts), args.clip or text_encoder_name(cfg, known)
         encode, options["null_context"] = load_text(cfg, clip, device, known)
         options["context"] = lambda rows: encode(prompts[rows.start : rows.stop])
-    graphs = GraphSampler(model, decode) if device.type == "cuda" else None
-    decode = decode if decode and not graphs else lambda x: x
+    graphs = on_a_gpu(model, decode)
+    decode = decode if decode and graphs is None else lambda x: x
     batch = args.batch or (250 if device.type == "cuda" else 50)
     if cfg.sample.cache != "none" and world.rank == 0:
         guided = (cfg.sample.guidance_scale if scale is None else scale) > 0

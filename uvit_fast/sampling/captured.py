@@ -71,7 +71,9 @@ class GraphSampler:
         """Memory held by the captures: their pools and their input buffers."""
         return sum(capture.bytes for capture in self._captures.values())
 
-    def __len__(self) -> int:
+    @property
+    def captures(self) -> int:
+        """How many loops are kept."""
         return len(self._captures)
 
     def clear(self) -> None:
@@ -237,3 +239,8 @@ def _replay(capture: _Capture, inputs: Inputs) -> Tensor:
 def _batched(name: str) -> bool:
     """Return whether an input has one row per sample."""
     return name in ("x_T", "keys") or name.startswith("condition.")
+
+
+def on_a_gpu(model: nn.Module, decode: Callable[[Tensor], Tensor] | None = None) -> GraphSampler | None:
+    """Return what replays loops of the model and decodes, or None if the model is not on a GPU."""
+    return GraphSampler(model, decode) if next(model.parameters()).is_cuda else None
