@@ -34,7 +34,7 @@ from benchmarks.common import RESULTS, Rows
 from benchmarks.fp8_page import DOCS, KINDS, LAYER_TIMES, PAGE, PLOT, TIMES, draw, page, provider_of
 from benchmarks.results import Results
 from uvit_fast import build_model
-from uvit_fast.build import build_dataset, build_schedule
+from uvit_fast.build import build_dataset, build_sampler, build_schedule
 from uvit_fast.commands.arguments import config_of
 from uvit_fast.config import FP8_KEEP, Config
 from uvit_fast.diffusion.noise import Draws
@@ -55,6 +55,7 @@ from uvit_fast.sampling.captured import GraphSampler
 from uvit_fast.sampling.conditions import chosen_labels, spread_labels
 from uvit_fast.sampling.images import save_grid, to_uint8
 from uvit_fast.sampling.loop import check_finite, sample
+from uvit_fast.sampling.rounding import EVALUATIONS, calibrate
 from uvit_fast.sampling.weights import find_weights, provenance_of
 
 SHOWN = 10  # classes, or images per row, in the pictures
@@ -109,10 +110,12 @@ def in_bf16(cfg: Config, exact: UViT) -> UViT:
     return net.to(torch.bfloat16).eval().requires_grad_(False)
 
 
-def in_fp8(net: UViT, keep: tuple[str, ...] = ()) -> Fp8UViT:
+def in_fp8(cfg: Config, net: UViT, keep: tuple[str, ...] = ()) -> Fp8UViT:
     """Return the same in FP8, except for what is kept: with its kernels, or, on other devices, their arithmetic."""
     elsewhere = fp8_block.why_not(1152, 16, 4608, net.pos_embed.device)
-    return Fp8UViT(net, fp8_block.REFERENCE if elsewhere else fp8_block.KERNELS, keep)
+    found = Fp8UViT(net, fp8_block.REFERENCE if elsewhere else fp8_block.KERNELS, keep)
+    calibrate(found, build_sampler(cfg, EVALUATIONS))
+    return found
 
 
 class _Narrow(nn.Module):
@@ -135,7 +138,7 @@ class _NarrowNorm(nn.Module):
 
 
 def _quantised(layer: nn.Linear, norm: nn.LayerNorm | None = None) -> nn.Linear:
-    """Return a layer with the values that its e4m3 weights represent, the norm's gamma and beta folded in."""
+    """Return a layer with the values that its e4m3 weights represent, each rounded by itself, the norm folded in."""
     given = None if norm is None else Norm(norm.weight, norm.bias)
     values, (bias, step) = quantise(Linear(layer.weight, layer.bias), given)
     made = nn.Linear(layer.in_features, layer.out_features, device="meta")
@@ -178,7 +181,7 @@ def errors(rows: Rows, given: Network) -> None:
     exact = {time: net(*inputs(time)) for time in {*TIMES, *LAYER_TIMES}}
     wide = in_bf16(cfg, net)
     images = len(next(iter(exact.values())))
-    kept = {provider_of(keep): in_fp8(wide, keep) for keep in ((), FP8_KEEP)}
+    kept = {provider_of(keep): in_fp8(cfg, wide, keep) for keep in ((), FP8_KEEP)}
     for provider, network in {"ours": wide, **kept}.items():
         common = {
             "metric": "error",
@@ -237,7 +240,7 @@ def quality(rows: Rows, given: Network, run: str, args: argparse.Namespace) -> N
         torch.randperm(args.samples, generator=torch.Generator().manual_seed(0))
     ]
     wide = in_bf16(cfg, net)
-    networks = {"ours": wide} | {provider_of(keep): in_fp8(wide, keep) for keep in args.keep}
+    networks = {"ours": wide} | {provider_of(keep): in_fp8(cfg, wide, keep) for keep in args.keep}
     found: dict[tuple[str, int], Samples] = {}
     for provider, network in networks.items():
         drawing = Drawing(network, cfg, labels, args.batch, features)

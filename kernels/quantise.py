@@ -5,6 +5,9 @@ e4m3 is a floating-point format with three bits of mantissa: a value in [2^-6, 4
 at the input and output of a product have scale 1.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,8 @@ from uvit_fast.kernels.runtime.checks import ACCUMULATE
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
+PANEL = 64  # columns whose errors are handed on together to those after them
+DAMPING = 0.01  # of the mean square of an input, added to each: inputs that hardly occurred stay harmless
 
 
 def narrow(x: Tensor) -> Tensor:
@@ -55,11 +60,37 @@ def balanced(x: Tensor) -> Tensor:
     return (values + step * taken).to(E4M3)
 
 
-def quantise(linear: Linear, norm: Norm | None = None, scale: float = 1.0, order: Tensor | None = None) -> Quantised:
-    """Return scale * Linear(LN(x)), or without a norm scale * Linear(x), as an e4m3 layer.
+class Scaled(NamedTuple):
+    """A linear layer before its weight is rounded to e4m3."""
 
-    As in `layernorm.fold`, each row of gamma W loses its mean, which LayerNorm subtracts from x anyway, and is
-    `balanced`.
+    weight: Tensor  # (N, K) fp32, over the steps, columns in the order of its operand's features
+    rows: Tensor  # (2, N) fp32: bias, step
+    folded: bool  # whether a LayerNorm is folded in
+
+
+class Inputs(NamedTuple):
+    """What a layer's operand was over some tokens: of x in e4m3, times rstd where a LayerNorm is folded in."""
+
+    tokens: int
+    total: Tensor  # (K,) fp32
+    products: Tensor  # (K, K) fp32, the sum of x x^T
+
+    def plus(self, x: Tensor, rstd: Tensor | None) -> "Inputs":
+        """Return these and those of x (M, K) e4m3 and rstd (M,) fp32."""
+        x = x.to(ACCUMULATE) if rstd is None else x.to(ACCUMULATE) * rstd[:, None]
+        return Inputs(self.tokens + len(x), self.total + x.sum(0), self.products.addmm(x.t(), x))
+
+
+def unseen(features: int, device: torch.device) -> Inputs:
+    """Return the inputs of no tokens."""
+    zeros = torch.zeros(features + 1, features, device=device, dtype=ACCUMULATE)
+    return Inputs(0, zeros[0], zeros[1:])
+
+
+def scaled(linear: Linear, norm: Norm | None = None, scale: float = 1.0, order: Tensor | None = None) -> Scaled:
+    """Return scale * Linear(LN(x)), or without a norm scale * Linear(x), over the steps of an e4m3 layer.
+
+    As in `layernorm.fold`, each row of gamma W loses its mean, which LayerNorm subtracts from x anyway.
 
     Args:
         linear: weight (N, K), any float dtype.
@@ -73,11 +104,54 @@ def quantise(linear: Linear, norm: Norm | None = None, scale: float = 1.0, order
         weight = weight - weight.mean(1, keepdim=True)
     largest = weight.abs().amax(1).clamp(min=torch.finfo(ACCUMULATE).tiny * LARGEST)
     step = largest / LARGEST  # (N,)
-    values = (narrow if norm is None else balanced)(weight / step[:, None])
     rows = torch.stack([shift * scale, step * scale])  # (2, N)
+    weight = weight / step[:, None]
     if order is not None:
-        values = torch.cat([values.float(), values.new_zeros(len(values), 1).float()], 1)[:, order.to(values.device)]
-    return Quantised(values.to(E4M3).contiguous(), rows)
+        weight = torch.cat([weight, weight.new_zeros(len(weight), 1)], 1)[:, order.to(weight.device)]
+    return Scaled(weight, rows, norm is not None)
+
+
+def rounded(layer: Scaled) -> Quantised:
+    """Round each weight by itself; the rows of one with a LayerNorm folded in are `balanced`."""
+    return Quantised((balanced if layer.folded else narrow)(layer.weight).contiguous(), layer.rows)
+
+
+def quantise(linear: Linear, norm: Norm | None = None, scale: float = 1.0, order: Tensor | None = None) -> Quantised:
+    """Return the layer, `scaled` and `rounded`."""
+    return rounded(scaled(linear, norm, scale, order))
+
+
+def compensated(layers: Sequence[Scaled], inputs: Sequence[Inputs]) -> list[Quantised]:
+    """Round layers of one shape so that their results change least for such inputs.
+
+    Columns are rounded one after the other, each after what its own inputs tell of the errors so far is added to it:
+    LDLQ ("QuIP", Chee et al. 2023, Section 3.1), which is OPTQ's rounding (Frantar et al. 2023, arXiv:2210.17323). The
+    mean of what remains goes into the bias.
+    """
+    weights, K = torch.stack([layer.weight for layer in layers]), layers[0].weight.shape[1]  # (L, N, K)
+    factors = torch.stack([_factor(each.products / each.tokens) for each in inputs])  # (L, K, K)
+    values, left = torch.zeros_like(weights), torch.zeros_like(weights)
+    for start in range(0, K, PANEL):
+        panel = slice(start, min(start + PANEL, K))
+        wanted = weights[..., panel] + left[..., :start] @ factors[:, :start, panel]
+        for k in range(panel.start, panel.stop):
+            told = left[..., start:k] @ factors[:, start:k, k, None]  # (L, N, 1)
+            values[..., k] = narrow(wanted[..., k - start] + told[..., 0]).to(ACCUMULATE)
+            left[..., k] = weights[..., k] - values[..., k]
+    found = []
+    for layer, value, error, (tokens, total, _) in zip(layers, values, left, inputs):
+        bias, step = layer.rows
+        rows = torch.stack([bias + step * (error @ (total / tokens)), step])
+        found.append(Quantised(value.to(E4M3), rows))
+    return found
+
+
+def _factor(moment: Tensor) -> Tensor:
+    """Return the upper triangle U with ones on the diagonal of moment = U D U^T, (K, K) fp32."""
+    moment = moment.double()
+    moment.diagonal().add_(DAMPING * moment.diagonal().mean())
+    lower = torch.linalg.cholesky(moment.flip(0, 1)).flip(0, 1)  # upper, as its rows and columns are turned around
+    return (lower / lower.diagonal()).to(ACCUMULATE)
 
 
 def two_sources(features: int, second: int, step: int) -> Tensor:

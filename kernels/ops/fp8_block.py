@@ -1,7 +1,7 @@
 """A transformer block with e4m3 products, for sampling: each operand is written in e4m3 by the kernel before it."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from uvit_fast.kernels.gemm.fp8 import Made
 from uvit_fast.kernels.layernorm import added, fold
 from uvit_fast.kernels.layers import Linear, Norm, Quantised
 from uvit_fast.kernels.ops import attention as wide_attention
-from uvit_fast.kernels.quantise import E4M3, narrow, paired, quantise, two_sources
+from uvit_fast.kernels.quantise import E4M3, Inputs, narrow, paired, rounded, scaled, two_sources, unseen
 from uvit_fast.kernels.runtime.device import architecture
 
 
@@ -42,18 +42,23 @@ def unfit(width: int, heads: int, hidden: int) -> str | None:
     return None
 
 
-def derive(
+def scale(
     norm1: Norm, qkv: Linear, proj: Linear, norm2: Norm, fc1: Linear, fc2: Linear, skip: Linear | None, heads: int
 ) -> Layers:
-    """Return a block's layers in e4m3. The layers themselves stay as they are."""
+    """Return a block's layers, `Scaled`, before they are rounded. The layers themselves stay as they are."""
     D, H = qkv.weight.shape[1], fc1.weight.shape[0]
     return Layers(
-        quantise(qkv, norm1),
-        quantise(proj, order=torch.tensor(sm90_tiles.narrow(heads, D // heads))),
-        quantise(fc1, norm2, scale=0.5),
-        quantise(fc2, order=paired(H)),
-        None if skip is None else quantise(skip, order=two_sources(D, D, fp8.BK)),
+        scaled(qkv, norm1),
+        scaled(proj, order=torch.tensor(sm90_tiles.narrow(heads, D // heads))),
+        scaled(fc1, norm2, scale=0.5),
+        scaled(fc2, order=paired(H)),
+        None if skip is None else scaled(skip, order=two_sources(D, D, fp8.BK)),
     )
+
+
+def derive(*layers: Any) -> Layers:
+    """Return a block's layers, of `scale`'s arguments, in e4m3, each weight rounded by itself."""
+    return Layers(*(each if each is None else rounded(each) for each in scale(*layers)))
 
 
 def _attention(qkv: Tensor) -> Tensor:
@@ -83,6 +88,20 @@ class Arithmetic(NamedTuple):
 
 KERNELS = Arithmetic(sm90_fp8.product, _attention, fold.statistics, added.add)
 REFERENCE = Arithmetic(fp8.reference, _attention_reference, _statistics_reference, added.reference)
+
+
+def watching(by: Arithmetic, seen: dict[int, Inputs]) -> Arithmetic:
+    """Return the same arithmetic, which adds each product's inputs to those of its layer, by `id`."""
+
+    def product(epilogue: str, x: Tensor, layer: Quantised, **how: Any) -> Made:
+        x2, stats = how.get("x2"), how.get("stats")
+        gap = layer.weight.shape[1] - x.shape[1] - (0 if x2 is None else x2.shape[1])
+        operand = x if x2 is None else torch.cat([x, x.new_zeros(len(x), gap), x2], 1)
+        before = seen.get(id(layer)) or unseen(operand.shape[1], x.device)
+        seen[id(layer)] = before.plus(operand, None if stats is None else stats[1, : len(x)])
+        return by.product(epilogue, x, layer, **how)
+
+    return by._replace(product=product)
 
 
 class Stream(NamedTuple):

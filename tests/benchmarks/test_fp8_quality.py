@@ -13,6 +13,8 @@ from uvit_fast.config import FP8_KEEP, load_config
 from uvit_fast.evaluation.classifier import Classifier, ClassifierFeatures
 from uvit_fast.evaluation.features import extract
 from uvit_fast.evaluation.sources import Images
+from uvit_fast.kernels.ops.fp8_block import REFERENCE
+from uvit_fast.model.fp8 import Fp8UViT
 
 TINY = ["model.embed_dim=128", "model.num_heads=2", "model.depth=2", "model.img_size=8"]
 
@@ -26,7 +28,7 @@ def given():
 def test_layers_in_e4m3_are_the_ones_that_run(given):
     """All of them together are the FP8 network, but for what it keeps in bf16 and how attention is summed."""
     inputs, net = given.inputs(0.5), given.net
-    exact, ours = net(*inputs), fp8_quality.in_fp8(fp8_quality.in_bf16(given.cfg, net))(*inputs)
+    exact, ours = net(*inputs), Fp8UViT(fp8_quality.in_bf16(given.cfg, net), REFERENCE, ())(*inputs)
     for block in net.blocks:
         block.__class__ = models.PublishedBlock
     with fp8_quality.narrowed(net.blocks, set(fp8_page.KINDS)):

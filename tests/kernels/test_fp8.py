@@ -9,9 +9,21 @@ import torch.nn.functional as F
 from tests.kernels import fp8_cases as cases
 from uvit_fast.kernels.gemm import fp8
 from uvit_fast.kernels.layernorm import added, fold
-from uvit_fast.kernels.layers import Linear
+from uvit_fast.kernels.layers import Linear, Quantised
 from uvit_fast.kernels.ops import attention, fp8_block, linear_residual, ln_linear, ln_mlp, skip_linear
-from uvit_fast.kernels.quantise import E4M3, LARGEST, balanced, narrow, paired, quantise, two_sources
+from uvit_fast.kernels.quantise import (
+    E4M3,
+    LARGEST,
+    balanced,
+    compensated,
+    narrow,
+    paired,
+    quantise,
+    rounded,
+    scaled,
+    two_sources,
+    unseen,
+)
 
 QUANTISED = 0.04  # of a product's norm: two operands, each off by 2.6% of itself at random
 
@@ -57,6 +69,48 @@ def test_the_mean_of_a_token_does_not_show_through_the_fold(mean):
     rstd = cases.statistics(x)[1, :64, None]
     got = x.float() @ values.float().t() * scale * rstd + bias  # x is not quantised: its own error grows with the mean
     assert off(got, exact) < QUANTISED
+
+
+def spread(M: int, K: int, mean: float) -> torch.Tensor:
+    """Return inputs (M, K) as a network's are: correlated, with features of different means."""
+    few = torch.randn(M, 8) @ torch.randn(8, K)
+    return few + 0.3 * torch.randn(M, K) + mean * torch.randn(K)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_weights_rounded_for_their_inputs_err_less_on_others_like_them(folded):
+    """Also with a LayerNorm folded in, whose weights meet the mean of a token."""
+    torch.manual_seed(0)
+    linear, x = cases.linear(96, 192), narrow(spread(3000, 192, 0.5))
+    layer = scaled(linear, cases.norm(192) if folded else None)
+    rstd = torch.rand(3000) + 0.5 if folded else None
+    half = unseen(192, x.device).plus(x[:1000], None if rstd is None else rstd[:1000])
+    half = half.plus(x[1000:1500], None if rstd is None else rstd[1000:1500])
+    (found,) = compensated([layer], [half])
+    others = x[1500:].float() * (1 if rstd is None else rstd[1500:, None])
+
+    def error(made: Quantised) -> torch.Tensor:
+        bias, step = made.rows
+        return others @ (made.weight.float() - layer.weight).t() * step + bias - layer.rows[0]  # (1500, N)
+
+    alone = error(rounded(layer))
+    assert error(found).norm() < 0.35 * alone.norm()
+    assert error(found).mean(0).norm() < 0.1 * alone.mean(0).norm()
+    assert found.weight.dtype == E4M3 and torch.equal(found.rows[1], layer.rows[1])
+
+
+def test_layers_are_rounded_together_as_alone_and_gaps_stay_empty():
+    torch.manual_seed(0)
+    order = two_sources(64, 64, fp8.BK)
+    layers = [scaled(cases.linear(16, 128), order=order) for _ in range(2)]
+    inputs = []
+    for _ in layers:
+        x, x2 = narrow(spread(500, 64, 0.5)), narrow(spread(500, 64, 0.5))
+        inputs.append(unseen(192, x.device).plus(torch.cat([x, x.new_zeros(500, 64), x2], 1), None))
+    together = compensated(layers, inputs)
+    for made, *alone in zip(together, layers, inputs):
+        assert off(made.weight, compensated([alone[0]], [alone[1]])[0].weight) < 1e-3
+        assert (made.weight[:, 64:128].float() == 0).all()
 
 
 def test_two_sources_begin_at_whole_steps():

@@ -21,7 +21,7 @@ SIZES = {"img_size": 8, "in_chans": 4, "patch_size": 2, "embed_dim": 128, "depth
 
 def network(**more) -> UViT:
     torch.manual_seed(0)
-    return UViT(**SIZES, **more).bfloat16().eval().requires_grad_(False)
+    return UViT(**SIZES | more).bfloat16().eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize("more", [{}, {"skip": "none", "conv": False}], ids=str)
@@ -47,6 +47,31 @@ def test_plain_calls_replay_themselves():
         net.cuda_graphs = True
         assert torch.equal(net(*given), expected)
     assert net.captures.graphs.captures == 1
+
+
+def test_calibration_rounds_what_runs_in_e4m3_for_what_it_meets():
+    net, (x, t, y) = network(), (torch.randn(8, 4, 8, 8), torch.linspace(10, 990, 8), torch.arange(8))
+    narrow = fp8.Fp8UViT(net, fp8_block.REFERENCE, ("in_blocks.0.mlp", "*.skip_linear"))
+    narrow.captures.graphs = RecordedGraphs()
+    before = [*narrow.layers]
+    for _ in range(3):
+        narrow(x, t, y)
+    assert len(narrow.captures) == 1
+    narrow.calibrate(lambda: [narrow(x, t, y), narrow(x[:2], t[:2], y[:2])])
+    assert len(narrow.captures) == 0 and narrow.by is fp8_block.REFERENCE and narrow.cuda_graphs
+    assert narrow.layers[0].fc1 is None and narrow.layers[3].skip is None
+    for old, new in zip(before, narrow.layers):
+        for kind in ("qkv", "proj", "fc1", "fc2"):
+            a, b = getattr(old, kind), getattr(new, kind)
+            assert (a is None) == (b is None)
+            if a is not None:
+                assert a.weight.shape == b.weight.shape and not torch.equal(a.weight.float(), b.weight.float())
+    exact = network().float()(x, t, y)
+    calibrated, narrow.layers = narrow(x, t, y), before
+    assert (calibrated - exact).norm() < (narrow(x, t, y) - exact).norm()
+    with pytest.raises(ZeroDivisionError):
+        narrow.calibrate(lambda: 1 / 0)
+    assert narrow.by is fp8_block.REFERENCE and narrow.layers is before
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from uvit_fast.config.plans import CachedLayers
 from uvit_fast.config.section import LocalPath, Names, Section, absolute, fits_a_file_system
 from uvit_fast.runtime.text import shown
 
-FP8_KEEP: tuple[str, ...] = ("in_blocks.0.mlp", "out_blocks.-1.skip_linear")  # see docs/fp8.md
+FP8_KEEP: tuple[str, ...] = ("in_blocks.0.attn",)  # see docs/fp8.md
 
 
 class DiffusionConfig(Section):

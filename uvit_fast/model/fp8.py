@@ -16,6 +16,7 @@ from uvit_fast.config import FP8_KEEP
 from uvit_fast.config.plans import fitting
 from uvit_fast.kernels.ops import attention, fp8_block
 from uvit_fast.kernels.ops.fp8_block import Layers, Stream
+from uvit_fast.kernels.quantise import Inputs, compensated
 from uvit_fast.model.cached import Cache, block_names
 from uvit_fast.model.replayed import Replayed, replays
 from uvit_fast.model.uvit import Block, UViT
@@ -89,6 +90,26 @@ class Fp8UViT(Replayed):
             raise UserError("sample.precision=fp8: the network has hooks, which would not be called; expected bf16")
         self.net, self.by, self.names, kept = net, by, block_names(net.depth), _kept(net.depth, keep)
         self.layers = [_derived(name, block, kept) for name, block in zip(self.names, net.blocks)]
+
+    def calibrate(self, run: Callable[[], object]) -> None:
+        """Round the weights anew, those of a layer with regard to each other, for the inputs that the products have
+        while `run` calls this network.
+        """
+        seen: dict[int, Inputs] = {}
+        before = self.by, self.cuda_graphs
+        self.by, self.cuda_graphs = fp8_block.watching(self.by, seen), False
+        try:
+            run()
+        finally:
+            self.by, self.cuda_graphs = before
+        self.captures.clear()
+        for kind in Layers._fields:  # one at a time, as all are larger than the network
+            met = {
+                i: inputs for i, each in enumerate(self.layers) if (inputs := seen.pop(id(getattr(each, kind)), None))
+            }
+            exact = [getattr(fp8_block.scale(*_taken(self.names[i], self.net.blocks[i])), kind) for i in met]
+            for i, layer in zip(met, compensated(exact, [*met.values()]) if met else []):
+                self.layers[i] = self.layers[i]._replace(**{kind: layer})
 
     def fixed_weights(self) -> AbstractContextManager[None]:
         """As `UViT.fixed_weights`: what is derived from the layers in bf16 is derived once."""
@@ -182,14 +203,19 @@ def _stream(by_block: tuple[Tensor, Tensor | None]) -> Stream:
     return Stream(wide.reshape(-1, wide.shape[-1]), None, sums)
 
 
-def _derived(name: str, block: Block, kept: frozenset[str]) -> Layers:
+def _taken(name: str, block: Block) -> tuple[Any, ...]:
+    """Return a block's layers, as `fp8_block.scale` takes them."""
     skip, attention, proj, rest = block._layers()
     if not (attention and rest and (skip or block.skip_linear is None)):
         raise UserError(
             f"sample.precision=fp8: {name} was changed (hooks, LoRA, ...), which the kernels would not call; "
             "expected bf16"
         )
-    layers = fp8_block.derive(*attention, proj, *rest, skip, heads=block.attn.num_heads)
+    return *attention, proj, *rest, skip, block.attn.num_heads
+
+
+def _derived(name: str, block: Block, kept: frozenset[str]) -> Layers:
+    layers = fp8_block.derive(*_taken(name, block))
     for part, fields in (("skip_linear", ("skip",)), ("attn", ("qkv", "proj")), ("mlp", ("fc1", "fc2"))):
         if f"{name}.{part}" in kept:
             layers = layers._replace(**dict.fromkeys(fields))

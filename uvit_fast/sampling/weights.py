@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from uvit_fast import provenance
-from uvit_fast.build import build_model
+from uvit_fast.build import build_model, build_sampler
 from uvit_fast.config import Config, ModelConfig
 from uvit_fast.data.in_memory import CLASSES
 from uvit_fast.model import fp8
@@ -16,6 +16,7 @@ from uvit_fast.model.uvit import UViT
 from uvit_fast.model.weights import load_weights, read_weights
 from uvit_fast.provenance import Provenance, shown
 from uvit_fast.runtime.errors import UserError
+from uvit_fast.sampling import rounding
 from uvit_fast.training import checkpoint as checkpoints
 
 
@@ -45,7 +46,10 @@ def load_found(cfg: Config, path: Path, device: torch.device) -> UViT | UNet | f
     if cfg.sample.precision != "fp8":
         return model
     assert isinstance(model, UViT)
-    return fp8.Fp8UViT(model, keep=cfg.sample.fp8_keep)
+    narrow = fp8.Fp8UViT(model, keep=cfg.sample.fp8_keep)
+    whole = cfg.model_copy(update={"sample": cfg.sample.model_copy(update={"cache": "none"})})
+    rounding.calibrate(narrow, build_sampler(whole, rounding.EVALUATIONS))
+    return narrow
 
 
 def check_precision(cfg: Config, device: torch.device) -> None:
