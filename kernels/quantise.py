@@ -146,11 +146,11 @@ def compensated(layers: Sequence[Scaled], inputs: Sequence[Inputs]) -> list[Quan
     return found
 
 
-def _factor(moment: Tensor) -> Tensor:
-    """Return the upper triangle U with ones on the diagonal of moment = U D U^T, (K, K) fp32."""
-    moment = moment.double()
-    moment.diagonal().add_(DAMPING * moment.diagonal().mean())
-    lower = torch.linalg.cholesky(moment.flip(0, 1)).flip(0, 1)  # upper, as its rows and columns are turned around
+def _factor(square: Tensor) -> Tensor:
+    """Return the upper triangle U with ones on the diagonal of square = U D U^T, (K, K) fp32."""
+    square = square.double()
+    square.diagonal().add_(DAMPING * square.diagonal().mean())
+    lower = torch.linalg.cholesky(square.flip(0, 1)).flip(0, 1)  # upper, as its rows and columns are turned around
     return (lower / lower.diagonal()).to(ACCUMULATE)
 
 
