@@ -158,3 +158,12 @@ def test_benchmarks_run_the_trainers_loss():
     assert {path.name for path in uses} == {"guards.py", "models.py"}
     assert "self.objective.loss(" in (ROOT / "uvit_fast" / "training" / "trainer.py").read_text()
     assert not [path for path in (ROOT / "benchmarks").glob("*.py") if "mse_loss" in path.read_text()]
+
+
+def test_functions_inside_kernels_take_at_most_eight_parameters():
+    """A launch's arguments are pointers and numbers, one by one; inside a kernel they are structures."""
+    for path in (ROOT / "kernels").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and not node.name.endswith("_kernel"):
+                on_device = any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+                assert not on_device or len(node.args.args) <= 8, f"{path}: {node.name} takes {len(node.args.args)}"

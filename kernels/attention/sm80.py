@@ -37,17 +37,13 @@ def _load(pointer, rows, L, stride, D: tl.constexpr, D0: tl.constexpr, D1: tl.co
 
 
 @triton.jit
-def _store_piece(pointer, value, rows, L, stride, D: tl.constexpr, FIRST: tl.constexpr):
-    columns = FIRST + tl.arange(0, value.shape[1])
-    inside = (rows < L)[:, None] & (columns < D)[None, :]
-    tl.store(pointer + rows[:, None] * stride + columns[None, :], value.to(pointer.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def _store(pointer, x, rows, L, stride, D: tl.constexpr):
     """Store rows of one head, in pieces; anything past row L or column D is dropped."""
     for i in tl.static_range(len(x)):
-        _store_piece(pointer, x[i], rows, L, stride, D, i * x[0].shape[1])
+        columns = i * x[0].shape[1] + tl.arange(0, x[i].shape[1])
+        inside = (rows < L)[:, None] & (columns < D)[None, :]
+        at = pointer + rows[:, None] * stride + columns[None, :]
+        tl.store(at, x[i].to(pointer.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -177,22 +177,6 @@ def _tail_dkv_step(x, y, known, scale, grads):
 
 
 @gluon.jit
-def _tail_dq(x, keys, known, L, scale, BLOCKS: gl.constexpr):
-    dq = tail_zeros(len(x.qk) > 1)
-    for j in range(BLOCKS):
-        dq = _tail_dq_step(x, keys.block(j), known, j * 64, L, scale, dq)
-    return _tail_dq_step(x, keys.tail(), known, BLOCKS * 64, L, scale, dq)
-
-
-@gluon.jit
-def _tail_dkv(x, queries, known, scale, BLOCKS: gl.constexpr):
-    grads = Pair(tail_zeros(len(x.qk) > 1), tail_zeros(len(x.qk) > 1))
-    for j in range(BLOCKS):
-        grads = _tail_dkv_step(x, queries.block(j), known.block(j), scale, grads)
-    return _tail_dkv_step(x, queries.tail(), known.tail(), scale, grads)
-
-
-@gluon.jit
 def _keep(pointer, L, other, BLOCKS: gl.constexpr, TAIL: gl.constexpr):
     """Return lse or delta of all queries in shared memory, as a Head."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
@@ -297,7 +281,11 @@ def attention_dq_kernel(
         delta_tail = _delta(out_tail, space.stream.vo, row_small)
         gl.store(deltas + at, delta_tail, mask=at < L)
         known_tail = Statistics(statistic(lses, START, L, float("inf"), 16, row_small), delta_tail)
-        dq_tail = _tail_dq(space.take_tail(queries), space.stay, known_tail, L, scale, BLOCKS)
+        x_tail = space.take_tail(queries)
+        dq_tail = tail_zeros(D > 64)
+        for j in range(BLOCKS):
+            dq_tail = _tail_dq_step(x_tail, space.stay.block(j), known_tail, j * 64, L, scale, dq_tail)
+        dq_tail = _tail_dq_step(x_tail, space.stay.tail(), known_tail, START, L, scale, dq_tail)
         pointer = dqkv_whole + b.to(gl.int64) * L * (3 * H * D) + h * D
         tail_store(pointer, scaled(dq_tail, factor), START, L, 3 * H * D, D)
     out = _out_rows(outs, 0, L, PAIRS, 64, D)
@@ -372,7 +360,11 @@ def attention_dkv_kernel(
     known = Statistics(lses, _keep(delta + head * L, L, 0.0, BLOCKS, TAIL))
     if TAIL:
         mbarrier.wait(space.next_in, 0)
-        tail = _tail_dkv(space.take_tail(keys), space.stay, known, scale, BLOCKS)
+        x_tail = space.take_tail(keys)
+        tail = Pair(tail_zeros(D > 64), tail_zeros(D > 64))
+        for j in range(BLOCKS):
+            tail = _tail_dkv_step(x_tail, space.stay.block(j), known.block(j), scale, tail)
+        tail = _tail_dkv_step(x_tail, space.stay.tail(), known.tail(), scale, tail)
         pointer = dqkv_whole + b.to(gl.int64) * L * (3 * H * D) + h * D
         tail_store(pointer + H * D, scaled(tail.qk, factor), START, L, 3 * H * D, D)
         tail_store(pointer + 2 * H * D, tail.vo, START, L, 3 * H * D, D)

@@ -91,7 +91,7 @@ def arguments(
         x_box if x2 is None else descriptor(x2, tokens, BK),
         out_box,
         out_box if second is out else descriptor(second, part, ROWS),
-        out_box if side is None else descriptor(side, part, ROWS),
+        out_box if side is None or side is out else descriptor(side, part, ROWS),
         descriptor(x, tail, BK) if tail else None,
         descriptor(x if x2 is None else x2, tail, BK) if tail else None,
         descriptor(out, tail, ROWS) if tail else None,

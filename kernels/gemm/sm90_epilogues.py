@@ -121,7 +121,7 @@ class Ahead:
     rstd: gl.tensor  # (PART,) fp32, of the first part's tokens, with FOLD "stats"; else a number
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)  # frozen, it would take thrice the time to make
 class How:
     """What is constant in a kernel of the GEMM."""
 

@@ -50,28 +50,6 @@ def _total(xs):
 
 
 @triton.jit
-def _scaled(weight, gamma, beta, at, mask, col, scale, D: tl.constexpr):
-    """Return some columns of scale * gamma * weight, and their contribution to scale * weight @ beta."""
-    w = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(gamma + col, mask=col < D, other=0.0).to(tl.float32) * scale
-    b = tl.load(beta + col, mask=col < D, other=0.0).to(tl.float32) * scale
-    return w * g[None, :], tl.sum(w * b[None, :], axis=1)
-
-
-@triton.jit
-def _rounded(w, centre, mask, dtype: tl.constexpr):
-    """Return w - centre as rounded, and each row's sum and sum of magnitudes."""
-    w = tl.where(mask, w - centre[:, None], 0.0).to(dtype).to(tl.float32)
-    return w, tl.sum(w, axis=1), tl.sum(tl.abs(w), axis=1)
-
-
-@triton.jit
-def _small(w, typical, mask):
-    """Return which values are below 1/16 of the row's mean magnitude: forty in a thousand normal ones."""
-    return mask & (tl.abs(w) < typical[:, None] / 16)
-
-
-@triton.jit
 def fold_rows(layer, results, row, cols, N, scale, D: tl.constexpr, HAS_BIAS):
     """Fold the norm into some rows of the weight: see `prepare`."""
     weight, gamma, beta, bias = layer
@@ -79,19 +57,23 @@ def fold_rows(layer, results, row, cols, N, scale, D: tl.constexpr, HAS_BIAS):
     first = row.to(tl.int64)[:, None] * D
     masks = [(row < N)[:, None] & (col < D)[None, :] for col in cols]
     ws, sums, shifts = (), (), ()
-    for i in tl.static_range(len(cols)):
-        w, shift = _scaled(weight, gamma, beta, first + cols[i][None, :], masks[i], cols[i], scale, D)
-        ws, sums, shifts = ws + (w,), sums + (tl.sum(w, axis=1),), shifts + (shift,)
+    for i in tl.static_range(len(cols)):  # scale * gamma * weight, and scale * weight @ beta
+        w = tl.load(weight + (first + cols[i][None, :]), mask=masks[i], other=0.0).to(tl.float32)
+        g = tl.load(gamma + cols[i], mask=cols[i] < D, other=0.0).to(tl.float32) * scale
+        b = tl.load(beta + cols[i], mask=cols[i] < D, other=0.0).to(tl.float32) * scale
+        scaled, shift = w * g[None, :], tl.sum(w * b[None, :], axis=1)
+        ws, sums, shifts = ws + (scaled,), sums + (tl.sum(scaled, axis=1),), shifts + (shift,)
     centre, shift = _total(sums) / D, _total(shifts)
     near, lefts, sizes = (), (), ()
-    for i in tl.static_range(len(cols)):
-        w, left, size = _rounded(ws[i], centre, masks[i], folded.dtype.element_ty)
-        near, lefts, sizes = near + (w,), lefts + (left,), sizes + (size,)
-    # Rounding leaves a sum, through which the mean of x would show: the smallest weights, rounded least, take it up.
+    for i in tl.static_range(len(cols)):  # as rounded
+        w = tl.where(masks[i], ws[i] - centre[:, None], 0.0).to(folded.dtype.element_ty).to(tl.float32)
+        near, lefts, sizes = near + (w,), lefts + (tl.sum(w, axis=1),), sizes + (tl.sum(tl.abs(w), axis=1),)
+    # Rounding leaves a sum, through which the mean of x would show: the smallest weights, rounded least, take it up:
+    # those below 1/16 of the row's mean magnitude, forty in a thousand normal ones.
     typical = _total(sizes) / D
     smalls, counts = (), ()
     for i in tl.static_range(len(cols)):
-        small = _small(near[i], typical, masks[i])
+        small = masks[i] & (tl.abs(near[i]) < typical[:, None] / 16)
         smalls, counts = smalls + (small,), counts + (tl.sum(small.to(tl.float32), axis=1),)
     left = (_total(lefts) / tl.maximum(_total(counts), 1.0))[:, None]
     for i in tl.static_range(len(cols)):

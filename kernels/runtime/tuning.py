@@ -30,20 +30,16 @@ def choice(device: torch.device, case: str, width: int | str) -> dict:
     return found["default"] | found.get(case, {}) | found.get(f"{case}:{width}", {})
 
 
-def _few(arch: int, N: int, K: int, tokens: int) -> dict:
-    case = f"few:{N}x{K}:"
-    exact = table(arch).get(f"{case}{tokens}")
-    if exact is not None:
-        return exact
-    known = {int(key.removeprefix(case)): chosen for key, chosen in table(arch).items() if key.startswith(case)}
-    nearest = min((measured for measured in known if tokens <= measured <= 1.5 * tokens), default=None)
-    return {} if nearest is None else known[nearest]
-
-
 def few(device: torch.device, N: int, K: int, tokens: int) -> dict:
     """Return the tuned choice for a product (tokens, K) x (K, N) of few tokens; {} if nothing similar was tuned.
 
     It is the choice of the next larger measured number of tokens, whose tiles these fill at most as well; not if that
     is far away.
     """
-    return _few(architecture(device), N, K, tokens)
+    choices, case = table(architecture(device)), f"few:{N}x{K}:"
+    exact = choices.get(f"{case}{tokens}")
+    if exact is not None:
+        return exact
+    known = {int(key.removeprefix(case)): chosen for key, chosen in choices.items() if key.startswith(case)}
+    nearest = min((measured for measured in known if tokens <= measured <= 1.5 * tokens), default=None)
+    return {} if nearest is None else known[nearest]
