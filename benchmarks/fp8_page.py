@@ -64,8 +64,8 @@ def tables(results: Results) -> str:
         lines += [
             *wrapped(
                 f"By layer: the error, mean over t = {', '.join(map(str, LAYER_TIMES))}, where the products of one "
-                "kind, or of one block, alone have e4m3 operands, each weight rounded by itself, and all else is fp32; in "
-                "brackets its share of the squares of all kinds, or of all blocks."
+                "kind, or of one block, alone have e4m3 operands, each weight rounded by itself, and all else is fp32; "
+                "in brackets its share of the squares of all kinds, or of all blocks."
             ),
             "",
         ]

@@ -149,9 +149,10 @@ def compensated(layers: Sequence[Scaled], inputs: Sequence[Inputs]) -> list[Quan
 def _factor(square: Tensor) -> Tensor:
     """Return the upper triangle U with ones on the diagonal of square = U D U^T, (K, K) fp32."""
     square = square.double()
-    square.diagonal().add_(DAMPING * square.diagonal().mean())
-    lower = torch.linalg.cholesky(square.flip(0, 1)).flip(0, 1)  # upper, as its rows and columns are turned around
-    return (lower / lower.diagonal()).to(ACCUMULATE)
+    mean = square.diagonal().mean().clamp(min=torch.finfo(ACCUMULATE).tiny)  # inputs may all be 0
+    square.diagonal().add_(DAMPING * mean)
+    upper = torch.linalg.cholesky(square.flip(0, 1)).flip(0, 1)  # the lower triangle, turned around
+    return (upper / upper.diagonal()).to(ACCUMULATE)
 
 
 def two_sources(features: int, second: int, step: int) -> Tensor:

@@ -99,6 +99,13 @@ def test_weights_rounded_for_their_inputs_err_less_on_others_like_them(folded):
     assert found.weight.dtype == E4M3 and torch.equal(found.rows[1], layer.rows[1])
 
 
+def test_inputs_that_are_all_zero_round_each_weight_by_itself():
+    torch.manual_seed(0)
+    layer = scaled(cases.linear(16, 64))
+    (found,) = compensated([layer], [unseen(64, layer.weight.device).plus(torch.zeros(9, 64, dtype=E4M3), None)])
+    assert torch.equal(found.weight.float(), rounded(layer).weight.float()) and torch.equal(found.rows, layer.rows)
+
+
 def test_layers_are_rounded_together_as_alone_and_gaps_stay_empty():
     torch.manual_seed(0)
     order = two_sources(64, 64, fp8.BK)

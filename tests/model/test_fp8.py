@@ -4,6 +4,7 @@ run.
 
 import functools
 import math
+import operator
 
 import pytest
 import torch
@@ -69,6 +70,10 @@ def test_calibration_rounds_what_runs_in_e4m3_for_what_it_meets():
     exact = network().float()(x, t, y)
     calibrated, narrow.layers = narrow(x, t, y), before
     assert (calibrated - exact).norm() < (narrow(x, t, y) - exact).norm()
+    calibrated = [*narrow.layers]
+    narrow.calibrate(lambda: narrow(x * math.inf, t, y))  # a network that has diverged is found by its samples
+    assert all(map(operator.is_, narrow.layers, calibrated))
+    narrow.layers = before
     with pytest.raises(ZeroDivisionError):
         narrow.calibrate(lambda: 1 / 0)
     assert narrow.by is fp8_block.REFERENCE and narrow.layers is before

@@ -93,7 +93,7 @@ class Fp8UViT(Replayed):
 
     def calibrate(self, run: Callable[[], object]) -> None:
         """Round the weights anew, those of a layer with regard to each other, for the inputs that the products have
-        while `run` calls this network.
+        while `run` calls this network. A layer whose inputs are not finite stays as it is.
         """
         seen: dict[int, Inputs] = {}
         before = self.by, self.cuda_graphs
@@ -104,9 +104,8 @@ class Fp8UViT(Replayed):
             self.by, self.cuda_graphs = before
         self.captures.clear()
         for kind in Layers._fields:  # one at a time, as all are larger than the network
-            met = {
-                i: inputs for i, each in enumerate(self.layers) if (inputs := seen.pop(id(getattr(each, kind)), None))
-            }
+            inputs = [seen.pop(id(getattr(each, kind)), None) for each in self.layers]
+            met = {i: each for i, each in enumerate(inputs) if each and each.products.isfinite().all()}
             exact = [getattr(fp8_block.scale(*_taken(self.names[i], self.net.blocks[i])), kind) for i in met]
             for i, layer in zip(met, compensated(exact, [*met.values()]) if met else []):
                 self.layers[i] = self.layers[i]._replace(**{kind: layer})
