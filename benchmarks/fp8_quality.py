@@ -34,7 +34,7 @@ from benchmarks.common import RESULTS, Rows
 from benchmarks.fp8_page import DOCS, KINDS, LAYER_TIMES, PAGE, PLOT, TIMES, draw, page, provider_of
 from benchmarks.results import Results
 from uvit_fast import build_model
-from uvit_fast.build import build_dataset, build_sampler, build_schedule
+from uvit_fast.build import build_dataset, build_schedule
 from uvit_fast.commands.arguments import config_of
 from uvit_fast.config import FP8_KEEP, Config
 from uvit_fast.diffusion.noise import Draws
@@ -55,7 +55,7 @@ from uvit_fast.sampling.captured import GraphSampler
 from uvit_fast.sampling.conditions import chosen_labels, spread_labels
 from uvit_fast.sampling.images import save_grid, to_uint8
 from uvit_fast.sampling.loop import check_finite, sample
-from uvit_fast.sampling.rounding import EVALUATIONS, calibrate
+from uvit_fast.sampling.rounding import calibrate
 from uvit_fast.sampling.weights import find_weights, provenance_of
 
 SHOWN = 10  # classes, or images per row, in the pictures
@@ -114,7 +114,7 @@ def in_fp8(cfg: Config, net: UViT, keep: tuple[str, ...] = ()) -> Fp8UViT:
     """Return the same in FP8, except for what is kept: with its kernels, or, on other devices, their arithmetic."""
     elsewhere = fp8_block.why_not(1152, 16, 4608, net.pos_embed.device)
     found = Fp8UViT(net, fp8_block.REFERENCE if elsewhere else fp8_block.KERNELS, keep)
-    calibrate(found, build_sampler(cfg, EVALUATIONS))
+    calibrate(found, cfg.diffusion.schedule, cfg.diffusion.prediction)
     return found
 
 

@@ -85,6 +85,9 @@ def test_no_other_latents_and_no_damaged_weights_are_decoded(tmp_path):
     save_file(state | {"decoder.conv_out.bias": bias * torch.nan}, file)
     with pytest.raises(UserError, match="NaN or infinity"):
         load_decoder(config_of(name), CPU)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match="^autoencoder .*: the folder cannot be loaded"):
+        load_decoder(config_of(name), CPU)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +97,12 @@ def test_no_other_latents_and_no_damaged_weights_are_decoded(tmp_path):
         {"up_block_types": ["UpDecoderBlock2D", "AttnUpDecoderBlock2D"]},
         {"a_later_setting": True},
         {"_class_name": "AutoencoderDC"},
+        {"norm_num_groups": 3},
+        {"norm_num_groups": 0},
+        {"block_out_channels": None},
+        {"block_out_channels": [], "up_block_types": []},
+        {"up_block_types": None},
+        {"layers_per_block": "1"},
     ],
     ids=str,
 )
@@ -110,8 +119,17 @@ def test_what_was_fetched_from_the_hub_or_is_a_pipelines_is_found(tmp_path, monk
     (tmp_path / "models--owner--name" / "refs").mkdir()
     (tmp_path / "models--owner--name" / "refs" / "main").write_text("1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert kl_decoder.find("owner/name//vae/") == kl_decoder.find("owner/name/vae")
     assert kl_decoder.find("owner/name/vae")[1].parent == fetched / "vae" == kl_decoder.find(str(fetched))[1].parent
-    for name in ("owner/name", "owner/another/vae", "name", "no such/folder/of a/name", "/nowhere/vae"):
+    for name in (
+        "owner/name",
+        "owner/name/../vae",
+        "/",
+        "owner/another/vae",
+        "name",
+        "no such/folder/of a/name",
+        "/nowhere/vae",
+    ):
         assert kl_decoder.find(name) is None
 
 

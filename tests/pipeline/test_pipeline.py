@@ -1,5 +1,7 @@
 """The diffusers pipeline: what users of diffusers expect, with a tiny autoencoder and CLIP made here."""
 
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ from uvit_fast.kernels.ops import fp8_block
 from uvit_fast.model.fp8 import Fp8UViT
 from uvit_fast.pipeline import UViTModel, UViTPipeline, make_pipeline
 from uvit_fast.provenance import Provenance, read
+from uvit_fast.sampling import rounding
 from uvit_fast.sampling.captured import GraphSampler
 
 SMALL = ["model.embed_dim=32", "model.depth=2", "model.num_heads=2", "model.img_size=8", "sample.steps=4"]
@@ -466,3 +469,22 @@ def test_fp8_is_derived_once_and_anew_where_the_weights_have_changed(monkeypatch
     with torch.no_grad():
         pipe.model.norm.weight.mul_(2)
     assert not torch.equal(call(precision="fp8"), first) and len(derived) == 2
+
+
+def test_fp8_is_the_same_after_a_first_call_that_was_interrupted_and_with_any_scheduler(monkeypatch):
+    monkeypatch.setattr("uvit_fast.pipeline.pipeline.Fp8UViT", lambda net: Fp8UViT(net, fp8_block.REFERENCE))
+    monkeypatch.setattr(rounding, "IMAGES", 2)
+
+    def weights(break_off=False, scheduler=None):
+        pipe = latent_pipeline("h2_256", "model.embed_dim=64", "model.num_heads=1").to(torch.bfloat16)
+        if scheduler:
+            pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+        if break_off:
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(Fp8UViT, "forward", Mock(side_effect=KeyboardInterrupt))
+                pipe._network("fp8")
+        return [layers.fc2.weight.float() for layers in pipe._network("fp8").layers[1:]]
+
+    once = weights()
+    assert all(map(torch.equal, once, weights(break_off=True)))
+    assert all(map(torch.equal, once, weights(scheduler=DDIMScheduler)))

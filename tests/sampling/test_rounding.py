@@ -3,13 +3,9 @@
 import torch
 
 from tests.model.test_fp8 import network
-from uvit_fast.build import build_sampler
-from uvit_fast.config import load_config
 from uvit_fast.kernels.ops import fp8_block
 from uvit_fast.model import fp8
 from uvit_fast.sampling import rounding
-
-SAMPLER = build_sampler(load_config("digits"), 4)
 
 
 def weights(net: fp8.Fp8UViT) -> list[torch.Tensor]:
@@ -19,12 +15,13 @@ def weights(net: fp8.Fp8UViT) -> list[torch.Tensor]:
 def test_every_process_rounds_alike(monkeypatch):
     """As those do that share a job's samples."""
     monkeypatch.setattr(rounding, "IMAGES", 4)
+    monkeypatch.setattr(rounding, "EVALUATIONS", 4)
     found = []
     for seed in range(2):
         torch.manual_seed(seed)
         net = fp8.Fp8UViT(network(), fp8_block.REFERENCE, ())
         alone = weights(net)
-        rounding.calibrate(net, SAMPLER)
+        rounding.calibrate(net, "flow", "velocity")
         assert not any(map(torch.equal, alone, weights(net)))
         found.append(weights(net))
     assert all(map(torch.equal, *found))
@@ -33,5 +30,5 @@ def test_every_process_rounds_alike(monkeypatch):
 def test_networks_of_text_stay_as_they_are():
     net = fp8.Fp8UViT(network(num_classes=0, context_dim=16, context_tokens=5), fp8_block.REFERENCE)
     before = weights(net)
-    rounding.calibrate(net, SAMPLER)
+    rounding.calibrate(net, "sd", "eps")
     assert all(map(torch.equal, before, weights(net)))

@@ -170,9 +170,10 @@ def load_decoder(cfg: Config, device: torch.device, known: Provenance = UNKNOWN)
     """
     assert cfg.latent is not None
     name, dtype = cfg.latent.autoencoder, torch.bfloat16 if device.type == "cuda" else torch.float32
-    if found := kl_decoder.find(name):
-        config, file = found
-        state = kl_decoder.read(file)
+    found = kl_decoder.find(name)
+    state = kl_decoder.read(found[1]) if found else None
+    if found and state is not None:
+        config, _ = found
         _check_fit(name, known, cfg.model.in_chans, state, config.get("latent_channels", 4))
         vae: Any = kl_decoder.load(config, state, f"autoencoder {cut(name)}", device, dtype)
     else:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from uvit_fast.model.weights import load_weights, read_weights
+from uvit_fast.runtime.errors import UserError
 
 FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 SHAPE = {  # what shapes the decoder, with diffusers' defaults
@@ -156,9 +157,13 @@ def find(name: str) -> tuple[dict[str, Any], Path] | None:
         return None
     try:
         config = json.loads(files[0].read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-    return (config, files[1]) if isinstance(config, dict) and _is_known(config) else None
+        if not _is_known(config):
+            return None
+        with torch.device("meta"):
+            KLDecoder(config)
+    except (OSError, ValueError, TypeError, AttributeError, IndexError, ArithmeticError, RuntimeError):
+        return None  # a file of any content: diffusers says what is wrong with it
+    return config, files[1]
 
 
 def _in_a_folder(folder: Path) -> list[Path]:
@@ -168,14 +173,13 @@ def _in_a_folder(folder: Path) -> list[Path]:
 def _in_the_hubs_cache(name: str) -> list[Path]:
     try:
         from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
     except ImportError:
         return [Path()]
-    parts = name.split("/")
+    parts = [part for part in name.split("/") if part]
     repository, subfolder = "/".join(parts[:2]), parts[2:]
     try:
         found = [try_to_load_from_cache(repository, "/".join([*subfolder, file])) for file in FILES]
-    except HFValidationError:
+    except ValueError:  # no name of a repository
         return [Path()]
     return [Path(path) if isinstance(path, str) else Path() for path in found]
 
@@ -189,11 +193,17 @@ def _is_known(config: dict[str, Any]) -> bool:
     return kind and [*blocks] == ["UpDecoderBlock2D"] * len(levels) and said.keys() <= {*SHAPE, *OTHERS}
 
 
-def read(file: Path) -> dict[str, Tensor]:
-    """Return all weights of an autoencoder by today's names: the oldest files have others for attention's."""
+def read(file: Path) -> dict[str, Tensor] | None:
+    """Return all weights of an autoencoder by today's names: the oldest files have others for attention's. None if the
+    file cannot be read: diffusers says why.
+    """
     today = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     pattern = re.compile(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)")
-    return {pattern.sub(lambda m: today[m[1]], key): value for key, value in read_weights(file).items()}
+    try:
+        weights = read_weights(file)
+    except UserError:
+        return None
+    return {pattern.sub(lambda m: today[m[1]], key): value for key, value in weights.items()}
 
 
 def load(

@@ -147,8 +147,9 @@ def _has_no_values(tensor: Tensor) -> bool:
 def _is_not_finite(tensor: Tensor) -> bool:
     if not tensor.numel():
         return False
-    # NaN or infinity is among the extremes, which need no memory, unlike isfinite of all
-    return not torch.stack(tensor.aminmax()).isfinite().all()
+    # NaN or infinity is among the extremes, which need no memory, unlike isfinite of all; types of one byte have none
+    wide = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+    return not torch.stack(wide.aminmax()).isfinite().all()
 
 
 def published_names(state: dict[str, Tensor], ours: Collection[str], source: str = "checkpoint") -> dict[str, Tensor]:

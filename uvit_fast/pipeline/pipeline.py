@@ -31,7 +31,7 @@ from uvit_fast.model.uvit import UViT
 from uvit_fast.provenance import Provenance
 from uvit_fast.sampling.captured import GraphSampler
 from uvit_fast.sampling.loop import check_finite
-from uvit_fast.sampling.rounding import EVALUATIONS, calibrate
+from uvit_fast.sampling.rounding import calibrate
 
 from . import folder, schedulers
 from .calls import INSTEAD, StepEnd, is_text, new_keys, of_each, whole
@@ -207,13 +207,10 @@ class UViTPipeline(DiffusionPipeline):
             return self.model
         weights = tuple((p.data_ptr(), p._version) for p in self.model.parameters())
         if self._fp8 is None or self._fp8[0] != weights:
-            self._fp8 = weights, Fp8UViT(self.model)
-            if isinstance(self.scheduler, UViTScheduler):
-                ours = self.scheduler
-            else:
-                ours = self.config.schedule and UViTScheduler(self.config.schedule, prediction=self.config.prediction)
-            if ours:
-                calibrate(self._fp8[1], ours.sampler(EVALUATIONS))
+            narrow, ours = Fp8UViT(self.model), self.scheduler if isinstance(self.scheduler, UViTScheduler) else self
+            if ours.config.schedule:
+                calibrate(narrow, ours.config.schedule, ours.config.prediction)
+            self._fp8 = weights, narrow
         return self._fp8[1]
 
     @torch.no_grad()

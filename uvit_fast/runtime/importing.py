@@ -18,10 +18,10 @@ def preload(*modules: str, device: str = "cpu") -> None:
     if "torch" in sys.modules or not gc.isenabled():
         return
     imported = threading.Event()
-    if device != "cpu":
-        threading.Thread(target=_prepare, args=(imported,)).start()  # an exit waits for it: none within the driver
     gc.disable()
     try:
+        if device != "cpu":
+            threading.Thread(target=_prepare, args=(imported,)).start()  # an exit waits for it: none within the driver
         for name in modules:
             import_module(name)
         gc.freeze()
@@ -39,8 +39,8 @@ def _prepare(imported: threading.Event) -> None:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return
-    gpu, context = ctypes.c_int(), ctypes.c_void_p()
-    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(gpu), int(os.environ.get("LOCAL_RANK", "0"))):
+    gpu, context, rank = ctypes.c_int(), ctypes.c_void_p(), os.environ.get("LOCAL_RANK", "0")
+    if not rank.isdecimal() or driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(gpu), int(rank)):
         return
     driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), gpu)
     imported.wait()

@@ -2,24 +2,27 @@
 
 import torch
 
-from uvit_fast.diffusion.noise import sample_generators, sample_noise
-from uvit_fast.diffusion.stages import Sampler
+from uvit_fast.build import PREDICTIONS, SAMPLERS, SCHEDULES
+from uvit_fast.diffusion.noise import sample_noise
 from uvit_fast.model.fp8 import Fp8UViT
 
 IMAGES, EVALUATIONS = 32, 10
 
 
-def calibrate(net: Fp8UViT, sampler: Sampler) -> None:
+def calibrate(net: Fp8UViT, schedule: str, prediction: str) -> None:
     """Let the network draw a few samples, of labels spread over all that it has, and round its weights for them: see
-    `Fp8UViT.calibrate`. Networks of text stay as they are: their inputs are not known without prompts.
+    `Fp8UViT.calibrate`. DPM-Solver draws them, whatever will draw later, so a network's weights are always the same.
+    Networks of text stay as they are: their inputs are not known without prompts.
 
     Args:
-        sampler: of EVALUATIONS evaluations.
+        schedule, prediction: the model's, by their names in `diffusion`.
     """
-    model, indices = net.net, range(IMAGES)
+    model = net.net
     if model.context_dim:
         return
+    noising = SCHEDULES[schedule]()
+    sampler = SAMPLERS["dpm_fast"](noising, EVALUATIONS, None, PREDICTIONS[prediction](noising), 1.0)
     device = model.pos_embed.device
-    x_T = sample_noise(0, indices, (model.in_chans, model.img_size, model.img_size)).to(device)
+    x_T = sample_noise(0, range(IMAGES), (model.in_chans, model.img_size, model.img_size)).to(device)
     y = torch.linspace(0, model.num_classes - 1, IMAGES, device=device).long() if model.num_classes else None
-    net.calibrate(lambda: sampler(lambda x, t: net(x, t, y), x_T, generator=sample_generators(0, indices, device)))
+    net.calibrate(lambda: sampler(lambda x, t: net(x, t, y), x_T))

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from uvit_fast import provenance
-from uvit_fast.build import build_model, build_sampler
+from uvit_fast.build import build_model
 from uvit_fast.config import Config, ModelConfig
 from uvit_fast.data.in_memory import CLASSES
 from uvit_fast.model import fp8
@@ -47,8 +47,7 @@ def load_found(cfg: Config, path: Path, device: torch.device) -> UViT | UNet | f
         return model
     assert isinstance(model, UViT)
     narrow = fp8.Fp8UViT(model, keep=cfg.sample.fp8_keep)
-    whole = cfg.model_copy(update={"sample": cfg.sample.model_copy(update={"cache": "none"})})
-    rounding.calibrate(narrow, build_sampler(whole, rounding.EVALUATIONS))
+    rounding.calibrate(narrow, cfg.diffusion.schedule, cfg.diffusion.prediction)
     return narrow
 
 
