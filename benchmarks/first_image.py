@@ -38,8 +38,8 @@ def main(argv: list[str] | None = None) -> None:
     kept: dict[str, Any] = {"graphs": None}
     patches, preload = contextlib.ExitStack(), sample.preload
 
-    def preload_and_mark(*modules: str, **options: str) -> None:
-        preload(*modules, **options)
+    def preload_and_mark(*modules: str) -> None:
+        preload(*modules)
         mark("import")
         patch_what_was_imported()
 

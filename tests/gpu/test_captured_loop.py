@@ -12,7 +12,6 @@ from torch import nn
 
 from tests import autoencoders
 from uvit_fast import build_model, load_config, sampling
-from uvit_fast.data import kl_decoder
 from uvit_fast.data.autoencoders import Scaling, decoder
 from uvit_fast.diffusion.guidance import Guidance
 from uvit_fast.diffusion.noise import sample_generators, sample_noise
@@ -138,19 +137,6 @@ def test_decoding_in_chunks_is_captured(net, make):
             expected = decode(plain(net, SAMPLERS[1], x_T, y, 0.4))
         assert got.shape[:2] == (8, 3) and got.shape[2] > x_T.shape[2] and torch.equal(got, expected)
     assert sample.captures == 1
-
-
-def test_kls_decoder_is_captured_with_diffusers_pixels(net, tmp_path):
-    pytest.importorskip("diffusers")
-    vae = autoencoders.kl()
-    config, file = kl_decoder.find(autoencoders.saved(vae, tmp_path))
-    ours = kl_decoder.load(config, kl_decoder.read(file), "it", torch.device("cuda"), torch.bfloat16)
-    x_T, y, _ = batch(4)
-    got, expected = (
-        GraphSampler(net, decoder(each, Scaling(0.5)))(SAMPLERS[1], x_T, {"y": y})
-        for each in (ours, vae.to("cuda", torch.bfloat16))
-    )
-    assert torch.equal(got, expected)
 
 
 def test_weights_that_change_in_place_are_seen(net):

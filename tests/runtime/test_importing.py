@@ -3,13 +3,10 @@
 import gc
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch  # noqa: F401
-from triton.runtime.cache import triton_key
 
-from uvit_fast.runtime import importing
 from uvit_fast.runtime.importing import preload
 
 PROGRAM = """
@@ -39,49 +36,3 @@ def test_a_process_that_computes_already_keeps_its_collector():
     frozen = gc.get_freeze_count()
     preload("no_such_module")
     assert gc.isenabled() and gc.get_freeze_count() == frozen
-
-
-class Driver:
-    """A driver with some GPUs, which notes what it was asked."""
-
-    def __init__(self, gpus):
-        self.gpus, self.asked = gpus, []
-
-    def cuInit(self, flags):
-        self.asked.append("init")
-        return 0 if self.gpus else 100
-
-    def cuDeviceGet(self, gpu, index):
-        self.asked.append(f"GPU {index}")
-        return 0 if index < self.gpus else 101
-
-    def cuDevicePrimaryCtxRetain(self, context, gpu):
-        self.asked.append("context")
-        return 0
-
-
-@pytest.mark.parametrize("gpus, asked", [(0, ["init"]), (1, ["init", "GPU 1"]), (2, ["init", "GPU 1", "context"])])
-def test_the_gpu_of_this_rank_is_prepared(gpus, asked, monkeypatch):
-    """What names Triton's kernels is read only after the imports, and only where there is a GPU."""
-    driver, imported, named = Driver(gpus), threading.Event(), []
-    monkeypatch.setattr(importing.ctypes, "CDLL", lambda name: driver)
-    monkeypatch.setattr("triton.runtime.cache.triton_key", lambda: named.append(imported.is_set()))
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    thread = threading.Thread(target=importing._prepare, args=(imported,))
-    thread.start()
-    imported.set()
-    thread.join()
-    assert driver.asked == asked and named == [True] * (gpus == 2)
-
-
-def test_a_machine_without_a_driver_has_nothing_to_prepare(monkeypatch):
-    def missing(name):
-        raise OSError(f"{name}: cannot open shared object file")
-
-    monkeypatch.setattr(importing.ctypes, "CDLL", missing)
-    importing._prepare(threading.Event())
-
-
-def test_what_triton_names_its_kernels_by_is_kept():
-    """Otherwise to read it ahead would be in vain."""
-    assert triton_key() is triton_key()

@@ -66,7 +66,7 @@ def _run(args: argparse.Namespace, world) -> None:
         raise UserError(f"--cfg-scale: expected at least 1 (no guidance), got {args.cfg_scale}")
     prompts = _prompts(args, cfg)
 
-    preload("uvit_fast.data.autoencoders", "uvit_fast.sampling", device=cfg.device)
+    preload("uvit_fast.data.autoencoders", "uvit_fast.sampling")
     import numpy as np
 
     from uvit_fast.build import build_sampler

@@ -1,5 +1,4 @@
-"""The frozen autoencoders of latent models, diffusers' AutoencoderKL and AutoencoderDC, as functions. KL's decoder is
-read without diffusers where it can be: see `kl_decoder`.
+"""The frozen autoencoders of latent models, diffusers' AutoencoderKL and AutoencoderDC, as functions.
 
 KL's encoder returns a posterior, mean and log variance; DC's ("Deep Compression Autoencoder for Efficient
 High-Resolution Diffusion Models", arXiv:2410.10733) returns the latents themselves. Both decode latents; a network sees
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor
 
 from uvit_fast.config import Config
-from uvit_fast.data import kl_decoder
 from uvit_fast.data.encoders import Digests, check_identity, digests, identity, load_pretrained, quiet_diffusers
 from uvit_fast.provenance import UNKNOWN, Provenance
 from uvit_fast.runtime.errors import UserError
@@ -146,14 +144,13 @@ def decoder(vae: Any, scaling: Scaling, chunk: int = 25) -> Callable[[Tensor], T
     """Return a function from the network's samples (B, C, h, w) to pixels (B, 3, H, W) fp32 in about [-1, 1].
 
     Args:
-        vae: diffusers' `AutoencoderKL` or `AutoencoderDC`, or a `KLDecoder`.
+        vae: diffusers' `AutoencoderKL` or `AutoencoderDC`.
         chunk: latents decoded at a time, whatever the batch: activations at the images' size dominate the memory.
     """
-    pixels = vae if isinstance(vae, kl_decoder.KLDecoder) else lambda z: vae.decode(z).sample
 
     def decode(z: Tensor) -> Tensor:
         parts = scaling.undone(z).to(vae.dtype).split(chunk)
-        return torch.cat([pixels(part).float() for part in parts])
+        return torch.cat([vae.decode(part).sample.float() for part in parts])
 
     return decode
 
@@ -165,19 +162,12 @@ def load_decoder(cfg: Config, device: torch.device, known: Provenance = UNKNOWN)
         known: what the model learned from; the autoencoder must decode those latents.
 
     Raises:
-        ImportError: diffusers is needed and not installed; the message names the extra.
+        ImportError: diffusers is not installed; the message names the extra.
         UserError: the autoencoder is neither a local folder nor available from the hub, or it is for other latents.
     """
     assert cfg.latent is not None
-    name, dtype = cfg.latent.autoencoder, torch.bfloat16 if device.type == "cuda" else torch.float32
-    found = kl_decoder.find(name)
-    state = kl_decoder.read(found[1]) if found else None
-    if found and state is not None:
-        config, _ = found
-        _check_fit(name, known, cfg.model.in_chans, state, config.get("latent_channels", 4))
-        vae: Any = kl_decoder.load(config, state, f"autoencoder {cut(name)}", device, dtype)
-    else:
-        vae = load_autoencoder(name, known, cfg.model.in_chans).to(device, dtype)
+    vae = load_autoencoder(cfg.latent.autoencoder, known, cfg.model.in_chans)
+    vae = vae.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     return decoder(vae, scaling_of(cfg, known, vae))
 
 
@@ -207,22 +197,18 @@ def load_autoencoder(name: str, known: Provenance = UNKNOWN, channels: int | Non
     if kind not in KINDS:
         raise UserError(f"autoencoder {cut(name)}: expected {' or '.join(KINDS)}, got {shown(kind)}")
     vae = load_pretrained("autoencoder", name, partial(getattr(diffusers, kind).from_pretrained, **where))
-    _check_fit(name, known, channels, vae.state_dict(), vae.config.latent_channels)
-    return vae.eval().requires_grad_(False)
-
-
-def _check_fit(name: str, known: Provenance, channels: int | None, state: dict[str, Tensor], makes: int) -> None:
-    """Refuse an autoencoder with the weights `state` whose latents, of `makes` channels, are not a model's."""
-    check_identity("vae", f"autoencoder {name}", "latent.autoencoder", _vae_digests(state), known)
-    if channels not in (None, makes):
+    check_vae(vae, name, known)
+    if channels not in (None, vae.config.latent_channels):
         raise UserError(
-            f"autoencoder {cut(name)}: makes latents of {makes} channels; expected {channels}, as model.in_chans says"
+            f"autoencoder {cut(name)}: makes latents of {vae.config.latent_channels} channels; expected {channels}, as "
+            "model.in_chans says"
         )
+    return vae.eval().requires_grad_(False)
 
 
 def vae_identity(vae: Any, name: str) -> dict[str, str]:
     """Return its name, and checksums of the weights that make the latents: fine-tuned decoders share the encoder's."""
-    return identity(name, _vae_digests(vae.state_dict()))
+    return identity(name, _vae_digests(vae))
 
 
 def check_vae(vae: Any, name: str, known: Provenance) -> None:
@@ -231,9 +217,9 @@ def check_vae(vae: Any, name: str, known: Provenance) -> None:
     Raises:
         UserError: its encoder did not make them.
     """
-    check_identity("vae", f"autoencoder {name}", "latent.autoencoder", _vae_digests(vae.state_dict()), known)
+    check_identity("vae", f"autoencoder {name}", "latent.autoencoder", _vae_digests(vae), known)
 
 
-def _vae_digests(state: dict[str, Tensor]) -> Digests:
-    weights = {k: v for k, v in state.items() if k.startswith(("encoder.", "quant_conv."))}
+def _vae_digests(vae: Any) -> Digests:
+    weights = {k: v for k, v in vae.state_dict().items() if k.startswith(("encoder.", "quant_conv."))}
     return digests(weights, "encoder_")
