@@ -7,6 +7,7 @@ recomputed, they are called one by one.
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import Any
 
 from torch import Tensor
 
@@ -33,13 +34,7 @@ def run(
     x: Tensor,
     skip: Tensor | None,
     sums: Tensor | None,
-    joined: Linear | None,
-    norm1: Norm,
-    qkv: Linear,
-    proj: Linear,
-    norm2: Norm,
-    fc1: Linear,
-    fc2: Linear,
+    layers: tuple[Linear | None, Norm, Linear, Linear, Norm, Linear, Linear],
     heads: int,
 ) -> tuple[Tensor, Tensor] | None:
     """Run the block on x (B, L, D), joined with a long skip (B, L, D) if it has one.
@@ -48,7 +43,7 @@ def run(
 
     Args:
         sums: of x, as a block returns them.
-        joined: the layer after the long skip, None without one.
+        layers: after the long skip, None without one; norm1, qkv, proj, norm2, fc1, fc2.
 
     Returns:
         (B, L, D) and its sums, and with them gradients, bit for bit those of the ops; None if the ops must be called:
@@ -56,25 +51,14 @@ def run(
     """
     if is_watched(x) or _one_by_one.get() or not (x.device.type == "cuda" or interpreting()):
         return None
-    layers = joined or Linear(None), norm1, qkv, proj, norm2, fc1, fc2
+    joined, *others = layers
+    layers = joined or Linear(None), *others
     return _block(x, skip, sums, *layers, heads, wants_gradient(x, skip, *layers))
 
 
-def _why_not(
-    x: Tensor,
-    skip: Tensor | None,
-    sums: Tensor | None,
-    joined: Linear,
-    norm1: Norm,
-    qkv: Linear,
-    proj: Linear,
-    norm2: Norm,
-    fc1: Linear,
-    fc2: Linear,
-    heads: int,
-    save: bool,
-) -> str | None:
-    """Return why some op of the block cannot take these tensors, or None."""
+def _why_not(x: Tensor, skip: Tensor | None, *rest: Any) -> str | None:
+    """Return why some op of the block cannot take `_forward`'s arguments, or None."""
+    _, joined, norm1, qkv, proj, norm2, fc1, fc2, heads, _ = rest
     B, L, D = x.shape
     if qkv.weight.shape[0] != 3 * D or D % heads:
         return f"a weight {tuple(qkv.weight.shape)} gives no q, k and v of {heads} heads"

@@ -92,7 +92,7 @@ def block(
         return None
     if attention.backend not in ("auto", "fused"):
         return None
-    return _block.run(x, skip, sums, joined, *norm1_qkv, proj, *norm2_mlp, attention.num_heads)
+    return _block.run(x, skip, sums, (joined, *norm1_qkv, proj, *norm2_mlp), attention.num_heads)
 
 
 def skip_linear(x: Tensor, skip: Tensor, linear: Linear, *, kernels: str = "auto") -> tuple[Tensor, Tensor | None]:
