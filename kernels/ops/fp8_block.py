@@ -1,6 +1,7 @@
 """A transformer block with e4m3 products, for sampling: each operand is written in e4m3 by the kernel before it."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from uvit_fast.kernels.gemm.fp8 import Made
 from uvit_fast.kernels.layernorm import added, fold
 from uvit_fast.kernels.layers import Linear, Norm, Quantised
 from uvit_fast.kernels.ops import attention as wide_attention
-from uvit_fast.kernels.quantise import E4M3, Inputs, narrow, paired, rounded, scaled, two_sources, unseen
+from uvit_fast.kernels.quantise import E4M3, Inputs, Scaled, narrow, paired, rounded, scaled, two_sources, unseen
 from uvit_fast.kernels.runtime.device import architecture
 
 
@@ -42,23 +43,26 @@ def unfit(width: int, heads: int, hidden: int) -> str | None:
     return None
 
 
-def scale(
+def unrounded(
     norm1: Norm, qkv: Linear, proj: Linear, norm2: Norm, fc1: Linear, fc2: Linear, skip: Linear | None, heads: int
-) -> Layers:
-    """Return a block's layers, `Scaled`, before they are rounded. The layers themselves stay as they are."""
+) -> dict[str, Callable[[], Scaled]]:
+    """Return what gives each of a block's layers before it is rounded, by its name in `Layers`."""
     D, H = qkv.weight.shape[1], fc1.weight.shape[0]
-    return Layers(
-        scaled(qkv, norm1),
-        scaled(proj, order=torch.tensor(sm90_tiles.narrow(heads, D // heads))),
-        scaled(fc1, norm2, scale=0.5),
-        scaled(fc2, order=paired(H)),
-        None if skip is None else scaled(skip, order=two_sources(D, D, fp8.BK)),
-    )
+    found = {
+        "qkv": partial(scaled, qkv, norm1),
+        "proj": partial(scaled, proj, order=torch.tensor(sm90_tiles.narrow(heads, D // heads))),
+        "fc1": partial(scaled, fc1, norm2, scale=0.5),
+        "fc2": partial(scaled, fc2, order=paired(H)),
+    }
+    return found if skip is None else found | {"skip": partial(scaled, skip, order=two_sources(D, D, fp8.BK))}
 
 
 def derive(*layers: Any) -> Layers:
-    """Return a block's layers, of `scale`'s arguments, in e4m3, each weight rounded by itself."""
-    return Layers(*(each if each is None else rounded(each) for each in scale(*layers)))
+    """Return a block's layers, of `unrounded`'s arguments, in e4m3, each weight rounded by itself. The layers
+    themselves stay as they are.
+    """
+    found = unrounded(*layers)
+    return Layers(*(rounded(found[kind]()) if kind in found else None for kind in Layers._fields))
 
 
 def _attention(qkv: Tensor) -> Tensor:

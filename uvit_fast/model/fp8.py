@@ -106,7 +106,7 @@ class Fp8UViT(Replayed):
         for kind in Layers._fields:  # one at a time, as all are larger than the network
             inputs = [seen.pop(id(getattr(each, kind)), None) for each in self.layers]
             met = {i: each for i, each in enumerate(inputs) if each and each.products.isfinite().all()}
-            exact = [getattr(fp8_block.scale(*_taken(self.names[i], self.net.blocks[i])), kind) for i in met]
+            exact = [fp8_block.unrounded(*_taken(self.names[i], self.net.blocks[i]))[kind]() for i in met]
             for i, layer in zip(met, compensated(exact, [*met.values()]) if met else []):
                 self.layers[i] = self.layers[i]._replace(**{kind: layer})
 
@@ -203,7 +203,7 @@ def _stream(by_block: tuple[Tensor, Tensor | None]) -> Stream:
 
 
 def _taken(name: str, block: Block) -> tuple[Any, ...]:
-    """Return a block's layers, as `fp8_block.scale` takes them."""
+    """Return a block's layers, as `fp8_block.unrounded` takes them."""
     skip, attention, proj, rest = block._layers()
     if not (attention and rest and (skip or block.skip_linear is None)):
         raise UserError(
