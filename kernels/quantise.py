@@ -13,6 +13,7 @@ from torch import Tensor
 
 from uvit_fast.kernels.layers import Linear, Norm, Quantised
 from uvit_fast.kernels.runtime.checks import ACCUMULATE
+from uvit_fast.runtime.device import set_to
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -76,9 +77,10 @@ class Inputs(NamedTuple):
     products: Tensor  # (K, K) fp32, the sum of x x^T
 
     def plus(self, x: Tensor, rstd: Tensor | None) -> "Inputs":
-        """Return these and those of x (M, K) e4m3 and rstd (M,) fp32."""
+        """Return these and those of x (M, K) e4m3 and rstd (M,) fp32. Tensor cores sum: TF32 holds e4m3 exactly."""
         x = x.to(ACCUMULATE) if rstd is None else x.to(ACCUMULATE) * rstd[:, None]
-        return Inputs(self.tokens + len(x), self.total + x.sum(0), self.products.addmm(x.t(), x))
+        with set_to(torch.backends.cuda.matmul, fp32_precision="tf32"):
+            return Inputs(self.tokens + len(x), self.total + x.sum(0), self.products.addmm(x.t(), x))
 
 
 def unseen(features: int, device: torch.device) -> Inputs:

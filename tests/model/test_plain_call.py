@@ -21,6 +21,7 @@ from uvit_fast import build_model, load_config
 from uvit_fast.diffusion.samplers import DPMSolverPPMultistep
 from uvit_fast.diffusion.schedules import SDSchedule
 from uvit_fast.model import replayed
+from uvit_fast.runtime.device import set_to
 from uvit_fast.sampling.captured import GraphSampler
 
 TINY = ["embed_dim=64", "depth=2", "num_heads=1", "num_classes=11", "img_size=8", "activation_checkpointing=none"]
@@ -70,6 +71,15 @@ def test_the_second_call_of_a_shape_captures_and_later_ones_replay(net):
                 got = net(variant, t, y)
                 assert torch.equal(got, wanted) and got.dtype == wanted.dtype and got.stride() == wanted.stride()
     with torch.autocast("cpu", torch.bfloat16):
+        assert check(net) == 1
+    assert check(net) == 0
+
+
+@pytest.mark.parametrize("backend", [torch.backends.cuda.matmul, torch.backends.cudnn.conv], ids=["matmul", "conv"])
+def test_tf32_may_be_chosen_by_pytorchs_newer_settings(net, backend):
+    """Once they are used, the older ones can no longer be read."""
+    assert check(net) == 1
+    with set_to(backend, fp32_precision="ieee" if backend.fp32_precision == "tf32" else "tf32"):
         assert check(net) == 1
     assert check(net) == 0
 

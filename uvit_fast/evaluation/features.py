@@ -14,6 +14,7 @@ from torch import Tensor
 from uvit_fast.evaluation.inception import Features, Inception, preprocess
 from uvit_fast.evaluation.metrics import RunningStatistics, Statistics
 from uvit_fast.evaluation.sources import Images
+from uvit_fast.runtime.device import set_to
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.processes import ALONE, World
 from uvit_fast.runtime.progress import Bar
@@ -53,8 +54,9 @@ class InceptionFeatures:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Features:
+        cudnn = torch.backends.cudnn
         # TF32 would change the features in the fourth digit
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=False):
+        with set_to(cudnn, enabled=True, benchmark=True, deterministic=False), set_to(cudnn.conv, fp32_precision="ieee"):
             return self.model(preprocess(images, self.like))
 
     @torch.inference_mode()

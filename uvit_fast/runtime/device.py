@@ -1,6 +1,9 @@
-"""The device that a process computes on."""
+"""The device that a process computes on, and PyTorch's settings of it."""
 
+import contextlib
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -23,3 +26,19 @@ def pick_device(name: str) -> torch.device:
         raise RankError(f"launcher: expected a GPU for local rank {local_rank}, got {torch.cuda.device_count()} GPUs")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+@contextlib.contextmanager
+def set_to(backend: Any, **values: object) -> Iterator[None]:
+    """Give a backend's settings, such as `fp32_precision` of torch.backends.cuda.matmul, these values while open.
+
+    `fp32_precision` rather than `allow_tf32`, which cannot be read once somebody has set the former.
+    """
+    before = {name: getattr(backend, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(backend, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(backend, name, value)
