@@ -132,19 +132,19 @@ def compensated(layers: Sequence[Scaled], inputs: Sequence[Inputs]) -> list[Quan
     """
     weights, K = torch.stack([layer.weight for layer in layers]), layers[0].weight.shape[1]  # (L, N, K)
     factors = torch.stack([_factor(each.products / each.tokens) for each in inputs])  # (L, K, K)
-    values, left = torch.zeros_like(weights), torch.zeros_like(weights)
+    left = torch.zeros_like(weights)  # by rounding
     for start in range(0, K, PANEL):
         panel = slice(start, min(start + PANEL, K))
         wanted = weights[..., panel] + left[..., :start] @ factors[:, :start, panel]
         for k in range(panel.start, panel.stop):
             told = left[..., start:k] @ factors[:, start:k, k, None]  # (L, N, 1)
-            values[..., k] = narrow(wanted[..., k - start] + told[..., 0]).to(ACCUMULATE)
-            left[..., k] = weights[..., k] - values[..., k]
+            value = narrow(wanted[..., k - start] + told[..., 0]).to(ACCUMULATE)
+            torch.sub(weights[..., k], value, out=left[..., k])
     found = []
-    for layer, value, error, (tokens, total, _) in zip(layers, values, left, inputs):
+    for layer, value, error, (tokens, total, _) in zip(layers, narrow(weights - left), left, inputs):
         bias, step = layer.rows
         rows = torch.stack([bias + step * (error @ (total / tokens)), step])
-        found.append(Quantised(value.to(E4M3), rows))
+        found.append(Quantised(value.clone(), rows))
     return found
 
 
