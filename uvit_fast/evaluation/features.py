@@ -55,8 +55,8 @@ class InceptionFeatures:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Features:
         cudnn = torch.backends.cudnn
-        # TF32 would change the features in the fourth digit
-        with set_to(cudnn, enabled=True, benchmark=True, deterministic=False), set_to(cudnn.conv, fp32_precision="ieee"):
+        exact = set_to(cudnn.conv, fp32_precision="ieee")  # TF32 would change the features in the fourth digit
+        with exact, set_to(cudnn, enabled=True, benchmark=True, deterministic=False):
             return self.model(preprocess(images, self.like))
 
     @torch.inference_mode()
