@@ -5,7 +5,7 @@ Only the pool features make memory grow with the number of images (8 KB per imag
 
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ class InceptionFeatures:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Features:
-        cudnn = torch.backends.cudnn
+        cudnn: Any = torch.backends.cudnn
         exact = set_to(cudnn.conv, fp32_precision="ieee")  # TF32 would change the features in the fourth digit
         with exact, set_to(cudnn, enabled=True, benchmark=True, deterministic=False):
             return self.model(preprocess(images, self.like))

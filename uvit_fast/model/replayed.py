@@ -226,7 +226,8 @@ def _kind(value: Tensor | None) -> tuple | None:
 
 def _surroundings(device: torch.device) -> tuple:
     """Return what, beside its arguments, decides which kernels a call runs."""
-    cudnn, matmul, cuda = torch.backends.cudnn, torch.backends.cuda.matmul, torch.backends.cuda
+    cudnn: Any = torch.backends.cudnn
+    matmul, cuda = torch.backends.cuda.matmul, torch.backends.cuda
     return (
         torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
         torch.are_deterministic_algorithms_enabled(),
