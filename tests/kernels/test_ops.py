@@ -65,6 +65,16 @@ def test_frozen_weights_cost_no_product(name, monkeypatch):
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("traced", [False, True])
+def test_gradients_of_gradients_are_refused_not_wrong(traced, monkeypatch):
+    monkeypatch.setattr("uvit_fast.kernels.runtime.op.is_watched", lambda x: traced)
+    op, args = OPS["ln_linear"][0], arguments("ln_linear", (1, 9, D), torch.float32, grad=True)
+    with pytest.raises(RuntimeError, match="no autograd formula" if traced else "expected model.kernels=reference"):
+        (dx,) = torch.autograd.grad(result(op(*args)).square().sum(), args[0], create_graph=True)
+        dx.square().sum().backward()
+
+
+@pytest.mark.interpreter
 def test_under_activation_checkpointing():
     torch.manual_seed(0)
     op, reference = OPS["linear_residual"]
