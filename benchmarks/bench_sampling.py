@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import models
-from benchmarks.common import RESULTS, Rows, known, measure, need_gpu
+from benchmarks.common import RESULTS, Rows, known, measure, need_gpu, select
 from uvit_fast.build import build_sampler
 from uvit_fast.data.autoencoders import Scaling, decoder
 from uvit_fast.diffusion.guidance import Guidance
@@ -289,12 +289,6 @@ def enough(run: Callable[[], object]) -> list[float]:
     while len(times) < MOST and sum(times) < ENOUGH:
         times += [measure(run, repeats=1, warmup=0)[0] / 1e3]
     return times
-
-
-def select(patterns: list[str], every: list[Case]) -> list[Case]:
-    """Return the cases whose `<case>:<provider>` matches some pattern, in the patterns' order."""
-    found = [case for pattern in patterns for case in every if fnmatchcase(f"{case.name}:{case.provider}", pattern)]
-    return list(dict.fromkeys(found))
 
 
 def main() -> None:

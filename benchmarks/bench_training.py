@@ -1,12 +1,13 @@
 """How fast is a whole training step, and how much memory does it hold? `python -m benchmarks.bench_training`
 
-Cases `<S|M|L|H|USiT>:<none|block|selective>:<ours|ours_uncaptured|ours-sm80|eager|compiled|torchao-fp8>` on 32 x 32 x 4
-latents (USiT: 16 x 16 x 32): forward, backward, AdamW and EMA. `ours` is the trainer's own step with its DeepSpeed
-engine, bf16 weights with fp32 masters, forward and backward captured. The peers are those of `models.py` with PyTorch's
-fused AdamW and an EMA, all on the bf16 weights: without masters, which is less work than ours and unfit for long
-training. `selective` gives ours the budget of `BUDGET`, and the peers what every block keeps without one. A network
-whose eps differs from the published one's is not timed. `ours-out_blocks` and `ours-label_emb` fine-tune H: the upper
-half with the last layers and the labels, or the labels alone (`train.trainable`), with the rest frozen.
+Cases `<S|M|L|H|USiT>:<batch>:<none|block|selective>` on 32 x 32 x 4 latents (USiT: 16 x 16 x 32): forward, backward,
+AdamW and EMA. Providers: `ours` is the trainer's own step with its DeepSpeed engine, bf16 weights with fp32 masters,
+forward and backward captured; `ours-uncaptured` the same launched from Python; `ours-sm80` with the kernels of an A100.
+The peers, `eager`, `compiled` and `torchao-fp8`, are those of `models.py` with PyTorch's fused AdamW and an EMA, all on
+the bf16 weights: without masters, which is less work than ours and unfit for long training. `selective` gives ours the
+budget of `BUDGET`, and the peers what every block keeps without one. A network whose eps differs from the published
+one's is not timed. `ours-out_blocks` and `ours-label_emb` fine-tune H: the upper half with the last layers and the
+labels, or the labels alone (`train.trainable`), with the rest frozen.
 
 Metrics: img_per_s; mfu and tflops of the matrix products, recomputed ones not counted; peak_gb, the most that was
 allocated, also in the step that captures; reserved_gb, what the allocator held of the device; static_gb: weights,
@@ -15,6 +16,8 @@ optimizer's own 4 bytes per parameter, if blocks keep less), expected_activation
 CPU has no memory metrics.
 
     --cases all --missing --minutes 9     what is not in the file for this commit; run benchmarks.precompile first
+    --cases uncaptured                    steps bound by the host, in which Python's launches count: H at 16, S at 128
+    --cases 'H:*:ours'                    what matches <case>:<provider>
 """
 
 import argparse
@@ -24,11 +27,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from benchmarks import models
-from benchmarks.common import RESULTS, Rows, known, measure, need_gpu
+from benchmarks.common import RESULTS, Rows, known, measure, need_gpu, select
 from uvit_fast import build_model
 from uvit_fast.build import build_dataset, build_objective
 from uvit_fast.config import Config
@@ -37,13 +41,19 @@ from uvit_fast.training.captured import Captured
 from uvit_fast.training.monitor import forward_flops, utilisation
 from uvit_fast.training.trainer import Trainer
 
-PROVIDERS = ("ours", "ours_uncaptured", "ours-sm80", "eager", "compiled", "torchao-fp8")
+PROVIDERS = ("ours", "ours-uncaptured", "ours-sm80", "eager", "compiled", "torchao-fp8")
 STEPPED = ("ours", "compiled", "torchao-fp8", "eager")
-MAIN = [f"{size}:{policy}:{who}" for size in (*"HSLM", "USiT") for who in STEPPED for policy in ("none", "block")]
-EVERY = [f"{size}:{policy}:{who}" for size in "HSLM" for who in PROVIDERS for policy in ("none", "block", "selective")]
-EVERY += [case for case in MAIN if case not in EVERY]
-EVERY += [f"H:{policy}:{who}" for who in models.FROZEN for policy in ("none", "block")]
+MAIN = [f"{size}:128:{policy}:{who}" for size in (*"HSLM", "USiT") for who in STEPPED for policy in ("none", "block")]
+UNCAPTURED = [
+    f"{case}:none:{who}" for case in ("H:16", "S:128") for who in ("ours-uncaptured", "eager", "compiled", "ours")
+]
+EVERY = [
+    f"{size}:128:{policy}:{who}" for size in "HSLM" for who in PROVIDERS for policy in ("none", "block", "selective")
+]
+EVERY += [f"H:128:{policy}:{who}" for who in models.FROZEN for policy in ("none", "block")]
 EVERY = [case for case in EVERY if not case.endswith("selective:torchao-fp8")]  # it does not recognise float8 products
+EVERY = list(dict.fromkeys([*EVERY, *MAIN, *UNCAPTURED]))
+PRESETS = {"main": MAIN, "all": EVERY, "uncaptured": UNCAPTURED}
 BUDGET = {
     "S": 1.5,
     "M": 5.0,
@@ -54,10 +64,21 @@ BUDGET = {
 STEPS, WARMUP = 9, 3
 
 
+class Case(NamedTuple):
+    size: str
+    batch: int
+    policy: str
+    provider: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.size}:{self.batch}:{self.policy}"
+
+
 def config(size: str, provider: str, batch: int, device: str, overrides: list[str]) -> Config:
     how = ["auto", "auto"] if provider.startswith("ours") else ["reference", "sdpa"]
     settings = [f"model.kernels={how[0]}", f"model.attention={how[1]}", "data.name=synthetic", "data.num_workers=0"]
-    settings += [f"train.cuda_graphs={provider != 'ours_uncaptured'}"]
+    settings += [f"train.cuda_graphs={provider != 'ours-uncaptured'}"]
     settings += [f"device={device}", f"train.batch_size={batch}", "train.iterations=1000"]
     settings += [
         "train.log_every=1000",
@@ -136,23 +157,22 @@ class Peer:
         torch.compiler.reset()
 
 
-def rows_of(
-    rows: Rows, size: str, provider: str, policies: list[str], args: argparse.Namespace, late: Callable
-) -> None:
-    """Return the rows of one network, with one engine or optimizer for all policies."""
+def rows_of(rows: Rows, cases: list[Case], args: argparse.Namespace, late: Callable[[Case], bool]) -> None:
+    """Add the rows of one network, with one engine or optimizer for all policies."""
+    size, batch, _, provider = cases[0]
     device = torch.device(args.device)
     cuda = device.type == "cuda"
-    cfg = config(size, provider, args.batch, args.device, args.set)
+    cfg = config(size, provider, batch, args.device, args.set)
     with torch.device("meta"):
         flops = forward_flops(build_model(cfg), cfg)
     before = torch.cuda.memory_allocated() if cuda else 0
     subject = Ours(cfg, device) if provider.startswith("ours") else Peer(cfg, device, provider)
     with contextlib.closing(subject):
-        for policy in policies:
-            if late(f"{size}:{policy}:{provider}"):
+        for case in cases:
+            if late(case):
                 return
-            budget = BUDGET[size] * 1e9 * args.batch / 128 if args.budget is None else args.budget * 1e9
-            expected = subject.keep(policy, budget)
+            budget = BUDGET[size] * 1e9 * batch / 128 if args.budget is None else args.budget * 1e9
+            expected = subject.keep(case.policy, budget)
             subject.settle()
             if cuda:
                 torch.cuda.synchronize()
@@ -161,12 +181,12 @@ def rows_of(
                 static = torch.cuda.memory_allocated() - before
                 torch.cuda.reset_peak_memory_stats()
             times = measure(subject.step, STEPS, WARMUP)
-            common = {"dtype": models.dtype(provider) if cuda else "fp32", "batch": args.batch}
+            common = {"dtype": models.dtype(provider) if cuda else "fp32", "batch": batch}
 
-            def add(metric: str, values: list[float], unit: str, policy=policy, common=common) -> None:
-                rows.add(f"{size}:{args.batch}:{policy}", provider, values, metric=metric, unit=unit, **common)
+            def add(metric: str, values: list[float], unit: str, case=case, common=common) -> None:
+                rows.add(case.name, provider, values, metric=metric, unit=unit, **common)
 
-            speeds = [args.batch / t * 1e3 for t in times]
+            speeds = [batch / t * 1e3 for t in times]
             add("img_per_s", speeds, "images/s")
             if cuda and provider not in models.FROZEN:  # their steps have fewer products
                 used = [utilisation(speed, flops, device, 1) for speed in speeds]
@@ -181,60 +201,59 @@ def rows_of(
                 add("activation_gb", [(peak - static) / 1e9], "GB")
             if expected and provider not in models.FROZEN:
                 add("expected_activation_gb", [expected / 1e9], "GB")
-                if policy == "selective":
+                if case.policy == "selective":
                     add("budget_gb", [budget / 1e9], "GB")
             rows.write()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--cases", default=" ".join(MAIN), help="such as `H:none:ours L:block:eager`, or `all`; default: the main rows"
-    )
+    parser.add_argument("--cases", default="main", help=f"{', '.join(PRESETS)}, and patterns, with commas")
     parser.add_argument("--sizes", default="H,S,L,M,USiT", help="of those cases, the ones of these sizes")
     parser.add_argument("--providers", default=",".join((*PROVIDERS, *models.FROZEN)), help="and of these")
     parser.add_argument("--missing", action="store_true", help="only cases that the file lacks for this commit")
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--batch", type=int, help="default: each case's own")
     parser.add_argument("--budget", type=float, help="GB for activations in selective cases; default: by size")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no case after so many minutes")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of the configs")
     parser.add_argument("--out", default=RESULTS, help="folder of training.csv")
     args = parser.parse_args()
-    asked = EVERY if args.cases == "all" else args.cases.replace(",", " ").split()
-    if unknown := [case for case in asked if case not in EVERY]:
-        parser.error(f"--cases: expected some of {' '.join(EVERY)}; got {' '.join(unknown)}")
+    every = [Case(size, int(batch), *rest) for size, batch, *rest in (case.split(":") for case in EVERY)]
+    patterns = [p for name in args.cases.replace(",", " ").split() for p in PRESETS.get(name, [name])]
+    if unknown := [pattern for pattern in patterns if not select([pattern], every)]:
+        parser.error(f"--cases: expected {', '.join(PRESETS)} or patterns of {EVERY[0]} and such, got {unknown[0]!r}")
     sizes = known(parser, "--sizes", args.sizes, models.CONFIGS | models.OTHERS)
     providers = known(parser, "--providers", args.providers, (*PROVIDERS, *models.FROZEN))
     need_gpu(parser, args.device)
     rows, began, left_out, failed = Rows("training", args.out), time.monotonic(), [], []
     providers = models.runnable(providers, args.device)
-    asked = [case for case in asked if case.split(":")[0] in sizes and case.split(":")[2] in providers]
+    asked = [case for case in select(patterns, every) if case.size in sizes and case.provider in providers]
+    asked = list(dict.fromkeys(case._replace(batch=args.batch or case.batch) for case in asked))
     if args.missing:
         there = rows.measured()
-        asked = [
-            c for c in asked if (f"{c.split(':')[0]}:{args.batch}:{c.split(':')[1]}", c.split(":")[2]) not in there
-        ]
+        asked = [case for case in asked if (case.name, case.provider) not in there]
 
-    def late(case: str) -> bool:
+    def late(case: Case) -> bool:
         if time.monotonic() - began > args.minutes * 60:
-            left_out.append(case)
+            left_out.append(f"{case.name}:{case.provider}")
         return bool(left_out)
 
     if args.device == "cuda":
         rows.ceilings()
-    for size, provider in dict.fromkeys((case.split(":")[0], case.split(":")[2]) for case in asked):
-        policies = [
-            case.split(":")[1] for case in asked if case.startswith(f"{size}:") and case.endswith(f":{provider}")
-        ]
+    networks: dict[tuple[str, int, str], list[Case]] = {}
+    for case in asked:
+        networks.setdefault((case.size, case.batch, case.provider), []).append(case)
+    for (size, batch, provider), cases in networks.items():
+        what = f"{size}:{batch}:{provider}"
         try:
             with models.kernels_of(provider):
-                rows_of(rows, size, provider, policies, args, late)
+                rows_of(rows, cases, args, late)
         except torch.OutOfMemoryError as error:  # also a result: there is no row of it
-            print(f"{size} {provider}: out of memory: {error}".split("\n")[0], flush=True)
+            print(f"{what}: out of memory: {error}".split("\n")[0], flush=True)
         except RuntimeError as error:
-            print(f"{size} {provider}: not measured: {error}".split("\n")[0], flush=True)
-            failed.append(f"{size}:{provider}")
+            print(f"{what}: not measured: {error}".split("\n")[0], flush=True)
+            failed.append(what)
         gc.collect()
         if args.device == "cuda":
             torch.cuda.empty_cache()

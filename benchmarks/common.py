@@ -8,7 +8,9 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable
 from datetime import date
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,6 +31,12 @@ def known(parser: argparse.ArgumentParser, option: str, text: str, names: Iterab
     if unknown := [name for name in given if name not in names]:
         parser.error(f"{option}: expected some of {','.join(names)}, got {unknown[0]!r}")
     return given
+
+
+def select(patterns: Iterable[str], every: Iterable[Any]) -> list[Any]:
+    """Return the cases whose `<name>:<provider>` matches some pattern, in the patterns' order, each once."""
+    found = [case for pattern in patterns for case in every if fnmatchcase(f"{case.name}:{case.provider}", pattern)]
+    return list(dict.fromkeys(found))
 
 
 class Rows:

@@ -83,10 +83,10 @@ def training(results: Results) -> Any | None:
     providers = {"ours": "ours", "eager": "eager", "compiled": "compiled", "torchao-fp8": "torchao float8, compiled"}
     points: dict[str, dict[str, list]] = {}  # size -> provider -> (GB, images/s, what blocks keep)
     for case in results.cases("training"):
-        size, _, policy = (case.split(":") + ["", ""])[:3]
+        size, batch, policy = (case.split(":") + ["", ""])[:3]
         for provider in providers:
             peak, speed = (results.value("training", case, provider, metric) for metric in ("peak_gb", "img_per_s"))
-            if speed and peak and policy in KEPT:
+            if speed and peak and batch == "128" and policy in KEPT:
                 points.setdefault(size, {}).setdefault(provider, []).append((peak, speed, policy))
     if not points:
         return None

@@ -30,8 +30,8 @@ class Job(NamedTuple):
 
 
 def jobs(sizes: Iterable[str], what: Iterable[str]) -> list[Job]:
-    """List what `--cases peers` of the sampling benchmark and the main rows of the training benchmark compile, the
-    longest first.
+    """List what `--cases peers` of the sampling benchmark and the main and uncaptured rows of the training benchmark
+    compile, the longest first.
     """
     found = []
     if "sampling" in what:
@@ -46,6 +46,7 @@ def jobs(sizes: Iterable[str], what: Iterable[str]) -> list[Job]:
     if "training" in what:
         compiling = ("torchao-fp8", "compiled", "ours")
         found += [Job(size, who, 128, policy) for policy in ("none", "block") for who in compiling for size in sizes]
+        found += [Job("H", who, 16, "none") for who in ("compiled", "ours") if "H" in sizes]
     return found
 
 

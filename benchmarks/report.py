@@ -180,8 +180,22 @@ def training(results: Results, folder: Path) -> Iterator[str]:
     if rows:
         header = "ours | over best peer | peak, GB | activations, GB | less than best peer's peak | MFU | of ceiling"
         yield from markdown(["case", *MANY, *header.split(" | "), "published, A100"], rows)
+    yield from uncaptured(results)
     yield from frozen(results)
     yield from measured_on(results, "training", "python -m benchmarks.bench_training")
+
+
+def uncaptured(results: Results) -> Iterator[str]:
+    """Yield the table of steps that Python launches, as it does the peers'."""
+    rows, peers = [], ("eager", "compiled")
+    for case in results.cases("training"):
+        found = {who: results.value("training", case, who, "img_per_s") for who in ("ours-uncaptured", *peers, "ours")}
+        if ours := found["ours-uncaptured"]:
+            rows.append([case, *map(number, found.values()), *(times(ours, found[peer]) for peer in peers)])
+    if rows:
+        yield from paragraph("Steps without CUDA graphs, which wait for Python where the batch is small: images/s.")
+        header = ["case", "ours, uncaptured", *peers, "ours, captured", *(f"uncaptured over {peer}" for peer in peers)]
+        yield from markdown(header, rows)
 
 
 def frozen(results: Results) -> Iterator[str]:

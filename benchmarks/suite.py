@@ -51,7 +51,7 @@ SUITE = [
     ),
     Bench("latency", ("--starts 3", 150), ("--sizes S --providers ours", 40)),
     Bench("cached", ("", 150), ("--sizes S --plans outer:3 --providers ours", 9)),
-    Bench("training", ("--cases all", 1050), ("--sizes H --providers ours,compiled", 80)),
+    Bench("training", ("--cases all", 1110), ("--sizes H --providers ours,compiled", 80)),
     Bench("memory", ("", 45), ("", 45)),
     Bench(
         "evaluation",

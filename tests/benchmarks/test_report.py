@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import plot, report
+from benchmarks import plot, report, table
 from benchmarks.common import COLUMNS, Rows
 from benchmarks.results import Results, image_flops
 
@@ -88,7 +88,7 @@ def test_the_best_peer_is_named_whether_ours_is_ahead_or_not(tmp_path):
         ("H:128:none", "ours", "img_per_s", 600.0, "images/s"),
         ("H:128:none", "compiled", "img_per_s", 500.0, "images/s"),
         ("H:128:none", "torchao-fp8", "img_per_s", 750.0, "images/s"),
-        ("H:128:none", "ours_uncaptured", "img_per_s", 900.0, "images/s"),
+        ("H:128:none", "ours-uncaptured", "img_per_s", 900.0, "images/s"),
         ("H:128:none", "ours", "peak_gb", 30.0),
         ("H:128:none", "compiled", "peak_gb", 45.0),
         ("L:128:none", "eager", "img_per_s", 700.0, "images/s"),
@@ -97,7 +97,7 @@ def test_the_best_peer_is_named_whether_ours_is_ahead_or_not(tmp_path):
     assert found.peer("training", "H:128:none", "peak_gb") == ("compiled", 45.0, 1.5)
     assert found.peer("training", "L:128:none", "img_per_s") == ("eager", 700.0, None)
     assert found.peer("training", "L:128:none", "peak_gb") is None
-    row = cells(report.text(found, tmp_path), "H:128:none")
+    row = cells(report.text(found, tmp_path).partition("Steps without")[0], "H:128:none")
     assert row[:9] == ["H:128:none", "–", "500", "750", "600", "0.80× torchao-fp8", "30.0", "–", "1.50× compiled"]
 
 
@@ -178,3 +178,17 @@ def test_a_fine_tuning_stands_beside_the_training_of_all_weights(tmp_path):
     text = "\n".join(report.frozen(found))
     assert cells(text, "H:128:block")[1:] == ["[out_blocks,norm,decoder_pred,label_emb]", "900", "1.50", "5.20", "9.00"]
     assert found.peer("training", "H:128:block", "img_per_s").name == "compiled"  # a fine-tuning is none
+
+
+def test_a_step_without_graphs_stands_beside_eagers(tmp_path):
+    rows = [
+        ("H:16:none", who, "img_per_s", speed, "images/s")
+        for who, speed in (("ours-uncaptured", 400.0), ("eager", 300.0), ("compiled", 320.0))
+    ]
+    rows += [("S:128:none", "eager", "img_per_s", 3000.0, "images/s")]
+    found = results(tmp_path, "training", *rows)
+    text = "\n".join(report.uncaptured(found))
+    assert cells(text, "H:16:none")[1:] == ["400", "300", "320", "–", "1.33×", "1.25×"] and "S:128" not in text
+    line = cells(table.table(found), "H/2 training step without CUDA graphs, batch 16, images/s")
+    assert line[1:] == ["–", "400", "320 compiled", "1.25×"]
+    assert plot.training(found) is None  # its picture is of steps of 128 images
