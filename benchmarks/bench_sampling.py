@@ -14,7 +14,8 @@ graph. `forward:<S|M|L|H|USiT>:<batch>` is a plain call of the network, model(x,
 user's own loop; time, ms; up to 50 images, measured with the loop's case. `decode:<batch>` is decoding alone,
 ms_per_image.
 
-    --cases peers                all sizes and peers, the most informative first: two calls of nine minutes on an H100
+    --cases peers                all sizes and peers, the most informative first: by an estimate 20 minutes on an H200,
+                                 precompiled; then minutes for each of the last eight cases, which are not
     --cases essential            captured S, M, L, H at 500, with and without guidance, beside compiled; one image of H
     --cases 'S:*:nocfg:latent:ours' --batches 32,64,125,250 --evaluations 10     which batch is the fastest?
     --cases 'H:*:ours' --missing what matches <case>:<provider> and is not in the file for this commit
@@ -38,49 +39,54 @@ from benchmarks.common import RESULTS, Rows, known, measure, need_gpu, select
 from uvit_fast.build import build_sampler
 from uvit_fast.data.autoencoders import Scaling, decoder
 from uvit_fast.diffusion.guidance import Guidance
+from uvit_fast.model.replayed import Replayed
 from uvit_fast.runtime.graphs import Graphs
 from uvit_fast.sampling.captured import GraphSampler
 
 SCALE, NULL = 0.4, 1000
 SIZES = "HSLM"  # the most informative first
 PROVIDERS = ("ours", "ours-fp8", "ours-uncaptured", "ours-sm80", *models.PEERS)
-LOOPS = ("ours", "ours-fp8", "eager", "compiled", "torchao-fp8")  # providers for many images at a time
-ALONE = ("ours", "ours-fp8", "compiled-graphs", "eager", "compiled")  # and for few
+OURS = ("ours", "ours-fp8")
+LOOPS = ("eager", "compiled", "torchao-fp8")  # peers for many images at a time
+ALONE = ("compiled-graphs", "eager", "compiled")  # and for few
+DRAWN = [  # cases whose calls have equally many images, and their peers; the most informative first
+    (("500:nocfg:latent", "500:nocfg:decoded"), LOOPS),
+    (("1:nocfg:latent", "1:nocfg:decoded"), ALONE),
+    (("50:nocfg:latent",), LOOPS),
+    (("8:nocfg:latent",), ALONE),
+    (("500:cfg:latent", "500:cfg:decoded"), LOOPS[:-1]),
+    (("1:cfg:latent", "1:cfg:decoded"), ALONE),
+    (("16:nocfg:latent",), ALONE),
+]
+
+
+USIT = [
+    (("500:nocfg:latent", "500:nocfg:decoded"), LOOPS[:-1]),
+    (("500:cfg:latent",), LOOPS[:-1]),
+    (("1:nocfg:latent", "1:nocfg:decoded"), ALONE),
+]
+
+
+def _peers(size: str, drawn: list[tuple[tuple[str, ...], tuple[str, ...]]]) -> list[str]:
+    """Return a size's cases in an order in which each network is made once."""
+    ours = [f"{size}:{case}:{who}" for who in OURS for cases, _ in drawn for case in cases]
+    return ours + [f"{size}:{case}:{who}" for cases, peers in drawn for who in peers for case in cases]
+
+
 PRESETS = {
     "all": ["*"],
     "peers": [
-        *[
-            f"{size}:{batch}:nocfg:latent:{provider}"
-            for size in SIZES
-            for batch, providers in ((500, LOOPS), (1, ALONE))
-            for provider in providers
-        ],
-        *[
-            f"{size}:{batch}:nocfg:latent:{provider}"
-            for size in SIZES
-            for batch, providers in ((8, ALONE), (50, LOOPS))
-            for provider in providers
-        ],
-        # With guidance, float8 compiles for minutes what takes twice the time.
-        *[f"{size}:500:cfg:latent:{provider}" for size in SIZES for provider in LOOPS[:-1]],
-        *[f"{size}:500:nocfg:decoded:{provider}" for size in SIZES for provider in LOOPS],
-        *[f"{size}:500:cfg:decoded:{provider}" for size in SIZES for provider in LOOPS[:-1]],
-        *[f"{size}:1:cfg:latent:{provider}" for size in SIZES for provider in ALONE],
+        *[case for size in SIZES for case in _peers(size, DRAWN)],
+        # Float8 compiles for minutes: with guidance before, by precompile; for few images, where it is behind, here.
+        *[f"{size}:500:cfg:{what}:torchao-fp8" for size in SIZES for what in ("latent", "decoded")],
         *[f"{size}:{batch}:nocfg:latent:torchao-fp8" for size in SIZES for batch in (8, 1)],
-        *[f"{size}:16:nocfg:latent:{provider}" for size in SIZES for provider in ALONE],
-        *[f"{size}:1:*:decoded:{provider}" for size in SIZES for provider in ALONE],
     ],
     "essential": [
         *["H:500:*:latent:ours", "H:1:nocfg:latent:ours", "H:1:nocfg:latent:ours-uncaptured"],
         *["H:1:nocfg:latent:compiled-graphs", "H:500:*:latent:compiled"],
         *[f"{size}:500:*:latent:{provider}" for size in "LMS" for provider in ("ours", "compiled")],
     ],
-    "usit": [
-        f"USiT:{case}:{who}"
-        for case in ("500:nocfg:latent", "500:cfg:latent", "500:nocfg:decoded")
-        for who in LOOPS[:-1]
-    ]
-    + [f"USiT:1:{case}:{who}" for case in ("nocfg:latent", "nocfg:decoded") for who in ALONE],
+    "usit": _peers("USiT", USIT),
     "decode": ["decode:*"],
     "sm80": ["H:500:nocfg:latent:ours", "H:500:nocfg:latent:ours-sm80", "H:500:nocfg:latent:eager"],
 }
@@ -98,7 +104,13 @@ class Case(NamedTuple):
     @property
     def captured(self) -> bool:
         """Whether it is our captured loop."""
-        return self.provider in ("ours", "ours-fp8", "ours-sm80")
+        return self.provider in (*OURS, "ours-sm80")
+
+    @property
+    def network(self) -> tuple[str, str, int]:
+        """What a network is made for: ours for any batch, a peer's for one, so that none runs code for several."""
+        ours, batch = self.provider.startswith("ours"), self.batch * (2 if self.guided else 1)
+        return self.size, self.provider.removesuffix("-uncaptured"), 0 if ours else batch
 
     @property
     def name(self) -> str:
@@ -124,7 +136,7 @@ class Bench:
         self.device, self.evaluations, self.overrides, self.graphs = device, evaluations, [*overrides], graphs
         self.net: tuple[tuple[str, str, int] | None, Any, Any] = (None, None, None)
         self.published: tuple[str | None, Any] = (None, None)
-        self.loops: dict[Case, tuple[list[float], float]] = {}
+        self.loops: dict[Case, tuple[list[float], float, float]] = {}
         self.decodings: dict[tuple[str, int], tuple[list[float], float]] = {}
         self.vae: tuple[str, Any] = ("", None)  # with the kind of the last one
 
@@ -136,21 +148,23 @@ class Bench:
         key = case._replace(decoded=together)
         if key not in self.loops:
             self.loops[key] = self._loop(key, count)
-        loop, peak = self.loops[key]
+        loop, peak, held = self.loops[key]
         extra = 0.0
         if case.decoded and not together:
             key = (_kind(case.size), case.batch)
             if key not in self.decodings:
                 self.decodings[key] = self._decode(case)
             times, memory = self.decodings[key]
-            extra, peak = sorted(times)[len(times) // 2], max(peak, memory)
+            extra, peak = sorted(times)[len(times) // 2], max(peak, held + memory)
         return [(t * 50 / count + extra) * 500 / case.batch for t in loop], peak, count
 
-    def _loop(self, case: Case, count: int) -> tuple[list[float], float]:
-        """Return seconds of loops of `count` evaluations, and peak memory."""
+    def _loop(self, case: Case, count: int) -> tuple[list[float], float, float]:
+        """Return seconds of loops of `count` evaluations, peak memory, and how much of it was in use before them."""
         cfg, net = self._network(case)
         sampler = build_sampler(cfg, count)
         x, _, y = models.images(cfg, case.batch, self.device)
+        self.vae = ("", None)  # otherwise it would be in the peak of latents
+        held = allocated(self.device)
         decode = self._decoder(case.size) if case.decoded else None
         reset_peak(self.device)
         if case.captured:
@@ -170,18 +184,20 @@ class Bench:
             eps_fn = Guidance(call, {"y": y}, {"y": NULL}, SCALE) if case.guided else lambda x, t: call(x, t, y)
             with torch.compiler.set_stance("fail_on_recompile"):  # it would count in the times
                 times = enough(torch.no_grad()(lambda: sampler(eps_fn, x)))
-        return times, peak_of(self.device)
+        return times, peak_of(self.device), held
 
     def forward(self, case: Case) -> list[float]:
         """Return milliseconds of plain calls of the network, without gradients."""
         cfg, net = self._network(case)
         x, t, y = models.images(cfg, case.batch, self.device)
-        return measure(torch.no_grad()(lambda: net(x, t, y=y)), repeats=20, warmup=3)
+        times = measure(torch.no_grad()(lambda: net(x, t, y=y)), repeats=20, warmup=3)
+        if isinstance(net, Replayed):
+            net.captures.clear()  # their memory would be in the next loop's peak
+        return times
 
     def _network(self, case: Case) -> tuple[Any, torch.nn.Module]:
-        """Return the config and network of a case; a peer's anew for each batch, so that none runs code for several."""
-        ours, batch = case.provider.startswith("ours"), case.batch * (2 if case.guided else 1)
-        kind = (case.size, case.provider.removesuffix("-uncaptured"), 0 if ours else batch)
+        """Return the config and network of a case."""
+        kind, batch = case.network, case.batch * (2 if case.guided else 1)
         if self.net[0] != kind:
             self.net = (None, None, None)
             gc.collect()
@@ -213,13 +229,15 @@ class Bench:
         return decoder(self.vae[1].to(memory_format=memory_format), Scaling(FACTORS[kind]))
 
     def _decode(self, case: Case) -> tuple[list[float], float]:
-        """Return seconds to decode a batch, and peak memory."""
+        """Return seconds to decode a batch, and the memory that it takes."""
         cfg = models.config(case.size, case.provider, overrides=self.overrides)
+        self.vae = ("", None)
+        held = allocated(self.device)
         decode, (z, *_) = self._decoder(case.size), models.images(cfg, case.batch, self.device)
         reset_peak(self.device)
         with torch.inference_mode():
             decode(z[:1])
-            return enough(lambda: decode(z)), peak_of(self.device)
+            return enough(lambda: decode(z)), peak_of(self.device) - held
 
     def decode(self, batch: int) -> dict[str, list[float]]:
         """Return ms per image of decoding alone, by the layout of the autoencoder's weights."""
@@ -237,6 +255,11 @@ def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+
+
+def allocated(device: torch.device) -> float:
+    """Return the bytes in use; 0 on a CPU."""
+    return torch.cuda.memory_allocated() if device.type == "cuda" else 0.0
 
 
 def peak_of(device: torch.device) -> float:

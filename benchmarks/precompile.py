@@ -8,7 +8,7 @@ all; `compiled-graphs` takes the whole network.
 import argparse
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Collection
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,20 +29,22 @@ class Job(NamedTuple):
     policy: str | None
 
 
-def jobs(sizes: Iterable[str], what: Iterable[str]) -> list[Job]:
-    """List what `--cases peers` of the sampling benchmark and the main and uncaptured rows of the training benchmark
-    compile, the longest first.
+def jobs(sizes: Collection[str], what: Collection[str]) -> list[Job]:
+    """List what the presets `peers` and `usit` of the sampling benchmark and the main and uncaptured rows of the
+    training benchmark compile, the longest first. Float8 for few images, which comes last there, is left out.
     """
+    from benchmarks.bench_sampling import PRESETS  # its torch reads what `main` sets
+
     found = []
     if "sampling" in what:
-        found += [Job(size, "compiled-graphs", batch, None) for size in sizes for batch in (1, 8, 2, 16)]
-        found += [Job(size, "torchao-fp8", batch, None) for batch in (500, 50) for size in sizes]  # minutes each
-        found += [
-            Job(size, who, batch, None)
-            for batch in (500, 1, 50, 8, 1000, 2)
-            for who in ("ours", "ours-fp8", "compiled")
-            for size in sizes
-        ]
+        for case in (*PRESETS["peers"], *PRESETS["usit"]):
+            size, batch, guidance, _, who = case.split(":")
+            images = int(batch) * (2 if guidance == "cfg" else 1)
+            if size in sizes and who != "eager" and (who != "torchao-fp8" or images >= 50):
+                found.append(Job(size, who, images, None))
+        # float8 takes minutes, more for more images; graphs half a minute; the others seconds
+        slow = {"torchao-fp8": 0, "compiled-graphs": 1}
+        found = sorted(dict.fromkeys(found), key=lambda job: (slow.get(job.provider, 2), -job.batch))
     if "training" in what:
         compiling = ("torchao-fp8", "compiled", "ours")
         found += [Job(size, who, 128, policy) for policy in ("none", "block") for who in compiling for size in sizes]

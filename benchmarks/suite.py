@@ -46,7 +46,7 @@ SUITE = [
     Bench("attention", ("", 90), ("--without compiled", 50)),
     Bench(
         "sampling",
-        ("--cases peers,usit", 1800),
+        ("--cases peers,usit", 3600),
         ("--cases *:500:nocfg:latent:* --providers ours,compiled --evaluations 5", 85),
     ),
     Bench("latency", ("--starts 3", 150), ("--sizes S --providers ours", 40)),

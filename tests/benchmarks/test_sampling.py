@@ -6,14 +6,16 @@ import pytest
 import torch
 
 from benchmarks import bench_sampling, models, precompile
-from benchmarks.bench_sampling import Bench, Case, select
-from benchmarks.common import Rows
+from benchmarks.bench_sampling import Bench, Case
+from benchmarks.common import Rows, select
 from benchmarks.results import Results
 from tests.recorded import RecordedGraphs
 
 TINY = ["model.embed_dim=64", "model.num_heads=1", "model.depth=2"]
 PROVIDERS = ["ours", "ours-fp8", "ours-uncaptured", *models.PEERS]
-EVERY = [Case(*c) for c in itertools.product("SMLH", (1, 8, 50, 500), (False, True), (False, True), PROVIDERS)]
+EVERY = [
+    Case(*c) for c in itertools.product([*"SMLH", "USiT"], (1, 8, 16, 50, 500), (False, True), (False, True), PROVIDERS)
+]
 
 
 @pytest.fixture
@@ -44,20 +46,36 @@ def test_the_essential_cases_hold_the_aims_and_their_peers():
 
 def test_every_size_and_batch_has_its_peers_and_the_most_telling_come_first():
     cases = select(bench_sampling.PRESETS["peers"], EVERY)
-    assert [(c.size, c.batch) for c in cases[:40]] == [(s, b) for s in "HSLM" for b in (500, 1) for _ in range(5)]
+    assert list(dict.fromkeys(c.size for c in cases)) == [*"HSLM"]
     for size, batch in itertools.product("SMLH", (500, 50, 8, 1)):
         few = {"compiled-graphs"} if batch <= models.MOST_IN_GRAPHS else set()
         wanted = {"ours", "ours-fp8", "eager", "compiled", "torchao-fp8"} | few
         assert {c.provider for c in cases if c[:4] == (size, batch, False, False)} == wanted
+    assert {c.provider for c in cases if c.batch == 500} == {"ours", "ours-fp8", "eager", "compiled", "torchao-fp8"}
+    assert [c for c in cases if c.guided and c.provider == "torchao-fp8"] == cases[-16:-8]
+
+
+def test_each_network_is_made_once():
+    for preset in ("usit", "peers"):
+        cases = select(bench_sampling.PRESETS[preset], EVERY)
+        made = [network for network, _ in itertools.groupby(cases, key=lambda case: case.network)]
+        assert len(made) == len(set(made))
+    assert made[:2] == [("H", "ours", 0), ("H", "ours-fp8", 0)]  # all batches, with and without guidance and decoding
+    assert Case("H", 1, True, False, "eager").network != Case("H", 1, False, False, "eager").network
+    assert Case("H", 1, False, False, "ours-uncaptured").network == made[0]
 
 
 def test_what_the_cases_need_is_compiled_before():
     """But for float8 of a few images, which comes last and may be left out."""
-    there = {job[:3] for job in precompile.jobs("SMLH", ["sampling"])}
+    jobs = precompile.jobs("SMLH", ["sampling"])
+    there = {job[:3] for job in jobs}
     for case in select(bench_sampling.PRESETS["peers"], EVERY):
         batch = case.batch * (2 if case.guided else 1)
         compiled = case.provider != "eager" and (case.provider != "torchao-fp8" or batch >= 50)
         assert ((case.size, case.provider, batch) in there) == compiled
+    assert len(there) == len(jobs) and ("H", "torchao-fp8", 1000) in there
+    first = ("torchao-fp8",) * 12 + ("compiled-graphs",) * 16
+    assert tuple(job.provider for job in jobs[:28]) == first and {job.batch for job in jobs[:4]} == {1000}
 
 
 @pytest.mark.parametrize(
@@ -75,6 +93,16 @@ def test_what_did_not_run_is_scaled_and_counted(bench, case, evaluations, expect
     small = ["model.img_size=2", *TINY] if case.size == "USiT" else TINY  # 64 pixels
     times, peak, count = bench(evaluations, small).run(case)
     assert (times[0], count) == (pytest.approx(expected[0]), expected[1]) and len(times) == bench_sampling.MOST
+
+
+def test_a_decoding_that_networks_share_counts_its_own_memory_only(bench, monkeypatch):
+    """Bytes in use before a loop, before the decoding, before the second loop; and at the peaks of the three."""
+    used, peaks = iter([10, 12, 100]), iter([20, 42, 110])
+    monkeypatch.setattr(bench_sampling, "allocated", lambda device: next(used))
+    monkeypatch.setattr(bench_sampling, "peak_of", lambda device: next(peaks))
+    measuring = bench(1, TINY)
+    assert measuring.run(Case("S", 2, False, True, "eager"))[1] == 10 + 30
+    assert measuring.run(Case("M", 2, False, True, "eager"))[1] == 100 + 30
 
 
 def test_a_network_that_is_not_the_published_one_is_not_timed(bench, monkeypatch):
