@@ -68,21 +68,25 @@ def main(argv: list[str] | None = None) -> None:
             kept["graphs"] = unmarked(model, decode, graphs=MarkedGraphs())
             return kept["graphs"]
 
-        def marked(part: str, owner: Any, name: str) -> None:
-            """Let a function mark its end, and keep its first argument and what it returned."""
+        def marked(part: str | None, owner: Any, name: str) -> None:
+            """Let a function mark its end, if a part ends there, and keep its first argument and what it returned."""
             function = getattr(owner, name)
 
             def call(*values, **options):
-                kept[part] = values[0], function(*values, **options)
+                kept[name] = values[0], function(*values, **options)
                 if part == "device":
-                    torch.zeros(1, device=kept[part][1])  # makes its context
-                mark(part)
-                return kept[part][1]
+                    torch.zeros(1, device=kept[name][1])  # makes its context
+                if part:
+                    if torch.cuda.is_initialized():
+                        torch.cuda.synchronize()
+                    mark(part)
+                return kept[name][1]
 
             patches.enter_context(mock.patch.object(owner, name, call))
 
         marked("device", device, "pick_device")
-        marked("weights", weights, "load_found")
+        marked("weights", weights, "load_weights")
+        marked("rounding" if args.precision == "fp8" else None, weights, "load_found")
         marked("autoencoder", autoencoders, "load_decoder")
         patches.enter_context(mock.patch.object(captured, "GraphSampler", sampler))
 
@@ -98,7 +102,10 @@ def main(argv: list[str] | None = None) -> None:
         mark("image")
     if code:
         raise SystemExit(code)
-    times = _later_images(args.images, *kept["weights"], kept["autoencoder"][1], kept["graphs"])
+    graphs = kept["graphs"]
+    times = _later_images(args.images, *kept["load_found"], kept["load_decoder"][1], graphs)
+    if graphs is not None and graphs.captures != 1:
+        raise SystemExit(f"expected one captured loop, which later images replay; got {graphs.captures}")
     ends = [float(os.environ[BEGAN]), *(end for _, end in marks)]
     print("\n" + json.dumps({"parts": {m[0]: m[1] - end for m, end in zip(marks, ends)}, "images": times}))
 

@@ -6,25 +6,72 @@ import sys
 import time
 
 import pytest
+import torch
 
 from benchmarks import bench_latency, bench_sampling, first_image
+from tests.recorded import RecordedGraphs
+from uvit_fast import runtime
+from uvit_fast.kernels.ops import fp8_block
+from uvit_fast.model import fp8
+from uvit_fast.model.fp8 import Fp8UViT
+from uvit_fast.sampling import captured, weights
 
 SMALL = ["model.embed_dim=64", "model.num_heads=1", "model.depth=2", "model.img_size=8", "sample.steps=2"]
 
 
-def test_an_image_is_drawn_and_its_parts_are_told(tmp_path, monkeypatch, capsys):
-    """A small network and a small autoencoder, in this process."""
+@pytest.fixture
+def told(tmp_path, monkeypatch, capsys):
+    """Return what the process tells, run in this one: of a small network and a small autoencoder."""
     pytest.importorskip("diffusers")
     monkeypatch.setattr(bench_latency, "kl", functools.partial(bench_sampling.kl, channels=(32, 32)))
     settings = bench_latency.settings(str(tmp_path), SMALL)
     bench_latency.prepare(["S"], str(tmp_path), settings)
     monkeypatch.setenv(first_image.BEGAN, str(time.time()))
     command = ["--config", "s2_cifar10", "--checkpoint", f"{tmp_path}/S.safetensors", "--images", "2"]
-    first_image.main([*command, *(word for each in settings for word in ("--set", each))])
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert list(told["parts"]) == ["python", "import", "device", "weights", "autoencoder", "image"]
-    assert len(told["images"]) == 2
-    assert all(seconds > 0 for seconds in [*told["parts"].values(), *told["images"]])
+    command += [word for each in settings for word in ("--set", each)]
+
+    def run(*more):
+        first_image.main([*command, *more])
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return run
+
+
+def as_on_a_gpu(monkeypatch, graphs):
+    """Let loops be captured by `graphs`, and e4m3 products be PyTorch's."""
+    monkeypatch.setattr(runtime.graphs, "CudaGraphs", graphs)
+    monkeypatch.setattr(captured, "on_a_gpu", lambda model, decode: captured.GraphSampler(model, decode))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(weights, "check_precision", lambda cfg, device: None)
+    monkeypatch.setattr(fp8, "Fp8UViT", lambda net, keep: Fp8UViT(net.to(torch.bfloat16), fp8_block.REFERENCE, keep))
+
+
+def test_an_image_is_drawn_and_its_parts_are_told(told):
+    found = told()
+    assert list(found["parts"]) == ["python", "import", "device", "weights", "autoencoder", "image"]
+    assert len(found["images"]) == 2
+    assert all(seconds > 0 for seconds in [*found["parts"].values(), *found["images"]])
+
+
+def test_a_gpus_parts_are_told_apart_and_later_images_replay_the_first_ones_loop(told, monkeypatch):
+    """In FP8; recordings stand for CUDA graphs."""
+    as_on_a_gpu(monkeypatch, RecordedGraphs)
+    found = told("--precision", "fp8")
+    before, after = ["python", "import", "device", "weights"], ["autoencoder", "kernels", "capture", "image"]
+    assert list(found["parts"]) == [*before, "rounding", *after] and len(found["images"]) == 2
+
+
+def test_a_loop_that_is_not_captured_is_no_result(told, monkeypatch):
+    class Refusing(RecordedGraphs):
+        def capture(self, run, pool=None):
+            raise RuntimeError("out of memory")
+
+    as_on_a_gpu(monkeypatch, Refusing)
+    with (
+        pytest.warns(RuntimeWarning, match="uncaptured"),
+        pytest.raises(SystemExit, match="expected one captured loop"),
+    ):
+        told()
 
 
 def test_one_image_is_of_50_evaluations_without_guidance():
