@@ -1,6 +1,7 @@
 """How fast are the fused ops? Each against its reference, eager and compiled, and against the bare GEMMs of cuBLAS.
 
-    python -m benchmarks.bench_ops --dims 512 768 1024 1152 --out benchmarks/results
+    python -m benchmarks.bench_ops --dims 512 768 1024
+    python -m benchmarks.bench_ops --dims 1152 --providers ours-loop ours-fp8
 
 Milliseconds of one forward (as in inference) or one backward, for 33024 tokens (128 images of 258), in bf16. The GPU is
 kept busy while the calls are queued, so that a launch from Python costs no op anything: in a captured sampler or a
@@ -13,9 +14,10 @@ one, whatever the GPU does.
 """
 
 import argparse
-import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
@@ -36,6 +38,8 @@ from uvit_fast.model import ops
 from uvit_fast.model.uvit import Block
 
 TOKENS, BATCH = 33024, 128
+OURS = ("ours", "ours-loop", "ours-fp8")
+PROVIDERS = (*OURS, "eager", "compiled", "cublas", "ours-plain", "ours-sm80", "ours-sm80-plain")
 QUEUE_CYCLES = 60_000_000  # how long the GPU sleeps while Python queues the calls: about 30 ms
 
 
@@ -114,52 +118,68 @@ def heads(D: int) -> int:
     return D // 72 if D % 72 == 0 else D // 64
 
 
-def bench_loop(rows: Rows, case: str, ours: Callable[[], object], narrowed: Callable[[], object] | None) -> None:
-    """Time a forward as in a sampling loop, which derives nothing from the weights again: in bf16, and in FP8 if it
-    runs.
-    """
-    kw = {"metric": "time", "unit": "ms", "batch": BATCH}
-    with torch.no_grad(), ops.fixed_weights():
-        rows.add(case, "ours-loop", times(ours), dtype="bf16", **kw)
-        if narrowed:
-            rows.add(case, "ours-fp8", times(narrowed), dtype="fp8", **kw)
+class Timings:
+    """The rows of one width D, of the providers that were asked for."""
+
+    def __init__(self, rows: Rows, D: int, asked: Collection[str]):
+        self.rows, self.D, self.asked = rows, D, asked
+        self.narrowed = in_fp8(D) if "ours-fp8" in asked else {}
+
+    def add(self, case: str, provider: str, make: Callable[..., Callable], *given: Any, **how: Any) -> None:
+        """Add a row of the GPU's time of what make(*given) returns; `how` is as in `tune.times`."""
+        if provider in self.asked:
+            self.put(case, provider, times(make(*given), **how))
+
+    def put(self, case: str, provider: str, values: list[float]) -> None:
+        dtype = "fp8" if provider == "ours-fp8" else "bf16"
+        self.rows.add(f"{case}:{self.D}", provider, values, metric="time", unit="ms", dtype=dtype, batch=BATCH)
+
+    def loop(self, name: str, ours: Callable[[], object]) -> None:
+        """Time a forward as in a sampling loop, which derives nothing from the weights again: in bf16, and in FP8 if it
+        runs.
+        """
+        with torch.no_grad(), ops.fixed_weights():
+            self.add(f"{name}:fwd", "ours-loop", partial, ours)
+            if name in self.narrowed:
+                self.add(f"{name}:fwd", "ours-fp8", partial, self.narrowed[name])
 
 
-def bench(rows: Rows, D: int, names: list[str]) -> None:
-    narrowed = in_fp8(D)
-    for name, (module, args, (forward, backward)) in cases(D).items():
+def bench(found: Timings, names: list[str]) -> None:
+    for name, (module, args, (forward, backward)) in cases(found.D).items():
         if name not in names:
             continue
-        kw = {"metric": "time", "unit": "ms", "dtype": "bf16", "batch": BATCH}
+        add, ours = found.add, partial(getattr(module, name), *args)
         compiled = torch.compile(module.reference, dynamic=False)
         providers = {"ours": getattr(module, name), "eager": module.reference, "compiled": compiled}
-        for provider, f in providers.items():
-            with torch.no_grad():
-                rows.add(f"{name}:fwd:{D}", provider, times(functools.partial(f, *args)), **kw)
-        bench_loop(rows, f"{name}:fwd:{D}", functools.partial(providers["ours"], *args), narrowed.get(name))
-        rows.add(f"{name}:fwd:{D}", "cublas", times(cublas(forward)), **kw)
-        rows.add(f"{name}:fwd:{D}", "ours-plain", times(plain_products(forward)), **kw)
+        with torch.no_grad():
+            for provider, f in providers.items():
+                add(f"{name}:fwd", provider, partial, f, *args)
+        found.loop(name, ours)
+        add(f"{name}:fwd", "cublas", cublas, forward)
+        add(f"{name}:fwd", "ours-plain", plain_products, forward)
         with forced(80), torch.no_grad():
-            ours = functools.partial(getattr(module, name), *args)
-            rows.add(f"{name}:fwd:{D}", "ours-sm80", times(ours), **kw)
-            rows.add(f"{name}:fwd:{D}", "ours-sm80-plain", times(plain_products(forward)), **kw)
+            add(f"{name}:fwd", "ours-sm80", partial, ours)
+            add(f"{name}:fwd", "ours-sm80-plain", plain_products, forward)
         args = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(), args)
-        leaves = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
         for provider, f in providers.items():
-            y = f(*args)
-            y = y[0] if isinstance(y, tuple) else y  # without the sums for a LayerNorm that follows
-            dy = torch.randn_like(y)
-            backward_of = functools.partial(torch.autograd.grad, y, leaves, dy, retain_graph=True)
-            rows.add(f"{name}:bwd:{D}", provider, times(backward_of), **kw)
-            del y, backward_of
-        rows.add(f"{name}:bwd:{D}", "cublas", times(cublas(backward)), **kw)
+            add(f"{name}:bwd", provider, backward_of, f, args)
+        add(f"{name}:bwd", "cublas", cublas, backward)
 
 
-def bench_block(rows: Rows, D: int) -> None:
+def backward_of(f: Callable, args: tuple) -> Callable[[], object]:
+    """Return the backward of f(*args), to be run repeatedly."""
+    leaves, y = [t for t in tree_leaves(args) if isinstance(t, Tensor)], f(*args)
+    y = y[0] if isinstance(y, tuple) else y  # without the sums for a LayerNorm that follows
+    return partial(torch.autograd.grad, y, leaves, torch.randn_like(y), retain_graph=True)
+
+
+def bench_block(found: Timings) -> None:
     """Time a whole block: ours, and the published one's ops eager and compiled, all with bf16 weights."""
+    D = found.D
     x, skip = (random(BATCH, TOKENS // BATCH, D).requires_grad_() for _ in range(2))
-    kw = {"metric": "time", "unit": "ms", "dtype": "bf16", "batch": BATCH}
-    for provider in ("ours", "eager", "compiled"):
+    for provider, timed in {"ours": OURS, "eager": ["eager"], "compiled": ["compiled"]}.items():
+        if not {*timed} & {*found.asked}:
+            continue
         how = ("auto", "auto") if provider == "ours" else ("sdpa", "reference")
         block = Block(D, heads(D), 4.0, True, *how).to("cuda", torch.bfloat16)
         f = torch.compile(block, dynamic=False) if provider == "compiled" else block
@@ -170,12 +190,14 @@ def bench_block(rows: Rows, D: int) -> None:
         def step(f=f, leaves=leaves, dy=dy) -> None:
             torch.autograd.grad(f(x, skip), leaves, dy)
 
+        forward = partial(f, x, skip)
         with torch.no_grad():
-            rows.add(f"block:fwd:{D}", provider, times(functools.partial(f, x, skip)), **kw)
+            found.add("block:fwd", provider, partial, forward)
         if provider == "ours":
-            bench_loop(rows, f"block:fwd:{D}", functools.partial(f, x, skip), in_fp8(D).get("block"))
-        rows.add(f"block:fwdbwd:{D}", provider, times(step, repeats=10, cycles=6 * QUEUE_CYCLES), **kw)
-        rows.add(f"block:host:{D}", provider, [host_milliseconds(step) for _ in range(10)], **kw)
+            found.loop("block", forward)
+        found.add("block:fwdbwd", provider, partial, step, repeats=10, cycles=6 * QUEUE_CYCLES)
+        if provider in found.asked:
+            found.put("block:host", provider, [host_milliseconds(step) for _ in range(10)])
 
 
 def host_milliseconds(f) -> float:
@@ -192,6 +214,7 @@ def main() -> None:
     parser.add_argument("--dims", type=int, nargs="+", default=[512, 768, 1024, 1152], help="widths D of the model")
     names = ["ln_linear", "ln_mlp", "skip_linear", "linear_residual", "block"]
     parser.add_argument("--ops", nargs="+", choices=names, default=names)
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS)
     parser.add_argument("--out", default=RESULTS, help="folder of ops.csv")
     given = parser.parse_args()
     need_gpu(parser)
@@ -201,9 +224,10 @@ def main() -> None:
     rows.ceilings()
     for D in given.dims:
         torch._dynamo.reset()
-        bench(rows, D, given.ops)
+        found = Timings(rows, D, given.providers)
+        bench(found, given.ops)
         if "block" in given.ops:
-            bench_block(rows, D)
+            bench_block(found)
         print(rows.write(), flush=True)  # after each width: an interrupted run has measured something
 
 
