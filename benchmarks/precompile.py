@@ -14,6 +14,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
+COMPILED = ("torchao-fp8", "compiled-graphs", "compiled", "ours-fp8", "ours")
+
 
 class Job(NamedTuple):
     """A call of a network.
@@ -91,6 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", default="sampling,training")
     parser.add_argument("--sizes", default="H,S,L,M,USiT")
+    parser.add_argument("--providers", default=",".join(COMPILED))
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument(
         "--minutes", type=float, default=float("inf"), help="end after so many minutes, running cases included"
@@ -99,14 +102,15 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of the configs")
     args = parser.parse_args()
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # of each worker
-    from benchmarks.common import need_gpu  # its torch reads the line above
+    from benchmarks.common import known, need_gpu  # its torch reads the line above
     from benchmarks.models import runnable
 
+    providers = known(parser, "--providers", args.providers, COMPILED)
     need_gpu(parser, args.device)
 
     began, failed = time.monotonic(), 0
     asked = jobs(args.sizes.split(","), args.what.split(","))
-    there = runnable({job.provider: None for job in asked}, args.device)
+    there = runnable([who for who in providers if any(job.provider == who for job in asked)], args.device)
     asked = [job for job in asked if job.provider in there]
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(compile_one, job, args.device, args.set): job for job in asked}

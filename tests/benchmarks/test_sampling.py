@@ -1,6 +1,8 @@
 """The sampling benchmark measures what it says, and says what it extrapolates."""
 
 import itertools
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -76,6 +78,17 @@ def test_what_the_cases_need_is_compiled_before():
     assert len(there) == len(jobs) and ("H", "torchao-fp8", 1000) in there
     first = ("torchao-fp8",) * 12 + ("compiled-graphs",) * 16
     assert tuple(job.provider for job in jobs[:28]) == first and {job.batch for job in jobs[:4]} == {1000}
+
+
+def test_of_what_the_cases_need_some_can_be_compiled_alone(monkeypatch, capsys):
+    monkeypatch.setattr(precompile, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(precompile, "compile_one", lambda job, device, overrides: 0.0)
+    monkeypatch.setattr(precompile, "forget_choices", lambda: 0)
+    command = ["precompile", "--device", "cpu", "--workers", "1", "--what", "sampling", "--sizes", "S"]
+    monkeypatch.setattr(sys, "argv", [*command, "--providers", "compiled-graphs"])
+    precompile.main()
+    said = {line.split("] ")[1] for line in capsys.readouterr().out.splitlines()[:-1]}
+    assert said == {f"S, {n} images, compiled-graphs, sampling: 0 s" for n in (16, 8, 2, 1)}
 
 
 @pytest.mark.parametrize(
