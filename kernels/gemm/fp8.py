@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from uvit_fast.kernels.layernorm.sums import CHUNK
+from uvit_fast.kernels.layernorm.sums import CHUNK, Summed
 from uvit_fast.kernels.layers import Quantised
 from uvit_fast.kernels.quantise import narrow as to_narrow
 from uvit_fast.kernels.quantise import paired
@@ -29,7 +29,7 @@ class Asked(NamedTuple):
     x: Tensor  # (M, K) e4m3
     layer: Quantised  # weight (N, K), or (N, K padded to a multiple of BK, and K2) with x2
     x2: Tensor | None = None  # (M, K2) e4m3, contracted with the last K2 columns of the weight
-    stats: Tensor | None = None  # (2, at least M) fp32, mean and rstd of x: the LayerNorm folded into the layer
+    stats: Tensor | Summed | None = None  # (2, at least M) fp32, mean and rstd of x: its LayerNorm is folded in
     side: Tensor | None = None  # (M, N) bf16, the residual
     overwrite: bool = True  # the bf16 result takes the residual's place
     wide: bool = True  # whether the bf16 result is wanted; of "gelu" the e4m3 one is, and nothing else
@@ -55,7 +55,7 @@ def reference(*args: Any, **more: Any) -> Made:
         y += x2.to(ACCUMULATE) @ weight[:, -x2.shape[1] :].t()
     y *= scale
     if stats is not None:
-        y *= stats[1, :M, None]
+        y *= (stats.rstd() if isinstance(stats, Summed) else stats[1, :M])[:, None]
     y += bias
     if epilogue == "gelu":
         return Made(None, to_narrow(F.gelu(2 * y))[:, paired(y.shape[1]).to(y.device)], None)

@@ -51,7 +51,7 @@ def arguments(
     halves: bool = False,
     early: bool = False,
 ) -> tuple[tuple, dict, int, Product]:
-    """Return the kernel's arguments, its launch options, the number of programs with work, and the results.
+    """Return the kernel's arguments, its launch options, the number of programs, and the results.
 
     Args:
         call: of operands of 16 bits, or of e4m3, whose linear layer has `Quantised.rows` as its bias.
@@ -60,7 +60,8 @@ def arguments(
         tokens, part: of a tile, and of a part of it in the epilogue.
         pairs: of consumers, 1 or 2, which take a program's tiles in turns; 2 of e4m3, without shares, a tail or halves.
         stages: of the ring; default: `STAGES`.
-        shares: programs for each tile, of which all together share all tiles' steps of K, as many as run `at_once`.
+        shares: programs for each tile, of which all together share all tiles' steps of K.
+        at_once: programs that run at the same time.
         tail: tokens that a tile has beside, 8, 32 or 64: 258 = 256 + 2, 2 * 129 = 128 + 1, ... then fill whole tiles,
             and there are tiles between those whose tokens are a power of two.
         staging: tokens that a consumer's staging buffers hold together; default: `STAGING`.
@@ -75,11 +76,12 @@ def arguments(
     assert not halves or epilogue in FORWARD and not tail and shares == 1
     assert (not tail or epilogue in FORWARD) and span <= WIDEST
     out, second, partial = made = made or results(call, down)
-    out_box = descriptor(out.view(torch.int16), part, ROWS // 2) if paired else descriptor(out, part, ROWS)
+    sent, rows = (out.view(torch.int16), ROWS // 2) if paired else (out, ROWS)
+    out_box = descriptor(sent, part, rows)
     x_box = descriptor(x, tokens, BK)
     steps1, steps2 = cdiv(K, BK), 0 if x2 is None else cdiv(x2.shape[1], BK)
     steps, tiles = cdiv(steps1 + steps2, both), across * down
-    programs = min(tiles * shares, at_once) if shares > 1 else tiles
+    programs = tiles if halves else min(tiles * shares, at_once)
     shared, arrivals, most = out, out, sharers(tiles, steps, programs) if shares > 1 else 1
     if most > 1:
         shared = x.new_empty(2 * programs, 2, ROWS * span, dtype=ACCUMULATE)
@@ -94,8 +96,8 @@ def arguments(
         out_box if side is None or side is out else descriptor(side, part, ROWS),
         descriptor(x, tail, BK) if tail else None,
         descriptor(x if x2 is None else x2, tail, BK) if tail else None,
-        descriptor(out, tail, ROWS) if tail else None,
-        descriptor(out if side is None else side, tail, ROWS) if tail else None,
+        descriptor(sent, tail, rows) if tail else None,
+        descriptor(sent if side is None else side, tail, rows) if tail else None,
         out if bias is None else bias,
         out if stats is None else stats.sums if summed else stats,
         out if narrow is None else narrow,
@@ -149,32 +151,35 @@ def sharers(tiles: int, steps: int, programs: int) -> int:
     return most + (most > 4) * most % 2  # fewer kernels to compile
 
 
-def tile(epilogue: str, x: Tensor, N: int, K: int) -> dict:
-    """Return the choices of `arguments` for a product (M, K) x (K, N) whose first source is x."""
-    if cdiv(N, 2 * ROWS) * cdiv(x.shape[0], TOKENS) >= multiprocessors(x.device):
-        return {"part": tuning.choice(x.device, CASES[epilogue], x.shape[1])["part"]}
-    return FEW
+def few(case: str, x: Tensor, weight: Tensor) -> dict:
+    """Return the tuned choices of `arguments` for a product of few tokens, x (M, K or less) and weight (N, K); {} if
+    none. `case` is of `tuning.FEW`.
+    """
+    chosen = dict(tuning.few(x.device, case, *weight.shape, x.shape[0]))
+    chosen.pop("sums", None)
+    if chosen.get("early"):
+        chosen["early"] = once.met(weight)
+    return chosen
+
+
+def fills(x: Tensor, N: int) -> bool:
+    """Return whether the widest tiles of a result (M, N) of x (M, K) leave no multiprocessor idle."""
+    return cdiv(N, 2 * ROWS) * cdiv(x.shape[0], TOKENS) >= multiprocessors(x.device)
 
 
 class Hopper(Core):
     """The core for sm_90. For weight and input gradients the table chooses between it and cuBLAS."""
 
     def takes_sums(self, x: Tensor, weight: Tensor) -> bool:
-        return tuning.few(x.device, *weight.shape, x.shape[0]).get("sums", False)
+        return tuning.few(x.device, "few", *weight.shape, x.shape[0]).get("sums", False)
 
     def product(self, call: Call) -> Product:
-        x, N = call.x, call.features
-        K = call.linear.weight.numel() // N
-        chosen = {}
+        x, chosen = call.x, {}
         if call.epilogue in FORWARD and not call.transposed:
-            chosen = dict(tuning.few(x.device, N, K, x.shape[0]))
-            chosen.pop("sums", None)
-        chosen, at_once = chosen or tile(call.epilogue, x, N, K), multiprocessors(x.device)
-        if chosen.get("early"):
-            chosen["early"] = once.met(call.linear.weight)
-        args, options, programs, made = arguments(call, **chosen, at_once=at_once)
-        if not chosen.get("halves"):
-            programs = min(programs, at_once)
+            chosen = few("few", x, call.linear.weight)
+        if not chosen and fills(x, call.features):
+            chosen = {"part": tuning.choice(x.device, CASES[call.epilogue], x.shape[1])["part"]}
+        args, options, programs, made = arguments(call, **chosen or FEW, at_once=multiprocessors(x.device))
         launch.run(x.device, gemm_kernel, (programs,), args, options)
         return made
 

@@ -85,10 +85,11 @@ def halves(x):
 @gluon.jit
 def parts(x, PART: gl.constexpr):
     """Return x (64, N) as a tuple of (64, PART), N being PART times a power of two."""
-    found = (x,)
     if x.shape[1] > PART:
         a, b = halves(x)
         found = parts(a, PART) + parts(b, PART)
+    else:
+        found = (gl.convert_layout(x, mma(PART), assert_trivial=True),)  # of whatever K per instruction
     return found
 
 

@@ -273,7 +273,7 @@ def _epilogue(boxes, memory, shares, LEAVING: gl.constexpr, ARRIVING: gl.constex
     if how.FOLD == "sums":
         rstds = gl.allocate_shared_memory(gl.float32, [CONSUMERS, TOKENS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     staging = Staging(leaving, leaving2, arriving, arrived, rstds)
-    LATE: gl.constexpr = how.FOLD == "sums" and shares.SPAN <= LATE_TOKENS
+    LATE: gl.constexpr = how.FOLD == "sums" and how.PAIRS == 1 and shares.SPAN <= LATE_TOKENS
     return Epilogue(out, second, side, memory, staging, shares, LEAVING, ARRIVING, TOKENS, shape[0], LATE, how)
 
 

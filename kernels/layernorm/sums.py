@@ -21,6 +21,12 @@ class Summed(NamedTuple):
     sums: Tensor  # (D / 64, 2, tokens) fp32
     eps: float  # the LayerNorm's
 
+    def rstd(self) -> Tensor:
+        """Return what its reader computes, (tokens,) fp32."""
+        total, squares = self.sums.unbind(1)  # (D / 64, tokens)
+        apart = total / CHUNK - total.mean(0) / CHUNK
+        return ((squares / CHUNK + apart.square()).mean(0) + self.eps).rsqrt()
+
 
 def new(like: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
     """Return memory for the sums of a result (..., D), of `like`'s shape or the given one: (D / 64, 2, tokens) fp32."""

@@ -11,6 +11,7 @@ from uvit_fast.kernels.attention import sm90_forward, sm90_tiles
 from uvit_fast.kernels.gemm import fp8, sm90_fp8
 from uvit_fast.kernels.gemm.fp8 import Made
 from uvit_fast.kernels.layernorm import added, fold
+from uvit_fast.kernels.layernorm.sums import Summed
 from uvit_fast.kernels.layers import Linear, Norm, Quantised
 from uvit_fast.kernels.ops import attention as wide_attention
 from uvit_fast.kernels.quantise import E4M3, Inputs, Scaled, narrow, paired, rounded, scaled, two_sources, unseen
@@ -87,15 +88,22 @@ class Arithmetic(NamedTuple):
     product: Callable[..., Made]
     attention: Callable[[Tensor], Tensor]  # of qkv (B, L, 3, H, D), e4m3, in the order of `sm90_tiles.narrow`
     statistics: Callable[..., Tensor]  # as `layernorm.fold.statistics`
+    takes_sums: Callable[[Tensor, Quantised], bool]  # whether a product of x and a layer takes sums for statistics
     add: Callable[..., Tensor]  # as `layernorm.added.add`
 
 
-KERNELS = Arithmetic(sm90_fp8.product, _attention, fold.statistics, added.add)
-REFERENCE = Arithmetic(fp8.reference, _attention_reference, _statistics_reference, added.reference)
+def _never(x: Tensor, layer: Quantised) -> bool:
+    return False
+
+
+KERNELS = Arithmetic(sm90_fp8.product, _attention, fold.statistics, sm90_fp8.takes_sums, added.add)
+REFERENCE = Arithmetic(fp8.reference, _attention_reference, _statistics_reference, _never, added.reference)
 
 
 def watching(by: Arithmetic, seen: dict[int, Inputs]) -> Arithmetic:
-    """Return the same arithmetic, which adds each product's inputs to those of its layer, by `id`."""
+    """Return the same arithmetic, which adds each product's inputs to those of its layer, by `id`; it always takes
+    statistics, which tell rstd.
+    """
 
     def product(epilogue: str, x: Tensor, layer: Quantised, **how: Any) -> Made:
         x2, stats = how.get("x2"), how.get("stats")
@@ -105,7 +113,7 @@ def watching(by: Arithmetic, seen: dict[int, Inputs]) -> Arithmetic:
         seen[id(layer)] = before.plus(operand, None if stats is None else stats[1, : len(x)])
         return by.product(epilogue, x, layer, **how)
 
-    return by._replace(product=product)
+    return by._replace(product=product, takes_sums=_never)
 
 
 class Stream(NamedTuple):
@@ -129,7 +137,7 @@ def joined(x: Stream, skip: Tensor, layers: Layers, by: Arithmetic = KERNELS) ->
 
 def attended(x: Stream, layers: Layers, batch: int, heads: int, by: Arithmetic = KERNELS) -> Stream:
     """Return x + proj(attention(norm1(x)))."""
-    x, stats = _measured(x, by)
+    x, stats = measured(x, layers.qkv, by)
     qkv = by.product("plain", x.narrow, layers.qkv, stats=stats).wide  # (M, 3D)
     M, D = x.wide.shape
     a = by.attention(qkv.view(batch, M // batch, 3, heads, D // heads)).view(M, D)
@@ -145,7 +153,7 @@ def through_mlp(
     Args:
         wide, narrow: which results are read afterwards; wide comes with its sums.
     """
-    x, stats = _measured(x, by)
+    x, stats = measured(x, layers.fc1, by)
     h = by.product("gelu", x.narrow, layers.fc1, stats=stats, wide=False).narrow  # (M, H)
     asked = {"overwrite": x.free, "wide": wide, "narrow": narrow, "sums": wide}
     return Stream(*by.product("residual", h, layers.fc2, side=x.wide, **asked))
@@ -163,14 +171,18 @@ def summed(x: Stream, by: Arithmetic = KERNELS) -> Stream:
     return _narrowed(x, by)[0] if x.added else x
 
 
+def measured(x: Stream, layer: Quantised, by: Arithmetic = KERNELS) -> tuple[Stream, Tensor | Summed]:
+    """Return x with its e4m3 values, and its statistics, or the sums that the product with this layer takes."""
+    if x.narrow is None:
+        return _narrowed(x, by)
+    if x.sums is not None and by.takes_sums(x.narrow, layer):
+        return x, Summed(x.sums, fold.EPS)
+    return x, by.statistics(x.wide, x.sums)
+
+
 def narrowed(x: Stream, by: Arithmetic = KERNELS) -> Stream:
     """Return x with all added, and its e4m3 values."""
     return x if x.narrow is not None else _narrowed(x, by)[0]
-
-
-def _measured(x: Stream, by: Arithmetic) -> tuple[Stream, Tensor]:
-    """Return x with its e4m3 values, and its statistics."""
-    return _narrowed(x, by) if x.narrow is None else (x, by.statistics(x.wide, x.sums))
 
 
 def _narrowed(x: Stream, by: Arithmetic, wanted: bool = True) -> tuple[Stream, Tensor]:

@@ -8,6 +8,7 @@ import torch
 
 from uvit_fast.kernels.runtime.device import architecture
 
+FEW = ("few", "fp8_few")  # cases whose entries are case:NxK:tokens, each for itself: operands in bf16, in e4m3
 _FOLDER = Path(__file__).parent / "tables"
 
 
@@ -30,13 +31,16 @@ def choice(device: torch.device, case: str, width: int | str) -> dict:
     return found["default"] | found.get(case, {}) | found.get(f"{case}:{width}", {})
 
 
-def few(device: torch.device, N: int, K: int, tokens: int) -> dict:
+def few(device: torch.device, case: str, N: int, K: int, tokens: int) -> dict:
     """Return the tuned choice for a product (tokens, K) x (K, N) of few tokens; {} if nothing similar was tuned.
 
     It is the choice of the next larger measured number of tokens, whose tiles these fill at most as well; not if that
     is far away.
+
+    Args:
+        case: of `FEW`.
     """
-    choices, case = table(architecture(device)), f"few:{N}x{K}:"
+    choices, case = table(architecture(device)), f"{case}:{N}x{K}:"
     exact = choices.get(f"{case}{tokens}")
     if exact is not None:
         return exact

@@ -22,7 +22,7 @@ from uvit_fast.kernels.gemm import fp8, sm90_fp8
 from uvit_fast.kernels.gemm.contract import CASES
 from uvit_fast.kernels.layernorm import fold, sums
 from uvit_fast.kernels.layernorm.backward import backward
-from uvit_fast.kernels.layers import Linear, Norm
+from uvit_fast.kernels.layers import Linear, Norm, Quantised
 from uvit_fast.kernels.ops import fp8_block
 from uvit_fast.kernels.quantise import narrow
 from uvit_fast.kernels.runtime import once, reduce, tuning
@@ -71,7 +71,8 @@ def candidates(arch: int) -> dict[str, list[dict]]:
             for sums in (True, False)
         ]
         narrow = _grid(tokens=[256], part=[32, 64], pairs=[1]) + _grid(tokens=[128], part=[32, 64], pairs=[2])
-        products = {"input_gradient": _OURS, "weight_gradient": _OURS, "few": few}
+        fp8_few = few + _grid(tokens=[128], part=[32], pairs=[2], sums=[True, False])
+        products = {"input_gradient": _OURS, "weight_gradient": _OURS, "few": few, "fp8_few": fp8_few}
         products |= dict.fromkeys(fp8.CASES.values(), narrow)
     else:
         gemm = _grid(tile=[[128, 128, 32], [128, 64, 64], [128, 256, 32]], group=[8], warps=[4, 8], stages=[3, 4])
@@ -123,7 +124,7 @@ def _few(D: int, M: int, random: Callable[..., Tensor]) -> Iterator[tuple[str, s
     def layers(N: int, K: int) -> Iterator[Linear]:
         return itertools.cycle([Linear(random(N, K) * K**-0.5, random(N)) for _ in range(COPIES)])
 
-    core, kept = gemm.core(x.device), {}
+    core = gemm.core(x.device)
     qkv, proj, up, down, skip = (layers(n * D, k * D) for n, k in ((3, 1), (1, 1), (4, 1), (1, 4), (1, 2)))
 
     def folded(linear: Linear) -> Tensor:
@@ -139,6 +140,12 @@ def _few(D: int, M: int, random: Callable[..., Tensor]) -> Iterator[tuple[str, s
         (D, 4 * D): lambda: core.linear(h, next(down), residual=y, sums=left),
         (D, 2 * D): lambda: core.linear(x, next(skip), x2=y, sums=left),
     }
+    yield from _of_met("few", M, calls)
+
+
+def _of_met(case: str, M: int, calls: dict[tuple[int, int], Callable]) -> Iterator[tuple[str, str, Callable]]:
+    """Yield products of M tokens, by their weights' shape, as in a loop that has met (and folded) its weights."""
+    kept: dict[tuple, Any] = {}
 
     def within(call: Callable) -> Any:
         with once.stretch(kept):
@@ -146,8 +153,8 @@ def _few(D: int, M: int, random: Callable[..., Tensor]) -> Iterator[tuple[str, s
 
     for (N, K), call in calls.items():
         for _ in range(COPIES):
-            within(call)  # folds the weights
-        yield "few", f"{N}x{K}:{M}", partial(within, call)
+            within(call)
+        yield case, f"{N}x{K}:{M}", partial(within, call)
 
 
 def fp8_cases(D: int, device: torch.device) -> Iterator[tuple[str, str, Callable]]:
@@ -166,6 +173,32 @@ def fp8_cases(D: int, device: torch.device) -> Iterator[tuple[str, str, Callable
     yield fp8.CASES["residual"], str(D), lambda: sm90_fp8.product("residual", x8, layers.proj, side=x, **both)
     yield fp8.CASES["residual"], str(4 * D), lambda: sm90_fp8.product("residual", h8, layers.fc2, side=x, **both)
     yield fp8.CASES["gelu"], str(D), lambda: sm90_fp8.product("gelu", x8, layers.fc1, stats=stats, wide=False)
+
+    for M in FEW:
+        yield from _fp8_few(M, layers, random)
+
+
+def _fp8_few(M: int, layers: fp8_block.Layers, random: Callable[..., Tensor]) -> Iterator[tuple[str, str, Callable]]:
+    """Yield the products of M tokens in a block with e4m3 products, with the launches of its parts."""
+    D, H = layers.fc2.weight.shape
+    x, left = random(M, D), torch.zeros(D // 64, 2, M, device=layers.qkv.weight.device)
+    x8, h8, product, both = narrow(x), narrow(random(M, H)), sm90_fp8.product, {"narrow": True, "sums": True}
+    stream = fp8_block.Stream(x, x8, left)
+    qkv, proj, fc1, fc2, skip = (
+        itertools.cycle([layer._replace(weight=layer.weight.clone()) for _ in range(COPIES)]) for layer in layers
+    )
+
+    def folded(epilogue: str, layer: Quantised) -> fp8.Made:
+        return product(epilogue, x8, layer, stats=fp8_block.measured(stream, layer)[1], wide=epilogue != "gelu")
+
+    calls = [
+        (layers.qkv, lambda: folded("plain", next(qkv))),
+        (layers.proj, lambda: product("residual", x8, next(proj), side=x, **both)),
+        (layers.fc1, lambda: folded("gelu", next(fc1))),
+        (layers.fc2, lambda: product("residual", h8, next(fc2), side=x, **both)),
+        (layers.skip, lambda: product("plain", x8, next(skip), x2=x8, **both)),
+    ]
+    yield from _of_met("fp8_few", M, {tuple(layer.weight.shape): call for layer, call in calls})
 
 
 def _timed(calls: list[Callable], cycles: int) -> list[float]:
@@ -223,7 +256,7 @@ def tune(
             entry = f"{case}:{width}"
             before = tuning.choice(device, case, width)
             before = {name: before[name] for name in tried[case][0]}
-            if case == "few":  # without an entry it follows a rule, not a default
+            if case in tuning.FEW:  # without an entry it follows a rule, not a default
                 before = table.get(entry, {})
             choices, calls = [before, *tried[case]], {}
             for i, choice in enumerate(choices):
@@ -252,8 +285,11 @@ def _run_with(table: dict, entry: str, choice: dict, f: Callable) -> Any:
 
 def compact(default: dict, found: dict[str, dict[str, dict]]) -> dict[str, dict]:
     """Return case -> width -> choice as a table with each case's commonest choice as its own, except for few tokens."""
-    table = {"default": default} | {f"few:{size}": choice for size, choice in found.pop("few", {}).items()}
+    table = {"default": default}
     for case, widths in found.items():
+        if case in tuning.FEW:
+            table |= {f"{case}:{size}": choice for size, choice in widths.items()}
+            continue
         common = max(widths.values(), key=lambda choice: sum(other == choice for other in widths.values()))
         table[case] = common
         table |= {f"{case}:{width}": choice for width, choice in widths.items() if choice != common}

@@ -28,23 +28,28 @@ def test_as_many_programs_share_a_tile_as_have_steps_of_it(tiles, steps, program
 def test_tokens_between_those_measured_take_the_choice_for_a_few_more(monkeypatch):
     table = {"few:8x4:100": {"tokens": 64}, "few:8x4:200": {"tokens": 128}, "few:8x4:1000": {"tokens": 256}}
     monkeypatch.setattr(tuning, "table", lambda arch: table)
-    found = {tokens: tuning.few(CPU, 8, 4, tokens).get("tokens") for tokens in (60, 70, 100, 101, 150, 201, 700, 1001)}
+    found = {
+        tokens: tuning.few(CPU, "few", 8, 4, tokens).get("tokens") for tokens in (60, 70, 100, 101, 150, 201, 700, 1001)
+    }
     assert found == {60: None, 70: 64, 100: 64, 101: None, 150: 128, 201: None, 700: 256, 1001: None}
-    assert tuning.few(CPU, 7, 4, 100) == {}
+    assert tuning.few(CPU, "few", 7, 4, 100) == {} and tuning.few(CPU, "fp8_few", 8, 4, 100) == {}
 
 
-def test_choices_of_the_table_are_arguments_that_fit():
-    """Tiles and stages fit shared memory, shares have a step each."""
+@pytest.mark.parametrize("case, features", [("few", 64), ("fp8_few", 128)])
+def test_choices_of_the_table_are_arguments_that_fit(case, features):
+    """Tiles and stages fit shared memory, shares have a step each. `features`: of a step of K, in 128 bytes."""
     table = json.loads(tuning.path(90).read_text())
-    entries = [(*map(int, re.findall(r"\d+", key)), chosen) for key, chosen in table.items() if key.startswith("few:")]
+    sizes = (re.fullmatch(rf"{case}:(\d+)x(\d+):(\d+)", key) for key in table)
+    entries = [(*map(int, size.groups()), table[size.string]) for size in sizes if size]
     assert entries
     for N, K, M, chosen in entries:
         tokens, tail = chosen.get("tokens", sm90.TOKENS), chosen.get("tail", 0)
         tiles, halves = -(-N // 128) * -(-M // (tokens + tail)), chosen.get("halves", False)
-        assert sm90.sharers(tiles, K // 64, min(tiles * chosen.get("shares", 1), 132)) <= 6
+        assert sm90.sharers(tiles, K // features, min(tiles * chosen.get("shares", 1), 132)) <= 6
         stage = (128 + tokens * (1 + halves) + tail) * 128
         staging = 2 * min(tokens // (1 + halves), chosen.get("staging", sm90.STAGING)) * 128 + 2 * tail * 128
-        assert chosen.get("stages", sm90.STAGES.get(tokens)) * stage + staging < 226 * 1024, (N, K, M)
+        staging *= chosen.get("pairs", 1)
+        assert chosen.get("stages", sm90.STAGES.get(tokens)) * stage + staging < 227 * 1024, (N, K, M)
         assert tokens + tail <= WIDEST
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from uvit_fast import cli
-from uvit_fast.kernels.gemm import fp8, sm90_fp8
+from uvit_fast.kernels.gemm import fp8, sm90, sm90_fp8
 from uvit_fast.kernels.runtime import device, launch, tuning
 from uvit_fast.kernels.runtime.device import forced
 from uvit_fast.kernels.tools import tune
@@ -75,13 +75,21 @@ def test_every_case_calls_what_the_ops_call(monkeypatch):
         if case in tune.candidates(80):
             f()
             assert f"{case}:{width}" in asked, case
-    monkeypatch.setattr(sm90_fp8, "multiprocessors", lambda device: 1)
+    few = tuning.few
+    monkeypatch.setattr(
+        tuning,
+        "few",
+        lambda device, case, *size: asked.add("{}:{}x{}:{}".format(case, *size)) or few(device, case, *size),
+    )
+    for module in (sm90, sm90_fp8):
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 1)
     with forced(90):
         for case, width, f in tune.fp8_cases(64, CPU):
             f()
             assert f"{case}:{width}" in asked, case
     names = {entry.partition(":")[0] for entry in asked}
-    assert tune.candidates(80).keys() <= names and set(fp8.CASES.values()) <= names & tune.candidates(90).keys()
+    assert tune.candidates(80).keys() <= names
+    assert {"fp8_few", *fp8.CASES.values()} <= names & tune.candidates(90).keys()
 
 
 def test_tuning_without_a_gpu_or_of_a_width_that_no_op_takes_is_refused(capsys, monkeypatch):
@@ -92,8 +100,10 @@ def test_tuning_without_a_gpu_or_of_a_width_that_no_op_takes_is_refused(capsys, 
 
 def test_choices_for_few_tokens_stand_each_for_itself():
     same = {"tokens": 64}
-    table = tune.compact({"part": 64}, {"few": {"8x4:258": same, "8x4:516": same}, "gemm": {"8": {"part": 32}}})
-    assert table == {"default": {"part": 64}, "few:8x4:258": same, "few:8x4:516": same, "gemm": {"part": 32}}
+    few = {"few": {"8x4:258": same, "8x4:516": same}, "fp8_few": {"8x4:258": same}}
+    table = tune.compact({"part": 64}, few | {"gemm": {"8": {"part": 32}}})
+    each = {"few:8x4:258": same, "few:8x4:516": same, "fp8_few:8x4:258": same}
+    assert table == {"default": {"part": 64}, **each, "gemm": {"part": 32}}
 
 
 def test_an_architecture_that_none_of_the_tables_is_for_is_refused(monkeypatch):
