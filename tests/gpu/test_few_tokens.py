@@ -5,13 +5,15 @@ counters left at zero.
 import pytest
 import torch
 
+from tests.kernels import fp8_cases
 from uvit_fast.kernels.attention import sm90_forward
-from uvit_fast.kernels.gemm import sm90
+from uvit_fast.kernels.gemm import fp8, sm90, sm90_fp8
 from uvit_fast.kernels.gemm.contract import Call
 from uvit_fast.kernels.layernorm.sums import Summed
 from uvit_fast.kernels.layers import Linear
 from uvit_fast.kernels.runtime import launch, once, tuning
 from uvit_fast.kernels.runtime.device import architecture
+from uvit_fast.model.fp8 import Fp8UViT
 from uvit_fast.model.uvit import UViT
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(
@@ -40,8 +42,13 @@ def per_chunk(x):
     return torch.stack([x.sum(2), x.var(2, unbiased=False) * 64]).permute(2, 0, 1).contiguous()
 
 
+SHARED8 = {"tokens": 64, "tail": 8, "stages": 7, "shares": 3}
+PAIRS = {"tokens": 128, "stages": 5, "pairs": 2}
+
+
 def named(form: dict) -> str:
-    return f"halves_{form['tokens']}" if "halves" in form else f"{form['tokens']}+{form.get('tail', 0)}"
+    kind = next((f"{kind}_" for kind in ("halves", "pairs", "shares") if kind in form), "")
+    return f"{kind}{form['tokens']}" if kind else f"{form['tokens']}+{form.get('tail', 0)}"
 
 
 SHARED = [  # halves of K are one program's
@@ -86,6 +93,25 @@ def test_products_in_tiles_and_shares(epilogue, form, shares, monkeypatch):
         assert (given["sums"] - left).abs().max() < 1e-4 * left.abs().max()
 
 
+@pytest.mark.parametrize("form", [*FORMS, SHARED8, PAIRS], ids=named)
+@pytest.mark.parametrize("name", fp8_cases.NAMES)
+def test_fp8_products_in_tiles_and_shares(name, form, monkeypatch):
+    """Nine blocks of K, of which halves have five and four; rstd from sums."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    M, D = 258 * (1 if form["tokens"] <= 64 else 4), 1152
+    monkeypatch.setattr(tuning, "few", lambda *of: {"part": 32, **form})
+    epilogue, x, layer, rest = fp8_cases.arguments(name, M, D, "cuda")
+    if "stats" in rest:
+        rest["stats"] = Summed(per_chunk(random(M, D)).float(), 1e-5)
+    with once.stretch({}):
+        made = [sm90_fp8.product(epilogue, x, layer, overwrite=False, **rest) for _ in range(5)]
+        assert not once.counters(x.device, 1).any()
+    fp8_cases.check(made[0], fp8.reference(epilogue, x, layer, overwrite=False, **rest))
+    for results in zip(*made):
+        assert all(t is None or torch.equal(t.view(torch.uint8), results[0].view(torch.uint8)) for t in results)
+
+
 @pytest.mark.parametrize(("heads", "D"), [(16, 72), (8, 64)])
 def test_attention_is_the_same_whoever_has_the_queries(heads, D):
     qkv, outs = random(2, 258, 3, heads, D), []
@@ -97,11 +123,13 @@ def test_attention_is_the_same_whoever_has_the_queries(heads, D):
     assert all(torch.equal(a, b) for more in outs[1:] for a, b in zip(more, outs[0]))
 
 
-def test_early_launches_read_what_the_kernels_before_them_wrote(monkeypatch):
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_early_launches_read_what_the_kernels_before_them_wrote(precision, monkeypatch):
     """A captured evaluation, replayed for inputs in turns, against launches that wait for each other."""
     torch.manual_seed(0)
     with torch.device("cuda"):
         net = UViT(img_size=32, in_chans=4, patch_size=2, embed_dim=512, depth=4, num_heads=8).bfloat16().eval()
+    net = Fp8UViT(net.requires_grad_(False)) if precision == "fp8" else net
     inputs, t, found = torch.randn(3, 1, 4, 32, 32, device="cuda"), torch.full((1,), 500.0, device="cuda"), {}
     x, few, net.cuda_graphs = inputs[0].clone(), tuning.few, False
     for early in (False, True):

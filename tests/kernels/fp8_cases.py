@@ -11,6 +11,7 @@ from uvit_fast.kernels.layernorm.fold import new_statistics
 from uvit_fast.kernels.layers import Linear, Norm, Quantised
 from uvit_fast.kernels.quantise import narrow, paired, quantise, two_sources
 
+ALLOWED = {"wide": 3e-3, "narrow": 2e-2, "sums": 6e-3}  # of a result's norm, which the tensor cores' sums may cost
 NAMES = ["qkv", "proj", "fc1", "fc2", "fc2_narrow", "skip"]
 
 
@@ -22,6 +23,26 @@ def linear(N: int, K: int, device: str = "cpu", bias: bool = True) -> Linear:
 
 def norm(D: int, device: str = "cpu") -> Norm:
     return Norm(1 + 0.1 * torch.randn(D, device=device), 0.1 * torch.randn(D, device=device))
+
+
+def off(a: Tensor, b: Tensor) -> float:
+    return float((a.float() - b.float()).norm() / b.float().norm())
+
+
+def check(made: fp8.Made, want: fp8.Made) -> None:
+    """Refuse a product's results that are not its arithmetic but for the tensor cores' sums.
+
+    They err by about d = 1e-3, less than bf16's rounding. An e4m3 result differs where that tips a value to its
+    neighbour, s = 0.09 of it away: one in s / d, and so by sqrt(s d) in all.
+    """
+    for field, allowed in ALLOWED.items():
+        ours, theirs = getattr(made, field), getattr(want, field)
+        assert (ours is None) == (theirs is None), field
+        if ours is not None:
+            assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+            assert off(ours, theirs) < allowed, f"{field} is off by {off(ours, theirs):.1e}"
+            largest = theirs.float().abs().max()
+            assert (ours.float() - theirs.float()).abs().max() <= largest / 8, field
 
 
 def statistics(x: Tensor) -> Tensor:

@@ -76,11 +76,11 @@ def hopper() -> dict:
         args, options, *_ = sm90.arguments(Call(epilogue, meta(258, K), linear, **sources), part=32, **tile)
         return sm90.gemm_kernel, args, options
 
-    def narrow(epilogue, K, N, few=None, **sources):
+    def narrow(epilogue, K, N, few=None, tokens=M, **sources):
         layer = Quantised(meta(N, K + (D if "x2" in sources else 0), dtype=E4M3), fp32(2, N))
         case = fp8.CASES["two_sources" if "x2" in sources else epilogue]
         tile = few or {name: choice(table, case, K)[name] for name in sm90_fp8.TILE}
-        asked = fp8.Asked(epilogue, meta(M, K, dtype=E4M3), layer, **sources)
+        asked = fp8.Asked(epilogue, meta(tokens, K, dtype=E4M3), layer, **sources)
         args, options, *_ = sm90_fp8.arguments(asked, **tile)
         return sm90.gemm_kernel, args, options
 
@@ -94,6 +94,18 @@ def hopper() -> dict:
         "fp8_residual_few": ("residual", H, D, {"side": side, **both, "few": sm90.FEW}),
         "fp8_residual_narrow": ("residual", H, D, {"side": side, "narrow": True, "wide": False}),
     }
+    halves = {"tokens": 64, "part": 32, "stages": 6, "halves": True, "early": True}
+    shared8 = {"tokens": 64, "tail": 8, "part": 32, "stages": 7, "shares": 3}
+    tail = {"tokens": 64, "tail": 32, "part": 32, "stages": 6}
+    taken, one8 = Summed(fp32(D // 64, 2, 258), 1e-5), {"side": meta(258, D), **both}
+    few_cases = {
+        "fp8_halves_sums": ("plain", D, 3 * D, {"stats": taken, "few": halves}),
+        "fp8_two_sources_halves": ("plain", D, D, {"x2": meta(258, D, dtype=E4M3), **both, "few": halves}),
+        "fp8_gelu_tail_sums": ("gelu", D, H, {"stats": taken, "wide": False, "few": tail}),
+        "fp8_residual_halves": ("residual", D, D, {**one8, "few": halves}),
+        "fp8_residual_shared": ("residual", H, D, {**one8, "few": shared8}),
+    }
+    narrow_cases |= {name: (*case[:3], {**case[3], "tokens": 258}) for name, case in few_cases.items()}
 
     found = {name: lambda case=case: gemm(*case) for name, case in cases.items()}
     found |= {name: lambda c=case: narrow(*c[:3], **c[3]) for name, case in narrow_cases.items()}

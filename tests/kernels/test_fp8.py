@@ -162,6 +162,33 @@ def test_a_block_is_off_by_what_quantising_costs(with_skip):
     assert torch.allclose(made.sums[:, 0].sum(0), made.wide.float().sum(1), rtol=1e-4, atol=1e-3)
 
 
+def test_sums_take_the_place_of_statistics_for_the_products_that_take_them():
+    """A calibration, which needs rstd, has them measured all the same."""
+    torch.manual_seed(0)
+    B, L, D, H = 2, 17, 128, 2
+    norm, qkv, proj, fc1, fc2 = (
+        cases.norm(D),
+        *(cases.linear(n * D, k * D) for n, k in ((3, 1), (1, 1), (4, 1), (1, 4))),
+    )
+    layers, x = fp8_block.derive(norm, qkv, proj, norm, fc1, fc2, None, H), torch.randn(B * L, D).bfloat16()
+    given = fp8_block.Stream(*fp8.reference("residual", narrow(x), layers.proj, side=x, narrow=True, sums=True))
+    measured, plain = [], fp8_block.REFERENCE
+
+    def block(by):
+        measured.clear()
+        by = by._replace(statistics=lambda *of: measured.append(of) or plain.statistics(*of))
+        h = fp8_block.attended(given._replace(free=False), layers, B, H, by)
+        return fp8_block.through_mlp(h, layers, by=by).wide
+
+    exact = block(plain)
+    assert len(measured) == 2
+    takes = plain._replace(takes_sums=lambda x, layer: layer is layers.fc1)
+    assert off(block(takes), exact) < 1e-3 and len(measured) == 1
+    seen = {}
+    assert torch.equal(block(fp8_block.watching(takes, seen)), exact) and len(measured) == 2
+    assert len(seen) == 4
+
+
 @pytest.mark.interpreter
 @pytest.mark.parametrize("D", [128, 192])  # a power of two, and more than one
 def test_statistics_quantise_what_they_read(D):

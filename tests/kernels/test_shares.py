@@ -6,9 +6,11 @@ import re
 import pytest
 import torch
 
-from uvit_fast.kernels.gemm import sm90
+from uvit_fast.kernels.gemm import sm90, sm90_fp8
 from uvit_fast.kernels.layernorm.fold import new_statistics
 from uvit_fast.kernels.layernorm.sums import WIDEST
+from uvit_fast.kernels.layers import Quantised
+from uvit_fast.kernels.quantise import E4M3
 from uvit_fast.kernels.runtime import launch, once, program, tuning
 
 CPU = torch.device("cpu")
@@ -33,6 +35,25 @@ def test_tokens_between_those_measured_take_the_choice_for_a_few_more(monkeypatc
     }
     assert found == {60: None, 70: 64, 100: 64, 101: None, 150: 128, 201: None, 700: 256, 1001: None}
     assert tuning.few(CPU, "few", 7, 4, 100) == {} and tuning.few(CPU, "fp8_few", 8, 4, 100) == {}
+
+
+def test_an_e4m3_product_of_few_tokens_takes_its_own_choice_or_a_rule(monkeypatch):
+    chosen, pairs = {"tokens": 64, "stages": 6, "part": 32, "halves": True}, {"tokens": 128, "part": 32, "pairs": 2}
+    entries = {"few:384x128:258": {"tokens": 32}, "fp8_few:384x128:258": chosen | {"sums": True, "early": True}}
+    monkeypatch.setattr(tuning, "table", lambda arch: {"default": {}, "fp8_gemm": pairs} | entries)
+    monkeypatch.setattr(launch, "run", lambda *launched: None)
+    for module in (sm90, sm90_fp8):
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
+    found, layer = [], Quantised(torch.zeros(384, 128, dtype=E4M3), torch.zeros(2, 384))
+    monkeypatch.setattr(sm90_fp8, "arguments", lambda asked, **tile: found.append(tile) or ((), {}, 1, None))
+    x = torch.zeros(33024, 128, dtype=E4M3)
+    with once.stretch({}):
+        for M in (258, 200, 300, 33024):
+            sm90_fp8.product("plain", x[:M], layer)
+    waits, early = ({"early": met} for met in (False, True))  # a weight may be being written at its first use
+    wanted = [chosen | waits, chosen | early, sm90.FEW, pairs]
+    assert found == [tile | {"at_once": 132} for tile in wanted]
+    assert [sm90_fp8.takes_sums(x[:M], layer) for M in (258, 200, 300)] == [True, True, False]
 
 
 @pytest.mark.parametrize("case, features", [("few", 64), ("fp8_few", 128)])
