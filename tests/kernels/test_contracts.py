@@ -94,18 +94,20 @@ def hopper() -> dict:
         "fp8_residual_few": ("residual", H, D, {"side": side, **both, "few": sm90.FEW}),
         "fp8_residual_narrow": ("residual", H, D, {"side": side, "narrow": True, "wide": False}),
     }
-    halves = {"tokens": 64, "part": 32, "stages": 6, "halves": True, "early": True}
-    shared8 = {"tokens": 64, "tail": 8, "part": 32, "stages": 7, "shares": 3}
-    tail = {"tokens": 64, "tail": 32, "part": 32, "stages": 6}
     taken, one8 = Summed(fp32(D // 64, 2, 258), 1e-5), {"side": meta(258, D), **both}
-    few_cases = {
-        "fp8_halves_sums": ("plain", D, 3 * D, {"stats": taken, "few": halves}),
-        "fp8_two_sources_halves": ("plain", D, D, {"x2": meta(258, D, dtype=E4M3), **both, "few": halves}),
-        "fp8_gelu_tail_sums": ("gelu", D, H, {"stats": taken, "wide": False, "few": tail}),
-        "fp8_residual_halves": ("residual", D, D, {**one8, "few": halves}),
-        "fp8_residual_shared": ("residual", H, D, {**one8, "few": shared8}),
+    few_cases = {  # of one image, by the table
+        "fp8_few": ("plain", D, 3 * D, {"stats": taken}),
+        "fp8_few_two_sources": ("plain", D, D, {"x2": meta(258, D, dtype=E4M3), **both}),
+        "fp8_few_gelu": ("gelu", D, H, {"stats": taken, "wide": False}),
+        "fp8_few_residual": ("residual", H, D, one8),
+        "fp8_few_residual_short": ("residual", D, D, one8),
     }
-    narrow_cases |= {name: (*case[:3], {**case[3], "tokens": 258}) for name, case in few_cases.items()}
+    for name, (epilogue, K, N, sources) in few_cases.items():
+        chosen = dict(table[f"fp8_few:{N}x{K * (1 + ('x2' in sources))}:258"])
+        assert chosen.pop("sums", False) == ("stats" in sources)
+        narrow_cases[name] = epilogue, K, N, {**sources, "tokens": 258, "few": chosen}
+    shares = {"tokens": 64, "tail": 8, "part": 32, "stages": 7, "shares": 3}
+    narrow_cases["fp8_residual_shared"] = "residual", H, D, {**one8, "tokens": 258, "few": shares}
 
     found = {name: lambda case=case: gemm(*case) for name, case in cases.items()}
     found |= {name: lambda c=case: narrow(*c[:3], **c[3]) for name, case in narrow_cases.items()}
