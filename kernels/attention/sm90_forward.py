@@ -48,7 +48,10 @@ from uvit_fast.kernels.attention.sm90_tiles import (
 from uvit_fast.kernels.runtime import launch
 from uvit_fast.kernels.runtime.aggregate import aggregate
 from uvit_fast.kernels.runtime.device import multiprocessors
-from uvit_fast.kernels.runtime.hopper import barrier, barriers, let_next_begin, mma, settled
+from uvit_fast.kernels.runtime.hopper import barrier, barriers, let_next_begin, mma, settled, wait_for_others
+from uvit_fast.kernels.runtime.launch import cdiv
+
+ALONE = 114 * 1024  # bytes of shared memory, of which no two programs get as much on one multiprocessor
 
 
 @aggregate
@@ -120,6 +123,8 @@ def attention_forward_kernel(
     RAGGED: gl.constexpr,
     BN: gl.constexpr,  # keys per product: 64 times a power of two that divides BLOCKS
     CHUNKS: gl.constexpr,  # programs that share a head's queries
+    EARLY: gl.constexpr,  # whether the kernel may begin before the one before it has ended
+    BUFFERS: gl.constexpr,  # for queries: two, and what keeps a second program from the multiprocessor
 ):
     WIDE: gl.constexpr = D > 64
     ROW: gl.constexpr = row_bytes(WIDE)
@@ -131,7 +136,7 @@ def attention_forward_kernel(
     row: gl.constexpr = gl.SliceLayout(1, mma(BN))
 
     kv = Pair(shared_head(qkv.dtype, BLOCKS, TAIL, WIDE), shared_head(qkv.dtype, BLOCKS, TAIL, WIDE))
-    stream = shared_rows(qkv.dtype, [2, 64], WIDE)  # queries, and where they were, their output
+    stream = shared_rows(qkv.dtype, [BUFFERS, 64], WIDE)  # queries, and where they were, their output
     bars = barriers(4)  # two of q, k, v
 
     # This program's blocks of queries, and whether it has the tail, which goes through the buffers before them.
@@ -153,6 +158,8 @@ def attention_forward_kernel(
     q = Global(blocks, tails, b, h)
     to = Global(pieces(out, out_rest), (), b, h)
     whole = out_whole + b.to(gl.int64) * L * (H * D)
+    if EARLY:
+        wait_for_others()
     let_next_begin()
     mbarrier.expect(bars.index(0), 64 * ROW)
     if CHUNKS > 1:
@@ -240,8 +247,14 @@ def attention_forward_kernel(
     tma.store_wait(0)
 
 
-def forward_launch(qkv: Tensor, out: Tensor, lse: Tensor, chunks: int = 1) -> tuple:
-    """Return the kernel, its arguments and its options: `chunks` programs per head."""
+def forward_launch(qkv: Tensor, out: Tensor, lse: Tensor, chunks: int = 1, early: bool = False) -> tuple:
+    """Return the kernel, its arguments and its options.
+
+    Args:
+        chunks: programs per head.
+        early: whether the kernel may begin before the one before it has ended (`runtime.hopper`). Its programs come to
+            the multiprocessors that are free by then: no two to one of them.
+    """
     _, L, _, H, D = qkv.shape
     c = cut(L)
     keys = 256 if c["BLOCKS"] % 4 == 0 else 128 if c["BLOCKS"] % 2 == 0 else 64
@@ -249,8 +262,13 @@ def forward_launch(qkv: Tensor, out: Tensor, lse: Tensor, chunks: int = 1) -> tu
     read = (*boxes(qkv, D, 64), *boxes(qkv, D, keys), *boxes(qkv, D, 16 if c["TAIL"] else None))
     boxed = (*read, *boxes(out, D, 64 if wide else None))
     arguments = (*boxed, out, lse, L, D**-0.5 * LOG2E, D)
-    options = {"H": H, **c, "BN": keys, "CHUNKS": chunks, "num_warps": 4}
-    return attention_forward_kernel, arguments, options
+    buffers = 2
+    if early:
+        row = row_bytes(D > 64)
+        held = 2 * (64 * c["BLOCKS"] + 16 * c["TAIL"]) * row  # bytes of keys and values
+        buffers = max(cdiv(ALONE - held, 64 * row), 2)
+    options = {"H": H, **c, "BN": keys, "CHUNKS": chunks, "EARLY": early, "BUFFERS": buffers, "num_warps": 4}
+    return attention_forward_kernel, arguments, options | {"launch_pdl": True} if early else options
 
 
 def forward(qkv: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -262,7 +280,7 @@ def forward(qkv: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tens
     out = qkv.new_empty(B, L, H * D, dtype=dtype)
     lse = qkv.new_empty(B, H, L, dtype=torch.float32)
     n = chunks(B * H, L, multiprocessors(qkv.device))
-    kernel, arguments, options = forward_launch(qkv, out, lse, n)
+    kernel, arguments, options = forward_launch(qkv, out, lse, n, early=n > 1)
     launch.run(qkv.device, kernel, (B * H * n,), arguments, options)
     return out, lse
 

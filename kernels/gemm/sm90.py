@@ -50,6 +50,7 @@ def arguments(
     staging: int = 0,
     halves: bool = False,
     early: bool = False,
+    first: int = 4,
 ) -> tuple[tuple, dict, int, Product]:
     """Return the kernel's arguments, its launch options, the number of programs, and the results.
 
@@ -135,6 +136,7 @@ def arguments(
         PAIRS=pairs,
         HALVES=halves,
         EARLY=early,
+        FIRST=min(first, stages or STAGES[tokens]) if early else 4,
     )
     options = {"HOW": how, "num_warps": 4, "maxnreg": 168 if pairs == 1 else 96}
     return args, options | {"launch_pdl": True} if early else options, programs, made

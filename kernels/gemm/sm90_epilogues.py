@@ -145,6 +145,7 @@ class How:
     PAIRS: int  # of consumers, which take a program's tiles in turns
     HALVES: bool  # whether each consumer takes half of a tile's K, not of its features
     EARLY: bool  # whether the kernel may begin before the one before it has ended
+    FIRST: int = 4  # EARLY: steps whose weights are asked for before the wait
 
 
 @aggregate

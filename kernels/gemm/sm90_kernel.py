@@ -102,7 +102,7 @@ def _producer(g):
     ahead = 0  # steps whose weights are on their way
     if g.how.EARLY:
         start, stop = g.shares.steps_of(first)
-        ahead = gl.minimum(stop - start, AHEAD_OF_TOKENS)
+        ahead = gl.minimum(stop - start, g.how.FIRST)
         for i in range(ahead):
             s, bar = g.ring.claim(i, BYTES)
             _ask_weights(g, first, start + i, s, bar)

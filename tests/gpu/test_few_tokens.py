@@ -90,25 +90,35 @@ def test_products_in_tiles_and_shares(epilogue, form, shares, monkeypatch):
 @pytest.mark.parametrize(("heads", "D"), [(16, 72), (8, 64)])
 def test_attention_is_the_same_whoever_has_the_queries(heads, D):
     qkv, outs = random(2, 258, 3, heads, D), []
-    for n in (1, 2, 5):
+    for n, early in ((1, False), (2, False), (5, False), (5, True)):
         out, lse = random(2, 258, heads * D), random(2, heads, 258, dtype=torch.float32)
-        kernel, arguments, options = sm90_forward.forward_launch(qkv, out, lse, n)
+        kernel, arguments, options = sm90_forward.forward_launch(qkv, out, lse, n, early)
         launch.run(qkv.device, kernel, (2 * heads * n,), arguments, options)
         outs.append((out, lse))
     assert all(torch.equal(a, b) for more in outs[1:] for a, b in zip(more, outs[0]))
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
-def test_early_launches_read_what_the_kernels_before_them_wrote(precision, monkeypatch):
-    """A captured evaluation, replayed for inputs in turns, against launches that wait for each other."""
+@pytest.mark.parametrize(
+    ("precision", "D", "heads", "images"),
+    [("bf16", 512, 8, 1), ("bf16", 768, 12, 4), ("bf16", 1024, 16, 2), ("bf16", 1152, 16, 1), ("fp8", 512, 8, 1)],
+)
+def test_early_launches_read_what_the_kernels_before_them_wrote(precision, D, heads, images, monkeypatch):
+    """A captured evaluation, replayed for inputs in turns: with launches that wait for each other, with those that the
+    table has early, and with all of them early.
+    """
     torch.manual_seed(0)
     with torch.device("cuda"):
-        net = UViT(img_size=32, in_chans=4, patch_size=2, embed_dim=512, depth=4, num_heads=8).bfloat16().eval()
+        net = UViT(img_size=32, in_chans=4, patch_size=2, embed_dim=D, depth=4, num_heads=heads).bfloat16().eval()
     net = Fp8UViT(net.requires_grad_(False)) if precision == "fp8" else net
-    inputs, t, found = torch.randn(3, 1, 4, 32, 32, device="cuda"), torch.full((1,), 500.0, device="cuda"), {}
-    x, few, net.cuda_graphs = inputs[0].clone(), tuning.few, False
-    for early in (False, True):
-        monkeypatch.setattr(tuning, "few", lambda *of, early=early: few(*of) | {"early": early})
+    inputs, t, found = torch.randn(3, images, 4, 32, 32, device="cuda"), torch.full((images,), 500.0, device="cuda"), {}
+    x, few, attention, net.cuda_graphs = inputs[0].clone(), tuning.few, sm90_forward.forward_launch, False
+    for way in ({"early": False}, {}, {"early": True}):
+
+        def launched(*of, way=way, **chosen):
+            return attention(*of, **chosen | way)
+
+        monkeypatch.setattr(tuning, "few", lambda *of, way=way: few(*of) | way)
+        monkeypatch.setattr(sm90_forward, "forward_launch", launched)
         with torch.no_grad(), net.fixed_weights():
             net(x, t)  # folds the weights
             graph = torch.cuda.CUDAGraph()
@@ -118,7 +128,7 @@ def test_early_launches_read_what_the_kernels_before_them_wrote(precision, monke
                 x.copy_(inputs[turn % 3])
                 graph.replay()
                 expected = found.setdefault(turn % 3, out.clone())
-                assert torch.equal(out, expected), (early, turn)
+                assert torch.equal(out, expected), (way, turn)
 
 
 @pytest.mark.parametrize("shares", [1, 3])

@@ -121,6 +121,9 @@ def kernels() -> dict[str, tuple]:
             backward = module.backward_launches(qkv, out, lse, out, lse, qkv)
             for kernel, arguments, options in (module.forward_launch(qkv, out, lse), *backward):
                 found[f"sm_{arch} {kernel.__name__} L={L} D={D}"] = (kernel, arguments, options, arch)
+            if arch == 90 and L == 258:
+                kernel, arguments, options = hopper.forward_launch(qkv, out, lse, 5, early=True)
+                found[f"sm_90 {kernel.__name__} early L={L} D={D}"] = (kernel, arguments, options, arch)
     return found
 
 
@@ -135,8 +138,8 @@ def measured() -> dict[str, dict[str, int]]:
 
 
 def test_the_kernels_keep_their_resource_contract():
-    """No spill, no serialised wgmma, two CTAs an SM; and no worse than committed, where this is the triton that wrote
-    it.
+    """No spill, no serialised wgmma, two CTAs an SM, one if it is early; and no worse than committed, where this is the
+    triton that wrote it.
     """
     contract = json.loads(CONTRACT.read_text())
     now = measured()
@@ -148,7 +151,8 @@ def test_the_kernels_keep_their_resource_contract():
         assert found["shared"] <= aot.SHARED_LIMIT[arch], f"{case}: {found['shared']} bytes of shared memory"
         if arch == 90:
             assert found["wgmma"] and found["tma_loads"] and found["tma_stores"], f"{case}: off the fast path"
-            assert found["shared"] <= 113 * 1024, f"{case}: {found['shared']} bytes, one CTA an SM"
+            alone = found["shared"] > 113 * 1024  # one CTA an SM
+            assert alone == ("early" in case), f"{case}: {found['shared']} bytes"
         if triton.__version__ == contract["triton"]:
             was = contract["kernels"][case]
             for field in ("registers", "shared", "wgmma", "wgmma_waits", "mma", "tma_loads", "cp_async"):
