@@ -31,7 +31,7 @@ format: .venv/test.done  ## ruff's repairs and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/test.done  ## the whole benchmark suite on this machine; BENCH=--quick: seven minutes on an H100
+bench: .venv/test.done  ## measure benchmarks/results anew, report too; BENCH=--quick: seven minutes on an H100
 	$(BIN)/uvit-fast bench $(BENCH)
 
 report: .venv/test.done  ## tables and plots anew from benchmarks/results/*.csv

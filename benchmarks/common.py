@@ -18,6 +18,11 @@ COLUMNS = "date,commit,device,torch,triton,question,case,provider,dtype,batch,me
 RESULTS = Path(__file__).parent / "results"
 
 
+def report_folder(results: str | Path) -> Path:
+    """Return where the report on a folder of rows goes: beside the committed ones, else among the rows."""
+    return RESULTS.parent if Path(results).resolve() == RESULTS.resolve() else Path(results)
+
+
 def need_gpu(parser: argparse.ArgumentParser, device: str = "cuda") -> None:
     """End a GPU benchmark in one line if there is no GPU."""
     if device != "cpu" and not torch.cuda.is_available():

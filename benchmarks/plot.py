@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS
+from benchmarks.common import RESULTS, report_folder
 from benchmarks.report import PLOTS
 from benchmarks.results import MEMORY_A100, SAMPLING_A100, Results
 from uvit_fast.commands.drawing import INK, pyplot
@@ -243,15 +243,15 @@ FIGURES = {
 
 
 def write(results: Path = RESULTS) -> list[Path]:
-    """Write plots/<name>.png beside the folder of the CSV files, for whatever was measured; remove outdated pictures.
+    """Write plots/<name>.png beside the report (`report_folder`), for whatever was measured; remove outdated pictures.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
     from matplotlib import pyplot
 
-    folder, written = Path(results).parent / PLOTS, []
-    folder.mkdir(exist_ok=True)
+    folder, written = report_folder(results) / PLOTS, []
+    folder.mkdir(parents=True, exist_ok=True)
     found = Results(results)
     for name, draw in FIGURES.items():
         path = folder / f"{name}.png"

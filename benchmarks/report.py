@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks import models
-from benchmarks.common import RESULTS
+from benchmarks.common import RESULTS, report_folder
 from benchmarks.results import (
     A100,
     MEMORY_A100,
@@ -323,8 +323,9 @@ def text(results: Results, folder: Path) -> str:
 
 
 def write(results: Path = RESULTS) -> Path:
-    """Write REPORT.md beside the folder of the CSV files."""
-    folder = Path(results).parent
+    """Write REPORT.md among the CSV files, or, on the committed ones, into benchmarks/."""
+    folder = report_folder(results)
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / REPORT
     path.write_text(text(Results(results), folder))
     return path

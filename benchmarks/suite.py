@@ -1,7 +1,7 @@
 """Run the whole suite on this machine, then write the tables and the plots. `uvit-fast bench` or
 
     python -m benchmarks.suite --quick       # an H100 takes seven minutes
-    python -m benchmarks.suite --only sampling,memory
+    python -m benchmarks.suite --only sampling,memory --out here
 
 Each benchmark is a process of its own, so that none inherits another's memory, compiled code or clocks. Its duration is
 measured too, for the next run on the same device (results/suite.csv).
@@ -19,6 +19,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import RESULTS, Rows
+from uvit_fast.commands.arguments import Parser
+from uvit_fast.commands.bench import EXAMPLE, arguments
+from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.extras import install
 
 ROOT = Path(__file__).parent.parent
@@ -81,11 +84,11 @@ def plan(gpus: int, quick: bool, only: list[str], measured: dict[str, float]) ->
         measured: seconds by `case` of earlier runs on this device.
 
     Raises:
-        SystemExit: a name that is not in the suite.
+        UserError: a name that is not in the suite.
     """
     known = [bench.name for bench in SUITE]
     if unknown := [name for name in only if name not in known]:
-        raise SystemExit(f"--only: expected some of {', '.join(known)}, got {', '.join(unknown)}")
+        raise UserError(f"--only: expected some of {', '.join(known)}, got {', '.join(unknown)}")
     plans, left_out = [], []
     for bench in SUITE:
         if only and bench.name not in only:
@@ -155,22 +158,24 @@ def run(plans: list[Plan], out: Path, rows: Rows) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer sizes and peers: an H100 takes seven minutes")
-    parser.add_argument("--only", default="", help="comma-separated names, such as sampling,memory")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV files; the report lies beside it")
+    parser = Parser(prog="uvit-fast bench", description=__doc__, example=EXAMPLE)
+    arguments(parser)
     args = parser.parse_args(argv)
-    args.out = args.out.resolve()
+    args.out = (args.out or RESULTS).resolve()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     rows = Rows("suite", args.out)
     known = [row for row in rows.before if row["device"] == (device or "cpu")]
     measured = {row["case"]: float(row["p50"]) for row in known}
-    plans, left_out = plan(torch.cuda.device_count(), args.quick, [n for n in args.only.split(",") if n], measured)
+    only = [name for name in args.only.split(",") if name]
+    try:
+        plans, left_out = plan(torch.cuda.device_count(), args.quick, only, measured)
+    except UserError as error:
+        parser.error(str(error))
     known_here = any(case(p.name, p.arguments) in measured for p in plans)
-    total = clock(sum(p.seconds for p in plans))
+    total = max(1, round(sum(p.seconds for p in plans) / 60))
     source = "measured here before" if known_here else "estimated" if device is None else "estimated for an H100"
     names = ", ".join(p.name for p in plans) or "nothing"
-    print(f"{device or 'no GPU'}: {names}; {total} min:s, {source}", flush=True)
+    print(f"{device or 'no GPU'}: {names}; about {total} min ({source})", flush=True)
     if left_out:
         print(f"left out, for want of GPUs: {', '.join(left_out)}", flush=True)
     failed = run(plans, args.out, rows)
@@ -188,7 +193,7 @@ def report(out: Path) -> None:
     if find_spec("matplotlib"):
         print(f"wrote {len(plot.write(out))} plots")
     else:
-        print(f"no plots: {install('plot')}, then python -m benchmarks.plot")
+        print(f"no plots: {install('plot')}, then python -m benchmarks.plot --results {out}")
     print(f"wrote {tables.write(out)}")
 
 

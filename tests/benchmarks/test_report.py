@@ -157,11 +157,11 @@ def test_every_plot_is_drawn_from_what_there_is_and_no_plot_of_nothing(tmp_path)
     folder = tmp_path / "results"
     results(folder, "memory", ("H:128:block", "ours", "peak", 13.6), ("H:128:block", "ours", "static", 10.0))
     results(folder, "sampling", ("S:500:nocfg:latent", "ours", "time", 2.0))
-    (tmp_path / "plots").mkdir()
-    (tmp_path / "plots" / "ops.png").write_bytes(b"of results that are gone")
+    (folder / "plots").mkdir()
+    (folder / "plots" / "ops.png").write_bytes(b"of results that are gone")
     assert {path.stem for path in plot.write(folder)} == {"memory", "sampling"}
-    assert {path.stem for path in (tmp_path / "plots").iterdir()} == {"memory", "sampling"}
-    text = report.text(Results(folder), tmp_path)
+    assert {path.stem for path in (folder / "plots").iterdir()} == {"memory", "sampling"}
+    text = report.text(Results(folder), folder)
     assert "(plots/memory.png)" in text and "(plots/ops.png)" not in text
 
 

@@ -5,9 +5,10 @@ import sys
 
 import pytest
 
-from benchmarks import suite
+from benchmarks import common, suite
 from benchmarks.suite import Plan, Progress
 from uvit_fast import cli
+from uvit_fast.runtime.errors import UserError
 
 
 class Clock:
@@ -40,7 +41,7 @@ def test_what_this_device_took_before_is_the_better_estimate():
 
 
 def test_an_unknown_benchmark_is_told_what_there_is():
-    with pytest.raises(SystemExit, match="expected some of ops, attention, .*, got sampler"):
+    with pytest.raises(UserError, match="expected some of ops, attention, .*, got sampler"):
         suite.plan(1, quick=True, only=["sampler"], measured={})
 
 
@@ -82,5 +83,24 @@ def test_a_benchmark_that_fails_is_named_and_the_rest_goes_on(tmp_path, capfd):
 
 
 def test_the_command_hands_over_and_returns_the_suites_code(tmp_path, capfd):
-    assert cli.main(["bench", "--only", "nothing", "--out", str(tmp_path / "results")]) == 1
-    assert "expected some of ops" in capfd.readouterr().err
+    assert cli.main(["bench", "--only", "nothing", "--out", str(tmp_path / "results")]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("uvit-fast: bench: --only: expected some of ops") and error.count("\n") == 1
+    (tmp_path / "file").touch()
+    assert cli.main(["bench", "--out", str(tmp_path / "file")]) == 2
+    assert "expected a folder, got a file" in capfd.readouterr().err
+
+
+def test_all_of_a_run_goes_into_its_folder(tmp_path, monkeypatch, capsys):
+    """A REPORT.md or plots/ beside it, which may be the user's, stays as it is."""
+    (tmp_path / "REPORT.md").write_text("the user's")
+    monkeypatch.setattr(suite, "run", lambda plans, out, rows: [])
+    assert suite.main(["--only", "data", "--out", str(tmp_path / "results")]) == 0
+    assert (tmp_path / "REPORT.md").read_text() == "the user's"
+    assert {path.name for path in tmp_path.iterdir()} == {"REPORT.md", "results"}
+    assert {path.name for path in (tmp_path / "results").iterdir()} == {"REPORT.md", "plots"}
+    assert "data; about 1 min (" in capsys.readouterr().out
+
+
+def test_the_committed_rows_have_their_report_beside_them():
+    assert common.report_folder(common.RESULTS) == common.RESULTS.parent

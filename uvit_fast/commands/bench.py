@@ -6,7 +6,7 @@ from pathlib import Path
 from uvit_fast.runtime.errors import UserError
 
 HELP = "run the benchmark suite here and write its report"
-EXAMPLE = "uvit-fast bench --quick --only sampling,memory"
+EXAMPLE = "uvit-fast bench --quick --only sampling,memory --out measured"
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
@@ -14,7 +14,8 @@ def arguments(command: argparse.ArgumentParser) -> None:
     group.add_argument("--quick", action="store_true", help="fewer sizes and peers: an H100 takes seven minutes")
     group.add_argument("--only", default="", metavar="LIST", help="comma-separated names, such as sampling,memory")
     group = command.add_argument_group("output")
-    group.add_argument("--out", type=Path, metavar="DIR", help="of CSV files and report (default benchmarks/results)")
+    group.add_argument("--out", type=Path, metavar="DIR", help="of rows (.csv), REPORT.md and plots/; without it they "
+        "replace the repository's own, as its developers want")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -25,6 +26,8 @@ def run(args: argparse.Namespace) -> int:
     root = Path(__file__).resolve().parents[2]
     if not (root / "benchmarks" / "suite.py").is_file():
         raise UserError(f"bench: expected the source tree around {root}, with benchmarks/; clone the repository")
+    if args.out and args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out}: expected a folder, got a file")
     command = [sys.executable, "-m", "benchmarks.suite", "--only", args.only]
     command += ["--quick"] if args.quick else []
     command += ["--out", str(args.out.resolve())] if args.out else []
