@@ -13,6 +13,9 @@ import torch
 import uvit_fast
 from tests.commands.small import DIGITS
 from uvit_fast import cli
+from uvit_fast.commands import hints
+from uvit_fast.commands.arguments import Parser
+from uvit_fast.config import reading
 
 
 @pytest.mark.parametrize(
@@ -111,6 +114,45 @@ def test_typos_are_answered_before_torch_is_imported(arguments, code, words):
     assert (done.stdout + done.stderr).count("\n") == 1
     for word in words:
         assert word in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        ("train --resume x", "expected none: the same command continues from the newest checkpoint"),
+        ("train --lr 1", "did you mean --set train.lr=...?"),
+        ("train --batch_size 8", "did you mean --set train.batch_size=...?"),
+        ("train --epochs 8", "did you mean --set train.iterations=...?"),
+        ("train --run_dir x", "did you mean --run-dir?"),
+        ("train --device cpu", "did you mean --set device=...?"),
+        ("train --model h2_256", "did you mean --config?"),
+        ("train --steps 8", "did you mean --set sample.steps=... or --set train.iterations=...?"),
+        ("sample --model x", "did you mean --checkpoint?"),
+        ("sample --ckpt x", "did you mean --checkpoint?"),
+        ("sample --sampler euler", "did you mean --set sample.sampler=...?"),
+        ("sample --batch-size 8", "did you mean --batch?"),
+        ("sample --sede 8", "did you mean --seed?"),
+        ("sample --lr 1", "example: uvit-fast sample"),
+        ("train --hlep", "example: uvit-fast train"),
+        ("train --frish", "example: uvit-fast train"),  # destructive: not by likeness
+    ],
+)
+def test_an_option_of_elsewhere_is_told_what_does_it_here(arguments, meant, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(arguments.split())
+    option = arguments.split()[1]
+    assert f"{option}: no such option; {meant}" in capsys.readouterr().err
+
+
+def test_the_names_from_elsewhere_are_not_ours_and_lead_to_what_there_is():
+    parsers = [Parser(prog="x", example="x") for _ in cli.COMMANDS]
+    for parser, command in zip(parsers, cli.COMMANDS.values()):
+        command.arguments(parser)
+    options = {option for parser in parsers for option in parser._option_string_actions}
+    assert {option for meant in hints.CALLED_HERE.values() for option in meant} <= options
+    for name, key in reading.CALLED_HERE.items():
+        section, _, leaf = key.rpartition(".")
+        assert leaf in reading._fields_at(tuple(filter(None, [section]))) and name != leaf
 
 
 @pytest.mark.parametrize(

@@ -256,6 +256,8 @@ def test_overrides_may_be_a_mapping():
     assert load_config(path, "model.depth=2").model.depth == 2
     for wrong, words in (
         ({"model.dept": 2}, "did you mean 'depth'"),
+        ({"sample.lr": 2}, "sample.lr: unknown key; did you mean train.lr?"),
+        ({"train.epochs": 2}, "did you mean train.iterations?"),
         ({3: 2}, "expected section.key"),
         ([3], "expected"),
     ):

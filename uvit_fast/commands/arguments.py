@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 from typing import Any, NoReturn
 
+from uvit_fast.commands.hints import hint
 from uvit_fast.config import Config, ModelConfig, SampleConfig, config_from, is_config_name, load_config
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.text import cut, printable, shown
@@ -42,8 +43,8 @@ class Parser(argparse.ArgumentParser):
             if text == "--" or (self._subparsers and not text.startswith("-")):  # the rest is another parser's
                 break
             if re.match(r"--?[a-zA-Z]", text) and not any(option.startswith(name) for option in known):
-                near = difflib.get_close_matches(name, known, n=1)
-                self.error(f"{cut(name)}: no such option" + (f"; did you mean {near[0]}?" if near else ""))
+                meant = hint(name, known, self.get_default("goes_on"))
+                self.error("; ".join(filter(None, [f"{cut(name)}: no such option", meant])))
         found, rest = super().parse_known_args(args, namespace)
         if rest:
             self.error(f"{cut(rest[0])}: expected no such argument")
@@ -65,7 +66,7 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction) and message == f"expected {action.dest}":
                 message = f"expected one of {', '.join(action.choices)}"
-        known = "did you mean" in message or ", got" in message
+        known = any(words in message for words in ("did you mean", ", got", "the same command"))
         line = ": ".join(filter(None, (script, command, printable(message[:400]))))
         self.exit(2, line + ("" if known else f"; example: {self.example}") + "\n")
 

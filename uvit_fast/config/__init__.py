@@ -5,7 +5,7 @@ finds files by name.
 from uvit_fast.config.data import CLIP, Factor
 from uvit_fast.config.finding import CONFIGS, ConfigError, config_names, find_config, is_config_name
 from uvit_fast.config.networks import ModelConfig, UNetConfig
-from uvit_fast.config.reading import config_from, dump_config, load_config
+from uvit_fast.config.reading import config_from, dump_config, keys_named, load_config
 from uvit_fast.config.schema import FP8_KEEP, Config, DiffusionConfig, SampleConfig, TrainConfig
 from uvit_fast.config.section import Section
 
@@ -27,5 +27,6 @@ __all__ = [
     "dump_config",
     "find_config",
     "is_config_name",
+    "keys_named",
     "load_config",
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -20,6 +20,42 @@ from uvit_fast.config.networks import NETWORKS, ModelConfig
 from uvit_fast.config.schema import Config
 from uvit_fast.config.section import Section, wrong_value
 from uvit_fast.runtime.text import cut, parse_yaml, shown
+
+# names that people bring from elsewhere -> keys
+CALLED_HERE = {
+    "ckpt": "train.init",
+    "weights": "train.init",
+    "pretrained": "train.init",
+    "checkpoint": "train.init",
+    "finetune": "train.init",
+    "model_path": "train.init",
+    "bs": "train.batch_size",
+    "guidance": "sample.guidance_scale",
+    "scale": "sample.guidance_scale",
+    "num_inference_steps": "sample.steps",
+    "num_steps": "train.iterations",
+    "nfe": "sample.steps",
+    "steps": "train.iterations",
+    "max_steps": "train.iterations",
+    "iters": "train.iterations",
+    "epochs": "train.iterations",
+    "num_epochs": "train.iterations",
+    "learning_rate": "train.lr",
+    "ema": "train.ema_decay",
+    "samplers": "sample.sampler",
+    "vae": "latent.autoencoder",
+    "bf16": "train.precision",
+    "fp32": "train.precision",
+    "amp": "train.precision",
+    "gpu": "device",
+    "data": "data.path",
+    "data_dir": "data.path",
+    "data_path": "data.path",
+    "dataset": "data.name",
+    "image_size": "model.img_size",
+    "resolution": "model.img_size",
+    "workers": "data.num_workers",
+}
 
 
 def load_config(config: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
@@ -72,6 +108,15 @@ def config_from(tree: dict[str, Any], source: str | Path, overrides: Iterable[st
 def dump_config(config: Config) -> str:
     """Return the whole configuration as YAML, defaults included; `load_config` reads it back unchanged."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def keys_named(name: str) -> list[str]:
+    """Return the keys whose last part is `name`, or that do what it does elsewhere: `lr`, `learning_rate` -> train.lr."""
+    kinds = {key: field.annotation for key, field in Config.model_fields.items()}
+    values = [key for key, kind in kinds.items() if kind is str or get_origin(kind) is Literal]
+    sections = {key: _section_at((key,)) for key in kinds if key not in values}
+    found = [f"{key}.{name}" for key, section in sections.items() if name in section.model_fields]
+    return [*[name] * (name in values), *found, *[CALLED_HERE.get(name, "")] * (name in CALLED_HERE)]
 
 
 def _parse(text: str, what: str) -> Any:
@@ -138,13 +183,14 @@ def _explain(path: str | Path, error: Any) -> str:
     """Format one pydantic error as one line: file, key, what was expected, what was given, the nearest key."""
     key = cut(".".join(str(part) for part in error["loc"] if part not in NETWORKS))
     if error["type"] == "extra_forbidden":
-        valid = _fields_at(error["loc"][:-1])
-        near = difflib.get_close_matches(str(error["loc"][-1]), valid, n=1, cutoff=0.5)
-        hint = (
-            f"did you mean {near[0]!r}?"
-            if near
-            else "expected one of " + ", ".join(valid[:24]) + ", ..." * (len(valid) > 24)
-        )
+        valid, name = _fields_at(error["loc"][:-1]), str(error["loc"][-1])
+        elsewhere = [] if "." in name else keys_named(name)
+        if near := difflib.get_close_matches(name, valid, n=1):
+            hint = f"did you mean {near[0]!r}?"
+        elif elsewhere:
+            hint = f"did you mean {' or '.join(elsewhere)}?"
+        else:
+            hint = f"expected one of {', '.join(valid[:24])}{', ...' * (len(valid) > 24)}"
         return f"{path}: {key}: unknown key; {hint}"
     if error["type"] == "missing":
         return f"{path}: {key}: missing; expected {_description(error['loc'])}"
