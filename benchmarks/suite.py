@@ -7,7 +7,6 @@ Each benchmark is a process of its own, so that none inherits another's memory, 
 measured too, for the next run on the same device (results/suite.csv).
 """
 
-import argparse
 import subprocess
 import sys
 import time

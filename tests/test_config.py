@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from uvit_fast.build import build_model
-from uvit_fast.config import Config, ConfigError, dump_config, load_config
+from uvit_fast.config import Config, ConfigError, config_names, dump_config, load_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -130,11 +130,6 @@ def test_a_wrong_name_lists_near_ones(name, words, tmp_path, monkeypatch):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_mistake_in_a_named_config_is_called_by_its_name():
-    with pytest.raises(ConfigError, match=r"^digits: train.lr: expected "):
-        load_config("digits", ["train.lr=x"])
-
-
 def test_dumped_config_loads_unchanged(tmp_path):
     cfg = load_config(CONFIGS / "h4_512.yaml")  # one with a base
     (tmp_path / "config.yaml").write_text(dump_config(cfg))
@@ -152,7 +147,7 @@ def test_overrides_win_over_the_file_and_its_base():
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("train.batchsize=4", ["digits_eps.yaml", "train.batchsize", "unknown", "'batch_size'"]),  # a mistyped key
+        ("train.batchsize=4", ["--set", "train.batchsize", "unknown", "'batch_size'"]),  # a mistyped key
         ("trian.lr=1", ["trian", "'train'"]),  # a mistyped section
         ("train.batch_size=many", ["train.batch_size", "expected a valid integer", "'many'"]),  # a wrong type
         ("model.skip=residual", ["model.skip", "'concat'", "'residual'"]),  # a name that is not there
@@ -310,11 +305,35 @@ def test_missing_file_names_the_nearest():
         load_config(CONFIGS / "h2_265.yaml")
 
 
-def test_base_has_one_level(tmp_path):
-    for name, base in (("a", "b"), ("b", "c")):
+@pytest.mark.parametrize("name", config_names())
+def test_every_config_can_be_a_base_by_its_name(name, tmp_path):
+    (tmp_path / f"{name}.yaml").write_text(f"base: {name}\ntrain: {{iterations: 7}}\n")  # named like its base
+    (tmp_path / "mine.yaml").write_text(f"base: {name}.yaml\nname: mine\n")
+    expected = load_config(name, {"train.iterations": 7, "name": "mine"})
+    assert load_config(tmp_path / "mine.yaml") == expected
+
+
+def test_a_file_that_is_a_base_of_itself_is_one_line(tmp_path):
+    for name, base in (("a", "b"), ("b", "c"), ("c", "b")):
         (tmp_path / f"{name}.yaml").write_text(f"base: {base}.yaml\n")
-    with pytest.raises(ConfigError, match="one level of base"):
+    with pytest.raises(ConfigError, match=r"c.yaml: base: b.yaml -> c.yaml -> b.yaml leads back .*") as error:
         load_config(tmp_path / "a.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_a_sweep_is_told_its_command():
+    with pytest.raises(ConfigError, match="digits.yaml: a sweep, not one config; expected uvit-fast sweep --config"):
+        load_config(CONFIGS / "ablations" / "digits.yaml")
+
+
+def test_an_error_that_an_override_makes_is_not_the_files(tmp_path):
+    """Neither a value's nor a combination's; the file's own are its own."""
+    for wrong in ("train.lr=-1", "sample.sampler=euler_maruyama", "train.lrr=1"):
+        with pytest.raises(ConfigError, match="^--set: "):
+            load_config(CONFIGS / "h2_256.yaml", [wrong])
+    (tmp_path / "x.yaml").write_text("base: digits\ntrain: {lr: -1}\n")
+    with pytest.raises(ConfigError, match="x.yaml: train.lr"):
+        load_config(tmp_path / "x.yaml", ["train.batch_size=3"])
 
 
 def test_missing_section_says_what_belongs_there(tmp_path):

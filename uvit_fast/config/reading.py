@@ -1,8 +1,8 @@
 """Read config files: merge them with their base and with overrides, and check them against the schema, with errors of
 one line each.
 
-A file may name one other config as `base:`; its own keys then override the base's. `--set train.batch_size=512`
-overrides both.
+A file may name another config as `base:`, which may have a base itself; its own keys then override the base's.
+`--set train.batch_size=512` overrides all.
 """
 
 from __future__ import annotations
@@ -67,21 +67,34 @@ def load_config(config: str | Path, overrides: Iterable[str] | Mapping[str, Any]
             to values.
 
     Raises:
-        ConfigError: the file is missing or not YAML, a key is unknown or has a wrong value, or `base` names a file that
-            has a base itself.
+        ConfigError: the file is missing, not YAML, or a sweep; a key is unknown or has a wrong value; or a file is a
+            base of itself.
     """
     path = find_config(config)
-    tree = _read(path)
     try:
-        if "base" in tree:
-            base_path = find_config(str(tree.pop("base")), beside=path.parent)
-            base = _read(base_path)
-            if "base" in base:
-                raise ConfigError(f"{path}: base {base_path} has a base of its own; expected one level of base")
-            tree = _merge(_by_names_of_today(base), _by_names_of_today(tree))
+        tree = _with_bases(path, [])
     except RecursionError:  # aliases that contain themselves
         raise ConfigError(f"{path}: nested too deeply; expected sections with keys") from None
     return config_from(tree, config, overrides)
+
+
+def _with_bases(path: Path, above: list[Path]) -> dict[str, Any]:
+    """Return what a file holds, merged with its base, and that with its own.
+
+    Args:
+        above: the files that lead to it by their `base`.
+    """
+    above = [*above, path.resolve()]
+    tree = _read(path)
+    if "factors" in tree:
+        raise ConfigError(f"{path}: a sweep, not one config; expected uvit-fast sweep --config {path}")
+    if "base" not in tree:
+        return _by_names_of_today(tree)
+    base = find_config(str(tree.pop("base")), beside=path.parent)
+    if base.resolve() in above:
+        way = " -> ".join(file.name for file in [*above[above.index(base.resolve()) :], base])
+        raise ConfigError(f"{path}: base: {way} leads back to itself; expected a base that ends")
+    return _merge(_with_bases(base, above), _by_names_of_today(tree))
 
 
 def config_from(tree: dict[str, Any], source: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
@@ -90,19 +103,28 @@ def config_from(tree: dict[str, Any], source: str | Path, overrides: Iterable[st
     Args:
         source: its name in messages.
     """
-    if isinstance(overrides, str):
-        overrides = [overrides]
+    overrides = [overrides] if isinstance(overrides, str) else overrides
     try:
-        tree = _by_names_of_today(tree)
+        own = tree = _by_names_of_today(tree)
         for key, value in overrides.items() if isinstance(overrides, Mapping) else map(_override, overrides):
             tree = _merge(tree, _by_names_of_today(_nested(tree, key, value)))
         return Config.model_validate(tree)
     except ValidationError as error:
+        if tree is not own and _is_valid(own):
+            source = "overrides" if isinstance(overrides, Mapping) else "--set"
         lines = [_explain(source, item) for item in error.errors()]
         more = [f"{source}: and {len(lines) - 10} more"] if len(lines) > 10 else []
         raise ConfigError("\n".join(lines[:10] + more)) from None
     except RecursionError:
         raise ConfigError(f"{source}: nested too deeply; expected sections with keys") from None
+
+
+def _is_valid(tree: dict[str, Any]) -> bool:
+    try:
+        Config.model_validate(tree)
+    except ValidationError:
+        return False
+    return True
 
 
 def dump_config(config: Config) -> str:
@@ -111,7 +133,7 @@ def dump_config(config: Config) -> str:
 
 
 def keys_named(name: str) -> list[str]:
-    """Return the keys whose last part is `name`, or that do what it does elsewhere: `lr`, `learning_rate` -> train.lr."""
+    """Return the keys whose last part is `name`, or that do what it does elsewhere: lr, learning_rate -> train.lr."""
     kinds = {key: field.annotation for key, field in Config.model_fields.items()}
     values = [key for key, kind in kinds.items() if kind is str or get_origin(kind) is Literal]
     sections = {key: _section_at((key,)) for key in kinds if key not in values}
@@ -179,7 +201,7 @@ def _nested(tree: dict[str, Any], key: Any, value: Any) -> dict[str, Any]:
     return nested
 
 
-def _explain(path: str | Path, error: Any) -> str:
+def _explain(source: str | Path, error: Any) -> str:
     """Format one pydantic error as one line: file, key, what was expected, what was given, the nearest key."""
     key = cut(".".join(str(part) for part in error["loc"] if part not in NETWORKS))
     if error["type"] == "extra_forbidden":
@@ -191,10 +213,10 @@ def _explain(path: str | Path, error: Any) -> str:
             hint = f"did you mean {' or '.join(elsewhere)}?"
         else:
             hint = f"expected one of {', '.join(valid[:24])}{', ...' * (len(valid) > 24)}"
-        return f"{path}: {key}: unknown key; {hint}"
+        return f"{source}: {key}: unknown key; {hint}"
     if error["type"] == "missing":
-        return f"{path}: {key}: missing; expected {_description(error['loc'])}"
-    return f"{path}: {key + ': ' if key else ''}{wrong_value(error)}"
+        return f"{source}: {key}: missing; expected {_description(error['loc'])}"
+    return f"{source}: {key + ': ' if key else ''}{wrong_value(error)}"
 
 
 def _section_at(loc: tuple) -> type[Section]:
