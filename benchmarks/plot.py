@@ -246,10 +246,9 @@ def write(results: Path = RESULTS) -> list[Path]:
     """Write plots/<name>.png beside the report (`report_folder`), for whatever was measured; remove outdated pictures.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        ImportError: matplotlib is not installed; the message names the extra.
     """
-    from matplotlib import pyplot
-
+    close = pyplot().close
     folder, written = report_folder(results) / PLOTS, []
     folder.mkdir(parents=True, exist_ok=True)
     found = Results(results)
@@ -260,7 +259,7 @@ def write(results: Path = RESULTS) -> list[Path]:
             path.unlink(missing_ok=True)
             continue
         figure.savefig(path, dpi=150, metadata={"Software": None})
-        pyplot.close(figure)
+        close(figure)
         written.append(path)
     return written
 

@@ -1,5 +1,7 @@
 """`uvit-fast convert`: to a pipeline and back."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -36,6 +38,17 @@ def test_convert_to_a_pipeline_and_back_keeps_every_weight(checkpoint, tmp_path,
     assert told.sample.guidance_scale == pytest.approx(cfg.sample.guidance_scale)
     assert cli.main([*common, "--checkpoint", str(checkpoint), "--out", str(tmp_path / "pipe")]) == 2
     assert "there already" in capsys.readouterr().err
+
+
+def test_without_its_extra_the_pipeline_names_what_installs_it(checkpoint, tmp_path, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.startswith("uvit_fast.pipeline")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    command = ["convert", "--config", DIGITS, *SMALL, "--checkpoint", str(checkpoint)]
+    assert cli.main([*command, "--out", str(tmp_path / "pipe")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("uvit-fast: a pipeline needs diffusers: pip install ") and error.count("\n") == 1
+    assert cli.main([*command, "--out", str(tmp_path / "back.pth")]) == 0  # needs none
 
 
 def test_a_checkpoint_of_another_architecture_names_the_keys(checkpoint, tmp_path, capsys):

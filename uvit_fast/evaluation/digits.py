@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from uvit_fast.runtime.extras import missing
+
 
 def class_accuracy(samples: np.ndarray, asked: np.ndarray, real: np.ndarray, labels: np.ndarray) -> float:
     """Return the share of samples that a classifier fitted on the real digits assigns to the requested class.
@@ -11,8 +13,14 @@ def class_accuracy(samples: np.ndarray, asked: np.ndarray, real: np.ndarray, lab
         asked: (M,) the requested classes.
         real: (N, ...) real digits.
         labels: (N,) their classes.
+
+    Raises:
+        ImportError: scikit-learn is not installed; the message names the extra.
     """
-    from sklearn.svm import SVC
+    try:
+        from sklearn.svm import SVC
+    except ImportError:
+        raise missing("the digits' classifier", "scikit-learn", "digits") from None
 
     classifier = SVC(gamma="scale").fit(real.reshape(len(real), -1), labels)
     return float((classifier.predict(samples.reshape(len(samples), -1)) == asked).mean())

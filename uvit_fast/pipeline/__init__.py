@@ -1,6 +1,11 @@
 """U-ViT as a diffusers pipeline; needs the extra `diffusers`."""
 
-from diffusers import ModelMixin, SchedulerMixin  # diffusers' loader looks for these where it finds the classes
+from uvit_fast.runtime.extras import missing
+
+try:
+    from diffusers import ModelMixin, SchedulerMixin  # diffusers' loader looks for these where it finds the classes
+except ImportError:
+    raise missing("a pipeline", "diffusers", "diffusers") from None
 
 from .make import make_pipeline
 from .pipeline import UViTModel, UViTPipeline
