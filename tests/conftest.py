@@ -24,7 +24,6 @@ def digits_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The file of a classifier of the digits in a quarter of the steps, as a cache keeps it: for tests that only need
     to have one.
     """
-    import torch
 
     from uvit_fast import load_config
     from uvit_fast.measuring import yardstick
@@ -32,7 +31,7 @@ def digits_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, config = tmp_path_factory.mktemp("classifier"), load_config("digits")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("uvit_fast.evaluation.classifier.STEPS", 150)
-        yardstick("digits-fid", config, "digits", (None, False), torch.device("cpu"), folder)
+        yardstick("digits-fid", config, "digits", (None, False), "cpu", folder)
     return next(folder.glob("classifier-*"))
 
 

@@ -49,7 +49,7 @@ from uvit_fast.config import reading
         (["sample", "--config", DIGITS, "--set", "device=cuda"], "no CUDA device was found"),
         (
             ["sample", "--config", DIGITS, "--precision", "fp8"],
-            "sample.precision=fp8: its kernels are for compute capability 9.0 (H100, H200); expected bf16",
+            "sample.precision=fp8: its kernels need compute capability 9.0 (H100, H200), got no CUDA device; the",
         ),
         (
             ["sample", "--config", "configs/unet_adm_256.yaml", "--precision", "fp8"],

@@ -178,7 +178,7 @@ def yardstick(
     real: Config | str,
     name: str,
     inception: tuple[str | None, bool],
-    device: torch.device,
+    device: torch.device | str,
     cache: Path,
     batch: int = 50,
     world: World = ALONE,

@@ -15,7 +15,7 @@ from uvit_fast.kernels.layernorm.sums import Summed
 from uvit_fast.kernels.layers import Linear, Norm, Quantised
 from uvit_fast.kernels.ops import attention as wide_attention
 from uvit_fast.kernels.quantise import E4M3, Inputs, Scaled, narrow, paired, rounded, scaled, two_sources, unseen
-from uvit_fast.kernels.runtime.device import architecture
+from uvit_fast.kernels.runtime.device import architecture, described
 
 
 class Layers(NamedTuple):
@@ -29,19 +29,21 @@ class Layers(NamedTuple):
 
 
 def why_not(width: int, heads: int, hidden: int, device: torch.device) -> str | None:
-    """Return why a device cannot run such blocks, or None."""
+    """Return why a device cannot run such blocks, both for itself and for their widths, or None."""
+    reasons = [unfit(width, heads, hidden)]
     if device.type != "cuda" or architecture(device) != 90:
-        return "its kernels are for compute capability 9.0 (H100, H200)"
-    return unfit(width, heads, hidden)
+        reasons.insert(0, f"its kernels need compute capability 9.0 (H100, H200), got {described(device)}")
+    return "; ".join(filter(None, reasons)) or None
 
 
 def unfit(width: int, heads: int, hidden: int) -> str | None:
     """Return why no such block can be derived, for the kernels or for `REFERENCE`, or None."""
+    reasons = []
     if width % 64 or hidden % 64:
-        return f"the widths {width} and {hidden} must be multiples of 64"
+        reasons.append(f"the widths {width} and {hidden} must be multiples of 64")
     if width % heads or not 64 <= width // heads <= 80 or width // heads % 8:
-        return f"the head dim must be 64, 72 or 80, got {width / heads:g}"
-    return None
+        reasons.append(f"the head dim must be 64, 72 or 80, got {width / heads:g}")
+    return "; ".join(reasons) or None
 
 
 def unrounded(

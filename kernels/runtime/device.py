@@ -63,6 +63,16 @@ def capability(index: int | None) -> int:
 capability._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which imports the compiler: seconds
 
 
+def described(device: torch.device) -> str:
+    """Return a device's name and compute capability, as an error says what came."""
+    if device.type != "cuda":
+        return f"device {device.type}" if torch.cuda.is_available() else "no CUDA device"
+    if _FORCED is not None:
+        return f"UVIT_FAST_ARCH={_FORCED}"
+    found = _properties(device.index)
+    return f"{found.name}, {found.major}.{found.minor}"
+
+
 @functools.cache
 def _properties(index: int | None):
     return torch.cuda.get_device_properties(index)

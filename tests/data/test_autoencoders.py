@@ -153,7 +153,7 @@ def test_an_autoencoders_own_shift_is_recorded_learned_and_undone(photos, tmp_pa
     z = dataset.scaling.applied(latents)
     torch.testing.assert_close(z, (latents - 0.12) * 0.36)
     cfg = load_config("configs/h2_256.yaml", [*config, "latent.scale_factor=null"])
-    pixels = load_decoder(cfg, torch.device("cpu"))(z)
+    pixels = load_decoder(cfg, "cpu")(z)
     torch.testing.assert_close(pixels, vae.decode(latents).sample, rtol=1e-4, atol=1e-4)
     again = extract(photos, "configs/h2_256.yaml", tmp_path / "out", *config, "latent.scale_factor=measured")
     assert (

@@ -374,7 +374,7 @@ def test_captions_become_features_of_every_caption_and_of_none(photos, vae, tmp_
 
     from uvit_fast.data.encoders import load_text_encoder
 
-    encode = load_text_encoder(clip, torch.device("cpu"))
+    encode = load_text_encoder(clip, "cpu")
     stored = torch.from_numpy(dataset.text.all()).float()
     torch.testing.assert_close(stored, encode(["a", "b", "a b", "a b", "b a a"]), rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(dataset.null_context, encode([""])[0], rtol=2e-3, atol=2e-3)

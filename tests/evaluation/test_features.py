@@ -288,7 +288,7 @@ def test_formats_that_store_with_loss_or_without_are_told_apart(suffix, options,
 def test_the_classifier_knows_digits_and_its_distance_tells_good_samples_from_bad(tmp_path):
     pixels, labels = load_digits(return_X_y=True)
     images = np.round(pixels.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
-    device = torch.device("cpu")
+    device = "cpu"
     model, accuracy = train_classifier(images, labels, device)
     assert accuracy > 0.95
     extractor = ClassifierFeatures(model, device)
@@ -311,7 +311,7 @@ def test_a_cached_classifier_is_the_same_one(tmp_path, monkeypatch):
     pixels, labels = load_digits(return_X_y=True)
     pixels = np.round(pixels.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
     images = replace(in_memory(pixels), identity=lambda: "digits")
-    device = torch.device("cpu")
+    device = "cpu"
     monkeypatch.setattr("uvit_fast.evaluation.classifier.STEPS", 100)
 
     def identity(labels=labels):
@@ -338,7 +338,7 @@ def test_a_classifier_of_large_images_is_trained_in_fewer_and_no_slower_steps(mo
     for name, value in {"STEPS": 40, "TRAINED_ON": 60, "Bar": lambda *items, delay, **how: Bar(*items, **how)}.items():
         monkeypatch.setattr(f"uvit_fast.evaluation.classifier.{name}", value)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    model = cached_classifier(images, labels, tmp_path, torch.device("cpu"))
+    model = cached_classifier(images, labels, tmp_path, "cpu")
     said = capsys.readouterr()
     assert "20/20" in said.err and "a classifier of 50 images" in said.err and "on 50 images" in said.out
     with torch.inference_mode():

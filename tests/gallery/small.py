@@ -8,7 +8,7 @@ from uvit_fast.gallery.session import Session
 from uvit_fast.training import checkpoint as checkpoints
 
 SMALL = ["model.embed_dim=32", "model.depth=2", "sample.steps=12"]
-CPU = torch.device("cpu")
+CPU = "cpu"
 
 
 def save_run(folder, *more):

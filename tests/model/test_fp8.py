@@ -5,6 +5,7 @@ run.
 import functools
 import math
 import operator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -131,7 +132,7 @@ def test_parts_that_there_are_not_are_named():
 
 def test_it_is_refused_where_it_cannot_run(tmp_path):
     with pytest.raises(
-        UserError, match=r"fp8: its kernels are for compute capability 9\.0 \(H100, H200\); expected bf16"
+        UserError, match=r"fp8: its kernels need compute capability 9\.0 \(H100, H200\), got no CUDA device$"
     ):
         fp8.Fp8UViT(network())
     with pytest.raises(UserError, match="expected a network in bfloat16, got torch.float32"):
@@ -144,8 +145,10 @@ def test_it_is_refused_where_it_cannot_run(tmp_path):
         fp8.Fp8UViT(changed, fp8_block.REFERENCE)
     cfg = load_config("configs/digits.yaml", ["sample.precision=fp8"])
     (file := tmp_path / "weights.pth").touch()
-    with pytest.raises(UserError, match="sample.precision=fp8: its kernels are for"):  # before the file is read
-        load_for_sampling(cfg, file, torch.device("cpu"))
+    with pytest.raises(
+        UserError, match="sample.precision=fp8: .*got no CUDA device; the widths 96 and .* 64; the head dim .* got 24$"
+    ):  # before the file is read
+        load_for_sampling(cfg, file, "cpu")
 
 
 def test_widths_that_no_kernel_takes_are_named(monkeypatch):
@@ -154,6 +157,14 @@ def test_widths_that_no_kernel_takes_are_named(monkeypatch):
     assert fp8_block.why_not(1152, 16, 4608, hopper) is None and fp8_block.why_not(512, 8, 2048, hopper) is None
     assert "multiples of 64" in fp8_block.why_not(96, 4, 384, hopper)
     assert "head dim must be 64, 72 or 80, got 32" in fp8_block.why_not(512, 16, 2048, hopper)
+
+
+def test_a_gpu_that_it_does_not_run_on_is_named_with_all_that_does_not_fit(monkeypatch):
+    a100 = SimpleNamespace(name="NVIDIA A100-SXM4-80GB", major=8, minor=0)
+    monkeypatch.setattr("uvit_fast.kernels.runtime.device._properties", lambda index: a100)
+    words = r"\(H100, H200\), got NVIDIA A100-SXM4-80GB, 8.0; the head dim must be 64, 72 or 80, got 24; expected bf16$"
+    with pytest.raises(UserError, match=words):
+        fp8.check(load_config("digits_eps", ["model.embed_dim=192", "model.num_heads=8"]).model, torch.device("cuda"))
 
 
 def test_networks_that_no_kernel_takes_are_named(monkeypatch):

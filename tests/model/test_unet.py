@@ -43,7 +43,7 @@ def test_trained_and_sampled_by_the_trainer_and_samplers_of_u_vit(kind, tmp_path
     assert abs(losses[0] - 1) < 0.35 and losses[2] != losses[0]  # zero output at first: the noise's own variance
 
     cfg = load_config(run / "config.yaml")
-    model = sampling.load_for_sampling(cfg, run, torch.device("cpu"))
+    model = sampling.load_for_sampling(cfg, run, "cpu")
     if kind == "adm":
         assert sum(p.numel() for p in model.parameters()) % 2  # DeepSpeed's buckets are even, this network is not
         condition = {"labels": torch.tensor([1, 7])}

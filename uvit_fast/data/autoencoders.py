@@ -17,6 +17,7 @@ from torch import Tensor
 from uvit_fast.config import Config
 from uvit_fast.data.encoders import Digests, check_identity, digests, identity, load_pretrained, quiet_diffusers
 from uvit_fast.provenance import UNKNOWN, Provenance
+from uvit_fast.runtime.device import as_device
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.extras import missing
 from uvit_fast.runtime.text import cut, shown
@@ -155,7 +156,7 @@ def decoder(vae: Any, scaling: Scaling, chunk: int = 25) -> Callable[[Tensor], T
     return decode
 
 
-def load_decoder(cfg: Config, device: torch.device, known: Provenance = UNKNOWN) -> Callable[[Tensor], Tensor]:
+def load_decoder(cfg: Config, device: torch.device | str, known: Provenance = UNKNOWN) -> Callable[[Tensor], Tensor]:
     """Return the decoder of `cfg.latent`'s frozen autoencoder, as from `decoder`: bf16 on a GPU, fp32 on a CPU.
 
     Args:
@@ -166,6 +167,7 @@ def load_decoder(cfg: Config, device: torch.device, known: Provenance = UNKNOWN)
         UserError: the autoencoder is neither a local folder nor available from the hub, or it is for other latents.
     """
     assert cfg.latent is not None
+    device = as_device(device)
     vae = load_autoencoder(cfg.latent.autoencoder, known, cfg.model.in_chans)
     vae = vae.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     return decoder(vae, scaling_of(cfg, known, vae))

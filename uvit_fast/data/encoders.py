@@ -17,6 +17,7 @@ from torch import Tensor
 
 from uvit_fast.config import CLIP, Config
 from uvit_fast.provenance import UNKNOWN, Provenance, describe_encoder
+from uvit_fast.runtime.device import as_device
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.extras import missing
 from uvit_fast.runtime.text import cut, shown
@@ -120,7 +121,9 @@ def _hub_answers() -> bool:
     return True
 
 
-def load_text_encoder(name: str, device: torch.device, known: Provenance = UNKNOWN) -> Callable[[list[str]], Tensor]:
+def load_text_encoder(
+    name: str, device: torch.device | str, known: Provenance = UNKNOWN
+) -> Callable[[list[str]], Tensor]:
     """Return CLIP's text transformer, from a local folder or a hub name: captions -> last hidden state (B, T, C) fp32.
 
     Args:
@@ -129,6 +132,7 @@ def load_text_encoder(name: str, device: torch.device, known: Provenance = UNKNO
     Raises:
         ImportError, UserError: as `load_clip` and `check_text_encoder`.
     """
+    device = as_device(device)
     tokenizer, model = load_clip(name)
     check_text_encoder(model, name, known)
     return text_encoder(tokenizer, model.to(device))
@@ -172,7 +176,7 @@ def text_encoder_name(cfg: Config, known: Provenance) -> str:
 
 
 def load_text(
-    cfg: Config, name: str | None, device: torch.device, known: Provenance = UNKNOWN
+    cfg: Config, name: str | None, device: torch.device | str, known: Provenance = UNKNOWN
 ) -> tuple[Callable[[list[str]], Tensor], Tensor]:
     """Return the text encoder of a text-conditional model: captions -> features (B, T, C) fp32, and those of "", (T,
     C).

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from uvit_fast.evaluation.inception import Features
 from uvit_fast.evaluation.sources import Images
+from uvit_fast.runtime.device import as_device
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.files import write_whole
 from uvit_fast.runtime.progress import Bar
@@ -80,8 +81,9 @@ class ClassifierFeatures:
 
     prefix, like = "digits-", "none"
 
-    def __init__(self, model: Classifier, device: torch.device):
-        self.model, self.device, self.pool_dim = model.to(device).eval(), device, model.pool.out_features
+    def __init__(self, model: Classifier, device: torch.device | str):
+        self.device, self.pool_dim = as_device(device), model.pool.out_features
+        self.model = model.to(self.device).eval()
         digest = hashlib.sha256()
         for name, value in model.state_dict().items():
             digest.update(name.encode() + value.cpu().numpy().tobytes())
@@ -101,7 +103,7 @@ class ClassifierFeatures:
         return torch.softmax(self.model.head(pool.to(self.device, torch.float32)), 1)
 
 
-def train_classifier(images: np.ndarray, labels: np.ndarray, device: torch.device) -> tuple[Classifier, float]:
+def train_classifier(images: np.ndarray, labels: np.ndarray, device: torch.device | str) -> tuple[Classifier, float]:
     """Fit a classifier to real images; the same images give the same classifier on the same machine.
 
     Args:
@@ -150,7 +152,7 @@ def _in_parts(images: Tensor) -> tuple[Tensor, ...]:
     return images.split(max(1, PIXELS // images[0, :, :, 0].numel()))
 
 
-def cached_classifier(images: Images, labels: np.ndarray, cache: Path, device: torch.device) -> Classifier:
+def cached_classifier(images: Images, labels: np.ndarray, cache: Path, device: torch.device | str) -> Classifier:
     """Call `train_classifier` once per dataset: figures compare only under the very same classifier.
 
     Of very many images it takes evenly spaced ones.

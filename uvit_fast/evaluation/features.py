@@ -14,7 +14,7 @@ from torch import Tensor
 from uvit_fast.evaluation.inception import Features, Inception, preprocess
 from uvit_fast.evaluation.metrics import RunningStatistics, Statistics
 from uvit_fast.evaluation.sources import Images
-from uvit_fast.runtime.device import set_to
+from uvit_fast.runtime.device import as_device, set_to
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.processes import ALONE, World
 from uvit_fast.runtime.progress import Bar
@@ -48,8 +48,9 @@ class InceptionFeatures:
 
     prefix, pool_dim = "", 2048
 
-    def __init__(self, model: Inception, sha: str, device: torch.device, like: str = "tensorflow"):
-        self.model, self.device, self.like = model.to(device), device, like
+    def __init__(self, model: Inception, sha: str, device: torch.device | str, like: str = "tensorflow"):
+        self.device, self.like = as_device(device), like
+        self.model = model.to(self.device)
         self.identity = f"inception-{sha[:16]}-{like}"
 
     @torch.inference_mode()

@@ -20,6 +20,7 @@ from uvit_fast.gallery.recipe import Recipe, checked, from_png, to_png
 from uvit_fast.gallery.source import Choices, Source
 from uvit_fast.gallery.watched import Watched
 from uvit_fast.provenance import shown
+from uvit_fast.runtime.device import as_device
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.graphs import CudaGraphs, Graphs
 from uvit_fast.runtime.text import cut
@@ -67,12 +68,12 @@ class Session:
     def __init__(
         self,
         checkpoints: Mapping[str, tuple[Config, str | Path]],
-        device: torch.device,
+        device: torch.device | str,
         clip: str | None = None,
         graphs: Graphs | None = None,
     ):
         assert checkpoints
-        self.device = device
+        self.device = device = as_device(device)
         self._sources: dict[str, Source] = {}
         for name, (cfg, checkpoint) in checkpoints.items():
             path = find_weights(checkpoint)

@@ -20,6 +20,7 @@ from uvit_fast.kernels.quantise import Inputs, compensated
 from uvit_fast.model.cached import Cache, block_names
 from uvit_fast.model.replayed import Replayed, replays
 from uvit_fast.model.uvit import Block, UViT
+from uvit_fast.runtime.device import as_device
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.hooks import hooked, hooked_everywhere
 
@@ -36,7 +37,7 @@ def parts(depth: int) -> list[str]:
     ]
 
 
-def check(model: Any, device: torch.device | None, keep: Sequence[str] = FP8_KEEP) -> None:
+def check(model: Any, device: torch.device | str | None, keep: Sequence[str] = FP8_KEEP) -> None:
     """Refuse what the kernels do not support.
 
     Args:
@@ -45,19 +46,21 @@ def check(model: Any, device: torch.device | None, keep: Sequence[str] = FP8_KEE
         keep: see `Fp8UViT`.
 
     Raises:
-        UserError: a device not of compute capability 9.0, widths or a number of tokens without a kernel, or a name in
-            `keep` that matches no part.
+        UserError: a device not of compute capability 9.0, widths or a number of tokens without a kernel, all that there
+            is in one line, with what came; or a name in `keep` that matches no part.
     """
+    device = None if device is None else as_device(device)
     widths = (model.embed_dim, model.num_heads, int(model.embed_dim * model.mlp_ratio))
-    reason = fp8_block.unfit(*widths) if device is None else fp8_block.why_not(*widths, device)
+    reasons = [fp8_block.unfit(*widths) if device is None else fp8_block.why_not(*widths, device)]
     extras = 1 + bool(model.num_classes) + (model.context_tokens if model.context_dim else 0)
     tokens = extras + (model.img_size // model.patch_size) ** 2
-    if reason is None and tokens > attention.LONGEST:
-        reason = f"its attention takes at most {attention.LONGEST} tokens, got {tokens}"
-    if reason is None and model.skip == "add":
-        reason = "skips that are added (model.skip=add) go through no product"
-    if reason:
-        raise UserError(f"sample.precision=fp8: {reason}; expected bf16")
+    if tokens > attention.LONGEST:
+        reasons.append(f"its attention takes at most {attention.LONGEST} tokens, got {tokens}")
+    if model.skip == "add":
+        reasons.append("skips that are added (model.skip=add) go through no product")
+    if reasons := [reason for reason in reasons if reason]:
+        reasons += ["expected bf16"] if device is None or device.type == "cuda" else []  # a CPU has neither
+        raise UserError(f"sample.precision=fp8: {'; '.join(reasons)}")
     _kept(model.depth, keep)
 
 

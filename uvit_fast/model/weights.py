@@ -82,7 +82,7 @@ def _harmless() -> list[Any]:
 
 
 def load_weights(
-    model: Network, state: dict[str, Tensor], source: str = "checkpoint", device: torch.device | None = None
+    model: Network, state: dict[str, Tensor], source: str = "checkpoint", device: torch.device | str | None = None
 ) -> Network:
     """Load a state dict with the published names into `model` and return it; `published_names` says which names fit.
 

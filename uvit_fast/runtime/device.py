@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from uvit_fast.runtime.errors import RankError, UserError
+from uvit_fast.runtime.text import shown
 
 
 def pick_device(name: str) -> torch.device:
@@ -26,6 +27,25 @@ def pick_device(name: str) -> torch.device:
         raise RankError(f"launcher: expected a GPU for local rank {local_rank}, got {torch.cuda.device_count()} GPUs")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def as_device(device: torch.device | str) -> torch.device:
+    """Return a device that is given as such or by its name: cuda:1, or what `pick_device` takes.
+
+    Raises:
+        UserError: it is no device, or none that is here.
+    """
+    if isinstance(device, torch.device):
+        return device
+    if device in ("auto", "cpu", "cuda"):
+        return pick_device(device)
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise UserError(f"device: expected cpu, cuda, cuda:1 or auto, got {shown(device)}") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {device}: expected one that is here, got {torch.cuda.device_count()} GPUs")
+    return found
 
 
 @contextlib.contextmanager

@@ -15,21 +15,25 @@ from uvit_fast.model.unet import UNet
 from uvit_fast.model.uvit import UViT
 from uvit_fast.model.weights import load_weights, read_weights
 from uvit_fast.provenance import Provenance, shown
+from uvit_fast.runtime.device import as_device
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.sampling import rounding
 from uvit_fast.training import checkpoint as checkpoints
 
 
-def load_for_sampling(cfg: Config, checkpoint: str | Path, device: torch.device) -> UViT | UNet | fp8.Fp8UViT:
+def load_for_sampling(cfg: Config, checkpoint: str | Path, device: torch.device | str) -> UViT | UNet | fp8.Fp8UViT:
     """Return the network of `cfg` with the weights of a file, ready to sample, without gradients: in bf16 on a GPU,
     with its blocks' products in e4m3 if `cfg.sample.precision` says so; in fp32 on a CPU.
 
     Args:
         checkpoint: see `find_weights`.
+        device: "cuda", for example.
 
     Raises:
-        UserError: no such checkpoint, or one of another architecture or diffusion; FP8 where it cannot run.
+        UserError: no such checkpoint, or one of another architecture or diffusion; FP8 where it cannot run; no such
+            device.
     """
+    device = as_device(device)
     path = find_weights(checkpoint)
     provenance_of(cfg, path)  # refuses another diffusion
     return load_found(cfg, path, device)

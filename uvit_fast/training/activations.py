@@ -120,7 +120,7 @@ def describe(plan: Plan, network: Network, budget: float) -> str:
     return f"activations: of {len(plan)} blocks {', '.join(parts)}; {sizes}"
 
 
-def inspect(model: UViT, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype) -> Network:
+def inspect(model: UViT, config: ModelConfig, batch: int, device: torch.device | str, dtype: torch.dtype) -> Network:
     """Run a copy of the network, and of each kind of block with each policy, forward and backward, and measure their
     memory.
 
@@ -142,7 +142,7 @@ def inspect(model: UViT, config: ModelConfig, batch: int, device: torch.device, 
     network = Network([kinds[d] for d in deep], [token_bytes * (d and bool(skipping)) for d in deep])
     for block in blocks:
         block.checkpointing = LADDER[0]
-    whole = _run(lambda: model(*inputs, **conditions).float().square().mean(), device)
+    whole = _run(lambda: model(*inputs, **conditions).float().square().mean(), torch.device(device))
     return network._replace(rest=sum(whole) - network.peak([LADDER[0]] * len(blocks)))
 
 
