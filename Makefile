@@ -38,7 +38,7 @@ report: .venv/test.done  ## tables and plots anew from benchmarks/results/*.csv
 	$(BIN)/python -m benchmarks.plot
 	$(BIN)/python -m benchmarks.report
 
-readme: .venv/test.done  ## the tables of README and docs/benchmarks.md anew from benchmarks/results/*.csv
+readme: .venv/test.done  ## the tables of README, docs/benchmarks.md and fp8.md anew from benchmarks/results/*.csv
 	$(BIN)/python -m benchmarks.table
 
 docs: .venv/docs.done  ## the documentation as a site, site/index.html; a warning is an error

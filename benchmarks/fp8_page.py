@@ -185,4 +185,4 @@ def draw(results: Results, path: Path) -> None:
 def page() -> str:
     """Return docs/fp8.md with the tables of the committed rows."""
     before, rest = PAGE.read_text().split(BEGIN)
-    return f"{before}{BEGIN}\n\n{tables(Results(RESULTS))}\n\n{END}{rest.split(END)[1]}"
+    return f"{before}{BEGIN}\n\n{tables(Results(RESULTS))}\n\n{END}{rest.partition(END)[2]}"

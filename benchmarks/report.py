@@ -95,7 +95,7 @@ def sampling(results: Results, folder: Path) -> Iterator[str]:
         "TFLOP/s; it was not run on one."
     )
     yield from picture("sampling", "Seconds for 500 samples: the appendix, the peers, ours", folder)
-    rows = []
+    rows, shown = [], []
     for decoded in (False, True):
         for guided in (False, True):
             for size in ORDERED:
@@ -103,13 +103,15 @@ def sampling(results: Results, folder: Path) -> Iterator[str]:
                 found = {p: results.best(size, guided, decoded, p) for p in (*OURS, *models.PEERS)}
                 if not any(found.values()):
                     continue
+                loops = {says: case for case, says in results.sampling().items()}
+                shown += [(loops[size, best[1], guided, decoded], p) for p, best in found.items() if best]
                 seconds = {p: best[0] if best else None for p, best in found.items()}
                 (ours, narrow), rate = (seconds.pop(p) for p in OURS), None
                 name, best = min(
                     ((n, s) for n, s in seconds.items() if s), key=lambda pair: pair[1], default=("", None)
                 )
                 batch = found["ours"][1] if ours else None
-                case = next((c for c, s in results.sampling().items() if s == (size, batch, guided, decoded)), "")
+                case = loops.get((size, batch, guided, decoded), "")
                 if ours and not decoded:
                     rate = sampling_flops(size, guided) / ours
                 peak = results.peak("sampling")
@@ -126,9 +128,10 @@ def sampling(results: Results, folder: Path) -> Iterator[str]:
     if rows:
         header = "ours | over best peer | in FP8 | over best peer | batch | GB | MFU | of ceiling | A100, estimate"
         yield from markdown(["", "appendix, A100", *MANY, *header.split(" | ")], rows)
-    if results.extrapolated():
-        yield from paragraph(results.extrapolated())
     few = {case: says for case, says in results.sampling().items() if says.batch <= 50}
+    shown += [(case, p) for case in few for p in (*OURS, *models.PEERS)]
+    if said := results.extrapolated(shown):
+        yield from paragraph(said)
     order = sorted(
         few, key=lambda case: (few[case].batch, ORDERED.index(few[case].size), few[case].decoded, few[case].guided)
     )

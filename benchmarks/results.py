@@ -2,7 +2,7 @@
 
 import csv
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,17 +126,24 @@ class Results:
                 found[case] = Sampling(parts[0], int(parts[1]), parts[2] == "cfg", parts[3] != "latent")
         return found
 
-    def extrapolated(self, batches: set[str] | None = None) -> str:
-        """Return a sentence about the times in sampling.csv for which fewer than the 50 evaluations were measured.
-
-        It is empty if there are none; with `batches` it is about those only.
-        """
-        counts: dict[tuple[str, float], dict[str, None]] = {}
-        for row in self.rows.get("sampling", []):
-            told_of = batches is None or row["batch"] in batches
-            if told_of and row["metric"] == "nfe_measured" and float(row["p50"]) < 50:
-                counts.setdefault((row["batch"], float(row["p50"])), {})[row["provider"]] = None
-        told = [f"batch {batch} from {count:g} ({', '.join(who)})" for (batch, count), who in sorted(counts.items())]
+    def extrapolated(self, shown: Iterable[tuple[str, str]]) -> str:
+        """Return a sentence about the times among `shown`, (case, provider), that were measured by fewer evaluations
+        than the loop's 50; empty if there are none. Where a provider's sizes differ, it names those meant."""
+        loops, sizes = self.sampling(), dict[tuple[tuple, str], dict[str, float | None]]()
+        for case, who in dict.fromkeys(shown):
+            if case in loops and self.value("sampling", case, who, "time") is not None:
+                size, *kind = loops[case]
+                sizes.setdefault((tuple(kind), who), {})[size] = self.value("sampling", case, who, "nfe_measured")
+        counts: dict[tuple[tuple, float], list[str]] = {}
+        for (kind, who), found in sizes.items():
+            for count in sorted({count for count in found.values() if count is not None and count < 50}):
+                mine = [size for size in found if found[size] == count]
+                said = who if len(mine) == len(found) else f"{who} of {' '.join(mine)}"
+                counts.setdefault((kind, count), []).append(said)
+        told = []
+        for ((batch, guided, decoded), count), names in sorted(counts.items()):
+            how = " guided" * guided + " decoded" * decoded
+            told.append(f"batch {batch}{how} from {count:g} ({', '.join(names)})")
         return f"Scaled from fewer than the 50 evaluations: {'; '.join(told)}." if told else ""
 
     def best(self, size: str, guided: bool, decoded: bool, provider: str) -> tuple[float, int] | None:
@@ -147,6 +154,13 @@ class Results:
             if (says.size, says.guided, says.decoded) == (size, guided, decoded) and seconds:
                 found.append((seconds, says.batch))
         return min(found, default=None)
+
+
+@functools.cache
+def parameters(size: str) -> int:
+    """Return how many parameters S, M, L, H or USiT has, with 1001 classes."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in build_model(models.config(size, "eager")).parameters())
 
 
 @functools.cache

@@ -22,14 +22,18 @@ def test_the_table_is_what_the_results_say(path):
     assert path.read_text() == table.page(path), "run `python -m benchmarks.table`"
 
 
-def test_the_first_screen_has_the_figures_the_samples_and_three_commands():
+def test_the_first_screen_has_the_samples_two_commands_for_everybody_and_the_figures():
+    """In this order: what saves somebody without a GPU several GB stands before the command that would load them."""
     lines = README.splitlines()
     screen = "\n".join(lines[:45])
-    assert [line.split(" |")[0] for line in lines[:45] if re.match(r"\| [SMLH]/2 ", line)] == [
-        f"| {s}/2" for s in "SMLH"
-    ]
-    assert "](docs/digits.png)" in screen and "](docs/fashion.png)" in screen
-    assert [len(block.strip().splitlines()) for block in screen.split("```")[1::2]] == [3]
+    first, own = screen.split("```")[1::2]
+    order = ["](docs/digits.png)", "](docs/fashion.png)", first, own, *(f"| {s}/2 " for s in "SMLH")]
+    places = [screen.index(part) for part in order]
+    assert places == sorted(places)
+    torch, demo, sample = (line.split(" #")[0].split() for line in first.strip().splitlines())
+    assert torch[0] == "export" and torch[1].startswith("TORCH_INDEX=")
+    assert demo == ["make", "demo"] and sample[:4] == [".venv/bin/uvit-fast", "sample", "--checkpoint", "runs/digits"]
+    assert "--config custom_small" in own and "--config custom " in own  # on a CPU, on a GPU
 
 
 def test_readme_has_at_most_200_lines_of_at_most_120_characters():
@@ -51,8 +55,25 @@ def test_the_overview_has_the_ratio_of_each_of_ours_to_the_best_peer(tmp_path):
     said = [f"d,c,GPU,t,t,sampling,H:{n}:nocfg:latent,{who},bf16,{n},time,s_per_500,0,{s},0" for n, who, s in rows]
     (tmp_path / "sampling.csv").write_text("\n".join([head, *said]))
     text = table.overview(Results(tmp_path))
-    assert "| H/2 | 10.0 / 8.00 | 12.0 torchao-fp8 | 1.20× / 1.50× | 100 / – | – | – |" in text
-    assert "| S/2 | – | – | – | – | – | – |" in text
+    assert "| H/2 | 501 M | 10.0 s | 12.0 s, torchao-fp8 | 1.20× | 100 ms | – | – |" in text
+    assert "| S/2 | 45 M | – | – | – | – | – | – |" in text
+    assert "[FP8](docs/fp8.md): 500 images 1.50 times as fast as the best peer." in text
+
+
+def test_fp8s_times_stand_beside_bf16s(tmp_path):
+    """Those of a case that has FP8's."""
+    rows = [
+        ("H:500:cfg:latent", "ours", 23), ("H:500:cfg:latent", "ours-fp8", 11.5), ("H:1:nocfg:latent", "ours-fp8", 40),
+        ("S:1:nocfg:latent", "ours", 10), ("forward:S:8", "ours", 0.7), ("forward:S:8", "ours-fp8", 0.5),
+    ]  # fmt: skip
+    head = "date,commit,device,torch,triton,question,case,provider,dtype,batch,metric,unit,p20,p50,p80"
+    said = [f"d,c,GPU,t,t,sampling,{case},{who},bf16,1,time,s,0,{value},0" for case, who, value in rows]
+    (tmp_path / "sampling.csv").write_text("\n".join([head, *said]))
+    assert table.fp8(Results(tmp_path)).splitlines()[2:5] == [
+        "| H/2, 500 images, guided, s | 23.0 | 11.5 | 2.00× |",
+        "| H/2, one image, ms | – | 80.0 | – |",
+        "| S/2, a plain call of 8 images, ms | 0.700 | 0.500 | 1.40× |",
+    ]
 
 
 def test_every_linked_file_exists():

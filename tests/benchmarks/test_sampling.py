@@ -134,10 +134,31 @@ def test_a_loop_that_is_not_captured_is_not_called_so():
 
 
 def test_tables_say_what_is_extrapolated(tmp_path):
+    """Of the times that they show: not of another case, another provider, or what another device measured before."""
+    case, shown = "H:500:nocfg:latent", [("H:500:nocfg:latent", who) for who in ("ours", "eager", "compiled")]
+    assert Results(tmp_path).extrapolated(shown) == ""
     rows = Rows("sampling", tmp_path)
-    assert Results(tmp_path).extrapolated() == ""
-    for provider, count in (("ours", 50.0), ("eager", 5.0), ("compiled", 5.0)):
-        common = {"dtype": "bf16", "batch": 500}
-        rows.add("H:500:nocfg:latent", provider, [count], metric="nfe_measured", unit="of_50", **common)
+
+    def add(case, provider, count):
+        common = {"dtype": "bf16", "batch": int(case.split(":")[1])}
+        rows.add(case, provider, [1.0], metric="time", unit="s_per_500", **common)
+        rows.add(case, provider, [count], metric="nfe_measured", unit="of_50", **common)
+
+    rows.common |= {"device": "older", "date": "2026-01-01"}
+    add(case, "ours", 5.0)
+    rows.common |= {"device": "newer", "date": "2026-01-02"}
+    for name, provider, count in (
+        (case, "ours", 50.0), (case, "eager", 5.0), (case, "compiled", 5.0), (case, "ours-uncaptured", 5.0),
+        ("S:500:nocfg:latent", "ours", 50.0), ("S:500:nocfg:latent", "eager", 50.0), ("H:500:cfg:latent", "ours", 5.0),
+    ):  # fmt: skip
+        add(name, provider, count)
     rows.write()
-    assert "batch 500 from 5 (eager, compiled)" in Results(tmp_path).extrapolated()
+    found = Results(tmp_path)
+    assert found.extrapolated(shown) == (
+        "Scaled from fewer than the 50 evaluations: batch 500 from 5 (eager, compiled)."
+    )
+    assert found.extrapolated(shown[:1]) == ""
+    others = [("S:500:nocfg:latent", "eager"), ("H:500:cfg:latent", "ours")]
+    assert found.extrapolated([*shown, *others]).endswith(
+        "batch 500 from 5 (eager of H, compiled); batch 500 guided from 5 (ours)."
+    )
