@@ -69,7 +69,9 @@ def test_a_wheel_trains_two_steps_and_samples(python, tmp_path):
 def test_a_wheel_holds_what_the_tree_does(python, tmp_path):
     """Configs, sweeps, tuning tables; and no module of the tree is read in its place."""
     script = "import uvit_fast, uvit_fast.kernels as k; from uvit_fast.config import CONFIGS; "
-    script += "from uvit_fast.runtime.extras import install; print(CONFIGS, k.__path__[0], install('plot'), sep='\\n')"
+    script += (
+        "from uvit_fast.runtime.extras import install; print(CONFIGS, k.__path__[0], install('diffusers'), sep='\\n')"
+    )
     configs, kernels, install = run(python, "-c", script, cwd=tmp_path).splitlines()
     site = str(python.parents[1])
     assert configs.startswith(site) and kernels.startswith(site)
@@ -77,4 +79,4 @@ def test_a_wheel_holds_what_the_tree_does(python, tmp_path):
         names = {path.relative_to(ROOT / here) for path in (ROOT / here).glob(pattern)}
         assert names == {path.relative_to(there) for path in Path(there).glob(pattern)} and names
     assert yaml.safe_load((Path(configs) / "digits.yaml").read_text())["name"] == "digits"
-    assert install == 'pip install "uvit-fast[plot]"'
+    assert install == "pip install 'diffusers>=0.42' 'transformers>=5' accelerate"  # no index has uvit-fast itself
