@@ -160,7 +160,7 @@ def test_the_config_chooses_and_says_why(photos, monkeypatch, pytestconfig):
 
     monkeypatch.setattr(dali, "_cores", lambda: 8)
     assert chosen("auto").decoder.startswith("DALI 2") and type(chosen("pillow")) is ImageFolder
-    assert chosen("auto", 8).decoder.endswith("(for 8 loader processes on 8 cores)")
+    assert chosen("auto", 8).decoder.endswith("(data.num_workers=8 keeps every core busy; cores here: 8)")
     assert chosen("dali", 8).decoder.startswith("DALI 2")
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     reason = chosen("auto").decoder

@@ -104,6 +104,15 @@ def test_a_run_begins_by_naming_its_labels():
     assert "\nlabels          0 kind0, 1 kind1, " in text and text.endswith(" 9 kind9, ... 12 classes")
 
 
+def test_a_run_begins_by_counting_images_as_an_extraction_does():
+    """Not items: latents hold each image's mirror image too, and some images may be held out."""
+    cfg = load_config("configs/custom.yaml", ["evaluate.held_out=8", "evaluate.every=2"])
+    world = SimpleNamespace(device=torch.device("cpu"), size=1)
+    latents = type("Latents", (Folders,), {"views": 2})()
+    text = summary(cfg, torch.nn.Linear(500, 1000), latents, world)
+    assert text.startswith("custom: 0.5 M parameters, 12 images and their mirror images (8 more held out), 1 x CPU")
+
+
 def continued_with(run_dir, *lists) -> list[str]:
     """What a run says when it is started with one list of classes after the other."""
     said = []

@@ -59,7 +59,8 @@ def image_folder(decoder: str, num_workers: int, *arguments: Any, **options: Any
     reason = None
     if decoder == "auto":
         cores = _cores()
-        reason = f"for {num_workers} loader processes on {cores} cores" if num_workers >= cores else why_not()
+        busy = f"data.num_workers={num_workers} keeps every core busy; cores here: {cores}"
+        reason = busy if num_workers >= cores else why_not()
     if decoder == "dali" or decoder == "auto" and reason is None:
         return DaliImages(*arguments, **options)
     images = ImageFolder(*arguments, **options)

@@ -52,7 +52,7 @@ class ImageFolder(Indexed):
         self.shape = (3, size, size)
         self.size, self.crop_name, self.flip, self.skip_unreadable = size, crop, flip, skip_unreadable
         self.background = background
-        self.decoder = "Pillow, on one core a loader process"  # what reads the pixels, in words
+        self.decoder = "Pillow, one core per loader process"  # what reads the pixels, in words
         self._warned: set[Path] = set()
 
     def __len__(self) -> int:

@@ -124,8 +124,16 @@ def summary(config: Config, model: nn.Module, dataset: Dataset, world: World) ->
     names = Provenance.of(dataset, net.num_classes > 0).classes or ()
     if any(name != str(label) for label, name in enumerate(names)):  # digits are called what they are
         about["labels"] = shown((f"{label} {name}" for label, name in enumerate(names)), kind="classes")
-    lines = [f"{config.name}: {millions:,.1f} M parameters, {len(dataset):,} images, {world.size} x {where}"]
+    lines = [f"{config.name}: {millions:,.1f} M parameters, {_images(config, dataset)}, {world.size} x {where}"]
     return "\n".join([*lines, *(f"{name:16s}{what}" for name, what in about.items())])
+
+
+def _images(config: Config, dataset: Dataset) -> str:
+    """Return how many images are trained on: a mirror image that the data hold counts with its image."""
+    held_out = config.evaluate.held_out if config.evaluate else None
+    mirrored = " and their mirror images" if dataset.views == 2 else ""
+    apart = f" ({held_out:,} more held out)" if isinstance(held_out, int) else ""
+    return f"{len(dataset) // dataset.views:,} images{mirrored}{apart}"
 
 
 def describe_run(
