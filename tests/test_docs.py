@@ -2,6 +2,9 @@
 is.
 """
 
+import ast
+import builtins
+import importlib
 import re
 import subprocess
 import sys
@@ -69,3 +72,35 @@ def test_make_help_lists_every_target_that_is_meant_to_be_called():
     done = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     lines = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
     assert {name for name, _ in lines} == set(phony)
+
+
+SNIPPETS = [
+    (page, number, snippet)
+    for page in [ROOT / "README.md", *PAGES]
+    for number, snippet in enumerate(re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE))
+]
+
+
+@pytest.mark.parametrize("page, number, snippet", SNIPPETS, ids=[f"{p.stem}-{n}" for p, n, _ in SNIPPETS])
+def test_a_snippet_can_be_pasted_as_it_stands(page, number, snippet):
+    """It imports or defines what it uses; what it imports is there."""
+    names = [node for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Name)]
+    bound = {node.id for node in names if isinstance(node.ctx, ast.Store)} | set(dir(builtins))
+    for node in ast.walk(ast.parse(snippet)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            bound |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            bound.add(node.name)
+        elif isinstance(node, ast.arg):
+            bound.add(node.arg)
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("uvit_fast"):
+            for alias in node.names:
+                assert hasattr(importlib.import_module(node.module), alias.name), alias.name
+    assert {node.id for node in names if isinstance(node.ctx, ast.Load)} - bound == set()
+
+
+def test_a_command_of_pip_takes_the_tested_versions():
+    """Without constraints.txt an editable installation takes others, such as a torch that nobody has tried."""
+    for page in [ROOT / "README.md", *PAGES]:
+        for what, versions in re.findall(r"pip install -e (\S+)(\s+-c\s+constraints\.txt)?", page.read_text()):
+            assert versions, f"{page}: pip install -e {what}"
