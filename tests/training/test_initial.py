@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -230,3 +231,18 @@ def test_a_run_and_its_average_start_there_and_then_go_on_by_themselves(ranks, s
     elsewhere.rename(file)
     begin, weights, *_ = tiny.launch(trained, tmp_path / "run", cfg, True)
     assert begin == (0, 0, 0) and torch.equal(weights["pos_embed"], state["pos_embed"])
+
+
+@pytest.mark.parametrize(
+    ("init", "words"),
+    [
+        (None, "90% of the initial weights: for samples, train longer"),
+        ("x.pth", "90% of train.init's weights: for samples of these data, train longer"),  # which are good ones
+    ],
+)
+def test_a_short_run_says_whose_weights_its_average_still_holds(init, words):
+    said, config = [], tiny.config(iterations=10, ema_decay=0.99, init=init)
+    engine, dataset = SimpleNamespace(bf16=False), SimpleNamespace(synthetic=False)
+    run = SimpleNamespace(config=config, engine=engine, dataset=dataset, beginning=None, step=0, _say=said.append)
+    Trainer._say_what_to_expect(run)
+    assert len(said) == 1 and words in said[0]

@@ -93,6 +93,7 @@ def test_a_run_saves_though_its_terminal_or_tee_has_gone(number, tmp_path):
     assert (tmp_path / "checkpoints" / f"step_{ended:08d}").exists()
 
 
-def test_what_nohup_ignores_stays_ignored():
-    with mock.patch("signal.getsignal", lambda number: signal.SIG_IGN if number == signal.SIGHUP else None):
-        assert interrupt.heeded() == [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+@pytest.mark.parametrize("ignored", [signal.SIGHUP, signal.SIGINT], ids=["nohup", "a script's background job"])
+def test_what_the_parent_ignores_stays_ignored(ignored):
+    with mock.patch("signal.getsignal", lambda number: signal.SIG_IGN if number == ignored else None):
+        assert set(interrupt.heeded()) == set(interrupt.SIGNALS) - {ignored}

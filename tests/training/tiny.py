@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,7 @@ from uvit_fast.data.datasets import Indexed
 from uvit_fast.diffusion import schedules
 from uvit_fast.diffusion.noise import Draws
 from uvit_fast.diffusion.objective import Objective
-from uvit_fast.training import deepspeed_adapter
+from uvit_fast.training import deepspeed_adapter, interrupt
 from uvit_fast.training.trainer import Trainer
 
 IMAGE = (1, 4, 4)
@@ -149,6 +150,8 @@ def _rank(sender: Any, function: Callable[..., Any], args: tuple, rank: int, ran
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
+    for number in interrupt.SIGNALS:  # whoever started the tests, such as nohup or a script's &, may have ignored some
+        signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
     torch.set_num_threads(1)
     deepspeed_adapter.KEEP_WHOLE = 0  # or ZeRO-3 would partition nothing of so small a model
     result = function(*args)
