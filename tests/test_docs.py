@@ -104,3 +104,19 @@ def test_a_command_of_pip_takes_the_tested_versions():
     for page in [ROOT / "README.md", *PAGES]:
         for what, versions in re.findall(r"pip install -e (\S+)(\s+-c\s+constraints\.txt)?", page.read_text()):
             assert versions, f"{page}: pip install -e {what}"
+
+
+EXTRAS = {  # a command, by what it begins with -> the extra that it needs
+    "convert": "diffusers", "extract": "diffusers", "gallery": "gallery", "front": "plot", "sweep": "plot",
+    "cka": "plot", "runs --plot": "plot",
+}  # fmt: skip
+
+
+def test_a_page_names_the_extras_that_its_commands_need():
+    for page in [ROOT / "README.md", *PAGES]:
+        found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+        blocks = "".join(block for language, block in found if not language)
+        for command, extra in EXTRAS.items():
+            if re.search(rf"uvit-fast {command}\b", blocks):
+                named = re.search(rf'pip install -e "\.\[[\w,]*\b{extra}\b', page.read_text()) is not None
+                assert named, f"{page}: {command} needs {extra}"

@@ -132,7 +132,7 @@ def _images(config: Config, dataset: Dataset) -> str:
     """Return how many images are trained on: a mirror image that the data hold counts with its image."""
     held_out = config.evaluate.held_out if config.evaluate else None
     mirrored = " and their mirror images" if dataset.views == 2 else ""
-    apart = f" ({held_out:,} more held out)" if isinstance(held_out, int) else ""
+    apart = f" ({held_out:,} more held out)" if held_out and not isinstance(held_out, str) else ""
     return f"{len(dataset) // dataset.views:,} images{mirrored}{apart}"
 
 

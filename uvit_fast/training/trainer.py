@@ -125,7 +125,8 @@ class Trainer:
         """
         iterations = self.config.train.iterations
         if self.step >= iterations:
-            self._say(f"{self.run_dir}: finished, {self.step} of {iterations} steps; --fresh starts it anew")
+            done = f"{self.run_dir}: finished, {self.step} of {iterations} steps"
+            self._say(f"{done}; a larger train.iterations goes on with it, --fresh starts it anew")
             return {"step": self.step, "seconds": 0.0, "images_per_second": 0.0}
         self._say_what_to_expect()
         with self._running() as (stream, interrupt):
