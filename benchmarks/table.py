@@ -4,7 +4,7 @@
 """
 
 from argparse import ArgumentParser
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from benchmarks.common import RESULTS
@@ -108,26 +108,38 @@ def overview(results: Results) -> str:
 def fp8(results: Results) -> str:
     """Return the table of docs/fp8.md: every time that was measured in FP8, beside bf16's."""
     rows, shown = [], list[tuple[str, str]]()
-    loops = [(says, case) for case, says in results.sampling().items()]
-    loops.sort(key=lambda pair: (-pair[0].batch, pair[0].guided, pair[0].decoded, ORDERED.index(pair[0].size)))
-    calls = sorted(
-        (-int(case.split(":")[2]), ORDERED.index(case.split(":")[1]), case)
-        for case in results.cases("sampling")
-        if case.startswith("forward:")
-    )
-    lines = []
-    for says, case in loops:
-        how = ", guided" * says.guided + ", decoded" * says.decoded
-        unit, scale = ("s", 1.0) if says.batch == 500 else ("ms", 2.0 * says.batch)  # from seconds of 500 images
-        lines.append((case, f"{NAMES[says.size]}, {_images(says.batch)}{how}, {unit}", scale))
-    lines += [(case, f"{NAMES[ORDERED[at]]}, a plain call of {_images(-n)}, ms", 1.0) for n, at, case in calls]
-    for case, what, scale in lines:
+    for case, what, unit, scale in _sampling(results):
         wide, narrow = (results.value("sampling", case, who, "time") for who in OURS)
         if narrow:
-            rows.append([what, number(wide and wide * scale), number(narrow * scale), times(wide, narrow)])
+            rows.append([f"{what}, {unit}", number(wide and wide * scale), number(narrow * scale), times(wide, narrow)])
             shown += [(case, who) for who in OURS]
     said = _times_of(results, shown)
     return "\n".join([*markdown(["", "bf16", "FP8", "times as fast"], rows), *wrapped(said)])
+
+
+def _sampling(results: Results) -> Iterator[tuple[str, str, str, float]]:
+    """Yield each case of sampling.csv, what it is, the unit in which its time is shown, and the factor to that: loops,
+    then plain calls, of many images first."""
+    loops = [(says, case) for case, says in results.sampling().items()]
+    loops.sort(key=lambda pair: (-pair[0].batch, pair[0].guided, pair[0].decoded, ORDERED.index(pair[0].size)))
+    for says, case in loops:
+        how = ", guided" * says.guided + ", decoded" * says.decoded
+        unit, scale = ("s", 1.0) if says.batch == 500 else ("ms", 2.0 * says.batch)  # from seconds of 500 images
+        yield case, f"{NAMES[says.size]}, {_images(says.batch)}{how}", unit, scale
+    calls = [(case, *case.split(":")[1:]) for case in results.cases("sampling") if case.startswith("forward:")]
+    for case, size, batch in sorted(calls, key=lambda call: (-int(call[2]), ORDERED.index(call[1]))):
+        yield case, f"{NAMES[size]}, a plain call of {_images(int(batch))}", "ms", 1.0
+
+
+def behind(results: Results) -> str:
+    """Return a sentence that names the whole networks' times in which a peer is ahead of ours in bf16."""
+    cases = [("sampling", case, "time", what) for case, what, *_ in _sampling(results)]
+    for case in results.cases("training"):
+        size, how = case.split(":", 1)  # images and checkpointing
+        cases.append(("training", case, "img_per_s", f"{NAMES[size]}, training, {how}"))
+    found = [(what, results.peer(*key)) for *key, what in cases]
+    told = [f"{what}: {best.times:.2f}× {best.name}" for what, best in found if best and (best.times or 1) < 0.995]
+    return f"Whole networks' times in which a peer is ahead of ours in bf16: {'; '.join(told) or 'none'}."
 
 
 def table(results: Results) -> str:
@@ -151,7 +163,7 @@ def table(results: Results) -> str:
             lines.append("| " + " | ".join(cells) + " |")
     scaled = [(case, who) for question, case, metric, who in shown if (question, metric) == ("sampling", "time")]
     said = f"{_measured_with(results, shown)} {results.extrapolated(scaled)}".rstrip()
-    return "\n".join([*lines, "", *wrapped(said)])
+    return "\n".join([*lines, "", *wrapped(behind(results)), "", *wrapped(said)])
 
 
 def _times(results: Results, question: str, case: str, metric: str, who: str) -> str:

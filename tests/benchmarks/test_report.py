@@ -192,3 +192,17 @@ def test_a_step_without_graphs_stands_beside_eagers(tmp_path):
     line = cells(table.table(found), "H/2 training step without CUDA graphs, batch 16, images/s")
     assert line[1:] == ["–", "400", "320 compiled", "1.25×"]
     assert plot.training(found) is None  # its picture is of steps of 128 images
+
+
+def test_a_peer_that_is_ahead_is_named_below_the_table(tmp_path):
+    rows = [
+        ("forward:L:1", "ours", "time", 1.2),
+        ("forward:L:1", "compiled-graphs", "time", 1.1),
+        ("H:500:nocfg:latent", "ours", "time", 10.0),
+        ("H:500:nocfg:latent", "eager", "time", 12.0),
+    ]
+    found = results(tmp_path, "sampling", *rows)
+    assert table.behind(found).endswith(" in bf16: L/2, a plain call of one image: 0.92× compiled-graphs.")
+    assert table.behind(found) in " ".join(table.table(found).split())
+    step = [("S:128:none", "ours", "img_per_s", 9.0, "images/s"), ("S:128:none", "eager", "img_per_s", 8.0, "images/s")]
+    assert table.behind(results(tmp_path / "other", "training", *step)).endswith(" in bf16: none.")
