@@ -49,8 +49,7 @@ def arguments(
     tail: int = 0,
     staging: int = 0,
     halves: bool = False,
-    early: bool = False,
-    first: int = 4,
+    early: int = 0,
 ) -> tuple[tuple, dict, int, Product]:
     """Return the kernel's arguments, its launch options, the number of programs, and the results.
 
@@ -67,8 +66,8 @@ def arguments(
             and there are tiles between those whose tokens are a power of two.
         staging: tokens that a consumer's staging buffers hold together; default: `STAGING`.
         halves: a tile has 64 features, and each consumer half of K; without shares or a tail.
-        early: whether the kernel may begin before the one before it has ended (`runtime.hopper`): no kernel under way
-            writes the weight.
+        early: steps of K whose weights the kernel asks for before the one before it has ended (`runtime.hopper`): no
+            kernel under way writes the weight; at most those of the ring; 0: it begins after that one.
     """
     epilogue, x, (w, bias), x2, stats, side, _, sums, transposed = call
     (M, K), N, BK, scaled = x.shape, call.features, 128 // x.itemsize, x.itemsize == 1
@@ -135,8 +134,7 @@ def arguments(
         MOST=most,
         PAIRS=pairs,
         HALVES=halves,
-        EARLY=early,
-        FIRST=min(first, stages or STAGES[tokens]) if early else 4,
+        EARLY=min(early, stages or STAGES[tokens]),
     )
     options = {"HOW": how, "num_warps": 4, "maxnreg": 168 if pairs == 1 else 96}
     return args, options | {"launch_pdl": True} if early else options, programs, made
@@ -159,8 +157,8 @@ def few(case: str, x: Tensor, weight: Tensor) -> dict:
     """
     chosen = dict(tuning.few(x.device, case, *weight.shape, x.shape[0]))
     chosen.pop("sums", None)
-    if chosen.get("early"):
-        chosen["early"] = once.met(weight)
+    if chosen.get("early") and not once.met(weight):
+        chosen["early"] = 0
     return chosen
 
 

@@ -144,8 +144,7 @@ class How:
     MOST: int  # programs that share a tile, at most
     PAIRS: int  # of consumers, which take a program's tiles in turns
     HALVES: bool  # whether each consumer takes half of a tile's K, not of its features
-    EARLY: bool  # whether the kernel may begin before the one before it has ended
-    FIRST: int = 4  # EARLY: steps whose weights are asked for before the wait
+    EARLY: int  # steps whose weights are asked for before the kernel before this one has ended; 0: it begins after that
 
 
 @aggregate

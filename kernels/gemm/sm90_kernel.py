@@ -33,7 +33,6 @@ from uvit_fast.kernels.runtime.aggregate import aggregate
 from uvit_fast.kernels.runtime.hopper import barriers, let_next_begin, mma, settled, wait_for_others
 
 LATE_TOKENS = gl.constexpr(160)  # of a tile whose sums are held in registers during the main loop
-AHEAD_OF_TOKENS = gl.constexpr(4)  # steps whose weights an early kernel asks for first: more keep its tokens waiting
 
 
 @aggregate
@@ -102,7 +101,7 @@ def _producer(g):
     ahead = 0  # steps whose weights are on their way
     if g.how.EARLY:
         start, stop = g.shares.steps_of(first)
-        ahead = gl.minimum(stop - start, g.how.FIRST)
+        ahead = gl.minimum(stop - start, g.how.EARLY)
         for i in range(ahead):
             s, bar = g.ring.claim(i, BYTES)
             _ask_weights(g, first, start + i, s, bar)

@@ -112,13 +112,14 @@ def test_early_launches_read_what_the_kernels_before_them_wrote(precision, D, he
     net = Fp8UViT(net.requires_grad_(False)) if precision == "fp8" else net
     inputs, t, found = torch.randn(3, images, 4, 32, 32, device="cuda"), torch.full((images,), 500.0, device="cuda"), {}
     x, few, attention, net.cuda_graphs = inputs[0].clone(), tuning.few, sm90_forward.forward_launch, False
-    for way in ({"early": False}, {}, {"early": True}):
-
-        def launched(*of, way=way, **chosen):
-            return attention(*of, **chosen | way)
-
-        monkeypatch.setattr(tuning, "few", lambda *of, way=way: few(*of) | way)
-        monkeypatch.setattr(sm90_forward, "forward_launch", launched)
+    for way in ("waiting", "as chosen", "all early"):
+        if way == "waiting":
+            monkeypatch.setattr(tuning, "few", lambda *of: few(*of) | {"early": 0})
+            monkeypatch.setattr(sm90_forward, "forward_launch", lambda *of, early: attention(*of))
+        elif way == "as chosen":
+            monkeypatch.undo()
+        else:
+            monkeypatch.setattr(tuning, "few", lambda *of: few(*of) | {"early": 8})
         with torch.no_grad(), net.fixed_weights():
             net(x, t)  # folds the weights
             graph = torch.cuda.CUDAGraph()

@@ -114,11 +114,13 @@ def hopper() -> dict:
     found |= {f"{name}_few": lambda case=case: few(*case) for name, case in cases.items()}
     proj, one = Linear(meta(D, D), meta(D)), {"side": meta(258, D), "sums": fp32(D // 64, 2, 258)}
     found["gemm_residual_shared"] = lambda: shared("residual", H, down, one, tokens=64, tail=8, stages=7, shares=3)
-    found["gemm_residual_halves"] = lambda: shared(
-        "residual", D, proj, one, tokens=64, stages=6, halves=True, early=True
-    )
-    found["gemm_gelu_tail"] = lambda: shared(
-        "gelu", D, up, {"stats": Summed(fp32(D // 64, 2, 258), 1e-5)}, tokens=128, tail=32, stages=4
+    found["gemm_residual_halves"] = lambda: shared("residual", D, proj, one, tokens=64, stages=6, halves=True, early=4)
+    summed = {"stats": Summed(fp32(D // 64, 2, 258), 1e-5)}
+    found["gemm_gelu_tail"] = lambda: shared("gelu", D, up, summed, tokens=128, tail=32, stages=4)
+    found["gemm_gelu_tail_early"] = lambda: shared("gelu", D, up, summed, tokens=64, tail=8, stages=7, early=8)
+    found["gemm_sums_early"] = lambda: shared("plain", D, qkv, summed, tokens=64, stages=8, early=8)
+    found["gemm_residual_shared_early"] = lambda: shared(
+        "residual", H, down, one, tokens=64, tail=8, stages=7, shares=2, early=4
     )
     return found | {"wgrad": lambda: wgrad(False), "wgrad_bias": lambda: wgrad(True)}
 

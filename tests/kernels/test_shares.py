@@ -39,7 +39,7 @@ def test_tokens_between_those_measured_take_the_choice_for_a_few_more(monkeypatc
 
 def test_an_e4m3_product_of_few_tokens_takes_its_own_choice_or_a_rule(monkeypatch):
     chosen, pairs = {"tokens": 64, "stages": 6, "part": 32, "halves": True}, {"tokens": 128, "part": 32, "pairs": 2}
-    entries = {"few:384x128:258": {"tokens": 32}, "fp8_few:384x128:258": chosen | {"sums": True, "early": True}}
+    entries = {"few:384x128:258": {"tokens": 32}, "fp8_few:384x128:258": chosen | {"sums": True, "early": 4}}
     monkeypatch.setattr(tuning, "table", lambda arch: {"default": {}, "fp8_gemm": pairs} | entries)
     monkeypatch.setattr(launch, "run", lambda *launched: None)
     for module in (sm90, sm90_fp8):
@@ -50,7 +50,7 @@ def test_an_e4m3_product_of_few_tokens_takes_its_own_choice_or_a_rule(monkeypatc
     with once.stretch({}):
         for M in (258, 200, 300, 33024):
             sm90_fp8.product("plain", x[:M], layer)
-    waits, early = ({"early": met} for met in (False, True))  # a weight may be being written at its first use
+    waits, early = {"early": 0}, {"early": 4}  # a weight may be being written at its first use
     wanted = [chosen | waits, chosen | early, sm90.FEW, pairs]
     assert found == [tile | {"at_once": 132} for tile in wanted]
     assert [sm90_fp8.takes_sums(x[:M], layer) for M in (258, 200, 300)] == [True, True, False]
