@@ -10,6 +10,7 @@ from diffusers import UniPCMultistepScheduler
 from uvit_fast import load_config
 from uvit_fast.config import Config
 from uvit_fast.pipeline import UViTScheduler
+from uvit_fast.runtime.errors import in_one_line
 from uvit_fast.sampling import load_for_sampling
 
 
@@ -31,5 +32,7 @@ def sample(cfg: Config, checkpoint: str, labels: list[int], steps: int = 20) -> 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    latents = sample(load_config("h2_256"), sys.argv[1], labels=[207, 360])
-    torch.save(latents, "latents.pt")
+    with in_one_line():
+        latents = sample(load_config("h2_256"), sys.argv[1], labels=[207, 360])
+        torch.save(latents, "latents.pt")
+        print("wrote latents.pt")

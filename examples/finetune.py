@@ -10,6 +10,7 @@ from pathlib import Path
 from uvit_fast import build_dataset, build_model, build_objective, cli, load_config
 from uvit_fast.build import hold_out
 from uvit_fast.provenance import Provenance
+from uvit_fast.runtime.errors import in_one_line
 from uvit_fast.sampling.previews import training_preview
 from uvit_fast.training.trainer import Trainer
 
@@ -46,4 +47,5 @@ def finetune(
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(__doc__)
-    print(finetune(sys.argv[1], sys.argv[2], Path("runs/photographs")))
+    with in_one_line():
+        print(finetune(sys.argv[1], sys.argv[2], Path("runs/photographs")))

@@ -12,6 +12,7 @@ from uvit_fast import build_model, build_objective, load_config
 from uvit_fast.data.datasets import Batch, Indexed, check_fits
 from uvit_fast.diffusion.noise import Draws
 from uvit_fast.provenance import Provenance
+from uvit_fast.runtime.errors import in_one_line
 from uvit_fast.sampling.previews import training_preview
 from uvit_fast.training.trainer import Trainer
 
@@ -57,4 +58,5 @@ def train(run: Path, *overrides: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(train(Path("runs/rings")))
+    with in_one_line():
+        print(train(Path("runs/rings")))

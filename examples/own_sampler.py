@@ -16,6 +16,7 @@ from uvit_fast import build_objective, load_config
 from uvit_fast.diffusion.predictions import NOISE, Prediction
 from uvit_fast.diffusion.schedules import Schedule
 from uvit_fast.diffusion.stages import Stage, Staged
+from uvit_fast.runtime.errors import in_one_line
 from uvit_fast.sampling import load_for_sampling
 from uvit_fast.sampling.images import save_grid, to_uint8
 
@@ -48,7 +49,7 @@ class DDIM(Staged):
 def main(run: str, out: str, steps: int = 50) -> None:
     """Sample a hundred digits by DDIM with DDPM's noise."""
     cfg = load_config(Path(run) / "config.yaml")
-    model = load_for_sampling(cfg, run, torch.device("cpu"))
+    model = load_for_sampling(cfg, run, "cpu")
     labels = torch.arange(10).repeat_interleave(10)  # (B,)
     learned = build_objective(cfg)  # the schedule that it was trained with, and what it predicts
     sampler = DDIM(learned.schedule, steps, eta=1.0, prediction=learned.prediction)
@@ -60,4 +61,6 @@ def main(run: str, out: str, steps: int = 50) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    main(sys.argv[1], "ddim.png")
+    with in_one_line():
+        main(sys.argv[1], "ddim.png")
+        print("wrote ddim.png")

@@ -12,6 +12,7 @@ from uvit_fast import load_config
 from uvit_fast.data.autoencoders import load_autoencoder
 from uvit_fast.model.weights import read_weights
 from uvit_fast.pipeline import UViTPipeline, make_pipeline
+from uvit_fast.runtime.errors import in_one_line
 
 GOLDEN_RETRIEVER, OTTER = 207, 360
 
@@ -26,9 +27,11 @@ def load(checkpoint: str, config: str = "h2_256", overrides: tuple[str, ...] = (
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    pipe = load(sys.argv[1])
+    with in_one_line():
+        pipe = load(sys.argv[1])
     seed = torch.Generator().manual_seed(0)
     # guidance_scale counts as in diffusers: 1.4 is the paper's s = 0.4
     images = pipe(class_labels=[GOLDEN_RETRIEVER, OTTER], guidance_scale=1.4, generator=seed).images
     for name, image in zip(("golden_retriever", "otter"), images):
         image.save(f"{name}.png")
+        print(f"wrote {name}.png")

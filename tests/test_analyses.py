@@ -90,7 +90,7 @@ def test_a_sweep_varies_one_factor_at_a_time_around_one_base(name):
             build_model(member.config)
 
 
-def test_a_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
+def test_a_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     """Trainings and measurements stand-ins: each is called once in all, though one failed at first; the CSV holds what
     is done.
     """
@@ -113,6 +113,7 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
     command = ["sweep", "--config", FILE, "--only", "skip", "--out", str(tmp_path), "--jobs", "2"]
     assert cli.main(command) == 1
     assert read(tmp_path / "sweep.csv", "value") == ["concat", "none"]
+    assert f"wrote {tmp_path / 'factors.png'} and {tmp_path / 'losses.png'}\n" in capsys.readouterr().out
     fails.clear()
     assert cli.main(command) == 0
     assert sorted(name for what, name in calls if what == "evaluate") == ["base", "skip-add", "skip-none"]

@@ -2,7 +2,7 @@
 
 cfg = load_config("h2_256", overrides=["model.attention=math"])
 model = build_model(cfg)          # model(x, t, y=None, context=None) -> eps; t: 999 t for VP, n for SD
-objective = build_objective(cfg)  # objective(x_0, noise, u) -> x_t, t, and the target of the network's output
+objective = build_objective(cfg)  # objective(x_0, noise, u) -> x_t, t, target, weight (None: all alike)
 sampler = build_sampler(cfg)      # sampler(eps_fn, x_T) -> x_0, with eps_fn(x, t_network)
 """
 

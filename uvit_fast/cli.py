@@ -31,7 +31,7 @@ from uvit_fast.commands import (
 )
 from uvit_fast.commands.arguments import Parser
 from uvit_fast.runtime import notices
-from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.errors import UserError, words
 
 COMMANDS = {
     "train": train,
@@ -104,14 +104,10 @@ def _run(args: argparse.Namespace, name: str, whole: bool) -> int:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = args.run(args) or 0
-    except (UserError, ImportError) as error:
-        print(f"{name}: {error}", file=sys.stderr, flush=True)
-        code = 2
     except BrokenPipeError:  # the reader of its output is gone
         code = 1
-    except OSError as error:
-        where = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-        print(f"{name}: {where}", file=sys.stderr, flush=True)
+    except (UserError, ImportError, OSError) as error:
+        print(f"{name}: {words(error)}", file=sys.stderr, flush=True)
         code = 2
     except KeyboardInterrupt:
         goes_on = f"; the same command {args.goes_on}" if args.goes_on else ""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from uvit_fast import cli, load_config, sampling
+from uvit_fast.commands.arguments import config_of
 from uvit_fast.config import dump_config
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.training import checkpoint as checkpoints
@@ -18,7 +19,7 @@ from .small import DIGITS, SMALL, sample, save_checkpoint
 def test_a_run_folder_brings_its_config(checkpoint, tmp_path, capsys):
     run = checkpoint.parents[2]
     assert cli.main(["sample", "--checkpoint", str(run), "--out", str(tmp_path / "out")]) == 2
-    assert f"expected the YAML file of {run}" in capsys.readouterr().err
+    assert f"{run.name}: has no config.yaml or model_index.json; expected a run's" in capsys.readouterr().err
     (run / "config.yaml").write_text(dump_config(load_config(DIGITS, SMALL[1::2])))
     assert (
         cli.main(["sample", "--checkpoint", str(run), "--out", str(tmp_path / "own.npz"), "--num", "1", "--steps", "1"])
@@ -27,6 +28,14 @@ def test_a_run_folder_brings_its_config(checkpoint, tmp_path, capsys):
     assert sample(run, tmp_path / "named.npz", "--num", "1", "--steps", "1") == 0
     own, named = (np.load(tmp_path / f"{name}.npz")["arr_0"] for name in ("own", "named"))
     assert np.array_equal(own, named)
+
+
+def test_a_file_without_a_config_says_what_is_missing(checkpoint, tmp_path):
+    weights = shutil.copy(checkpoint, tmp_path / "weights.safetensors")
+    with pytest.raises(UserError, match="weights.safetensors: weights alone .* expected --config too"):
+        config_of(None, str(weights), [])
+    with pytest.raises(UserError, match=r"README.md: expected weights \(.pth, .*\), .* got another kind of file"):
+        config_of(None, "README.md", [])
 
 
 def test_a_checkpoint_brings_its_runs_config_and_alone_its_own(checkpoint, tmp_path):

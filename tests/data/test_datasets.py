@@ -61,6 +61,7 @@ def test_missing_empty_and_unfitting_data_are_named(tmp_path):
     assert "no such folder; expected the CIFAR-10" in refused(CIFAR, f"data.path={tmp_path / 'nothing'}")
     assert "the folder is empty; expected images" in refused(CELEBA, f"data.path={tmp_path}")
     (tmp_path / "readme.txt").write_text("")
+    assert "readme.txt: a file; expected a folder with images" in refused(CELEBA, f"data.path={tmp_path}/readme.txt")
     assert "no images; expected files ending in .jpg, .png" in refused(CELEBA, f"data.path={tmp_path}")
     assert "no data_batch_1" in refused(CIFAR, f"data.path={tmp_path}")
     assert "not set" in refused(CIFAR, "data.path=null")

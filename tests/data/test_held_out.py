@@ -91,7 +91,7 @@ def test_a_path_has_data_of_the_same_kind(tmp_path):
         (train / "a", "expected other images than data.path"),  # a part of them
         (tmp_path / "nothing", "evaluate.held_out: .*nothing: no such folder"),
         (tmp_path / "classes", "evaluate.held_out .*expected the classes .*label 1 was b, now c"),
-        (12, "evaluate.held_out: expected fewer than all 12 images of the data, got 12"),
+        (12, "expected fewer than all 12 images of the data, got 12; --set evaluate.held_out=2 holds out a tenth"),
     ):
         with pytest.raises(UserError, match=words) as error:
             held(path)

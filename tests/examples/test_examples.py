@@ -1,6 +1,8 @@
 """The examples run, with small stand-ins for published weights, photographs and a trained run."""
 
 import json
+import runpy
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -99,6 +101,16 @@ def test_an_own_dataset(tmp_path):
 def test_an_own_sampler(digits_run):
     own_sampler.main("runs/digits", "ddim.png", steps=2)
     assert Image.open("ddim.png").width > 10 * 48
+
+
+@pytest.mark.parametrize("name", ["own_sampler", "published_weights", "diffusers_scheduler", "finetune"])
+def test_a_wrong_path_is_one_line(name, monkeypatch, capsys):
+    program = str(ROOT / "examples" / f"{name}.py")
+    monkeypatch.setattr(sys, "argv", [program, "nowhere", *["nothing"] * (name == "finetune")])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(program, run_name="__main__")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith(f"{program}: no") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])

@@ -18,6 +18,9 @@ from uvit_fast.runtime.text import cut, printable, shown
 PIPELINE_FILES = ("model_index.json", "model/config.json", "scheduler/scheduler_config.json")
 
 
+WEIGHTS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose help fits a screen and ends with an example, and which reports a mistake in one line, an unknown
     option before anything else.
@@ -191,10 +194,13 @@ def config_of(config: str | None, checkpoint: str, overrides: list[str]) -> Conf
             config = read_json(folder / "manifest.json").get("config")
             if isinstance(config, dict):
                 return config_from(config, folder / "manifest.json", overrides)
-    raise UserError(
-        f"--config: expected the YAML file of {checkpoint}; "
-        "only runs, their checkpoints and pipelines' folders have their own"
-    )
+    if path.is_dir():
+        said = "has no config.yaml or model_index.json; expected a run's or a pipeline's folder, or --config too"
+    elif path.suffix.lower() not in WEIGHTS:
+        said = f"expected weights ({', '.join(WEIGHTS)}), or a run's or a pipeline's folder, got another kind of file"
+    else:
+        said = "weights alone do not say what they are; expected --config too: a name, as h2_256, or a YAML file"
+    raise UserError(f"--checkpoint {checkpoint}: {said}")
 
 
 def read_json(file: Path) -> dict[str, Any]:

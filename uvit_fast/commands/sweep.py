@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     """Train every unfinished member, measure it, and write sweep.csv, losses.csv and their pictures."""
     out = args.out or Path("runs") / f"sweep_{Path(args.config).stem}"
     if args.draw:
-        draw(out)
+        _say_written(draw(out))
         return 0
     config = find_config(args.config, folder=CONFIGS / "ablations")
     members = read_members(config, args.set, [name for name in args.only.split(",") if name])
@@ -97,8 +97,13 @@ def run(args: argparse.Namespace) -> int:
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(finish, members))
     if any(done.values()):
-        draw(out)
+        _say_written([out / "sweep.csv", out / "losses.csv"])
+        _say_written(draw(out))
     return 0 if all(done.values()) else 1
+
+
+def _say_written(files: list[Path]) -> None:
+    print(f"wrote {' and '.join(map(str, files))}", flush=True)
 
 
 def read_members(path: Path, overrides: list[str], only: list[str]) -> list[Member]:
@@ -211,9 +216,9 @@ def _losses(path: Path) -> Iterator[tuple[int, float]]:
         yield row["step"], row["loss"]
 
 
-def draw(out: Path) -> None:
+def draw(out: Path) -> list[Path]:
     """Draw factors.png, the metric against each factor, and losses.png, the training loss of each skip mode, from the
-    CSV files.
+    CSV files; return the pictures.
 
     Raises:
         UserError: no such files. ImportError: matplotlib is not installed.
@@ -262,7 +267,7 @@ def draw(out: Path) -> None:
 
     skips = {point["value"]: point["member"] for point in points if point["factor"] == "skip"}
     if not skips:
-        return
+        return [out / "factors.png"]
     figure, (ax, beside) = plt.subplots(1, 2, figsize=(9.0, 3.6), layout="constrained")
     base: tuple[str, list[float]] | None = None
     for (skip, member), colour in zip(skips.items(), COLOURS):
@@ -289,3 +294,4 @@ def draw(out: Path) -> None:
     title = "Training loss by skip mode, same data and noise (compare the paper's Figure 2a)"
     figure.suptitle(f"{title}\n{where}", fontsize=9)
     save(figure, out / "losses.png")
+    return [out / "factors.png", out / "losses.png"]

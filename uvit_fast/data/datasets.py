@@ -128,7 +128,8 @@ def split(dataset: Indexed, held_out: int) -> tuple[Indexed, Indexed]:
     """
     images = len(dataset) // dataset.views
     if held_out >= images:
-        raise UserError(f"evaluate.held_out: expected fewer than all {images} images of the data, got {held_out}")
+        hint = f"; --set evaluate.held_out={-(-images // 10)} holds out a tenth" if images > 1 else ""
+        raise UserError(f"evaluate.held_out: expected fewer than all {images} images of the data, got {held_out}{hint}")
     chosen = np.zeros(images, bool)
     chosen[np.random.default_rng(0).permutation(images)[:held_out]] = True
     rest = dataset.part(numbers := np.flatnonzero(np.repeat(~chosen, dataset.views)))
@@ -142,6 +143,8 @@ def require_folder(path: str | None, holding: str, key: str = "data.path") -> Pa
         raise UserError(f"{key}: not set; expected a folder with {holding}")
     folder = Path(path)
     if not folder.is_dir():
+        if folder.exists():
+            raise UserError(f"{key} {folder}: a file; expected a folder with {holding}")
         raise UserError(f"{key} {folder}: no such folder; expected {holding}")
     if not any(folder.iterdir()):
         raise UserError(f"{key} {folder}: the folder is empty; expected {holding}")

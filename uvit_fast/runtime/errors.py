@@ -1,5 +1,9 @@
 """Errors that a user can correct."""
 
+import contextlib
+import sys
+from collections.abc import Iterator
+
 
 class UserError(ValueError):
     """An error that the user can correct: commands print its message on one line and exit with code 2."""
@@ -7,3 +11,20 @@ class UserError(ValueError):
 
 class RankError(UserError):
     """A UserError that may occur on a single rank of a job, which then reports it; others occur on all."""
+
+
+def words(error: Exception) -> str:
+    """Return what to print of a UserError, a missing package, or a file that cannot be used."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+@contextlib.contextmanager
+def in_one_line() -> Iterator[None]:
+    """End the program, as the commands do, in one line and with exit code 2 where a user can correct the error."""
+    try:
+        yield
+    except (UserError, ImportError, OSError) as error:
+        print(f"{sys.argv[0]}: {words(error)}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -140,7 +140,8 @@ def provenance_of(cfg: Config, weights: Path) -> Provenance:
     for key, there in known.diffusion.items():
         if ours.get(key, there) != there:
             raise UserError(
-                f"{weights}: trained with diffusion.{key} {there}; expected it, got {ours[key]} in {cfg.name}"
+                f"{weights}: trained with diffusion.{key} {there}, but {cfg.name} has {ours[key]}; "
+                f"expected diffusion.{key}={there}"
             )
     if cfg.model.num_classes and cfg.data.name in CLASSES:
         known = known.joined(Provenance(CLASSES[cfg.data.name]))
