@@ -5,7 +5,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, as_completed
 
 from triton import knobs
 
@@ -23,7 +24,7 @@ class _Told:
         with self.lock:
             if not self.began:
                 self.began = self.last = time.monotonic()
-                _say(f"compiling GPU kernels for about a minute, once: they are kept in {knobs.cache.dir}")
+                _say(f"compiling GPU kernels for up to a minute, once: they are kept in {knobs.cache.dir}")
 
     def end(self) -> None:
         with self.lock:
@@ -53,3 +54,10 @@ def told() -> Iterator[None]:
     finally:
         timer.cancel()
         _told.end()
+
+
+def all_told(compiling: Iterable[Future]) -> None:
+    """Wait for kernels that are compiled at once, as `told`."""
+    with told():
+        for _ in as_completed(compiling):
+            _told.end()

@@ -10,19 +10,21 @@ Three shortcuts, each tested with Triton 3.6 and 3.8 (`tests/kernels/test_launch
 
 import contextlib
 import functools
+import os
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import FunctionType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton import knobs
+from triton import AsyncCompileMode, knobs
 from triton.backends.nvidia.driver import make_tensordesc_arg
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from uvit_fast.kernels.runtime.compiling import told
+from uvit_fast.kernels.runtime.compiling import all_told, told
 from uvit_fast.kernels.runtime.device import guard, interpreting
 
 
@@ -32,11 +34,13 @@ def cdiv(a: int, b: int) -> int:
 
 
 _compiled: dict[tuple, Any] = {}
+THREADS = 16  # that compile: each holds Python's lock for a part of its time only
 
 
 class _Thread(threading.local):
     def __init__(self):
         self.ready: set[int] = set()  # devices whose context is current in this thread, or was
+        self.ahead = False  # whether it launches nothing, within `ahead`
 
 
 _thread = _Thread()
@@ -82,6 +86,9 @@ def run(device: torch.device, kernel: Any, grid: tuple[int, ...], args: tuple, o
             run_it = kernel[grid] if listener.here is None else listener.here.interpreted(kernel[grid])
             run_it(*args, **options)
             return
+        if _thread.ahead:
+            kernel.warmup(*args, grid=grid, **options)
+            return
         names, constant = _parameters.get(id(kernel)) or _read_parameters(kernel)
         kinds = [v if c else _KINDS.get(type(v), _of_other)(v) for v, c in zip(args, constant)]
         key = (id(kernel), device.index, *options.values(), *kinds)
@@ -94,6 +101,21 @@ def run(device: torch.device, kernel: Any, grid: tuple[int, ...], args: tuple, o
             compiled[(*grid, 1, 1)[:3]](*values)
         if listener.here is not None:
             listener.here.launched(Direct(compiled, (*grid, 1, 1)[:3]), values)
+
+
+@contextlib.contextmanager
+def ahead() -> Iterator[None]:
+    """Compile what this thread would launch inside, all at once, and launch nothing. A kernel that cannot be compiled
+    says so where it is launched.
+    """
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, THREADS)) as pool:
+        with AsyncCompileMode(pool, ignore_errors=True) as mode:
+            _thread.ahead = True
+            try:
+                yield
+            finally:
+                _thread.ahead = False
+            all_told(mode.raw_futures)
 
 
 class Direct:

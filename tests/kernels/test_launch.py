@@ -1,14 +1,18 @@
 """Launching: a kernel is compiled once for what it specialises on, and then called with every argument in its place."""
 
 import re
+import threading
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from triton import knobs
 
 from uvit_fast.kernels.runtime import compiling, launch
+from uvit_fast.kernels.tools import aot
 
 CPU = torch.device("cpu")
 
@@ -19,7 +23,7 @@ class Kernel:
     params = [SimpleNamespace(name=n, is_constexpr=n.isupper()) for n in ("x", "n", "SIZE", "FLAG")]
 
     def __init__(self, seconds=0.0):
-        self.compiled, self.ran, self.seconds = 0, [], seconds
+        self.compiled, self.ran, self.ahead, self.seconds = 0, [], [], seconds
 
     def __getitem__(self, grid):
         def compile_and_run(x, n, SIZE, FLAG, **options):
@@ -29,6 +33,9 @@ class Kernel:
             return Compiled(self)
 
         return compile_and_run
+
+    def warmup(self, *args, grid, **options):
+        self.ahead.append((grid, args))
 
 
 class Compiled:
@@ -73,6 +80,45 @@ def test_whatever_triton_specialises_on_is_compiled_anew(other):
     assert kernel.compiled == 2
 
 
+def test_ahead_everything_is_compiled_and_nothing_launched():
+    known, new, x = Kernel(), Kernel(), torch.zeros(64)
+    run(known, x, 5)
+    with launch.ahead():
+        run(known, x, 5)
+        run(new, x, 5)
+        other = threading.Thread(target=run, args=(known, x, 6))  # launches as ever
+        other.start()
+        other.join()
+    assert (len(known.ran), new.ran) == (2, []) and [grid for grid, _ in known.ahead + new.ahead] == [(3,)] * 2
+    with pytest.raises(ZeroDivisionError), launch.ahead():
+        raise ZeroDivisionError
+    run(new, x, 5)
+    assert (new.compiled, len(new.ran)) == (1, 1)
+
+
+@triton.jit
+def doubled(x, N: tl.constexpr):
+    at = x + tl.arange(0, N)
+    tl.store(at, 2 * tl.load(at))
+
+
+@triton.jit
+def refused(x, N: tl.constexpr):
+    tl.static_assert(N < 0)
+
+
+def test_what_is_compiled_at_once_is_found_later_and_what_cannot_be_says_so_then(monkeypatch):
+    x = torch.zeros(64)
+    with aot.target(90):
+        with launch.ahead():
+            for kernel in (doubled, refused, doubled):
+                launch.run(CPU, kernel, (1,), (x,), {"N": 64})
+        monkeypatch.setattr(doubled, "compile", None)
+        assert isinstance(doubled.warmup(x, 64, grid=(1,)), triton.compiler.CompiledKernel)
+        with pytest.raises(triton.CompilationError):
+            _ = refused.warmup(x, 64, grid=(1,)).metadata
+
+
 def test_a_user_is_told_what_takes_long(monkeypatch, capsys):
     """One line where a kernel is being compiled, one now and then after that, none where it is found."""
     monkeypatch.setattr(compiling, "_told", compiling._Told())
@@ -83,7 +129,7 @@ def test_a_user_is_told_what_takes_long(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
     for kernel in kernels[2:5]:
         run(kernel, x, 5)
-    line = f"uvit-fast: compiling GPU kernels for about a minute, once: they are kept in {knobs.cache.dir}\n"
+    line = f"uvit-fast: compiling GPU kernels for up to a minute, once: they are kept in {knobs.cache.dir}\n"
     assert capsys.readouterr().err == line
     monkeypatch.setattr(compiling, "EVERY", 0.0)
     run(kernels[5], x, 5)

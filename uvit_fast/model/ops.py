@@ -22,6 +22,7 @@ from uvit_fast.kernels.ops import ln_linear as _ln_linear
 from uvit_fast.kernels.ops import ln_mlp as _ln_mlp
 from uvit_fast.kernels.ops import proj_ln_mlp as _proj_ln_mlp
 from uvit_fast.kernels.ops import skip_linear as _skip_linear
+from uvit_fast.kernels.runtime import launch as _launch
 from uvit_fast.kernels.runtime.device import architecture as architecture
 from uvit_fast.model.attention import choose
 from uvit_fast.runtime.errors import UserError
@@ -31,6 +32,13 @@ from uvit_fast.runtime.hooks import plain_weights
 def fixed_weights() -> AbstractContextManager[None]:
     """Promise that no weight changes inside: what the fused ops derive from the weights alone is derived once."""
     return _layernorm.folded_once()
+
+
+def compile_ahead(device: torch.device, run: Callable[[], object]) -> None:
+    """Compile at once what run() would launch on a GPU; nothing is launched, and its results mean nothing."""
+    if device.type == "cuda":
+        with fixed_weights(), _launch.ahead():
+            run()
 
 
 def layer(module: nn.Module, bias: bool = True) -> Norm | Linear | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from uvit_fast.diffusion.guidance import ALWAYS, EpsFn, Guidance
 from uvit_fast.diffusion.stages import Sampler
+from uvit_fast.model import ops
 from uvit_fast.runtime.graphs import CudaGraphs, Graphs, current, recording
 from uvit_fast.runtime.hooks import changed
 
@@ -179,17 +180,18 @@ class GraphSampler:
             buffers = {name: value.clone(memory_format=torch.contiguous_format) for name, value in inputs.items()}
             bound = self.graphs.budget(device) if self.max_bytes is None else self.max_bytes
 
-            def run(sampler: Sampler) -> Tensor:
+            def run(loop: Callable[..., Tensor], sampler: Sampler) -> Tensor:
                 # autocast's cache would pass weights to the capture that it casts, keeps, and frees
                 dtype, enabled = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
                 with torch.autocast(device.type, dtype, enabled, cache_enabled=False):
-                    return self._run(sampler, buffers, interval)
+                    return loop(sampler, buffers, interval)
 
-            tables = sampler.tables(device)  # a capture cannot copy from the host
+            tables, short = sampler.tables(device), sampler.rehearsal(interval)  # a capture cannot copy from the host
             try:
                 with recording():
-                    self.graphs.warm_up(lambda: run(sampler.rehearsal(interval)))
-                    replay, output, held = self.graphs.capture(lambda: run(sampler))
+                    ops.compile_ahead(device, lambda: run(self._solve, short))
+                    self.graphs.warm_up(lambda: run(self._run, short))
+                    replay, output, held = self.graphs.capture(lambda: run(self._run, sampler))
             except RuntimeError as error:
                 why = str(error).strip().split("\n")[0]
                 if isinstance(error, torch.OutOfMemoryError):
@@ -213,6 +215,10 @@ class GraphSampler:
 
     def _run(self, sampler: Sampler, inputs: Inputs, interval: tuple[float, float]) -> Tensor:
         """Run the loop itself, the same whether or not it is being captured."""
+        x_0 = self._solve(sampler, inputs, interval)
+        return x_0 if self.decode is None else self.decode(x_0)
+
+    def _solve(self, sampler: Sampler, inputs: Inputs, interval: tuple[float, float]) -> Tensor:
         condition, null = (
             {name.removeprefix(kind): v for name, v in inputs.items() if name.startswith(kind)}
             for kind in ("condition.", "null.")
@@ -222,8 +228,7 @@ class GraphSampler:
         else:
             eps_fn = partial(self.model, **condition)
         with getattr(self.model, "fixed_weights", contextlib.nullcontext)():
-            x_0 = sampler(eps_fn, inputs["x_T"], generator=inputs.get("keys"))
-        return x_0 if self.decode is None else self.decode(x_0)
+            return sampler(eps_fn, inputs["x_T"], generator=inputs.get("keys"))
 
 
 def _replay(capture: _Capture, inputs: Inputs) -> Tensor:

@@ -4,7 +4,9 @@ import torch
 
 from uvit_fast.build import PREDICTIONS, SAMPLERS, SCHEDULES
 from uvit_fast.diffusion.noise import sample_noise
+from uvit_fast.model import ops
 from uvit_fast.model.fp8 import Fp8UViT
+from uvit_fast.runtime.graphs import recording
 
 IMAGES, EVALUATIONS = 32, 10
 
@@ -25,4 +27,6 @@ def calibrate(net: Fp8UViT, schedule: str, prediction: str) -> None:
     device = model.pos_embed.device
     x_T = sample_noise(0, range(IMAGES), (model.in_chans, model.img_size, model.img_size)).to(device)
     y = torch.linspace(0, model.num_classes - 1, IMAGES, device=device).long() if model.num_classes else None
+    with recording():  # as it is written
+        ops.compile_ahead(device, lambda: net(x_T, torch.ones(IMAGES, device=device), y))
     net.calibrate(lambda: sampler(lambda x, t: net(x, t, y), x_T))
