@@ -72,6 +72,7 @@ def test_choices_of_the_table_are_arguments_that_fit(case, features):
         staging *= chosen.get("pairs", 1)
         assert chosen.get("stages", sm90.STAGES.get(tokens)) * stage + staging < 227 * 1024, (N, K, M)
         assert tokens + tail <= WIDEST
+        assert chosen.get("early", 4) is not True, "early says how many steps of weights are asked for"
 
 
 def test_statistics_have_room_for_the_last_tile():
