@@ -55,7 +55,8 @@ class Peer(NamedTuple):
 class Results:
     """Medians by (question, case, provider, metric); None for what was not measured.
 
-    Of several devices' rows only the last device's count: a ratio of two devices would compare the devices.
+    Of several devices' rows only the last device's count: a ratio of two devices would compare the devices. Of several
+    rows of that device for one thing the last counts.
 
     Args:
         folder: of the CSV files; missing files count as empty.
@@ -69,7 +70,10 @@ class Results:
                 rows = list(csv.DictReader(file))
             dated = sorted(rows, key=lambda row: row["date"])
             last = {(row["case"], row["metric"]): row["device"] for row in dated}
-            self.rows[path.stem] = [row for row in rows if row["device"] == last[row["case"], row["metric"]]]
+            mine = [row for row in dated if row["device"] == last[row["case"], row["metric"]]]
+            newest = {(row["case"], row["provider"], row["metric"]): row for row in mine}
+            ids = {id(row) for row in newest.values()}
+            self.rows[path.stem] = [row for row in rows if id(row) in ids]
 
     def value(self, question: str, case: str, provider: str, metric: str) -> float | None:
         for row in self.rows.get(question, []):

@@ -106,9 +106,11 @@ def overview(results: Results) -> str:
 
 
 def fp8(results: Results) -> str:
-    """Return the table of docs/fp8.md: every time that was measured in FP8, beside bf16's."""
-    rows, shown = [], list[tuple[str, str]]()
+    """Return the table of docs/fp8.md: every time that was measured in FP8, beside bf16's; of loops, to the latents."""
+    rows, shown, loops = [], list[tuple[str, str]](), results.sampling()
     for case, what, unit, scale in _sampling(results):
+        if case in loops and loops[case].decoded:
+            continue
         wide, narrow = (results.value("sampling", case, who, "time") for who in OURS)
         if narrow:
             rows.append([f"{what}, {unit}", number(wide and wide * scale), number(narrow * scale), times(wide, narrow)])

@@ -118,6 +118,7 @@ def test_a_ratio_is_of_one_device(tmp_path):
     newer = older | {"date": "2026-01-02", "device": "H200"}
     rows = [newer | {"case": "a", "provider": "ours", "p50": 1.0}, newer | {"case": "a", "provider": "eager", "p50": 3}]
     rows += [
+        newer | {"date": "2026-01-03", "case": "a", "provider": "eager", "p50": 4.0},  # measured again
         older | {"case": "a", "provider": "compiled", "p50": 0.5},
         older | {"case": "b", "provider": "ours", "p50": 7.0},
     ]
@@ -126,7 +127,7 @@ def test_a_ratio_is_of_one_device(tmp_path):
         writer.writeheader()
         writer.writerows(rows)
     found = Results(tmp_path)
-    assert found.peer("ops", "a", "time") == ("eager", 3.0, 3.0)
+    assert found.peer("ops", "a", "time") == ("eager", 4.0, 4.0)
     assert found.value("ops", "b", "ours", "time") == 7.0
 
 
