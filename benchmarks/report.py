@@ -16,6 +16,7 @@ from benchmarks.results import (
     Peer,
     Results,
     image_flops,
+    parameters,
     sampling_flops,
 )
 
@@ -289,6 +290,7 @@ def text(results: Results, folder: Path) -> str:
     Args:
         folder: where it will be; pictures in its plots/ are shown.
     """
+    counts = ", ".join(f"{size} {parameters(size) / 1e6:.0f}" for size in ORDERED)
     lines = [
         "# Benchmarks",
         "",
@@ -300,6 +302,10 @@ def text(results: Results, folder: Path) -> str:
             "`torchao-fp8`, the blocks' linear layers in float8 by torchao (inference: one scale per row; training: "
             "one per tensor), compiled block by block. Over best peer: how many times better ours, in bf16, is than "
             "the best of them."
+        ),
+        *paragraph(
+            f"Networks, in millions of parameters: {counts}; S to H are the paper's, in patches of 2 x 2 of 32 x 32 x "
+            "4 latents (256 x 256 pixels), USiT is DC-AE's, of 16 x 16 x 32 latents (512 x 512 pixels): 258 tokens."
         ),
         *sampling(results, folder),
         *generic(

@@ -62,4 +62,4 @@ def test_what_cannot_run_is_left_out_and_said(monkeypatch, capsys):
     assert models.runnable(["ours", "torchao-fp8"]) == ["ours"] and models.runnable(["eager"]) == ["eager"]
     assert "torchao-fp8: it needs torchao: pip install torchao" in capsys.readouterr().out
     assert models.runnable(["ours", "ours-fp8"], "cpu") == ["ours"]
-    assert "ours-fp8: its kernels are for compute capability 9.0" in capsys.readouterr().out
+    assert "ours-fp8: its kernels need compute capability 9.0" in capsys.readouterr().out
