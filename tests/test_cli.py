@@ -65,6 +65,7 @@ from uvit_fast.config import reading
             "configs: no EMA weights, but ablations, custom.yaml, ",
         ),
         (["demo", "--run-dir", "configs"], "configs: no run"),
+        (["sweep", "--config", "digits", "--out", DIGITS], f"{DIGITS}: expected a folder, got a file"),
         (
             ["cka", "--config", "configs/unet_adm_256.yaml", "--checkpoint", DIGITS, "--out", "x"],
             "expected a U-ViT, whose",
@@ -133,6 +134,8 @@ def test_typos_are_answered_before_torch_is_imported(arguments, code, words):
         ("sample --batch-size 8", "did you mean --batch?"),
         ("sample --sede 8", "did you mean --seed?"),
         ("sample --lr 1", "example: uvit-fast sample"),
+        ("--config digits", "expected a command first; example: uvit-fast sample"),
+        ("-v x", "did you mean --version?"),
         ("train --hlep", "example: uvit-fast train"),
         ("train --frish", "example: uvit-fast train"),  # destructive: not by likeness
     ],
@@ -140,7 +143,7 @@ def test_typos_are_answered_before_torch_is_imported(arguments, code, words):
 def test_an_option_of_elsewhere_is_told_what_does_it_here(arguments, meant, capsys):
     with pytest.raises(SystemExit):
         cli.main(arguments.split())
-    option = arguments.split()[1]
+    option = next(word for word in arguments.split() if word.startswith("-"))
     assert f"{option}: no such option; {meant}" in capsys.readouterr().err
 
 

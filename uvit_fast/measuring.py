@@ -64,7 +64,8 @@ def open_images(path: Path) -> Images:
         return images
     if path.suffix == ".npz":
         return replace(open_npz(path), name=reading.shown(str(path)))
-    raise UserError(f"{reading.shown(str(path))}: no such images; expected a folder of images, or an .npz with arr_0")
+    got = "another kind of file" if os.path.exists(path) else "nothing of that name"
+    raise UserError(f"{reading.shown(str(path))}: expected a folder of images, or an .npz with arr_0, got {got}")
 
 
 def _read_rgb(file: Path) -> np.ndarray:

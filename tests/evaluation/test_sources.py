@@ -73,7 +73,7 @@ def test_folders_that_hold_no_equal_images_are_refused(tmp_path):
     with pytest.raises(UserError, match="0000.png: not a readable image"):
         extract(open_images(folder), MeanColours(), progress=False)
     (tmp_path / "b").mkdir()
-    for path, words in ((tmp_path / "b", "no images"), (tmp_path / "c", "no such images")):
+    for path, words in ((tmp_path / "b", "no images"), (tmp_path / "c", "got nothing of that name")):
         with pytest.raises(UserError, match=words):
             open_images(path)
 

@@ -103,7 +103,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(setting, message, tmp_path)
 def test_a_run_folder_that_cannot_be_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     code, lines = tiny.launch(call, arguments(tmp_path / "file" / "run"))
-    assert (code, len(lines)) == (2, 1) and "expected a folder to write the run to" in lines[0]
+    assert (code, len(lines)) == (2, 1) and "expected a folder for the run" in lines[0]
 
 
 def on_a_host_with_one_gpu(argv):

@@ -7,6 +7,7 @@ from uvit_fast.config import keys_named
 # Names that people bring from elsewhere -> options of ours, the first that the command has. Keys: config.reading.
 CALLED_HERE: dict[str, tuple[str, ...]] = {
     "c": ("--config",),
+    "v": ("--version",),
     "o": ("--out", "--run-dir"),
     "n": ("--num",),
     "ckpt": ("--checkpoint",),

@@ -80,9 +80,8 @@ def load_reference(
     path = Path(path)
     if path.suffix != ".npz" or not os.path.isfile(path):
         if not os.path.isdir(path):
-            raise UserError(
-                f"{path}: no such reference; expected an .npz of statistics or images, or a folder of images"
-            )
+            got = "another kind of file" if os.path.exists(path) else "nothing of that name"
+            raise UserError(f"{path}: expected an .npz of statistics or images, or a folder of images, got {got}")
         return reference_from_images(open_images(path), extractor("tensorflow"), cache, batch, progress, world)
     keys = names_in(path)
     if not {"mu", "sigma"} <= keys:

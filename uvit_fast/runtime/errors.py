@@ -15,6 +15,8 @@ class RankError(UserError):
 
 def words(error: Exception) -> str:
     """Return what to print of a UserError, a missing package, or a file that cannot be used."""
+    if isinstance(error, FileExistsError | NotADirectoryError) and error.filename:
+        return f"{error.filename}: expected a folder, got a file or a name within one"
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return str(error)

@@ -39,7 +39,7 @@ def claim(run_dir: Path) -> Claim:
     except Taken as taken:
         raise UserError(_taken(run_dir, taken)) from None
     except OSError as error:
-        raise UserError(f"{run_dir}: expected a folder to write the run to: {error}") from None
+        raise UserError(f"{run_dir}: expected a folder for the run ({error.strerror or error})") from None
 
 
 def check_free(run_dir: Path) -> None:

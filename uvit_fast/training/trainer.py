@@ -288,7 +288,7 @@ class Trainer:
             record = self.beginning and self.beginning.record
             describe_run(self.run_dir, self.config, self.world, self.saves.provenance, record)
         except OSError as error:
-            raise UserError(f"{self.run_dir}: expected a folder to write the run to: {error}") from None
+            raise UserError(f"{self.run_dir}: expected a folder for the run ({error.strerror or error})") from None
 
     def stream(self) -> Generator[dict[str, Tensor], None, None]:
         """Yield this rank's batches, from where the run is to its end, or until data stalls after a signal."""
