@@ -151,7 +151,7 @@ def test_the_names_from_elsewhere_are_not_ours_and_lead_to_what_there_is():
     parsers = [Parser(prog="x", example="x") for _ in cli.COMMANDS]
     for parser, command in zip(parsers, cli.COMMANDS.values()):
         command.arguments(parser)
-    options = {option for parser in parsers for option in parser._option_string_actions}
+    options = {"--version"} | {option for parser in parsers for option in parser._option_string_actions}
     assert {option for meant in hints.CALLED_HERE.values() for option in meant} <= options
     for name, key in reading.CALLED_HERE.items():
         section, _, leaf = key.rpartition(".")

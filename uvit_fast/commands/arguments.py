@@ -46,9 +46,8 @@ class Parser(argparse.ArgumentParser):
             if text == "--" or (self._subparsers and not text.startswith("-")):  # the rest is another parser's
                 break
             if re.match(r"--?[a-zA-Z]", text) and not any(option.startswith(name) for option in known):
-                meant = hint(name, known, self.get_default("goes_on")) or "expected a command first" * bool(
-                    self._subparsers
-                )
+                otherwise = "expected a command first" if self._subparsers else ""
+                meant = hint(name, known, self.get_default("goes_on")) or otherwise
                 self.error("; ".join(filter(None, [f"{cut(name)}: no such option", meant])))
         found, rest = super().parse_known_args(args, namespace)
         if rest:

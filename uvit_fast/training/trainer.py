@@ -209,12 +209,10 @@ class Trainer:
             self._say("train.zero_stage 1 accumulates gradients in bf16; 2 and 3 do it in fp32")
         untrained = train.ema_decay**train.iterations
         if untrained > 0.05:
-            held, samples = (
-                ("the initial", "samples") if train.init is None else ("train.init's", "samples of these data")
-            )
+            held, kind = ("train.init's", " of these data") if train.init else ("the initial", "")
             self._say(
                 f"after {train.iterations} steps the EMA still holds {untrained:.0%} of {held} weights: "
-                f"for {samples}, train longer or with a smaller train.ema_decay"
+                f"for samples{kind}, train longer or with a smaller train.ema_decay"
             )
         if self.dataset.synthetic:
             self._say("synthetic data: measures speed and memory, learns nothing")
