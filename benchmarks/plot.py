@@ -250,7 +250,6 @@ def write(results: Path = RESULTS) -> list[Path]:
     """
     close = pyplot().close
     folder, written = report_folder(results) / PLOTS, []
-    folder.mkdir(parents=True, exist_ok=True)
     found = Results(results)
     for name, draw in FIGURES.items():
         path = folder / f"{name}.png"
@@ -258,6 +257,7 @@ def write(results: Path = RESULTS) -> list[Path]:
         if figure is None:
             path.unlink(missing_ok=True)
             continue
+        folder.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150, metadata={"Software": None})
         close(figure)
         written.append(path)

@@ -334,7 +334,6 @@ def text(results: Results, folder: Path) -> str:
 def write(results: Path = RESULTS) -> Path:
     """Write REPORT.md among the CSV files, or, on the committed ones, into benchmarks/."""
     folder = report_folder(results)
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / REPORT
     path.write_text(text(Results(results), folder))
     return path

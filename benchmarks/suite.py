@@ -20,7 +20,7 @@ import torch
 from benchmarks.common import RESULTS, Rows
 from uvit_fast.commands.arguments import Parser
 from uvit_fast.commands.bench import EXAMPLE, arguments
-from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.errors import UserError, words
 from uvit_fast.runtime.extras import install
 
 ROOT = Path(__file__).parent.parent
@@ -168,8 +168,9 @@ def main(argv: list[str] | None = None) -> int:
     only = [name for name in args.only.split(",") if name]
     try:
         plans, left_out = plan(torch.cuda.device_count(), args.quick, only, measured)
-    except UserError as error:
-        parser.error(str(error))
+        args.out.mkdir(parents=True, exist_ok=True)  # or all would be measured for nothing
+    except (UserError, OSError) as error:
+        parser.error(words(error))
     known_here = any(case(p.name, p.arguments) in measured for p in plans)
     total = max(1, round(sum(p.seconds for p in plans) / 60))
     source = "measured here before" if known_here else "estimated" if device is None else "estimated for an H100"

@@ -87,8 +87,10 @@ def test_the_command_hands_over_and_returns_the_suites_code(tmp_path, capfd):
     error = capfd.readouterr().err
     assert error.startswith("uvit-fast: bench: --only: expected some of ops") and error.count("\n") == 1
     (tmp_path / "file").touch()
-    assert cli.main(["bench", "--out", str(tmp_path / "file")]) == 2
-    assert "expected a folder, got a file" in capfd.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        suite.main(["--only", "data", "--out", str(tmp_path / "file")])
+    error = capfd.readouterr().err
+    assert stop.value.code == 2 and "file: expected a folder, got a file" in error and error.count("\n") == 1
 
 
 def test_all_of_a_run_goes_into_its_folder(tmp_path, monkeypatch, capsys):
@@ -98,7 +100,7 @@ def test_all_of_a_run_goes_into_its_folder(tmp_path, monkeypatch, capsys):
     assert suite.main(["--only", "data", "--out", str(tmp_path / "results")]) == 0
     assert (tmp_path / "REPORT.md").read_text() == "the user's"
     assert {path.name for path in tmp_path.iterdir()} == {"REPORT.md", "results"}
-    assert {path.name for path in (tmp_path / "results").iterdir()} == {"REPORT.md", "plots"}
+    assert {path.name for path in (tmp_path / "results").iterdir()} == {"REPORT.md"}  # no plot of nothing
     assert "data; about 1 min (" in capsys.readouterr().out
 
 

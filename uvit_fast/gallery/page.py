@@ -26,7 +26,7 @@ try:
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.responses import PlainTextResponse
 except ImportError:
-    raise missing("uvit-fast gallery", "gradio", "gallery") from None
+    raise missing("the gallery", "gradio", "gallery") from None
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 LARGEST_UPLOAD = 50 * 2**20  # bytes
