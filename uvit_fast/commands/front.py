@@ -47,6 +47,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
     group.add_argument("--batch", type=positive, metavar="N", help="images at a time (250 on a GPU, or 50)")
     group.add_argument("--out", type=Path, metavar="DIR", help="new, or to continue (default runs/front_<name>)")
     group.add_argument("--draw", action="store_true", help="only redraw what --out holds")
+    command.set_defaults(goes_on="continues")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -45,6 +45,7 @@ CALLED_HERE = {
     "samplers": "sample.sampler",
     "vae": "latent.autoencoder",
     "bf16": "train.precision",
+    "fp16": "train.precision",
     "fp32": "train.precision",
     "amp": "train.precision",
     "gpu": "device",
