@@ -141,7 +141,7 @@ def test_a_grid_is_measured_continued_and_drawn(command, tmp_path, capsys, monke
         (["--samplers", "dpm"], "sample.sampler: expected"),
         (["--plans", "fast"], "expected none, outer:N, outer:N:K"),
         (["--plans", "outer:2:9"], "no point is left to measure: sample.cache outer:2:9"),
-        (["--precisions", "fp8"], "no point is left to measure: sample.precision=fp8: its kernels are for"),
+        (["--precisions", "fp8"], "no point is left to measure: sample.precision=fp8: its kernels need"),
         (["--num", "1"], "--num: expected at least 2 images"),
         (["--draw"], "no points.csv"),
     ],
