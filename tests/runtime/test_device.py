@@ -8,10 +8,9 @@ from uvit_fast.runtime.errors import UserError
 
 
 def test_a_device_may_be_a_name(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    cpu = torch.device("cpu")
-    assert as_device("cpu") == as_device(cpu) == as_device("auto") == cpu and as_device("meta").type == "meta"
-    for name, words in (("gpu", "got 'gpu'"), ("cuda", "no CUDA device was found"), ("cuda:1", "got 0 GPUs")):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")  # the current one, whichever it is
+    assert as_device("cpu") == as_device(cpu) == cpu and as_device("cuda") == cuda
+    for name, words in (("gpu", "got 'gpu'"), ("cuda:1", "got 1 GPUs"), (3.5, "got 3.5")):
         with pytest.raises(UserError, match=words):
             as_device(name)

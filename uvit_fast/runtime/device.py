@@ -30,21 +30,19 @@ def pick_device(name: str) -> torch.device:
 
 
 def as_device(device: torch.device | str) -> torch.device:
-    """Return a device that is given as such or by its name: cuda:1, or what `pick_device` takes.
+    """Return a device that is given as such, or by PyTorch's name for it: cpu, cuda (the current one), cuda:1.
 
     Raises:
-        UserError: it is no device, or none that is here.
+        UserError: a name of none, or of a GPU that is not here.
     """
     if isinstance(device, torch.device):
         return device
-    if device in ("auto", "cpu", "cuda"):
-        return pick_device(device)
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError):
-        raise UserError(f"device: expected cpu, cuda, cuda:1 or auto, got {shown(device)}") from None
+        raise UserError(f"device: expected cpu, cuda or cuda:1, got {shown(device)}") from None
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {device}: expected one that is here, got {torch.cuda.device_count()} GPUs")
+        raise UserError(f"device {device}: expected a GPU that is here, got {torch.cuda.device_count()} GPUs")
     return found
 
 
