@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, as_completed
 
 from triton import knobs
@@ -28,9 +28,9 @@ class _Told:
 
     def end(self) -> None:
         with self.lock:
-            self.kernels += bool(self.began)
+            self.kernels += 1
             now = time.monotonic()
-            if self.began and now - self.last > EVERY:
+            if now - self.last > EVERY:
                 self.last = now
                 _say(f"compiling GPU kernels: {self.kernels} are done after {now - self.began:.0f} s")
 
@@ -44,20 +44,27 @@ _told = _Told()
 
 
 @contextlib.contextmanager
-def told() -> Iterator[None]:
-    """Around what compiles a kernel, or finds it among those of earlier processes, which takes no line."""
-    timer = threading.Timer(AFTER, _told.begin)
+def told() -> Iterator[Callable[[], None]]:
+    """Around what compiles kernels, or finds those of earlier processes, which takes no line; call the result as each
+    is done.
+    """
+    slow = threading.Event()
+
+    def begin() -> None:
+        slow.set()
+        _told.begin()
+
+    timer = threading.Timer(AFTER, begin)
     timer.daemon = True
     timer.start()
     try:
-        yield
+        yield lambda: _told.end() if slow.is_set() else None
     finally:
         timer.cancel()
-        _told.end()
 
 
 def all_told(compiling: Iterable[Future]) -> None:
     """Wait for kernels that are compiled at once, as `told`."""
-    with told():
+    with told() as done:
         for _ in as_completed(compiling):
-            _told.end()
+            done()

@@ -95,8 +95,9 @@ def run(device: torch.device, kernel: Any, grid: tuple[int, ...], args: tuple, o
         values = [*args, *[options[name] for name in names[len(args) :]]]
         compiled = _compiled.get(key)
         if compiled is None:
-            with told():
+            with told() as done:
                 compiled = _compiled[key] = kernel[grid](*args, **options)
+                done()
         else:
             compiled[(*grid, 1, 1)[:3]](*values)
         if listener.here is not None:
