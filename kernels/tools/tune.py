@@ -255,10 +255,11 @@ def tune(
                 continue
             entry = f"{case}:{width}"
             before = tuning.choice(device, case, width)
-            before = {name: before[name] for name in tried[case][0]}
+            before, always = {name: before[name] for name in tried[case][0]}, {}
             if case in tuning.FEW:  # without an entry it follows a rule, not a default
                 before = table.get(entry, {})
-            choices, calls = [before, *tried[case]], {}
+                always = {name: v for name, v in before.items() if name == "early"}  # its gain is in whole evaluations
+            choices, calls = [before, *(choice | always for choice in tried[case])], {}
             for i, choice in enumerate(choices):
                 call = partial(_run_with, table, entry, choice, f)
                 try:

@@ -53,6 +53,15 @@ def test_a_gain_within_the_noise_changes_nothing(small_gpu, monkeypatch):
     assert tune.tune([64], CPU, lambda line: None)["prepare"] == {"rows": 1, "warps": 2}
 
 
+def test_what_begins_early_still_does_with_another_tile(small_gpu, monkeypatch):
+    table = tuning.table(90) | {"few:64x64:258": {"tokens": 64, "early": 4}}
+    monkeypatch.setattr(tuning, "table", lambda arch: table)
+    monkeypatch.setattr(tune, "candidates", lambda arch: {"few": [{"tokens": 64}, {"tokens": 128}]})
+    run = ("few", "64x64:258", lambda: 1 / table["few:64x64:258"]["tokens"])
+    monkeypatch.setattr(tune, "cases", lambda D, device: [run])
+    assert tune.tune([64], CPU, lambda line: None)["few:64x64:258"] == {"tokens": 128, "early": 4}
+
+
 def test_the_committed_tables_are_as_written_by_tune(tmp_path):
     for arch in (80, 90):
         table = json.loads(tuning.path(arch).read_text())
