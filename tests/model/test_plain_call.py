@@ -199,6 +199,19 @@ def test_hooks_run_while_they_are_there(net):
     assert check(net, calls=4) == 0
 
 
+@torch.no_grad()
+def test_a_first_call_is_rehearsed_where_only_our_code_runs(net, monkeypatch):
+    seen, rehearsed = [], []
+    monkeypatch.setattr(replayed.ops, "compile_ahead", lambda device, run: rehearsed.append(run()))
+    hook = net.blocks[1].mlp.fc1.register_forward_hook(lambda module, args, out: seen.append(1))
+    net(*inputs(batch=3))
+    assert (len(seen), rehearsed) == (1, [])
+    hook.remove()
+    for _ in range(3):
+        net(*inputs(batch=4))
+    assert len(rehearsed) == 1
+
+
 @pytest.mark.parametrize("how", ["a layer of others", "compiled inside", "a subclass of tensors"])
 def test_what_may_run_code_of_others_is_not_captured(net, how):
     assert replayed.capturable(net)

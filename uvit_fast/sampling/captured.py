@@ -189,7 +189,8 @@ class GraphSampler:
             tables, short = sampler.tables(device), sampler.rehearsal(interval)  # a capture cannot copy from the host
             try:
                 with recording():
-                    ops.compile_ahead(device, lambda: run(self._solve, short))
+                    if hasattr(self.model, "fixed_weights"):  # others launch none of our kernels
+                        ops.compile_ahead(device, lambda: run(self._solve, short))
                     self.graphs.warm_up(lambda: run(self._run, short))
                     replay, output, held = self.graphs.capture(lambda: run(self._run, sampler))
             except RuntimeError as error:
