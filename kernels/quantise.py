@@ -77,7 +77,9 @@ class Inputs(NamedTuple):
     products: Tensor  # (K, K) fp32, the sum of x x^T
 
     def plus(self, x: Tensor, rstd: Tensor | None) -> "Inputs":
-        """Return these and those of x (M, K) e4m3 and rstd (M,) fp32. Tensor cores sum: TF32 holds e4m3 exactly."""
+        """Return these and those of x (M, K) e4m3 and rstd (M,) fp32. Tensor cores sum: TF32 holds e4m3 exactly,
+        and e4m3 times rstd to 2^-11.
+        """
         x = x.to(ACCUMULATE) if rstd is None else x.to(ACCUMULATE) * rstd[:, None]
         with set_to(torch.backends.cuda.matmul, fp32_precision="tf32"):
             return Inputs(self.tokens + len(x), self.total + x.sum(0), self.products.addmm(x.t(), x))
@@ -133,13 +135,14 @@ def compensated(layers: Sequence[Scaled], inputs: Sequence[Inputs]) -> list[Quan
     weights, K = torch.stack([layer.weight for layer in layers]), layers[0].weight.shape[1]  # (L, N, K)
     factors = torch.stack([_factor(each.products / each.tokens) for each in inputs])  # (L, K, K)
     left = torch.zeros_like(weights)  # by rounding
-    for start in range(0, K, PANEL):
-        panel = slice(start, min(start + PANEL, K))
-        wanted = weights[..., panel] + left[..., :start] @ factors[:, :start, panel]
-        for k in range(panel.start, panel.stop):
-            told = left[..., start:k] @ factors[:, start:k, k, None]  # (L, N, 1)
-            value = narrow(wanted[..., k - start] + told[..., 0]).to(ACCUMULATE)
-            torch.sub(weights[..., k], value, out=left[..., k])
+    with set_to(torch.backends.cuda.matmul, fp32_precision="ieee"):  # whatever the caller's is
+        for start in range(0, K, PANEL):
+            panel = slice(start, min(start + PANEL, K))
+            wanted = weights[..., panel] + left[..., :start] @ factors[:, :start, panel]
+            for k in range(panel.start, panel.stop):
+                told = left[..., start:k] @ factors[:, start:k, k, None]  # (L, N, 1)
+                value = narrow(wanted[..., k - start] + told[..., 0]).to(ACCUMULATE)
+                torch.sub(weights[..., k], value, out=left[..., k])
     found = []
     for layer, value, error, (tokens, total, _) in zip(layers, narrow(weights - left), left, inputs):
         bias, step = layer.rows

@@ -51,8 +51,8 @@ def told() -> Iterator[Callable[[], None]]:
     slow = threading.Event()
 
     def begin() -> None:
-        slow.set()
         _told.begin()
+        slow.set()
 
     timer = threading.Timer(AFTER, begin)
     timer.daemon = True

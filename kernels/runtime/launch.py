@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton import AsyncCompileMode, knobs
+from triton import AsyncCompileMode, FutureKernel, knobs
 from triton.backends.nvidia.driver import make_tensordesc_arg
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -96,7 +96,10 @@ def run(device: torch.device, kernel: Any, grid: tuple[int, ...], args: tuple, o
         compiled = _compiled.get(key)
         if compiled is None:
             with told() as done:
-                compiled = _compiled[key] = kernel[grid](*args, **options)
+                compiled = kernel[grid](*args, **options)
+                if isinstance(compiled, FutureKernel):  # another thread, which is in `ahead`, is compiling it
+                    compiled = compiled.result()
+                _compiled[key] = compiled
                 done()
         else:
             compiled[(*grid, 1, 1)[:3]](*values)
@@ -109,11 +112,16 @@ def ahead() -> Iterator[None]:
     """Compile what this thread would launch inside, all at once, and launch nothing. A kernel that cannot be compiled
     says so where it is launched.
     """
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, THREADS)) as pool:
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    with ThreadPoolExecutor(max(1, min(cores, THREADS))) as pool:
         with AsyncCompileMode(pool, ignore_errors=True) as mode:
             _thread.ahead = True
             try:
                 yield
+            except BaseException:
+                for each in mode.raw_futures:
+                    each.cancel()
+                raise
             finally:
                 _thread.ahead = False
             all_told(mode.raw_futures)

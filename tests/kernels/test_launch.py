@@ -3,6 +3,7 @@
 import re
 import threading
 import time
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from triton import knobs
+from triton.runtime._async_compile import active_mode
 
 from uvit_fast.kernels.runtime import compiling, launch
 from uvit_fast.kernels.tools import aot
@@ -94,6 +96,31 @@ def test_ahead_everything_is_compiled_and_nothing_launched():
         raise ZeroDivisionError
     run(new, x, 5)
     assert (new.compiled, len(new.ran)) == (1, 1)
+
+
+def test_what_another_thread_is_compiling_is_waited_for():
+    """Triton's cache, which all threads share, has a future until then."""
+    kernel, future, x = Kernel(), Future(), torch.zeros(64)
+    now = kernel[(3,)]
+    kernel.__class__ = type("Shared", (Kernel,), {"__getitem__": lambda self, grid: later})
+
+    def later(*args, **options):
+        future.set_result(now(*args, **options))
+        return triton.FutureKernel(lambda found: None, future)
+
+    run(kernel, x, 5)
+    run(kernel, x, 7)
+    assert kernel.compiled == 1 and len(kernel.ran) == 2
+
+
+def test_an_error_meanwhile_does_not_wait_for_what_is_left(monkeypatch):
+    monkeypatch.setattr(launch, "THREADS", 1)
+    began, asked = time.monotonic(), []
+    with pytest.raises(ZeroDivisionError), launch.ahead():
+        mode = active_mode.get()
+        asked += [mode.submit(i, lambda: time.sleep(0.2), lambda found: None) for i in range(20)]
+        raise ZeroDivisionError
+    assert time.monotonic() - began < 2 and asked[-1].future.cancelled()
 
 
 @triton.jit

@@ -4,6 +4,7 @@
 "reference" is plain PyTorch. The parameters are the same in every case, so a checkpoint does not depend on the choice.
 """
 
+import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import ModuleType
@@ -35,9 +36,12 @@ def fixed_weights() -> AbstractContextManager[None]:
 
 
 def compile_ahead(device: torch.device, run: Callable[[], object]) -> None:
-    """Compile at once what run() would launch on a GPU; nothing is launched, and its results mean nothing."""
+    """Compile at once what run() would launch on a GPU; nothing is launched, and its results mean nothing.
+
+    What fails, for want of memory or otherwise, fails where it is computed, or does not.
+    """
     if device.type == "cuda":
-        with fixed_weights(), _launch.ahead():
+        with contextlib.suppress(RuntimeError), fixed_weights(), _launch.ahead():
             run()
 
 

@@ -129,7 +129,8 @@ class Captures:
                 self._calls[key] += 1
                 seen = self._calls[key]
                 if seen == 1 and capturable(network):
-                    ops.compile_ahead(inputs[0].device, lambda: forward(network, *inputs))
+                    # twice: a capture launches early what reads weights that it has met
+                    ops.compile_ahead(inputs[0].device, lambda: [forward(network, *inputs) for _ in range(2)])
                 # Not at once, and ever more rarely if it fails: a shape that occurs once is not worth it.
                 if seen < 2 or seen & (seen - 1) or not self._capture(key, network, forward, inputs):
                     return None

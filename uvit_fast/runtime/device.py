@@ -59,4 +59,7 @@ def set_to(backend: Any, **values: object) -> Iterator[None]:
         yield
     finally:
         for name, value in before.items():
-            setattr(backend, name, value)
+            if name == "fp32_precision":
+                setattr(backend, name, "none")  # it follows torch.backends.fp32_precision again, if it did
+            if getattr(backend, name) != value:
+                setattr(backend, name, value)
