@@ -326,14 +326,67 @@ def test_a_sweep_is_told_its_command():
         load_config(CONFIGS / "ablations" / "digits.yaml")
 
 
-def test_an_error_that_an_override_makes_is_not_the_files(tmp_path):
-    """Neither a value's nor a combination's; the file's own are its own."""
-    for wrong in ("train.lr=-1", "sample.sampler=euler_maruyama", "train.lrr=1"):
+def test_an_error_that_an_override_makes_is_not_the_files():
+    """Neither a value's, nor a combination's, nor a key's that its section lacks."""
+    for wrong in ("train.lr=-1", "sample.sampler=euler_maruyama", "train.lrr=1", "evaluate={samples: 3}"):
         with pytest.raises(ConfigError, match="^--set: "):
             load_config(CONFIGS / "h2_256.yaml", [wrong])
-    (tmp_path / "x.yaml").write_text("base: digits\ntrain: {lr: -1}\n")
-    with pytest.raises(ConfigError, match="x.yaml: train.lr"):
-        load_config(tmp_path / "x.yaml", ["train.batch_size=3"])
+
+
+@pytest.mark.parametrize(
+    ("base", "top", "override", "expected"),
+    [  # the errors' beginnings, in the order of the sections
+        ("", "train: {batch_size: x}", "train.iterations=0", ["--set: train.it", "top.yaml: train.batch"]),
+        ("", "train: {batch_size: x}", "train.batch_size=y", ["--set: train.batch"]),
+        ("", "train: {batch_size: x}", "train.batch_size=3", []),
+        ("train: {lr: -1, grad_clip: x}", "train: {lr: 1}", "name=mine", ["base.yaml: train.grad"]),
+        ("train: {lr: -1}", "train: {lrr: 1}", "train={betas: [x, 1]}", [
+            "base.yaml: train.lr:", "--set: train.betas.0", "--set: train.betas.1", "top.yaml: train.lrr"]),
+        ("train: 3", "name: mine", "train.lr=1", ["override train.lr: train is a value, not a section"]),
+        ("sample: {sampler: euler_maruyama}", "name: mine", "train.lr=1", ["base.yaml: sample.sampler euler_"]),
+        ("name: base", "sample: {sampler: euler_maruyama}", "train.lr=1", ["top.yaml: sample.sampler euler_"]),
+        ("name: base", "evaluate: {samples: 3}", "train.lr=0", ["--set: train.lr", "top.yaml: evaluate.every:"]),
+    ],
+)  # fmt: skip
+def test_an_error_is_said_of_what_sets_it(base, top, override, expected, tmp_path):
+    """The overrides, the file, or the file's base, whatever else is wrong."""
+    (tmp_path / "base.yaml").write_text(f"base: digits\n{base}\n")
+    (tmp_path / "top.yaml").write_text(f"base: base.yaml\n{top}\n")
+    said = ""
+    try:
+        load_config(tmp_path / "top.yaml", [override])
+    except ConfigError as error:
+        said = str(error).replace(f"{tmp_path}/", "")
+    lines = said.splitlines()
+    assert len(lines) == len(expected) and all(map(str.startswith, lines, expected)), said
+
+
+def test_a_missing_key_is_said_of_the_file_that_leaves_it_out(tmp_path):
+    """Not of its base, which may leave it to others, nor of an override of another key of that section."""
+    (tmp_path / "base.yaml").write_text("name: base\n")
+    (tmp_path / "top.yaml").write_text("base: base.yaml\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(tmp_path / "top.yaml", ["train.lr=1"])
+    assert all(line.startswith(f"{tmp_path}/top.yaml: ") for line in str(error.value).splitlines())
+    assert "train.iterations: missing" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("base", "expected"),
+    [
+        ("", "expected a name or path, got None"),
+        ("''", "expected a name or path, got ''"),
+        ("[digits]", "expected a name or path, got ['digits']"),
+        ("{name: x}", "expected a name or path, got {'name': 'x'}"),
+        ("3", "expected a name or path, got 3"),
+        ("digit", "digit: no such config file; did you mean digits"),
+    ],
+)
+def test_a_base_is_a_name_or_path(base, expected, tmp_path):
+    (tmp_path / "x.yaml").write_text(f"base: {base}\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(tmp_path / "x.yaml")
+    assert str(error.value).startswith(f"{tmp_path}/x.yaml: base: {expected}")
 
 
 def test_missing_section_says_what_belongs_there(tmp_path):

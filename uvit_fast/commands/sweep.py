@@ -40,7 +40,7 @@ SMOOTH = 0.05  # share of a run over which a point of the loss curve, and the ta
 class Sweep(Section):
     """A file of configs/ablations: each member differs from `base` with `set` in one factor."""
 
-    base: str = Field(description="The config that everything varies: a path from this file, or a name.")
+    base: str = Field(min_length=1, description="The config that everything varies: a path from this file, or a name.")
     set: list[str] = Field([], description="Overrides of the base for all members, as section.key=value.")
     factors: dict[str, dict[str, list[Any]]] = Field(
         description="Factor -> keys -> values; several keys of a factor change together, the first one names the value."

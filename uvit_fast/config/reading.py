@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
@@ -59,6 +60,9 @@ CALLED_HERE = {
 }
 
 
+Layer = tuple[str | Path, dict[str, Any]]  # a place's name in messages, and what it sets
+
+
 def load_config(config: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
     """Read a YAML config.
 
@@ -73,14 +77,14 @@ def load_config(config: str | Path, overrides: Iterable[str] | Mapping[str, Any]
     """
     path = find_config(config)
     try:
-        tree = _with_bases(path, [])
+        *bases, (_, own) = _with_bases(path, [])
     except RecursionError:  # aliases that contain themselves
         raise ConfigError(f"{path}: nested too deeply; expected sections with keys") from None
-    return config_from(tree, config, overrides)
+    return _checked([*bases, (config, own)], overrides)
 
 
-def _with_bases(path: Path, above: list[Path]) -> dict[str, Any]:
-    """Return what a file holds, merged with its base, and that with its own.
+def _with_bases(path: Path, above: list[Path]) -> list[Layer]:
+    """Return what a file and its bases hold, the last base first.
 
     Args:
         above: the files that lead to it by their `base`.
@@ -90,12 +94,18 @@ def _with_bases(path: Path, above: list[Path]) -> dict[str, Any]:
     if "factors" in tree:
         raise ConfigError(f"{path}: a sweep, not one config; expected uvit-fast sweep --config {path}")
     if "base" not in tree:
-        return _by_names_of_today(tree)
-    base = find_config(str(tree.pop("base")), beside=path.parent)
+        return [(path, _by_names_of_today(tree))]
+    name = tree.pop("base")
+    if not (isinstance(name, str) and name.strip()):
+        raise ConfigError(f"{path}: base: expected a name or path, got {shown(name)}")
+    try:
+        base = find_config(name, beside=path.parent)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: base: {error}") from None
     if base.resolve() in above:
         way = " -> ".join(file.name for file in [*above[above.index(base.resolve()) :], base])
         raise ConfigError(f"{path}: base: {way} leads back to itself; expected a base that ends")
-    return _merge(_with_bases(base, above), _by_names_of_today(tree))
+    return [*_with_bases(base, above), (path, _by_names_of_today(tree))]
 
 
 def config_from(tree: dict[str, Any], source: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
@@ -104,28 +114,65 @@ def config_from(tree: dict[str, Any], source: str | Path, overrides: Iterable[st
     Args:
         source: its name in messages.
     """
+    return _checked([(source, tree)], overrides)
+
+
+def _checked(files: list[Layer], overrides: Iterable[str] | Mapping[str, Any]) -> Config:
+    """Return the config of files, bases first, and overrides. An error is said of the place that made it."""
     overrides = [overrides] if isinstance(overrides, str) else overrides
+    set_by, (source, _) = "overrides" if isinstance(overrides, Mapping) else "--set", files[-1]
     try:
-        own = tree = _by_names_of_today(tree)
+        stages = [*accumulate((_by_names_of_today(tree) for _, tree in files), _merge)]
+        tree, changes = stages[-1], dict[str, Any]()
         for key, value in overrides.items() if isinstance(overrides, Mapping) else map(_override, overrides):
-            tree = _merge(tree, _by_names_of_today(_nested(tree, key, value)))
+            change = _by_names_of_today(_nested(tree, key, value))
+            tree, changes = _merge(tree, change), _merge(changes, change)
         return Config.model_validate(tree)
     except ValidationError as error:
-        if tree is not own and _is_valid(own):
-            source = "overrides" if isinstance(overrides, Mapping) else "--set"
-        lines = [_explain(source, item) for item in error.errors()]
+        layers, stages = [*files, (set_by, changes)], [*stages, tree]
+        lines = [_explain(_made_by(item, layers, stages), item) for item in error.errors()]
         more = [f"{source}: and {len(lines) - 10} more"] if len(lines) > 10 else []
         raise ConfigError("\n".join(lines[:10] + more)) from None
     except RecursionError:
         raise ConfigError(f"{source}: nested too deeply; expected sections with keys") from None
 
 
-def _is_valid(tree: dict[str, Any]) -> bool:
+def _made_by(error: Any, layers: list[Layer], stages: list[dict[str, Any]]) -> str | Path:
+    """Return the name of the layer that one of pydantic's errors comes from: of a value, the last that sets it; of a
+    combination or a missing key, the first with which it is there, where a base may leave to others what it lacks.
+
+    Args:
+        layers: the files, bases first, and the overrides.
+        stages: the same, each merged with those before it.
+    """
+    setting = [i for i, (_, tree) in enumerate(layers) if _sets(tree, error["loc"])]
+    if error["type"] == "missing" or not setting or isinstance(error["input"], dict | Section):
+        first = len(layers) - 2 if error["type"] == "missing" else 0
+        setting = [next(i for i in range(first, len(layers)) if _is_in(stages[i], error))]
+    return layers[setting[-1]][0]
+
+
+def _sets(tree: Any, loc: tuple) -> bool:
+    """Return whether a tree has something at a place, or, in its stead, a value that holds it."""
+    for part in loc:
+        if not isinstance(tree, dict):
+            return True
+        if part in tree:
+            tree = tree[part]
+        elif part not in NETWORKS:
+            return False
+    return True
+
+
+def _is_in(tree: dict[str, Any], error: Any) -> bool:
+    """Return whether a tree has this error, too, or lacks the section of a key that is missing."""
     try:
         Config.model_validate(tree)
-    except ValidationError:
-        return False
-    return True
+    except ValidationError as found:
+        loc, what = error["loc"], [(item["loc"], item["type"], item["msg"]) for item in found.errors()]
+        above = [key for key, kind, _ in what if kind == error["type"] == "missing" and key == loc[: len(key)]]
+        return bool(above) or (loc, error["type"], error["msg"]) in what
+    return False
 
 
 def dump_config(config: Config) -> str:
