@@ -29,9 +29,9 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     with in_one_line():
         pipe = load(sys.argv[1])
-    seed = torch.Generator().manual_seed(0)
-    # guidance_scale counts as in diffusers: 1.4 is the paper's s = 0.4
-    images = pipe(class_labels=[GOLDEN_RETRIEVER, OTTER], guidance_scale=1.4, generator=seed).images
-    for name, image in zip(("golden_retriever", "otter"), images):
-        image.save(f"{name}.png")
-        print(f"wrote {name}.png")
+        seed = torch.Generator().manual_seed(0)
+        # guidance_scale counts as in diffusers: 1.4 is the paper's s = 0.4
+        images = pipe(class_labels=[GOLDEN_RETRIEVER, OTTER], guidance_scale=1.4, generator=seed).images
+        for name, image in zip(("golden_retriever", "otter"), images):
+            image.save(f"{name}.png")
+            print(f"wrote {name}.png")

@@ -113,6 +113,19 @@ def test_a_wrong_path_is_one_line(name, monkeypatch, capsys):
     assert stop.value.code == 2 and error.startswith(f"{program}: no") and error.count("\n") == 1
 
 
+def test_published_weights_that_cannot_be_sampled_or_saved_are_one_line(published, tmp_path, monkeypatch, capsys):
+    checkpoint, overrides = published
+    program, read = str(ROOT / "examples" / "published_weights.py"), load_config
+    monkeypatch.setattr(sys, "argv", [program, checkpoint])
+    monkeypatch.setattr("uvit_fast.load_config", lambda config, more: read(config, [*overrides, *more]))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "golden_retriever.png").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(program, run_name="__main__")
+    error = capsys.readouterr().err.splitlines()[-1]  # after the progress bar
+    assert stop.value.code == 2 and error == f"{program}: golden_retriever.png: Is a directory"
+
+
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_the_own_sampler_is_ddim(eta):
     """As diffusers has it, on the same times and noise, but for the last step's, which ours does not add."""
