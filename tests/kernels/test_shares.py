@@ -70,9 +70,10 @@ def test_choices_of_the_table_are_arguments_that_fit(case, features):
         stage = (128 + tokens * (1 + halves) + tail) * 128
         staging = 2 * min(tokens // (1 + halves), chosen.get("staging", sm90.STAGING)) * 128 + 2 * tail * 128
         staging *= chosen.get("pairs", 1)
-        assert chosen.get("stages", sm90.STAGES.get(tokens)) * stage + staging < 227 * 1024, (N, K, M)
+        used = chosen.get("stages", sm90.STAGES.get(tokens)) * stage + staging
+        assert used < 226 * 1024, (N, K, M)  # of 227 KB, one for barriers
         assert tokens + tail <= WIDEST
-        assert chosen.get("early", 4) is not True, "early says how many steps of weights are asked for"
+        assert chosen.get("early", 0) in (0, 4, 8), "early says how many steps of weights are asked for"
 
 
 def test_statistics_have_room_for_the_last_tile():
