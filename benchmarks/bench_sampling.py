@@ -14,14 +14,16 @@ graph. `forward:<S|M|L|H|USiT>:<batch>` is a plain call of the network, model(x,
 user's own loop; time, ms; up to 50 images, measured with the loop's case. `decode:<batch>` is decoding alone,
 ms_per_image.
 
-    --cases peers                all sizes and peers, the most informative first: by an estimate 20 minutes on an H200,
-                                 precompiled; then minutes for each of the last eight cases, which are not
+    --cases peers                all sizes and peers, the most informative first; how long, see below
     --cases essential            captured S, M, L, H at 500, with and without guidance, beside compiled; one image of H
     --cases 'S:*:nocfg:latent:ours' --batches 32,64,125,250 --evaluations 10     which batch is the fastest?
     --cases 'H:*:ours' --missing what matches <case>:<provider> and is not in the file for this commit
 
-Rows are written as they come. `--minutes` ends it in time; `python -m benchmarks.precompile` compiles in parallel
-before.
+Rows are written as they come; `--minutes` ends it in time. `peers` measures for 20 minutes on an H200, by an estimate,
+beside what it compiles. `python -m benchmarks.precompile` compiles in parallel before, but for the last eight cases,
+which take minutes each. What is fastest of inductor's variants is timed here, alone, all the same: 45 to 60 s for each
+of the 16 whole networks of compiled-graphs, 7 to 60 s for each of 12 of torchao-fp8 (measured), another 13 to 28
+minutes. `uvit-fast bench` does not precompile: by an estimate it takes an hour and a half.
 """
 
 import argparse

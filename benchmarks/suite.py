@@ -48,7 +48,7 @@ SUITE = [
     Bench("attention", ("", 90), ("--without compiled", 50)),
     Bench(
         "sampling",
-        ("--cases peers,usit", 3600),
+        ("--cases peers,usit", 5400),
         ("--cases *:500:nocfg:latent:* --providers ours,compiled --evaluations 5", 85),
     ),
     Bench("latency", ("--starts 3", 150), ("--sizes S --providers ours", 40)),

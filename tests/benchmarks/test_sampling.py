@@ -48,7 +48,17 @@ def test_the_essential_cases_hold_the_aims_and_their_peers():
 
 def test_every_size_and_batch_has_its_peers_and_the_most_telling_come_first():
     cases = select(bench_sampling.PRESETS["peers"], EVERY)
-    assert list(dict.fromkeys(c.size for c in cases)) == [*"HSLM"]
+    order = [(500, False), (1, False), (50, False), (8, False), (500, True), (1, True), (16, False)]  # batch, guided
+    loops, alone = ("eager", "compiled", "torchao-fp8"), ("compiled-graphs", "eager", "compiled")
+    runs = [(who, *call) for who in ("ours", "ours-fp8") for call in order]
+    runs += [(who, *call) for call in order for who in (alone if call[0] < 50 else loops[:-1] if call[1] else loops)]
+    found = [
+        (*call, [c.decoded for c in same]) for call, same in itertools.groupby(cases[:-16], lambda c: c[:3] + c[4:])
+    ]
+    decoded = {500: [False, True], 1: [False, True]}  # the others are measured as latents only
+    assert found == [
+        (size, batch, guided, who, decoded.get(batch, [False])) for size in "HSLM" for who, batch, guided in runs
+    ]
     for size, batch in itertools.product("SMLH", (500, 50, 8, 1)):
         few = {"compiled-graphs"} if batch <= models.MOST_IN_GRAPHS else set()
         wanted = {"ours", "ours-fp8", "eager", "compiled", "torchao-fp8"} | few
