@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from uvit_fast.runtime.errors import UserError
+
 COLUMNS = "date,commit,device,torch,triton,question,case,provider,dtype,batch,metric,unit,p20,p50,p80".split(",")
 RESULTS = Path(__file__).parent / "results"
 
@@ -21,6 +23,22 @@ RESULTS = Path(__file__).parent / "results"
 def report_folder(results: str | Path) -> Path:
     """Return where the report on a folder of rows goes: beside the committed ones, else among the rows."""
     return RESULTS.parent if Path(results).resolve() == RESULTS.resolve() else Path(results)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Return a file's rows.
+
+    Raises:
+        UserError: it is not a file of a benchmark's rows.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            if reader.fieldnames == COLUMNS:
+                return list(reader)
+    except (UnicodeDecodeError, csv.Error):
+        pass
+    raise UserError(f"{path}: expected rows of a benchmark, with columns {', '.join(COLUMNS[:5])}, ..., got other text")
 
 
 def need_gpu(parser: argparse.ArgumentParser, device: str = "cuda") -> None:
@@ -57,6 +75,9 @@ class Rows:
     Attributes:
         rows: of this run.
         before: of earlier runs, on this GPU or a CPU.
+
+    Raises:
+        UserError: such a file is there, but not of a benchmark's rows.
     """
 
     def __init__(self, question: str, folder: str | Path = RESULTS):
@@ -71,10 +92,8 @@ class Rows:
             "triton": triton.__version__,
             "question": question,
         }
-        self.before: list[dict[str, str]] = []
-        if self.path.is_file():
-            with open(self.path, newline="", encoding="utf-8-sig") as file:
-                self.before = [row for row in csv.DictReader(file) if self._may_stand_beside(row["device"])]
+        there = read_rows(self.path) if self.path.exists() else []
+        self.before = [row for row in there if self._may_stand_beside(row["device"])]
 
     def _may_stand_beside(self, device: str) -> bool:
         return "cpu" in (device, self.common["device"]) or device == self.common["device"]

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from benchmarks.common import RESULTS, report_folder
 from benchmarks.report import PLOTS
 from benchmarks.results import MEMORY_A100, SAMPLING_A100, Results
 from uvit_fast.commands.drawing import INK, pyplot
+from uvit_fast.runtime.errors import UserError, in_one_line
 
 COLOURS = {  # colour-blind safe (Okabe and Ito)
     "published": "#999999",
@@ -22,6 +24,8 @@ COLOURS = {  # colour-blind safe (Okabe and Ito)
     "flash_attn": "#d55e00",
     "flash": "#f0e442",
 }
+MARK = {"Software": "uvit-fast"}  # of our pictures
+COMMITTED = report_folder(RESULTS) / PLOTS
 LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}  # keeps lines from crossing out a number
 MARKERS = {"ours": "o", "eager": "s", "compiled": "^", "torchao-fp8": "D"}
 KEPT = {  # policy of activation checkpointing -> fill of a marker, and its label
@@ -242,30 +246,53 @@ FIGURES = {
 }
 
 
+def check(results: Path, names: Iterable[str]) -> None:
+    """Raise if a picture would replace another program's.
+
+    Args:
+        results: the folder of the rows.
+        names: of the pictures; those that are not in FIGURES do not count.
+
+    Raises:
+        UserError: it would.
+        OSError: what is there cannot be read.
+    """
+    folder = report_folder(results) / PLOTS
+    paths = [folder / f"{name}.png" for name in names if name in FIGURES]
+    there = {*folder.iterdir()} if paths and folder.exists() else set()
+    for path in there.intersection(paths):
+        if folder != COMMITTED and MARK["Software"].encode() not in path.read_bytes()[:1000]:
+            raise UserError(f"{path}: expected a plot of the benchmarks, or none, got another; give another folder")
+
+
 def write(results: Path = RESULTS) -> list[Path]:
-    """Write plots/<name>.png beside the report (`report_folder`), for whatever was measured; remove outdated pictures.
+    """Write plots/<name>.png beside the report (`report_folder`), for whatever was measured; of the committed pictures,
+    remove those of what is measured no more.
 
     Raises:
         ImportError: matplotlib is not installed; the message names the extra.
+        UserError, OSError: as `check`.
     """
     close = pyplot().close
-    folder, written = report_folder(results) / PLOTS, []
-    found = Results(results)
-    for name, draw in FIGURES.items():
+    folder, found = report_folder(results) / PLOTS, Results(results)
+    figures = {name: draw(found) for name, draw in FIGURES.items()}
+    check(results, [name for name, figure in figures.items() if figure is not None])
+    written = []
+    for name, figure in figures.items():
         path = folder / f"{name}.png"
-        figure = draw(found)
-        if figure is None:
+        if figure is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, dpi=150, metadata=MARK)
+            close(figure)
+            written.append(path)
+        elif folder == COMMITTED:
             path.unlink(missing_ok=True)
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150, metadata={"Software": None})
-        close(figure)
-        written.append(path)
     return written
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
-    for path in write(parser.parse_args().results):
-        print(path)
+    with in_one_line():
+        for path in write(parser.parse_args().results):
+            print(path)

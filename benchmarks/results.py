@@ -1,6 +1,5 @@
 """The CSV files of benchmarks/results, read for tables and plots, and the published figures."""
 
-import csv
 import functools
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -9,8 +8,9 @@ from typing import NamedTuple
 import torch
 
 from benchmarks import models
-from benchmarks.common import RESULTS
+from benchmarks.common import RESULTS, read_rows
 from uvit_fast import build_model
+from uvit_fast.runtime.errors import UserError
 from uvit_fast.training.monitor import PEAK_FLOPS, forward_flops
 
 # Appendix: seconds on one A100 for 500 samples of 50 evaluations, without guidance; twice that with it. Batch,
@@ -66,8 +66,10 @@ class Results:
         self.folder = Path(folder)
         self.rows: dict[str, list[dict[str, str]]] = {}
         for path in sorted(self.folder.glob("*.csv")):
-            with open(path, newline="", encoding="utf-8-sig") as file:
-                rows = list(csv.DictReader(file))
+            try:
+                rows = read_rows(path)
+            except UserError:  # another program's
+                continue
             dated = sorted(rows, key=lambda row: row["date"])
             last = {(row["case"], row["metric"]): row["device"] for row in dated}
             mine = [row for row in dated if row["device"] == last[row["case"], row["metric"]]]

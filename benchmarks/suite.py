@@ -17,7 +17,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import RESULTS, Rows
+from benchmarks import plot
+from benchmarks import report as tables
+from benchmarks.common import RESULTS, Rows, read_rows
+from benchmarks.results import Results
 from uvit_fast.commands.arguments import Parser
 from uvit_fast.commands.bench import EXAMPLE, arguments
 from uvit_fast.runtime.errors import UserError, words
@@ -162,13 +165,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.out = (args.out or RESULTS).resolve()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    rows = Rows("suite", args.out)
-    known = [row for row in rows.before if row["device"] == (device or "cpu")]
-    measured = {row["case"]: float(row["p50"]) for row in known}
     only = [name for name in args.only.split(",") if name]
     try:
+        rows = Rows("suite", args.out)
+        known = [row for row in rows.before if row["device"] == (device or "cpu")]
+        measured = {row["case"]: float(row["p50"]) for row in known}
         plans, left_out = plan(torch.cuda.device_count(), args.quick, only, measured)
         args.out.mkdir(parents=True, exist_ok=True)  # or all would be measured for nothing
+        check(args.out, [p.name for p in plans])
     except (UserError, OSError) as error:
         parser.error(words(error))
     known_here = any(case(p.name, p.arguments) in measured for p in plans)
@@ -185,11 +189,21 @@ def main(argv: list[str] | None = None) -> int:
     return int(bool(failed))
 
 
+def check(out: Path, names: list[str]) -> None:
+    """Raise a UserError or OSError if the rows, report or plots would replace files of others.
+
+    Args:
+        names: of the benchmarks that will run.
+    """
+    for path in (out / f"{name}.csv" for name in names):
+        if path.exists():
+            read_rows(path)
+    tables.check(out)
+    plot.check(out, {*names, *Results(out).rows})
+
+
 def report(out: Path) -> None:
     """Write the tables, and the plots if matplotlib is installed."""
-    from benchmarks import plot
-    from benchmarks import report as tables
-
     if find_spec("matplotlib"):
         print(f"wrote {len(plot.write(out))} plots")
     else:

@@ -8,6 +8,7 @@ import pytest
 from benchmarks import plot, report, table
 from benchmarks.common import COLUMNS, Rows
 from benchmarks.results import Results, image_flops
+from uvit_fast.runtime.errors import UserError
 
 
 def results(folder, question, *rows, device="NVIDIA H100 80GB HBM3"):
@@ -154,8 +155,9 @@ def test_memory_stands_beside_the_published_figure(tmp_path):
     assert cells(memory, "L:128:none")[1:] == ["53.0", "47.4", "–", "20.0", "30.0", "1.50× compiled"]
 
 
-def test_every_plot_is_drawn_from_what_there_is_and_no_plot_of_nothing(tmp_path):
+def test_every_plot_is_drawn_from_what_there_is_and_no_plot_of_nothing(tmp_path, monkeypatch):
     folder = tmp_path / "results"
+    monkeypatch.setattr(plot, "COMMITTED", folder / "plots")
     results(folder, "memory", ("H:128:block", "ours", "peak", 13.6), ("H:128:block", "ours", "static", 10.0))
     results(folder, "sampling", ("S:500:nocfg:latent", "ours", "time", 2.0))
     (folder / "plots").mkdir()
@@ -164,6 +166,25 @@ def test_every_plot_is_drawn_from_what_there_is_and_no_plot_of_nothing(tmp_path)
     assert {path.stem for path in (folder / "plots").iterdir()} == {"memory", "sampling"}
     text = report.text(Results(folder), folder)
     assert "(plots/memory.png)" in text and "(plots/ops.png)" not in text
+
+
+def test_files_of_others_among_the_rows_stay(tmp_path):
+    """Pictures of what was not measured and tables are no part of the report; what would be replaced is refused."""
+    results(tmp_path, "memory", ("H:128:block", "ours", "peak", 13.6), ("H:128:block", "ours", "static", 10.0))
+    ours, theirs = (tmp_path / "plots" / f"{name}.png" for name in ("memory", "training"))
+    theirs.parent.mkdir()
+    theirs.write_bytes(b"a user's")
+    (tmp_path / "training.csv").write_text("epoch,loss\n1,2\n")
+    assert plot.write(tmp_path) == plot.write(tmp_path) == [ours]  # the second time over its own
+    assert report.write(tmp_path) == report.write(tmp_path) == tmp_path / "REPORT.md"
+    text = (tmp_path / "REPORT.md").read_text()
+    assert theirs.read_bytes() == b"a user's" and "(plots/memory.png)" in text and "(plots/training.png)" not in text
+    (tmp_path / "REPORT.md").write_text("# Benchmarks\n\nof a user")
+    ours.write_bytes(b"a user's")
+    for write, name in ((plot.write, "plots/memory.png"), (report.write, "REPORT.md")):
+        with pytest.raises(UserError, match=f"{name}: expected a .* of the benchmarks, or none"):
+            write(tmp_path)
+    assert ours.read_bytes() == b"a user's" and (tmp_path / "REPORT.md").read_text() == "# Benchmarks\n\nof a user"
 
 
 def test_a_fine_tuning_stands_beside_the_training_of_all_weights(tmp_path):

@@ -104,5 +104,29 @@ def test_all_of_a_run_goes_into_its_folder(tmp_path, monkeypatch, capsys):
     assert "data; about 1 min (" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["REPORT.md", "data.csv", "suite.csv", "plots/scaling.png", "plots"])
+def test_what_would_replace_a_users_file_is_not_begun(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(suite, "run", lambda plans, out, rows: pytest.fail("measured"))
+    monkeypatch.setattr(suite, "plan", lambda *_: ([Plan("data", "", 1), Plan("scaling", "", 1)], []))
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("the user's")
+    with pytest.raises(SystemExit) as stop:
+        suite.main(["--out", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and f"{tmp_path / name}: expected" in error and error.count("\n") == 1
+    assert (tmp_path / name).read_text() == "the user's"
+
+
+def test_files_that_a_run_would_not_replace_are_no_reason_to_refuse_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(suite, "run", lambda plans, out, rows: [])
+    theirs = [tmp_path / name for name in ("plots/training.png", "ops.csv", "notes.csv")]
+    for path in theirs:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("the user's")
+    for _ in range(2):  # the second time over its own report
+        assert suite.main(["--only", "data", "--out", str(tmp_path)]) == 0
+    assert {path.read_text() for path in theirs} == {"the user's"}
+
+
 def test_the_committed_rows_have_their_report_beside_them():
     assert common.report_folder(common.RESULTS) == common.RESULTS.parent
