@@ -9,15 +9,13 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
 
 from tests.clip import save_clip
 from tests.recorded import RecordedGraphs
-from tests.test_config import CONFIGS, PARAMETERS
-from uvit_fast import build_model, cli, load_config
-from uvit_fast.config import Config
+from uvit_fast import build_model, load_config
 from uvit_fast.data.autoencoders import vae_identity
 from uvit_fast.data.encoders import load_clip
 from uvit_fast.diffusion.guidance import Guidance
 from uvit_fast.kernels.ops import fp8_block
 from uvit_fast.model.fp8 import Fp8UViT
-from uvit_fast.pipeline import UViTModel, UViTPipeline, make_pipeline
+from uvit_fast.pipeline import UViTPipeline, make_pipeline
 from uvit_fast.provenance import Provenance, read
 from uvit_fast.sampling import rounding
 from uvit_fast.sampling.captured import GraphSampler
@@ -320,78 +318,6 @@ def test_with_a_generator_a_sample_an_image_depends_on_its_own():
     both = pipe(num_images=2, generator=[seeded(1), seeded(2)], output_type="latent").images
     alone = pipe(num_images=1, generator=[seeded(2)], output_type="latent").images
     torch.testing.assert_close(both[1:], alone, rtol=1e-4, atol=1e-4)
-
-
-def published_parameters(cfg: Config) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of a published checkpoint, written from the architecture alone."""
-    m = cfg.model
-    D, blocks = m.embed_dim, m.depth // 2
-    shapes = {"patch_embed.proj.weight": (D, m.in_chans, m.patch_size, m.patch_size), "patch_embed.proj.bias": (D,)}
-    tokens = 1 + (m.img_size // m.patch_size) ** 2
-    if m.num_classes:
-        shapes["label_emb.weight"], tokens = (m.num_classes, D), tokens + 1
-    if m.context_dim:
-        shapes |= {"context_embed.weight": (D, m.context_dim), "context_embed.bias": (D,)}
-        tokens += m.context_tokens
-    shapes["pos_embed"] = (1, tokens, D)
-    linear = {"attn.proj": (D, D), "mlp.fc1": (4 * D, D), "mlp.fc2": (D, 4 * D)}
-    prefixes = [f"in_blocks.{i}" for i in range(blocks)] + ["mid_block"] + [f"out_blocks.{i}" for i in range(blocks)]
-    for prefix in prefixes:
-        shapes |= {f"{prefix}.norm{i}.{part}": (D,) for i in (1, 2) for part in ("weight", "bias")}
-        shapes[f"{prefix}.attn.qkv.weight"] = (3 * D, D)
-        here = linear | ({"skip_linear": (D, 2 * D)} if prefix.startswith("out") else {})
-        for name, (out, inputs) in here.items():
-            shapes |= {f"{prefix}.{name}.weight": (out, inputs), f"{prefix}.{name}.bias": (out,)}
-    pixels = m.patch_size**2 * m.in_chans
-    shapes |= {"norm.weight": (D,), "norm.bias": (D,)}
-    shapes |= {"decoder_pred.weight": (pixels, D), "decoder_pred.bias": (pixels,)}
-    if m.conv:
-        shapes |= {"final_layer.weight": (m.in_chans, m.in_chans, 3, 3), "final_layer.bias": (m.in_chans,)}
-    return shapes
-
-
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_each_published_checkpoint_becomes_a_folder_and_comes_back(name, tmp_path, capsys):
-    """Names and shapes at full size; every value, narrow: .pth -> folder -> .pth,
-    and the folder knows how to sample.
-    """
-    cfg = load_config(CONFIGS / f"{name}.yaml")
-    with torch.device("meta"):
-        full = UViTModel(**cfg.model.model_dump()).state_dict()
-    assert {k: tuple(v.shape) for k, v in full.items()} == published_parameters(cfg)
-
-    overrides = ["model.embed_dim=64", "model.num_heads=1"]
-    narrow = load_config(CONFIGS / f"{name}.yaml", overrides)
-    g = seeded()
-    state = {k: torch.randn(shape, generator=g) for k, shape in published_parameters(narrow).items()}
-    torch.save(state, tmp_path / "published.pth")
-    convert = ["convert", "--config", str(CONFIGS / f"{name}.yaml"), "--set", overrides[0], "--set", overrides[1]]
-    convert += ["--vae", "none", "--clip", "none"]
-    assert cli.main([*convert, "--checkpoint", str(tmp_path / "published.pth"), "--out", str(tmp_path / "pipe")]) == 0
-    assert cli.main([*convert, "--checkpoint", str(tmp_path / "pipe"), "--out", str(tmp_path / "back.pth")]) == 0
-    back = torch.load(tmp_path / "back.pth", weights_only=True)
-    assert back.keys() == state.keys() and all(torch.equal(back[k], state[k]) for k in state)
-
-    pipe, sample = UViTPipeline.from_pretrained(tmp_path / "pipe"), cfg.sample
-    assert (pipe.scheduler.config.schedule, pipe.scheduler.config.sampler) == (cfg.diffusion.schedule, sample.sampler)
-    assert pipe.config.scale_factor == (cfg.latent.scale_factor if cfg.latent else 1)
-    assert (pipe.config.null_label, pipe.config.guidance_scale) == (cfg.null_label, 1 + sample.guidance_scale)
-
-
-def test_convert_takes_a_text_models_encoder(tmp_path, capsys):
-    small = [*SMALL, "model.context_dim=16", "model.context_tokens=8"]
-    cfg, clip = load_config("configs/s2_coco.yaml", small), save_clip(tmp_path / "clip")
-    torch.save(build_model(cfg).state_dict(), tmp_path / "x.pth")
-    sets = [part for override in small for part in ("--set", override)]
-    convert = ["convert", "--checkpoint", str(tmp_path / "x.pth"), "--vae", "none", "--clip", clip]
-    assert cli.main([*convert, "--config", "configs/s2_coco.yaml", *sets, "--out", str(tmp_path / "pipe")]) == 0
-    pipe = UViTPipeline.from_pretrained(tmp_path / "pipe")
-    pipe.set_progress_bar_config(disable=True)
-    assert pipe(prompt="a b", output_type="latent").images.shape == (1, 4, 8, 8)
-    with pytest.raises(ValueError, match="the pipeline has no vae to decode with; expected 'latent'"):
-        pipe(prompt="a b")
-    assert cli.main([*convert, "--config", "configs/s2_cifar10.yaml", "--out", str(tmp_path / "no")]) == 2
-    assert "--clip: s2_cifar10 takes no text" in capsys.readouterr().err
 
 
 def test_unconditional_models_take_a_number_of_images():
