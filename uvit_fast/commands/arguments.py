@@ -16,9 +16,7 @@ from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.text import cut, printable, shown
 
 PIPELINE_FILES = ("model_index.json", "model/config.json", "scheduler/scheduler_config.json")
-
-
-WEIGHTS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
+WEIGHTS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")  # what files of weights are called
 
 
 class Parser(argparse.ArgumentParser):
