@@ -4,9 +4,6 @@ For eager code, whose Python takes longer than the kernels if images are few. Wh
 recomputed, they are called one by one.
 """
 
-import contextlib
-from collections.abc import Iterator
-from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor
@@ -16,18 +13,9 @@ from uvit_fast.kernels.ops import attention as attention_op
 from uvit_fast.kernels.ops import linear_residual, ln_linear, ln_mlp, proj_ln_mlp, skip_linear
 from uvit_fast.kernels.runtime.device import interpreting
 from uvit_fast.kernels.runtime.op import Eager, is_last_backward, is_watched, learns, wants_gradient
+from uvit_fast.runtime.flags import Flag
 
-_one_by_one: ContextVar[bool] = ContextVar("one_by_one", default=False)
-
-
-@contextlib.contextmanager
-def one_by_one() -> Iterator[None]:
-    """Run no whole block while open: what its ops keep is chosen per op."""
-    token = _one_by_one.set(True)
-    try:
-        yield
-    finally:
-        _one_by_one.reset(token)
+one_by_one = Flag("one_by_one")  # no whole block runs: what its ops keep is chosen per op
 
 
 def run(
@@ -49,7 +37,7 @@ def run(
         (B, L, D) and its sums, and with them gradients, bit for bit those of the ops; None if the ops must be called:
         some cannot run, or are watched.
     """
-    if is_watched(x) or _one_by_one.get() or not (x.device.type == "cuda" or interpreting()):
+    if is_watched(x) or one_by_one or not (x.device.type == "cuda" or interpreting()):
         return None
     joined, *others = layers
     layers = joined or Linear(None), *others

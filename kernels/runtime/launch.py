@@ -26,6 +26,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from uvit_fast.kernels.runtime.compiling import all_told, told
 from uvit_fast.kernels.runtime.device import guard, interpreting
+from uvit_fast.runtime.flags import Flag
 
 
 def cdiv(a: int, b: int) -> int:
@@ -40,10 +41,10 @@ THREADS = 16  # that compile: each holds Python's lock for a part of its time on
 class _Thread(threading.local):
     def __init__(self):
         self.ready: set[int] = set()  # devices whose context is current in this thread, or was
-        self.ahead = False  # whether it launches nothing, within `ahead`
 
 
 _thread = _Thread()
+_rehearsing = Flag("rehearsing")  # nothing is launched
 
 
 class _Listener(threading.local):
@@ -86,7 +87,7 @@ def run(device: torch.device, kernel: Any, grid: tuple[int, ...], args: tuple, o
             run_it = kernel[grid] if listener.here is None else listener.here.interpreted(kernel[grid])
             run_it(*args, **options)
             return
-        if _thread.ahead:
+        if _rehearsing:
             kernel.warmup(*args, grid=grid, **options)
             return
         names, constant = _parameters.get(id(kernel)) or _read_parameters(kernel)
@@ -115,15 +116,13 @@ def ahead() -> Iterator[None]:
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     with ThreadPoolExecutor(max(1, min(cores, THREADS))) as pool:
         with AsyncCompileMode(pool, ignore_errors=True) as mode:
-            _thread.ahead = True
             try:
-                yield
+                with _rehearsing():
+                    yield
             except BaseException:
                 for each in mode.raw_futures:
                     each.cancel()
                 raise
-            finally:
-                _thread.ahead = False
             all_told(mode.raw_futures)
 
 

@@ -6,10 +6,8 @@ PyTorch. The recording is made while the op runs, so it needs no knowledge of th
 written.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from uvit_fast.kernels.runtime import device as devices
 from uvit_fast.kernels.runtime import launch, once
 from uvit_fast.kernels.runtime.launch import cdiv
+from uvit_fast.runtime.flags import Flag
 
 MOST = 64  # kinds of tensors per op; ten programs serve a network and its training
 ALIGNED = 512  # bytes, as PyTorch's allocator aligns
@@ -26,17 +25,7 @@ ALONE = 32 << 20  # bytes; what is larger has memory of its own, which others ca
 _PLAIN = (Tensor, torch.nn.Parameter)
 _ALLOCATIONS = {"aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty_strided"}
 _HOST_READS = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero"}
-_suspended: ContextVar[bool] = ContextVar("suspended", default=False)
-
-
-@contextlib.contextmanager
-def suspended() -> Iterator[None]:
-    """Run ops as written while open: what they do depends on more than their arguments."""
-    token = _suspended.set(True)
-    try:
-        yield
-    finally:
-        _suspended.reset(token)
+suspended = Flag("suspended")  # ops run as written: what they do depends on more than their arguments
 
 
 def free(t: Tensor) -> None:
@@ -74,7 +63,7 @@ class Programs:
         """Return what the function gives for arguments of this kind."""
         device = args[0].device
         program = self._known.get(kind)
-        if kind is None or _suspended.get() or is_in_torch_dispatch_mode() or not launch.is_direct(device):
+        if kind is None or suspended or is_in_torch_dispatch_mode() or not launch.is_direct(device):
             return self.function(*args)
         if program is not None:
             return program.run(args, device)

@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from uvit_fast.model import ops
-from uvit_fast.runtime.graphs import CudaGraphs, Graphs, allowed, current, is_recording, recording
+from uvit_fast.runtime.graphs import CudaGraphs, Graphs, allowed, current, recording
 from uvit_fast.runtime.hooks import HOOKS, hooked, hooked_everywhere
 
 MOST = 8  # shapes kept
@@ -152,7 +152,7 @@ class Captures:
         x = inputs[0]
         if not all(v is None or type(v) in _PLAIN for v in inputs) or x is None or not x.numel():
             return False
-        if self.graphs.why_not(x.device) or is_recording() or "_is_replica" in network.__dict__:  # DataParallel's
+        if self.graphs.why_not(x.device) or recording or "_is_replica" in network.__dict__:  # DataParallel's
             return False
         watched = is_in_torch_dispatch_mode() or torch._C._functorch.peek_interpreter_stack() is not None
         if watched or forward_ad._current_level >= 0 or torch.jit.is_tracing():

@@ -5,12 +5,13 @@ import functools
 import gc
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 
 from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.flags import Flag
 
 
 def allowed() -> bool:
@@ -21,26 +22,7 @@ def allowed() -> bool:
     return asked == "1"
 
 
-class _Recording(threading.local):
-    depth = 0
-
-
-_recording = _Recording()
-
-
-@contextlib.contextmanager
-def recording() -> Iterator[None]:
-    """Run everything in this thread as written while open: it is being recorded, or rehearsed for that."""
-    _recording.depth += 1
-    try:
-        yield
-    finally:
-        _recording.depth -= 1
-
-
-def is_recording() -> bool:
-    """Return whether this thread is within `recording`."""
-    return _recording.depth > 0
+recording = Flag("recording")  # all runs as written: it is being recorded, or rehearsed for that
 
 
 def current(device: torch.device) -> contextlib.AbstractContextManager:
