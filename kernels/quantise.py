@@ -77,12 +77,25 @@ class Inputs(NamedTuple):
     products: Tensor  # (K, K) fp32, the sum of x x^T
 
     def plus(self, x: Tensor, rstd: Tensor | None) -> "Inputs":
-        """Return these and those of x (M, K) e4m3 and rstd (M,) fp32. Tensor cores sum: TF32 holds e4m3 exactly,
-        and e4m3 times rstd to 2^-11.
+        """Return these and those of x (M, K) e4m3 and rstd (M,) fp32.
+
+        A GPU sums products of bf16, which holds e4m3 exactly, and rstd^2 e4m3 in two parts to 2^-17: TF32 would be a
+        setting of the whole process.
         """
-        x = x.to(ACCUMULATE) if rstd is None else x.to(ACCUMULATE) * rstd[:, None]
-        with set_to(torch.backends.cuda.matmul, fp32_precision="tf32"):
-            return Inputs(self.tokens + len(x), self.total + x.sum(0), self.products.addmm(x.t(), x))
+        wide = x.to(ACCUMULATE) if rstd is None else x.to(ACCUMULATE) * rstd.unsqueeze(1)
+        products = self.products
+        if x.device.type == "cuda":
+            for part in [x.bfloat16()] if rstd is None else two_parts(wide * rstd.unsqueeze(1)):
+                products = torch.addmm(products, part.t(), x.bfloat16(), out_dtype=ACCUMULATE)
+        else:
+            products = products.addmm(wide.t(), wide)
+        return Inputs(self.tokens + len(x), self.total + wide.sum(0), products)
+
+
+def two_parts(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x, fp32, as two bf16 tensors whose sum it is to 2^-17 of itself."""
+    large = x.bfloat16()
+    return large, (x - large).bfloat16()
 
 
 def unseen(features: int, device: torch.device) -> Inputs:

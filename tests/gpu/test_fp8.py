@@ -15,7 +15,7 @@ from uvit_fast.kernels.attention import sm90_forward, sm90_tiles
 from uvit_fast.kernels.gemm import fp8, sm90_fp8
 from uvit_fast.kernels.layernorm import added, fold
 from uvit_fast.kernels.ops import fp8_block
-from uvit_fast.kernels.quantise import E4M3, narrow
+from uvit_fast.kernels.quantise import E4M3, narrow, unseen
 from uvit_fast.model.cached import sublayers
 from uvit_fast.model.fp8 import Fp8UViT
 from uvit_fast.model.uvit import UViT
@@ -90,6 +90,15 @@ def test_statistics_quantise_what_they_read():
     stats = fold.statistics(x, None, made8)[:, :1290]
     assert torch.allclose(stats, cases.statistics(x)[:, :1290], rtol=1e-4, atol=1e-5)
     assert torch.equal(made8.view(torch.uint8), narrow(x).view(torch.uint8))
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_inputs_are_summed_as_in_fp64(folded):
+    """By no setting of the process; rstd's second part counts: without it they would be off by 3e-4."""
+    x, rstd = narrow(torch.randn(8256, 1152, device="cuda") * 4 + 0.5), torch.rand(8256, device="cuda") + 0.5
+    _, total, products = unseen(1152, x.device).plus(x, rstd if folded else None)
+    exact = x.float().double() * (rstd[:, None] if folded else 1)
+    assert off(products, exact.t() @ exact) < 1e-4 and off(total, exact.sum(0)) < 1e-5
 
 
 @pytest.mark.parametrize("D", [512, 1152])

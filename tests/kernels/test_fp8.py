@@ -5,6 +5,7 @@ PyTorch.
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.kernels import fp8_cases as cases
 from uvit_fast.kernels.gemm import fp8
@@ -14,6 +15,7 @@ from uvit_fast.kernels.ops import attention, fp8_block, linear_residual, ln_line
 from uvit_fast.kernels.quantise import (
     E4M3,
     LARGEST,
+    Inputs,
     balanced,
     compensated,
     narrow,
@@ -21,6 +23,7 @@ from uvit_fast.kernels.quantise import (
     quantise,
     rounded,
     scaled,
+    two_parts,
     two_sources,
     unseen,
 )
@@ -97,6 +100,26 @@ def test_weights_rounded_for_their_inputs_err_less_on_others_like_them(folded):
     assert error(found).norm() < 0.35 * alone.norm()
     assert error(found).mean(0).norm() < 0.1 * alone.mean(0).norm()
     assert found.weight.dtype == E4M3 and torch.equal(found.rows[1], layer.rows[1])
+
+
+def test_two_parts_of_bf16_hold_twice_its_digits():
+    torch.manual_seed(0)
+    x = torch.randn(10_000) * torch.logspace(-8, 8, 10_000)
+    large, small = two_parts(x)
+    assert large.dtype == small.dtype == torch.bfloat16
+    assert ((large.double() + small.double() - x).abs() <= 2**-17 * x.abs()).all()
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_gpu_sums_inputs_in_fp32(folded):
+    """By shapes and dtypes alone: the values are a test's that has a GPU."""
+    with FakeTensorMode():
+        x = torch.empty(500, 192, device="cuda", dtype=E4M3)
+        rstd = torch.empty(500, device="cuda") if folded else None
+        none = Inputs(0, torch.empty(192, device="cuda"), torch.empty(192, 192, device="cuda"))
+        tokens, total, products = none.plus(x, rstd).plus(x, rstd)
+    assert (tokens, total.shape, products.shape) == (1000, (192,), (192, 192))
+    assert total.dtype == products.dtype == torch.float32 and products.is_cuda
 
 
 def test_inputs_that_are_all_zero_round_each_weight_by_itself():
