@@ -21,6 +21,7 @@ from benchmarks.common import RESULTS, Rows, need_gpu
 from uvit_fast.kernels.attention import sm80 as attention_ampere
 from uvit_fast.kernels.ops.attention import attention, reference
 from uvit_fast.kernels.tools.tune import times
+from uvit_fast.runtime.errors import in_one_line
 
 BATCH = 128
 SHAPES = [  # tokens, heads, head dim
@@ -82,6 +83,7 @@ def plain_triton(qkv: Tensor, dout: Tensor) -> dict[str, list[float]]:
     }
 
 
+@in_one_line()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default=RESULTS, help="folder of the CSV file")

@@ -22,6 +22,7 @@ from uvit_fast.config import Config
 from uvit_fast.diffusion.caching import Plan
 from uvit_fast.diffusion.stages import Sampler
 from uvit_fast.model.cached import sublayers
+from uvit_fast.runtime.errors import in_one_line
 from uvit_fast.sampling.captured import GraphSampler
 
 STEPS = 50
@@ -68,6 +69,7 @@ def bench(rows: Rows, case: str, provider: str, cfg: Config, graphs: GraphSample
     rows.add(case, provider, [share], metric="reused", unit="%", **common)
 
 
+@in_one_line()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="H")

@@ -23,6 +23,7 @@ from uvit_fast.data import shards
 from uvit_fast.data.dali import DaliImages, why_not
 from uvit_fast.data.image_folder import ImageFolder
 from uvit_fast.data.latents import Latents
+from uvit_fast.runtime.errors import in_one_line
 
 BATCH = 256
 
@@ -107,6 +108,7 @@ def decoders(rows: Rows, folder: Path, sizes: list[int], threads: int) -> None:
     os.sched_setaffinity(0, cores)
 
 
+@in_one_line()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--items", type=int, default=20_000, help="posteriors in each layout")

@@ -15,6 +15,7 @@ from benchmarks.common import RESULTS, Rows, measure, seconds
 from uvit_fast.evaluation.features import InceptionFeatures
 from uvit_fast.evaluation.inception import Inception
 from uvit_fast.evaluation.metrics import RunningStatistics, frechet_distance, precision_recall
+from uvit_fast.runtime.errors import in_one_line
 
 DIM = 2048
 
@@ -61,6 +62,7 @@ def distances(rows: Rows, device: torch.device, samples: int, reference: int, re
     )
 
 
+@in_one_line()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=50_000)

@@ -33,6 +33,7 @@ from benchmarks.bench_sampling import kl
 from benchmarks.common import RESULTS, Rows, known
 from benchmarks.first_image import BEGAN
 from uvit_fast.build import build_model
+from uvit_fast.runtime.errors import in_one_line
 
 PRECISIONS = {"ours": "bf16", "ours-fp8": "fp8"}  # by provider
 SAMPLER = ["sample.sampler=dpm_fast", "sample.steps=50", "sample.guidance_scale=0"]
@@ -72,6 +73,7 @@ def started(size: str, provider: str, folder: str, more: list[str], images: int,
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+@in_one_line()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="H,S")

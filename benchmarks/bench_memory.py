@@ -24,6 +24,7 @@ from benchmarks import models
 from benchmarks.bench_training import Ours, config
 from benchmarks.common import RESULTS, Rows, known
 from uvit_fast import build_model, load_config
+from uvit_fast.runtime.errors import in_one_line
 from uvit_fast.training.captured import Captured
 
 ATTENTION = {"paper": "math", "paper-efficient": "sdpa"}
@@ -138,6 +139,7 @@ def measure(rows: Rows, size: str, provider: str, policies: tuple[str, ...], arg
             add("reserved", torch.cuda.max_memory_reserved() - others + static)
 
 
+@in_one_line()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="L,H")

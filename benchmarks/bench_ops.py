@@ -36,6 +36,7 @@ from uvit_fast.kernels.runtime.device import forced
 from uvit_fast.kernels.tools.tune import times
 from uvit_fast.model import ops
 from uvit_fast.model.uvit import Block
+from uvit_fast.runtime.errors import in_one_line
 
 TOKENS, BATCH = 33024, 128
 OURS = ("ours", "ours-loop", "ours-fp8")
@@ -209,6 +210,7 @@ def host_milliseconds(f) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
+@in_one_line()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dims", type=int, nargs="+", default=[512, 768, 1024, 1152], help="widths D of the model")

@@ -42,6 +42,7 @@ from uvit_fast.build import build_sampler
 from uvit_fast.data.autoencoders import Scaling, decoder
 from uvit_fast.diffusion.guidance import Guidance
 from uvit_fast.model.replayed import Replayed
+from uvit_fast.runtime.errors import in_one_line
 from uvit_fast.runtime.graphs import Graphs
 from uvit_fast.sampling.captured import GraphSampler
 
@@ -316,6 +317,7 @@ def enough(run: Callable[[], object]) -> list[float]:
     return times
 
 
+@in_one_line()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="all", help="presets and patterns, with commas")

@@ -39,6 +39,7 @@ import torch.distributed as dist
 
 from benchmarks.common import RESULTS, Rows, measure, need_gpu
 from benchmarks.communication import Volume, calculate, profiled_shares
+from uvit_fast.runtime.errors import in_one_line
 
 ROOT = Path(__file__).parent.parent
 LARGE, SMALL = "configs/h2_256.yaml", "configs/s2_cifar10.yaml"
@@ -333,6 +334,7 @@ def run_all(args: argparse.Namespace) -> int:
     return int(bool(wrong))
 
 
+@in_one_line()
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, default=2)

@@ -36,6 +36,7 @@ from benchmarks.common import RESULTS, Rows, known, measure, need_gpu, select
 from uvit_fast import build_model
 from uvit_fast.build import build_dataset, build_objective
 from uvit_fast.config import Config
+from uvit_fast.runtime.errors import in_one_line
 from uvit_fast.training import activations
 from uvit_fast.training.captured import Captured
 from uvit_fast.training.monitor import forward_flops, utilisation
@@ -206,6 +207,7 @@ def rows_of(rows: Rows, cases: list[Case], args: argparse.Namespace, late: Calla
             rows.write()
 
 
+@in_one_line()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="main", help=f"{', '.join(PRESETS)}, and patterns, with commas")

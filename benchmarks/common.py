@@ -1,7 +1,6 @@
 """Shared by all benchmarks: the CSV schema, event timing, and the machine's own ceilings, measured in the same run."""
 
 import argparse
-import csv
 import os
 import statistics
 import subprocess
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.files import read_table, write_table
 
 COLUMNS = "date,commit,device,torch,triton,question,case,provider,dtype,batch,metric,unit,p20,p50,p80".split(",")
 RESULTS = Path(__file__).parent / "results"
@@ -31,14 +31,11 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     Raises:
         UserError: it is not a file of a benchmark's rows.
     """
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames == COLUMNS:
-                return list(reader)
-    except (UnicodeDecodeError, csv.Error):
-        pass
-    raise UserError(f"{path}: expected rows of a benchmark, with columns {', '.join(COLUMNS[:5])}, ..., got other text")
+    return read_table(path, COLUMNS, "uvit-fast bench", lambda row: [*map(float, _spread(row))], empty=True)
+
+
+def _spread(row: dict[str, str]) -> list[str]:
+    return [row[name] for name in ("p20", "p50", "p80")]
 
 
 def need_gpu(parser: argparse.ArgumentParser, device: str = "cuda") -> None:
@@ -70,14 +67,14 @@ class Rows:
 
     Args:
         question: the file's name; what the benchmark asks.
-        folder: where the file goes.
+        folder: where the file goes; made if it is missing.
 
     Attributes:
         rows: of this run.
         before: of earlier runs, on this GPU or a CPU.
 
     Raises:
-        UserError: such a file is there, but not of a benchmark's rows.
+        UserError, OSError: such a file is there, but not of a benchmark's rows; or none could be written.
     """
 
     def __init__(self, question: str, folder: str | Path = RESULTS):
@@ -92,6 +89,10 @@ class Rows:
             "triton": triton.__version__,
             "question": question,
         }
+        folder = self.path.parent
+        folder.mkdir(parents=True, exist_ok=True)  # or all would be measured for nothing
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"{folder}: expected a folder that can be written to")
         there = read_rows(self.path) if self.path.exists() else []
         self.before = [row for row in there if self._may_stand_beside(row["device"])]
 
@@ -118,16 +119,11 @@ class Rows:
         return {(row["case"], row["provider"]) for row in self.before if (row["device"], row["commit"]) == now}
 
     def write(self) -> Path:
-        """Write the file whole, under a temporary name first: the rows not measured again, and this run's."""
+        """Write the file whole: the rows not measured again, and this run's."""
         measured = {_what(row) for row in self.rows}
         kept = [row for row in self.before if _what(row) not in measured]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows([*kept, *self.rows])
-        return temporary.rename(self.path)
+        write_table(self.path, COLUMNS, [*kept, *self.rows])
+        return self.path
 
     def ceilings(self) -> None:
         """Add this card's rates, for every file: a bf16 matrix product of 8192 (TFLOP/s) and a copy (TB/s)."""

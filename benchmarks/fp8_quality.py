@@ -51,6 +51,7 @@ from uvit_fast.model.fp8 import Fp8UViT
 from uvit_fast.model.uvit import Block, UViT
 from uvit_fast.model.weights import load_weights, read_weights
 from uvit_fast.runtime.device import pick_device
+from uvit_fast.runtime.errors import in_one_line
 from uvit_fast.sampling.captured import GraphSampler
 from uvit_fast.sampling.conditions import chosen_labels, spread_labels
 from uvit_fast.sampling.images import save_grid, to_uint8
@@ -279,6 +280,7 @@ def picture(path: Path, labels: Tensor, found: dict[tuple[str, int], Samples]) -
     print(f"wrote {path}", flush=True)
 
 
+@in_one_line()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", help="S, M, L, H, or run folders; none: write docs/fp8.md anew")

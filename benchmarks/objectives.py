@@ -30,6 +30,8 @@ from uvit_fast.config import Config, load_config
 from uvit_fast.evaluation.evaluate import evaluate
 from uvit_fast.measuring import drawn_images, yardstick
 from uvit_fast.runtime.device import pick_device
+from uvit_fast.runtime.errors import in_one_line
+from uvit_fast.runtime.files import read_table
 from uvit_fast.sampling.weights import load_for_sampling
 from uvit_fast.training.trainer import Trainer
 
@@ -94,10 +96,9 @@ def measure(cfg: Config, objective: str, samples: int, cache: str) -> dict[str, 
 
 def read(file: Path) -> list[dict[str, str]]:
     """Return the rows of earlier runs; [] without a file."""
-    if not file.is_file():
+    if not file.exists():
         return []
-    with open(file, newline="") as rows:
-        return list(csv.DictReader(rows))
+    return read_table(file, COLUMNS, "python -m benchmarks.objectives", lambda row: float(row["figure"]), empty=True)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -162,6 +163,7 @@ def documented() -> str:
     return f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{rest.split(END)[1]}"
 
 
+@in_one_line()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=[*SETTINGS, "table"], help="data to measure on, or only the table in the docs")

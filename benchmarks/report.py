@@ -346,11 +346,16 @@ def check(results: Path) -> None:
 
 
 def write(results: Path = RESULTS) -> Path:
-    """Write REPORT.md among the CSV files, or, on the committed ones, into benchmarks/; raise as `check` does."""
+    """Write REPORT.md among the CSV files, or, on the committed ones, into benchmarks/.
+
+    Raises:
+        UserError, OSError: as `Results` and `check`.
+    """
+    found = Results(results)
     check(results)
     folder = report_folder(results)
     path = folder / REPORT
-    path.write_text(text(Results(results), folder))
+    path.write_text(text(found, folder))
     return path
 
 

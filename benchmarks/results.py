@@ -59,11 +59,18 @@ class Results:
     rows of that device for one thing the last counts.
 
     Args:
-        folder: of the CSV files; missing files count as empty.
+        folder: of the CSV files; missing files, and those of other programs, count as empty.
+
+    Raises:
+        UserError: there is no such folder.
+        OSError: a file cannot be read.
     """
 
     def __init__(self, folder: str | Path = RESULTS):
         self.folder = Path(folder)
+        if not self.folder.is_dir():
+            came = "a file" if self.folder.exists() else "none"
+            raise UserError(f"{folder}: expected a folder of benchmarks' rows, got {came}")
         self.rows: dict[str, list[dict[str, str]]] = {}
         for path in sorted(self.folder.glob("*.csv")):
             try:

@@ -171,7 +171,6 @@ def main(argv: list[str] | None = None) -> int:
         known = [row for row in rows.before if row["device"] == (device or "cpu")]
         measured = {row["case"]: float(row["p50"]) for row in known}
         plans, left_out = plan(torch.cuda.device_count(), args.quick, only, measured)
-        args.out.mkdir(parents=True, exist_ok=True)  # or all would be measured for nothing
         check(args.out, [p.name for p in plans])
     except (UserError, OSError) as error:
         parser.error(words(error))

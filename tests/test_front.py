@@ -168,7 +168,7 @@ def test_points_of_other_settings_do_not_join(command, tmp_path, capsys):
     row = "heun,4,0,0:1,bf16,none,,0,9,fid,{},1,9,CPU"
     for rows in (row.format("low"), "heun,4", row.format("2").replace("0:1", "all")):
         (tmp_path / "out" / "points.csv").write_text("\ufeff" + ",".join(COLUMNS) + f"\n{row.format('2')}\n{rows}\n")
-        with pytest.raises(UserError, match="points.csv: row 2: expected numbers as"):
+        with pytest.raises(UserError, match="points.csv: row 2: expected cells as"):
             Table(tmp_path / "out").rows()
 
 

@@ -2,6 +2,7 @@
 
 import csv
 
+import pytest
 import torch
 
 from benchmarks.common import Rows
@@ -21,6 +22,17 @@ def test_rows_of_other_cases_stay_and_those_of_another_gpu_go(tmp_path, monkeypa
     assert measured("H100", "a", 3.0) == {("H100", "a"): 3.0, ("H100", "b"): 2.0}
     assert measured("cpu", "a", 9.0) == {("H100", "a"): 3.0, ("H100", "b"): 2.0, ("cpu", "a"): 9.0}
     assert measured("A100", "b", 4.0) == {("cpu", "a"): 9.0, ("A100", "b"): 4.0}
+
+
+def test_rows_have_their_folder_before_anything_is_measured(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        Rows("ops", tmp_path / "file")
+    assert Rows("ops", tmp_path / "new" / "folder").path.parent.is_dir()
+
+
+def test_a_file_of_a_run_that_measured_nothing_is_joined(tmp_path):
+    assert Rows("ops", tmp_path).write().is_file() and Rows("ops", tmp_path).before == []
 
 
 def test_what_this_commit_measured_is_known_to_the_next_run(tmp_path, monkeypatch):

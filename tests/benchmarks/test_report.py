@@ -168,6 +168,14 @@ def test_every_plot_is_drawn_from_what_there_is_and_no_plot_of_nothing(tmp_path,
     assert "(plots/memory.png)" in text and "(plots/ops.png)" not in text
 
 
+@pytest.mark.parametrize(("name", "came"), [("file", "a file"), ("missing", "none")])
+def test_a_folder_that_is_none_is_told(name, came, tmp_path):
+    (tmp_path / "file").touch()
+    for write in (report.write, plot.write):
+        with pytest.raises(UserError, match=f"{name}: expected a folder of benchmarks' rows, got {came}"):
+            write(tmp_path / name)
+
+
 def test_files_of_others_among_the_rows_stay(tmp_path):
     """Pictures of what was not measured and tables are no part of the report; what would be replaced is refused."""
     results(tmp_path, "memory", ("H:128:block", "ours", "peak", 13.6), ("H:128:block", "ours", "static", 10.0))

@@ -74,6 +74,32 @@ def test_every_benchmark_takes_the_arguments_that_the_suite_gives(bench, monkeyp
             module.main()
 
 
+@pytest.mark.parametrize("name", [*(f"bench_{bench.name}" for bench in suite.SUITE), "fp8_quality"])
+def test_rows_that_it_cannot_join_end_a_benchmark_in_one_line(name, tmp_path, monkeypatch, capsys):
+    """Nothing has been measured by then, and the file stays as it is."""
+    module = importlib.import_module(f"benchmarks.{name}")
+    monkeypatch.setattr(module, "need_gpu", lambda *_: None, raising=False)
+    networks = ["S"] if name == "fp8_quality" else []
+    monkeypatch.setattr(sys, "argv", [name, *networks, "--out", str(tmp_path)])
+    file = tmp_path / f"{name.removeprefix('bench_')}.csv"
+    older = ",".join(column for column in common.COLUMNS if column != "batch")
+    for content, came in (
+        (b"epoch,loss\n1,2\n", "the columns epoch, loss"),
+        (older.encode(), "the columns date, commit, "),
+        (b"\x89PNG\xff", "no text"),
+        (",".join(common.COLUMNS).encode() + b"\n2026-01-01,ab", "'2026-01-01,ab'"),
+        (None, "a folder"),
+    ):
+        file.mkdir() if content is None else file.write_bytes(content)
+        with pytest.raises(SystemExit) as stop:
+            module.main()
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1 and f"{file}: " in error and f"got {came}" in error
+        assert file.is_dir() if content is None else file.read_bytes() == content
+        if content is not None:
+            file.unlink()
+
+
 def test_a_benchmark_that_fails_is_named_and_the_rest_goes_on(tmp_path, capfd):
     rows = suite.Rows("suite", tmp_path)
     plans = [Plan("data", "--no-such-option", 1), Plan("data", "--help", 1)]

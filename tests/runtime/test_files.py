@@ -49,11 +49,12 @@ def test_a_table_is_whole_or_as_it_was(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "expected what `uvit-fast x` writes, rows of the columns a, b"),
-        ("a,b\n", "expected what `uvit-fast x` writes"),
-        ("a,c\n1,2\n", "expected what `uvit-fast x` writes"),
-        ("a,b\n1,2\n\n1\n", "row 2: expected numbers as"),
-        ("a,b\n1,two\n", "row 1: expected numbers as"),
+        ("", "expected what `uvit-fast x` writes, rows of the columns a, b; got the columns none"),
+        ("a,b\n", "got no rows"),
+        ("a,c\n1,2\n", "got the columns a, c"),
+        ("a,b\n1,2\n\n1\n", "row 2: expected cells as `uvit-fast x` writes them, got '1'"),
+        ("a,b\n1,2,3\n", "row 1: expected cells as .* got '1,2,3'"),
+        ("a,b\n1,two\n", "row 1: expected cells as .* got '1,two'"),
     ],
 )
 def test_a_table_is_read_as_it_was_written_or_an_error_names_the_row(text, words, tmp_path):
@@ -62,10 +63,13 @@ def test_a_table_is_read_as_it_was_written_or_an_error_names_the_row(text, words
     with pytest.raises(UserError, match=words):
         read_table(path, ["a", "b"], "uvit-fast x", lambda row: float(row["b"]))
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="expected what"):
-        read_table(path, ["a", "b"], "uvit-fast x", lambda row: float(row["b"]))
+    for of, came in ((path, "no text"), (tmp_path, "a folder")):
+        with pytest.raises(UserError, match=f"expected what .* got {came}"):
+            read_table(of, ["a", "b"], "uvit-fast x", lambda row: float(row["b"]))
     write_table(path, ["a", "b"], [{"a": "x", "b": 1.5}])
     assert read_table(path, ["a", "b"], "uvit-fast x", lambda row: float(row["b"])) == [{"a": "x", "b": "1.5"}]
+    write_table(path, ["a", "b"], [])
+    assert read_table(path, ["a", "b"], "uvit-fast x", lambda row: float(row["b"]), empty=True) == []
 
 
 def test_a_row_that_was_cut_short_costs_itself_only(tmp_path):

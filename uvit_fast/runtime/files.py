@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.text import cut, shown
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -49,29 +50,45 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, 
 
 
 def read_table(
-    path: Path, columns: Sequence[str], command: str, parse: Callable[[dict[str, str]], object]
+    path: Path,
+    columns: Sequence[str],
+    command: str,
+    parse: Callable[[dict[str, str]], object],
+    *,
+    empty: bool = False,
 ) -> list[dict[str, str]]:
     """Return the rows of a CSV file that `command` wrote with `columns`, as a spreadsheet may have saved it.
 
     Args:
         parse: `parse(row)` fails where a cell does not hold what it should.
+        empty: whether a table without rows will do.
 
     Raises:
-        UserError: the file is another table, without rows, or one of its rows was changed.
+        UserError: it is another table, no table, or one of its rows was changed.
     """
+    rows: list[dict] = []
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            rows, names = list(reader), reader.fieldnames
+            rows, names = list(reader), list(reader.fieldnames or ["none"])
+            came = "no rows" if names == list(columns) else f"the columns {cut(', '.join(names))}"
+    except IsADirectoryError:
+        names, came = [], "a folder"
     except (ValueError, csv.Error):  # bytes of something else
-        rows, names = [], None
-    if names != list(columns) or not rows:
-        raise UserError(f"{path}: expected what `{command}` writes, rows of the columns {', '.join(columns)}")
+        names, came = [], "no text"
+    if names != list(columns) or not (rows or empty):
+        wanted = f"expected what `{command}` writes, rows of the columns {', '.join(columns)}"
+        raise UserError(f"{path}: {wanted}; got {came}")
     for number, row in enumerate(rows, 1):
         try:
             parse(row)
+            fits = None not in row and None not in row.values()
         except (ValueError, TypeError, AttributeError):  # of a number, or of a cell that is not there
-            raise UserError(f"{path}: row {number}: expected numbers as `{command}` writes them") from None
+            fits = False
+        if not fits:
+            more = row.pop(None, [])
+            came = shown(",".join([*filter(None, row.values()), *more]))
+            raise UserError(f"{path}: row {number}: expected cells as `{command}` writes them, got {came}")
     return rows
 
 
