@@ -2,6 +2,7 @@
 stand-in for graphs.
 """
 
+import contextlib
 import copy
 import gc
 import io
@@ -20,7 +21,9 @@ from tests.recorded import RecordedGraphs
 from uvit_fast import build_model, load_config
 from uvit_fast.diffusion.samplers import DPMSolverPPMultistep
 from uvit_fast.diffusion.schedules import SDSchedule
+from uvit_fast.kernels.ops.fp8_block import REFERENCE
 from uvit_fast.model import replayed
+from uvit_fast.model.fp8 import Fp8UViT
 from uvit_fast.runtime.device import set_to
 from uvit_fast.sampling.captured import GraphSampler
 
@@ -202,7 +205,7 @@ def test_hooks_run_while_they_are_there(net):
 @torch.no_grad()
 def test_a_first_call_is_rehearsed_where_only_our_code_runs(net, monkeypatch):
     seen, rehearsed = [], []
-    monkeypatch.setattr(replayed.ops, "compile_ahead", lambda device, run: rehearsed.append(run()))
+    monkeypatch.setattr(replayed.ops, "compile_ahead", lambda device, network, run: rehearsed.append(run()))
     hook = net.blocks[1].mlp.fc1.register_forward_hook(lambda module, args, out: seen.append(1))
     net(*inputs(batch=3))
     assert (len(seen), rehearsed) == (1, [])
@@ -210,6 +213,26 @@ def test_a_first_call_is_rehearsed_where_only_our_code_runs(net, monkeypatch):
     for _ in range(3):
         net(*inputs(batch=4))
     assert len(rehearsed) == 1
+
+
+@pytest.mark.parametrize(
+    ("kernels", "dtype", "fp8", "rehearsed"),
+    [
+        ("auto", torch.bfloat16, False, True),
+        ("reference", torch.bfloat16, False, False),
+        ("reference", torch.bfloat16, True, True),  # whose products have kernels all the same
+        ("auto", torch.float64, False, False),  # no fused op takes it
+    ],
+)
+def test_what_pytorch_computes_is_not_rehearsed(kernels, dtype, fp8, rehearsed, monkeypatch):
+    """As if on a GPU: the rehearsal would compute it."""
+    monkeypatch.setattr("uvit_fast.kernels.runtime.checks.interpreting", lambda: True)
+    monkeypatch.setattr("uvit_fast.kernels.runtime.launch.ahead", contextlib.nullcontext)
+    settings = [f"model.{setting}" for setting in (*TINY, f"kernels={kernels}")]
+    made = build_model(load_config("configs/h2_256.yaml", settings)).to(dtype).eval()
+    made, ran = Fp8UViT(made, REFERENCE) if fp8 else made, []
+    replayed.ops.compile_ahead(torch.device("cuda"), made, lambda: ran.append(1))
+    assert bool(ran) == rehearsed
 
 
 @pytest.mark.parametrize("how", ["a layer of others", "compiled inside", "a subclass of tensors"])

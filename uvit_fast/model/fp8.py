@@ -84,6 +84,8 @@ class Fp8UViT(Replayed):
         UserError: as `check`; a network of another dtype, or with a changed block (hooks, LoRA, ...).
     """
 
+    kernels = "fused"  # its own products, whatever the network's setting is
+
     def __init__(self, net: UViT, by: fp8_block.Arithmetic = fp8_block.KERNELS, keep: Sequence[str] = FP8_KEEP):
         super().__init__()
         check(net, net.pos_embed.device if by is fp8_block.KERNELS else None, keep)

@@ -23,6 +23,7 @@ from uvit_fast.kernels.ops import ln_linear as _ln_linear
 from uvit_fast.kernels.ops import ln_mlp as _ln_mlp
 from uvit_fast.kernels.ops import proj_ln_mlp as _proj_ln_mlp
 from uvit_fast.kernels.ops import skip_linear as _skip_linear
+from uvit_fast.kernels.runtime import checks as _checks
 from uvit_fast.kernels.runtime import launch as _launch
 from uvit_fast.kernels.runtime.device import architecture as architecture
 from uvit_fast.model.attention import choose
@@ -35,14 +36,21 @@ def fixed_weights() -> AbstractContextManager[None]:
     return _layernorm.folded_once()
 
 
-def compile_ahead(device: torch.device, run: Callable[[], object]) -> None:
-    """Compile at once what run() would launch on a GPU; nothing is launched, and its results mean nothing.
+def compile_ahead(device: torch.device, network: nn.Module, run: Callable[[], object]) -> None:
+    """Compile at once what run(), calls of a network, would launch on a GPU; no kernel of ours is launched, and its
+    results mean nothing. Where PyTorch computes all but attention there is nothing to gain, and run() is not called.
 
     What fails, for want of memory or otherwise, fails where it is computed, or does not.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and _may_fuse(network):
         with contextlib.suppress(RuntimeError), fixed_weights(), _launch.ahead():
             run()
+
+
+def _may_fuse(network: nn.Module) -> bool:
+    """Return whether some module may run fused ops by its setting, and some weight by its dtype and device."""
+    asked = any(getattr(module, "kernels", "reference") != "reference" for module in network.modules())
+    return asked and any(_checks.why_not(weight) is None for weight in network.parameters())
 
 
 def layer(module: nn.Module, bias: bool = True) -> Norm | Linear | None:

@@ -130,7 +130,7 @@ class Captures:
                 seen = self._calls[key]
                 if seen == 1 and capturable(network):
                     # twice: a capture launches early what reads weights that it has met
-                    ops.compile_ahead(inputs[0].device, lambda: [forward(network, *inputs) for _ in range(2)])
+                    ops.compile_ahead(inputs[0].device, network, lambda: [forward(network, *inputs) for _ in range(2)])
                 # Not at once, and ever more rarely if it fails: a shape that occurs once is not worth it.
                 if seen < 2 or seen & (seen - 1) or not self._capture(key, network, forward, inputs):
                     return None

@@ -189,8 +189,9 @@ class GraphSampler:
             tables, short = sampler.tables(device), sampler.rehearsal(interval)  # a capture cannot copy from the host
             try:
                 with recording():
-                    if hasattr(self.model, "fixed_weights"):  # others launch none of our kernels
-                        ops.compile_ahead(device, lambda: run(self._solve, short))
+                    model = self.model
+                    if isinstance(model, nn.Module) and hasattr(model, "fixed_weights"):  # others have no such kernels
+                        ops.compile_ahead(device, model, lambda: run(self._solve, short))
                     self.graphs.warm_up(lambda: run(self._run, short))
                     replay, output, held = self.graphs.capture(lambda: run(self._run, sampler))
             except RuntimeError as error:

@@ -28,5 +28,5 @@ def calibrate(net: Fp8UViT, schedule: str, prediction: str) -> None:
     x_T = sample_noise(0, range(IMAGES), (model.in_chans, model.img_size, model.img_size)).to(device)
     y = torch.linspace(0, model.num_classes - 1, IMAGES, device=device).long() if model.num_classes else None
     with recording():  # as it is written
-        ops.compile_ahead(device, lambda: net(x_T, torch.ones(IMAGES, device=device), y))
+        ops.compile_ahead(device, net, lambda: net(x_T, torch.ones(IMAGES, device=device), y))
     net.calibrate(lambda: sampler(lambda x, t: net(x, t, y), x_T))
