@@ -22,11 +22,10 @@ from uvit_fast.kernels.gemm.sm90_epilogues import (
     gelu,
     gelu_backward,
     gelu_save,
-    halves,
-    parts,
     plain,
     residual,
 )
+from uvit_fast.kernels.gemm.sm90_fragments import halves, parts
 from uvit_fast.kernels.gemm.sm90_ring import Ring, ring
 from uvit_fast.kernels.gemm.sm90_shares import Shares
 from uvit_fast.kernels.runtime.aggregate import aggregate
