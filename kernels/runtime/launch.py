@@ -48,7 +48,7 @@ _rehearsing = Flag("rehearsing")  # nothing is launched
 
 
 class _Listener(threading.local):
-    here: Any = None  # the recorder of this thread's launches, see `program`
+    here: Any = None  # the `Recorder` of this thread's launches
 
 
 listener = _Listener()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.kernels.op_cases import OPS, arguments, result, tensors
-from uvit_fast.kernels.runtime import launch, program
+from uvit_fast.kernels.runtime import launch, program, recorder
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_a_launch_gets_the_numbers_that_tritons_own_would_hand_on(monkeypatch, n
     direct = launch.Direct(compiled, (9, 2, 1))
     values = [launch.descriptor(tensor, 4, 64), tensor, 5, 0.5, None, True]
     args = direct.call(direct.arguments(values, lambda t: (0, 16)))
-    made_by = program.Program([(program._Call(direct.launch, args, {}), [])], 1, None, {})
+    made_by = program.Program(recorder.Recording([(recorder.Call(direct.launch, args, {}), [])], 1, None, {}))
     monkeypatch.setattr(launch, "stream", lambda device: 42)
     for address in (1024, 2048, 1024):
         made_by.run((SimpleNamespace(data_ptr=lambda address=address: address),), tensor.device)
