@@ -25,6 +25,7 @@ from uvit_fast.kernels.ops.fp8_block import REFERENCE
 from uvit_fast.model import replayed
 from uvit_fast.model.fp8 import Fp8UViT
 from uvit_fast.runtime.device import set_to
+from uvit_fast.runtime.hooks import Structure
 from uvit_fast.sampling.captured import GraphSampler
 
 TINY = ["embed_dim=64", "depth=2", "num_heads=1", "num_classes=11", "img_size=8", "activation_checkpointing=none"]
@@ -159,8 +160,8 @@ def test_settings_may_be_arrays(net, array):
 
 def test_what_decides_nothing_may_change(net, monkeypatch):
     check(net)
-    calls, decisive = [], replayed._Structure._decisive
-    monkeypatch.setattr(replayed._Structure, "_decisive", lambda self: calls.append(1) or decisive(self))
+    calls, decisive = [], Structure._decisive
+    monkeypatch.setattr(Structure, "_decisive", lambda self: calls.append(1) or decisive(self))
     for change in (net.train, net.eval, lambda: net.requires_grad_(False), lambda: net.requires_grad_(True)):
         change()
         assert check(net) == 0

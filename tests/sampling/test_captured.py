@@ -21,6 +21,8 @@ from uvit_fast.diffusion.samplers import (
     Heun,
 )
 from uvit_fast.diffusion.schedules import FlowSchedule, SDSchedule, VPSchedule
+from uvit_fast.runtime.hooks import changed
+from uvit_fast.sampling import captured
 from uvit_fast.sampling.captured import GraphSampler
 
 NULL = 10
@@ -91,10 +93,29 @@ def test_a_model_with_hooks_or_adapters_runs_uncaptured_while_it_has_them(net):
     assert torch.equal(got, plain(net, SAMPLERS[2], x_T, y)) and len(calls) == 10
     hook.remove()
     assert torch.equal(sample(SAMPLERS[2], x_T, {"y": y}), plain(net, SAMPLERS[2], x_T, y)) and graphs.captures == 1
+    whole = net.register_forward_hook(lambda module, args, out: out + 1)
+    with pytest.warns(RuntimeWarning, match="uncaptured: the network has hooks"):
+        assert torch.equal(sample(SAMPLERS[2], x_T, {"y": y}), plain(net, SAMPLERS[2], x_T, y))
+    whole.remove()
     adapter = type("Adapter", (nn.Embedding,), {"__module__": "peft.somewhere"})
     net.label = adapter(NULL + 1, 3)
     with pytest.warns(RuntimeWarning, match="uncaptured: label is a peft.somewhere.Adapter"):
         sample(SAMPLERS[2], x_T, {"y": y})
+
+
+def test_a_replay_compares_the_model_and_looks_through_it_only_after_a_change(net, monkeypatch):
+    """Looking through H/2 takes half a millisecond, in which the GPU would wait."""
+    looked = []
+    monkeypatch.setattr(captured, "changed", lambda model: looked.append(model) or changed(model))
+    graphs, (x_T, y) = RecordedGraphs(), batch(2)
+    sample = GraphSampler(net, graphs=graphs)
+    for change, expected in ((None, 1), (net.eval, 1), (net.train, 1), (lambda: setattr(net.label, "note", 1), 2)):
+        if change:
+            change()
+        for _ in range(2):
+            sample(SAMPLERS[0], x_T, {"y": y})
+        assert len(looked) == expected
+    assert graphs.captures == 1
 
 
 def test_text_features_and_their_null_are_inputs(net):

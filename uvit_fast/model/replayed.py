@@ -10,9 +10,7 @@ import functools
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from gc import get_referents
 from itertools import chain
-from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -23,16 +21,12 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from uvit_fast.model import ops
 from uvit_fast.runtime.graphs import CudaGraphs, Graphs, allowed, current, recording
-from uvit_fast.runtime.hooks import HOOKS, hooked, hooked_everywhere
+from uvit_fast.runtime.hooks import Structure, hooked, hooked_everywhere
 
 MOST = 8  # shapes kept
 SHARE = 8  # captures may take 1 / SHARE of a device's budget
 _PLAIN = (Tensor, nn.Parameter)
 _LAYERS = (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Embedding, nn.Sequential, nn.ModuleList, nn.Identity, nn.SiLU)
-
-_VALUES = (bool, int, float, str, tuple, type(None))  # types of settings
-_HELD = ("_modules", "_parameters", "_buffers")  # a module's parts
-_IDLE = nn.Module().__dict__.keys() - {*HOOKS, *_HELD}  # attributes that decide nothing without gradients
 Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # x, t, y, context
 
 
@@ -78,8 +72,8 @@ class _Capture(NamedTuple):
     replay: Callable[[], None]
     output: Tensor
     bytes: int
-    structure: "_Structure"
-    held: object  # what it reads beside
+    structure: Structure
+    held: object  # what it reads beside: a replay that came too late reads no other's memory
 
 
 class Captures:
@@ -212,9 +206,9 @@ class Captures:
             except RuntimeError:  # the call as written says what is wrong, if anything is
                 return None
         held += sum(v.nbytes for v in own if v is not None)
-        return _Capture(
-            [v for v in own if v is not None], replay, output, held, _Structure(network), (derived, refresh)
-        )
+        structure = Structure(network)
+        reads = derived, refresh, [weight.detach() for weight in structure.weights]
+        return _Capture([v for v in own if v is not None], replay, output, held, structure, reads)
 
 
 def _fill(capture: _Capture, inputs: Inputs) -> Tensor:
@@ -262,52 +256,3 @@ def capturable(network: nn.Module) -> bool:
         if hooked(module) or module.__dict__.get("_compiled_call_impl") is not None:
             return False
     return all(type(w) in _PLAIN and w.layout == torch.strided for w in chain(network.parameters(), network.buffers()))
-
-
-class _Structure:
-    """What a capture relies on in its network: compared, in some tens of microseconds, while a replay runs.
-
-    It holds the weights' memory, so that a replay that came too late reads no other's; it does not hold the network.
-    """
-
-    def __init__(self, network: nn.Module):
-        self._modules = [m for m in network.modules() if m is not network]
-        self._dicts = [m.__dict__ for m in self._modules]
-        self._hooks = [d[name] for d in self._dicts for name in HOOKS]
-        self._held = [d[name] for name in _HELD for d in (network.__dict__, *self._dicts)]
-        self._parts = get_referents(*self._held)
-        self._weights = [part for part in self._parts if isinstance(part, Tensor)]
-        self._memory = [weight.detach() for weight in self._weights]
-        values = (name for name, value in network.__dict__.items() if name in _HELD or type(value) in _VALUES)
-        self._own = itemgetter(*(name for name in values if name not in _IDLE))
-        self._before, self._attributes, self._settings = self._now(network), self._values(), self._decisive()
-
-    def hooked(self) -> bool:
-        return hooked_everywhere() or any(self._hooks)
-
-    def stands(self, network: nn.Module) -> bool:
-        """Return whether there is no hook, and no module, setting, weight or weight's address has changed."""
-        parts = get_referents(*self._held)
-        if len(parts) != len(self._parts) or not all(map(is_, parts, self._parts)):  # == would compare tensors
-            return False
-        try:
-            if hooked_everywhere() or self._now(network) != self._before:
-                return False
-            if (attributes := self._values()) != self._attributes:
-                if any(self._hooks) or self._decisive() != self._settings:
-                    return False
-                self._attributes = attributes  # what changed decides nothing, such as `training`
-        except (KeyError, RuntimeError, ValueError):  # a setting is gone, or is another tensor or array
-            return False
-        return True
-
-    def _now(self, network: nn.Module) -> tuple:
-        pointers, strides = map(Tensor.data_ptr, self._weights), map(Tensor.stride, self._weights)
-        return self._own(network.__dict__), list(map(type, self._modules)), list(pointers), list(strides)
-
-    def _values(self) -> list:
-        """Return the values of all attributes, then the hooks: one call in C, cheaper than to choose among them."""
-        return get_referents(*self._dicts, *self._hooks)
-
-    def _decisive(self) -> list[dict[str, Any]]:
-        return [{name: d[name] for name in d.keys() - _IDLE} for d in self._dicts]

@@ -20,7 +20,7 @@ from uvit_fast.diffusion.guidance import ALWAYS, EpsFn, Guidance
 from uvit_fast.diffusion.stages import Sampler
 from uvit_fast.model import ops
 from uvit_fast.runtime.graphs import CudaGraphs, Graphs, current, recording
-from uvit_fast.runtime.hooks import changed
+from uvit_fast.runtime.hooks import Structure, changed
 
 Inputs = dict[str, Tensor]  # x_T, keys, scale, and "condition.<name>", "null.<name>"
 
@@ -34,6 +34,7 @@ class _Capture:
     output: Tensor
     bytes: int
     weights: tuple  # their addresses
+    stands: Callable[[], bool]  # whether the model certainly is as it was
     tables: tuple[Tensor, Tensor]  # kept because their addresses were recorded
 
 
@@ -156,21 +157,31 @@ class GraphSampler:
     def _find(self, sampler: Sampler, inputs: Inputs, interval: tuple[float, float]) -> _Capture | None:
         """Return the capture that serves `inputs`, made if there is none, or None if they must run uncaptured."""
         device, batch = inputs["x_T"].device, len(inputs["x_T"])
-        if isinstance(self.model, nn.Module) and (why := changed(self.model)):
-            self._refuse(why, f"{why}, and a replay would not run it")
-            return None
         shapes = tuple((name, v.shape[1:] if _batched(name) else v.shape, v.dtype) for name, v in inputs.items())
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
         kind = (tuple(sampler.stages), sampler.keep, shapes, interval, device, autocast)
-        weights = tuple(p.data_ptr() for p in self.model.parameters()) if hasattr(self.model, "parameters") else ()
-        for key in [k for k, c in self._captures.items() if c.weights != weights]:
-            del self._captures[key]
-        fitting = [k for k in self._captures if k[:-1] == kind and k[-1] >= batch]
-        key = min(fitting, key=lambda k: k[-1], default=(*kind, batch))
-        if {key, kind} & self._refused or (not fitting and not self._capture(key, sampler, inputs, interval, weights)):
-            return None
+        key = self._fitting(kind, batch)
+        # Before a replay the GPU waits for what is compared here.
+        if key not in self._captures or not self._captures[key].stands():
+            if isinstance(self.model, nn.Module) and (why := changed(self.model)):
+                self._refuse(why, f"{why}, and a replay would not run it")
+                return None
+            weights = tuple(p.data_ptr() for p in self.model.parameters()) if hasattr(self.model, "parameters") else ()
+            for each in [k for k, c in self._captures.items() if c.weights != weights]:
+                del self._captures[each]
+            key = self._fitting(kind, batch)
+            if {key, kind} & self._refused:
+                return None
+            if key not in self._captures and not self._capture(key, sampler, inputs, interval, weights):
+                return None
+            self._captures[key].stands = _comparison(self.model)
         self._captures.move_to_end(key)
         return self._captures[key]
+
+    def _fitting(self, kind: tuple, batch: int) -> tuple:
+        """Return the key of the smallest capture for at least `batch` samples, or of one to be made."""
+        fitting = [key for key in self._captures if key[:-1] == kind and key[-1] >= batch]
+        return min(fitting, key=lambda key: key[-1], default=(*kind, batch))
 
     def _capture(self, key: tuple, sampler: Sampler, inputs: Inputs, interval, weights: tuple) -> bool:
         """Record and keep the loop for a batch of the size of `inputs`; if that fails, warn once and return False."""
@@ -203,7 +214,9 @@ class GraphSampler:
                 if held <= bound:
                     while self._captures and self.bytes + held > bound:
                         self._captures.popitem(last=False)
-                    self._captures[key] = _Capture(buffers, replay, output, held, weights, tables)
+                    self._captures[key] = _Capture(
+                        buffers, replay, output, held, weights, _comparison(self.model), tables
+                    )
                     return True
                 why, refused = f"its {held:,} bytes are over the bound of {bound:,}", key
         self._refuse(refused, why)
@@ -231,6 +244,11 @@ class GraphSampler:
             eps_fn = partial(self.model, **condition)
         with getattr(self.model, "fixed_weights", contextlib.nullcontext)():
             return sampler(eps_fn, inputs["x_T"], generator=inputs.get("keys"))
+
+
+def _comparison(model: Callable[..., Tensor]) -> Callable[[], bool]:
+    """Return what tells in some tens of microseconds whether a model is still as it is now, if it is a module."""
+    return partial(Structure(model, whole=True).stands, model) if isinstance(model, nn.Module) else lambda: False
 
 
 def _replay(capture: _Capture, inputs: Inputs) -> Tensor:
