@@ -9,9 +9,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
+from pydantic import BaseModel
+
+from uvit_fast.config import Config
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "examples" / "README.md"])
@@ -25,6 +29,29 @@ def test_links_and_names_of_files_exist(page):
         assert (page.parent / target).exists(), target
     for path in re.findall(r"`((?:tests|kernels|uvit_fast|examples|tools)/[\w/]+\.(?:py|md|sh|yaml))`", text):
         assert (ROOT / path).exists(), path
+
+
+def keys(section: type, prefix: str = "") -> set[str]:
+    """The keys of the schema, train.lr and so on."""
+    found = set()
+    for name, field in section.model_fields.items():
+        found.add(prefix + name)
+        kinds = [field.annotation, *get_args(field.annotation)]
+        for kind in [*kinds, *(inner for each in kinds for inner in get_args(each))]:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                found |= keys(kind, f"{prefix}{name}.")
+    return found
+
+
+KEYS = keys(Config)
+SECTIONS = "|".join({key.partition(".")[0] for key in KEYS if "." in key})
+OTHERS = {"model.cuda_graphs", "train.py", "data.csv", "data.json"}  # an attribute, files
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
+def test_a_page_names_keys_of_configs_that_there_are(page):
+    named = set(re.findall(rf"(?:`|--set )((?:{SECTIONS})\.\w+)", page.read_text()))
+    assert named - KEYS - OTHERS == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
