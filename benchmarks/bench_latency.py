@@ -7,8 +7,9 @@ latency:<size>       ms from the request to the image's bytes on the host, with 
 start:<size>         s of a process from its start until its image is written, and of its parts:
 start:<size>:<part>  python (the interpreter), import (torch and what the command needs), device (its context), weights
                      (read, checked, on the device), rounding (FP8's, with the first use of its kernels), autoencoder
-                     (read, on the device), kernels (loaded, or compiled), capture (of the loop), image (drawn and
-                     written); kernels and capture are in image on a CPU
+                     (its library imported, read, on the device), kernels (loaded, or compiled, and the first
+                     evaluations), capture (of an evaluation), image (the rest of it, decoded and written); kernels and
+                     capture are in image on a CPU
 
 Kernels are compiled before, for all cases at once, into TRITON_CACHE_DIR; with --cold each process compiles its own:
 cases start-cold. Rows are written as they come.

@@ -87,7 +87,7 @@ def _words(module: Any) -> dict[str, Any]:
 
 
 def _add(module: Any, parser: Parser) -> None:
-    parser.set_defaults(run=module.run, goes_on=None)
+    parser.set_defaults(run=module.run, goes_on=None, whole=False)
     module.arguments(parser)
 
 
@@ -98,6 +98,7 @@ def _run(args: argparse.Namespace, name: str, whole: bool) -> int:
         name: the prefix of error messages.
         whole: whether the process is the command's, and ends with it.
     """
+    args.whole = whole
     if whole:
         notices.plain()
         # Read as torch is imported: threads that spin for another one would take the core that it waits for.

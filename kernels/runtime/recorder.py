@@ -96,6 +96,10 @@ class Recorder(TorchDispatchMode):
         self.trouble = ""
         self.alive: list[Any] = []  # keeps addresses from being reused
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True, the default, imports torch._dynamo, which takes seconds
+
     def __enter__(self) -> "Recorder":
         launch.listener.here = self
         return super().__enter__()

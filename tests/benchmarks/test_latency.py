@@ -38,8 +38,9 @@ def told(tmp_path, monkeypatch, capsys):
 
 
 def as_on_a_gpu(monkeypatch, graphs):
-    """Let loops be captured by `graphs`, and e4m3 products be PyTorch's."""
+    """Let calls and loops be captured by `graphs`, and e4m3 products be PyTorch's."""
     monkeypatch.setattr(runtime.graphs, "CudaGraphs", graphs)
+    monkeypatch.setattr(captured, "CudaGraphs", graphs)
     monkeypatch.setattr(captured, "on_a_gpu", lambda model, decode: captured.GraphSampler(model, decode))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(weights, "check_precision", lambda cfg, device: None)
@@ -53,7 +54,7 @@ def test_an_image_is_drawn_and_its_parts_are_told(told):
     assert all(seconds > 0 for seconds in [*found["parts"].values(), *found["images"]])
 
 
-def test_a_gpus_parts_are_told_apart_and_later_images_replay_the_first_ones_loop(told, monkeypatch):
+def test_a_gpus_parts_are_told_apart_and_later_images_replay_a_loop(told, monkeypatch):
     """In FP8; recordings stand for CUDA graphs."""
     as_on_a_gpu(monkeypatch, RecordedGraphs)
     found = told("--precision", "fp8")

@@ -20,6 +20,7 @@ from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.importing import preload
 
 HELP = "sample images from a checkpoint"
+FEW = 8  # images in one batch that are drawn sooner as written, by calls that replay themselves, than captured first
 EXAMPLE = "uvit-fast sample --checkpoint runs/digits --num 16 --classes 3,7 --out digits"
 
 
@@ -92,16 +93,17 @@ def _run(args: argparse.Namespace, world) -> None:
     if cfg.model.num_classes or args.classes is not None:
         labels = spread_labels(args.num, chosen_labels(args.classes, cfg, known))
     model = load_found(cfg, checkpoint, device)
-    decode = load_decoder(cfg, device, known) if cfg.latent else None
+    decode = load_decoder(cfg, device, known, alone=args.whole) if cfg.latent else None
 
     options = {"steps": args.steps, "guidance_scale": scale, "seed": args.seed, "labels": labels}
     if prompts:
         prompts, clip = spread(args.num, prompts), args.clip or text_encoder_name(cfg, known)
         encode, options["null_context"] = load_text(cfg, clip, device, known)
         options["context"] = lambda rows: encode(prompts[rows.start : rows.stop])
-    graphs = on_a_gpu(model, decode)
-    decode = decode if decode and graphs is None else lambda x: x
     batch = args.batch or (250 if device.type == "cuda" else 50)
+    few = args.num <= min(batch, FEW) and cfg.sample.cache == "none"
+    graphs = None if few else on_a_gpu(model, decode)
+    decode = decode if decode and graphs is None else lambda x: x
     if cfg.sample.cache != "none" and world.rank == 0:
         guided = (cfg.sample.guidance_scale if scale is None else scale) > 0
         print(cached_layers(cfg, plan, min(batch, args.num), guided, next(model.parameters()).element_size()))

@@ -5,6 +5,7 @@ High-Resolution Diffusion Models", arXiv:2410.10733) returns the latents themsel
 them scaled: see `Scaling`.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -20,10 +21,14 @@ from uvit_fast.provenance import UNKNOWN, Provenance
 from uvit_fast.runtime.device import as_device
 from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.extras import missing
+from uvit_fast.runtime.importing import absent, uncollected
 from uvit_fast.runtime.text import cut, shown
 
 Pixels = Tensor  # (B, 3, H, W) uint8
 KINDS = ("AutoencoderKL", "AutoencoderDC")
+# what diffusers imports with its autoencoders where it is installed, and they do without
+NEEDLESS = ("transformers", "peft", "scipy", "torchvision", "torchao", "bitsandbytes", "gguf", "optimum", "modelopt")
+NEEDLESS += ("flash_attn", "flash_attn_interface", "sageattention", "flashinfer", "xformers", "torch._dynamo")
 
 
 @dataclass(frozen=True)
@@ -156,11 +161,14 @@ def decoder(vae: Any, scaling: Scaling, chunk: int = 25) -> Callable[[Tensor], T
     return decode
 
 
-def load_decoder(cfg: Config, device: torch.device | str, known: Provenance = UNKNOWN) -> Callable[[Tensor], Tensor]:
+def load_decoder(
+    cfg: Config, device: torch.device | str, known: Provenance = UNKNOWN, alone: bool = False
+) -> Callable[[Tensor], Tensor]:
     """Return the decoder of `cfg.latent`'s frozen autoencoder, as from `decoder`: bf16 on a GPU, fp32 on a CPU.
 
     Args:
         known: what the model learned from; the autoencoder must decode those latents.
+        alone: whether this process uses nothing else of diffusers: see `import_alone`.
 
     Raises:
         ImportError: diffusers is not installed; the message names the extra.
@@ -168,9 +176,33 @@ def load_decoder(cfg: Config, device: torch.device | str, known: Provenance = UN
     """
     assert cfg.latent is not None
     device = as_device(device)
+    if alone:
+        import_alone()
     vae = load_autoencoder(cfg.latent.autoencoder, known, cfg.model.in_chans)
     vae = vae.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     return decoder(vae, scaling_of(cfg, known, vae))
+
+
+def import_alone() -> None:
+    """Import diffusers' autoencoders without the packages that it would import with them, which take most of the time.
+    From then on, diffusers takes these packages for missing, and its modules cannot be compiled.
+
+    Where it is missing, or cannot go without them, nothing is imported.
+    """
+    if "diffusers" in sys.modules:
+        return
+    compiler = torch.compiler.disable  # it imports torch._dynamo, for decorators of what nobody will compile
+    try:
+        torch.compiler.disable = lambda function=None, *_, **__: function or (lambda decorated: decorated)
+        with uncollected(), absent(NEEDLESS):
+            import diffusers
+
+            _ = [getattr(diffusers, kind) for kind in KINDS]
+    except Exception:  # of an import of it as a whole, the caller's error
+        for name in [name for name in sys.modules if name.partition(".")[0] == "diffusers"]:
+            del sys.modules[name]
+    finally:
+        torch.compiler.disable = compiler
 
 
 def load_autoencoder(name: str, known: Provenance = UNKNOWN, channels: int | None = None) -> Any:
