@@ -154,8 +154,9 @@ def test_a_sample_depends_on_seed_and_index_only(checkpoint, tmp_path):
     assert (a["arr_0"] != c["arr_0"]).any(axis=(1, 2, 3)).all()
 
 
-def test_latents_are_decoded_once_whether_or_not_the_loop_is_captured(tmp_path, monkeypatch):
-    """A captured loop decodes; its first batch comes before it holds a capture."""
+@pytest.fixture
+def latent(tmp_path):
+    """The command for a small latent model, without --num and --out."""
     pytest.importorskip("diffusers")
     vae = {"latent.autoencoder": autoencoders.saved(autoencoders.kl(), tmp_path / "vae"), "latent.scale_factor": "0.2"}
     how = {"data.name": "synthetic", "model.in_chans": "4", "model.img_size": "8", "model.embed_dim": "32"}
@@ -163,19 +164,40 @@ def test_latents_are_decoded_once_whether_or_not_the_loop_is_captured(tmp_path, 
     torch.manual_seed(0)
     save_file(build_model(load_config("s2_cifar10", changed)).state_dict(), tmp_path / "weights.safetensors")
     settings = [word for each in [*changed, "sample.sampler=dpm_fast"] for word in ("--set", each)]
-    command = ["sample", "--config", "s2_cifar10", "--checkpoint", f"{tmp_path}/weights.safetensors", *settings]
+    return ["sample", "--config", "s2_cifar10", "--checkpoint", f"{tmp_path}/weights.safetensors", *settings]
 
-    def drawn(name: str) -> np.ndarray:
-        out = tmp_path / f"{name}.npz"
-        assert cli.main([*command, "--num", "3", "--batch", "2", "--steps", "2", "--out", str(out)]) == 0
-        return np.load(out)["arr_0"]
 
-    written = drawn("written")
-    made = []
+def drawn(command: list[str], out, *more: str) -> np.ndarray:
+    assert cli.main([*command, "--steps", "2", "--out", str(out), *more]) == 0
+    return np.load(out)["arr_0"]
+
+
+def test_latents_are_decoded_once_whether_or_not_the_loop_is_captured(latent, tmp_path, monkeypatch):
+    """A captured loop decodes; its first batch comes before it holds a capture. A few images are not worth one."""
+    written, made = drawn(latent, tmp_path / "written.npz", "--num", "3", "--batch", "2"), []
     monkeypatch.setattr(captured, "CudaGraphs", RecordedGraphs)
     monkeypatch.setattr(captured, "on_a_gpu", lambda *of: made.append(captured.GraphSampler(*of)) or made[-1])
-    assert np.array_equal(drawn("captured"), written)
+    assert np.array_equal(drawn(latent, tmp_path / "captured.npz", "--num", "3", "--batch", "2"), written)
     assert made[0].captures and written.shape == (3, 16, 16, 3)
+    assert np.array_equal(drawn(latent, tmp_path / "few.npz", "--num", "2"), written[:2]) and len(made) == 1
+
+
+def test_a_process_imports_of_diffusers_what_decodes_and_draws_the_same(latent, tmp_path):
+    """The rest, where it is installed, takes longer than all else; what comes later in the process finds it."""
+    expected, rest = drawn(latent, tmp_path / "here.npz", "--num", "1"), "torch._dynamo transformers scipy peft"
+    script = f"""
+import sys, torch
+from uvit_fast import cli
+compiler = torch.compiler.disable
+assert cli.main() == 0
+print([name for name in "{rest}".split() if name in sys.modules], torch.compiler.disable is compiler)
+import torch._dynamo, transformers
+"""
+    command = [sys.executable, "-c", script, *latent, "--num", "1", "--steps", "2", "--out", f"{tmp_path}/there.npz"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[] True" and "warning" not in done.stderr.lower()
+    assert np.array_equal(np.load(tmp_path / "there.npz")["arr_0"], expected)
 
 
 def test_an_interrupted_job_continues_without_repeating_or_losing_a_sample(checkpoint, tmp_path, monkeypatch, capsys):

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +19,15 @@ from uvit_fast.build import build_dataset, build_sampler
 from uvit_fast.cli import main
 from uvit_fast.config import load_config
 from uvit_fast.data import shards
-from uvit_fast.data.autoencoders import Scaling, decoder, load_autoencoder, load_decoder, own_scaling, scaling_of
+from uvit_fast.data.autoencoders import (
+    Scaling,
+    decoder,
+    import_alone,
+    load_autoencoder,
+    load_decoder,
+    own_scaling,
+    scaling_of,
+)
 from uvit_fast.data.latents import Latents
 from uvit_fast.data.transforms import center_crop
 from uvit_fast.diffusion.noise import Draws
@@ -212,6 +222,23 @@ def test_autoencoders_of_other_kinds_or_channels_are_one_line(tmp_path):
     (tmp_path / "vae" / "config.json").unlink()
     with pytest.raises(UserError, match="vae: the folder cannot be loaded"):
         load_autoencoder(vae)
+
+
+def test_a_library_that_needs_what_is_left_out_is_left_to_be_imported_whole(tmp_path, monkeypatch):
+    (tmp_path / "modelopt.py").write_text("")
+    (tmp_path / "diffusers").mkdir()
+    (tmp_path / "diffusers" / "__init__.py").write_text("from . import part\nAutoencoderKL = AutoencoderDC = None\n")
+    (tmp_path / "diffusers" / "part.py").write_text("import modelopt\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    compiler = torch.compiler.disable
+    with mock.patch.dict(sys.modules):
+        for name in [name for name in sys.modules if name.partition(".")[0] == "diffusers"]:
+            del sys.modules[name]
+        import_alone()
+        assert not [name for name in sys.modules if "diffusers" in name] and torch.compiler.disable is compiler
+        import diffusers
+
+        assert diffusers.__file__.startswith(str(tmp_path))
 
 
 def test_a_channel_that_does_not_vary_and_data_that_was_not_measured_are_named(tmp_path):

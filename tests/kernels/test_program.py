@@ -2,6 +2,8 @@
 
 import ctypes
 import gc
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -213,3 +215,13 @@ def test_an_op_by_its_notes_is_the_op():
             with program.suspended():
                 expected = run(args)
             assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_notes_are_taken_without_importing_torchs_compiler():
+    """It takes seconds, before a process's first image."""
+    script = "import sys, torch\nfrom uvit_fast.kernels.runtime import launch, program\n"
+    script += "launch.is_direct = lambda device: True\ndouble = program.Programs(lambda x: torch.add(x, x))\n"
+    script += "for _ in range(3): double(torch.ones(3))\nassert all(double._known.values())\n"
+    script += "assert 'torch._dynamo' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,13 +1,14 @@
-"""A command's imports pass the garbage collector by, which is as before afterwards."""
+"""A command's imports pass the garbage collector by, which is as before afterwards; packages can seem absent."""
 
 import gc
+import importlib.util
 import subprocess
 import sys
 
 import pytest
 import torch  # noqa: F401
 
-from uvit_fast.runtime.importing import preload
+from uvit_fast.runtime.importing import absent, preload
 
 PROGRAM = """
 import gc
@@ -36,3 +37,16 @@ def test_a_process_that_computes_already_keeps_its_collector():
     frozen = gc.get_freeze_count()
     preload("no_such_module")
     assert gc.isenabled() and gc.get_freeze_count() == frozen
+
+
+def test_a_package_that_seems_absent_is_there_again_afterwards(tmp_path, monkeypatch):
+    (tmp_path / "some_library.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RuntimeError), absent(["some_library", "torch", "no_such_module"]):
+        assert importlib.util.find_spec("some_library") is None and importlib.util.find_spec("torch")
+        with pytest.raises(ModuleNotFoundError):
+            import some_library
+        raise RuntimeError
+    import some_library
+
+    assert some_library and "no_such_module" not in sys.modules

@@ -129,7 +129,7 @@ def _drawn(args: argparse.Namespace, cfg: Config, device, world):
             f"--save-images {shown(str(folder))}: holds files already; expected a new name or an empty folder"
         )
     model = load_found(cfg, checkpoint, device)
-    decode = load_decoder(cfg, device, known) if cfg.latent else None
+    decode = load_decoder(cfg, device, known, alone=args.whole) if cfg.latent else None
     name = shown(args.checkpoint)
     samples = measuring.drawn_images(model, cfg, args.num, name, decode, args.seed, folder, classes, known)
     return samples, classes, known
