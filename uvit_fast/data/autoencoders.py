@@ -27,8 +27,9 @@ from uvit_fast.runtime.text import cut, shown
 Pixels = Tensor  # (B, 3, H, W) uint8
 KINDS = ("AutoencoderKL", "AutoencoderDC")
 # what diffusers imports with its autoencoders where it is installed, and they do without
-NEEDLESS = ("transformers", "peft", "scipy", "torchvision", "torchao", "bitsandbytes", "gguf", "optimum", "modelopt")
-NEEDLESS += ("flash_attn", "flash_attn_interface", "sageattention", "flashinfer", "xformers", "torch._dynamo")
+NEEDLESS = {"transformers", "peft", "scipy", "torchvision", "torchao", "bitsandbytes", "gguf", "optimum", "modelopt"}
+NEEDLESS |= {"flash_attn", "flash_attn_interface", "sageattention", "flashinfer", "xformers"}  # attention of others
+NEEDLESS |= {"torch._dynamo"}  # PyTorch's compiler
 
 
 @dataclass(frozen=True)

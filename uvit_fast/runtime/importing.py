@@ -38,7 +38,7 @@ def absent(packages: Collection[str]) -> Iterator[None]:
     finds them goes without.
     """
     hidden = [name for name in packages if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: Python's mark of a name without module
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: Python's mark of a missing module
     try:
         yield
     finally:
