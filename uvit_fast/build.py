@@ -1,5 +1,6 @@
 """From a config to objects: the only place where a name in a YAML file becomes a constructor."""
 
+import functools
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -128,11 +129,16 @@ def build_sampler(cfg: Config, steps: int | None = None) -> Sampler:
     Raises:
         UserError: `cfg.sample.cache` is not a plan, or one for another network, sampler or number of evaluations.
     """
-    sample, schedule = cfg.sample, build_schedule(cfg)
-    prediction = PREDICTIONS[cfg.diffusion.prediction](schedule)
-    steps = sample.steps if steps is None else steps
-    sampler = SAMPLERS[sample.sampler](schedule, steps, sample.spacing, prediction, sample.shift)
+    sample, diffusion, steps = cfg.sample, cfg.diffusion, cfg.sample.steps if steps is None else steps
+    names = sample.sampler, diffusion.schedule, diffusion.prediction
+    sampler = _planned(*names, steps, sample.spacing, sample.shift)
     return sampler if sample.cache == "none" else sampler.caching(_cache_plan(cfg, sampler))
+
+
+@functools.lru_cache(64)  # planning takes milliseconds, as does uploading its tables: a part of one image's time
+def _planned(sampler: str, schedule: str, prediction: str, steps: int, spacing: str | None, shift: float) -> Sampler:
+    path = SCHEDULES[schedule]()
+    return SAMPLERS[sampler](path, steps, spacing, PREDICTIONS[prediction](path), shift)
 
 
 def _cache_plan(cfg: Config, sampler: Sampler) -> caching.Plan:

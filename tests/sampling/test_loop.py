@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from uvit_fast import load_config, sampling
+from uvit_fast.build import build_sampler
 
 
 class Net(nn.Module):
@@ -37,3 +38,10 @@ def test_a_sample_is_the_same_in_any_batch():
     apart = draw(parts=[range(1, 2), range(3, 6)])
     assert torch.equal(torch.cat(apart), whole[[1, 3, 4, 5]])
     assert torch.equal(torch.cat(draw(first=4, batch=1)), whole[4:])
+
+
+def test_a_request_like_an_earlier_one_plans_nothing():
+    """Planning 50 evaluations takes as long as some of them."""
+    cfg, again = (load_config("configs/digits.yaml", ["sample.steps=7"]) for _ in range(2))
+    assert build_sampler(cfg) is build_sampler(again)
+    assert build_sampler(cfg, 8) is not build_sampler(cfg)

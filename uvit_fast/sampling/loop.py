@@ -76,8 +76,9 @@ def sample(
     shape = (cfg.model.in_chans, cfg.model.img_size, cfg.model.img_size)
     if parts is None:
         parts = [range(start, min(start + batch, num)) for start in range(first, num, batch)]
+    draw = partial(sample_noise, seed, shape=shape)
     # one batch's noise is drawn while the device computes another's
-    for indices, x_T in zip(parts, ahead(lambda indices: sample_noise(seed, indices, shape), parts, threads=1)):
+    for indices, x_T in zip(parts, ahead(draw, parts, threads=1) if len(parts) > 1 else map(draw, parts)):
         x_T = x_T.to(device)  # (B, C, H, W)
         rows = slice(indices.start, indices.stop)
         condition: dict[str, Tensor] = {}
