@@ -9,6 +9,15 @@ from uvit_fast.kernels.runtime.device import capability, interpreting
 ACCUMULATE = torch.float32  # statistics, sums and partial results
 
 
+def unfit(device: torch.device) -> str | None:
+    """Return why no fused op runs on a device, or None."""
+    if device.type != "cuda" and not interpreting():
+        return f"the tensors are on {device.type}; the fused ops run on CUDA"
+    if device.type == "cuda" and capability(device.index) < 8:
+        return "the device is older than compute capability 8.0"
+    return None
+
+
 def why_not(x: Tensor, /, **others: tuple[Tensor | Norm | Linear, tuple[int, ...] | int]) -> str | None:
     """Return the reason for which any fused op would refuse these tensors, or None.
 
@@ -16,10 +25,8 @@ def why_not(x: Tensor, /, **others: tuple[Tensor | Norm | Linear, tuple[int, ...
         x: (..., D), the op's first input.
         others: a tensor and its shape, a Norm and its width, or a Linear and its weight's shape (N, K).
     """
-    if x.device.type != "cuda" and not interpreting():
-        return f"the tensors are on {x.device.type}; the fused ops run on CUDA"
-    if x.device.type == "cuda" and capability(x.device.index) < 8:
-        return "the device is older than compute capability 8.0"
+    if reason := unfit(x.device):
+        return reason
     if x.dtype not in (torch.bfloat16, torch.float16) and not (interpreting() and x.dtype == torch.float32):
         return f"the dtype is {x.dtype}; the fused ops take bfloat16 and float16"
     if x.numel() == 0:

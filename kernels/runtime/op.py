@@ -144,6 +144,22 @@ class Op(Eager):
         return self.library(*_apart(args)) if is_watched(args[0]) else super().__call__(*args)
 
 
+class Constant:
+    """An op of single tensors and numbers whose result has no gradient, with `Op`'s two forms.
+
+    Args:
+        name, forward, fake: see `Op`.
+    """
+
+    def __init__(self, name: str, *, forward: Callable, fake: Callable):
+        self.programs = Programs(forward)
+        self.library = torch.library.custom_op(f"uvit_fast::{name}", forward, mutates_args=())
+        self.library.register_fake(fake)
+
+    def __call__(self, *args: Any) -> Any:
+        return (self.library if is_watched(args[0]) else self.programs)(*args)
+
+
 def _apart(args: tuple) -> tuple:
     single = []
     for a in args:

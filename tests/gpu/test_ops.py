@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tests.kernels.op_cases import OPS, WITH_SUMS, arguments, result, results_and_gradients, tensors, with_tensors
-from uvit_fast.kernels.ops import assemble, linear_residual, ln_mlp
+from uvit_fast.kernels.ops import assemble, linear_residual, ln_mlp, timestep_embedding
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cores")]
 
@@ -172,22 +172,22 @@ def test_the_sums_that_come_with_a_result_are_its_sums(name):
 @pytest.mark.parametrize(
     "B, C, side, p, extras, D",
     [
-        (128, 4, 32, 2, 2, 1152),  # H/2 at its batch: latents, a label and the time
-        (37, 3, 64, 4, 1, 512),  # pixels, a product of 48 values, an odd number of tokens
-        (3, 4, 32, 2, 78, 512),  # text
-        (1, 1, 8, 2, 2, 64),  # one small image: four values, padded to sixteen
+        (128, 4, 32, 2, (1, 1), 1152),  # H/2 at its batch: latents, a label and the time
+        (37, 3, 64, 4, (1,), 512),  # pixels, a product of 48 values, an odd number of tokens
+        (3, 4, 32, 2, (1, 77), 512),  # text
+        (1, 1, 8, 2, (2,), 64),  # one small image: four values, padded to sixteen
     ],
 )
 @pytest.mark.parametrize("compiled", [False, True])
 def test_assembled_tokens_are_no_worse_than_pytorchs(B, C, side, p, extras, D, compiled):
-    x, w = random(B, C, side, side), random(D, C, p, p) * (C * p * p) ** -0.5
-    args = [t.bfloat16() for t in (x, w, random(D), random(B, extras, D), random(1, extras + (side // p) ** 2, D))]
-    dy = random(B, extras + (side // p) ** 2, D).bfloat16()
+    x, w, positions = random(B, C, side, side), random(D, C, p, p) * (C * p * p) ** -0.5, sum(extras) + (side // p) ** 2
+    learnt = [t.bfloat16() for t in (w, random(D), random(1, positions, D), *(random(B, each, D) for each in extras))]
+    dy = random(B, positions, D).bfloat16()
 
     def results(op, dtype):
-        made = [t.to(dtype).requires_grad_(i > 0) for i, t in enumerate(args)]
-        y = op(*made)
-        return [y, *torch.autograd.grad(y, made[1:], dy.to(dtype))]
+        w, b, places, *given = made = [t.to(dtype).requires_grad_() for t in learnt]
+        y = op(x if dtype == torch.bfloat16 else x.bfloat16().float(), w, b, given, places)
+        return [y, *torch.autograd.grad(y, made, dy.to(dtype))]
 
     torch.backends.cudnn.allow_tf32 = False
     ours = results(torch.compile(assemble.assemble, fullgraph=True) if compiled else assemble.assemble, torch.bfloat16)
@@ -195,3 +195,12 @@ def test_assembled_tokens_are_no_worse_than_pytorchs(B, C, side, p, extras, D, c
     for out, peer, r in zip(ours, peers, exact):
         error, allowed = (out.float() - r).norm(), 2 * (peer.float() - r).norm() + 1e-4 * r.norm()
         assert out.shape == r.shape and error <= allowed
+
+
+@pytest.mark.parametrize("D", [512, 768, 1024, 1152])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_times_embedding_has_pytorchs_bits(D, dtype):
+    """Whole times of SD, fractional ones of VP, one time for all images."""
+    for t in (torch.arange(1000, device="cuda"), 999 * torch.rand(1000, device="cuda"), random(3)[1].expand(5)):
+        ours, peer = (op(t, D, dtype) for op in (timestep_embedding.timestep_embedding, timestep_embedding.reference))
+        assert torch.equal(ours, peer)

@@ -173,8 +173,8 @@ def plain(arch: int) -> dict:
         return sums._totals_kernel, args, {"num_warps": 4}
 
     def tokens(C, side, p):
-        image, weight, K = meta(128, C, side, side), meta(D, C, p, p), C * p * p
-        args = (image, weight, v, meta(128, 2, D), meta(1, 258, D), x, M, 258, 2, D, side, side)
+        image, weight, K = fp32(128, C, side, side), meta(D, C, p, p), C * p * p
+        args = (image, weight, v, *[meta(128, 1, D)] * 2, meta(1, 258, D), x, C * side**2, M, 258, 1, 1, D, side, side)
         return assemble._assemble_kernel, args, {"K": K, "P": p, "PADDED": K, **assemble._TILE}
 
     def optimizer():

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from uvit_fast.model.uvit import UViT, timestep_embedding
+from uvit_fast.model.uvit import UViT
 
 TINY = {"img_size": 8, "in_chans": 3, "patch_size": 2, "embed_dim": 32, "depth": 4, "num_heads": 4}
 
@@ -149,15 +149,6 @@ def test_initialisation_is_the_published_one():
     assert model.decoder_pred.weight.abs().max() > 0
     assert model.label_emb.weight.std() > 0.5  # PyTorch's own N(0, 1)
     assert model.patch_embed.proj.bias.abs().max() > 0
-
-
-def test_time_embedding_is_cos_then_sin_and_takes_fractions():
-    e = timestep_embedding(torch.tensor([0.0, 2.5]), 8)
-    assert e.dtype == torch.float32
-    torch.testing.assert_close(e[0], torch.tensor([1.0] * 4 + [0.0] * 4))
-    torch.testing.assert_close(
-        e[1, [0, 4]], torch.tensor([2.5]).repeat(2).cos().where(torch.tensor([True, False]), torch.tensor(2.5).sin())
-    )
 
 
 def test_half_precision_model_keeps_time_in_fp32_and_returns_the_inputs_dtype():

@@ -56,7 +56,7 @@ class Guidance:
 
     def branches(self, x: Tensor, t: Tensor, **cache: Any) -> Tensor:
         """Return both branches from one call of the network: (2B, C, H, W), conditional first."""
-        return self.model(torch.cat([x, x]), torch.cat([t, t]), **self.both, **cache)
+        return self.model(_twice(x), _twice(t), **self.both, **cache)
 
     def conditional(self, x: Tensor, t: Tensor, **cache: Any) -> Tensor:
         """Return the conditional branch alone: (B, C, H, W)."""
@@ -78,6 +78,11 @@ def evaluate(eps_fn: EpsFn, x: Tensor, time: Tensor, t: float, **cache: Any) -> 
     if first <= t <= last:
         return eps_fn.branches(x, time, **cache), eps_fn.scale
     return eps_fn.conditional(x, time, **cache), None
+
+
+def _twice(value: Tensor) -> Tensor:
+    """Return (2B, ...), the values twice: a copy, or a view of one image or of one time for all."""
+    return value.expand(2, *value.shape).flatten(0, 1)
 
 
 def _with_null(value: Tensor, null: Tensor | int) -> Tensor:

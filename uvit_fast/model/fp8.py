@@ -145,7 +145,7 @@ class Fp8UViT(Replayed):
                 h = fp8_block.narrowed(h, self.by)
                 skips.append(h.narrow)
         h = fp8_block.summed(h, self.by)
-        return net.noise(h.wide.view(shape), h.sums).to(x.dtype)
+        return net.noise(h.wide.view(shape), h.sums, x.dtype)
 
     def _reader(self, i: int) -> Layers | None:
         """Return the layers of the block that receives block i's output by a long skip, or None."""

@@ -5,9 +5,10 @@
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -23,6 +24,7 @@ from uvit_fast.kernels.ops import ln_linear as _ln_linear
 from uvit_fast.kernels.ops import ln_mlp as _ln_mlp
 from uvit_fast.kernels.ops import proj_ln_mlp as _proj_ln_mlp
 from uvit_fast.kernels.ops import skip_linear as _skip_linear
+from uvit_fast.kernels.ops import timestep_embedding as _timestep_embedding
 from uvit_fast.kernels.runtime import checks as _checks
 from uvit_fast.kernels.runtime import launch as _launch
 from uvit_fast.kernels.runtime.device import architecture as architecture
@@ -61,8 +63,17 @@ def layer(module: nn.Module, bias: bool = True) -> Norm | Linear | None:
     return None if weights is None else (Norm if type(module) is nn.LayerNorm else Linear)(*weights)
 
 
-def assemble(x: Tensor, w: Tensor, b: Tensor, extras: Tensor, positions: Tensor, *, kernels: str = "auto") -> Tensor:
-    """Return Concat(extras (B, E, D), patches of x (B, C, H, W)) + positions, (B, E + N, D); w (D, C, p, p)."""
+def timestep_embedding(t: Tensor, dim: int, dtype: torch.dtype, *, kernels: str = "auto") -> Tensor:
+    """Return the sinusoidal embedding of times (B,), which may be fractional, cosines first: (B, dim), dim even."""
+    return _chosen(_timestep_embedding, kernels, t, dim, dtype)(t, dim, dtype)
+
+
+def assemble(
+    x: Tensor, w: Tensor, b: Tensor, extras: Sequence[Tensor], positions: Tensor, *, kernels: str = "auto"
+) -> Tensor:
+    """Return Concat(extras, patches of x (B, C, H, W)) + positions, (B, E + N, D); w (D, C, p, p). The extras are
+    (B, E, D), or two such tensors; x is rounded to their dtype.
+    """
     return _chosen(_assemble, kernels, x, w, b, extras, positions)(x, w, b, extras, positions)
 
 
@@ -139,6 +150,7 @@ def describe(
     def new(*shape: int) -> Tensor:
         return torch.empty(shape, device=device, dtype=dtype)
 
+    extra, image = [new(1, 1, D)] * 2, torch.empty(1, 4, 32, 32, device=device)
     x, norm, proj = new(258, D), Norm(new(D), new(D)), Linear(new(D, D), new(D))
     fc1, fc2 = Linear(new(4 * D, D), new(4 * D)), Linear(new(D, 4 * D), new(D))
     reasons = {
@@ -146,7 +158,8 @@ def describe(
         "ln_mlp": _ln_mlp.why_not(x, norm, fc1, fc2),
         "skip_linear": _skip_linear.why_not(x, x, Linear(new(D, 2 * D), new(D))),
         "linear_residual": _linear_residual.why_not(x, proj, x),
-        "assemble": _assemble.why_not(new(1, 4, 32, 32), new(D, 4, 2, 2), new(D), new(1, 2, D), new(1, 258, D)),
+        "timestep_embedding": _timestep_embedding.why_not(image[:, 0, 0, 0], D, dtype),
+        "assemble": _assemble.why_not(image, new(D, 4, 2, 2), new(D), extra, new(1, 258, D)),
     }
     chosen = {"attention": ": ".join(choose(new(1, 258, 3, num_heads, D // num_heads), attention))}
     for op, reason in reasons.items():
@@ -159,7 +172,7 @@ def describe(
     return chosen
 
 
-def _chosen(op: ModuleType, kernels: str, *args: Tensor | Norm | Linear) -> Callable:
+def _chosen(op: ModuleType, kernels: str, *args: Any) -> Callable:
     """Return op.run, the fused op on arguments that were checked, or op.reference."""
     if kernels == "reference":
         return op.reference

@@ -5,8 +5,6 @@ Shapes: B images, (C, H, W) each, L tokens = extras + patches, D = embed_dim, K 
 as in the published checkpoints, whichever kernels run.
 """
 
-import math
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -24,24 +22,6 @@ from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.hooks import hooked, hooked_everywhere, plain_weights
 
 
-def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """Return the sinusoidal embedding, cosines first (paper, Appendix; as in DDPM).
-
-    Args:
-        t: (B,), the time as the network receives it: 999 t (VP) or n (SD); may be fractional.
-        dim: even.
-
-    Returns:
-        (B, dim), fp32.
-    """
-    half = dim // 2
-    freqs = torch.exp(
-        -math.log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half
-    )  # (dim/2,)
-    angles = t.float()[:, None] * freqs  # (B, dim/2)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, dim)
-
-
 class PatchEmbed(nn.Module):
     """Form the token sequence: the given tokens, then a linear map of each patch, row-major; add the positions.
 
@@ -53,14 +33,14 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
         self.kernels = kernels
 
-    def forward(self, x: Tensor, extras: Tensor, positions: Tensor) -> Tensor:
-        """Map x (B, C, H, W), extras (B, E, D), positions (1, L, D) to (B, L, D)."""
+    def forward(self, x: Tensor, extras: list[Tensor], positions: Tensor) -> Tensor:
+        """Map x (B, C, H, W), one or two extras (B, E, D), positions (1, L, D) to (B, L, D)."""
         weights = None if hooked_everywhere() else plain_weights(self.proj)
         if weights:
             weight, bias = weights
             return ops.assemble(x, weight, bias, extras, positions, kernels=self.kernels)
-        patches = self.proj(x).flatten(2).transpose(1, 2)  # (B, N, D)
-        return torch.cat([extras, patches], dim=1) + positions
+        patches = self.proj(x.to(positions.dtype)).flatten(2).transpose(1, 2)  # (B, N, D)
+        return torch.cat([*extras, patches], dim=1) + positions
 
 
 class Attention(nn.Module):
@@ -315,25 +295,23 @@ class UViT(Replayed):
         h, sums = through(self.mid_block, h, None, sums)
         for block in self.out_blocks:  # last in, first out
             h, sums = through(block, h, skips.pop() if self.skip != "none" else None, sums)
-        return self.noise(h, sums).to(x.dtype)
+        return self.noise(h, sums, x.dtype)
 
     def tokens(self, x: Tensor, t: Tensor, y: Tensor | None, context: Tensor | None) -> Tensor:
         """Check the arguments of `forward` and return the tokens that enter the first block, (B, L, D)."""
         check_inputs(x, t, y, context, self.image, self.num_classes, self.text)
         dtype = self.pos_embed.dtype
-        time = self.time_embed(timestep_embedding(t, self.embed_dim).to(dtype)).unsqueeze(1)  # (B, 1, D)
+        time = ops.timestep_embedding(t, self.embed_dim, dtype, kernels=self.kernels)  # (B, D)
+        extras = [self.time_embed(time).unsqueeze(1)]  # (B, 1, D)
         if self.label_emb is not None:
             with labels_in_range(y, self.num_classes):
-                label = self.label_emb(y)  # (B, D)
-            extras = torch.cat([label.unsqueeze(1), time], dim=1)  # (B, E, D)
+                extras = [self.label_emb(y).unsqueeze(1), *extras]  # (B, 1, D) each
         elif self.context_embed is not None and context is not None:
-            extras = torch.cat([time, self.context_embed(context.to(dtype))], dim=1)
-        else:
-            extras = time
-        return self.patch_embed(x.to(dtype), extras, self.pos_embed)  # (B, L, D)
+            extras = [*extras, self.context_embed(context.to(dtype))]  # (B, 1, D), (B, context_tokens, D)
+        return self.patch_embed(x, extras, self.pos_embed)  # (B, L, D)
 
-    def noise(self, h: Tensor, sums: Tensor | None) -> Tensor:
-        """Return eps (B, C, H, W) from the last block's output (B, L, D) and its sums."""
+    def noise(self, h: Tensor, sums: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Return eps (B, C, H, W) in `dtype` from the last block's output (B, L, D) and its sums."""
         # With gradients it calls them: ZeRO-3 gathers a module's weights where the module is called.
         norm, decoder = self.norm, self.decoder_pred
         last = None if torch.is_grad_enabled() or hooked_everywhere() else (ops.layer(norm), ops.layer(decoder))
@@ -343,7 +321,8 @@ class UViT(Replayed):
             h = decoder(norm(h))
         h = h[:, self.extras :]  # (B, N, p*p*C); cut here, where tokens are narrow
         p, side = self.patch_size, self.img_size // self.patch_size
-        eps = rearrange(h, "B (h w) (p1 p2 C) -> B C (h p1) (w p2)", h=side, p1=p, p2=p)  # (B, C, H, W)
-        if self.final_layer is not None:
-            eps = self.final_layer(eps)
-        return eps
+        eps = rearrange(h, "B (h w) (p1 p2 C) -> B C h p1 w p2", h=side, p1=p, p2=p)  # a view
+        if self.final_layer is None:  # cast and put in place by one copy
+            eps = eps.to(dtype, memory_format=torch.contiguous_format)
+        eps = rearrange(eps, "B C h p1 w p2 -> B C (h p1) (w p2)")  # (B, C, H, W)
+        return eps if self.final_layer is None else self.final_layer(eps).to(dtype)
