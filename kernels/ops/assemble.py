@@ -112,12 +112,9 @@ def _assemble_kernel(
     tokens = tl.dot(a, w, input_precision="ieee")
     tokens += tl.load(bias + col, mask=col < D, other=0.0).to(tl.float32)[None, :]
     written = (row < M)[:, None] & (col < D)[None, :]
-    where = (image * E + place)[:, None] * D + col[None, :]
-    given = tl.load(first + where, mask=(place < E)[:, None] & written, other=0.0)
-    where = (image * F + place - E)[:, None] * D + col[None, :]
-    later = tl.load(second + where, mask=((place >= E) & (patch < 0))[:, None] & written, other=0.0)
-    given = tl.where((place < E)[:, None], given, later)
-    tokens = tl.where(is_patch[:, None], tokens, given.to(tl.float32))
+    given = tl.where(place < E, first + (image * E + place) * D, second + (image * F + place - E) * D)
+    others = tl.load(given[:, None] + col[None, :], mask=(patch < 0)[:, None] & written, other=0.0)
+    tokens = tl.where(is_patch[:, None], tokens, others.to(tl.float32))
     tokens += tl.load(positions + place[:, None] * D + col[None, :], mask=written, other=0.0).to(tl.float32)
     tl.store(out + row.to(tl.int64)[:, None] * D + col[None, :], tokens.to(out.dtype.element_ty), mask=written)
 
