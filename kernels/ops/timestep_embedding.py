@@ -19,7 +19,6 @@ from uvit_fast.kernels.runtime.op import Constant
 
 LOG_PERIOD = math.log(10_000)
 _TIMES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int32, torch.int64)
-_RESULTS = (torch.bfloat16, torch.float16, torch.float32)
 _BLOCK = 128  # frequencies a program, one a thread
 _INTERPRETED: tl.constexpr = tl.constexpr(interpreting())
 
@@ -34,10 +33,10 @@ def reference(t: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
 
 def why_not(t: Tensor, dim: int, dtype: torch.dtype) -> str | None:
     """Return why the fused op cannot take these arguments, or None."""
-    if reason := checks.unfit(t.device):
+    if reason := checks.unfit(t.device, dtype):
         return reason
-    if t.dtype not in _TIMES or dtype not in _RESULTS:
-        return f"the time is {t.dtype} and its embedding {dtype}"
+    if t.dtype not in _TIMES:
+        return f"the time is {t.dtype}"
     if t.numel() == 0 or dim % 2:
         return f"there are {t.numel()} times and {dim} values for each"
     if torch.is_grad_enabled() and t.requires_grad:
@@ -54,7 +53,7 @@ def timestep_embedding(t: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     Args:
         t: (B,), floating-point, int32 or int64, with any stride; without a gradient.
         dim: even.
-        dtype: of the result: bf16, fp16 or fp32.
+        dtype: of the result: bf16 or fp16.
 
     Returns:
         (B, dim).

@@ -9,12 +9,14 @@ from uvit_fast.kernels.runtime.device import capability, interpreting
 ACCUMULATE = torch.float32  # statistics, sums and partial results
 
 
-def unfit(device: torch.device) -> str | None:
-    """Return why no fused op runs on a device, or None."""
+def unfit(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why no fused op runs on a device, or for a network of this dtype, or None."""
     if device.type != "cuda" and not interpreting():
         return f"the tensors are on {device.type}; the fused ops run on CUDA"
     if device.type == "cuda" and capability(device.index) < 8:
         return "the device is older than compute capability 8.0"
+    if dtype not in (torch.bfloat16, torch.float16) and not (interpreting() and dtype == torch.float32):
+        return f"the dtype is {dtype}; the fused ops take bfloat16 and float16"
     return None
 
 
@@ -25,10 +27,8 @@ def why_not(x: Tensor, /, **others: tuple[Tensor | Norm | Linear, tuple[int, ...
         x: (..., D), the op's first input.
         others: a tensor and its shape, a Norm and its width, or a Linear and its weight's shape (N, K).
     """
-    if reason := unfit(x.device):
+    if reason := unfit(x.device, x.dtype):
         return reason
-    if x.dtype not in (torch.bfloat16, torch.float16) and not (interpreting() and x.dtype == torch.float32):
-        return f"the dtype is {x.dtype}; the fused ops take bfloat16 and float16"
     if x.numel() == 0:
         return f"x is empty: {tuple(x.shape)}"
     if x.shape[-1] % 64:

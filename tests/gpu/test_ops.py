@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tests.kernels.op_cases import OPS, WITH_SUMS, arguments, result, results_and_gradients, tensors, with_tensors
-from uvit_fast.kernels.ops import assemble, linear_residual, ln_mlp, timestep_embedding
+from uvit_fast.kernels.ops import assemble, linear_residual, ln_mlp, timestep_embedding, unpatchify
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cores")]
 
@@ -198,9 +198,24 @@ def test_assembled_tokens_are_no_worse_than_pytorchs(B, C, side, p, extras, D, c
 
 
 @pytest.mark.parametrize("D", [512, 768, 1024, 1152])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_times_embedding_has_pytorchs_bits(D, dtype):
     """Whole times of SD, fractional ones of VP, one time for all images."""
     for t in (torch.arange(1000, device="cuda"), 999 * torch.rand(1000, device="cuda"), random(3)[1].expand(5)):
         ours, peer = (op(t, D, dtype) for op in (timestep_embedding.timestep_embedding, timestep_embedding.reference))
         assert torch.equal(ours, peer)
+
+
+@pytest.mark.parametrize(
+    "B, side, patch, C, result",
+    [
+        (1, 32, 2, 4, torch.float32),  # latents, one image
+        (37, 64, 4, 3, torch.bfloat16),  # pixels
+    ],
+)
+def test_the_final_image_is_no_worse_than_pytorchs(B, side, patch, C, result):
+    h, w, b = random(B, 2 + (side // patch) ** 2, C * patch**2)[:, 2:], random(C, C, 3, 3), random(C)
+    h, w, b = h.bfloat16(), w.bfloat16(), b.bfloat16()
+    ours, peer = (op(h, patch, (w, b), result) for op in (unpatchify.unpatchify, unpatchify.reference))
+    exact = unpatchify.reference(h.double(), patch, (w.double(), b.double()), torch.float64)
+    assert (ours - exact).norm() <= 2 * (peer - exact).norm() + 1e-6 * exact.norm()

@@ -22,6 +22,8 @@ _LINEAR = (
 _OTHERS = {
     "adamw": (("tests/kernels/test_contracts.py", "tests/gpu/test_optimizer.py"), "contract or test_optimizer"),
     "attention": (("tests/gpu/test_attention.py",), "test_attention"),
+    "timestep_embedding": (("tests/gpu/test_ops.py",), "times_embedding"),
+    "unpatchify": (("tests/gpu/test_ops.py",), "final_image"),
     "solver_step": (("tests/gpu/test_captured_loop.py",), "fused_update"),
 }
 

@@ -25,6 +25,7 @@ from uvit_fast.kernels.ops import ln_mlp as _ln_mlp
 from uvit_fast.kernels.ops import proj_ln_mlp as _proj_ln_mlp
 from uvit_fast.kernels.ops import skip_linear as _skip_linear
 from uvit_fast.kernels.ops import timestep_embedding as _timestep_embedding
+from uvit_fast.kernels.ops import unpatchify as _unpatchify
 from uvit_fast.kernels.runtime import checks as _checks
 from uvit_fast.kernels.runtime import launch as _launch
 from uvit_fast.kernels.runtime.device import architecture as architecture
@@ -75,6 +76,16 @@ def assemble(
     (B, E, D), or two such tensors; x is rounded to their dtype.
     """
     return _chosen(_assemble, kernels, x, w, b, extras, positions)(x, w, b, extras, positions)
+
+
+def unpatchify(
+    h: Tensor, patch: int, conv: tuple[Tensor, Tensor] | None, dtype: torch.dtype, *, kernels: str = "auto"
+) -> Tensor:
+    """Return the image (B, C, H, H) of tokens h (B, N, p p C), in `dtype`, through a 3x3 convolution's weight and bias
+    if there is one.
+    """
+    run = _unpatchify.reference if conv is None else _chosen(_unpatchify, kernels, h, patch, conv, dtype)
+    return run(h, patch, conv, dtype)
 
 
 def ln_linear(x: Tensor, norm: Norm, linear: Linear, sums: Tensor | None = None, *, kernels: str = "auto") -> Tensor:
@@ -150,6 +161,7 @@ def describe(
     def new(*shape: int) -> Tensor:
         return torch.empty(shape, device=device, dtype=dtype)
 
+    conv = new(4, 4, 3, 3), new(4)
     extra, image = [new(1, 1, D)] * 2, torch.empty(1, 4, 32, 32, device=device)
     x, norm, proj = new(258, D), Norm(new(D), new(D)), Linear(new(D, D), new(D))
     fc1, fc2 = Linear(new(4 * D, D), new(4 * D)), Linear(new(D, 4 * D), new(D))
@@ -160,6 +172,7 @@ def describe(
         "linear_residual": _linear_residual.why_not(x, proj, x),
         "timestep_embedding": _timestep_embedding.why_not(image[:, 0, 0, 0], D, dtype),
         "assemble": _assemble.why_not(image, new(D, 4, 2, 2), new(D), extra, new(1, 258, D)),
+        "unpatchify": _unpatchify.why_not(new(1, 256, 16), 2, conv, torch.float32),
     }
     chosen = {"attention": ": ".join(choose(new(1, 258, 3, num_heads, D // num_heads), attention))}
     for op, reason in reasons.items():

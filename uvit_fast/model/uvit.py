@@ -313,16 +313,15 @@ class UViT(Replayed):
     def noise(self, h: Tensor, sums: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Return eps (B, C, H, W) in `dtype` from the last block's output (B, L, D) and its sums."""
         # With gradients it calls them: ZeRO-3 gathers a module's weights where the module is called.
-        norm, decoder = self.norm, self.decoder_pred
-        last = None if torch.is_grad_enabled() or hooked_everywhere() else (ops.layer(norm), ops.layer(decoder))
+        norm, decoder, conv = self.norm, self.decoder_pred, self.final_layer
+        plain = not torch.is_grad_enabled() and not hooked_everywhere()
+        last = (ops.layer(norm), ops.layer(decoder)) if plain else None
         if last and last[0] and last[1]:
             h = ops.ln_linear(h, last[0], last[1], sums, kernels=self.kernels)  # (B, L, p*p*C)
         else:
             h = decoder(norm(h))
         h = h[:, self.extras :]  # (B, N, p*p*C); cut here, where tokens are narrow
-        p, side = self.patch_size, self.img_size // self.patch_size
-        eps = rearrange(h, "B (h w) (p1 p2 C) -> B C h p1 w p2", h=side, p1=p, p2=p)  # a view
-        if self.final_layer is None:  # cast and put in place by one copy
-            eps = eps.to(dtype, memory_format=torch.contiguous_format)
-        eps = rearrange(eps, "B C h p1 w p2 -> B C (h p1) (w p2)")  # (B, C, H, W)
-        return eps if self.final_layer is None else self.final_layer(eps).to(dtype)
+        weights = plain_weights(conv) if plain and conv is not None else None
+        if conv is None or weights:
+            return ops.unpatchify(h, self.patch_size, weights, dtype, kernels=self.kernels)  # (B, C, H, W)
+        return conv(ops.unpatchify(h, self.patch_size, None, h.dtype)).to(dtype)
