@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks import models
-from benchmarks.bench_sampling import kl
+from benchmarks.autoencoders import kl
 from benchmarks.common import RESULTS, Rows, known
 from benchmarks.first_image import BEGAN
 from uvit_fast.build import build_model

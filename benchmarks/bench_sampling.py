@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import models
+from benchmarks.autoencoders import dc, kl
 from benchmarks.common import RESULTS, Rows, known, measure, need_gpu, select
 from uvit_fast.build import build_sampler
 from uvit_fast.data.autoencoders import Scaling, decoder
@@ -47,6 +48,7 @@ from uvit_fast.runtime.graphs import Graphs
 from uvit_fast.sampling.captured import GraphSampler
 
 SCALE, NULL = 0.4, 1000
+AUTOENCODERS, FACTORS = {"kl": kl, "dc": dc}, {"kl": 0.18215, "dc": 0.3189}
 SIZES = "HSLM"  # the most informative first
 PROVIDERS = ("ours", "ours-fp8", "ours-uncaptured", "ours-sm80", *models.PEERS)
 OURS = ("ours", "ours-fp8")
@@ -268,39 +270,6 @@ def allocated(device: torch.device) -> float:
 def peak_of(device: torch.device) -> float:
     """Return the most bytes allocated since `reset_peak`; 0 on a CPU."""
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else 0.0
-
-
-def kl(device: torch.device, channels: tuple[int, ...] = (128, 256, 512, 512)) -> Any:
-    """Return Stable Diffusion's KL-f8 with random weights, bf16."""
-    from diffusers import AutoencoderKL
-
-    with torch.device(device):
-        vae = AutoencoderKL(
-            block_out_channels=channels,
-            down_block_types=("DownEncoderBlock2D",) * len(channels),
-            up_block_types=("UpDecoderBlock2D",) * len(channels),
-            layers_per_block=2,
-        )
-    return vae.to(torch.bfloat16).eval().requires_grad_(False)
-
-
-def dc(device: torch.device, channels: tuple[int, ...] = (128, 256, 512, 512, 1024, 1024)) -> Any:
-    """Return DC-AE's f32c32 for ImageNet (dc-ae-f32c32-in-1.0) with random weights, bf16."""
-    from diffusers import AutoencoderDC
-
-    blocks, multiscales = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3, ((),) * 6
-    with torch.device(device):
-        vae = AutoencoderDC(
-            encoder_block_types=blocks, encoder_block_out_channels=channels,
-            decoder_block_types=blocks, decoder_block_out_channels=channels,
-            encoder_layers_per_block=(0, 4, 8, 2, 2, 2), decoder_layers_per_block=(0, 5, 10, 2, 2, 2),
-            encoder_qkv_multiscales=multiscales, decoder_qkv_multiscales=multiscales,
-            decoder_norm_types=("batch_norm",) * 3 + ("rms_norm",) * 3, decoder_act_fns=("relu",) * 3 + ("silu",) * 3,
-        )  # fmt: skip
-    return vae.to(torch.bfloat16).eval().requires_grad_(False)
-
-
-AUTOENCODERS, FACTORS = {"kl": kl, "dc": dc}, {"kl": 0.18215, "dc": 0.3189}
 
 
 def _kind(size: str) -> str:

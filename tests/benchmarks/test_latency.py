@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import bench_latency, bench_sampling, first_image
+from benchmarks import autoencoders, bench_latency, first_image
 from tests.recorded import RecordedGraphs
 from uvit_fast import runtime
 from uvit_fast.kernels.ops import fp8_block
@@ -23,7 +23,7 @@ SMALL = ["model.embed_dim=64", "model.num_heads=1", "model.depth=2", "model.img_
 def told(tmp_path, monkeypatch, capsys):
     """Return what the process tells, run in this one: of a small network and a small autoencoder."""
     pytest.importorskip("diffusers")
-    monkeypatch.setattr(bench_latency, "kl", functools.partial(bench_sampling.kl, channels=(32, 32)))
+    monkeypatch.setattr(bench_latency, "kl", functools.partial(autoencoders.kl, channels=(32, 32)))
     settings = bench_latency.settings(str(tmp_path), SMALL)
     bench_latency.prepare(["S"], str(tmp_path), settings)
     monkeypatch.setenv(first_image.BEGAN, str(time.time()))

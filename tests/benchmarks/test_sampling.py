@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from benchmarks import bench_sampling, models, precompile
+from benchmarks import autoencoders, bench_sampling, models, precompile
 from benchmarks.bench_sampling import Bench, Case
 from benchmarks.common import Rows, select
 from benchmarks.results import Results
@@ -31,8 +31,8 @@ def bench(monkeypatch):
     monkeypatch.setattr(bench_sampling, "measure", measure)
     monkeypatch.setattr(bench_sampling, "FEW", 1)
     small = {
-        "kl": lambda device: bench_sampling.kl(device, (32, 32)),
-        "dc": lambda device: bench_sampling.dc(device, (32,) * 6),
+        "kl": lambda device: autoencoders.kl(device, (32, 32)),
+        "dc": lambda device: autoencoders.dc(device, (32,) * 6),
     }
     monkeypatch.setattr(bench_sampling, "AUTOENCODERS", small)
     return lambda *arguments: Bench(torch.device("cpu"), *arguments, graphs=RecordedGraphs())  # fmt: skip
