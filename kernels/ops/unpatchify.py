@@ -14,7 +14,7 @@ from uvit_fast.kernels.runtime.launch import cdiv
 from uvit_fast.kernels.runtime.op import Constant, wants_gradient
 
 IMAGES = (torch.bfloat16, torch.float16, torch.float32)  # dtypes
-_TILE = {"PIXELS": 64, "num_warps": 2}  # bound by latencies: small programs, many at once
+PIXELS = 32  # per program, with a warp per channel: one value a thread, or each load would wait for a change of layout
 
 
 def reference(h: Tensor, patch: int, conv: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> Tensor:
@@ -71,6 +71,12 @@ def run(h: Tensor, patch: int, conv: tuple[Tensor, Tensor], dtype: torch.dtype) 
 
 
 @triton.jit
+def _product(values, inside, weights, known):
+    value = tl.load(values, mask=inside, other=0.0).to(tl.float32)
+    return value[:, None] * tl.load(weights, mask=known, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
 def _unpatchify_kernel(
     out,  # (B, C, SIDE, SIDE)
     h,  # (B, N, P P C), images `apart` elements apart, tokens `stride`
@@ -92,22 +98,31 @@ def _unpatchify_kernel(
         y, x = pixel // SIDE + (tap // 3 - 1), pixel % SIDE + (tap % 3 - 1)
         inside = (y >= 0) & (y < SIDE) & (x >= 0) & (x < SIDE)
         at = h + image * apart + (y // P * (SIDE // P) + x // P) * stride + (y % P * P + x % P) * C
-        for c in tl.range(0, C, loop_unroll_factor=4):
-            value = tl.load(at + c, mask=inside, other=0.0).to(tl.float32)
-            w = tl.load(weight + (channel * C + c) * 9 + tap, mask=channel < C, other=0.0).to(tl.float32)
-            total += value[:, None] * w[None, :]
+        if C <= 4:  # all loads at once
+            for c in tl.static_range(C):
+                total += _product(at + c, inside, weight + (channel * C + c) * 9 + tap, channel < C)
+        else:
+            for c in range(C):
+                total += _product(at + c, inside, weight + (channel * C + c) * 9 + tap, channel < C)
     where = (image * C + channel[None, :]) * (SIDE * SIDE) + pixel[:, None]
     written = (pixel < SIDE * SIDE)[:, None] & (channel < C)[None, :]
     tl.store(out + where, total.to(out.dtype.element_ty), mask=written)
+
+
+def tile(side: int, patch: int, channels: int) -> dict[str, int]:
+    """Return the kernel's constants and its warps."""
+    padded = triton.next_power_of_2(channels)
+    constants = {"SIDE": side, "P": patch, "C": channels, "CHANNELS": padded, "PIXELS": PIXELS}
+    return {**constants, "num_warps": min(padded, 8)}
 
 
 def _forward(h: Tensor, patch: int, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     out = _fake(h, patch, weight, bias, dtype)
     h = h if h.stride(2) == 1 else h.contiguous()
     B, C, side, _ = out.shape
-    options = {"SIDE": side, "P": patch, "C": C, "CHANNELS": triton.next_power_of_2(C), **_TILE}
+    options = tile(side, patch, C)
     args = (out, h, weight.contiguous(), bias.contiguous(), h.stride(0), h.stride(1))
-    launch.run(h.device, _unpatchify_kernel, (cdiv(side**2, _TILE["PIXELS"]), B), args, options)
+    launch.run(h.device, _unpatchify_kernel, (cdiv(side**2, PIXELS), B), args, options)
     return out
 
 
