@@ -67,6 +67,16 @@ def test_backward_hooks_see_gradients_whatever_is_kept(policy):
         torch.testing.assert_close(a.grad, b.grad)
 
 
+@pytest.mark.parametrize("how", [{"padding_mode": "circular"}, {"dilation": 2}, {"kernel_size": 5}], ids=str)
+def test_a_final_convolution_of_another_kind_is_called(how):
+    model, last = network(), nn.Conv2d(3, 3, **{"kernel_size": 3, "padding": "same"} | how)
+    with torch.no_grad():
+        exchange(model, "final_layer", lambda layer: nn.Identity())
+        expected = last(model(*INPUTS))
+        exchange(model, "final_layer", lambda layer: last)
+        torch.testing.assert_close(model(*INPUTS), expected)
+
+
 def test_hooks_on_all_modules_are_called():
     model, seen = network(), set()
     with nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.add(module)):

@@ -64,6 +64,19 @@ def layer(module: nn.Module, bias: bool = True) -> Norm | Linear | None:
     return None if weights is None else (Norm if type(module) is nn.LayerNorm else Linear)(*weights)
 
 
+_CONV3X3 = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
+
+
+def conv3x3(module: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Return the weight and bias of a 3x3 convolution that pads by a pixel of zeros, or None where calling it does
+    something else.
+    """
+    weights = plain_weights(module)
+    if weights is None or type(module) is not nn.Conv2d or module.padding_mode != "zeros":
+        return None
+    return weights if all(getattr(module, name) == value for name, value in _CONV3X3.items()) else None
+
+
 def timestep_embedding(t: Tensor, dim: int, dtype: torch.dtype, *, kernels: str = "auto") -> Tensor:
     """Return the sinusoidal embedding of times (B,), which may be fractional, cosines first: (B, dim), dim even."""
     return _chosen(_timestep_embedding, kernels, t, dim, dtype)(t, dim, dtype)

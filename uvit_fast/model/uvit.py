@@ -321,7 +321,7 @@ class UViT(Replayed):
         else:
             h = decoder(norm(h))
         h = h[:, self.extras :]  # (B, N, p*p*C); cut here, where tokens are narrow
-        weights = plain_weights(conv) if plain and conv is not None else None
+        weights = ops.conv3x3(conv) if plain and conv is not None else None
         if conv is None or weights:
             return ops.unpatchify(h, self.patch_size, weights, dtype, kernels=self.kernels)  # (B, C, H, W)
         return conv(ops.unpatchify(h, self.patch_size, None, h.dtype)).to(dtype)
