@@ -7,9 +7,11 @@ import triton
 import triton.language as tl
 
 from uvit_fast.kernels.gemm.contract import CASES, G0, G1, G2, Call, Core, Product, results
-from uvit_fast.kernels.layernorm.fold import write_sums
+from uvit_fast.kernels.layernorm.sums import CHUNK
 from uvit_fast.kernels.runtime import launch, tuning
 from uvit_fast.kernels.runtime.launch import cdiv
+
+FEATURES: tl.constexpr = tl.constexpr(CHUNK)  # whose sums are taken together
 
 
 @triton.jit
@@ -40,6 +42,22 @@ def _accumulate(acc, xs, ws, rows, cols, K, stride, BK: tl.constexpr):
         xs += BK
         ws += BK * stride
     return acc
+
+
+@triton.jit
+def _write_sums(sums, value, first_row, first_col, M, N):
+    """Write a tile's sums of every 64 features, and of the squared distances from their mean."""
+    BM: tl.constexpr = value.shape[0]
+    CHUNKS: tl.constexpr = value.shape[1] // FEATURES
+    chunks = tl.reshape(value, (BM, CHUNKS, FEATURES))
+    total = tl.sum(chunks, axis=2)
+    chunks -= (total * (1 / FEATURES))[:, :, None]
+    row = first_row + tl.arange(0, BM)
+    chunk = first_col // FEATURES + tl.arange(0, CHUNKS)
+    first = sums + chunk[None, :] * 2 * M + row[:, None]
+    inside = (row < M)[:, None] & (chunk < N // FEATURES)[None, :]
+    tl.store(first, total, mask=inside)
+    tl.store(first + M, tl.sum(chunks * chunks, axis=2), mask=inside)
 
 
 @triton.jit
@@ -116,7 +134,7 @@ def gemm_kernel(
     rounded = acc.to(out.dtype.element_ty)
     tl.store(out + at, rounded, mask=inside)
     if SUMS:
-        write_sums(sums, rounded.to(tl.float32), tile_m * BM, tile_n * BN, M, N)
+        _write_sums(sums, rounded.to(tl.float32), tile_m * BM, tile_n * BN, M, N)
 
 
 def arguments(call: Call, tuned: dict) -> tuple[tuple, dict, int, Product]:

@@ -101,22 +101,6 @@ def write_statistics(xs, cols, stats, stride, row, M, eps, D: tl.constexpr):
 
 
 @triton.jit
-def write_sums(sums, value, first_row, first_col, M, N):
-    """Write a tile's sums of every 64 features, and of the squared distances from their mean."""
-    BM: tl.constexpr = value.shape[0]
-    CHUNKS: tl.constexpr = value.shape[1] // FEATURES
-    chunks = tl.reshape(value, (BM, CHUNKS, FEATURES))
-    total = tl.sum(chunks, axis=2)
-    chunks -= (total * (1 / FEATURES))[:, :, None]
-    row = first_row + tl.arange(0, BM)
-    chunk = first_col // FEATURES + tl.arange(0, CHUNKS)
-    first = sums + chunk[None, :] * 2 * M + row[:, None]
-    inside = (row < M)[:, None] & (chunk < N // FEATURES)[None, :]
-    tl.store(first, total, mask=inside)
-    tl.store(first + M, tl.sum(chunks * chunks, axis=2), mask=inside)
-
-
-@triton.jit
 def _prepare_kernel(
     x,  # (M, D)
     gamma,  # (D,)

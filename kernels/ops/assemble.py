@@ -8,8 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from uvit_fast.kernels.layernorm import sums
-from uvit_fast.kernels.layernorm.fold import write_sums
 from uvit_fast.kernels.runtime import checks, launch
 from uvit_fast.kernels.runtime.checks import ACCUMULATE
 from uvit_fast.kernels.runtime.launch import cdiv
@@ -52,9 +50,7 @@ def why_not(x: Tensor, weight: Tensor, bias: Tensor, extras: Sequence[Tensor], p
     return reason
 
 
-def assemble(
-    x: Tensor, weight: Tensor, bias: Tensor, extras: Sequence[Tensor], positions: Tensor
-) -> tuple[Tensor, Tensor]:
+def assemble(x: Tensor, weight: Tensor, bias: Tensor, extras: Sequence[Tensor], positions: Tensor) -> Tensor:
     """Run the fused op: `reference`, each token written once. Saves the image in the weight's dtype.
 
     Args:
@@ -64,7 +60,7 @@ def assemble(
         positions: (1, E + H W / p^2, D).
 
     Returns:
-        (B, E + H W / p^2, D), and its sums, see `layernorm.sums`.
+        (B, E + H W / p^2, D).
 
     Raises:
         ValueError: with the reason of `why_not`.
@@ -73,7 +69,7 @@ def assemble(
     return run(x, weight, bias, extras, positions)
 
 
-def run(x: Tensor, weight: Tensor, bias: Tensor, extras: Sequence[Tensor], positions: Tensor) -> tuple[Tensor, Tensor]:
+def run(x: Tensor, weight: Tensor, bias: Tensor, extras: Sequence[Tensor], positions: Tensor) -> Tensor:
     """Run `assemble` on tensors that `why_not` accepted."""
     return _op(x, weight, bias, extras[0], extras[1] if len(extras) == 2 else None, positions)
 
@@ -87,7 +83,6 @@ def _assemble_kernel(
     second,  # (B, F, D)
     positions,  # (L, D)
     out,  # (B, L, D)
-    summed,  # (D / 64, 2, M) fp32: see layernorm.sums
     apart,
     M,  # B L
     L,
@@ -102,9 +97,8 @@ def _assemble_kernel(
     TOKENS: tl.constexpr,
     FEATURES: tl.constexpr,
 ):
-    first_row = tl.program_id(0) // tl.cdiv(D, FEATURES) * TOKENS
-    first_col = tl.program_id(0) % tl.cdiv(D, FEATURES) * FEATURES
-    row, col = first_row + tl.arange(0, TOKENS), first_col + tl.arange(0, FEATURES)
+    row = tl.program_id(0) // tl.cdiv(D, FEATURES) * TOKENS + tl.arange(0, TOKENS)
+    col = tl.program_id(0) % tl.cdiv(D, FEATURES) * FEATURES + tl.arange(0, FEATURES)
     k = tl.arange(0, PADDED)
     image, place = (row // L).to(tl.int64), row % L
     patch = place - E - F
@@ -122,29 +116,26 @@ def _assemble_kernel(
     others = tl.load(given[:, None] + col[None, :], mask=(patch < 0)[:, None] & written, other=0.0)
     tokens = tl.where(is_patch[:, None], tokens, others.to(tl.float32))
     tokens += tl.load(positions + place[:, None] * D + col[None, :], mask=written, other=0.0).to(tl.float32)
-    tokens = tokens.to(out.dtype.element_ty)
-    tl.store(out + row.to(tl.int64)[:, None] * D + col[None, :], tokens, mask=written)
-    write_sums(summed, tokens.to(tl.float32), first_row, first_col, M, D)
+    tl.store(out + row.to(tl.int64)[:, None] * D + col[None, :], tokens.to(out.dtype.element_ty), mask=written)
 
 
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor, first: Tensor, second: Tensor | None, positions: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     (B, E, D), L, K = first.shape, positions.shape[1], weight[0].numel()
-    out, written = _fake(x, weight, bias, first, second, positions)
+    out = first.new_empty(B, L, D)
     x = x if x[0].is_contiguous() else x.contiguous()
     tensors = [t.contiguous() for t in (weight, bias, first, first if second is None else second, positions)]
     F = 0 if second is None else second.shape[1]
-    args = (x, *tensors, out, written, x.stride(0), B * L, L, E, F, D, *x.shape[2:])
+    args = (x, *tensors, out, x.stride(0), B * L, L, E, F, D, *x.shape[2:])
     options = {"K": K, "P": weight.shape[-1], "PADDED": max(16, triton.next_power_of_2(K)), **_TILE}
     tiles = cdiv(D, _TILE["FEATURES"]) * cdiv(B * L, _TILE["TOKENS"])
     launch.run(x.device, _assemble_kernel, (tiles,), args, options)
-    return out, written
+    return out
 
 
 def _fake(x, weight, bias, first, second, positions):
-    out = first.new_empty(first.shape[0], positions.shape[1], weight.shape[0])
-    return out, sums.new(out)
+    return first.new_empty(first.shape[0], positions.shape[1], weight.shape[0])
 
 
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, extras: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -186,7 +186,7 @@ def test_assembled_tokens_are_no_worse_than_pytorchs(B, C, side, p, extras, D, c
 
     def results(op, dtype):
         w, b, places, *given = made = [t.to(dtype).requires_grad_() for t in learnt]
-        y = result(op(x if dtype == torch.bfloat16 else x.bfloat16().float(), w, b, given, places))
+        y = op(x if dtype == torch.bfloat16 else x.bfloat16().float(), w, b, given, places)
         return [y, *torch.autograd.grad(y, made, dy.to(dtype))]
 
     torch.backends.cudnn.allow_tf32 = False

@@ -174,8 +174,7 @@ def plain(arch: int) -> dict:
 
     def tokens(C, side, p):
         image, weight, K = fp32(128, C, side, side), meta(D, C, p, p), C * p * p
-        given, places, sums = [meta(128, 1, D)] * 2, meta(1, 258, D), fp32(D // 64, 2, M)
-        args = (image, weight, v, *given, places, x, sums, C * side**2, M, 258, 1, 1, D, side, side)
+        args = (image, weight, v, *[meta(128, 1, D)] * 2, meta(1, 258, D), x, C * side**2, M, 258, 1, 1, D, side, side)
         return assemble._assemble_kernel, args, {"K": K, "P": p, "PADDED": K, **assemble._TILE}
 
     def optimizer():

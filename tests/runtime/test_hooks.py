@@ -14,7 +14,7 @@ from uvit_fast.runtime.hooks import changed
 
 PARTS = ["patch_embed.proj", "norm", "decoder_pred", "mid_block.norm1", "mid_block.attn", "mid_block.attn.qkv"]
 PARTS += ["mid_block.attn.proj", "mid_block.norm2", "mid_block.mlp", "mid_block.mlp.fc1", "mid_block.mlp.fc2"]
-PARTS += ["out_blocks.0.skip_linear", "label_emb", "final_layer", "mid_block", "patch_embed"]
+PARTS += ["out_blocks.0.skip_linear", "label_emb", "final_layer", "mid_block"]
 LINEAR = "out_blocks.0.mlp.fc1"
 INPUTS = (
     torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)),

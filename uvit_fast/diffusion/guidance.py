@@ -20,7 +20,7 @@ class Guidance:
     """A guided eps_fn(x, t). The samplers take its two branches and combine them inside their update.
 
     Args:
-        model: model(x, t, **condition) -> eps.
+        model: model(x, t, **condition) -> eps. x, of one image, and t may be views of the same memory twice.
         condition: name -> (B, ...), such as {"y": labels} or {"context": text features}.
         null: name -> the null condition: a number, or a tensor without the batch dimension.
         scale: the paper's s; a () fp32 tensor may change between two calls.

@@ -126,9 +126,9 @@ class Fp8UViT(Replayed):
     ) -> Tensor:
         """Predict the noise: see `UViT.forward`."""
         net, last = self.net, len(self.layers) - 1
-        tokens, sums = net.tokens(x, t, y, context)  # (B, L, D)
+        tokens = net.tokens(x, t, y, context)  # (B, L, D)
         shape = tokens.shape
-        h = Stream(tokens.reshape(-1, shape[2]), sums=sums)  # (B * L, D), as everything in the stream
+        h = Stream(tokens.reshape(-1, shape[2]))  # (B * L, D), as everything in the stream
         skips: list[Tensor] = []  # of the first half, each in the form that its reader takes
         for i, (block, layers) in enumerate(zip(net.blocks, self.layers)):
             if block.skip_linear is not None:

@@ -84,11 +84,11 @@ def timestep_embedding(t: Tensor, dim: int, dtype: torch.dtype, *, kernels: str 
 
 def assemble(
     x: Tensor, w: Tensor, b: Tensor, extras: Sequence[Tensor], positions: Tensor, *, kernels: str = "auto"
-) -> tuple[Tensor, Tensor | None]:
-    """Return Concat(extras, patches of x (B, C, H, W)) + positions, (B, E + N, D), and its sums; w (D, C, p, p). The
-    extras are (B, E, D), or two such tensors; x is rounded to their dtype.
+) -> Tensor:
+    """Return Concat(extras, patches of x (B, C, H, W)) + positions, (B, E + N, D); w (D, C, p, p). The extras are
+    (B, E, D), or two such tensors; x is rounded to their dtype.
     """
-    return _with_sums(_assemble, kernels, x, w, b, extras, positions)
+    return _chosen(_assemble, kernels, x, w, b, extras, positions)(x, w, b, extras, positions)
 
 
 def unpatchify(
@@ -210,6 +210,6 @@ def _chosen(op: ModuleType, kernels: str, *args: Any) -> Callable:
     return op.reference
 
 
-def _with_sums(op: ModuleType, kernels: str, *args: Any) -> tuple[Tensor, Tensor | None]:
+def _with_sums(op: ModuleType, kernels: str, *args: Tensor | Norm | Linear) -> tuple[Tensor, Tensor | None]:
     run = _chosen(op, kernels, *args)
     return (run(*args), None) if run is op.reference else run(*args)

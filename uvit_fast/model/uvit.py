@@ -33,18 +33,14 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
         self.kernels = kernels
 
-    def forward(
-        self, x: Tensor, extras: list[Tensor], positions: Tensor, hand_on: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor | None]:
-        """Map x (B, C, H, W), one or two extras (B, E, D), positions (1, L, D) to (B, L, D); `hand_on`: see `Block`."""
+    def forward(self, x: Tensor, extras: list[Tensor], positions: Tensor) -> Tensor:
+        """Map x (B, C, H, W), one or two extras (B, E, D), positions (1, L, D) to (B, L, D)."""
         weights = None if hooked_everywhere() else plain_weights(self.proj)
         if weights:
             weight, bias = weights
-            tokens, sums = ops.assemble(x, weight, bias, extras, positions, kernels=self.kernels)
-        else:
-            patches = self.proj(x.to(positions.dtype)).flatten(2).transpose(1, 2)  # (B, N, D)
-            tokens, sums = torch.cat([*extras, patches], dim=1) + positions, None
-        return (tokens, sums) if hand_on else tokens
+            return ops.assemble(x, weight, bias, extras, positions, kernels=self.kernels)
+        patches = self.proj(x.to(positions.dtype)).flatten(2).transpose(1, 2)  # (B, N, D)
+        return torch.cat([*extras, patches], dim=1) + positions
 
 
 class Attention(nn.Module):
@@ -290,8 +286,8 @@ class UViT(Replayed):
             ValueError: a shape, dtype or device that does not fit; a condition that is missing or that the model does
                 not take; on a CPU, a label out of range; torch.jit.trace (use torch.export).
         """
-        h, sums = self.tokens(x, t, y, context)  # (B, L, D)
-        skips = []
+        h = self.tokens(x, t, y, context)  # (B, L, D)
+        skips, sums = [], None
         through = _through if cache is None else cached.through(self, cache)
         for block in self.in_blocks:
             h, sums = through(block, h, None, sums)
@@ -301,8 +297,8 @@ class UViT(Replayed):
             h, sums = through(block, h, skips.pop() if self.skip != "none" else None, sums)
         return self.noise(h, sums, x.dtype)
 
-    def tokens(self, x: Tensor, t: Tensor, y: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Check `forward`'s arguments and return the tokens that enter the first block, (B, L, D), and their sums."""
+    def tokens(self, x: Tensor, t: Tensor, y: Tensor | None, context: Tensor | None) -> Tensor:
+        """Check the arguments of `forward` and return the tokens that enter the first block, (B, L, D)."""
         check_inputs(x, t, y, context, self.image, self.num_classes, self.text)
         dtype = self.pos_embed.dtype
         time = ops.timestep_embedding(t, self.embed_dim, dtype, kernels=self.kernels)  # (B, D)
@@ -312,9 +308,7 @@ class UViT(Replayed):
                 extras = [self.label_emb(y).unsqueeze(1), *extras]  # (B, 1, D) each
         elif self.context_embed is not None and context is not None:
             extras = [*extras, self.context_embed(context.to(dtype))]  # (B, 1, D), (B, context_tokens, D)
-        if not isinstance(self.patch_embed, PatchEmbed) or hooked(self.patch_embed) or hooked_everywhere():
-            return self.patch_embed(x, extras, self.pos_embed), None
-        return self.patch_embed(x, extras, self.pos_embed, hand_on=True)
+        return self.patch_embed(x, extras, self.pos_embed)  # (B, L, D)
 
     def noise(self, h: Tensor, sums: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Return eps (B, C, H, W) in `dtype` from the last block's output (B, L, D) and its sums."""
