@@ -189,7 +189,7 @@ def _measure_all(args: argparse.Namespace, cfg: Config, points: list[Point], out
     extractor, reference = measuring.yardstick(
         args.features, real, shown(args.reference), inception, device, cache, batch, world
     )
-    decode = load_decoder(cfg, device, known) if cfg.latent else None
+    decode = load_decoder(cfg, device, known, alone=args.whole) if cfg.latent else None
     costs = [point.steps * (1 + (point.scale > 0)) for point, *_ in todo]
     began, model, loaded = time.monotonic(), None, ""
     graphs: tuple[Point, GraphSampler] | None = None  # the loop that the seeds of a point share

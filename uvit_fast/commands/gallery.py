@@ -36,10 +36,13 @@ def run(args: argparse.Namespace) -> None:
     if len({cfg.device for cfg in configs}) > 1:
         raise UserError("gallery: expected checkpoints of one device; --set device=cpu or cuda says which")
     preload("uvit_fast.gallery.page")
+    from uvit_fast.data.autoencoders import import_alone
     from uvit_fast.gallery.page import LOOPBACK, serve
     from uvit_fast.gallery.session import Session
     from uvit_fast.runtime.device import pick_device
 
+    if args.whole and any(cfg.latent for cfg in configs):
+        import_alone()
     checkpoints = dict(zip(names, zip(configs, args.checkpoint)))
     session = Session(checkpoints, pick_device(configs[0].device), args.clip)
     if args.host not in LOOPBACK:
