@@ -121,7 +121,7 @@ def build_objective(cfg: Config) -> Objective:
 
 def build_sampler(cfg: Config, steps: int | None = None) -> Sampler:
     """Return the sampler of `cfg.sample`: `sampler(eps_fn, x_T)` -> x_0, with `eps_fn(x, t_network)` -> the network's
-    prediction.
+    prediction. Configs that ask for the same one share it.
 
     Args:
         steps: network evaluations (NFE); default `cfg.sample.steps`.

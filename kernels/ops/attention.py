@@ -43,7 +43,7 @@ def why_not(qkv: Tensor) -> str | None:
         return f"qkv is empty: {tuple(qkv.shape)}"
     if qkv.device.type == "cuda" and capability(qkv.device.index) not in (8, 9):
         return "its kernels are for compute capability 8 and 9"
-    return None
+    return checks.forward_mode()
 
 
 def attention(qkv: Tensor) -> Tensor:

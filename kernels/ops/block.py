@@ -11,6 +11,7 @@ from torch import Tensor
 from uvit_fast.kernels.layers import Linear, Norm
 from uvit_fast.kernels.ops import attention as attention_op
 from uvit_fast.kernels.ops import linear_residual, ln_linear, ln_mlp, proj_ln_mlp, skip_linear
+from uvit_fast.kernels.runtime import checks
 from uvit_fast.kernels.runtime.device import interpreting
 from uvit_fast.kernels.runtime.op import Eager, is_last_backward, is_watched, learns, wants_gradient
 from uvit_fast.runtime.flags import Flag
@@ -37,7 +38,8 @@ def run(
         (B, L, D) and its sums, and with them gradients, bit for bit those of the ops; None if the ops must be called:
         some cannot run, or are watched.
     """
-    if is_watched(x) or one_by_one or not (x.device.type == "cuda" or interpreting()):
+    possible = x.device.type == "cuda" or interpreting()
+    if not possible or is_watched(x) or one_by_one or checks.forward_mode():
         return None
     joined, *others = layers
     layers = joined or Linear(None), *others

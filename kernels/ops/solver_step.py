@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from uvit_fast.kernels.runtime import launch
+from uvit_fast.kernels.runtime import checks, launch
 from uvit_fast.kernels.runtime.device import interpreting
 from uvit_fast.kernels.runtime.launch import cdiv
 
@@ -152,7 +152,7 @@ def why_not(x: Tensor) -> str | None:
         return f"the state is {x.dtype}; the fused update takes float32"
     if not 0 < x.numel() < 2**30:
         return f"the state has {x.numel()} elements; the fused update takes 1 to 2^30"
-    return None
+    return checks.forward_mode()
 
 
 def solver_step(

@@ -2,11 +2,19 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from uvit_fast.kernels.layers import Linear, Norm
 from uvit_fast.kernels.runtime.device import capability, interpreting
 
 ACCUMULATE = torch.float32  # statistics, sums and partial results
+
+
+def forward_mode() -> str | None:
+    """Return why no fused op runs where derivatives are taken in forward mode, as by torch.func.jvp, or None."""
+    if forward_ad._current_level < 0:
+        return None
+    return "derivatives are taken in forward mode, in which the fused ops would count as constant"
 
 
 def unfit(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -17,7 +25,7 @@ def unfit(device: torch.device, dtype: torch.dtype) -> str | None:
         return "the device is older than compute capability 8.0"
     if dtype not in (torch.bfloat16, torch.float16) and not (interpreting() and dtype == torch.float32):
         return f"the dtype is {dtype}; the fused ops take bfloat16 and float16"
-    return None
+    return forward_mode()
 
 
 def why_not(x: Tensor, /, **others: tuple[Tensor | Norm | Linear, tuple[int, ...] | int]) -> str | None:

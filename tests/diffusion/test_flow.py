@@ -148,7 +148,7 @@ def test_euler_is_diffusers_on_times_uniform_to_the_data(shift):
 
 def test_heun_is_diffusers_on_its_times():
     sampler = Heun(FLOW, 11, prediction=Velocity())
-    sampler.stages = sampler._along(FLOW, np.array([*np.linspace(1, 1e-3, 6), 0.0]), [2] * 5 + [1])
+    sampler._stages = sampler._along(FLOW, np.array([*np.linspace(1, 1e-3, 6), 0.0]), [2] * 5 + [1])
     scheduler = FlowMatchHeunDiscreteScheduler()
     scheduler.set_timesteps(6)
     sampler._tables = {}

@@ -230,7 +230,7 @@ def test_singlestep_of_order_two_agrees_with_diffusers(kind):
     schedule, times = SDSchedule(), np.array([0.9, 0.6, 0.4])
     scheduler = DPMSolverSinglestepScheduler(**SD_KEYWORDS, algorithm_type=kind[0], solver_order=2, **FINAL)
     sampler = kind[1](schedule, 2)
-    sampler.stages = sampler._interval(schedule, times)
+    sampler._stages = sampler._interval(schedule, times)
     check_against_diffusers(scheduler, sampler, schedule, times)
 
 

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from uvit_fast.kernels.ops.timestep_embedding import reference, timestep_embedding, why_not
+from uvit_fast.model import ops
 
 
 def test_the_reference_is_cos_then_sin_and_takes_fractions():
@@ -43,6 +45,17 @@ def test_what_it_cannot_take_is_named():
     assert "the time is torch.bool" in why_not(t > 0, 64, torch.bfloat16)
     with pytest.raises(ValueError, match="timestep_embedding: there are 0 times"):
         timestep_embedding(t[:0], 64, torch.float32)
+
+
+@pytest.mark.interpreter
+def test_a_derivative_in_forward_mode_is_the_references():
+    t = torch.tensor([3.0, 500.0])
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(t, torch.ones(2))
+        assert "forward mode" in why_not(dual, 64, torch.float32)
+        found = forward_ad.unpack_dual(ops.timestep_embedding(dual, 64, torch.float32)).tangent
+    expected = torch.func.jvp(lambda t: reference(t, 64, torch.float32), (t,), (torch.ones(2),))[1]
+    assert found.abs().max() > 0 and torch.equal(found, expected)
 
 
 @pytest.mark.interpreter

@@ -1,7 +1,9 @@
 """The sampling loop: what it asks the network, and how often."""
 
+import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from uvit_fast import load_config, sampling
 from uvit_fast.build import build_sampler
@@ -45,3 +47,13 @@ def test_a_request_like_an_earlier_one_plans_nothing():
     cfg, again = (load_config("configs/digits.yaml", ["sample.steps=7"]) for _ in range(2))
     assert build_sampler(cfg) is build_sampler(again)
     assert build_sampler(cfg, 8) is not build_sampler(cfg)
+
+
+def test_what_one_request_does_with_its_sampler_the_next_does_not_meet():
+    """They may share it: neither its plan nor its tables are then another's."""
+    cfg = load_config("configs/digits.yaml", ["sample.steps=6"])
+    with FakeTensorMode():
+        build_sampler(cfg)(lambda x, t: x * t.view(-1, 1, 1, 1), torch.ones(1, 1, 2, 2))
+    with pytest.raises(AttributeError):
+        build_sampler(cfg).stages = build_sampler(cfg).stages[1:]
+    assert build_sampler(cfg)(lambda x, t: x * t.view(-1, 1, 1, 1), torch.ones(1, 1, 2, 2)).isfinite().all()

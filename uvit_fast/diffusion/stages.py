@@ -9,12 +9,13 @@ stage on a GPU.
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from uvit_fast.diffusion.caching import LayerCache, Layers, Plan, layers
 from uvit_fast.diffusion.guidance import ALWAYS, EpsFn, evaluate
@@ -42,12 +43,14 @@ class Sampler(Protocol):
     """From noise to data in stages: `sampler(eps_fn, x_T)` -> x_0.
 
     Attributes:
-        stages: one per network evaluation, in order.
+        stages: one per network evaluation, in order; not to be changed, since requests share samplers.
         draws_noise: whether a generator is used.
         keep: outputs of earlier intervals that a new one still uses (1 for the multistep solver).
     """
 
-    stages: list[Stage]
+    @property
+    def stages(self) -> Sequence[Stage]: ...
+
     draws_noise: bool
     keep: int
 
@@ -125,10 +128,14 @@ class Staged(Sampler):
         if shift != 1 and not (isinstance(schedule, FlowSchedule) and (spacing or schedule.spacing) == "time"):
             raise ValueError(f"shift: moves a flow's times that are uniform in t; expected 1 for others, got {shift}")
         self.prediction, self.shift = prediction or Noise(), shift
-        self.stages = self._plan(schedule, steps, spacing)
+        self._stages = tuple(self._plan(schedule, steps, spacing))
         assert len(self.stages) == steps, "a sampler spends exactly the evaluations it was given"
         self.draws_noise = any(stage.update.noise for stage in self.stages)
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def stages(self) -> Sequence[Stage]:
+        return self._stages
 
     @abstractmethod
     def _plan(self, schedule: Schedule, steps: int, spacing: str | None) -> list[Stage]:
@@ -141,12 +148,15 @@ class Staged(Sampler):
         return Stage(float(t), float(schedule.network_time(t)), update, last)
 
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        if device not in self._tables:
+        made = self._tables.get(device)
+        if made is None:
             with torch.inference_mode(False):  # kept, so usable in a later call with gradients
                 times = torch.tensor([stage.time for stage in self.stages], dtype=torch.float32, device=device)
                 rows = torch.tensor([stage.update.row() for stage in self.stages], dtype=torch.float32, device=device)
-            self._tables[device] = times, rows
-        return self._tables[device]
+            made = times, rows
+            if not is_in_torch_dispatch_mode():  # which may have made them fake
+                self._tables[device] = made
+        return made
 
     def caching(self, plan: Plan) -> Self:
         if len(plan) != len(self.stages):
@@ -154,7 +164,7 @@ class Staged(Sampler):
         if plan[0]:
             raise ValueError(f"cache: the first evaluation has nothing to reuse; got {', '.join(sorted(plan[0])[:3])}")
         planned = copy.copy(self)
-        planned.stages = [replace(stage, layers=each) for stage, each in zip(self.stages, layers(plan))]
+        planned._stages = tuple(replace(stage, layers=each) for stage, each in zip(self.stages, layers(plan)))
         return planned
 
     def rehearsal(self, interval: tuple[float, float] = ALWAYS) -> Self:
@@ -180,7 +190,7 @@ class Staged(Sampler):
                 stages += group
             seen, group = seen | kinds, []
         short = copy.copy(self)
-        short.stages, short._tables = stages, {}
+        short._stages, short._tables = tuple(stages), {}
         return short
 
     def __call__(

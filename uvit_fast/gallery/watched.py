@@ -1,6 +1,6 @@
 """A sampler that shows its intermediate states."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
@@ -25,7 +25,7 @@ class Watched:
     def __init__(self, sampler: Sampler, frames: int, show: Callable[[int, Tensor], None] | None = None):
         steps = len(sampler.stages)
         self.sampler, self.frames, self.show = sampler, frames, show
-        self.stages: list[Stage] = sampler.stages
+        self.stages: Sequence[Stage] = sampler.stages
         self.draws_noise, self.keep = sampler.draws_noise, sampler.keep
         self.seen = sorted({-(-steps * k // frames) for k in range(1, frames + 1)})  # numbers of evaluations
 
