@@ -29,6 +29,8 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor, extras: Sequence[Tensor],
 
 def why_not(x: Tensor, weight: Tensor, bias: Tensor, extras: Sequence[Tensor], positions: Tensor) -> str | None:
     """Return why the fused op cannot take these tensors, or None."""
+    if len(extras) not in (1, 2):
+        return f"there are {len(extras)} tensors of other tokens, not one or two"
     B, C, H, W = x.shape
     D, p, E = weight.shape[0], weight.shape[-1], sum(each.shape[1] for each in extras)
     reason = checks.why_not(

@@ -69,6 +69,7 @@ def refused(*sizes, **changes):
 @pytest.mark.interpreter
 def test_what_it_cannot_take_is_named():
     assert refused(1, 4, 8, 2, (2,), 64) is None
+    assert "there are 3 tensors of other tokens, not one or two" in refused(1, 4, 8, 2, (1, 1, 1), 64)
     assert "7 x 7, does not divide into patches of 2 x 2" in refused(1, 4, 7, 2, (2,), 64)
     assert "a patch has 768 values; the fused op takes 256" in refused(1, 3, 32, 16, (2,), 64)
     assert "the image wants a gradient" in refused(1, 4, 8, 2, (2,), 64, x=torch.randn(1, 4, 8, 8, requires_grad=True))

@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 import torch  # noqa: F401
@@ -50,3 +51,13 @@ def test_a_package_that_seems_absent_is_there_again_afterwards(tmp_path, monkeyp
     import some_library
 
     assert some_library and "no_such_module" not in sys.modules
+
+
+def test_marks_that_a_library_replaces_or_removes_meanwhile_are_its_own_affair(monkeypatch):
+    stub, names = ModuleType("some_stub"), ["some_stub", "no_such_module", "nor_this"]
+    monkeypatch.setitem(sys.modules, "some_stub", stub)
+    del sys.modules["some_stub"]
+    with absent(names):
+        sys.modules["some_stub"] = stub
+        del sys.modules["no_such_module"]
+    assert sys.modules["some_stub"] is stub and not {"no_such_module", "nor_this"} & sys.modules.keys()

@@ -43,4 +43,5 @@ def absent(packages: Collection[str]) -> Iterator[None]:
         yield
     finally:
         for name in hidden:
-            del sys.modules[name]
+            if sys.modules.get(name, name) is None:  # as it was left
+                del sys.modules[name]

@@ -58,7 +58,8 @@ class GraphSampler:
         """
         Args:
             model: model(x, t, **condition) -> eps, such as a UViT. Its weights may change in place between two calls;
-                if they move, its loops are captured anew. If it has `fixed_weights`, loops run within that.
+                if they move, its loops are captured anew. Its other settings, such as a LayerNorm's eps, count as they
+                were when a loop was captured: `clear` after a change. If it has `fixed_weights`, loops run within that.
             decode: x_0 (B, C, H, W) -> images, captured at the end of the loop.
             max_bytes: bound on the memory of all captures together; default: half of the device's.
             graphs: what records and replays; default: CUDA graphs.
