@@ -88,7 +88,7 @@ def training_step(plant: Callable[[ExitStack], None] | None = None) -> Figures:
     Args:
         plant: called in that process before the step, to introduce a fault.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_training_step, plant).result()
 

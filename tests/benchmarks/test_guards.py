@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import guards
 from tests.kernels import test_contracts
+from tests.training import tiny
 from uvit_fast.kernels.layernorm import fold
 from uvit_fast.model.uvit import Block
 from uvit_fast.training.engine import Engine
@@ -88,6 +89,7 @@ def read_ema(stack: ExitStack) -> None:
 
 
 def test_a_wait_in_the_training_step_is_seen_and_placed():
+    tiny.prepared()
     case, now = "digits training step", guards.training_step(read_ema)
     worse = guards.complaints(case, guards.read_baseline()[case], now, same_versions=False)
     assert len(worse) == 1 and "_local_scalar_dense (1 times)" in worse[0]

@@ -100,11 +100,14 @@ def test_rows_that_it_cannot_join_end_a_benchmark_in_one_line(name, tmp_path, mo
             file.unlink()
 
 
-def test_a_benchmark_that_fails_is_named_and_the_rest_goes_on(tmp_path, capfd):
+def test_a_benchmark_that_fails_is_named_and_the_rest_goes_on(tmp_path, monkeypatch, capfd):
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "bench_data.py").write_text("import sys\nsys.exit(2 * ('--worse' in sys.argv))\n")
+    monkeypatch.setattr(suite, "ROOT", tmp_path)
     rows = suite.Rows("suite", tmp_path)
-    plans = [Plan("data", "--no-such-option", 1), Plan("data", "--help", 1)]
+    plans = [Plan("data", "--worse", 1), Plan("data", "--better", 1)]
     assert suite.run(plans, tmp_path, rows) == ["data"]
-    assert [row["case"] for row in rows.rows] == ["data --help"]
+    assert [row["case"] for row in rows.rows] == ["data --better"]
     assert "data: failed with exit code 2" in capfd.readouterr().out
 
 

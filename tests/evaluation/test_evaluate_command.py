@@ -41,6 +41,14 @@ def run(tmp_path):
     return run
 
 
+@pytest.fixture
+def run_with_classifier(run, digits_classifier, tmp_path):
+    """`run`, whose cache has the digits' classifier."""
+    (tmp_path / "cache").mkdir()
+    shutil.copy(digits_classifier, tmp_path / "cache")
+    return run
+
+
 def images(path, count, seed):
     array = np.random.default_rng(seed).integers(0, 256, (count, 8, 8, 3)).astype(np.uint8)
     np.savez(path, arr_0=array)
@@ -111,9 +119,9 @@ def test_digits_fid_of_a_checkpoint_and_of_its_saved_samples(run, checkpoint, tm
         assert read["metrics"][name] == pytest.approx(drawn["metrics"][name], rel=1e-3, abs=1e-6)
 
 
-def test_classes_may_be_chosen_and_then_the_references_are_the_same(run, checkpoint, tmp_path, monkeypatch, capsys):
+def test_classes_may_be_chosen_and_then_the_references_are_the_same(run_with_classifier, checkpoint, tmp_path, capsys):
     """By name, though the reference numbers them otherwise."""
-    monkeypatch.setattr("uvit_fast.evaluation.classifier.STEPS", 150)
+    run = run_with_classifier
     Provenance(("7", "1", "null")).write(tmp_path / "ema.data.json")
     common = ["--reference", DIGITS, "--features", "digits-fid", *checkpoint, "--num", 6, "--out", tmp_path / "x.json"]
     assert run(*common, "--classes", "name:7,name:1", "--save-images", tmp_path / "seven") == 0
@@ -125,10 +133,10 @@ def test_classes_may_be_chosen_and_then_the_references_are_the_same(run, checkpo
 
 
 def test_drawn_samples_are_not_mixed_with_others_and_figures_are_not_lost(
-    run, checkpoint, tmp_path, monkeypatch, capsys
+    run_with_classifier, checkpoint, tmp_path, capsys
 ):
     """A folder that holds files is refused before anything is drawn; figures that cannot be written are printed."""
-    monkeypatch.setattr("uvit_fast.evaluation.classifier.STEPS", 150)
+    run = run_with_classifier
     common = ["--reference", DIGITS, "--features", "digits-fid", *checkpoint, "--num", 4]
     assert run(*common, "--save-images", tmp_path) == 2
     assert "holds files already; expected a new name or an empty folder" in capsys.readouterr().err
@@ -184,14 +192,6 @@ def test_statistics_of_classes_are_not_taken_for_those_of_other_images():
         measuring.of_classes(images, np.array(labels), names, [0], names) for labels in ([0, 0, 1], [0, 1, 1])
     )
     assert (before.count, after.count) == (2, 1) and before.identity() != after.identity()
-
-
-@pytest.fixture
-def run_with_classifier(run, digits_classifier, tmp_path):
-    """`run`, whose cache has the digits' classifier."""
-    (tmp_path / "cache").mkdir()
-    shutil.copy(digits_classifier, tmp_path / "cache")
-    return run
 
 
 def test_samples_that_are_nan_are_refused(run_with_classifier, checkpoint, capsys):

@@ -32,6 +32,7 @@ from uvit_fast.training.trainer import Trainer
 
 IMAGE = (1, 4, 4)
 PRELOAD = ["tests.training.tiny", "torch.utils.tensorboard", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"]
+PRELOAD += ["uvit_fast.cli", "uvit_fast.measuring", "uvit_fast.sampling.previews", "sklearn.datasets"]
 
 
 class Block(nn.Module):
@@ -110,14 +111,19 @@ def config(**train: Any) -> Config:
     )
 
 
+def prepared() -> multiprocessing.context.BaseContext:
+    """The fork server's context, which knows what to import once."""
+    os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")  # before the server starts, for all its children
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
+
+
 def launch(function: Callable[..., Any], *args: Any, ranks: int = 1) -> Any:
     """Call `function(*args)` in `ranks` processes that form a process group; what rank 0 returns,
     or an AssertionError.
     """
-    os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")  # before the server starts, for all its children
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    port = free_port()
+    context, port = prepared(), free_port()
     receiver, sender = context.Pipe(duplex=False)
     processes = [context.Process(target=_rank, args=(sender, function, args, r, ranks, port)) for r in range(ranks)]
     for process in processes:
