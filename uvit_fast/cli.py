@@ -29,7 +29,7 @@ from uvit_fast.commands import (
     train,
     tune,
 )
-from uvit_fast.commands.arguments import Parser
+from uvit_fast.commands.arguments import Parser, sentence
 from uvit_fast.runtime import notices
 from uvit_fast.runtime.errors import UserError, words
 
@@ -82,8 +82,7 @@ def script(name: str, command: str, argv: list[str] | None = None) -> int:
 
 def _words(module: Any) -> dict[str, Any]:
     """Return what a command's help says beside its options."""
-    about = module.HELP[0].upper() + module.HELP[1:] + "."
-    return {"description": about, "example": module.EXAMPLE, "notes": getattr(module, "NOTES", "")}
+    return {"description": sentence(module.HELP), "example": module.EXAMPLE, "notes": getattr(module, "NOTES", "")}
 
 
 def _add(module: Any, parser: Parser) -> None:

@@ -60,6 +60,7 @@ def test_overrides_win_over_the_file_and_its_base():
     [
         ("train.batchsize=4", ["--set", "train.batchsize", "unknown", "'batch_size'"]),  # a mistyped key
         ("trian.lr=1", ["trian", "'train'"]),  # a mistyped section
+        ("sampler=euler", ["sampler: unknown key; did you mean sample.sampler?"]),  # a key without its section
         ("train.batch_size=many", ["train.batch_size", "expected a valid integer", "'many'"]),  # a wrong type
         ("model.skip=residual", ["model.skip", "'concat'", "'residual'"]),  # a name that is not there
         ("model.patch_size=3", ["model", "img_size 8", "patch_size 3"]),  # two keys that do not fit

@@ -7,9 +7,10 @@ import re
 from types import SimpleNamespace
 
 import torch
+from PIL import Image
 
 from tests.training import tiny
-from uvit_fast import provenance
+from uvit_fast import build_dataset, provenance
 from uvit_fast.cli import main
 from uvit_fast.config import load_config
 from uvit_fast.runtime.claims import Claim
@@ -102,6 +103,19 @@ def test_a_run_begins_by_naming_its_labels():
     text = summary(cfg, torch.nn.Linear(500, 1000), dataset, world)
     assert text.startswith("custom: 0.5 M parameters, 24 images, 1 x CPU")
     assert "\nlabels          0 kind0, 1 kind1, " in text and text.endswith(" 9 kind9, ... 12 classes")
+
+
+def test_a_run_without_classes_says_which_folders_could_be_some(tmp_path):
+    """Else a user meets it when sampling, hours later. Images beside the folders: these are no classes."""
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
+    cfg = load_config("configs/custom.yaml", {"data.path": str(tmp_path), "model.img_size": 8})
+    world = SimpleNamespace(device=torch.device("cpu"), size=1)
+    line = "labels          none; model.num_classes=2 would take the 2 folders as classes"
+    assert line in summary(cfg, torch.nn.Linear(1, 1), build_dataset(cfg), world)
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    assert "labels" not in summary(cfg, torch.nn.Linear(1, 1), build_dataset(cfg), world)
 
 
 def test_a_run_begins_by_counting_images_as_an_extraction_does():

@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
                 self.error("; ".join(filter(None, [f"{cut(name)}: no such option", meant])))
         found, rest = super().parse_known_args(args, namespace)
         if rest:
-            self.error(f"{cut(rest[0])}: expected no such argument")
+            self.error(f"{cut(rest[0])}: not an option, nor the value of one")
         return found, rest
 
     def format_help(self) -> str:
@@ -97,8 +97,15 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 def _as_typed(action: argparse.Action) -> str:
     """Format a required argument as in a usage line."""
+    if action.nargs == 0:
+        return action.option_strings[0]
     value = action.metavar or action.dest.upper()
     return f"{action.option_strings[0]} {value}" if action.option_strings else str(value)
+
+
+def sentence(about: str) -> str:
+    """Return a command's line in a list of commands as the first sentence of its own help."""
+    return f"{about[0].upper()}{about[1:]}."
 
 
 def config_arguments(command: argparse.ArgumentParser) -> None:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from uvit_fast.commands.arguments import existing
+from uvit_fast.commands.arguments import existing, sentence
 
 HELP = "download a dataset, or check one before a long run"
 EXAMPLE = "uvit-fast data check pictures"
@@ -12,12 +12,14 @@ EXAMPLE = "uvit-fast data check pictures"
 def arguments(command: argparse.ArgumentParser) -> None:
     actions = command.add_subparsers(title="actions", dest="action", required=True, metavar="action")
     about = "fetch CIFAR-10's python batches"
-    action = actions.add_parser("cifar10", help=about, description=about, example="uvit-fast data cifar10 --download")
+    action = actions.add_parser(
+        "cifar10", help=about, description=sentence(about), example="uvit-fast data cifar10 --download"
+    )
     group = action.add_argument_group("files")
     group.add_argument("--download", action="store_true", required=True, help="download 170 MB from its authors' site")
     group.add_argument("--out", default="data", metavar="DIR", help="gets cifar-10-batches-py (default data)")
     about = "read all of a folder; name each damaged shard, unreadable or unusual image"
-    action = actions.add_parser("check", help=about, description=about, example=EXAMPLE)
+    action = actions.add_parser("check", help=about, description=sentence(about), example=EXAMPLE)
     action.add_argument("folder", help="of latents, or of images")
 
 

@@ -47,4 +47,4 @@ def run(args: argparse.Namespace) -> None:
     for (dim, heads), names in sorted(shapes.items()):
         print(f"\nD = {dim}, {heads} heads of {dim // heads} ({', '.join(names)}) on {device}")
         for op, choice in ops.describe(dim, heads, "auto", "auto", device).items():
-            print(f"  {op:16s}{choice}")
+            print(f"  {op:20s}{choice}")

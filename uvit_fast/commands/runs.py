@@ -13,7 +13,7 @@ PICTURES, ANIMATIONS = (".png", ".svg", ".pdf"), (".gif", ".webp")
 
 
 def arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("folders", nargs="*", metavar="DIR", help="of runs, or a run (default runs)")
+    command.add_argument("folders", nargs="*", default=["runs"], metavar="DIR", help="of runs, or a run (default runs)")
     group = command.add_argument_group("draw")
     group.add_argument(
         "--plot", nargs="?", const="", metavar="FILE", help="loss, images/s, evaluations (default <DIR>/runs.png)"
@@ -25,7 +25,7 @@ def arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print a line per run, the most recently changed first; or draw what the runs' folders hold."""
-    folders = [Path(name) for name in args.folders or ["runs"]]
+    folders = [Path(name) for name in args.folders]
     for folder in folders:
         existing("runs", str(folder), "a folder of runs, or a run, that `uvit-fast train` made")
     plot = _file("--plot", args.plot, folders[0] / "runs.png", PICTURES)

@@ -255,10 +255,10 @@ def _explain(source: str | Path, error: Any) -> str:
     if error["type"] == "extra_forbidden":
         valid, name = _fields_at(error["loc"][:-1]), str(error["loc"][-1])
         elsewhere = [] if "." in name else keys_named(name)
-        if near := difflib.get_close_matches(name, valid, n=1):
-            hint = f"did you mean {near[0]!r}?"
-        elif elsewhere:
+        if elsewhere:  # the very name, in another section
             hint = f"did you mean {' or '.join(elsewhere)}?"
+        elif near := difflib.get_close_matches(name, valid, n=1):
+            hint = f"did you mean {near[0]!r}?"
         else:
             hint = f"expected one of {', '.join(valid[:24])}{', ...' * (len(valid) > 24)}"
         return f"{source}: {key}: unknown key; {hint}"

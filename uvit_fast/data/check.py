@@ -74,10 +74,8 @@ def _print_classes(folder: Path, bad: Counter) -> reading.Listing | None:
         print(f"no classes: {error}")
         return None
     count = len(listing.classes)
-    print(
-        f"{count} folders, as classes: model.num_classes={count}, or {count + 1} with train.p_uncond, "
-        "for its null label"
-    )
+    folders = f"{count} folder{'s' * (count != 1)}, as classes"
+    print(f"{folders}: model.num_classes={count}, or {count + 1} with train.p_uncond, for its null label")
     print(f"{'label':>6}{'images':>9}{'unreadable':>12}  class")
     for label, (name, images) in enumerate(listing.counts.items()):
         print(f"{label:6}{images:9}{bad[name]:12}  {shown(name)}")

@@ -26,6 +26,7 @@ class Dataset(Described, Protocol):
     Attributes:
         shape: (C, H, W) of x. num_classes: number of possible labels; 0: none.
         text_shape: (T, C) of a text's features. null_context: (T, C), those of "". Both None without text.
+        unused_classes: folders of images that would be classes, where none are asked for.
         synthetic: whether the data are random. decoder: what decodes the pixels, in words; None if there are none to
             decode.
         views: consecutive items that show one image: 2 if its mirror image follows it. numbers: for a part, its items'
@@ -34,6 +35,7 @@ class Dataset(Described, Protocol):
 
     shape: tuple[int, ...]
     num_classes: int
+    unused_classes: int
     text_shape: tuple[int, ...] | None
     null_context: Tensor | None
     synthetic: bool
@@ -68,6 +70,7 @@ class Indexed(torch.utils.data.Dataset, ABC):
 
     shape: tuple[int, ...]
     num_classes: int
+    unused_classes: int = 0
     text_shape: tuple[int, ...] | None = None
     null_context: Tensor | None = None
     synthetic = False

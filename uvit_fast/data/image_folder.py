@@ -49,6 +49,8 @@ class ImageFolder(Indexed):
         self.labels = listing.labels
         self.classes = tuple(listing.classes)  # the folders' names, by label
         self.num_classes = len(self.classes)
+        tops = {file.partition("/")[0] if "/" in file else "" for file in self.files}  # "": in no folder
+        self.unused_classes = 0 if labelled or "" in tops else len(tops)
         self.shape = (3, size, size)
         self.size, self.crop_name, self.flip, self.skip_unreadable = size, crop, flip, skip_unreadable
         self.background = background

@@ -124,6 +124,9 @@ def summary(config: Config, model: nn.Module, dataset: Dataset, world: World) ->
     names = Provenance.of(dataset, net.num_classes > 0).classes or ()
     if any(name != str(label) for label, name in enumerate(names)):  # digits are called what they are
         about["labels"] = shown((f"{label} {name}" for label, name in enumerate(names)), kind="classes")
+    if dataset.unused_classes > 1:
+        count = dataset.unused_classes
+        about["labels"] = f"none; model.num_classes={count} would take the {count} folders as classes"
     lines = [f"{config.name}: {millions:,.1f} M parameters, {_images(config, dataset)}, {world.size} x {where}"]
     return "\n".join([*lines, *(f"{name:16s}{what}" for name, what in about.items())])
 
