@@ -414,6 +414,8 @@ def test_the_command_names_mistakes_in_one_line(photos, vae, tmp_path, capsys):
     assert "--images /nowhere: no such file or folder" in refused(
         "extract", "--config", CONFIG, "--images", "/nowhere", *out
     )
-    assert "neither a local folder" in refused(*arguments(photos, str(tmp_path / "no" / "vae"), tmp_path / "out"))
+    assert "vae: no such folder; expected one, or a name on the hub" in refused(
+        *arguments(photos, str(tmp_path / "no" / "vae"), tmp_path / "out")
+    )
     assert "no images" in refused(*arguments(vae, vae, tmp_path / "out"))
     assert not (tmp_path / "out").exists()

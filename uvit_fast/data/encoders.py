@@ -89,6 +89,8 @@ def load_pretrained(what: str, name: str, load: Callable[..., Any]) -> Any:
         raise
     except Exception as error:  # each library raises its own kinds for damaged and foreign files
         reason = cut(str(error).strip().split("\n")[0])
+        if Path(name).is_absolute() and not Path(name).exists():
+            raise UserError(f"{what} {cut(name)}: no such folder; expected one, or a name on the hub") from None
         where = "the folder cannot be loaded" if Path(name).is_dir() else "neither a local folder nor found on the hub"
         raise UserError(f"{what} {cut(name)}: {where} ({reason})") from None
 

@@ -137,7 +137,7 @@ def refuse_misfits(ours: dict[str, Tensor], state: dict[str, Tensor], source: st
             for what, keys in (("missing", missing), ("extra", extra), ("of the wrong shape", wrong))
             if keys
         ]
-        raise UserError(f"{source} is of another architecture than the config: keys {', '.join(parts)}{advice}")
+        raise UserError(f"{source} is of another architecture than the config: tensors {', '.join(parts)}{advice}")
 
 
 def _has_no_values(tensor: Tensor) -> bool:
