@@ -173,9 +173,10 @@ class GraphSampler:
             key = self._fitting(kind, batch)
             if {key, kind} & self._refused:
                 return None
-            if key not in self._captures and not self._capture(key, sampler, inputs, interval, weights):
+            if key in self._captures:
+                self._captures[key].stands = _comparison(self.model)
+            elif not self._capture(key, sampler, inputs, interval, weights):
                 return None
-            self._captures[key].stands = _comparison(self.model)
         self._captures.move_to_end(key)
         return self._captures[key]
 
