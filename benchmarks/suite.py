@@ -86,7 +86,7 @@ def plan(gpus: int, quick: bool, only: list[str], measured: dict[str, float]) ->
         measured: seconds by `case` of earlier runs on this device.
 
     Raises:
-        UserError: a name that is not in the suite.
+        UserError: a name that is not in the suite, or none that can run.
     """
     known = [bench.name for bench in SUITE]
     if unknown := [name for name in only if name not in known]:
@@ -101,6 +101,9 @@ def plan(gpus: int, quick: bool, only: list[str], measured: dict[str, float]) ->
         else:
             arguments = how[0] if bench.gpus == 1 else f"--gpus {gpus} {how[0]}".strip()
             plans.append(Plan(bench.name, arguments, measured.get(case(bench.name, arguments), how[1])))
+    if left_out and not plans:
+        here = [bench.name for bench in SUITE if bench.cpu or gpus >= bench.gpus]
+        raise UserError(f"--only {','.join(only)}: needs more GPUs than the {gpus} here; expected of {', '.join(here)}")
     return plans, left_out
 
 

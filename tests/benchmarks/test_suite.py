@@ -25,7 +25,8 @@ def test_without_a_gpu_the_rest_runs_and_what_needs_one_is_named():
 
 
 def test_scaling_needs_two_gpus_and_takes_all():
-    assert suite.plan(1, quick=False, only=["scaling"], measured={}) == ([], ["scaling"])
+    (p,), left_out = suite.plan(1, quick=False, only=["data", "scaling"], measured={})
+    assert (p.name, left_out) == ("data", ["scaling"])
     (p,), _ = suite.plan(8, quick=False, only=["scaling"], measured={})
     assert p.arguments == "--gpus 8"
 
@@ -43,6 +44,11 @@ def test_what_this_device_took_before_is_the_better_estimate():
 def test_an_unknown_benchmark_is_told_what_there_is():
     with pytest.raises(UserError, match="expected some of ops, attention, .*, got sampler"):
         suite.plan(1, quick=True, only=["sampler"], measured={})
+
+
+def test_a_selection_that_cannot_run_here_ends_in_one_line():
+    with pytest.raises(UserError, match="--only sampling,scaling: needs more GPUs than the 0 here; expected of eval"):
+        suite.plan(0, quick=True, only=["sampling", "scaling"], measured={})
 
 
 def test_the_time_left_follows_the_pace():

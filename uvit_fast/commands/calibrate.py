@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
     found = candidates[distances.index(min(distances))]
     about = (
         f"of {args.checkpoint}, {args.num} trajectories, seed {args.seed}, guidance {cfg.sample.guidance_scale:g}: "
-        f"weighted errors of at most {found.bound:.3g}, {found.speedup:.2f} times fewer multiply-adds"
+        f"weighted relative errors of at most {found.bound:.3g}, {found.speedup:.2f} times fewer multiply-adds"
     )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     planned = written(found, args.out, about)
