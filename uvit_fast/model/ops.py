@@ -28,6 +28,7 @@ from uvit_fast.kernels.ops import timestep_embedding as _timestep_embedding
 from uvit_fast.kernels.ops import unpatchify as _unpatchify
 from uvit_fast.kernels.runtime import checks as _checks
 from uvit_fast.kernels.runtime import launch as _launch
+from uvit_fast.kernels.runtime.checks import forward_mode as forward_mode
 from uvit_fast.kernels.runtime.device import architecture as architecture
 from uvit_fast.model.attention import choose
 from uvit_fast.runtime.errors import UserError

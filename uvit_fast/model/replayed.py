@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from uvit_fast.model import ops
@@ -149,7 +148,7 @@ class Captures:
         if self.graphs.why_not(x.device) or recording or "_is_replica" in network.__dict__:  # DataParallel's
             return False
         watched = is_in_torch_dispatch_mode() or torch._C._functorch.peek_interpreter_stack() is not None
-        if watched or forward_ad._current_level >= 0 or torch.jit.is_tracing():
+        if watched or ops.forward_mode() or torch.jit.is_tracing():
             return False
         return x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
