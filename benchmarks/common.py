@@ -38,6 +38,12 @@ def _spread(row: dict[str, str]) -> list[str]:
     return [row[name] for name in ("p20", "p50", "p80")]
 
 
+def between(page: Path, first: str, last: str, new: str) -> str:
+    """Return a page's text with `new` in place of what stands between two of its lines."""
+    before, rest = page.read_text().split(first)
+    return f"{before}{first}\n\n{new}\n\n{last}{rest.partition(last)[2]}"
+
+
 def need_gpu(parser: argparse.ArgumentParser, device: str = "cuda") -> None:
     """End a GPU benchmark in one line if there is no GPU."""
     if device != "cpu" and not torch.cuda.is_available():

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from benchmarks.common import RESULTS
+from benchmarks.common import RESULTS, between
 from benchmarks.report import markdown, number, wrapped
 from benchmarks.results import Results
 from uvit_fast.commands.drawing import COLOURS, pyplot
@@ -184,5 +184,4 @@ def draw(results: Results, path: Path) -> None:
 
 def page() -> str:
     """Return docs/fp8.md with the tables of the committed rows."""
-    before, rest = PAGE.read_text().split(BEGIN)
-    return f"{before}{BEGIN}\n\n{tables(Results(RESULTS))}\n\n{END}{rest.partition(END)[2]}"
+    return between(PAGE, BEGIN, END, tables(Results(RESULTS)))

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.common import between
 from benchmarks.report import wrapped
 from uvit_fast.build import build_dataset, build_model, build_objective
 from uvit_fast.config import Config, load_config
@@ -159,8 +160,7 @@ def table(rows: list[dict[str, str]]) -> str:
 def documented() -> str:
     """Return docs/training.md with the table of the committed CSVs."""
     rows = [row for file in sorted((DOCS / "analyses").glob("*_objectives.csv")) for row in read(file)]
-    before, rest = (DOCS / "training.md").read_text().split(BEGIN)
-    return f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{rest.split(END)[1]}"
+    return between(DOCS / "training.md", BEGIN, END, table(rows))
 
 
 @in_one_line()

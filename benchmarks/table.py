@@ -7,7 +7,7 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from benchmarks.common import RESULTS
+from benchmarks.common import RESULTS, between
 from benchmarks.report import ORDERED, OURS, markdown, number, times, wrapped
 from benchmarks.results import MEMORY_A100, SAMPLING_A100, Results, parameters
 
@@ -211,8 +211,7 @@ TABLES: dict[Path, Callable[[Results], str]] = {
 
 def page(path: Path) -> str:
     """Return one of `TABLES`'s pages with the table of the committed CSVs."""
-    before, rest = path.read_text().split(BEGIN)
-    return f"{before}{BEGIN}\n\n{TABLES[path](Results(RESULTS))}\n\n{END}{rest.partition(END)[2]}"
+    return between(path, BEGIN, END, TABLES[path](Results(RESULTS)))
 
 
 if __name__ == "__main__":
