@@ -33,6 +33,7 @@ from uvit_fast.provenance import UNKNOWN, Provenance, shown
 from uvit_fast.runtime.ahead import ahead
 from uvit_fast.runtime.device import pick_device
 from uvit_fast.runtime.errors import UserError
+from uvit_fast.runtime.files import other_than
 from uvit_fast.runtime.processes import ALONE, World
 from uvit_fast.sampling.captured import GraphSampler, on_a_gpu
 from uvit_fast.sampling.conditions import chosen_labels
@@ -64,8 +65,8 @@ def open_images(path: Path) -> Images:
         return images
     if path.suffix == ".npz":
         return replace(open_npz(path), name=reading.shown(str(path)))
-    got = "another kind of file" if os.path.exists(path) else "nothing of that name"
-    raise UserError(f"{reading.shown(str(path))}: expected a folder of images, or an .npz with arr_0, got {got}")
+    wanted = "expected a folder of images, or an .npz with arr_0"
+    raise UserError(f"{reading.shown(str(path))}: {wanted}, got {other_than(path)}")
 
 
 def _read_rgb(file: Path) -> np.ndarray:

@@ -16,7 +16,7 @@ from uvit_fast.evaluation.features import Extracted, Extractor, extract
 from uvit_fast.evaluation.metrics import Statistics
 from uvit_fast.evaluation.sources import Images, names_in, read_arrays
 from uvit_fast.runtime.errors import UserError
-from uvit_fast.runtime.files import write_whole
+from uvit_fast.runtime.files import other_than, write_whole
 from uvit_fast.runtime.processes import ALONE, World
 
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s", "pool")
@@ -80,8 +80,8 @@ def load_reference(
     path = Path(path)
     if path.suffix != ".npz" or not os.path.isfile(path):
         if not os.path.isdir(path):
-            got = "another kind of file" if os.path.exists(path) else "nothing of that name"
-            raise UserError(f"{path}: expected an .npz of statistics or images, or a folder of images, got {got}")
+            wanted = "expected an .npz of statistics or images, or a folder of images"
+            raise UserError(f"{path}: {wanted}, got {other_than(path)}")
         return reference_from_images(open_images(path), extractor("tensorflow"), cache, batch, progress, world)
     keys = names_in(path)
     if not {"mu", "sigma"} <= keys:

@@ -37,6 +37,11 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def other_than(path: str | os.PathLike) -> str:
+    """Return what there is in place of a file or folder that was expected, as an error says what came."""
+    return "another kind of file" if os.path.exists(path) else "nothing of that name"
+
+
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Write a CSV file of rows by column, whole or not at all."""
 

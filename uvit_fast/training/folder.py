@@ -39,7 +39,12 @@ def claim(run_dir: Path) -> Claim:
     except Taken as taken:
         raise UserError(_taken(run_dir, taken)) from None
     except OSError as error:
-        raise UserError(f"{run_dir}: expected a folder for the run ({error.strerror or error})") from None
+        raise unwritable(run_dir, error) from None
+
+
+def unwritable(run_dir: Path, error: OSError) -> UserError:
+    """Return the error of a folder to which a run cannot be written."""
+    return UserError(f"{run_dir}: expected a folder for the run ({error.strerror or error})")
 
 
 def check_free(run_dir: Path) -> None:

@@ -27,7 +27,7 @@ from uvit_fast.runtime.errors import UserError
 from uvit_fast.runtime.processes import host_group, start
 from uvit_fast.training import activations
 from uvit_fast.training.engine import Engine, computes_in_bf16
-from uvit_fast.training.folder import describe_run, set_aside
+from uvit_fast.training.folder import describe_run, set_aside, unwritable
 from uvit_fast.training.frozen import freeze
 from uvit_fast.training.held_out import HeldOut
 from uvit_fast.training.initial import start_of
@@ -286,7 +286,7 @@ class Trainer:
             record = self.beginning and self.beginning.record
             describe_run(self.run_dir, self.config, self.world, self.saves.provenance, record)
         except OSError as error:
-            raise UserError(f"{self.run_dir}: expected a folder for the run ({error.strerror or error})") from None
+            raise unwritable(self.run_dir, error) from None
 
     def stream(self) -> Generator[dict[str, Tensor], None, None]:
         """Yield this rank's batches, from where the run is to its end, or until data stalls after a signal."""
