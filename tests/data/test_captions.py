@@ -31,7 +31,7 @@ def rows(*values):
     ("name", "text"),
     [
         ("t.csv", "file_name,text\na.png,\"red, round\"\na.png, ü火车 \nb/d.jpg,two\n"),
-        ("t.csv", "\ufefffile_name;text\r\na.png;red, round\r\na.png;ü火车\r\nb/d.jpg;two\r\n"),  # as Excel writes it
+        ("t.csv", "\ufefffile_name;text\r\na.png;red, round\r\na.png;ü火车\r\nb/d.jpg;two\r\n"),  # as Excel does
         ("t.txt", "image_name| comment_number| comment\na.png| 0| red, round\na.png| 1| ü火车\nb/d.jpg| 0| two\n"),
         ("t.tsv", "number\tpath\tcaption\n1\ta.png\tred, round\n2\ta.png\tü火车\n3\t./b/d.jpg\ttwo\n4\tb/c.png\t\n"),
         ("t.jsonl", rows({"file_name": "a.png", "text": ["red, round", "ü火车", " "]},

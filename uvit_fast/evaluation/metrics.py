@@ -87,7 +87,7 @@ class RunningStatistics:
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """Return the Fréchet distance of two Gaussians: |mu_a - mu_b|² + tr(A + B - 2 (A B)^1/2). With pool3 features this
+    """Return the Fréchet distance of two Gaussians: |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^1/2). With pool3 features it
     is FID.
 
     The trace of (A B)^1/2 is that of (A^1/2 B A^1/2)^1/2, whose argument is symmetric and positive semi-definite: two
